@@ -1,0 +1,33 @@
+"""Constants of the split, shared by the definition, the kernels and everything built on them.
+
+They are part of the mathematics (docs/mathematics.md), not tuning knobs: changing one changes what a
+plan's budgets mean, so `SPLIT_VERSION` must be raised with them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SPLIT_VERSION: Final = 1
+"""Version of the definition; stored in every plan and checked on load."""
+
+KEY_BLOCK: Final = 64
+"""Consecutive keys, in token order, that share one low-band summary."""
+
+QUERY_TILE: Final = 128
+"""Consecutive queries, in token order, that share one route."""
+
+SUB_BLOCK: Final = 8
+"""Keys per mid-band summary."""
+
+SUB_TILE: Final = 8
+"""Queries pooled for one routing score; a tile joins its sub-tiles by their rms."""
+
+MID_RATIO: Final = 0.25
+"""With the mid band on, pairs scoring within [MID_RATIO * threshold, threshold) go to the mid band."""
+
+DEFAULT_PROBES: Final = 64
+"""Queries per head attended exactly in every call, to unbias the split and to measure its error."""
+
+DEFAULT_DENSITY: Final = 0.25
+"""Fraction of (tile, block) pairs kept exact where there is no plan: a cautious choice."""

@@ -1,0 +1,27 @@
+"""Exceptions raised by freqopt. Every message says what was seen, what is supported and what to do."""
+
+from __future__ import annotations
+
+
+class FreqoptError(Exception):
+    """Base of every error that freqopt raises on purpose."""
+
+
+class InputError(FreqoptError, ValueError):
+    """Tensors or arguments that split attention cannot work on (shapes, dtypes, grid, text lengths)."""
+
+
+class OptionError(FreqoptError, ValueError):
+    """An unknown or malformed option of the backend, of calibration or of the command line."""
+
+
+class PlanError(FreqoptError, ValueError):
+    """A plan file that is truncated, edited by hand, of another version or made for another model."""
+
+
+class SiteError(FreqoptError, RuntimeError):
+    """A site that could not be rewritten; raised only under ``strict=True``."""
+
+
+class CalibrationError(FreqoptError, RuntimeError):
+    """Samples that calibration cannot use, or a target that it could not meet."""
