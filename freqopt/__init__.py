@@ -1,0 +1,51 @@
+"""freqopt: a torch.compile backend that rewrites dense attention into frequency-split attention.
+
+Everything public is loaded on first use, so that `import freqopt` costs no more than `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from freqopt.calibration import calibrate
+    from freqopt.inspection import Inspection, inspect
+    from freqopt.kernels.op import SplitStats, split_attention
+    from freqopt.plan import Plan
+    from freqopt.reporting import report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Inspection": "inspection",
+    "Plan": "plan",
+    "SplitStats": "kernels.op",
+    "calibrate": "calibration",
+    "inspect": "inspection",
+    "report": "reporting",
+    "split_attention": "kernels.op",
+}
+
+__all__ = [
+    "Inspection",
+    "Plan",
+    "SplitStats",
+    "__version__",
+    "calibrate",
+    "inspect",
+    "report",
+    "split_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'freqopt' has no attribute {name!r} (public: {__all__})")
+    value = getattr(importlib.import_module(f"freqopt.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

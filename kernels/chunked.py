@@ -1,0 +1,314 @@
+"""Split attention in plain PyTorch that never builds a (tokens x keys) tensor.
+
+Serves CPU tensors, and the backward pass on every device: each chunk of query tiles gathers only the
+key blocks its route made exact, so time and memory follow the density. Summaries, scores, route and
+probe are those of `freqopt.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.kernels import reference as ref
+from freqopt.kernels.layout import Sequence, repeat_heads, text_bias
+
+CHUNK_BYTES = 192 * 2**20
+"""Target size of one chunk's temporaries: small against a model, large enough to hide Python."""
+
+
+class Tokens(NamedTuple):
+    """One call's tensors in float32, heads repeated, video in token order (see reference.py)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    text_query: Tensor
+    text_key: Tensor
+    text_value: Tensor
+    text_bias: Tensor
+
+
+def take_apart(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, sequence: Sequence
+) -> Tokens:
+    """Split (B, H, N, D) tensors of any floating dtype into the parts of `Tokens`."""
+    heads = query.shape[1]
+    parts = [repeat_heads(x, heads).float() for x in (query, key, value)]
+    video = [sequence.video_of(x) for x in parts]
+    text = [sequence.text_of(x) for x in parts]
+    return Tokens(*video, *text, text_bias(sequence.text_mask(key_mask), text[1]))
+
+
+class Context(NamedTuple):
+    """What a chunk of tiles attends to: key and value blocks, summaries, text."""
+
+    key_blocks: Tensor
+    value_blocks: Tensor
+    text_key: Tensor
+    text_value: Tensor
+    low: ref.Summary
+    mid: ref.Summary | None
+
+
+def make_context(tokens: Tokens, mid_band: bool) -> Context:
+    """Summaries and padded blocks of one call."""
+    return Context(
+        key_blocks=ref.split_blocks(tokens.key, KEY_BLOCK),
+        value_blocks=ref.split_blocks(tokens.value, KEY_BLOCK),
+        text_key=tokens.text_key,
+        text_value=tokens.text_value,
+        low=ref.summarise(tokens.key, tokens.value, KEY_BLOCK),
+        mid=ref.summarise(tokens.key, tokens.value, SUB_BLOCK) if mid_band else None,
+    )
+
+
+def _selected(route: Tensor, band: int) -> tuple[Tensor, Tensor]:
+    """Blocks of one band, per tile: indices (B, H, C, L) and which of them are real."""
+    chosen = route == band
+    longest = int(chosen.sum(-1).max())
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+    order = order[..., :longest]
+    return order, chosen.gather(-1, order)
+
+
+def _gather(blocks: Tensor, index: Tensor) -> Tensor:
+    """(B, H, J, R, D) at (B, H, C, L) -> (B, H, C, L * R, D)."""
+    rows, dim = blocks.shape[3:]
+    flat = index.flatten(2)[..., None, None].expand(-1, -1, -1, rows, dim)
+    return blocks.gather(2, flat).unflatten(2, index.shape[2:]).flatten(3, 4)
+
+
+def _bias(index: Tensor, real: Tensor, weight: Tensor) -> Tensor:
+    """Additive logit (B, H, C, 1, L * R) of gathered columns: log `weight` (J, R), -inf if unused."""
+    bias = torch.where(real[..., None], weight.log()[index], -torch.inf)
+    return bias.flatten(3).unsqueeze(3)
+
+
+def _column_weights(count: Tensor, size: int, rows: int) -> Tensor:
+    """(J, rows) tokens behind each column of each block, when a column stands for `size` tokens."""
+    starts = torch.arange(rows, device=count.device) * size
+    return (count[:, None] - starts).clamp(0, size)
+
+
+def attend_tiles(
+    query: Tensor,
+    count: Tensor,
+    context: Context,
+    bias: Tensor,
+    route: Tensor,
+    c: Tensor,
+    g: Tensor,
+    scale: float,
+) -> Tensor:
+    """Split attention of some query tiles; differentiable in `query` and `context`.
+
+    Args:
+        query: (B, H, C, 128, D), the last tile zero-padded.
+        count: (C,) true queries of each tile.
+        bias: (B, 1, 1, X) of the text keys.
+        route: (B, H, C, J) int8.
+        c, g: (B, H), the probe's scalars.
+
+    Returns:
+        (B, H, C, 128, D); rows past a tile's true queries are meaningless.
+    """
+    low, mid = context.low, context.mid
+    c, g = c[..., None, None, None], g[..., None, None, None]
+    mean_square = query.square().sum(3) / count[:, None]
+    capacity = low.count.log()
+
+    index, real = _selected(route, ref.EXACT)
+    weights = _column_weights(low.count, 1, KEY_BLOCK)
+    logits = [query @ _gather(context.key_blocks, index).mT * scale + _bias(index, real, weights)]
+    values = [_gather(context.value_blocks, index)]
+
+    logits.append(query @ context.text_key.unsqueeze(2).mT * scale + bias.unsqueeze(2))
+    values.append(context.text_value.unsqueeze(2))
+
+    term = torch.minimum(0.5 * scale**2 * (mean_square @ low.key_var.mT), capacity)
+    used = torch.where(route == ref.LOW, capacity + c.squeeze(-1) * term, -torch.inf)
+    logits.append(query @ low.key_mean.unsqueeze(2).mT * scale + used.unsqueeze(3))
+    values.append(low.value_mean.unsqueeze(2))
+    orders = [(len(logits) - 1, low.first_order)]
+
+    if mid is not None:
+        rows = KEY_BLOCK // SUB_BLOCK
+        index, real = _selected(route, ref.MID)
+        mean, value, var = (
+            _gather(ref.split_blocks(x, rows), index)
+            for x in (mid.key_mean, mid.value_mean, mid.key_var)
+        )
+        fine = _bias(index, real, _column_weights(low.count, SUB_BLOCK, rows))
+        spread = 0.5 * scale**2 * (mean_square.unsqueeze(3) @ var.mT)
+        logits.append(query @ mean.mT * scale + fine + c * torch.minimum(spread, fine.clamp(min=0)))
+        values.append(value)
+        orders.append((len(logits) - 1, mid.first_order))
+
+    peak = torch.stack([x.amax(-1) for x in logits if x.shape[-1]]).amax(0)[..., None].detach()
+    weights_of = [(x - peak).exp() for x in logits]
+    mass = [x.sum(-1, keepdim=True) for x in weights_of]
+    out = sum(w @ v for w, v in zip(weights_of, values, strict=True))
+    for band, matrix in orders:
+        out = out + g * mass[band] * (query @ matrix.unsqueeze(2).mT * scale)
+    result: Tensor = out / sum(mass)
+    return result
+
+
+def chunks_of(query: Tensor, route: Tensor, columns: int) -> Iterator[slice]:
+    """Ranges of tiles whose temporaries stay near CHUNK_BYTES."""
+    batch, heads, tiles, _ = route.shape
+    densest = int((route == ref.EXACT).sum(-1).max()) * KEY_BLOCK
+    per_tile = batch * heads * 4 * (densest * 2 * query.shape[-1])
+    per_tile += batch * heads * 4 * 3 * QUERY_TILE * (densest + columns)
+    step = max(CHUNK_BYTES // max(per_tile, 1), 1)
+    for start in range(0, tiles, step):
+        yield slice(start, min(start + step, tiles))
+
+
+def probe_bands(
+    tokens: Tokens,
+    context: Context,
+    scores: ref.Scores,
+    route: Tensor,
+    positions: Tensor,
+    scale: float,
+) -> ref.Probe:
+    """Fit the probe's scalars on the queries at `positions` (see reference.fit_probe)."""
+    chosen = tokens.query[:, :, positions]
+    bands = ref.make_bands(
+        chosen, positions // QUERY_TILE, tokens.key, tokens.value, tokens.text_key,
+        tokens.text_value, tokens.text_bias, route, context.low, context.mid, scores,
+        ref.tile_mean_square(tokens.query), scale,
+    )  # fmt: skip
+    text = chosen @ tokens.text_key.mT * scale + tokens.text_bias
+    return ref.fit_probe(bands, torch.cat([chosen @ tokens.key.mT * scale, text], -1))
+
+
+def attend_text(tokens: Tokens, scale: float) -> Tensor:
+    """Dense attention of the text queries over every key, (B, H, X, D) float32."""
+    keys = torch.cat([tokens.key, tokens.text_key], 2)
+    values = torch.cat([tokens.value, tokens.text_value], 2)
+    video_bias = tokens.text_bias.new_zeros(keys.shape[0], 1, 1, tokens.key.shape[2])
+    bias = torch.cat([video_bias, tokens.text_bias], -1)
+    return F.scaled_dot_product_attention(
+        tokens.text_query, keys, values, attn_mask=bias, scale=scale
+    )
+
+
+def split_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    key_mask: Tensor | None,
+    sequence: Sequence,
+    *,
+    scale: float,
+    density: float,
+    mid_band: bool,
+    probes: int,
+) -> tuple[Tensor, ref.Split]:
+    """Forward pass: out (B, H, N, D) in the model's order, and the split's findings."""
+    tokens = take_apart(query, key, value, key_mask, sequence)
+    context = make_context(tokens, mid_band)
+    scores = ref.score_pairs(tokens.query, context.low, scale)
+    thresholds = ref.resolve_thresholds(scores.score, budget, density, mid_band)
+    route = ref.route_pairs(scores.score, *thresholds)
+    ones = torch.ones_like(scores.score[..., 0, 0])
+    probe = ref.Probe(ones, ones, ones * torch.nan)
+    if probes:
+        positions = ref.probe_positions(sequence.tokens, probes, query.device)
+        probe = probe_bands(tokens, context, scores, route, positions, scale)
+
+    tiles = ref.split_blocks(tokens.query, QUERY_TILE)
+    count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
+    video = torch.empty_like(tiles)
+    columns = context.low.count.numel() + sequence.text
+    for part in chunks_of(tiles, route, columns):
+        video[:, :, part] = attend_tiles(
+            tiles[:, :, part], count[part], context, tokens.text_bias, route[:, :, part],
+            probe.c, probe.g, scale,
+        )  # fmt: skip
+    batch, heads, length, dim = query.shape
+    out = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    text = attend_text(tokens, scale) if sequence.text else None
+    sequence.store(out, video.flatten(2, 3)[:, :, : sequence.tokens], text)
+    return out, ref.Split(out, route, ref.route_density(route), probe)
+
+
+def split_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    route: Tensor,
+    coefficients: Tensor,
+    sequence: Sequence,
+    *,
+    scale: float,
+    mid_band: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value with the route and the probe's scalars held fixed.
+
+    Recomputes chunk by chunk, so memory is that of one chunk beside float32 copies of the inputs.
+    """
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        tokens = take_apart(*inputs, key_mask, sequence)
+        context = make_context(tokens, mid_band)
+        tiles = ref.split_blocks(tokens.query, QUERY_TILE)
+    c, g = coefficients.unbind(-1)
+    count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
+    grad_tiles = ref.split_blocks(sequence.video_of(grad).float(), QUERY_TILE)
+
+    roots: list[Tensor] = [
+        *context[:4], *_differentiable(context.low),
+        *(_differentiable(context.mid) if context.mid is not None else []),
+    ]  # fmt: skip
+    leaves = [x.detach().requires_grad_() for x in roots]
+    inner = _rebuild(context, leaves)
+    sums = [torch.zeros_like(x) for x in leaves]
+    grad_query = torch.zeros_like(tiles)
+    for part in chunks_of(tiles, route, context.low.count.numel() + sequence.text):
+        with torch.enable_grad():
+            chunk = tiles[:, :, part].detach().requires_grad_()
+            out = attend_tiles(
+                chunk, count[part], inner, tokens.text_bias, route[:, :, part], c, g, scale
+            )
+        grads = torch.autograd.grad(
+            out, [chunk, *leaves], grad_tiles[:, :, part], allow_unused=True
+        )
+        grad_query[:, :, part] = grads[0]
+        for total, part_grad in zip(sums, grads[1:], strict=True):
+            if part_grad is not None:
+                total += part_grad
+    roots, sums = [tiles, *roots], [grad_query, *sums]
+    if sequence.text:
+        with torch.enable_grad():
+            roots.append(attend_text(tokens, scale))
+        sums.append(sequence.text_of(grad).float())
+    reached = [(r, s) for r, s in zip(roots, sums, strict=True) if r.requires_grad]
+    results = torch.autograd.grad([r for r, _ in reached], inputs, [s for _, s in reached])
+    return results[0], results[1], results[2]
+
+
+def _differentiable(summary: ref.Summary) -> list[Tensor]:
+    return [summary.key_mean, summary.value_mean, summary.key_var, summary.first_order]
+
+
+def _rebuild(context: Context, leaves: list[Tensor]) -> Context:
+    """`context` with its differentiable tensors replaced by `leaves`, in the order of the roots."""
+
+    def replaced(summary: ref.Summary, values: list[Tensor]) -> ref.Summary:
+        mean, value, var, first = values
+        return summary._replace(key_mean=mean, value_mean=value, key_var=var, first_order=first)
+
+    mid = replaced(context.mid, leaves[8:12]) if context.mid is not None else None
+    return Context(*leaves[:4], replaced(context.low, leaves[4:8]), mid)

@@ -1,0 +1,350 @@
+"""The definition of frequency-split attention, in plain PyTorch and float32.
+
+Every other implementation is tested against this one. It favours reading over speed and builds
+(tokens x keys) tensors, so it is for short sequences; `freqopt.kernels.chunked` reuses its summaries,
+scores and probe and attends tile by tile. The mathematics is in docs/mathematics.md.
+
+Shapes: B batch, H query heads, T video tokens in token order, X text tokens, D head dim,
+J = ceil(T / 64) key blocks, I = ceil(T / 128) query tiles, S = 16 * I sub-tiles of 8 queries.
+Everything here is float32, keys and values already repeated to the H query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freqopt.config import KEY_BLOCK, MID_RATIO, QUERY_TILE, SUB_BLOCK, SUB_TILE
+
+LOW, MID, EXACT = 0, 1, 2
+"""Values of the route: which band serves a (query tile, key block) pair."""
+
+C_MAX, G_MAX = 2.0, 1.5
+"""Bounds of the probe's two scalars; past them the fit would chase noise."""
+
+NEWTON_STEPS = 4
+"""Steps of the fit of c: the log-mass is convex in c and close to linear, so four converge."""
+
+
+class Summary(NamedTuple):
+    """What the low (or mid) band knows about the blocks of one head.
+
+    count (J,), key_mean / value_mean / key_var (B, H, J, D), value_spread (B, H, J): rms distance of
+    a block's values from their mean, relative to the head's; first_order (B, H, D, D): token-mean of
+    v (k - block mean)^T, the matrix H-bar of the first-order term before scaling.
+    """
+
+    count: Tensor
+    key_mean: Tensor
+    value_mean: Tensor
+    key_var: Tensor
+    value_spread: Tensor
+    first_order: Tensor
+
+
+class Scores(NamedTuple):
+    """Routing scores (B, H, I, J) and the second-order mass term of the same pairs, in nats."""
+
+    score: Tensor
+    mass_term: Tensor
+
+
+class Probe(NamedTuple):
+    """c, g and the relative L2 error left after them, each (B, H)."""
+
+    c: Tensor
+    g: Tensor
+    error: Tensor
+
+
+def split_blocks(x: Tensor, size: int) -> Tensor:
+    """(B, H, T, D) -> (B, H, blocks, size, D), the last block padded with zeros."""
+    blocks = -(-x.shape[2] // size)
+    return F.pad(x, (0, 0, 0, blocks * size - x.shape[2])).unflatten(2, (blocks, size))
+
+
+def block_counts(tokens: int, size: int, device: torch.device) -> Tensor:
+    """True number of tokens of each block, (blocks,) float32: the last one may be ragged."""
+    starts = torch.arange(0, tokens, size, device=device)
+    return (tokens - starts).clamp(max=size).float()
+
+
+def summarise(key: Tensor, value: Tensor, size: int) -> Summary:
+    """Block means, second moments, value spread and the token-mean first-order matrix.
+
+    key, value: (B, H, T, D) in token order. Source: docs/mathematics.md §2.
+    """
+    tokens = key.shape[2]
+    count = block_counts(tokens, size, key.device)
+    valid = torch.arange(size, device=key.device) < count[:, None]
+    keys, values = split_blocks(key, size), split_blocks(value, size)
+    key_mean = keys.sum(3) / count[:, None]
+    value_mean = values.sum(3) / count[:, None]
+    key_offset = (keys - key_mean.unsqueeze(3)) * valid[..., None]
+    value_offset = (values - value_mean.unsqueeze(3)) * valid[..., None]
+    block_spread = value_offset.square().sum((3, 4)) / count
+    head_spread = (value - value.mean(2, keepdim=True)).square().sum((2, 3)) / tokens
+    return Summary(
+        count=count,
+        key_mean=key_mean,
+        value_mean=value_mean,
+        key_var=key_offset.square().sum(3) / count[:, None],
+        value_spread=(block_spread / head_spread.clamp(min=1e-30)[..., None]).sqrt(),
+        first_order=torch.einsum("bhjnd,bhjne->bhde", values, key_offset) / tokens,
+    )
+
+
+def pool_queries(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and mean square of the queries of each sub-tile of 8.
+
+    Returns mean, mean square (B, H, S, D) and the true number of queries (S,); sub-tiles past the
+    end of the last tile have zero queries.
+    """
+    tokens = query.shape[2]
+    sub_tiles = -(-tokens // QUERY_TILE) * (QUERY_TILE // SUB_TILE)
+    starts = torch.arange(sub_tiles, device=query.device) * SUB_TILE
+    count = (tokens - starts).clamp(0, SUB_TILE).float()
+    queries = F.pad(query, (0, 0, 0, sub_tiles * SUB_TILE - tokens)).unflatten(2, (-1, SUB_TILE))
+    divisor = count.clamp(min=1)[:, None]
+    return queries.sum(3) / divisor, queries.square().sum(3) / divisor, count
+
+
+def score_pairs(query: Tensor, summary: Summary, scale: float) -> Scores:
+    """Routing score of every (query tile, key block) pair, and its second-order mass term.
+
+    The score is J x rms over sub-tiles of (pooled softmax mass x logit dispersion x value spread):
+    an estimate of the error made by keeping the block low, free of the units of q, k and v and of
+    the number of blocks. Source: docs/mathematics.md §4.
+    """
+    mean, mean_square, count = pool_queries(query)
+    capacity = summary.count.log()
+    dispersion = mean_square @ summary.key_var.mT * scale**2
+    logit = mean @ summary.key_mean.mT * scale + capacity
+    mass = (logit + torch.minimum(0.5 * dispersion, capacity)).softmax(-1)
+    error = mass.square() * dispersion
+    per_tile = QUERY_TILE // SUB_TILE
+    present = (count > 0).float()[:, None]
+    tile_rms = (
+        ((error * present).unflatten(2, (-1, per_tile)).sum(3))
+        / present.unflatten(0, (-1, per_tile)).sum(1)
+    ).sqrt()
+    weighted = (dispersion * count[:, None]).unflatten(2, (-1, per_tile)).sum(3)
+    tile_dispersion = weighted / count.unflatten(0, (-1, per_tile)).sum(1)[:, None]
+    return Scores(
+        score=tile_rms * summary.value_spread.unsqueeze(2) * summary.count.numel(),
+        mass_term=torch.minimum(0.5 * tile_dispersion, capacity),
+    )
+
+
+def own_blocks(tiles: int, blocks: int, device: torch.device) -> Tensor:
+    """(I, J) bool: the blocks of a tile's own tokens, always exact (the local neighbourhood)."""
+    block = torch.arange(blocks, device=device)
+    tile = torch.arange(tiles, device=device)
+    return block * KEY_BLOCK // QUERY_TILE == tile[:, None]
+
+
+def route_pairs(score: Tensor, threshold: Tensor, mid_threshold: Tensor) -> Tensor:
+    """Choose the band of every pair: EXACT at or above the threshold, MID between the two, else LOW.
+
+    score: (B, H, I, J); thresholds (B, H). Returns (B, H, I, J) int8.
+    """
+    own = own_blocks(*score.shape[2:], device=score.device)
+    exact = (score >= threshold[..., None, None]) | own
+    middle = score >= mid_threshold[..., None, None]
+    return torch.where(exact, EXACT, torch.where(middle, MID, LOW)).to(torch.int8)
+
+
+def threshold_for_density(score: Tensor, density: float) -> Tensor:
+    """Threshold (B, H) that makes the given share of pairs exact, own blocks counted in."""
+    own = own_blocks(*score.shape[2:], device=score.device)
+    flat = torch.where(own, torch.inf, score).flatten(2)
+    kept = min(max(math.ceil(density * flat.shape[-1]), 1), flat.shape[-1])
+    return flat.kthvalue(flat.shape[-1] - kept + 1, dim=-1).values
+
+
+def route_density(route: Tensor) -> Tensor:
+    """Share of pairs served exactly, a mid pair counted by its cost, 1 / SUB_BLOCK. (B, H)."""
+    return (route == EXACT).float().mean((2, 3)) + (route == MID).float().mean((2, 3)) / SUB_BLOCK
+
+
+def probe_positions(tokens: int, probes: int, device: torch.device) -> Tensor:
+    """Token-order positions of the probes, evenly spaced; (min(probes, tokens),) int64."""
+    probes = min(probes, tokens)
+    return (2 * torch.arange(probes, device=device) + 1) * tokens // (2 * probes)
+
+
+class Bands(NamedTuple):
+    """Logits of some queries to everything they attend, one part for each band.
+
+    exact (B, H, Q, T + X), -inf where a pair is not exact; mid and low (B, H, Q, summaries), -inf
+    where not used; mid_term and low_term: what c multiplies; value / mid_value / low_value alongside.
+    """
+
+    exact: Tensor
+    value: Tensor
+    approximate: Tensor
+    term: Tensor
+    approximate_value: Tensor
+    correction: Tensor
+    low_columns: int
+
+
+def attend_bands(bands: Bands, c: Tensor, g: Tensor) -> Tensor:
+    """One softmax over all bands, and the first-order term. Returns (B, H, Q, D)."""
+    approximate = bands.approximate + c[..., None, None] * bands.term
+    logits = torch.cat([bands.exact, approximate], -1)
+    weights = logits.softmax(-1)
+    keys = bands.exact.shape[-1]
+    mass = weights[..., keys:]
+    low = mass[..., : bands.low_columns].sum(-1, keepdim=True)
+    mid = mass[..., bands.low_columns :].sum(-1, keepdim=True)
+    first_order = low * bands.correction[0] + mid * bands.correction[1]
+    out = weights[..., :keys] @ bands.value + mass @ bands.approximate_value
+    return out + g[..., None, None] * first_order
+
+
+def fit_probe(bands: Bands, full_logits: Tensor) -> Probe:
+    """Fit c and g on queries whose exact attention is known, and measure the error that is left.
+
+    c makes the mean approximate mass unbiased (Newton on its logarithm), g is the least-squares
+    factor of the first-order term. Source: docs/mathematics.md §5.
+
+    full_logits: (B, H, P, T + X) of the same queries to every key; -inf only for masked text.
+    """
+    truth = full_logits.softmax(-1) @ bands.value
+    log_total = full_logits.logsumexp(-1, keepdim=True)
+    missing = torch.where(bands.exact.isinf(), full_logits, -torch.inf)
+    target = (missing - log_total).exp().sum((2, 3))
+    c = torch.ones_like(target)
+    for _ in range(NEWTON_STEPS):
+        mass = (bands.approximate + c[..., None, None] * bands.term - log_total).exp()
+        total, slope = mass.sum((2, 3)), (mass * bands.term).sum((2, 3))
+        step = (total.clamp(min=1e-30) / target.clamp(min=1e-30)).log() * total / slope
+        c = torch.where((slope > 1e-12) & (target > 1e-12), c - step, c).clamp(0.0, C_MAX)
+    plain = attend_bands(bands, c, torch.zeros_like(c))
+    correction = attend_bands(bands, c, torch.ones_like(c)) - plain
+    energy = correction.square().sum((2, 3))
+    aligned = ((truth - plain) * correction).sum((2, 3))
+    g = torch.where(energy > 1e-30, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
+    left = truth - plain - g[..., None, None] * correction
+    error = (left.square().sum((2, 3)) / truth.square().sum((2, 3)).clamp(min=1e-30)).sqrt()
+    return Probe(c, g, error)
+
+
+def make_bands(
+    query: Tensor,
+    tile: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    route: Tensor,
+    low: Summary,
+    mid: Summary | None,
+    scores: Scores,
+    mean_square: Tensor,
+    scale: float,
+) -> Bands:
+    """Lay out the three bands for queries (B, H, Q, D) whose tiles are `tile` (Q,).
+
+    text_bias: (B, 1, 1, X), 0 or -inf. mean_square: (B, H, I, D), pooled over whole tiles.
+    """
+    pair = route[:, :, tile]
+    token_pair = pair.repeat_interleave(KEY_BLOCK, -1)[..., : key.shape[2]]
+    exact = (query @ key.mT * scale).masked_fill(token_pair != EXACT, -torch.inf)
+    text = query @ text_key.mT * scale + text_bias
+    approximate = query @ low.key_mean.mT * scale + low.count.log()
+    approximate = approximate.masked_fill(pair != LOW, -torch.inf)
+    term, values = scores.mass_term[:, :, tile], low.value_mean
+    low_order = query @ low.first_order.mT * scale
+    mid_order = torch.zeros_like(low_order)
+    if mid is not None:
+        fine_pair = pair.repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., : mid.count.numel()]
+        fine = query @ mid.key_mean.mT * scale + mid.count.log()
+        fine = fine.masked_fill(fine_pair != MID, -torch.inf)
+        spread = mean_square[:, :, tile] @ mid.key_var.mT * scale**2
+        approximate = torch.cat([approximate, fine], -1)
+        term = torch.cat([term, torch.minimum(0.5 * spread, mid.count.log())], -1)
+        values = torch.cat([values, mid.value_mean], 2)
+        mid_order = query @ mid.first_order.mT * scale
+    return Bands(
+        exact=torch.cat([exact, text], -1),
+        value=torch.cat([value, text_value], 2),
+        approximate=approximate,
+        term=term,
+        approximate_value=values,
+        correction=torch.stack([low_order, mid_order]),
+        low_columns=low.count.numel(),
+    )
+
+
+def tile_mean_square(query: Tensor) -> Tensor:
+    """(B, H, I, D): mean of the squared queries of each tile."""
+    count = block_counts(query.shape[2], QUERY_TILE, query.device)
+    return split_blocks(query, QUERY_TILE).square().sum(3) / count[:, None]
+
+
+class Split(NamedTuple):
+    """Result of the reference: out (B, H, T, D) in token order, route, density, probe."""
+
+    out: Tensor
+    route: Tensor
+    density: Tensor
+    probe: Probe
+
+
+def resolve_thresholds(
+    score: Tensor, budget: Tensor, density: float, mid_band: bool
+) -> tuple[Tensor, Tensor]:
+    """Thresholds (B, H) of the exact and the mid band, from a budget (2, H) or from a density."""
+    if density > 0.0:
+        threshold = threshold_for_density(score, density)
+        return threshold, threshold * MID_RATIO if mid_band else threshold
+    threshold, mid_threshold = budget.float().expand(score.shape[0], *budget.shape).unbind(1)
+    return threshold, mid_threshold if mid_band else threshold
+
+
+def split_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    text_bias: Tensor,
+    budget: Tensor,
+    *,
+    scale: float,
+    density: float = 0.0,
+    mid_band: bool = False,
+    probes: int = 64,
+) -> Split:
+    """Frequency-split attention of video queries (B, H, T, D), all in token order, float32."""
+    low = summarise(key, value, KEY_BLOCK)
+    mid = summarise(key, value, SUB_BLOCK) if mid_band else None
+    scores = score_pairs(query, low, scale)
+    route = route_pairs(scores.score, *resolve_thresholds(scores.score, budget, density, mid_band))
+    mean_square = tile_mean_square(query)
+
+    def bands_of(positions: Tensor) -> Bands:
+        tile = positions // QUERY_TILE
+        return make_bands(
+            query[:, :, positions], tile, key, value, text_key, text_value, text_bias, route,
+            low, mid, scores, mean_square, scale,
+        )  # fmt: skip
+
+    ones = torch.ones_like(scores.score[..., 0, 0])
+    probe = Probe(ones, ones, ones * torch.nan)
+    if probes:
+        chosen = probe_positions(query.shape[2], probes, query.device)
+        with torch.no_grad():  # c and g are constants to the gradient, like the route
+            text = query[:, :, chosen] @ text_key.mT * scale + text_bias
+            full = torch.cat([query[:, :, chosen] @ key.mT * scale, text], -1)
+            probe = fit_probe(bands_of(chosen), full)
+    everything = bands_of(torch.arange(query.shape[2], device=query.device))
+    out = attend_bands(everything, probe.c, probe.g)
+    return Split(out, route, route_density(route), probe)
