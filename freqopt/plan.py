@@ -1,0 +1,429 @@
+"""The plan: every budget of a model, the error they were calibrated to, and the evidence.
+
+A plan is a JSON file that a person can read and that is safe to load from a stranger: it is data
+checked field by field, never pickle. Its hash refuses truncated and hand-edited files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from freqopt.config import MID_RATIO, SPLIT_VERSION
+from freqopt.errors import PlanError
+
+PLAN_VERSION = 1
+"""Version of the file format; raised when a reader of the old one could misread a new file."""
+
+FORMAT = "freqopt-plan"
+MAX_FILE_BYTES = 256 * 2**20
+
+SiteShape = tuple[int, int]
+"""(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelIdentity(_Record):
+    """Which model a plan belongs to: class name and `model_fingerprint`."""
+
+    class_name: str
+    fingerprint: str
+
+
+class Versions(_Record):
+    """Library versions the plan was calibrated with."""
+
+    freqopt: str
+    torch: str
+    triton: str | None = None
+
+
+class Budget(_Record):
+    """Budgets of one site in one timestep bucket, one entry per head.
+
+    threshold: routing scores at or above it are attended exactly; 0 is dense. mid: whether pairs
+    just below the threshold are served from means of 8 tokens.
+    """
+
+    threshold: list[float]
+    mid: list[bool]
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if len(self.threshold) != len(self.mid):
+            raise ValueError("threshold and mid must have one entry per head")
+        if any(value < 0 for value in self.threshold):
+            raise ValueError("a threshold is negative")
+        return self
+
+
+class SitePlan(_Record):
+    """What the plan says about one site.
+
+    budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
+    head, as measured: share of pairs attended exactly, relative L2 error of the head's output.
+    gain: relative error of the model's output caused by a relative error of 1 of this site's.
+    """
+
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    decision: Literal["split", "dense"]
+    reason: str
+    budgets: list[Budget] = []
+    density: list[float] = []
+    error: list[float] = []
+    gain: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SitePlan:
+        if (self.decision == "split") != bool(self.budgets):
+            raise ValueError("a split site needs budgets and a dense site has none")
+        rows = [budget.threshold for budget in self.budgets] + [
+            self.density,
+            self.error,
+        ]
+        if any(row and len(row) != self.heads for row in rows):
+            raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
+        return self
+
+
+class Curve(_Record):
+    """Error and cost of a ladder of thresholds at one site, [rung][head] throughout.
+
+    density: share of pairs attended exactly. error: relative L2 error of the head's output. bias:
+    signed part of it along the head's own output. probe_error: what the op's probes reported.
+    """
+
+    mid_band: bool
+    density: list[list[float]]
+    error: list[list[float]]
+    bias: list[list[float]]
+    probe_error: list[list[float]]
+
+
+class BucketCurves(_Record):
+    """Curves of one site over the samples of one timestep bucket."""
+
+    samples: int
+    curves: list[Curve]
+
+
+class Spectrum(_Record):
+    """Power of the keys over the token lattice, per head, as shares that sum to 1 over the bins.
+
+    edges: upper edges of the radial bins, in cycles per token. low, mid: share of the power that
+    means of 64 and of 8 tokens can carry, [head]; cutoffs: the two frequencies, cycles per token.
+    """
+
+    edges: list[float]
+    power: list[list[float]]
+    cutoffs: tuple[float, float]
+    low: list[float]
+    mid: list[float]
+
+
+class SiteEvidence(_Record):
+    """Measurements of one site. energy: each head's share of the site's output energy."""
+
+    thresholds: list[float]
+    energy: list[float]
+    curves: list[Curve]
+    buckets: list[BucketCurves] = []
+    spectrum: Spectrum | None = None
+
+
+class Trial(_Record):
+    """One verification: the model run with candidate budgets on held-out samples."""
+
+    multiplier: float
+    predicted_error: float
+    measured_error: float
+    worst_error: float
+    mean_density: float
+    sample_errors: list[float]
+
+
+class Evidence(_Record):
+    """Why the plan is what it is; read by the report, not by the backend."""
+
+    samples: int
+    held_out: int
+    notes: list[str] = []
+    timestep_name: str | None = None
+    timestep_edges: list[float] = []
+    trials: list[Trial] = []
+    sites: dict[str, SiteEvidence] = {}
+
+
+class Plan(_Record):
+    """All budgets and choices for a model, with the error they were calibrated to.
+
+    timestep_edges: boundaries between the timestep buckets of every site's budgets, ascending, in
+    the units of the model's own timestep input; empty for one bucket. target_error, measured_error:
+    relative L2 error of the model's output, the latter on held-out samples (worst_error: the worst
+    of them). mean_density: share of pairs attended exactly, weighted by the sites' dense cost.
+    """
+
+    format: Literal["freqopt-plan"] = "freqopt-plan"
+    version: int = PLAN_VERSION
+    split_version: int = SPLIT_VERSION
+    model: ModelIdentity
+    grids: list[tuple[int, int, int]]
+    device: str
+    versions: Versions
+    seed: int = 0
+    target_error: float = Field(gt=0)
+    measured_error: float = Field(ge=0)
+    worst_error: float = Field(ge=0)
+    mean_density: float = Field(ge=0, le=1)
+    timestep_edges: list[float] = []
+    sites: dict[str, SitePlan]
+    evidence: Evidence
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if self.timestep_edges != sorted(self.timestep_edges):
+            raise ValueError("timestep_edges are not ascending")
+        for name, site in self.sites.items():
+            if site.budgets and len(site.budgets) != len(self.timestep_edges) + 1:
+                raise ValueError(f"site {name!r} does not have one budget per timestep bucket")
+        return self
+
+    def budget(self, site_name: str, bucket: int = 0) -> Tensor:
+        """Budget of a site for the op: (2, H) float32, thresholds of the exact and the mid band.
+
+        A site that the plan leaves dense gets zeros, which is dense attention.
+
+        Raises:
+            PlanError: the plan has no such site or timestep bucket.
+        """
+        site = self._site(site_name)
+        if site.decision == "dense":
+            return torch.zeros(2, site.heads)
+        if not 0 <= bucket < len(site.budgets):
+            raise PlanError(
+                f"timestep bucket {bucket} does not exist; this plan has {len(site.budgets)}"
+            )
+        chosen = site.budgets[bucket]
+        exact = torch.tensor(chosen.threshold, dtype=torch.float32)
+        return torch.stack([exact, torch.where(torch.tensor(chosen.mid), exact * MID_RATIO, exact)])
+
+    def uses_mid_band(self, site_name: str) -> bool:
+        """Whether any head of the site uses the mid band, so that its statistics are needed."""
+        return any(any(budget.mid) for budget in self._site(site_name).budgets)
+
+    def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Args:
+            model: the model itself, its `model_fingerprint`, or the sites found in its graph as
+                {name: (heads, head_dim)}, which is all that a backend sees. Sites of the plan may
+                be missing from a graph (partial graphs), and a graph may have sites that the plan
+                does not know; but some must be shared, and those must have the same shape.
+
+        Raises:
+            PlanError: saying what differs.
+        """
+        if isinstance(model, Mapping):
+            return self._check_sites(model)
+        fingerprint = model if isinstance(model, str) else model_fingerprint(model)
+        if fingerprint == self.model.fingerprint:
+            return None
+        name = "the model" if isinstance(model, str) else _class_name(model)
+        raise PlanError(
+            f"this plan was calibrated for {self.model.class_name} "
+            f"(fingerprint {self.model.fingerprint}) but {name} has fingerprint {fingerprint}: "
+            "parameter names or shapes differ. Calibrate this model with freqopt.calibrate()"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an existing file is replaced only by a complete one."""
+        content = self.model_dump(mode="json")
+        text = _write_json({"hash": _content_hash(content), **content}) + "\n"
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanError: no such file, or one that is truncated, edited by hand, of another version or
+                not a plan at all.
+        """
+        source = Path(path)
+        try:
+            if source.stat().st_size > MAX_FILE_BYTES:
+                raise PlanError(f"{source} is larger than {MAX_FILE_BYTES} bytes: not a plan")
+            text = source.read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
+        return cls.parse(text, origin=str(source))
+
+    @classmethod
+    def parse(cls, text: str, *, origin: str = "plan") -> Plan:
+        """A plan from the text of its file; `origin` names it in errors (see `load`)."""
+        try:
+            content = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(
+                f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
+                "calibrate again or copy it anew"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise PlanError(f"{origin} is not a plan: it lacks the field format = {FORMAT!r}")
+        for field, supported in (
+            ("version", PLAN_VERSION),
+            ("split_version", SPLIT_VERSION),
+        ):
+            if content.get(field) != supported:
+                raise PlanError(
+                    f"{origin} has {field} {content.get(field)!r} and this freqopt reads "
+                    f"{supported}: calibrate again, or install the version that wrote it"
+                )
+        stated = content.pop("hash", None)
+        if stated != _content_hash(content):
+            raise PlanError(
+                f"{origin} does not match its own hash: it was edited or damaged after it was "
+                "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the plan"
+            raise PlanError(f"{origin}: {where}: {first['msg']}") from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"plan for {self.model.class_name}: output error {self.measured_error:.4f} "
+            f"(target {self.target_error:g}) at {self.mean_density:.1%} mean density",
+            f"grids {', '.join('x'.join(map(str, grid)) for grid in self.grids)}; {self.device}; "
+            f"torch {self.versions.torch}; "
+            f"{self.evidence.samples} samples + {self.evidence.held_out} held out",
+            *(f"note: {note}" for note in self.evidence.notes),
+            "",
+        ]
+        rows = [("site", "heads", "tokens", "decision", "density", "error", "mid", "reason")]
+        for name, site in self.sites.items():
+            mids = sum(site.budgets[0].mid) if site.budgets else 0
+            rows.append(
+                (
+                    name,
+                    str(site.heads),
+                    str(site.tokens),
+                    site.decision,
+                    _spread(site.density, 100, "%"),
+                    _spread(site.error, 1, ""),
+                    f"{mids}/{site.heads}",
+                    site.reason,
+                )
+            )
+        return "\n".join(lines + _table(rows, right=(1, 2, 4, 5, 6)))
+
+    def _site(self, name: str) -> SitePlan:
+        if name in self.sites:
+            return self.sites[name]
+        near = difflib.get_close_matches(name, self.sites, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
+
+    def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
+        shared = [name for name in sites if name in self.sites]
+        if sites and not shared:
+            raise PlanError(
+                f"none of the {len(sites)} sites of this graph ({_some(sites)}) is among the "
+                f"{len(self.sites)} ({_some(self.sites)}) of this plan for "
+                f"{self.model.class_name}: it was made for another model"
+            )
+        for name in shared:
+            planned = (self.sites[name].heads, self.sites[name].head_dim)
+            if planned != tuple(sites[name]):
+                raise PlanError(
+                    f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
+                    f"{self.model.class_name} has {planned}: it was made for another model"
+                )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's class name and of its parameters' names and shapes (not their values).
+
+    Fine-tuned, merged-LoRA, quantised-in-place and cast weights of one architecture share it;
+    another architecture, size or an unmerged adapter does not. 16 hexadecimal digits.
+    """
+    inner = _unwrap(model)
+    shapes = sorted((name, tuple(p.shape)) for name, p in inner.named_parameters())
+    return hashlib.sha256(repr((_class_name(inner), shapes)).encode()).hexdigest()[:16]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(_unwrap(model)).__name__
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of a plan")
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _write_json(value: Any, indent: str = "") -> str:
+    """JSON with one line per field, and per list of numbers, which keeps curves readable."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        items = [f"{inner}{json.dumps(k)}: {_write_json(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
+        items = [inner + _write_json(item, inner) for item in value]
+        return "[\n" + ",\n".join(items) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _spread(values: Sequence[float], factor: float, unit: str) -> str:
+    if not values:
+        return "-"
+    digits = 1 if unit else 3
+    low, high, mean = min(values), max(values), math.fsum(values) / len(values)
+    cells = [f"{factor * x:.{digits}f}" for x in (mean, low, high)]
+    return f"{cells[0]}{unit} ({cells[1]}-{cells[2]})"
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,223 @@
+"""The plan file: what is written comes back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from freqopt.config import MID_RATIO
+from freqopt.errors import PlanError
+from freqopt.plan import (
+    Budget,
+    Evidence,
+    ModelIdentity,
+    Plan,
+    SitePlan,
+    Trial,
+    Versions,
+    _content_hash,
+    model_fingerprint,
+)
+
+
+class Tiny(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width)
+
+
+def make_plan(**changes: Any) -> Plan:
+    sites = {
+        "blocks.0.attn": SitePlan(
+            heads=2, head_dim=64, tokens=256, decision="split", reason="",
+            budgets=[Budget(threshold=[0.25, 2.0], mid=[False, True])],
+            density=[0.1, 0.2], error=[0.05, 0.04], gain=0.5,
+        ),
+        "blocks.1.attn": SitePlan(
+            heads=2, head_dim=64, tokens=256, decision="dense", reason="splitting saves nothing",
+        ),
+    }  # fmt: skip
+    fields: dict[str, Any] = dict(
+        model=ModelIdentity(class_name="Tiny", fingerprint=model_fingerprint(Tiny())),
+        grids=[(4, 8, 8)], device="cpu", versions=Versions(freqopt="0.1.0", torch="2.13.0"),
+        target_error=0.03, measured_error=0.028, worst_error=0.029, mean_density=0.15, sites=sites,
+        evidence=Evidence(
+            samples=3, held_out=1, notes=["a note"],
+            trials=[Trial(multiplier=0.5, predicted_error=0.03, measured_error=0.028,
+                          worst_error=0.028, mean_density=0.15, sample_errors=[0.028])],
+        ),
+    )  # fmt: skip
+    return Plan(**{**fields, **changes})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    make_plan().save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def rewrite(path: Path, *, rehash: bool, **changes: Any) -> None:
+    content = {**json.loads(path.read_text()), **changes}
+    if rehash:
+        content.pop("hash")
+        content["hash"] = _content_hash(content)
+    path.write_text(json.dumps(content))
+
+
+def test_round_trip(path: Path) -> None:
+    assert Plan.load(path) == make_plan()
+    assert Plan.load(str(path)).sites["blocks.0.attn"].budgets[0].threshold == [
+        0.25,
+        2.0,
+    ]
+
+
+def test_saving_twice_writes_the_same_bytes_and_leaves_nothing_behind(
+    path: Path,
+) -> None:
+    before = path.read_bytes()
+    Plan.load(path).save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_reformatting_keeps_a_plan_valid(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert Plan.load(path) == make_plan()
+
+
+def test_budget_rows_are_thresholds_of_both_bands() -> None:
+    budget = make_plan().budget("blocks.0.attn")
+    assert budget.dtype == torch.float32
+    assert budget.tolist() == [[0.25, 2.0], [0.25, 2.0 * MID_RATIO]]
+    assert make_plan().budget("blocks.1.attn").tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert make_plan().uses_mid_band("blocks.0.attn")
+    assert not make_plan().uses_mid_band("blocks.1.attn")
+
+
+def test_unknown_site_names_near_misses() -> None:
+    with pytest.raises(PlanError, match=r"did you mean blocks\.0\.attn"):
+        make_plan().budget("block.0.attn")
+    with pytest.raises(PlanError, match="timestep bucket 1"):
+        make_plan().budget("blocks.0.attn", 1)
+
+
+def test_prints_as_a_table() -> None:
+    text = str(make_plan())
+    assert "output error 0.0280 (target 0.03) at 15.0% mean density" in text
+    assert "15.0% (10.0-20.0)" in text and "splitting saves nothing" in text and "a note" in text
+
+
+@pytest.mark.parametrize("cut", [0, 1, 0.3, 0.9, -2, -5])
+def test_truncated(path: Path, cut: float) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
+    with pytest.raises(PlanError, match=r"truncated|not a plan"):
+        Plan.load(path)
+
+
+def test_hand_edited(path: Path) -> None:
+    text = path.read_text()
+    assert "0.25" in text
+    path.write_text(text.replace("0.25", "0.26", 1))
+    with pytest.raises(PlanError, match="own hash"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("field", ["version", "split_version"])
+def test_other_version_is_named_before_the_hash(path: Path, field: str) -> None:
+    rewrite(path, rehash=False, **{field: 99})
+    with pytest.raises(PlanError, match=f"has {field} 99 and this freqopt reads 1"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"target_error": "0.03"}, "target_error"),
+        ({"target_error": -1.0}, "target_error"),
+        ({"mean_density": 1.5}, "mean_density"),
+        ({"surprise": 1}, "surprise"),
+        ({"grids": [[1, 2]]}, "grids"),
+        ({"timestep_edges": [500.0]}, "one budget per timestep bucket"),
+        ({"sites": {"a": {"heads": 2}}}, r"sites\.a"),
+        ({"sites": []}, "sites"),
+    ],
+)
+def test_wrong_content_with_a_right_hash(path: Path, changes: dict[str, Any], said: str) -> None:
+    rewrite(path, rehash=True, **changes)
+    with pytest.raises(PlanError, match=said):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"\x80\x04\x95pickle", "UTF-8"),
+        (b"[]", "not a plan"),
+        (b"null", "not a plan"),
+        (b'{"format": "freqopt-plan"}', "version None"),
+        (b'{"format": NaN}', "NaN"),
+        (b"[" * 200_000, "JSON"),
+    ],
+)
+def test_not_a_plan(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(PlanError, match=said):
+        Plan.load(tmp_path / "x")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="No such file"):
+        Plan.load(tmp_path / "absent.json")
+    with pytest.raises(PlanError, match="cannot read"):
+        Plan.load(tmp_path)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_damage_is_a_plan_error_or_harmless(path: Path, data: st.DataObject) -> None:
+    original = path.read_bytes()
+    at = data.draw(st.integers(0, len(original) - 1))
+    length = data.draw(st.integers(0, 30))
+    damage = data.draw(st.binary(max_size=8))
+    damaged = original[:at] + damage + original[at + length :]
+    other = path.with_suffix(".damaged")
+    other.write_bytes(damaged)
+    try:
+        assert Plan.load(other) == make_plan()  # whitespace, or the damage equals the original
+    except PlanError:
+        pass
+
+
+def test_fingerprint_follows_architecture_not_values() -> None:
+    torch.manual_seed(0)
+    assert model_fingerprint(Tiny()) == model_fingerprint(Tiny().to(torch.bfloat16))
+    assert model_fingerprint(Tiny()) != model_fingerprint(Tiny(16))
+    assert model_fingerprint(Tiny()) == model_fingerprint(torch.compile(Tiny(), backend="eager"))
+    assert model_fingerprint(Tiny()) != model_fingerprint(nn.Linear(8, 8))
+
+
+def test_check_model() -> None:
+    plan = make_plan()
+    plan.check_model(Tiny())
+    plan.check_model(model_fingerprint(Tiny()))
+    plan.check_model({"blocks.0.attn": (2, 64), "other": (3, 32)})
+    plan.check_model({})
+    with pytest.raises(PlanError, match="calibrated for Tiny"):
+        plan.check_model(Tiny(16))
+    with pytest.raises(PlanError, match="none of the 1 sites"):
+        plan.check_model({"layers.0": (2, 64)})
+    with pytest.raises(PlanError, match=r"\(4, 64\)"):
+        plan.check_model({"blocks.0.attn": (4, 64)})
