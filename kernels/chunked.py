@@ -187,7 +187,8 @@ def probe_bands(
         ref.tile_mean_square(tokens.query), scale,
     )  # fmt: skip
     text = chosen @ tokens.text_key.mT * scale + tokens.text_bias
-    return ref.fit_probe(bands, torch.cat([chosen @ tokens.key.mT * scale, text], -1))
+    full = torch.cat([chosen @ tokens.key.mT * scale, text], -1)
+    return ref.fit_probe(ref.observe(bands, full), bands.estimate)
 
 
 def attend_text(tokens: Tokens, scale: float) -> Tensor:

@@ -177,62 +177,98 @@ def probe_positions(tokens: int, probes: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(probes, device=device) + 1) * tokens // (2 * probes)
 
 
-class Bands(NamedTuple):
-    """Logits of some queries to everything they attend, one part for each band.
+class Observed(NamedTuple):
+    """Exact attention of the probes, divided by its softmax sum, and how the route splits it.
 
-    exact (B, H, Q, T + X), -inf where a pair is not exact; mid and low (B, H, Q, summaries), -inf
-    where not used; mid_term and low_term: what c multiplies; value / mid_value / low_value alongside.
+    log_total (B, H, P, 1): logarithm of the softmax sum; exact_mass (B, H, P, 1) and exact_out
+    (B, H, P, D): share of the pairs served exactly; missing_mass, missing_out: the rest.
+    """
+
+    log_total: Tensor
+    exact_mass: Tensor
+    exact_out: Tensor
+    missing_mass: Tensor
+    missing_out: Tensor
+
+
+class Estimate(NamedTuple):
+    """How the approximate bands see the probes: what replaces the missing pairs.
+
+    logit, term (B, H, P, columns): -inf where unused, and what c multiplies; value (B, H, columns,
+    D); order (2, B, H, P, D): first-order terms of low and mid; low_columns: low ones come first.
+    """
+
+    logit: Tensor
+    term: Tensor
+    value: Tensor
+    order: Tensor
+    low_columns: int
+
+
+class Bands(NamedTuple):
+    """Everything that queries (B, H, Q, D) attend to.
+
+    exact (B, H, Q, T + X): logits of tokens and text, -inf where a pair is not exact; value
+    (B, H, T + X, D); estimate: the approximate bands.
     """
 
     exact: Tensor
     value: Tensor
-    approximate: Tensor
-    term: Tensor
-    approximate_value: Tensor
-    correction: Tensor
-    low_columns: int
+    estimate: Estimate
 
 
 def attend_bands(bands: Bands, c: Tensor, g: Tensor) -> Tensor:
     """One softmax over all bands, and the first-order term. Returns (B, H, Q, D)."""
-    approximate = bands.approximate + c[..., None, None] * bands.term
-    logits = torch.cat([bands.exact, approximate], -1)
-    weights = logits.softmax(-1)
-    keys = bands.exact.shape[-1]
-    mass = weights[..., keys:]
-    low = mass[..., : bands.low_columns].sum(-1, keepdim=True)
-    mid = mass[..., bands.low_columns :].sum(-1, keepdim=True)
-    first_order = low * bands.correction[0] + mid * bands.correction[1]
-    out = weights[..., :keys] @ bands.value + mass @ bands.approximate_value
+    approximate = bands.estimate.logit + c[..., None, None] * bands.estimate.term
+    weights = torch.cat([approximate, bands.exact], -1).softmax(-1)
+    columns, low_columns = approximate.shape[-1], bands.estimate.low_columns
+    low = weights[..., :low_columns].sum(-1, keepdim=True)
+    mid = weights[..., low_columns:columns].sum(-1, keepdim=True)
+    first_order = low * bands.estimate.order[0] + mid * bands.estimate.order[1]
+    out = weights[..., columns:] @ bands.value
+    out = out + weights[..., :columns] @ bands.estimate.value
     return out + g[..., None, None] * first_order
 
 
-def fit_probe(bands: Bands, full_logits: Tensor) -> Probe:
+def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     """Fit c and g on queries whose exact attention is known, and measure the error that is left.
 
     c makes the mean approximate mass unbiased (Newton on its logarithm), g is the least-squares
     factor of the first-order term. Source: docs/mathematics.md §5.
-
-    full_logits: (B, H, P, T + X) of the same queries to every key; -inf only for masked text.
     """
-    truth = full_logits.softmax(-1) @ bands.value
-    log_total = full_logits.logsumexp(-1, keepdim=True)
-    missing = torch.where(bands.exact.isinf(), full_logits, -torch.inf)
-    target = (missing - log_total).exp().sum((2, 3))
+    relative = estimate.logit - observed.log_total
+    target = observed.missing_mass.sum((2, 3))
     c = torch.ones_like(target)
     for _ in range(NEWTON_STEPS):
-        mass = (bands.approximate + c[..., None, None] * bands.term - log_total).exp()
-        total, slope = mass.sum((2, 3)), (mass * bands.term).sum((2, 3))
-        step = (total.clamp(min=1e-30) / target.clamp(min=1e-30)).log() * total / slope
-        c = torch.where((slope > 1e-12) & (target > 1e-12), c - step, c).clamp(0.0, C_MAX)
-    plain = attend_bands(bands, c, torch.zeros_like(c))
-    correction = attend_bands(bands, c, torch.ones_like(c)) - plain
+        mass = (relative + c[..., None, None] * estimate.term).exp()
+        total, slope = mass.sum((2, 3)), (mass * estimate.term).sum((2, 3))
+        step = (total.clamp(min=1e-30) / target.clamp(min=1e-30)).log() * total
+        usable = (slope > 1e-12) & (target > 1e-12)
+        c = torch.where(usable, c - step / slope.clamp(min=1e-12), c).clamp(0.0, C_MAX)
+    mass = (relative + c[..., None, None] * estimate.term).exp()
+    low = mass[..., : estimate.low_columns].sum(-1, keepdim=True)
+    mid = mass[..., estimate.low_columns :].sum(-1, keepdim=True)
+    total = observed.exact_mass + low + mid
+    plain = (observed.exact_out + mass @ estimate.value) / total
+    correction = (low * estimate.order[0] + mid * estimate.order[1]) / total
+    truth = observed.exact_out + observed.missing_out
     energy = correction.square().sum((2, 3))
     aligned = ((truth - plain) * correction).sum((2, 3))
     g = torch.where(energy > 1e-30, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
     left = truth - plain - g[..., None, None] * correction
     error = (left.square().sum((2, 3)) / truth.square().sum((2, 3)).clamp(min=1e-30)).sqrt()
     return Probe(c, g, error)
+
+
+def observe(bands: Bands, full_logits: Tensor) -> Observed:
+    """Exact attention of queries (B, H, P, D) from their logits (B, H, P, T + X) to every key."""
+    log_total = full_logits.logsumexp(-1, keepdim=True)
+    exact = (bands.exact - log_total).exp()
+    missing = torch.where(bands.exact.isinf(), (full_logits - log_total).exp(), 0.0)
+    return Observed(
+        log_total, exact.sum(-1, keepdim=True), exact @ bands.value,
+        missing.sum(-1, keepdim=True), missing @ bands.value,
+    )  # fmt: skip
 
 
 def make_bands(
@@ -272,14 +308,11 @@ def make_bands(
         term = torch.cat([term, torch.minimum(0.5 * spread, mid.count.log())], -1)
         values = torch.cat([values, mid.value_mean], 2)
         mid_order = query @ mid.first_order.mT * scale
+    order = torch.stack([low_order, mid_order])
     return Bands(
         exact=torch.cat([exact, text], -1),
         value=torch.cat([value, text_value], 2),
-        approximate=approximate,
-        term=term,
-        approximate_value=values,
-        correction=torch.stack([low_order, mid_order]),
-        low_columns=low.count.numel(),
+        estimate=Estimate(approximate, term, values, order, low.count.numel()),
     )
 
 
@@ -344,7 +377,8 @@ def split_tokens(
         with torch.no_grad():  # c and g are constants to the gradient, like the route
             text = query[:, :, chosen] @ text_key.mT * scale + text_bias
             full = torch.cat([query[:, :, chosen] @ key.mT * scale, text], -1)
-            probe = fit_probe(bands_of(chosen), full)
+            bands = bands_of(chosen)
+            probe = fit_probe(observe(bands, full), bands.estimate)
     everything = bands_of(torch.arange(query.shape[2], device=query.device))
     out = attend_bands(everything, probe.c, probe.g)
     return Split(out, route, route_density(route), probe)

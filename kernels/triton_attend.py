@@ -1,0 +1,319 @@
+"""Triton kernels that attend: the probe's exact pass, and the fused three-band online softmax.
+
+Logits live in base 2 and in the frame of centred keys: subtracting the mean key from every key is
+exact for a softmax, and lets the low band keep its means in half precision (docs/mathematics.md §3).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
+SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _text_logits(
+    q, key, key_mask, x, text, text_before, tokens, col, stride_kn, scale_log2, shift,
+    D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of q against text keys `x` (counted without the video), and their source rows."""
+    source = (x + tl.where(x >= text_before, tokens, 0)).to(tl.int64)
+    inside = x < text
+    k = tl.load(
+        key + source[:, None] * stride_kn + col[None, :],
+        mask=inside[:, None] & (col < D)[None, :],
+        other=0.0,
+    )
+    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - shift[:, None]
+    if HAS_MASK:
+        inside = inside & (tl.load(key_mask + source, mask=inside, other=0) != 0)
+    return tl.where(inside[None, :], logit, -float("inf")), source
+
+
+@triton.jit
+def probe_kernel(
+    query, order, key, value, text_key, text_value, key_mask, route, key_shift,
+    peak_out, mass_out, exact_out, missing_out,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_mb,
+    heads, group_size, tokens, tiles, blocks, probes, text, text_before, scale,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BP probes of one head against one range of key blocks (text in the last range).
+
+    Keeps apart what the route serves exactly and what it misses: for each probe the running peak,
+    the two masses and the two weighted value sums, merged by the host over ranges.
+    """
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_head = head // group_size
+    key_pair = batch * (heads // group_size) + key_head
+    col = tl.arange(0, DP)
+    in_dim = col < D
+    probe = tl.program_id(2) * BP + tl.arange(0, BP)
+    real = probe < probes
+    position = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes)
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
+    q = tl.load(
+        query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn + col[None, :],
+        mask=real[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    scale_log2 = scale * LOG2E
+    shift_key = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
+    shift = tl.sum(q.to(tl.float32) * shift_key[None, :], 1) * scale_log2
+    routes = route + (pair * tiles + position // 128) * blocks
+    row = tl.arange(0, BLOCK)
+
+    peak = tl.full((BP,), -1e30, tl.float32)
+    exact_mass = tl.zeros((BP,), tl.float32)
+    missing_mass = tl.zeros((BP,), tl.float32)
+    exact_acc = tl.zeros((BP, DP), tl.float32)
+    missing_acc = tl.zeros((BP, DP), tl.float32)
+    span = tl.cdiv(blocks, parts)
+    for block in range(part * span, tl.minimum((part + 1) * span, blocks)):
+        where = (row + (key_pair * blocks + block) * BLOCK)[:, None] * D + col[None, :]
+        k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
+        v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - shift[:, None]
+        logit = tl.where((row + block * BLOCK < tokens)[None, :], logit, -float("inf"))
+        is_exact = tl.load(routes + block, mask=real, other=0) == 2
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
+        fade = tl.exp2(peak - new_peak)
+        weight = tl.exp2(logit - new_peak[:, None])
+        exact = tl.where(is_exact[:, None], weight, 0.0)
+        missing = weight - exact
+        exact_mass = exact_mass * fade + tl.sum(exact, 1)
+        missing_mass = missing_mass * fade + tl.sum(missing, 1)
+        exact_acc = tl.dot(
+            exact.to(v.dtype), v, exact_acc * fade[:, None], input_precision=PRECISION
+        )
+        missing_acc = tl.dot(
+            missing.to(v.dtype), v, missing_acc * fade[:, None], input_precision=PRECISION
+        )
+        peak = new_peak
+    if part == parts - 1:
+        text_key += batch * stride_kb + key_head * stride_kh
+        text_value += batch * stride_vb + key_head * stride_vh
+        for start in range(0, text, BLOCK):
+            logit, rows = _text_logits(
+                q, text_key, key_mask + batch * stride_mb, start + row, text, text_before, tokens,
+                col, stride_kn, scale_log2, shift, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
+            v = tl.load(
+                text_value + rows[:, None] * stride_vn + col[None, :],
+                mask=(start + row < text)[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            new_peak = tl.maximum(peak, tl.max(logit, 1))
+            fade = tl.exp2(peak - new_peak)
+            weight = tl.exp2(logit - new_peak[:, None])
+            exact_mass = exact_mass * fade + tl.sum(weight, 1)
+            missing_mass = missing_mass * fade
+            exact_acc = tl.dot(
+                weight.to(v.dtype), v, exact_acc * fade[:, None], input_precision=PRECISION
+            )
+            missing_acc = missing_acc * fade[:, None]
+            peak = new_peak
+
+    out = (pair * parts + part) * probes + probe
+    tl.store(peak_out + out, peak, mask=real)
+    tl.store(mass_out + out * 2, exact_mass, mask=real)
+    tl.store(mass_out + out * 2 + 1, missing_mass, mask=real)
+    cell = out[:, None] * D + col[None, :]
+    mask = real[:, None] & in_dim[None, :]
+    tl.store(exact_out + cell, exact_acc, mask=mask)
+    tl.store(missing_out + cell, missing_acc, mask=mask)
+
+
+@triton.jit
+def _online_step(q, k, v, bias, shift, scale_log2, peak, mass, acc, PRECISION: tl.constexpr):
+    """One tile of keys in the online softmax: logits q k^T * scale - shift + bias, base 2."""
+    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    logit = logit - shift[:, None] + bias
+    new_peak = tl.maximum(peak, tl.max(logit, 1))
+    fade = tl.exp2(peak - new_peak)
+    weight = tl.exp2(logit - new_peak[:, None])
+    mass = mass * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_peak, mass, acc, fade
+
+
+@triton.jit
+def attend_kernel(
+    query, order, key, value, text_key, text_value, key_mask, key_shift,
+    low_key, low_value, low_order, fine_key, fine_value, fine_var, fine_order,
+    mass_term, coefficients, exact_list, mid_list, counts, out,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+    stride_vn, stride_mb, stride_ob, stride_oh, stride_on,
+    heads, group_size, tokens, tiles, blocks, text, text_before, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr, TEXT: tl.constexpr,
+    HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries of one tile, through low band, mid band, text and exact blocks.
+
+    The low band comes first: its first-order term is then one product with the running mass, and
+    the exact loop is a plain list-driven flash loop whose peak is already close to final.
+    """
+    part = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_head = head // group_size
+    key_pair = batch * (heads // group_size) + key_head
+    tile = part * BM // 128
+    row = pair * tiles + tile
+    col = tl.arange(0, DP)
+    in_dim = col < D
+    position = part * BM + tl.arange(0, BM)
+    real = position < tokens
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
+    q = tl.load(
+        query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn + col[None, :],
+        mask=real[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    scale_log2 = scale * LOG2E
+    c = tl.load(coefficients + pair * 2)
+    g = tl.load(coefficients + pair * 2 + 1)
+    shift_key = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
+    shift = tl.sum(q.to(tl.float32) * shift_key[None, :], 1) * scale_log2
+    column = tl.arange(0, BLOCK)
+    peak = tl.full((BM,), -1e30, tl.float32)
+    mass = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, DP), tl.float32)
+
+    low_key += key_pair * blocks * D
+    low_value += key_pair * blocks * D
+    mass_term += row * blocks
+    for start in range(0, blocks, BLOCK):
+        block = start + column
+        inside = block < blocks
+        mask = inside[:, None] & in_dim[None, :]
+        k = tl.load(low_key + block[:, None] * D + col[None, :], mask=mask, other=0.0)
+        v = tl.load(low_value + block[:, None] * D + col[None, :], mask=mask, other=0.0)
+        term = tl.load(mass_term + block, mask=inside, other=-1.0).to(tl.float32)
+        size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
+        bias = tl.where(term >= 0.0, tl.log2(size) + c * term * LOG2E, -float("inf"))
+        peak, mass, acc, fade = _online_step(
+            q, k, v, bias[None, :], tl.zeros((BM,), tl.float32), scale_log2, peak, mass, acc,
+            PRECISION,
+        )  # fmt: skip
+    cell = col[None, :] * D + col[:, None]
+    inside_order = in_dim[None, :] & in_dim[:, None]
+    matrix = tl.load(low_order + key_pair * D * D + cell, mask=inside_order, other=0.0)
+    turned = tl.dot(q, matrix, input_precision=PRECISION)
+    acc += (g * scale) * mass[:, None] * turned
+
+    if MID:
+        n_mid = tl.load(counts + row * 2 + 1)
+        mid_mass = tl.zeros((BM,), tl.float32)
+        q_square = q.to(tl.float32) * q.to(tl.float32)
+        tile_first = tile * 128
+        pooled = tl.sum(q_square, 0)
+        if BM < 128:
+            for other in range(0, 128, BM):
+                if tile_first + other != part * BM:
+                    place = tile_first + other + tl.arange(0, BM)
+                    there = place < tokens
+                    rows = tl.load(order + place, mask=there, other=0).to(tl.int64) + text_before
+                    q_other = tl.load(
+                        query
+                        + batch * stride_qb + head * stride_qh
+                        + rows[:, None] * stride_qn + col[None, :],
+                        mask=there[:, None] & in_dim[None, :],
+                        other=0.0,
+                    ).to(tl.float32)  # fmt: skip
+                    pooled += tl.sum(q_other * q_other, 0)
+        pooled = pooled / tl.minimum(tokens - tile_first, 128).to(tl.float32)
+        RATIO: tl.constexpr = BLOCK // SUB
+        for start in range(0, n_mid, SUB):
+            entry = start + column // RATIO
+            inside = entry < n_mid
+            block = tl.load(mid_list + row * blocks + entry, mask=inside, other=0)
+            fine = block * RATIO + column % RATIO
+            size = tl.minimum(tl.maximum(tokens - fine * SUB, 0), SUB).to(tl.float32)
+            inside = inside & (size > 0)
+            where = (key_pair * blocks * RATIO + fine)[:, None] * D + col[None, :]
+            mask = inside[:, None] & in_dim[None, :]
+            k = tl.load(fine_key + where, mask=mask, other=0.0)
+            v = tl.load(fine_value + where, mask=mask, other=0.0)
+            var = tl.load(fine_var + where, mask=mask, other=0.0).to(tl.float32)
+            capacity = tl.log(tl.maximum(size, 1.0))
+            term = tl.minimum(0.5 * scale * scale * tl.sum(var * pooled[None, :], 1), capacity)
+            bias = tl.where(inside, (capacity + c * term) * LOG2E, -float("inf"))
+            before = mass
+            peak, mass, acc, fade = _online_step(
+                q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
+            )
+            mid_mass = mid_mass * fade + (mass - before * fade)
+        matrix = tl.load(fine_order + key_pair * D * D + cell, mask=inside_order, other=0.0)
+        turned = tl.dot(q, matrix, input_precision=PRECISION)
+        acc += (g * scale) * mid_mass[:, None] * turned
+
+    if TEXT:
+        text_key += batch * stride_kb + key_head * stride_kh
+        text_value += batch * stride_vb + key_head * stride_vh
+        for start in range(0, text, BLOCK):
+            logit, rows = _text_logits(
+                q, text_key, key_mask + batch * stride_mb, start + column, text, text_before,
+                tokens, col, stride_kn, scale_log2, shift, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
+            v = tl.load(
+                text_value + rows[:, None] * stride_vn + col[None, :],
+                mask=(start + column < text)[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            new_peak = tl.maximum(peak, tl.max(logit, 1))
+            fade = tl.exp2(peak - new_peak)
+            weight = tl.exp2(logit - new_peak[:, None])
+            mass = mass * fade + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            peak = new_peak
+
+    # The list ascends, so a ragged last block can only be its last entry: peel it off.
+    n_exact = tl.load(counts + row * 2)
+    exact_list += row * blocks
+    base = key_pair * blocks * BLOCK
+    n_full = n_exact
+    if RAGGED:
+        last = tl.load(exact_list + n_exact - 1)
+        n_full = n_exact - (last == blocks - 1).to(tl.int32)
+    tile_ptr = column[:, None] * D + col[None, :]
+    for i in range(0, n_full):
+        block = tl.load(exact_list + i)
+        where = (base + block * BLOCK) * D + tile_ptr
+        if D == DP:
+            k = tl.load(key + where)
+            v = tl.load(value + where)
+        else:
+            k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
+            v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        new_peak = tl.maximum(peak, tl.max(logit, 1) * scale_log2 - shift)
+        weight = tl.exp2(logit * scale_log2 - (new_peak + shift)[:, None])
+        fade = tl.exp2(peak - new_peak)
+        mass = mass * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        peak = new_peak
+    if RAGGED:
+        if n_full < n_exact:
+            where = (base + (blocks - 1) * BLOCK) * D + tile_ptr
+            k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
+            v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
+            inside = (blocks - 1) * BLOCK + column < tokens
+            bias = tl.where(inside, 0.0, -float("inf"))
+            peak, mass, acc, fade = _online_step(
+                q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
+            )
+
+    result = acc / mass[:, None]
+    tl.store(
+        out + batch * stride_ob + head * stride_oh + source[:, None] * stride_on + col[None, :],
+        result.to(out.dtype.element_ty),
+        mask=real[:, None] & in_dim[None, :],
+    )
