@@ -118,6 +118,7 @@ class Curve(_Record):
 class BucketCurves(_Record):
     """Curves of one site over the samples of one timestep bucket."""
 
+    bucket: int
     samples: int
     curves: list[Curve]
 
@@ -158,7 +159,11 @@ class Trial(_Record):
 
 
 class Evidence(_Record):
-    """Why the plan is what it is; read by the report, not by the backend."""
+    """Why the plan is what it is; read by the report, not by the backend.
+
+    dense_sites: attention that cannot be split at all, with the reason. timestep_edges: boundaries
+    of the buckets that curves were kept for, in the units of the argument `timestep_name`.
+    """
 
     samples: int
     held_out: int
@@ -166,6 +171,7 @@ class Evidence(_Record):
     timestep_name: str | None = None
     timestep_edges: list[float] = []
     trials: list[Trial] = []
+    dense_sites: dict[str, str] = {}
     sites: dict[str, SiteEvidence] = {}
 
 

@@ -1,0 +1,397 @@
+"""Calibration: an error target on the model's output in, a plan that holds it out.
+
+Measures every choice at every site while the model runs on samples, spends the error where it buys
+most, and verifies the result on samples that were not fitted. The method is in docs/calibration.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from freqopt.calibration_allocation import (
+    Allocation,
+    CostModel,
+    ProductCost,
+    SiteChoices,
+    refine,
+    solve,
+)
+from freqopt.calibration_evidence import build_plan
+from freqopt.calibration_measure import THRESHOLDS, Measured, Session, private_backend
+from freqopt.calibration_progress import Progress, open_progress
+from freqopt.calibration_samples import Sample, Samples, SampleSet, collect_samples
+from freqopt.config import MID_RATIO
+from freqopt.errors import CalibrationError, FreqoptError, OptionError
+from freqopt.grid import Grid
+from freqopt.plan import Plan, Trial
+
+logger = logging.getLogger(__name__)
+
+AIM = 0.93
+"""Share of the target that verification aims for, to end between ACCEPT and 1."""
+
+ACCEPT = 0.8
+MAX_TRIALS = 8
+MAX_PROBED_SITES = 16
+"""Sites whose effect on the output is measured; between them it is interpolated over depth."""
+
+PROBE_DENSITY = 0.1
+"""Density at which a site's error is injected to see what reaches the output."""
+
+BIAS_WEIGHT = 4.0
+"""How much more a squared bias counts than noise: it adds up over layers and denoising steps."""
+
+RECOMPILE_LIMIT = 256
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    target_error: float = 0.03,
+    grid: Grid | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Plan:
+    """Find the cheapest budgets that hold an error target on the model's output.
+
+    The model runs a dozen or so times per sample where it is, without gradients, in evaluation
+    mode; it is left as it was. One seed gives one plan.
+
+    Args:
+        model: the model that will be compiled with ``backend="freqopt"``.
+        samples: keyword arguments of calls of the model as dicts, or (args, kwargs) pairs; or a
+            callable that runs your own pipeline once, whose calls of `model` are then recorded
+            (up to 16, evenly spaced). A quarter of them is held out for verification.
+        target_error: relative L2 error of the model's output against the dense model, without unit,
+            in (0, 1); held on the held-out samples (root mean square over them).
+        grid: extents (t, h, w) of the video tokens where the graph does not tell them.
+        progress: show progress and time left.
+        seed: seeds PyTorch's generators before every run of the model.
+
+    Returns:
+        The plan, with the evidence for `freqopt.report`.
+
+    Raises:
+        CalibrationError: unusable samples (none, NaN, of another form), no site that can be split,
+            or a target below what even exact attention in another order of summation gives.
+        OptionError: a target_error outside (0, 1).
+    """
+    if not 0.0 < target_error < 1.0:
+        raise OptionError(
+            f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "
+            "model's output; 0.01 is very close, 0.03 the default, 0.1 visible"
+        )
+    inner = getattr(model, "_orig_mod", model)
+    sample_set = collect_samples(model, samples)
+    with _evaluation(inner), open_progress(progress) as bars:
+        return _Calibration(inner, sample_set, target_error, grid, seed, bars).run()
+
+
+class _Calibration:
+    """One run of `calibrate`: its phases in order, and what they share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        target: float,
+        grid: Grid | None,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.model, self.samples, self.target, self.seed = model, samples, target, seed
+        self.progress = progress
+        self.cost: CostModel = ProductCost()
+        self.session = Session()
+        self.compiled = torch.compile(
+            model, backend=private_backend(self.session, grid), dynamic=False
+        )
+        self.notes = list(samples.notes)
+        self.references: list[list[Tensor]] = []
+        self.trials: list[Trial] = []
+
+    def run(self) -> Plan:
+        self._measure()
+        gains = self._probe_gains()
+        sites = [
+            site_choices(site, gains[name]) for name, site in self.session.measurable().items()
+        ]
+        with self.progress.phase("dense references", len(self.samples.held_out)) as step:
+            for sample in self.samples.held_out:
+                self.references.append(self._run(sample, "dense"))
+                step()
+        allocation = self._search(sites)
+        return build_plan(
+            self.model, self.session, self.samples, sites, gains, allocation, self.trials,
+            target=self.target, seed=self.seed, notes=self.notes, cost=self.cost,
+            densities=self.chosen_densities,
+        )  # fmt: skip
+
+    def _run(self, sample: Sample, mode: Any) -> list[Tensor]:
+        """Floating-point output tensors of one run of the model in a mode of the session."""
+        self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
+                torch.manual_seed(self.seed)
+                output = self.compiled(*sample.args, **sample.kwargs)
+        except Exception as error:
+            cause = getattr(error, "inner_exception", None) or error.__cause__
+            if isinstance(cause, FreqoptError):
+                raise cause from None
+            raise
+        return output_tensors(output)
+
+    def _measure(self) -> None:
+        fit = self.samples.fit
+        known = len(self.session.sites)
+        with self.progress.phase("measuring sites", None) as step:
+            self.session.on_site = step
+            for index, sample in enumerate(fit):
+                output = self._run(sample, "measure")
+                if not all(bool(torch.isfinite(x).all()) for x in output):
+                    raise CalibrationError(
+                        f"sample {index} (of those fitted): the dense model's own output has NaN "
+                        "or infinite values; calibration needs samples that the model can serve"
+                    )
+                known = known or len(self.session.measurable())
+                step.total(known * len(fit))
+        if not self.session.measurable():
+            raise CalibrationError(self._nothing_found())
+
+    def _nothing_found(self) -> str:
+        reasons = dict(self.session.dense_sites)
+        reasons.update({n: s.failure for n, s in self.session.sites.items() if s.failure})
+        if not reasons:
+            return (
+                "no attention was found in the model's graph: it may be of a form that is not "
+                "recognised, or the compiler may have left its frame; "
+                "freqopt.inspect(model, ...) tells which"
+            )
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        return f"none of the {len(reasons)} attention sites can be split ({listed})"
+
+    def _probe_gains(self) -> dict[str, float]:
+        """How strongly the relative error of each site shows in the model's output."""
+        sites = list(self.session.measurable().values())
+        chosen = sorted({round(x) for x in np.linspace(0, len(sites) - 1, MAX_PROBED_SITES)})
+        fit = self.samples.fit
+        used = [fit[0]] if len(fit) == 1 else [fit[0], fit[-1]]
+        log_gains: dict[int, list[float]] = {}
+        with self.progress.phase("probing sites", len(used) * (len(chosen) + 1)) as step:
+            for sample in used:
+                reference = self._run(sample, "dense")
+                step()
+                for index in chosen:
+                    site = sites[index]
+                    self.session.probed, self.session.probe_error = site.name, None
+                    self.session.budgets = {site.name: probe_budget(site)}
+                    output = self._run(sample, "probe")
+                    step()
+                    if self.session.probe_error is None:
+                        continue
+                    injected = math.sqrt(float(self.session.probe_error))
+                    if injected > 1e-7:
+                        reached = relative_error(output, reference)
+                        log_gains.setdefault(index, []).append(
+                            math.log(max(reached / injected, 1e-6))
+                        )
+        if not log_gains:
+            return {site.name: 1.0 / math.sqrt(len(sites)) for site in sites}
+        known = sorted(log_gains)
+        values = [sum(log_gains[i]) / len(log_gains[i]) for i in known]
+        every = np.exp(np.interp(np.arange(len(sites)), known, values))
+        return {site.name: float(gain) for site, gain in zip(sites, every, strict=True)}
+
+    def _search(self, sites: list[SiteChoices]) -> Allocation:
+        """Move the predicted error until the measured one is within [ACCEPT, 1] of the target."""
+        aim = self.target * AIM
+        predicted, low, high = aim, 0.0, math.inf
+        best: tuple[float, Allocation] | None = None
+        seen: set[float] = set()
+        with self.progress.phase("verifying", MAX_TRIALS) as step:
+            for _ in range(MAX_TRIALS):
+                allocation = solve(sites, predicted, self.cost)
+                if allocation.multiplier in seen:
+                    break
+                seen.add(allocation.multiplier)
+                measured = self._verify(sites, allocation)
+                step()
+                if measured <= self.target:
+                    low = predicted
+                    if best is None or allocation.cost < best[1].cost:
+                        best = (measured, allocation)
+                        self.chosen_densities = self.densities
+                    if measured >= ACCEPT * self.target or allocation.multiplier == 0.0:
+                        break
+                else:
+                    high = predicted
+                scaled = predicted * aim / max(measured, 1e-12)
+                if high < math.inf:
+                    inside = math.sqrt(max(low, high * 1e-2) * high)
+                    scaled = scaled if low < scaled < high else inside
+                predicted = min(max(scaled, predicted * 1e-2), predicted * 1e2)
+        if best is None:
+            return self._nearly_dense(sites)
+        if best[0] < ACCEPT * self.target:
+            self.notes.append(
+                "the error is well below the target: "
+                + (
+                    "even the loosest budgets do not reach it"
+                    if best[1].multiplier == 0.0
+                    else "no choice came closer without exceeding it"
+                )
+            )
+        return best[1]
+
+    def _nearly_dense(self, sites: list[SiteChoices]) -> Allocation:
+        """Fall back on everything exact, if that at least meets the target."""
+        allocation = solve(sites, 0.0, self.cost)
+        measured = self._verify(sites, allocation)
+        self.session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
+        floor = self._errors()
+        if max(measured, *floor) > self.target:
+            raise CalibrationError(
+                f"target_error {self.target:g} cannot be met: with every pair attended exactly "
+                f"(threshold 0) the output already differs by {max(measured, *floor):.2e}, which "
+                "is rounding amplified by the model; ask for more than that"
+            )
+        self.notes.append("no split met the target, so every site stays dense")
+        self.chosen_densities = {}
+        return allocation
+
+    def _verify(self, sites: list[SiteChoices], allocation: Allocation) -> float:
+        """Measured error of an allocation over the held-out samples; appends to the trials."""
+        self.session.budgets = budgets(sites, allocation)
+        errors = self._errors()
+        measured = math.sqrt(sum(e * e for e in errors) / len(errors))
+        density = dense = 0.0
+        for site in sites:
+            weight = self.cost.dense(site.tokens, site.head_dim) * site.heads
+            found = self.densities.get(site.name)
+            density += weight * (1.0 if found is None else float(found.mean()))
+            dense += weight
+        self.trials.append(
+            Trial(
+                multiplier=allocation.multiplier,
+                predicted_error=allocation.error,
+                measured_error=measured,
+                worst_error=max(errors),
+                mean_density=density / dense,
+                sample_errors=errors,
+            )
+        )
+        logger.info("trial %s", self.trials[-1])
+        return measured
+
+    def _errors(self) -> list[float]:
+        """Error of each held-out sample with the session's budgets; fills `densities`."""
+        self.session.densities = {}
+        errors = []
+        for sample, reference in zip(self.samples.held_out, self.references, strict=True):
+            errors.append(relative_error(self._run(sample, "split"), reference))
+        self.densities = {
+            name: torch.stack(rows).mean(0).cpu() for name, rows in self.session.densities.items()
+        }
+        return errors
+
+
+def site_choices(site: Measured, gain: float) -> SiteChoices:
+    """Choices of a site as measured: exact, then thresholds without and with the mid band."""
+    sums = site.total()
+    thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
+    one, none = np.ones((site.heads, 1)), np.zeros((site.heads, 1))
+    columns = [[one], [none], [none]]
+    for mid in range(sums.mean("density").shape[0]):
+        ladder, *curves = refine(
+            np.array(THRESHOLDS),
+            *(sums.mean(name)[mid].T.numpy() for name in ("density", "site", "site_bias")),
+        )
+        thresholds.append(ladder)
+        mids.append(np.full(ladder.shape, bool(mid)))
+        for column, curve in zip(columns, curves, strict=True):
+            column.append(curve)
+    density, error, bias = (np.concatenate(column, axis=1) for column in columns)
+    return SiteChoices(
+        name=site.name,
+        tokens=site.tokens,
+        head_dim=site.head_dim,
+        threshold=np.concatenate(thresholds),
+        mid=np.concatenate(mids),
+        density=density,
+        error=gain**2 * error,
+        damage=gain**2 * (error + (BIAS_WEIGHT - 1.0) * bias),
+    )
+
+
+def probe_budget(site: Measured) -> Tensor:
+    """Budget (2, H) that gives every head about PROBE_DENSITY, without mid band."""
+    density = site.total().mean("density")[0]
+    rung = (density - PROBE_DENSITY).abs().argmin(0)
+    exact = torch.tensor(THRESHOLDS)[rung]
+    return torch.stack([exact, exact])
+
+
+def budgets(sites: list[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
+    """Budgets (2, H) of the sites that an allocation splits."""
+    found = {}
+    for site, choice in zip(sites, allocation.choices, strict=True):
+        if choice.dense:
+            continue
+        exact = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
+        mid = torch.tensor(site.mid[choice.index])
+        found[site.name] = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
+    return found
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Floating-point tensors of whatever a model returns, in a fixed order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in output_tensors(item)]
+    if dataclasses.is_dataclass(output):
+        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
+    return []
+
+
+def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
+    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
+    difference = energy = 0.0
+    for got, want in zip(output, reference, strict=True):
+        want = want.to(got.device)
+        difference += float((got.double() - want.double()).square().sum())
+        energy += float(want.double().square().sum())
+    error = math.sqrt(difference / max(energy, 1e-30))
+    return error if math.isfinite(error) else math.inf
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _many_recompiles() -> Any:
+    """Samples of many shapes each need their own graph; hitting the limit would skip sites."""
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            return torch._dynamo.config.patch({name: RECOMPILE_LIMIT})
+    return nullcontext()

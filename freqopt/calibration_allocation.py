@@ -1,0 +1,167 @@
+"""Allocation: which threshold for which head, so that the error target costs least.
+
+Every (site, head) has a curve of choices; one Lagrange multiplier over all of them picks the point
+where another unit of error is worth the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from freqopt.config import KEY_BLOCK
+
+Array = NDArray[np.float64]
+
+REFINEMENT = 4
+"""Choices per measured rung; between rungs curves are interpolated on logarithmic axes."""
+
+SPLIT_EFFICIENCY = 0.6
+"""Rate of the split's exact band over that of the best dense attention (docs/calibration.md)."""
+
+_TINY = 1e-30
+
+
+class CostModel(Protocol):
+    """Cost of attention at one site, per head; any unit, but one unit for all sites."""
+
+    def dense(self, tokens: int, head_dim: int) -> float:
+        """Cost of one head of dense attention over `tokens` tokens."""
+
+    def split(self, tokens: int, head_dim: int, density: Array) -> Array:
+        """Cost of one head of split attention at the given densities (any shape)."""
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """Cost in multiply-adds at dense attention's rate: what is true of a kernel near its peak."""
+
+    efficiency: float = SPLIT_EFFICIENCY
+
+    def dense(self, tokens: int, head_dim: int) -> float:
+        """See `CostModel`."""
+        return 2.0 * tokens * tokens * head_dim
+
+    def split(self, tokens: int, head_dim: int, density: Array) -> Array:
+        """See `CostModel`; the low band costs one product per key block."""
+        return self.dense(tokens, head_dim) * (density / self.efficiency + 1.0 / KEY_BLOCK)
+
+
+@dataclass(frozen=True)
+class SiteChoices:
+    """Choices of one site, C per head; choice 0 is exact (threshold 0, no error).
+
+    threshold (C,), mid (C,) bool: the choices. density, error, damage (H, C): share of pairs
+    attended exactly; squared relative error that the head brings to the model's output; the same
+    with bias weighed up, which is what allocation minimises.
+    """
+
+    name: str
+    tokens: int
+    head_dim: int
+    threshold: Array
+    mid: NDArray[np.bool_]
+    density: Array
+    error: Array
+    damage: Array
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return int(self.density.shape[0])
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What was chosen for a site: one choice index per head, or dense for all of them."""
+
+    index: NDArray[np.int64]
+    dense: bool
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A choice for every site, with its totals.
+
+    error: predicted relative L2 error of the model's output. density: share of pairs attended
+    exactly, weighted by dense cost, dense sites counted as 1.
+    """
+
+    multiplier: float
+    choices: list[SiteChoice]
+    cost: float
+    damage: float
+    error: float
+    density: float
+
+
+def refine(thresholds: Array, *curves: Array) -> tuple[Array, ...]:
+    """Interpolate curves (H, R) over a ladder (R,) to REFINEMENT choices per rung.
+
+    Both axes are logarithmic; values are kept above zero. Returns the finer ladder and curves.
+    """
+    rungs = np.log(thresholds)
+    at = np.arange((len(rungs) - 1) * REFINEMENT + 1) / REFINEMENT
+    fine = np.interp(at, np.arange(len(rungs)), rungs)
+    logs = [np.log(np.maximum(curve, _TINY)) for curve in curves]
+    return np.exp(fine), *[
+        np.exp(np.stack([np.interp(fine, rungs, row) for row in curve])) for curve in logs
+    ]
+
+
+def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -> Allocation:
+    """The choices that minimise cost + multiplier * damage, exactly, over heads and dense sites."""
+    choices = []
+    spent = damage = error = pairs = dense_total = 0.0
+    for site in sites:
+        split_cost = cost.split(site.tokens, site.head_dim, site.density)
+        dense_cost = cost.dense(site.tokens, site.head_dim) * site.heads
+        index = np.argmin(split_cost + multiplier * site.damage, axis=1)
+        head = np.arange(site.heads)
+        chosen_cost, chosen_damage = split_cost[head, index].sum(), site.damage[head, index].sum()
+        dense = bool(dense_cost <= chosen_cost + multiplier * chosen_damage)
+        choices.append(SiteChoice(index, dense))
+        dense_total += dense_cost
+        spent += dense_cost if dense else chosen_cost
+        if dense:
+            pairs += dense_cost
+        else:
+            damage += chosen_damage
+            error += site.error[head, index].sum()
+            pairs += dense_cost * site.density[head, index].mean()
+    density = pairs / dense_total if dense_total else 1.0
+    return Allocation(multiplier, choices, spent, damage, math.sqrt(error), density)
+
+
+def solve(
+    sites: Sequence[SiteChoices],
+    target: float,
+    cost: CostModel,
+    *,
+    steps: int = 80,
+    measure: Callable[[Allocation], float] = lambda allocation: allocation.error,
+) -> Allocation:
+    """The cheapest allocation on the Lagrangian's path whose predicted error is within `target`.
+
+    A multiplier of 0 ignores errors and infinity allows none; the path between is monotone, so
+    bisection of its logarithm suffices.
+    """
+    loosest = allocate(sites, 0.0, cost)
+    if measure(loosest) <= target:
+        return loosest
+    scale = sum(cost.dense(site.tokens, site.head_dim) * site.heads for site in sites)
+    low, high = math.log(scale * 1e-12), math.log(scale * 1e24)
+    best = allocate(sites, math.exp(high), cost)
+    for _ in range(steps):
+        middle = 0.5 * (low + high)
+        trial = allocate(sites, math.exp(middle), cost)
+        if measure(trial) <= target:
+            best, high = trial, middle
+        else:
+            low = middle
+    return best

@@ -1,0 +1,208 @@
+"""Samples for calibration: collected, checked, given a timestep, split into fitting and held-out.
+
+A sample is one call of the model. Whatever the user hands over (kwargs, args, or a callable that
+runs their own pipeline) becomes a list of `Sample`s here; bad values are named before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from freqopt.errors import CalibrationError
+
+Samples = Iterable[Any] | Callable[[], Any]
+"""Kwargs dicts or (args, kwargs) pairs, or a callable that runs the user's own pipeline once."""
+
+MAX_RECORDED = 16
+"""Calls kept of a recorded pipeline, evenly spaced over it."""
+
+MAX_BUCKETS = 4
+"""Timestep buckets that evidence is kept for."""
+
+_TIMESTEP_WORDS = ("timestep", "sigma")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One call of the model; timestep is None if no argument looks like one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    timestep: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSet:
+    """Samples to fit on and samples held out for verification; notes say what the plan should.
+
+    timestep_name: the argument timesteps were read from. timestep_edges: boundaries of the buckets.
+    """
+
+    fit: list[Sample]
+    held_out: list[Sample]
+    notes: list[str]
+    timestep_name: str | None
+    timestep_edges: list[float]
+
+    def bucket(self, sample: Sample) -> int:
+        """Index of the timestep bucket of a sample."""
+        if sample.timestep is None:
+            return 0
+        return sum(sample.timestep > edge for edge in self.timestep_edges)
+
+
+def collect_samples(model: nn.Module, samples: Samples) -> SampleSet:
+    """Turn what the user passed into samples.
+
+    Raises:
+        CalibrationError: no samples, one of another form, or one with NaN or infinite values.
+    """
+    calls = _record(model, samples) if callable(samples) else [_as_call(x) for x in samples]
+    if not calls:
+        raise CalibrationError(
+            "there are no samples; "
+            + (
+                "the callable finished without calling the model: it must run the very object "
+                "that is being calibrated"
+                if callable(samples)
+                else "pass at least two, such as the inputs of a few denoising steps"
+            )
+        )
+    signature = _signature(model)
+    name: str | None = None
+    found: list[Sample] = []
+    for index, (args, kwargs) in enumerate(calls):
+        named = _named(signature, args, kwargs)
+        _check_finite(index, named)
+        label, timestep = _timestep(named)
+        name = name or label
+        found.append(Sample(args, kwargs, timestep))
+    fit, held_out, notes = _hold_out(found)
+    return SampleSet(fit, held_out, notes, name, _bucket_edges(found))
+
+
+def _as_call(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    if (
+        isinstance(sample, Sequence)
+        and len(sample) == 2
+        and isinstance(sample[0], (tuple, list))
+        and isinstance(sample[1], Mapping)
+    ):
+        return tuple(sample[0]), dict(sample[1])
+    raise CalibrationError(
+        f"a sample is a {type(sample).__name__}; supported are a dict of keyword arguments, or a "
+        "pair (args, kwargs) of a tuple and a dict"
+    )
+
+
+def _record(
+    model: nn.Module, pipeline: Callable[[], Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run the pipeline and keep up to MAX_RECORDED of the model's calls, evenly spaced."""
+    kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    seen, stride = 0, 1
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal seen, stride
+        if seen % stride == 0:
+            kept.append(pytree.tree_map(_keep, (args, kwargs)))
+            if len(kept) == 2 * MAX_RECORDED:
+                del kept[1::2]
+                stride *= 2
+        seen += 1
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            pipeline()
+    finally:
+        handle.remove()
+    if len(kept) <= MAX_RECORDED:
+        return kept
+    last = len(kept) - 1
+    return [kept[round(i * last / (MAX_RECORDED - 1))] for i in range(MAX_RECORDED)]
+
+
+def _keep(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    forward = getattr(model, "_orig_mod", model).forward
+    try:
+        return inspect.signature(forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _named(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, positional ones too where the model's signature tells."""
+    if signature is not None:
+        try:
+            return dict(signature.bind(*args, **kwargs).arguments)
+        except TypeError:
+            pass  # the model itself will say what is wrong with the call
+    return {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+
+
+def _check_finite(index: int, named: Mapping[str, Any]) -> None:
+    for name, argument in named.items():
+        for value in pytree.tree_leaves(argument):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise CalibrationError(
+                    f"sample {index}: {name!r} has {bad} NaN or infinite values of "
+                    f"{value.numel()}; calibration needs finite inputs, so find where they "
+                    "come from or leave this sample out"
+                )
+
+
+def _timestep(named: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    for name, value in named.items():
+        if not any(word in name.lower() for word in _TIMESTEP_WORDS):
+            continue
+        if isinstance(value, Tensor) and value.numel():
+            return name, float(value.detach().double().mean())
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return None, None
+
+
+def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Every fourth sample, spread over the timesteps, is kept for verification."""
+    if len(samples) == 1:
+        note = (
+            "only one sample was given, so the error was verified on the sample it was fitted to; "
+            "pass two or more"
+        )
+        return samples, samples, [note]
+    timed = all(sample.timestep is not None for sample in samples)
+    order = sorted(samples, key=lambda s: s.timestep or 0.0) if timed else list(samples)
+    if len(order) < 4:
+        return order[:1] + order[2:], [order[1]], []
+    held_out = order[2::4]
+    fit = [sample for i, sample in enumerate(order) if i % 4 != 2]
+    return fit, held_out, []
+
+
+def _bucket_edges(samples: Sequence[Sample]) -> list[float]:
+    """Edges that share the distinct timesteps out evenly among at most MAX_BUCKETS buckets."""
+    if any(sample.timestep is None for sample in samples):
+        return []
+    steps = sorted({sample.timestep for sample in samples if sample.timestep is not None})
+    buckets = min(MAX_BUCKETS, len(steps))
+    cuts = [len(steps) * i // buckets for i in range(1, buckets)]
+    return [0.5 * (steps[cut - 1] + steps[cut]) for cut in cuts]
