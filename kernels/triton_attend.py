@@ -145,6 +145,30 @@ def _online_step(q, k, v, bias, shift, scale_log2, peak, mass, acc, PRECISION: t
 
 
 @triton.jit
+def _turned(
+    query_rows, matrix, mask_rows, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q H^T for the first-order term, (BM, DP), in slices of q's columns to bound shared memory.
+
+    query_rows: (BM, 1) pointers to the queries; matrix: H-bar (D, D), values by keys.
+    """
+    SLICE: tl.constexpr = 64 if DP > 64 else DP
+    value_col = tl.arange(0, DP)
+    turned = tl.zeros((BM, DP), tl.float32)
+    for start in range(0, DP, SLICE):
+        key_col = start + tl.arange(0, SLICE)
+        q = tl.load(
+            query_rows + key_col[None, :], mask=mask_rows & (key_col < D)[None, :], other=0.0
+        )
+        cell = value_col[None, :] * D + key_col[:, None]
+        inside = (value_col < D)[None, :] & (key_col < D)[:, None]
+        h = tl.load(matrix + cell, mask=inside, other=0.0)
+        turned = tl.dot(q, h, turned, input_precision=PRECISION)
+    return turned
+
+
+@triton.jit
 def attend_kernel(
     query, order, key, value, text_key, text_value, key_mask, key_shift,
     low_key, low_value, low_order, fine_key, fine_value, fine_var, fine_order,
@@ -172,11 +196,8 @@ def attend_kernel(
     position = part * BM + tl.arange(0, BM)
     real = position < tokens
     source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
-    q = tl.load(
-        query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn + col[None, :],
-        mask=real[:, None] & in_dim[None, :],
-        other=0.0,
-    )
+    query_rows = query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn
+    q = tl.load(query_rows + col[None, :], mask=real[:, None] & in_dim[None, :], other=0.0)
     scale_log2 = scale * LOG2E
     c = tl.load(coefficients + pair * 2)
     g = tl.load(coefficients + pair * 2 + 1)
@@ -203,10 +224,7 @@ def attend_kernel(
             q, k, v, bias[None, :], tl.zeros((BM,), tl.float32), scale_log2, peak, mass, acc,
             PRECISION,
         )  # fmt: skip
-    cell = col[None, :] * D + col[:, None]
-    inside_order = in_dim[None, :] & in_dim[:, None]
-    matrix = tl.load(low_order + key_pair * D * D + cell, mask=inside_order, other=0.0)
-    turned = tl.dot(q, matrix, input_precision=PRECISION)
+    turned = _turned(query_rows, low_order + key_pair * D * D, real[:, None], D, DP, BM, PRECISION)
     acc += (g * scale) * mass[:, None] * turned
 
     if MID:
@@ -251,8 +269,9 @@ def attend_kernel(
                 q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
             )
             mid_mass = mid_mass * fade + (mass - before * fade)
-        matrix = tl.load(fine_order + key_pair * D * D + cell, mask=inside_order, other=0.0)
-        turned = tl.dot(q, matrix, input_precision=PRECISION)
+        turned = _turned(
+            query_rows, fine_order + key_pair * D * D, real[:, None], D, DP, BM, PRECISION
+        )
         acc += (g * scale) * mid_mass[:, None] * turned
 
     if TEXT:

@@ -25,6 +25,9 @@ from freqopt.kernels.triton_prepare import route_kernel, score_kernel, summarise
 GROUP = 16
 """Key blocks per program of the summaries: amortises the (D, D) sum of first-order products."""
 
+SCORE_BLOCKS = 32
+"""Key blocks per step of the scores."""
+
 PROBE_ROWS = 64
 PROBE_PARTS = 16
 """Key ranges the probe's exact pass is spread over."""
@@ -37,24 +40,32 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     score_tiles: int
-    score_blocks: int
-    precision: str
     score_precision: str
+    precision: str
 
 
 @functools.lru_cache(maxsize=64)
 def launch_for(dtype: torch.dtype, head_dim: int) -> Launch:
     """Tile shapes that fit shared memory and registers for this dtype and padded head dim."""
-    padded = max(triton.next_power_of_2(head_dim), 16)
-    single = dtype == torch.float32
-    score_precision = os.environ.get("FREQOPT_SCORE_PRECISION", "tf32x3")
-    if single:
-        rows = 64 if padded >= 128 else QUERY_TILE
-        return Launch(rows, 8, 2 if padded <= 64 else 1, 2 if padded > 128 else 4, 32,
-                      "tf32x3", score_precision)  # fmt: skip
-    rows = 64 if padded > 128 else QUERY_TILE
-    return Launch(rows, 8 if rows == QUERY_TILE else 4, 3 if padded <= 128 else 2,
-                  2 if padded > 128 else 4, 32, "tf32", score_precision)  # fmt: skip
+    padded = padded_dim(head_dim)
+    wide = padded > 128
+    if dtype == torch.float32:
+        return Launch(
+            rows=64 if padded >= 128 else QUERY_TILE,
+            warps=8,
+            stages=1,
+            score_tiles=1 if wide else 4,
+            score_precision="tf32x3",
+            precision="tf32x3",
+        )
+    return Launch(
+        rows=64 if wide else QUERY_TILE,
+        warps=8,
+        stages=2 if wide else 3,
+        score_tiles=1 if wide else 4,
+        score_precision=os.environ.get("FREQOPT_SCORE_PRECISION", "tf32x3"),
+        precision="tf32",
+    )
 
 
 class Summaries(NamedTuple):
@@ -167,8 +178,8 @@ def make_route(
         summaries.key_mean, summaries.key_var, summaries.spread, score, mass_term,
         *query.stride()[:3],
         heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=launch.score_blocks,
-        PRECISION=launch.score_precision, num_warps=4, num_stages=2,
+        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=SCORE_BLOCKS,
+        PRECISION=launch.score_precision, num_warps=4, num_stages=1 if dim > 128 else 2,
     )  # fmt: skip
     thresholds = ref.resolve_thresholds(score, budget, density, mid_band)
     limits = torch.stack([t.expand(batch, heads) for t in thresholds], -1).contiguous()
@@ -243,7 +254,7 @@ def estimate_probes(
     mid_band: bool,
 ) -> ref.Estimate:
     """How the low and mid bands see the probes, from the summaries the kernels attend with."""
-    batch, heads, _, _ = query.shape
+    heads = query.shape[1]
     group = heads // summaries.key.shape[1]
     positions = ref.probe_positions(sequence.tokens, probes, query.device)
     order = token_order(sequence.grid, query.device)

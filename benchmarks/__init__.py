@@ -1,0 +1,1 @@
+"""Benchmarks: each writes JSON under benchmarks/results/ with GPU, versions and commit."""

@@ -1,0 +1,215 @@
+"""Error against time of the whole op, beside dense attention: `python -m benchmarks.attention`.
+
+Every row is one call on the trained DiT's own Q, K and V: its relative error against dense attention
+in the same run, the density reached, the time of the whole call and of its parts. A row whose
+correctness gate fails prints no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.common import environment, milliseconds, write
+from benchmarks.tensors import Attention, zoo_attention
+
+GRIDS = {"32K": (21, 30, 52), "75K": (21, 45, 80)}
+DENSITIES = (0.02, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 1.0)
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def dense_times(a: Attention) -> dict[str, float]:
+    """Milliseconds of each dense backend that runs here."""
+    times = {}
+    for name, backend in DENSE.items():
+        with sdpa_kernel(backend):
+            times[name] = milliseconds(
+                lambda: F.scaled_dot_product_attention(a.query, a.key, a.value)
+            )
+    return times
+
+
+def relative_errors(out: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative L1 and L2 error, mean over heads."""
+    out, truth = out.float(), truth.float()
+    l1 = (out - truth).abs().sum((2, 3)) / truth.abs().sum((2, 3))
+    l2 = (out - truth).square().sum((2, 3)).sqrt() / truth.square().sum((2, 3)).sqrt()
+    return float(l1.mean()), float(l2.mean())
+
+
+def threshold_for(a: Attention, density: float) -> float:
+    """One threshold for all heads whose mean density is the given one (0 for density 1)."""
+    from freqopt.kernels import triton_split as split
+    from freqopt.kernels.layout import Sequence
+
+    if density >= 1.0:
+        return 0.0
+    low, high = -6.0, 6.0
+    sequence = Sequence(a.grid, 0, 0)
+    for _ in range(24):
+        middle = (low + high) / 2
+        budget = torch.full((2, a.query.shape[1]), 10.0**middle, device=a.query.device)
+        summaries = split.summarise(a.key, a.value, sequence, False)
+        route = split.make_route(
+            a.query, summaries, budget, sequence, scale=a.query.shape[-1] ** -0.5, density=0.0,
+            mid_band=False, launch=split.launch_for(a.query.dtype, a.query.shape[-1]),
+        )  # fmt: skip
+        reached = float((route.route == 2).float().mean())
+        low, high = (middle, high) if reached > density else (low, middle)
+    return 10.0**low
+
+
+def part_times(a: Attention, threshold: float) -> dict[str, float]:
+    """Milliseconds of each part of one call."""
+    from freqopt.kernels import reference as ref
+    from freqopt.kernels import triton_split as split
+    from freqopt.kernels.layout import Sequence
+
+    sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
+    launch = split.launch_for(a.query.dtype, a.query.shape[-1])
+    budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
+    made: dict[str, Any] = {}
+
+    def summarise() -> None:
+        made["summaries"] = split.summarise(a.key, a.value, sequence, False)
+
+    def route() -> None:
+        made["route"] = split.make_route(
+            a.query, made["summaries"], budget, sequence, scale=scale, density=0.0,
+            mid_band=False, launch=launch,
+        )  # fmt: skip
+
+    def probe() -> None:
+        observed = split.observe_probes(
+            a.query, a.key, a.value, None, made["summaries"], made["route"].route, sequence,
+            scale=scale, probes=64, precision=launch.precision,
+        )  # fmt: skip
+        estimate = split.estimate_probes(
+            a.query, made["summaries"], made["route"], sequence, scale=scale, probes=64,
+            mid_band=False,
+        )  # fmt: skip
+        fitted = ref.fit_probe(observed, estimate)
+        made["coefficients"] = torch.stack([fitted.c, fitted.g], -1)
+
+    out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
+
+    def attend() -> None:
+        split.attend(
+            a.query, a.key, a.value, None, made["summaries"], made["route"],
+            made["coefficients"], out, sequence, scale=scale, mid_band=False, launch=launch,
+        )  # fmt: skip
+
+    steps: list[Callable[[], None]] = [summarise, route, probe, attend]
+    return {step.__name__: milliseconds(step, repeat=50) for step in steps}
+
+
+def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
+    """All rows for one problem size."""
+    import freqopt
+
+    dense = dense_times(a)
+    best = min(dense.values())
+    truth = F.scaled_dot_product_attention(a.query.float()[:, :2], a.key.float()[:, :2],
+                                           a.value.float()[:, :2])  # fmt: skip
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        reference = F.scaled_dot_product_attention(a.query, a.key, a.value)
+    floor = relative_errors(reference[:, :2], truth)
+    rows = []
+    flops = 4 * a.query.shape[1] * a.query.shape[2] ** 2 * a.query.shape[3]
+    for density in densities:
+        threshold = threshold_for(a, density)
+
+        def call(threshold: float = threshold) -> Any:
+            return freqopt.split_attention(
+                a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True
+            )
+
+        out, stats = call()
+        l1, l2 = relative_errors(out, reference)
+        if not torch.isfinite(out).all() or (density >= 1.0 and l2 > 1e-2):
+            print(f"density {density}: FAILED its gate (relative L2 {l2:.3g}); no time reported")
+            continue
+        total, parts = milliseconds(call), part_times(a, threshold)
+        reached = float(stats.density.mean())
+        rows.append(
+            {
+                "density": reached, "threshold": threshold, "l1": l1, "l2": l2,
+                "probe_error": float(stats.probe_error.mean()), "ms": total,
+                "speedup": best / total, "parts_ms": parts,
+                "attend_tflops": reached * flops / parts["attend"] / 1e9,
+            }
+        )  # fmt: skip
+        print(
+            f"density {reached:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}  probe {rows[-1]['probe_error']:.4f}"
+            f"  {total:7.3f} ms  {best / total:5.2f}x  "
+            + "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
+            + f"  {rows[-1]['attend_tflops']:.0f} TFLOP/s useful",
+            flush=True,
+        )
+    return {
+        "tokens": a.query.shape[2], "grid": a.grid, "heads": a.query.shape[1],
+        "head_dim": a.query.shape[3], "dtype": str(a.query.dtype), "dense_ms": dense,
+        "dense_bf16_l1": floor[0], "rows": rows,
+    }  # fmt: skip
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Error against time, one curve a problem size, dense as a vertical line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(result["problems"]), figsize=(5.2 * len(result["problems"]), 3.8), squeeze=False
+    )
+    for ax, problem in zip(axes[0], result["problems"], strict=True):
+        rows = [r for r in problem["rows"] if r["density"] < 1]
+        ax.plot([r["ms"] for r in rows], [r["l1"] for r in rows], "o-", color="#1f6feb")
+        for r in rows:
+            ax.annotate(
+                f"{100 * r['density']:.0f} %  {r['speedup']:.1f}×", (r["ms"], r["l1"]),
+                textcoords="offset points", xytext=(6, 4), fontsize=8,
+            )  # fmt: skip
+        best = min(problem["dense_ms"].values())
+        ax.axvline(best, color="#888", linestyle="--")
+        ax.annotate(f"dense {best:.1f} ms", (best, ax.get_ylim()[1]), rotation=90, va="top",
+                    ha="right", fontsize=8, color="#555")  # fmt: skip
+        ax.set(
+            xlabel="time of the whole call, ms", ylabel="relative L1 error, mean over heads",
+            title=f"{problem['heads']} heads × {problem['tokens']:,} tokens", xlim=(0, None),
+            ylim=(0, None),
+        )  # fmt: skip
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    arguments = parser.parse_args()
+    problems = []
+    for size in arguments.sizes:
+        a = zoo_attention(GRIDS[size])
+        print(f"{a.query.shape[1]} heads x {a.query.shape[2]} tokens, {a.query.dtype}", flush=True)
+        problems.append(measure(a, tuple(arguments.densities)))
+        print("dense: " + ", ".join(f"{k} {v:.2f} ms" for k, v in problems[-1]["dense_ms"].items()))
+    result = {"environment": environment(), "problems": problems}
+    path = write("attention", result, arguments.out)
+    plot(result, path.with_suffix(".png"))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What every benchmark shares: the environment it ran in, timing, and where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, str]:
+    """GPU, driver-visible versions and commit, for the head of a result file."""
+    import triton
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "device": gpu or platform.machine(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _commit() -> str:
+    """The checkout's commit; FREQOPT_COMMIT where the code was copied without its history."""
+    if "FREQOPT_COMMIT" in os.environ:
+        return os.environ["FREQOPT_COMMIT"]
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown"
+
+
+def milliseconds(call: Callable[[], object], *, warmup: int = 25, repeat: int = 100) -> float:
+    """Median time of a call on the GPU, in ms; `warmup` and `repeat` are ms spent on each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=warmup, rep=repeat, return_mode="median"))
+
+
+def write(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write `result` as <folder>/<name>.json, by default under benchmarks/results/."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

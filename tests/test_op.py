@@ -1,0 +1,183 @@
+"""The op as users and graphs call it: against the reference, its gradients, its errors."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import freqopt
+from freqopt.errors import InputError
+from freqopt.kernels import chunked, op
+from freqopt.kernels.scores import route_scores
+
+
+def call_op(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
+    query, key, value, mask = tensors
+    return op.split_attention_op(
+        query, key, value, budget, mask, list(case.grid), case.before, case.after,
+        case.dim**-0.5, 0.0, case.mid, probes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("density", [0.2, 0.6])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_op_is_the_reference(case: Case, density: float) -> None:
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, density)
+    expected, split = reference_split(case, tensors, budget)
+    out, reached, error, route, coefficients = call_op(case, tensors, budget)
+    assert torch.equal(route, split.route)
+    assert relative(out, expected) < 1e-5
+    assert torch.allclose(reached, split.density)
+    assert torch.allclose(error, split.probe.error, atol=1e-4)
+    assert torch.allclose(coefficients[..., 0], split.probe.c, atol=1e-3)
+    assert relative(out, dense(case, tensors)) < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_dtype_and_layout(dtype: torch.dtype) -> None:
+    case = CASES[1]
+    query, key, value, mask = make_tensors(case)
+    tensors = (query.to(dtype), key.to(dtype), value.to(dtype), mask)
+    out = call_op(case, tensors, torch.zeros(2, case.heads))[0]
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    assert relative(out, dense(case, tensors)) < 1e-2
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[3]], ids=str)
+def test_gradients_are_those_of_the_reference(case: Case) -> None:
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.4)
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for run in (
+        lambda t: call_op(case, t, budget)[0],
+        lambda t: reference_split(case, t, budget)[0],
+    ):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors[:3]]
+        (run((*leaves, tensors[3])) * weight).sum().backward()
+        grads.append([x.grad for x in leaves])
+    for mine, expected in zip(*grads, strict=True):
+        assert mine is not None and expected is not None
+        assert relative(mine, expected) < 1e-4
+
+
+def test_schema_fake_and_autograd_registrations_are_consistent() -> None:
+    case = CASES[1]
+    query, key, value, mask = make_tensors(case)
+    arguments = (
+        query.requires_grad_(), key.requires_grad_(), value.requires_grad_(),
+        torch.full((2, case.heads), 0.5), mask, list(case.grid), case.before, case.after,
+        case.dim**-0.5, 0.0, False, 16,
+    )  # fmt: skip
+    results = torch.library.opcheck(torch.ops.freqopt.split_attention.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_density_and_statistics() -> None:
+    case = Case((6, 16, 16), batch=2)
+    query, key, value, _ = make_tensors(case)
+    dense_out = dense(case, (query, key, value, None))
+    errors = []
+    for density in (0.2, 0.5, 1.0):
+        out, stats = freqopt.split_attention(
+            query, key, value, grid=case.grid, density=density, return_stats=True
+        )
+        assert stats.density.shape == stats.probe_error.shape == (2, case.heads)
+        assert ((stats.density - density).abs() <= 1 / 24 / 12 + 1e-6).all()
+        errors.append(relative(out, dense_out))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-5
+
+
+def test_threshold_per_head_serves_each_head_its_own() -> None:
+    case = Case((6, 8, 11), batch=1)
+    query, key, value, _ = make_tensors(case)
+    threshold = torch.tensor([0.0, torch.inf])
+    _, stats = freqopt.split_attention(
+        query, key, value, grid=case.grid, threshold=threshold, return_stats=True
+    )
+    assert stats.density[0, 0] == 1.0 and stats.density[0, 1] < 0.5
+
+
+def test_scores_are_what_the_router_compares() -> None:
+    case = CASES[1]
+    tensors = make_tensors(case)
+    score = route_scores(*tensors[:3], grid=case.grid, text_before=3, text_after=5)
+    budget = budget_for(case, tensors, 0.3)
+    route = call_op(case, tensors, budget)[3]
+    lifted = score >= budget[0][None, :, None, None]
+    assert (route == 2)[lifted].all() and (route == 2).sum() >= lifted.sum()
+
+
+def test_ten_thousand_tokens_fit_in_two_gigabytes() -> None:
+    query = torch.randn(1, 10_080, 4, 64).transpose(1, 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = freqopt.split_attention(query, query, query, grid=(10, 28, 36), density=0.1)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert torch.isfinite(out).all() and used < 2 * 2**20
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[4]
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.4)
+    whole = call_op(case, tensors, budget)[0]
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    assert relative(call_op(case, tensors, budget)[0], whole) < 1e-6
+
+
+QKV = torch.randn(1, 2, 60, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grid": (3, 4, 6)}, "72 tokens"),
+        ({"grid": (3, 4, 5), "text_after": 4}, "4 text tokens"),
+        ({"query": QKV.double(), "key": QKV.double(), "value": QKV.double()}, "float64"),
+        ({"query": QKV.long(), "key": QKV.long(), "value": QKV.long()}, "int64"),
+        ({"key": QKV[:, :, :50]}, "must agree"),
+        ({"key": QKV.half()}, "dtypes differ"),
+        ({"query": QKV[0]}, "expected"),
+        ({"threshold": 1.0, "density": 0.1}, "one of them"),
+        ({"density": 0.0}, "outside"),
+        ({"density": 1.5}, "outside"),
+        ({"threshold": float("nan")}, "0 \\(dense\\) or larger"),
+        ({"threshold": torch.ones(3)}, "2 heads"),
+        ({"mid_band": torch.ones(2)}, "mid_band"),
+        ({"probes": -1}, "probes"),
+        ({"key_mask": torch.ones(1, 60)}, "key_mask"),
+        ({"key": QKV.expand(1, 2, 60, 16)[:, :1].repeat(1, 3, 1, 1),
+          "value": QKV[:, :1].repeat(1, 3, 1, 1)}, "not a multiple"),
+        ({"query": QKV.to("meta"), "key": QKV.to("meta"), "value": QKV.to("meta")}, "meta"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_what_was_seen(change: dict, said: str) -> None:
+    arguments = {"query": QKV, "key": QKV, "value": QKV, "grid": (3, 4, 5)} | change
+    with pytest.raises(InputError, match=said):
+        freqopt.split_attention(**arguments)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
+    before=st.integers(0, 5), after=st.integers(0, 5), dim=st.sampled_from([8, 16, 24]),
+    groups=st.sampled_from([1, 2]), mid=st.booleans(), density=st.floats(0.05, 0.95),
+    batch=st.integers(1, 2), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_agrees_with_the_reference(
+    grid: tuple, before: int, after: int, dim: int, groups: int, mid: bool, density: float,
+    batch: int, seed: int,
+) -> None:  # fmt: skip
+    case = Case(grid, dim, 2 * groups, 2, batch, before, after, masked=before + after > 0, mid=mid)
+    tensors = make_tensors(case, seed)
+    budget = budget_for(case, tensors, density) if case.length > 128 else torch.ones(2, case.heads)
+    expected, split = reference_split(case, tensors, budget, probes=8)
+    out, _, _, route, _ = call_op(case, tensors, budget, probes=8)
+    assert torch.equal(route, split.route)
+    assert relative(out, expected) < 1e-5
