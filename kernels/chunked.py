@@ -8,6 +8,7 @@ probe are those of `freqopt.kernels.reference`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Parts
 from typing import NamedTuple
 
 import torch
@@ -260,56 +261,56 @@ def split_backward(
 
     Recomputes chunk by chunk, so memory is that of one chunk beside float32 copies of the inputs.
     """
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        tokens = take_apart(*inputs, key_mask, sequence)
-        context = make_context(tokens, mid_band)
-        tiles = ref.split_blocks(tokens.query, QUERY_TILE)
     c, g = coefficients.unbind(-1)
     count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
+    bias = text_bias(sequence.text_mask(key_mask), sequence.text_of(key).float())
     grad_tiles = ref.split_blocks(sequence.video_of(grad).float(), QUERY_TILE)
 
-    roots: list[Tensor] = [
-        *context[:4], *_differentiable(context.low),
-        *(_differentiable(context.mid) if context.mid is not None else []),
-    ]  # fmt: skip
-    leaves = [x.detach().requires_grad_() for x in roots]
-    inner = _rebuild(context, leaves)
+    def prepare(*inputs: Tensor) -> tuple[Tensor, ...]:
+        tokens = take_apart(*inputs, key_mask, sequence)
+        context = make_context(tokens, mid_band)
+        text = (attend_text(tokens, scale),) if sequence.text else ()
+        tiles = ref.split_blocks(tokens.query, QUERY_TILE)
+        return (tiles, *text, *_differentiable(context))
+
+    # torch.func, not torch.autograd: inside an op's kernel the autograd keys are switched off.
+    prepared, prepare_vjp = torch.func.vjp(prepare, query, key, value)
+    fixed = 2 if sequence.text else 1
+    tiles, leaves = prepared[0], prepared[fixed:]
     sums = [torch.zeros_like(x) for x in leaves]
     grad_query = torch.zeros_like(tiles)
-    for part in chunks_of(tiles, route, context.low.count.numel() + sequence.text):
-        with torch.enable_grad():
-            chunk = tiles[:, :, part].detach().requires_grad_()
-            out = attend_tiles(
-                chunk, count[part], inner, tokens.text_bias, route[:, :, part], c, g, scale
-            )
-        grads = torch.autograd.grad(
-            out, [chunk, *leaves], grad_tiles[:, :, part], allow_unused=True
-        )
+    columns = -(-sequence.tokens // KEY_BLOCK) + sequence.text
+    for part in chunks_of(tiles, route, columns):
+
+        def attend(chunk: Tensor, *parts: Tensor, part: slice = part) -> Tensor:
+            context = _context_of(parts, sequence.tokens)
+            return attend_tiles(chunk, count[part], context, bias, route[:, :, part], c, g, scale)
+
+        _, attend_vjp = torch.func.vjp(attend, tiles[:, :, part], *leaves)
+        grads = attend_vjp(grad_tiles[:, :, part])
         grad_query[:, :, part] = grads[0]
         for total, part_grad in zip(sums, grads[1:], strict=True):
-            if part_grad is not None:
-                total += part_grad
-    roots, sums = [tiles, *roots], [grad_query, *sums]
-    if sequence.text:
-        with torch.enable_grad():
-            roots.append(attend_text(tokens, scale))
-        sums.append(sequence.text_of(grad).float())
-    reached = [(r, s) for r, s in zip(roots, sums, strict=True) if r.requires_grad]
-    results = torch.autograd.grad([r for r, _ in reached], inputs, [s for _, s in reached])
+            total += part_grad
+    text_grad = (sequence.text_of(grad).float(),) if sequence.text else ()
+    results = prepare_vjp((grad_query, *text_grad, *sums))
     return results[0], results[1], results[2]
 
 
-def _differentiable(summary: ref.Summary) -> list[Tensor]:
-    return [summary.key_mean, summary.value_mean, summary.key_var, summary.first_order]
+def _differentiable(context: Context) -> list[Tensor]:
+    """The tensors of a context that gradients flow through, in the order `_context_of` takes."""
+    summaries = [context.low] if context.mid is None else [context.low, context.mid]
+    each = [(s.key_mean, s.value_mean, s.key_var, s.first_order) for s in summaries]
+    return [*context[:4], *(x for parts in each for x in parts)]
 
 
-def _rebuild(context: Context, leaves: list[Tensor]) -> Context:
-    """`context` with its differentiable tensors replaced by `leaves`, in the order of the roots."""
+def _context_of(parts: Parts[Tensor], tokens: int) -> Context:
+    """A context from its differentiable tensors; routing is done, so no value spread."""
 
-    def replaced(summary: ref.Summary, values: list[Tensor]) -> ref.Summary:
+    def summary(values: Parts[Tensor], size: int) -> ref.Summary:
         mean, value, var, first = values
-        return summary._replace(key_mean=mean, value_mean=value, key_var=var, first_order=first)
+        count = ref.block_counts(tokens, size, mean.device)
+        return ref.Summary(count, mean, value, var, torch.empty(0), first)
 
-    mid = replaced(context.mid, leaves[8:12]) if context.mid is not None else None
-    return Context(*leaves[:4], replaced(context.low, leaves[4:8]), mid)
+    low = summary(parts[4:8], KEY_BLOCK)
+    mid = summary(parts[8:12], SUB_BLOCK) if len(parts) > 8 else None
+    return Context(parts[0], parts[1], parts[2], parts[3], low, mid)

@@ -120,17 +120,41 @@ def _split_attention_fake(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, _, key_mask, grid, before, after, scale, _, mid_band, _ = inputs
     ctx.save_for_backward(query, key, value, key_mask, output[3], output[4])
-    ctx.sequence = _sequence(grid, before, after)
-    ctx.scale, ctx.mid_band = scale, mid_band
+    ctx.extents, ctx.constants = (grid, before, after), (scale, mid_band)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, key_mask, route, coefficients = ctx.saved_tensors
-    grads = chunked.split_backward(
-        grad, query, key, value, key_mask, route, coefficients, ctx.sequence,
-        scale=ctx.scale, mid_band=ctx.mid_band,
+@torch.library.custom_op("freqopt::split_attention_backward", mutates_args=())
+def split_attention_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    route: Tensor,
+    coefficients: Tensor,
+    grid: Extents[int],
+    text_before: int,
+    text_after: int,
+    scale: float,
+    mid_band: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; route and coefficients are those the forward returned."""
+    return chunked.split_backward(
+        grad, query, key, value, key_mask, route, coefficients,
+        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
     )  # fmt: skip
+
+
+@split_attention_backward_op.register_fake
+def _split_attention_backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    grads = split_attention_backward_op(grad, *ctx.saved_tensors, *ctx.extents, *ctx.constants)
     return (*grads, *[None] * 9)
 
 
