@@ -1,0 +1,70 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+#
+# PYTHON: interpreter that the environment is made from. If it already has a PyTorch with a working GPU,
+#         that one is used; otherwise the version pinned in constraints.txt is installed.
+# VENV:   folder of the environment. Name an environment of your own to use that instead.
+# ARGS:   passed on to the demo, pytest or the benchmark.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.freqopt-ready
+CHECKED := $(VENV)/.freqopt-checked
+FOLDERS := freqopt passes kernels exporters models_zoo tests benchmarks examples
+SOURCES := $(shell find $(FOLDERS) -name '*.py' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest bench doctor clean
+
+help:
+	@echo 'make demo    install, then calibrate, compile and sample a video; writes demo/report.html'
+	@echo 'make test    install, then lint, types and tests'
+	@echo 'make lint    ruff check and ruff format --check'
+	@echo 'make types   mypy, strict'
+	@echo 'make pytest  the tests alone; ARGS="-m slow" for the long ones'
+	@echo 'make bench   time the op against dense attention (needs an NVIDIA GPU)'
+	@echo 'make doctor  what works on this machine, and why the rest does not'
+	@echo 'make clean   remove caches, build output and the demo (not $(VENV))'
+	@echo
+	@echo 'variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=...'
+
+$(READY): pyproject.toml constraints.txt .ci/make_venv.py
+	@command -v '$(PYTHON)' >/dev/null || { \
+	  echo 'make: there is no $(PYTHON) here: install Python 3.10 or newer, or name it: make PYTHON=...'; \
+	  exit 1; }
+	@'$(PYTHON)' .ci/make_venv.py '$(VENV)'
+	@touch $@
+
+demo: $(READY)
+	'$(BIN)/freqopt' demo $(ARGS)
+
+test: $(CHECKED) pytest
+
+$(CHECKED): $(READY) $(SOURCES)
+	@$(MAKE) --no-print-directory lint types
+	@touch $@
+
+lint: $(READY)
+	'$(BIN)/ruff' check .
+	'$(BIN)/ruff' format --check .
+
+types: $(READY)
+	'$(BIN)/mypy' -p freqopt
+
+# One thread per worker: two workers with two threads each fight over two cores.
+pytest: $(READY)
+	OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(READY)
+	'$(BIN)/python' -m benchmarks.attention $(ARGS)
+
+doctor: $(READY)
+	'$(BIN)/freqopt' doctor
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -f '$(CHECKED)'
+	find $(FOLDERS) -name __pycache__ -type d -prune -exec rm -rf {} +
