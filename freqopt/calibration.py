@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from freqopt.calibration_allocation import (
     Allocation,
     CostModel,
+    HeadCurves,
     ProductCost,
     SiteChoices,
-    refine,
+    make_choices,
     solve,
 )
 from freqopt.calibration_evidence import build_plan
@@ -218,6 +219,7 @@ class _Calibration:
         aim = self.target * AIM
         predicted, low, high = aim, 0.0, math.inf
         best: tuple[float, Allocation] | None = None
+        loosest = solve(sites, math.inf, self.cost).multiplier
         seen: set[float] = set()
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
@@ -232,7 +234,7 @@ class _Calibration:
                     if best is None or allocation.cost < best[1].cost:
                         best = (measured, allocation)
                         self.chosen_densities = self.densities
-                    if measured >= ACCEPT * self.target or allocation.multiplier == 0.0:
+                    if measured >= ACCEPT * self.target or allocation.multiplier == loosest:
                         break
                 else:
                     high = predicted
@@ -248,7 +250,7 @@ class _Calibration:
                 "the error is well below the target: "
                 + (
                     "even the loosest budgets do not reach it"
-                    if best[1].multiplier == 0.0
+                    if best[1].multiplier == loosest
                     else "no choice came closer without exceeding it"
                 )
             )
@@ -307,31 +309,17 @@ class _Calibration:
 
 
 def site_choices(site: Measured, gain: float) -> SiteChoices:
-    """Choices of a site as measured: exact, then thresholds without and with the mid band."""
+    """The choices of a site from what was measured, errors carried to the model's output."""
     sums = site.total()
-    thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
-    one, none = np.ones((site.heads, 1)), np.zeros((site.heads, 1))
-    columns = [[one], [none], [none]]
-    for mid in range(sums.mean("density").shape[0]):
-        ladder, *curves = refine(
-            np.array(THRESHOLDS),
-            *(sums.mean(name)[mid].T.numpy() for name in ("density", "site", "site_bias")),
-        )
-        thresholds.append(ladder)
-        mids.append(np.full(ladder.shape, bool(mid)))
-        for column, curve in zip(columns, curves, strict=True):
-            column.append(curve)
-    density, error, bias = (np.concatenate(column, axis=1) for column in columns)
-    return SiteChoices(
-        name=site.name,
-        tokens=site.tokens,
-        head_dim=site.head_dim,
-        threshold=np.concatenate(thresholds),
-        mid=np.concatenate(mids),
-        density=density,
-        error=gain**2 * error,
-        damage=gain**2 * (error + (BIAS_WEIGHT - 1.0) * bias),
+    density, error, bias = (
+        sums.mean(name).transpose(1, 2).numpy() for name in ("density", "site", "site_bias")
     )
+    damage = error + (BIAS_WEIGHT - 1.0) * bias
+    curves = [
+        HeadCurves(bool(mid), density[mid], gain**2 * error[mid], gain**2 * damage[mid])
+        for mid in range(len(density))
+    ]
+    return make_choices(site.name, site.tokens, site.head_dim, np.array(THRESHOLDS), curves)
 
 
 def probe_budget(site: Measured) -> Tensor:

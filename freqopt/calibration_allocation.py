@@ -7,9 +7,9 @@ where another unit of error is worth the same everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,15 @@ class SiteChoices:
         return int(self.density.shape[0])
 
 
+class HeadCurves(NamedTuple):
+    """Measured curves of a site's heads over the ladder, (H, R) each; see `SiteChoices`."""
+
+    mid: bool
+    density: Array
+    error: Array
+    damage: Array
+
+
 @dataclass(frozen=True)
 class SiteChoice:
     """What was chosen for a site: one choice index per head, or dense for all of them."""
@@ -114,6 +123,30 @@ def refine(thresholds: Array, *curves: Array) -> tuple[Array, ...]:
     ]
 
 
+def make_choices(
+    name: str, tokens: int, head_dim: int, ladder: Array, curves: Sequence[HeadCurves]
+) -> SiteChoices:
+    """All choices of a site: exact first, then each curve refined between the ladder's rungs."""
+    heads = curves[0].density.shape[0]
+    one, none = np.ones((heads, 1)), np.zeros((heads, 1))
+    thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
+    density, error, damage = [one], [none], [none]
+    for curve in curves:
+        fine, *refined = refine(ladder, curve.density, curve.error, curve.damage)
+        thresholds.append(fine)
+        mids.append(np.full(fine.shape, curve.mid))
+        for column, values in zip((density, error, damage), refined, strict=True):
+            column.append(values)
+    return SiteChoices(
+        name,
+        tokens,
+        head_dim,
+        np.concatenate(thresholds),
+        np.concatenate(mids),
+        *(np.concatenate(column, axis=1) for column in (density, error, damage)),
+    )
+
+
 def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -> Allocation:
     """The choices that minimise cost + multiplier * damage, exactly, over heads and dense sites."""
     choices = []
@@ -144,23 +177,22 @@ def solve(
     cost: CostModel,
     *,
     steps: int = 80,
-    measure: Callable[[Allocation], float] = lambda allocation: allocation.error,
 ) -> Allocation:
     """The cheapest allocation on the Lagrangian's path whose predicted error is within `target`.
 
-    A multiplier of 0 ignores errors and infinity allows none; the path between is monotone, so
-    bisection of its logarithm suffices.
+    A small multiplier ignores errors and a large one allows none; the path between is monotone, so
+    bisection of its logarithm suffices. An infinite target gives the loosest allocation.
     """
-    loosest = allocate(sites, 0.0, cost)
-    if measure(loosest) <= target:
-        return loosest
     scale = sum(cost.dense(site.tokens, site.head_dim) * site.heads for site in sites)
-    low, high = math.log(scale * 1e-12), math.log(scale * 1e24)
+    low, high = math.log(scale * 1e-9), math.log(scale * 1e24)
+    loosest = allocate(sites, math.exp(low), cost)
+    if loosest.error <= target:
+        return loosest
     best = allocate(sites, math.exp(high), cost)
     for _ in range(steps):
         middle = 0.5 * (low + high)
         trial = allocate(sites, math.exp(middle), cost)
-        if measure(trial) <= target:
+        if trial.error <= target:
             best, high = trial, middle
         else:
             low = middle

@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.calibration_allocation import Allocation, CostModel, SiteChoice, SiteChoices
+from freqopt.calibration_allocation import (
+    Allocation,
+    CostModel,
+    HeadCurves,
+    SiteChoice,
+    SiteChoices,
+    make_choices,
+)
 from freqopt.calibration_measure import THRESHOLDS, Measured, Session, SpectrumSums, Sums
 from freqopt.calibration_samples import SampleSet
 from freqopt.plan import (
@@ -212,3 +220,18 @@ def _versions() -> Versions:
     except metadata.PackageNotFoundError:
         triton = None
     return Versions(freqopt=freqopt.__version__, torch=str(torch.__version__), triton=triton)
+
+
+def choices_of_plan(plan: Plan) -> list[SiteChoices]:
+    """The choices a plan was allocated from, rebuilt from its evidence (bias left out)."""
+    found = []
+    for name, evidence in plan.evidence.sites.items():
+        site = plan.sites[name]
+        scale = (site.gain or 0.0) ** 2 * np.array(evidence.energy)[:, None]
+        curves = []
+        for curve in evidence.curves:
+            error = scale * np.square(np.array(curve.error).T)
+            curves.append(HeadCurves(curve.mid_band, np.array(curve.density).T, error, error))
+        ladder = np.array(evidence.thresholds)
+        found.append(make_choices(name, site.tokens, site.head_dim, ladder, curves))
+    return found

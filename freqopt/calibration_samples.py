@@ -1,7 +1,7 @@
 """Samples for calibration: collected, checked, given a timestep, split into fitting and held-out.
 
 A sample is one call of the model. Whatever the user hands over (kwargs, args, or a callable that
-runs their own pipeline) becomes a list of `Sample`s here; bad values are named before anything runs.
+runs their own pipeline) becomes a list of `Sample`s here; bad values are named before a run.
 """
 
 from __future__ import annotations
