@@ -1,7 +1,7 @@
 """Create the virtual environment that `make` works in, or say plainly why it cannot be done.
 
-Usage: python make_venv.py FOLDER. Standard library only, and syntax that Python 3.6 can read, so that
-one that is too old gets a sentence rather than a traceback.
+Usage: python make_venv.py FOLDER. Standard library and syntax of Python 3.6 only, so that a Python
+that is too old gets a sentence rather than a traceback.
 """
 
 import os

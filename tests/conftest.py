@@ -1,7 +1,7 @@
 """What every test stands on: poisoned allocations, fixed seeds, one thread, and honest skips.
 
-Memory that a kernel allocates without writing holds NaN here (and absurd integers), so an output that
-is left partly unwritten fails its test instead of passing on last call's memory.
+Memory that a kernel allocates without writing holds NaN here (and absurd integers), so an output
+that is left partly unwritten fails its test instead of passing on last call's memory.
 """
 
 from __future__ import annotations

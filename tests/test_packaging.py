@@ -1,0 +1,164 @@
+"""The symlinked layout installs whole, and hides no other package of the same name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import entry_points
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import pytest
+
+import freqopt
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("passes", "kernels", "exporters", "models_zoo")
+DATA_SUFFIXES = {".safetensors", ".html", ".json", ".jsonl", ".css"}
+LARGEST = 2**20
+LARGEST_WEIGHTS = 16 * 2**20
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd)
+    assert found.returncode == 0, f"{command}\n{found.stdout}\n{found.stderr}"
+    return found.stdout
+
+
+def ours() -> set[str]:
+    """Files that an installed freqopt must have, as paths below site-packages."""
+    own = [f.relative_to(ROOT) for f in (ROOT / "freqopt").rglob("*")]
+    found = [f for f in own if f.parts[1] not in LINKED]
+    for name in LINKED:
+        found += [Path("freqopt") / f.relative_to(ROOT) for f in (ROOT / name).rglob("*")]
+    return {str(f) for f in found if f.suffix in {".py", *DATA_SUFFIXES}}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders(name: str) -> None:
+    link = ROOT / "freqopt" / name
+    assert link.is_symlink(), f"freqopt/{name} must be a symlink (Windows: core.symlinks=true)"
+    assert os.readlink(link) == f"../{name}", "the symlink must be relative"
+    assert (ROOT / name).is_dir() and not (ROOT / name).is_symlink()
+    assert not list((ROOT / name).rglob("__init__.py")), (
+        f"{name}/ with an __init__.py would be a package of that name wherever the root is on the "
+        "path, and break whoever looks for another package called so"
+    )
+
+
+def test_the_root_hides_no_other_package() -> None:
+    """From the root, `kernels` is at most an empty namespace, and what probes for it works."""
+    script = """
+import importlib.util
+for name in ("passes", "kernels", "exporters", "models_zoo"):
+    spec = importlib.util.find_spec(name)
+    assert spec is None or spec.origin is None, (name, spec)
+import transformers, diffusers
+from diffusers import WanTransformer3DModel
+from transformers import VideoMAEModel
+"""
+    run(sys.executable, "-c", script)
+
+
+def test_entry_point() -> None:
+    points = [p for p in entry_points(group="torch_dynamo_backends") if p.name == "freqopt"]
+    assert len(points) == 1, "freqopt is not installed: make .venv/.freqopt-ready"
+    assert points[0].value == "freqopt.backend:freqopt_backend"
+    assert callable(points[0].load())
+
+
+def test_dynamo_finds_the_backend() -> None:
+    import torch._dynamo
+
+    from freqopt.backend import freqopt_backend
+
+    assert "freqopt" in torch._dynamo.list_backends()
+    assert torch._dynamo.lookup_backend("freqopt") is freqopt_backend
+
+
+def test_version_is_stated_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", freqopt.__version__)
+    assert installed_version("freqopt") == freqopt.__version__
+    assert "version" not in re.findall(
+        r"^(\w+) =", (ROOT / "pyproject.toml").read_text().split("[project.optional")[0], re.M
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(wheel, sdist) built from a copy of what is tracked or new, without touching the network.
+
+    The wheel is built from the unpacked sdist, as installers do.
+    """
+    folder = tmp_path_factory.mktemp("built")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    source = folder / "source"
+    for name in listed:
+        file = ROOT / name
+        if not file.exists():
+            continue
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, source / name, follow_symlinks=False)
+    build = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
+    run(sys.executable, "-c", build, "build_sdist", folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    run(sys.executable, "-c", build, "build_wheel", folder, cwd=unpacked)
+    (wheel,) = folder.glob("*.whl")
+    return wheel, sdist
+
+
+def test_wheel_has_every_module_and_its_data(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = set(wheel.namelist())
+    missing = ours() - names
+    assert not missing, missing
+    assert {n.split("/")[0] for n in names} == {
+        "freqopt",
+        f"freqopt-{freqopt.__version__}.dist-info",
+    }
+    assert {"freqopt/py.typed", "freqopt/kernels/op.py", "freqopt/passes/find.py"} <= names
+    assert not [n for n in names if "__pycache__" in n]
+
+
+def test_sdist_has_every_module_and_its_data(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as sdist:
+        members = {m.name.split("/", 1)[-1]: m for m in sdist.getmembers()}
+    assert ours() <= members.keys()
+    assert {"pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= members.keys()
+    assert not [m for m in members.values() if m.issym()], "links would point outside the archive"
+
+
+def test_installed_wheel_works_without_the_checkout(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+        "--target", site, built[0], cwd=tmp_path)  # fmt: skip
+    script = f"""
+import sys
+sys.meta_path = [f for f in sys.meta_path if "freqopt" not in repr(f)]
+sys.path.insert(0, {str(site)!r})
+import freqopt, torch
+from freqopt.kernels import op
+from freqopt.passes import find
+assert freqopt.__file__.startswith({str(site)!r}) and op.__file__.startswith({str(site)!r})
+x = torch.randn(1, 1, 60, 8)
+assert freqopt.split_attention(x, x, x, grid=(3, 4, 5), threshold=0.0).isfinite().all()
+"""
+    run(sys.executable, "-c", script, cwd=tmp_path)
+
+
+def test_no_large_file_is_tracked() -> None:
+    for name in run("git", "ls-files").splitlines():
+        file = ROOT / name
+        if file.is_file() and not file.is_symlink():
+            limit = LARGEST_WEIGHTS if file.suffix == ".safetensors" else LARGEST
+            assert file.stat().st_size <= limit, f"{name} is larger than {limit} bytes"
