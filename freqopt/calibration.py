@@ -119,6 +119,8 @@ class _Calibration:
         )
         self.notes = list(samples.notes)
         self.references: list[list[Tensor]] = []
+        self.densities: dict[str, Tensor] = {}
+        self.chosen_densities: dict[str, Tensor] = {}
         self.trials: list[Trial] = []
 
     def run(self) -> Plan:
@@ -243,33 +245,29 @@ class _Calibration:
                     inside = math.sqrt(max(low, high * 1e-2) * high)
                     scaled = scaled if low < scaled < high else inside
                 predicted = min(max(scaled, predicted * 1e-2), predicted * 1e2)
-        if best is None:
-            return self._nearly_dense(sites)
+        if best is None or all(choice.dense for choice in best[1].choices):
+            return self._everything_dense(sites)
         if best[0] < ACCEPT * self.target:
-            self.notes.append(
-                "the error is well below the target: "
-                + (
-                    "even the loosest budgets do not reach it"
-                    if best[1].multiplier == loosest
-                    else "no choice came closer without exceeding it"
-                )
-            )
+            why = "no choice came closer without exceeding it"
+            if best[1].multiplier == loosest:
+                why = "even the loosest budgets do not reach it"
+            self.notes.append(f"the error is well below the target: {why}")
         return best[1]
 
-    def _nearly_dense(self, sites: list[SiteChoices]) -> Allocation:
-        """Fall back on everything exact, if that at least meets the target."""
-        allocation = solve(sites, 0.0, self.cost)
-        measured = self._verify(sites, allocation)
+    def _everything_dense(self, sites: list[SiteChoices]) -> Allocation:
+        """The plan that splits nothing, unless exact attention misses the target as well."""
         self.session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
-        floor = self._errors()
-        if max(measured, *floor) > self.target:
+        floor = max(self._errors())
+        if floor > self.target:
             raise CalibrationError(
                 f"target_error {self.target:g} cannot be met: with every pair attended exactly "
-                f"(threshold 0) the output already differs by {max(measured, *floor):.2e}, which "
-                "is rounding amplified by the model; ask for more than that"
+                f"(threshold 0) the output already differs by {floor:.1e}, which is rounding "
+                "amplified by the model; ask for more than that"
             )
         self.notes.append("no split met the target, so every site stays dense")
-        self.chosen_densities = {}
+        allocation = solve(sites, 0.0, self.cost)
+        self._verify(sites, allocation)
+        self.chosen_densities = self.densities
         return allocation
 
     def _verify(self, sites: list[SiteChoices], allocation: Allocation) -> float:

@@ -67,7 +67,7 @@ def build_plan(
         else:
             plans[site.name] = _split_site(site, choice, found, gains, densities.get(site.name))
     for name, found in session.sites.items():
-        if found.failure and found.heads:
+        if found.failure:
             plans[name] = _dense_site(found, found.failure, gains)
     return Plan(
         model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),

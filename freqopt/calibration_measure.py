@@ -144,6 +144,7 @@ class Recorder:
         """Attention of (B, H, N, D) tensors, dense or split as the session's mode says."""
         call = Call(query, key, value, key_mask, grid, text_before, text_after, scale)
         session, site = self.session, self.site
+        _, site.heads, site.tokens, site.head_dim = query.shape
         try:
             if session.mode == "measure" and not site.failure:
                 session.on_site()
@@ -164,7 +165,6 @@ class Recorder:
     def _measure(self, call: Call) -> Tensor:
         site, session = self.site, self.session
         dense = call.dense()
-        _, site.heads, site.tokens, site.head_dim = call.query.shape
         site.grids.add(call.grid)
         energy = head_energy(dense)
         total = energy.sum().clamp(min=1e-30)
