@@ -1,0 +1,302 @@
+"""Calibration end to end on a small model: the target holds where nothing was fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freqopt
+from freqopt import calibration, calibration_measure
+from freqopt.calibration import relative_error
+from freqopt.errors import CalibrationError, OptionError
+from freqopt.plan import Plan
+
+GRID = (4, 16, 8)
+
+
+class Attention(nn.Module):
+    """Self-attention that the tests, too, can run split: `budget` is a plan's, (2, H)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.budget = heads, None
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.budget is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            mid = self.budget[1] < self.budget[0]
+            out = freqopt.split_attention(
+                q, k, v, grid=GRID, threshold=self.budget[0], mid_band=mid
+            )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TinyVideo(nn.Module):
+    def __init__(self, width: int = 32, heads: int = 2, layers: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, width, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(width, 12)
+        for block in self.blocks:  # sharper than random weights are, so that routing matters
+            block.attn.qkv.weight.data[: 2 * width] *= 3
+
+    def forward(self, video: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        x = self.patch(video).flatten(2).transpose(1, 2) + timestep[:, None, None]
+        for block in self.blocks:
+            x = block(x)
+        return {"velocity": self.head(self.dropout(x))}
+
+
+def make_model() -> TinyVideo:
+    torch.manual_seed(0)
+    return TinyVideo()
+
+
+def make_sample(seed: int) -> dict[str, Tensor]:
+    """Smooth video with some noise on it: content of low and of high frequency."""
+    generator = torch.Generator().manual_seed(seed)
+    t, h, w = GRID
+    coarse = torch.randn(1, 3, 2, 4, 4, generator=generator)
+    fine = torch.randn(1, 3, t, 2 * h, 2 * w, generator=generator)
+    video = F.interpolate(coarse, (t, 2 * h, 2 * w), mode="trilinear") + 0.1 * fine
+    return {"video": video, "timestep": torch.tensor([(seed % 8) / 8])}
+
+
+def error_with_plan(plan: Plan, sample: dict[str, Tensor]) -> float:
+    """Error of the plan's budgets, run without the compiler and without calibration's code."""
+    model = make_model().eval()
+    with torch.no_grad():
+        dense = model(**sample)["velocity"]
+        for i, block in enumerate(model.blocks):
+            name = f"blocks.{i}.attn"
+            if plan.sites[name].decision == "split":
+                block.attn.budget = plan.budget(name)
+        split = model(**sample)["velocity"]
+    return float((split - dense).norm() / dense.norm())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calibrate(samples: Any = None, **options: Any) -> Plan:
+    given = [make_sample(i) for i in range(4)] if samples is None else samples
+    return freqopt.calibrate(make_model(), given, **{"progress": False, **options})
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return calibrate([make_sample(i) for i in range(8)], target_error=0.05)
+
+
+def test_measured_error_is_within_the_target(plan: Plan) -> None:
+    assert 0.8 * 0.05 <= plan.measured_error <= plan.target_error == 0.05
+    assert plan.evidence.samples == 6 and plan.evidence.held_out == 2
+    assert list(plan.sites) == ["blocks.0.attn", "blocks.1.attn"]
+    assert plan.grids == [GRID] and plan.evidence.notes == []
+    plan.check_model(make_model())
+
+
+def test_error_holds_on_unseen_samples_run_by_other_code(plan: Plan) -> None:
+    errors = [error_with_plan(plan, make_sample(seed)) for seed in range(100, 108)]
+    rms = (sum(e * e for e in errors) / len(errors)) ** 0.5
+    assert 0.5 * plan.target_error <= rms <= 1.1 * plan.target_error
+
+
+def test_density_is_below_dense_and_reported(plan: Plan) -> None:
+    split = [site for site in plan.sites.values() if site.decision == "split"]
+    assert split and plan.mean_density < 0.8
+    assert all(0 < d <= 1 for site in split for d in site.density)
+
+
+def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
+    evidence = plan.evidence.sites["blocks.0.attn"]
+    plain, mid = evidence.curves
+    assert not plain.mid_band and mid.mid_band and len(plain.error) == len(evidence.thresholds)
+    for rows, grows in ((plain.density, False), (plain.error, True), (mid.density, False)):
+        for head in range(2):
+            column = [row[head] for row in rows]
+            assert grows or column == sorted(column, reverse=True)
+            assert (column[-1] > column[0]) == grows
+    assert sum(evidence.energy) == pytest.approx(1, abs=1e-3)
+    assert evidence.spectrum is not None
+    assert [sum(row) for row in evidence.spectrum.power] == pytest.approx([1, 1], abs=1e-3)
+    assert 0.1 < evidence.spectrum.low[0] < evidence.spectrum.mid[0] < 1
+    assert plan.evidence.timestep_name == "timestep" and len(plan.evidence.timestep_edges) == 3
+    assert sum(bucket.samples for bucket in evidence.buckets) == 6
+    assert 0 < (plan.sites["blocks.0.attn"].gain or 0) < 10
+
+
+def test_one_seed_one_plan() -> None:
+    first, second = calibrate(target_error=0.1), calibrate(target_error=0.1)
+    assert first == second
+
+
+def test_plan_survives_its_file_and_reports(plan: Plan, tmp_path: Any) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    freqopt.report(plan, tmp_path / "report.html")
+    assert "TinyVideo" in (tmp_path / "report.html").read_text()
+
+
+def test_tighter_targets_cost_more(plan: Plan) -> None:
+    loose = calibrate(target_error=0.2)
+    assert loose.mean_density < plan.mean_density and loose.measured_error <= 0.2
+
+
+def test_target_so_loose_that_everything_is_low() -> None:
+    plan = calibrate(target_error=0.9)
+    assert plan.measured_error < 0.5 and any("loosest" in note for note in plan.evidence.notes)
+    floor = min(min(row) for row in plan.evidence.sites["blocks.0.attn"].curves[0].density)
+    assert plan.mean_density < 1.2 * floor
+
+
+def test_target_below_rounding() -> None:
+    with pytest.raises(CalibrationError, match="cannot be met: with every pair attended exactly"):
+        calibrate(target_error=1e-9)
+
+
+def test_callable_that_runs_a_pipeline() -> None:
+    model = make_model()
+
+    def pipeline() -> None:
+        latents = make_sample(0)["video"]
+        for step in range(4):
+            latents = latents + 0.1 * torch.randn_like(latents)
+            model(latents, torch.tensor([step / 4]))
+
+    plan = freqopt.calibrate(model, pipeline, target_error=0.1, progress=False)
+    assert plan.measured_error <= 0.1
+    assert (plan.evidence.samples, plan.evidence.held_out) == (3, 1)
+
+
+def test_one_sample_is_verified_on_itself_and_says_so() -> None:
+    sample = make_sample(0)
+    plan = calibrate([((sample["video"],), {"timestep": sample["timestep"]})], target_error=0.1)
+    assert plan.measured_error <= 0.1 and "only one sample" in plan.evidence.notes[0]
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = make_model().train()
+    model.blocks[0].eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    freqopt.calibrate(model, [make_sample(0), make_sample(1)], target_error=0.2, progress=False)
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nan_in_a_sample() -> None:
+    bad = make_sample(1)
+    bad["video"][0, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="sample 1: 'video'"):
+        calibrate([make_sample(0), bad])
+
+
+def test_sample_that_overflows_the_model() -> None:
+    bad = make_sample(0)
+    bad["video"] = bad["video"] * 1e38
+    with pytest.raises(CalibrationError, match="dense model's own output"):
+        calibrate([bad, bad])
+
+
+def test_model_without_attention() -> None:
+    with pytest.raises(CalibrationError, match="no attention was found"):
+        freqopt.calibrate(nn.Linear(4, 4), [{"input": torch.ones(1, 4)}], progress=False)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, 1.0, float("nan")])
+def test_target_out_of_range(target: float) -> None:
+    with pytest.raises(OptionError, match="outside"):
+        calibrate(target_error=target)
+
+
+def test_a_failing_site_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = calibration_measure.Recorder._measure
+
+    def fail(self: Any, call: Any) -> Tensor:
+        if self.site.name == "blocks.1.attn":
+            raise RuntimeError("no kernel image")
+        return original(self, call)
+
+    monkeypatch.setattr(calibration_measure.Recorder, "_measure", fail)
+    plan = calibrate(target_error=0.2)
+    assert plan.sites["blocks.0.attn"].decision == "split"
+    assert plan.sites["blocks.1.attn"].decision == "dense"
+    assert "no kernel image" in plan.sites["blocks.1.attn"].reason
+
+
+def test_interrupting_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any, call: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration_measure.Recorder, "_measure", stop)
+    model = make_model().train()
+    with pytest.raises(KeyboardInterrupt):
+        freqopt.calibrate(model, [make_sample(0)], progress=False)
+    assert model.training and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_tells_the_phases(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(__import__("sys").modules, "rich", None)
+        monkeypatch.setattr("freqopt.calibration_progress.PRINT_EVERY", 0.0)
+    calibrate([make_sample(0), make_sample(1)], target_error=0.2, progress=True)
+    shown = capsys.readouterr().err
+    for phase in ("measuring", "probing", "verifying"):
+        assert phase in shown
+    assert rich or "s left" in shown
+
+
+def test_relative_error_covers_all_tensors_and_flags_bad_ones() -> None:
+    want = calibration.output_tensors({"a": torch.tensor([3.0]), "b": [torch.tensor([4.0]), 7]})
+    got = [want[0] + 0.3, want[1] + 0.4]
+    assert relative_error(got, want) == pytest.approx(0.1)
+    assert relative_error([want[0] * torch.nan, want[1]], want) == float("inf")
+
+
+def test_spectrum_of_a_pure_wave_sits_in_its_bin() -> None:
+    t, h, w = 8, 8, 8
+    wave = torch.cos(2 * torch.pi * torch.arange(w) * 3 / w)  # 3/8 cycles per token
+    key = wave.expand(1, 1, t, h, w).reshape(1, 1, -1, 1) * torch.ones(4) + 5.0
+    site = calibration_measure.Measured("x")
+    call = calibration_measure.Call(key, key, key, None, (t, h, w), 0, 0, 1.0)
+    calibration_measure.add_spectrum(site, call)
+    assert site.spectrum is not None
+    at = int(site.spectrum.power[0].argmax())
+    assert site.spectrum.edges[at - 1] <= 0.375 <= site.spectrum.edges[at]
+    assert site.spectrum.power[0, at] == pytest.approx(1.0, abs=1e-5)
+    assert site.spectrum.low.item() == pytest.approx(0.0, abs=1e-5)
+    assert site.spectrum.cutoffs == (0.125, 0.25)
+
+
+def test_band_cutoffs_ignore_flat_axes() -> None:
+    assert calibration_measure.band_cutoffs((1, 30, 52)) == pytest.approx((0.0625, 0.5 / 8**0.5))
+    assert calibration_measure.band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)
