@@ -45,7 +45,7 @@ MAX_TRIALS = 8
 MAX_PROBED_SITES = 16
 """Sites whose effect on the output is measured; between them it is interpolated over depth."""
 
-PROBE_DENSITY = 0.1
+PROBE_DENSITY = 0.05
 """Density at which a site's error is injected to see what reaches the output."""
 
 BIAS_WEIGHT = 4.0
@@ -95,7 +95,10 @@ def calibrate(
     inner = getattr(model, "_orig_mod", model)
     sample_set = collect_samples(model, samples)
     with _evaluation(inner), open_progress(progress) as bars:
-        return _Calibration(inner, sample_set, target_error, grid, seed, bars).run()
+        try:
+            return _Calibration(inner, sample_set, target_error, grid, seed, bars).run()
+        finally:
+            _forget_compiled(inner)
 
 
 class _Calibration:
@@ -121,6 +124,7 @@ class _Calibration:
         self.references: list[list[Tensor]] = []
         self.densities: dict[str, Tensor] = {}
         self.chosen_densities: dict[str, Tensor] = {}
+        self.rounding = 0.0
         self.trials: list[Trial] = []
 
     def run(self) -> Plan:
@@ -137,7 +141,7 @@ class _Calibration:
         return build_plan(
             self.model, self.session, self.samples, sites, gains, allocation, self.trials,
             target=self.target, seed=self.seed, notes=self.notes, cost=self.cost,
-            densities=self.chosen_densities,
+            densities=self.chosen_densities, rounding=self.rounding,
         )  # fmt: skip
 
     def _run(self, sample: Sample, mode: Any) -> list[Tensor]:
@@ -191,9 +195,13 @@ class _Calibration:
         fit = self.samples.fit
         used = [fit[0]] if len(fit) == 1 else [fit[0], fit[-1]]
         log_gains: dict[int, list[float]] = {}
-        with self.progress.phase("probing sites", len(used) * (len(chosen) + 1)) as step:
+        with self.progress.phase("probing sites", len(used) * (len(chosen) + 2)) as step:
             for sample in used:
                 reference = self._run(sample, "dense")
+                step()
+                self.session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
+                rounding = relative_error(self._run(sample, "split"), reference)
+                self.rounding = max(self.rounding, rounding)
                 step()
                 for index in chosen:
                     site = sites[index]
@@ -205,9 +213,10 @@ class _Calibration:
                         continue
                     injected = math.sqrt(float(self.session.probe_error))
                     if injected > 1e-7:
-                        reached = relative_error(output, reference)
+                        reached = relative_error(output, reference) ** 2
+                        caused = max(reached - rounding**2, 0.1 * reached, 1e-12 * injected**2)
                         log_gains.setdefault(index, []).append(
-                            math.log(max(reached / injected, 1e-6))
+                            0.5 * math.log(caused) - math.log(injected)
                         )
         if not log_gains:
             return {site.name: 1.0 / math.sqrt(len(sites)) for site in sites}
@@ -373,6 +382,13 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Drop the recorders' graphs, which hold what was measured and count as recompilations."""
+    code = getattr(model.forward, "__code__", None)
+    if code is not None:
+        torch._dynamo.eval_frame.remove_from_cache(code)
 
 
 def _many_recompiles() -> Any:

@@ -55,8 +55,12 @@ def build_plan(
     notes: list[str],
     cost: CostModel,
     densities: Mapping[str, Tensor],
+    rounding: float,
 ) -> Plan:
-    """The plan of a finished calibration; `densities` (H,) per site are those of verification."""
+    """The plan of a finished calibration.
+
+    densities: (H,) per site, those of verification. rounding: output error at threshold 0.
+    """
     measured = session.measurable()
     chosen = next(t for t in trials if t.multiplier == allocation.multiplier)
     plans: dict[str, SitePlan] = {}
@@ -84,6 +88,7 @@ def build_plan(
             samples=len(samples.fit),
             held_out=len(samples.held_out),
             notes=notes,
+            rounding_error=_round(rounding),
             timestep_name=samples.timestep_name,
             timestep_edges=samples.timestep_edges,
             trials=[_rounded_trial(trial) for trial in trials],

@@ -163,11 +163,13 @@ class Evidence(_Record):
 
     dense_sites: attention that cannot be split at all, with the reason. timestep_edges: boundaries
     of the buckets that curves were kept for, in the units of the argument `timestep_name`.
+    rounding_error: output error with every pair attended exactly by the op, which no plan goes below.
     """
 
     samples: int
     held_out: int
     notes: list[str] = []
+    rounding_error: float | None = None
     timestep_name: str | None = None
     timestep_edges: list[float] = []
     trials: list[Trial] = []

@@ -259,12 +259,18 @@ def _how(plan: Plan) -> Section:
                 ("model", f"{plan.model.class_name}, fingerprint {plan.model.fingerprint}"),
                 ("plan format, split definition", f"{plan.version}, {plan.split_version}"),
                 ("device", plan.device),
+                ("output error with everything exact (rounding)", _floor(plan)),
                 ("versions", f"freqopt {plan.versions.freqopt}, torch {plan.versions.torch}, "
                              f"triton {plan.versions.triton or 'none'}"),
                 ("seed", plan.seed),
             ],
         ),
     )  # fmt: skip
+
+
+def _floor(plan: Plan) -> str:
+    floor = plan.evidence.rounding_error
+    return "not measured" if floor is None else f"{floor:.1e}"
 
 
 def _narrow(figure: Figure, caption: str) -> str:
