@@ -1,0 +1,46 @@
+"""From a mean density to the error target that calibration would spend it on."""
+
+from __future__ import annotations
+
+import math
+
+from freqopt.calibration_allocation import ProductCost, solve
+from freqopt.calibration_evidence import choices_of_plan
+from freqopt.errors import OptionError
+from freqopt.plan import Plan
+
+BISECTIONS = 40
+
+
+def error_for_density(plan: Plan, density: float) -> float:
+    """Target error whose plan is expected to have a mean density, from the curves of another plan.
+
+    Predicted errors are scaled by what the plan's own verification found.
+
+    Raises:
+        OptionError: even the loosest budgets need more.
+    """
+    sites, cost = choices_of_plan(plan), ProductCost()
+    loosest = solve(sites, math.inf, cost)
+    if loosest.density > density:
+        raise OptionError(
+            f"density {density:g} cannot be reached: with the loosest budgets it is "
+            f"{loosest.density:.3f} at this size; ask for more, or for a larger video"
+        )
+    low, high = math.log(1e-6), math.log(max(loosest.error, 1e-5))
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        if solve(sites, math.exp(middle), cost).density > density:
+            low = middle
+        else:
+            high = middle
+    predicted = solve(sites, math.exp(high), cost).error
+    return min(max(predicted * _measured_per_predicted(plan), 1e-4), 0.9)
+
+
+def _measured_per_predicted(plan: Plan) -> float:
+    trials = [t for t in plan.evidence.trials if t.predicted_error > 0]
+    if not trials:
+        return 1.0
+    last = min(trials, key=lambda t: abs(t.measured_error - plan.measured_error))
+    return last.measured_error / last.predicted_error
