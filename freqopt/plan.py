@@ -163,7 +163,7 @@ class Evidence(_Record):
 
     dense_sites: attention that cannot be split at all, with the reason. timestep_edges: boundaries
     of the buckets that curves were kept for, in the units of the argument `timestep_name`.
-    rounding_error: output error with every pair attended exactly by the op, which no plan goes below.
+    rounding_error: output error with every pair attended exactly by the op: a floor for all plans.
     """
 
     samples: int
