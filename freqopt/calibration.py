@@ -72,7 +72,7 @@ def calibrate(
         model: the model that will be compiled with ``backend="freqopt"``.
         samples: keyword arguments of calls of the model as dicts, or (args, kwargs) pairs; or a
             callable that runs your own pipeline once, whose calls of `model` are then recorded
-            (up to 16, evenly spaced). A quarter of them is held out for verification.
+            (up to 16, evenly spaced). Every other one is held out for verification.
         target_error: relative L2 error of the model's output against the dense model, without unit,
             in (0, 1); held on the held-out samples (root mean square over them).
         grid: extents (t, h, w) of the video tokens where the graph does not tell them.
@@ -170,6 +170,11 @@ class _Calibration:
                     raise CalibrationError(
                         f"sample {index} (of those fitted): the dense model's own output has NaN "
                         "or infinite values; calibration needs samples that the model can serve"
+                    )
+                if not any(bool(x.any()) for x in output):
+                    raise CalibrationError(
+                        f"sample {index} (of those fitted): the dense model's output is zero "
+                        "everywhere, so no relative error exists; are its weights loaded?"
                     )
                 known = known or len(self.session.measurable())
                 step.total(known * len(fit))

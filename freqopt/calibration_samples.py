@@ -6,9 +6,10 @@ runs their own pipeline) becomes a list of `Sample`s here; bad values are named 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.errors import CalibrationError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call of a model."""
 
 Samples = Iterable[Any] | Callable[[], Any]
 """Kwargs dicts or (args, kwargs) pairs, or a callable that runs the user's own pipeline once."""
@@ -88,7 +92,7 @@ def collect_samples(model: nn.Module, samples: Samples) -> SampleSet:
     return SampleSet(fit, held_out, notes, name, _bucket_edges(found))
 
 
-def _as_call(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _as_call(sample: Any) -> Call:
     if isinstance(sample, Mapping):
         return (), dict(sample)
     if (
@@ -104,32 +108,46 @@ def _as_call(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _record(
-    model: nn.Module, pipeline: Callable[[], Any]
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Run the pipeline and keep up to MAX_RECORDED of the model's calls, evenly spaced."""
-    kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+@contextlib.contextmanager
+def recording(model: nn.Module, *, most: int = MAX_RECORDED) -> Iterator[list[Call]]:
+    """Record the calls of a model while something else runs it.
+
+    ``with recording(pipe.transformer) as samples: pipe(prompt)`` leaves samples for `calibrate`.
+
+    Args:
+        model: the very object that is called, compiled or not.
+        most: calls to keep, at least 2, evenly spaced over those seen. Never more than twice as
+            many are in memory at a time.
+
+    Returns:
+        A list of (args, kwargs), tensors copied, that is filled when the block ends.
+    """
+    kept: list[Call] = []
     seen, stride = 0, 1
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal seen, stride
         if seen % stride == 0:
             kept.append(pytree.tree_map(_keep, (args, kwargs)))
-            if len(kept) == 2 * MAX_RECORDED:
+            if len(kept) == 2 * most:
                 del kept[1::2]
                 stride *= 2
         seen += 1
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
-            pipeline()
+        yield kept
     finally:
         handle.remove()
-    if len(kept) <= MAX_RECORDED:
-        return kept
-    last = len(kept) - 1
-    return [kept[round(i * last / (MAX_RECORDED - 1))] for i in range(MAX_RECORDED)]
+        if len(kept) > most:
+            last = len(kept) - 1
+            kept[:] = [kept[round(i * last / (most - 1))] for i in range(most)]
+
+
+def _record(model: nn.Module, pipeline: Callable[[], Any]) -> list[Call]:
+    with torch.no_grad(), recording(model) as calls:
+        pipeline()
+    return calls
 
 
 def _keep(value: Any) -> Any:
@@ -182,7 +200,11 @@ def _timestep(named: Mapping[str, Any]) -> tuple[str | None, float | None]:
 
 
 def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Every fourth sample, spread over the timesteps, is kept for verification."""
+    """Every other sample, in order of the timestep, is kept for verification.
+
+    Errors differ between timesteps by more than between inputs, and a verification run costs a
+    fraction of a measuring one, so half of the samples is not too many.
+    """
     if len(samples) == 1:
         note = (
             "only one sample was given, so the error was verified on the sample it was fitted to; "
@@ -191,11 +213,7 @@ def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[s
         return samples, samples, [note]
     timed = all(sample.timestep is not None for sample in samples)
     order = sorted(samples, key=lambda s: s.timestep or 0.0) if timed else list(samples)
-    if len(order) < 4:
-        return order[:1] + order[2:], [order[1]], []
-    held_out = order[2::4]
-    fit = [sample for i, sample in enumerate(order) if i % 4 != 2]
-    return fit, held_out, []
+    return order[::2], order[1::2], []
 
 
 def _bucket_edges(samples: Sequence[Sample]) -> list[float]:

@@ -115,7 +115,7 @@ def plan() -> Plan:
 
 def test_measured_error_is_within_the_target(plan: Plan) -> None:
     assert 0.8 * 0.05 <= plan.measured_error <= plan.target_error == 0.05
-    assert plan.evidence.samples == 6 and plan.evidence.held_out == 2
+    assert plan.evidence.samples == plan.evidence.held_out == 4
     assert list(plan.sites) == ["blocks.0.attn", "blocks.1.attn"]
     assert plan.grids == [GRID] and plan.evidence.notes == []
     plan.check_model(make_model())
@@ -147,7 +147,7 @@ def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
     assert [sum(row) for row in evidence.spectrum.power] == pytest.approx([1, 1], abs=1e-3)
     assert 0.1 < evidence.spectrum.low[0] < evidence.spectrum.mid[0] < 1
     assert plan.evidence.timestep_name == "timestep" and len(plan.evidence.timestep_edges) == 3
-    assert sum(bucket.samples for bucket in evidence.buckets) == 6
+    assert sum(bucket.samples for bucket in evidence.buckets) == 4
     assert 0 < (plan.sites["blocks.0.attn"].gain or 0) < 10
 
 
@@ -191,7 +191,7 @@ def test_callable_that_runs_a_pipeline() -> None:
 
     plan = freqopt.calibrate(model, pipeline, target_error=0.1, progress=False)
     assert plan.measured_error <= 0.1
-    assert (plan.evidence.samples, plan.evidence.held_out) == (3, 1)
+    assert (plan.evidence.samples, plan.evidence.held_out) == (2, 2)
 
 
 def test_one_sample_is_verified_on_itself_and_says_so() -> None:
@@ -227,6 +227,14 @@ def test_sample_that_overflows_the_model() -> None:
 def test_model_without_attention() -> None:
     with pytest.raises(CalibrationError, match="no attention was found"):
         freqopt.calibrate(nn.Linear(4, 4), [{"input": torch.ones(1, 4)}], progress=False)
+
+
+def test_model_whose_output_is_zero() -> None:
+    model = make_model()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    with pytest.raises(CalibrationError, match="zero everywhere"):
+        freqopt.calibrate(model, [make_sample(0)], progress=False)
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, 1.0, float("nan")])
