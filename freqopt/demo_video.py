@@ -43,14 +43,15 @@ def decibels(squared_error: float) -> float:
 def ssim(video: Tensor, reference: Tensor, *, window: int = 11, sigma: float = 1.5) -> float:
     """Structural similarity (Wang et al., 2004), mean over frames, channels and pixels; 1 if equal.
 
-    Gaussian window of `window` pixels, constants 0.01 and 0.03 of the range, no padding.
+    Gaussian window of `window` pixels, constants 0.01 and 0.03 of the range, no padding. Values are
+    taken as light, from 0 (black): the index compares means, for which a negative sign is nonsense.
     """
     window = min(window, video.shape[-1], video.shape[-2])
     at = torch.arange(window, dtype=torch.float64, device=video.device) - (window - 1) / 2
     line = torch.exp(-(at**2) / (2 * sigma**2))
     weight = (line[:, None] * line)[None, None] / line.sum() ** 2
     # Frames and channels side by side as a batch of one-channel images.
-    x, y = (v.double().flatten(0, 1).unsqueeze(1) for v in (video, reference))
+    x, y = ((v.double() + 1).flatten(0, 1).unsqueeze(1) for v in (video, reference))
 
     def pooled(image: Tensor) -> Tensor:
         return F.conv2d(image, weight)
