@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freqopt.calibration_samples import Call
 from freqopt.errors import InputError
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of a model."""
 
 FORM = (
     "name every tensor '<call>/<argument>', such as '0/video', '0/timestep', '1/video'; "

@@ -48,7 +48,7 @@ def test_ssim_is_its_definition() -> None:
     line = np.exp(-(at**2) / (2 * 1.5**2))
     weight = np.outer(line, line) / line.sum() ** 2
     values = []
-    for x, y in zip((noisy[:, 0] + 1).double(), (clean[:, 0] + 1).double(), strict=True):
+    for x, y in zip(noisy[:, 0].double() + 1, clean[:, 0].double() + 1, strict=True):
         for row in range(16 - 10):
             for column in range(18 - 10):
                 a, b = (v[row : row + 11, column : column + 11].numpy() for v in (x, y))
