@@ -1,0 +1,143 @@
+"""The recorder that stands at a site: what it passes on and what it sums up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import freqopt
+from freqopt import calibration_measure as measure
+from freqopt.calibration_measure import THRESHOLDS, Recorder, Session
+
+GRID = (3, 8, 10)
+
+
+def make_call(
+    *, before: int = 0, after: int = 0, kv_heads: int = 2, batch: int = 1, masked: bool = False
+) -> dict[str, Any]:
+    torch.manual_seed(1)
+    tokens = 240 + before + after
+    query = torch.randn(batch, 2, tokens, 16)
+    key, value = (torch.randn(batch, kv_heads, tokens, 16) for _ in "kv")
+    mask = None
+    if masked:
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        mask[:, tokens - 3 :] = False
+    return dict(
+        query=query, key=key, value=value, key_mask=mask, grid=GRID, text_before=before,
+        text_after=after, scale=0.4,
+    )  # fmt: skip
+
+
+def dense(call: dict[str, Any]) -> Tensor:
+    mask = None if call["key_mask"] is None else call["key_mask"][:, None, None, :]
+    return F.scaled_dot_product_attention(
+        call["query"], call["key"], call["value"], attn_mask=mask, scale=0.4,
+        enable_gqa=call["key"].shape[1] != 2,
+    )  # fmt: skip
+
+
+CASES = [{}, {"before": 5, "after": 7, "masked": True}, {"kv_heads": 1}, {"batch": 2}]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
+    call, session = make_call(**case), Session(mode="measure")
+    out = Recorder(session, "a")(**call)
+    torch.testing.assert_close(out, dense(call))
+    site = session.sites["a"]
+    assert (site.heads, site.head_dim, site.tokens) == (2, 16, call["query"].shape[2])
+    assert site.grids == {GRID} and not site.failure
+    assert list(session.measurable()) == ["a"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mid", [False, True])
+def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> None:
+    call, session = make_call(**case), Session(mode="measure")
+    truth = Recorder(session, "a")(**call)
+    sums = session.sites["a"].total()
+    energy = truth.square().sum((0, 2, 3))
+    torch.testing.assert_close(sums.energy, (energy / energy.sum()).double())
+    for rung in (2, 6, 9):
+        out, stats = freqopt.split_attention(
+            **{k: v for k, v in call.items()}, threshold=THRESHOLDS[rung], mid_band=mid,
+            return_stats=True,
+        )  # fmt: skip
+        error = (out - truth).square().sum((0, 2, 3))
+        along = ((out - truth) * truth).sum((0, 2, 3))
+        for name, want in (
+            ("density", stats.density.mean(0)),
+            ("own", error / energy),
+            ("site", error / energy.sum()),
+            ("bias", along / energy),
+            ("site_bias", along.square() / energy / energy.sum()),
+            ("probe", stats.probe_error.square().mean(0)),
+        ):
+            got = sums.mean(name)[int(mid)][rung]
+            torch.testing.assert_close(got, want.double(), rtol=1e-3, atol=1e-7, msg=name)
+
+
+def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = measure.Call.split
+    monkeypatch.setattr(
+        measure.Call, "split", lambda self, b: (calls.append(b), original(self, b))[1]
+    )
+    call = make_call()
+    call["query"] = call["query"] * 0.01  # so flat that most thresholds lift nothing
+    Recorder(Session(mode="measure"), "a")(**call)
+    assert 1 <= len(calls) < len(THRESHOLDS)
+
+
+def test_buckets_are_kept_apart_and_added_up() -> None:
+    session = Session(mode="measure")
+    recorder = Recorder(session, "a")
+    for bucket, scale in ((0, 0.1), (2, 0.8), (2, 0.9)):
+        session.bucket = bucket
+        recorder(**{**make_call(), "scale": scale})
+    site = session.sites["a"]
+    assert {b: s.calls for b, s in site.buckets.items()} == {0: 1, 2: 2}
+    total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
+    torch.testing.assert_close(site.total().curves["own"], total)
+    assert site.total().calls == 3 and site.spectrum is not None and site.spectrum.calls == 3
+    assert site.buckets[0].mean("own")[0, 8].mean() < site.buckets[2].mean("own")[0, 8].mean()
+
+
+def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
+    call = make_call()
+    budget = torch.tensor([[0.5, 2.0], [0.5, 0.5]])
+    session = Session(mode="split", budgets={"a": budget})
+    out = Recorder(session, "a")(**call)
+    want = freqopt.split_attention(
+        **call, threshold=budget[0], mid_band=torch.tensor([False, True]), return_stats=True
+    )
+    torch.testing.assert_close(out, want[0])
+    torch.testing.assert_close(session.densities["a"][0], want[1].density[0])
+    torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
+    assert "b" not in session.densities
+
+
+def test_probe_mode_injects_one_sites_error() -> None:
+    call = make_call()
+    session = Session(mode="probe", probed="a", budgets={"a": torch.full((2, 2), 3.0)})
+    torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
+    assert session.probe_error is None
+    out, truth = Recorder(session, "a")(**call), dense(call)
+    assert session.probe_error is not None
+    want = (out - truth).square().sum() / truth.square().sum()
+    torch.testing.assert_close(session.probe_error, want)
+    assert want > 1e-4
+
+
+def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
+    whole = measure.head_energy(x), *measure.head_error(x, y)
+    monkeypatch.setattr(measure, "CHUNK_BYTES", 400)
+    assert len(list(measure.head_chunks(x))) == 3
+    for got, want in zip((measure.head_energy(x), *measure.head_error(x, y)), whole, strict=True):
+        torch.testing.assert_close(got, want)
