@@ -35,6 +35,10 @@ $(READY): pyproject.toml constraints.txt .ci/make_venv.py
 	@command -v '$(PYTHON)' >/dev/null || { \
 	  echo 'make: there is no $(PYTHON) here: install Python 3.10 or newer, or name it: make PYTHON=...'; \
 	  exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is $$('$(PYTHON)' --version 2>&1) and freqopt needs 3.10 or newer:" \
+	    "install one and name it: make PYTHON=python3.12"; \
+	  exit 1; }
 	@'$(PYTHON)' .ci/make_venv.py '$(VENV)'
 	@touch $@
 

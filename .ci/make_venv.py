@@ -1,14 +1,15 @@
 """Create the virtual environment that `make` works in, or say plainly why it cannot be done.
 
-Usage: python make_venv.py FOLDER. Standard library and syntax of Python 3.6 only, so that a Python
-that is too old gets a sentence rather than a traceback.
+Usage: python make_venv.py FOLDER. Standard library only; the Makefile has checked the version.
 """
+
+from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from typing import NoReturn
 
-OLDEST = (3, 10)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 USABLE_TORCH = """
 import torch
@@ -18,14 +19,9 @@ print(torch.__version__)
 """
 
 
-def main():
+def main() -> None:
     if len(sys.argv) != 2:
         stop("usage: python make_venv.py FOLDER")
-    if sys.version_info < OLDEST:
-        stop(
-            "this is Python {}.{} and freqopt needs {}.{} or newer: install one and name it, as in "
-            "`make demo PYTHON=python3.12`".format(*sys.version_info[:2], *OLDEST)
-        )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -36,11 +32,12 @@ def main():
         )
     folder = os.path.abspath(sys.argv[1])
     python = os.path.join(folder, "bin", "python")
-    torch = installed_torch(python if os.path.exists(python) else sys.executable)
     if not os.path.exists(python):
         say(f"creating {folder}")
-        options = ["--system-site-packages"] if torch else []
+        options = ["--system-site-packages"] if installed_torch(sys.executable) else []
         run(sys.executable, "-m", "venv", *options, folder)
+    # Asked of the new environment: one made from another does not see that one's packages.
+    torch = installed_torch(python)
     constraints = os.path.join(ROOT, "constraints.txt")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if torch:
@@ -55,7 +52,7 @@ def main():
     run(*pip, "-c", constraints, "--no-build-isolation", "-e", f"{ROOT}[dev,diffusers]")
 
 
-def installed_torch(python):
+def installed_torch(python: str) -> str | None:
     """Version of a PyTorch with a working GPU that this Python has, or None."""
     found = subprocess.run(
         [python, "-c", USABLE_TORCH], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -63,7 +60,7 @@ def installed_torch(python):
     return found.stdout.decode().strip() if found.returncode == 0 else None
 
 
-def without_torch(source, target):
+def without_torch(source: str, target: str) -> str:
     """The constraints less those that would replace the installed PyTorch; the path of the copy."""
     with open(source) as lines:
         kept = [line for line in lines if not line.startswith(("torch==", "triton=="))]
@@ -72,18 +69,18 @@ def without_torch(source, target):
     return target
 
 
-def run(*command):
+def run(*command: str) -> None:
     found = subprocess.run(command)
     if found.returncode:
         stop(f"`{' '.join(command)}` failed (exit code {found.returncode})")
 
 
-def say(text):
+def say(text: str) -> None:
     print("make: " + text)
     sys.stdout.flush()
 
 
-def stop(text):
+def stop(text: str) -> NoReturn:
     sys.exit("make: " + text)
 
 
