@@ -1,0 +1,87 @@
+"""What a pass knows about one attention computation in a graph.
+
+A `Site` says where the attention is, what it attends over, on which grid its video tokens lie, and
+whether frequency-split attention may take its place; if not, why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+Extent = int | torch.SymInt
+"""A size: a number, or a symbol under dynamic shapes. Compare with `dimensions.same` only."""
+
+Kind = Literal["self", "joint", "cross", "other"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that is read at run time: dimension `dim` of the output of `node`."""
+
+    node: fx.Node
+    dim: int
+
+
+Argument = int | Size
+"""How the graph gets hold of an extent: a constant, or a size read at run time."""
+
+
+@dataclass
+class Attention:
+    """One attention as an anchor found it; tensors as fx nodes.
+
+    query: (B, H, N, D); key, value: (B, Hkv, M, D). scale: factor of the logits, None for D**-0.5.
+    objection: why this form of attention can never be rewritten, or None. nodes: all that compute
+    it, `node` (the output, which a replacement stands in for) last.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None = None
+    scale: float | None = None
+    objection: str | None = None
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class Site:
+    """One attention computation.
+
+    name: path of the module it is in, such as "blocks.3.attn1", with "#1", "#2" for further ones in
+    the same module. kind: "self" (video, or one kind of token, alone), "joint" (text and video),
+    "cross", "other". query_length, key_length: tokens. grid: extents of the video tokens from the
+    slowest to the fastest in memory, usually (t, h, w), None if unknown. text_before, text_after:
+    tokens around them. eligible: could be split, whatever its length; reason: why, or why not.
+    """
+
+    name: str
+    kind: Kind
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_length: Extent
+    key_length: Extent
+    grid: tuple[Extent, Extent, Extent] | None
+    text_before: Extent
+    text_after: Extent
+    eligible: bool
+    reason: str
+    dtype: torch.dtype
+    device: torch.device
+    attention: Attention
+    scale: float = 1.0
+    uses_key_mask: bool = False
+    grid_arguments: tuple[Argument, ...] = ()
+    text_before_arguments: tuple[Argument, ...] = field(default=())
+    text_after_arguments: tuple[Argument, ...] = field(default=())
+
+    @property
+    def node(self) -> fx.Node:
+        """The node whose value is the attention's output."""
+        return self.attention.node
