@@ -175,7 +175,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Calibrate and compile the zoo's video transformer, sample a video, write a report."""
-    from freqopt.demo import default_settings, run_demo
+    from freqopt.demo import run_demo
+    from freqopt.demo_settings import default_settings
 
     if grid is not None:
         if (frames, height, width) != (None, None, None):

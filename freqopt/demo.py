@@ -13,7 +13,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,96 +23,13 @@ from torch import Tensor, nn
 import freqopt
 from freqopt import demo_foreign, demo_video
 from freqopt.calibration_progress import Progress, open_progress
+from freqopt.demo_page import Sampled, write_page
+from freqopt.demo_settings import DTYPES, Settings, load_model
 from freqopt.demo_target import error_for_density
 from freqopt.doctor import environment
-from freqopt.errors import InputError, OptionError
 from freqopt.models_zoo.sampling import denoising_samples, sample
-from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig, load_pretrained
+from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan import Plan
-from freqopt.reporting import Section, figure_html, report, table_html
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the demo runs. frames, height, width in pixels; see `default_settings`.
-
-    density: mean density to calibrate to instead of `target_error` (relative L2 of the model's
-    output). samples: model inputs to calibrate on. repeats: timed runs; the fastest counts.
-    """
-
-    device: str
-    dtype: str
-    frames: int
-    height: int
-    width: int
-    steps: int
-    target_error: float
-    density: float | None
-    seed: int
-    samples: int
-    repeats: int
-    inner: str
-    out: Path
-    random_weights: bool = False
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A video (3, T, H, W), the time it took, and the first step's with compilation."""
-
-    video: Tensor
-    seconds: float
-    first_step_seconds: float
-
-
-def default_settings(device: str | None = None, **given: Any) -> Settings:
-    """Settings for a device ("cuda" where there is one), with what is `given` and not None instead.
-
-    On a GPU 21 x 30 x 52 = 32,760 tokens and 25 steps in bfloat16; on a CPU a size that finishes in
-    minutes, uncompiled ("eager").
-
-    Raises:
-        OptionError: CUDA where there is none, a dtype or size that the model cannot work on.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError("there is no CUDA device here; `freqopt doctor` says why. Use the cpu")
-    defaults: dict[str, Any] = {
-        "device": device, "target_error": 0.03, "density": None, "seed": 0, "out": Path("demo"),
-    }  # fmt: skip
-    if kind == "cuda":
-        defaults |= {
-            "dtype": "bfloat16", "frames": 21, "height": 120, "width": 208, "steps": 25,
-            "samples": 8, "repeats": 3, "inner": "inductor",
-        }  # fmt: skip
-    else:
-        defaults |= {
-            "dtype": "float32", "frames": 5, "height": 48, "width": 80, "steps": 8,
-            "samples": 4, "repeats": 1, "inner": "eager",
-        }  # fmt: skip
-    settings = Settings(**defaults | {k: v for k, v in given.items() if v is not None})
-    _check(settings)
-    return settings
-
-
-def _check(settings: Settings) -> None:
-    if settings.dtype not in DTYPES:
-        raise OptionError(f"dtype {settings.dtype!r}; supported: {', '.join(DTYPES)}")
-    for name in ("frames", "height", "width", "steps", "samples", "repeats"):
-        if getattr(settings, name) < 1:
-            raise OptionError(f"{name} {getattr(settings, name)} must be 1 or more")
-    _, patch_height, patch_width = VideoDiTConfig().patch
-    if settings.height % patch_height or settings.width % patch_width:
-        raise OptionError(
-            f"a video of {settings.height} x {settings.width} pixels; height must be a multiple of "
-            f"{patch_height} and width of {patch_width}"
-        )
-    if settings.density is not None and not 0 < settings.density <= 1:
-        raise OptionError(f"density {settings.density} is outside (0, 1]; 0.1 is typical")
 
 
 def run_demo(settings: Settings, console: Console | None = None) -> dict[str, Any]:
@@ -196,7 +112,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
         "split_first_step_seconds": split.first_step_seconds,
         "foreign": None if foreign is None else dataclasses.asdict(foreign),
     }
-    page = write_report(plan, result, settings, dense, split)
+    page = write_page(plan, result, settings, dense, split)
     result["total_seconds"] = round(time.perf_counter() - started, 1)
     (settings.out / "result.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
     say(
@@ -206,24 +122,6 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
     )
     say(f"wrote {page} in {result['total_seconds']:.0f} s")
     return result
-
-
-def load_model(settings: Settings) -> VideoDiT:
-    """The trained model, or with `random_weights` one that only has its shape."""
-    device, dtype = torch.device(settings.device), DTYPES[settings.dtype]
-    if not settings.random_weights:
-        try:
-            return load_pretrained(device=device, dtype=dtype)
-        except FileNotFoundError as error:
-            raise InputError(f"{error}; or try the commands out with --random-weights") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VideoDiT(
-            VideoDiTConfig(width=64, layers=2, heads=2, mlp_width=64, rope_axes=(8, 12, 12))
-        )
-        # A head of zeros would hide every difference.
-        nn.init.normal_(model.head.weight, std=0.1)
-    return model.to(device=device, dtype=dtype).eval()
 
 
 def denoising_inputs(
@@ -263,9 +161,7 @@ def compiled(
     return result
 
 
-def sampled(
-    model: Callable[..., Any], settings: Settings, bars: Progress, title: str
-) -> Sampled:
+def sampled(model: Callable[..., Any], settings: Settings, bars: Progress, title: str) -> Sampled:
     """Sample the demo's seed: one step to warm up (and to compile), then `repeats` timed runs."""
 
     def run(steps: int, callback: Callable[[int, int], None] | None) -> tuple[Tensor, float]:
@@ -283,68 +179,6 @@ def sampled(
         _, first = run(1, lambda done, total: step())
         runs = [run(settings.steps, lambda d, t: step()) for _ in range(settings.repeats)]
     return Sampled(runs[0][0], min(seconds for _, seconds in runs), first)
-
-
-def write_report(
-    plan: Plan, result: dict[str, Any], settings: Settings, dense: Sampled, split: Sampled
-) -> Path:
-    """The page, its animation beside it; returns the page's path."""
-    moving = demo_video.animation(dense.video, split.video)
-    (settings.out / "videos.png").write_bytes(moving)
-    videos = Section(
-        "The video, dense and rewritten",
-        f"<p>The same seed, {settings.steps} steps, no dense warm-up steps. PSNR "
-        f"<b>{result['psnr_db']:.1f} dB</b>, SSIM <b>{result['ssim']:.4f}</b>.</p>"
-        + demo_video.image_html(moving, "Dense on the left, rewritten on the right.", width=900)
-        + figure_html(demo_video.contact_sheet(dense.video, split.video), "Both, frame by frame.")
-        + figure_html(demo_video.frame_curve(result["psnr_db_per_frame"]), "PSNR of each frame."),
-    )
-    return report(
-        plan,
-        settings.out / "report.html",
-        extra_sections=[videos, _times(result, settings), *_foreign(result), _environment(result)],
-    )
-
-
-def _times(result: dict[str, Any], settings: Settings) -> Section:
-    def row(name: str, key: str) -> tuple[str, ...]:
-        seconds = result[f"{key}_seconds"]
-        first = result[f"{key}_first_step_seconds"]
-        return name, f"{seconds:.2f}", f"{1000 * seconds / settings.steps:.1f}", f"{first:.1f}"
-
-    table = table_html(
-        ("model", f"{settings.steps} steps (s)", "one step (ms)", "first step, compiling (s)"),
-        [row("dense", "dense"), row("rewritten", "split")],
-        numbers=range(1, 4),
-    )
-    note = f"Warmed up; the fastest of {settings.repeats}. Both compiled with {settings.inner}."
-    if torch.device(settings.device).type == "cpu":
-        note += " On a CPU the split is there to be correct, not fast: speed needs an NVIDIA GPU."
-    return Section("Times", f"<p>{note}</p>{table}")
-
-
-def _foreign(result: dict[str, Any]) -> list[Section]:
-    found = result["foreign"]
-    if found is None:
-        return []
-    table = table_html(
-        ("what", "value"),
-        [
-            ("class", f"{found['model']} (diffusers), small, random weights"),
-            ("grid", "x".join(map(str, found["grid"]))),
-            ("sites rewritten", f"{found['split']} of {found['sites']} (the others are cross)"),
-            ("calls of the op in one forward pass", found["calls"]),
-            ("largest difference from eager at threshold 0", f"{found['max_error']:.2e}"),
-            ("largest output", f"{found['max_output']:.2f}"),
-            ("relative L2 difference", f"{found['relative_error']:.2e}"),
-        ],
-    )
-    return [Section("Another model class, rewritten", table)]
-
-
-def _environment(result: dict[str, Any]) -> Section:
-    rows = [*result["environment"].items(), ("command", result["command"])]
-    return Section("Environment", table_html(("what", "value"), rows))
 
 
 def _size(settings: Settings) -> str:

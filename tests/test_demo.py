@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from freqopt import demo, demo_foreign, demo_video
+from freqopt import demo_foreign, demo_settings, demo_video
+from freqopt.demo_settings import default_settings
 from freqopt.errors import InputError, OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -84,9 +85,9 @@ def test_pictures_show_both_videos() -> None:
 
 
 def test_settings_are_checked() -> None:
-    small = demo.default_settings("cpu")
+    small = default_settings("cpu")
     assert small.inner == "eager" and small.dtype == "float32"
-    assert demo.default_settings("cpu", steps=3, seed=None).steps == 3
+    assert default_settings("cpu", steps=3, seed=None).steps == 3
     for wrong, said in (
         ({"height": 50}, "multiple of 4"),
         ({"steps": 0}, "1 or more"),
@@ -94,16 +95,16 @@ def test_settings_are_checked() -> None:
         ({"density": 1.5}, "outside"),
     ):
         with pytest.raises(OptionError, match=said):
-            demo.default_settings("cpu", **wrong)
+            default_settings("cpu", **wrong)
 
 
 def test_missing_weights_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(**unused: Any) -> None:
         raise FileNotFoundError("no weights at x")
 
-    monkeypatch.setattr(demo, "load_pretrained", missing)
+    monkeypatch.setattr(demo_settings, "load_pretrained", missing)
     with pytest.raises(InputError, match="random-weights"):
-        demo.load_model(demo.default_settings("cpu"))
+        demo_settings.load_model(default_settings("cpu"))
 
 
 def test_the_demo_end_to_end(tmp_path: Path) -> None:
