@@ -227,6 +227,7 @@ class Nodes:
     ) -> list[Value]:
         """Run `step(iteration, *state)` a given number of times; the state is int64 vectors."""
         vector: Described = (TensorProto.INT64, [None])
+        names: list[tuple[str, int, list[None] | None]]
         names = [
             (self.name("iteration"), TensorProto.INT64, []),
             (self.name("go"), TensorProto.BOOL, []),

@@ -1,0 +1,318 @@
+// Registers freqopt::SplitAttention with onnxruntime: one operator per element type and provider.
+//
+// With this library a session runs our kernel; without it, the function body in the file. Every
+// failure becomes a status with a message, never an exception or a wrong result.
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "numbers.h"
+#include "ort_abi.h"
+#include "split_cpu.h"
+#ifdef FREQOPT_CUDA
+#include "split_cuda.h"
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace freqopt {
+namespace {
+
+enum Input : size_t { kQuery, kKey, kValue, kBudget, kKeyMask, kOrder, kTextBefore, kInputs };
+
+struct Failure : std::exception {  // carries a status out of nested calls
+  explicit Failure(ort::Status* s) : status(s) {}
+  ort::Status* status;
+};
+
+struct Tensor {
+  void* data = nullptr;
+  const ort::Value* value = nullptr;
+  std::vector<int64_t> shape;
+  int64_t size() const {
+    int64_t n = 1;
+    for (int64_t extent : shape) n *= extent;
+    return n;
+  }
+};
+
+struct Kernel {
+  ort::Api* api;
+  Attributes attributes;
+  ort::ElementType type;
+  ort::KernelContext* context = nullptr;
+
+  void check(ort::Status* status) const {
+    if (status) throw Failure(status);
+  }
+  void require(bool condition, const std::string& message) const {
+    if (!condition) {
+      throw Failure(ort::CreateStatus::call(api, ort::kInvalidArgument,
+                                            ("freqopt::SplitAttention: " + message).c_str()));
+    }
+  }
+  Tensor input(ort::KernelContext* ctx, size_t index) const {
+    Tensor t;
+    check(ort::GetInput::call(api, ctx, index, &t.value));
+    ort::TensorInfo* info = nullptr;
+    check(ort::GetTensorTypeAndShape::call(api, t.value, &info));
+    size_t rank = 0;
+    ort::Status* status = ort::GetDimensionsCount::call(api, info, &rank);
+    t.shape.resize(rank);
+    if (!status) status = ort::GetDimensions::call(api, info, t.shape.data(), rank);
+    ort::ReleaseTensorInfo::call(api, info);
+    check(status);
+    check(ort::GetTensorMutableData::call(api, const_cast<ort::Value*>(t.value), &t.data));
+    return t;
+  }
+};
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+Extents check_extents(const Kernel& k, const std::vector<Tensor>& in) {
+  const auto &q = in[kQuery].shape, &kv = in[kKey].shape, &mask = in[kKeyMask].shape;
+  k.require(q.size() == 4 && kv.size() == 4 && kv == in[kValue].shape && q[0] == kv[0] &&
+                q[2] == kv[2] && q[3] == kv[3],
+            "query " + text(q) + ", key " + text(kv) + " and value " + text(in[kValue].shape) +
+                " are not (batch, heads, tokens, head_dim) tensors of one self-attention");
+  k.require(kv[1] > 0 && q[1] % kv[1] == 0, "query heads are not a multiple of the key heads");
+  k.require(in[kBudget].shape == std::vector<int64_t>({2, q[1]}),
+            "budget is " + text(in[kBudget].shape) + "; (2, heads) is supported");
+  k.require(in[kOrder].shape.size() == 1, "order is not a vector");
+  k.require(in[kTextBefore].size() == 1, "text_before does not hold one number");
+  k.require(mask.size() == 2 && (mask[0] == 1 || mask[0] == q[0]) &&
+                (mask[1] == 1 || mask[1] == q[2]),
+            "key_mask " + text(mask) + " does not broadcast to (batch, tokens)");
+  const int64_t before = *static_cast<const int64_t*>(in[kTextBefore].data);
+  const int64_t tokens = in[kOrder].shape[0];
+  k.require(tokens > 0 && before >= 0 && before + tokens <= q[2],
+            std::to_string(before) + " text tokens before " + std::to_string(tokens) +
+                " video tokens do not fit a sequence of " + std::to_string(q[2]));
+  return {q[0], q[1], kv[1], q[2], q[3], tokens, before};
+}
+
+void* output(const Kernel& k, ort::KernelContext* ctx, const std::vector<int64_t>& shape) {
+  ort::Value* value = nullptr;
+  void* data = nullptr;
+  k.check(ort::GetOutput::call(k.api, ctx, 0, shape.data(), shape.size(), &value));
+  k.check(ort::GetTensorMutableData::call(k.api, value, &data));
+  return data;
+}
+
+struct CpuCall {  // shared by the heads that onnxruntime's threads compute
+  const Kernel* kernel;
+  Extents extents;
+  const std::vector<Tensor>* in;
+  void* out;
+};
+
+template <typename T>
+void compute_one_head(const CpuCall& call, size_t index) {
+  const Extents& e = call.extents;
+  const auto& in = *call.in;
+  const int64_t batch = int64_t(index) / e.heads, head = int64_t(index) % e.heads;
+  const int64_t rows = e.length * e.dim;
+  const int64_t kv_head = batch * e.kv_heads + head / (e.heads / e.kv_heads);
+  auto floats = [rows](const Tensor& t, int64_t at) {
+    const T* from = static_cast<const T*>(t.data) + at * rows;
+    std::vector<float> values(rows);
+    for (int64_t i = 0; i < rows; ++i) values[i] = to_float(from[i]);
+    return values;
+  };
+  const std::vector<float> query = floats(in[kQuery], batch * e.heads + head);
+  const std::vector<float> key = floats(in[kKey], kv_head), value = floats(in[kValue], kv_head);
+  const float* budget = static_cast<const float*>(in[kBudget].data);
+  const auto& mask = in[kKeyMask].shape;
+  const bool* given = static_cast<const bool*>(in[kKeyMask].data);
+  given += mask[0] == 1 ? 0 : batch * mask[1];
+  std::vector<char> spread;
+  if (mask[1] == 1) {
+    spread.assign(e.length, *given);
+    given = reinterpret_cast<const bool*>(spread.data());
+  }
+  std::vector<float> out(rows);
+  split_head(e, call.kernel->attributes,
+             {query.data(), key.data(), value.data(), budget[head], budget[e.heads + head], given,
+              static_cast<const int64_t*>(in[kOrder].data)},
+             out.data());
+  T* to = static_cast<T*>(call.out) + int64_t(index) * rows;
+  for (int64_t i = 0; i < rows; ++i) to[i] = from_float<T>(out[i]);
+}
+
+template <typename T>
+void head_task(void* user, size_t index) {
+  compute_one_head<T>(*static_cast<const CpuCall*>(user), index);
+}
+
+void compute_cpu(const Kernel& k, ort::KernelContext* ctx) {
+  std::vector<Tensor> in;
+  for (size_t i = 0; i < kInputs; ++i) in.push_back(k.input(ctx, i));
+  const Extents e = check_extents(k, in);
+  const int64_t* order = static_cast<const int64_t*>(in[kOrder].data);
+  std::vector<bool> seen(e.tokens, false);
+  for (int64_t i = 0; i < e.tokens; ++i) {
+    k.require(order[i] >= 0 && order[i] < e.tokens && !seen[order[i]],
+              "order is not a permutation of the video tokens");
+    seen[order[i]] = true;
+  }
+  CpuCall call{&k, e, &in, output(k, ctx, in[kQuery].shape)};
+  void (*task)(void*, size_t) = k.type == ort::kFloat   ? head_task<float>
+                                : k.type == ort::kHalf ? head_task<Half>
+                                                       : head_task<Bfloat16>;
+  k.check(ort::ParallelFor::call(k.api, ctx, task, size_t(e.batch * e.heads), 0, &call));
+}
+
+#ifdef FREQOPT_CUDA
+void compute_cuda(const Kernel& k, ort::KernelContext* ctx) {
+  std::vector<Tensor> in;
+  for (size_t i = 0; i < kInputs; ++i) in.push_back(k.input(ctx, i));
+  CudaCall call;
+  call.extents = check_extents(k, in);
+  call.attributes = k.attributes;
+  call.type = k.type == ort::kFloat ? 0 : k.type == ort::kHalf ? 1 : 2;
+  call.mask_batch = in[kKeyMask].shape[0], call.mask_length = in[kKeyMask].shape[1];
+  void** pointers[] = {&call.query, &call.key, &call.value, &call.budget, &call.key_mask, &call.order};
+  for (size_t i = 0; i < kTextBefore; ++i) *pointers[i] = in[i].data;
+  call.out = output(k, ctx, in[kQuery].shape);
+  k.check(ort::GetComputeStream::call(k.api, ctx, &call.stream));
+  const ort::MemoryInfo* memory = nullptr;
+  ort::Allocator* allocator = nullptr;
+  k.check(ort::GetTensorMemoryInfo::call(k.api, in[kQuery].value, &memory));
+  k.check(ort::GetAllocator::call(k.api, ctx, memory, &allocator));
+  void* workspace = nullptr;
+  std::string error;
+  try {
+    const CudaPlan plan = plan_cuda(call);  // throws where no kernel fits
+    k.check(ort::AllocatorAlloc::call(k.api, allocator, plan.workspace_bytes, &workspace));
+    launch_cuda(call, plan, workspace);
+  } catch (const std::runtime_error& failed) {
+    error = failed.what();
+  }
+  // onnxruntime's allocator orders reuse of this memory after the work queued on its own stream.
+  if (workspace) ort::AllocatorFree::call(k.api, allocator, workspace);
+  ort::ReleaseAllocator::call(k.api, allocator);
+  if (!error.empty()) {
+    throw Failure(ort::CreateStatus::call(k.api, ort::kNotImplemented,
+                                          ("freqopt::SplitAttention: " + error).c_str()));
+  }
+}
+#endif
+
+using Compute = void (*)(const Kernel&, ort::KernelContext*);
+
+template <Compute Run>
+ort::Status* guarded(void* kernel, ort::KernelContext* ctx) {
+  const Kernel& k = *static_cast<Kernel*>(kernel);
+  try {
+    Run(k, ctx);
+    return nullptr;
+  } catch (const Failure& failed) {
+    return failed.status;
+  } catch (const std::exception& failed) {
+    return ort::CreateStatus::call(k.api, ort::kFail, failed.what());
+  }
+}
+
+struct Op : ort::CustomOp {
+  ort::ElementType type;
+  const char* provider_name;
+};
+
+const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
+
+ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo* info, void** out) {
+  auto* k = new Kernel{api, {}, self(op).type};
+  int64_t mid = 0;
+  ort::Status* status = ort::GetAttributeFloat::call(api, info, "scale", &k->attributes.scale);
+  if (!status) status = ort::GetAttributeFloat::call(api, info, "density", &k->attributes.density);
+  if (!status) status = ort::GetAttributeInt::call(api, info, "mid_band", &mid);
+  if (!status) status = ort::GetAttributeInt::call(api, info, "probes", &k->attributes.probes);
+  k->attributes.mid_band = mid != 0;
+  if (status) {
+    delete k;
+    return status;
+  }
+  *out = k;
+  return nullptr;
+}
+
+ort::Status* infer(const ort::CustomOp* op, ort::ShapeContext* context);
+
+template <Compute Run>
+Op make_op(ort::ElementType type, const char* provider) {
+  Op op;
+  op.type = type, op.provider_name = provider;
+  op.name = [](const ort::CustomOp*) { return "SplitAttention"; };
+  op.provider = [](const ort::CustomOp* o) { return self(o).provider_name; };
+  op.input_count = [](const ort::CustomOp*) { return size_t(kInputs); };
+  op.output_count = [](const ort::CustomOp*) { return size_t(1); };
+  op.input_type = [](const ort::CustomOp* o, size_t i) {
+    return i <= kValue    ? self(o).type
+           : i == kBudget ? ort::kFloat
+           : i == kKeyMask ? ort::kBool
+                           : ort::kInt64;
+  };
+  op.output_type = [](const ort::CustomOp* o, size_t) { return self(o).type; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_memory = [](const ort::CustomOp*, size_t i) {
+    return i == kTextBefore ? ort::kCpuInput : ort::kDefault;
+  };
+  op.variadic_input_min = op.variadic_output_min = [](const ort::CustomOp*) { return 1; };
+  op.variadic_input_same = op.variadic_output_same = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_v2 = create;
+  op.compute_v2 = guarded<Run>;
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.infer_shape = infer;
+  op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
+  return op;
+}
+
+ort::Api* g_api = nullptr;  // shape inference is called without one
+
+ort::Status* infer(const ort::CustomOp*, ort::ShapeContext* context) {
+  ort::TensorInfo* info = nullptr;  // owned by the context
+  ort::Status* status = ort::InferInputShape::call(g_api, context, kQuery, &info);
+  return status ? status : ort::InferOutputShape::call(g_api, context, 0, info);
+}
+
+std::vector<Op>& all_ops() {
+  static std::vector<Op> ops;
+  if (ops.empty()) {
+    for (ort::ElementType type : {ort::kFloat, ort::kHalf, ort::kBfloat16}) {
+      ops.push_back(make_op<compute_cpu>(type, "CPUExecutionProvider"));
+#ifdef FREQOPT_CUDA
+      ops.push_back(make_op<compute_cuda>(type, "CUDAExecutionProvider"));
+#endif
+    }
+  }
+  return ops;
+}
+
+}  // namespace
+}  // namespace freqopt
+
+EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  ort::Api* api = base->GetApi(ort::kApiVersion);
+  if (!api) {  // too old even to make a status of the version we know: every version has slot 0
+    api = base->GetApi(1);
+    const std::string message = std::string("libfreqopt_ort needs onnxruntime 1.17 or newer; this is ") +
+                                base->GetVersionString();
+    return ort::CreateStatus::call(api, ort::kNotImplemented, message.c_str());
+  }
+  freqopt::g_api = api;
+  ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointers into it
+  if (ort::Status* status = ort::CreateCustomOpDomain::call(api, "freqopt", &domain)) return status;
+  for (const freqopt::Op& op : freqopt::all_ops()) {
+    if (ort::Status* status = ort::CustomOpDomainAdd::call(api, domain, &op)) return status;
+  }
+  return ort::AddCustomOpDomain::call(api, options, domain);
+}
+
+// What this file was built for, so that a runner can refuse a library of another version.
+EXPORT const char* freqopt_ort_version() { return FREQOPT_ORT_VERSION; }

@@ -1,0 +1,231 @@
+"""Runs an exported ONNX artifact under onnxruntime and says which nodes ran where.
+
+onnxruntime falls back to the CPU without a word when a provider cannot be loaded; here that is an
+error unless the CPU was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from freqopt.errors import InputError, OptionError
+from freqopt.exporters.manifest import Artifact
+from freqopt.exporters.onnx_body import OP_NAME
+from freqopt.exporters.ort_library import OLDEST_ONNXRUNTIME, check_library
+from freqopt.exporters.problems import ArtifactError, NotAvailableError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ELEMENT_TYPES = {
+    "tensor(float)": torch.float32, "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16, "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32, "tensor(bool)": torch.bool, "tensor(double)": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outputs by name, and the evidence of how they were made.
+
+    provider: the one that was wanted and ran. nodes: provider -> operator -> how many nodes ran
+    there. split: "library" or "function body": what computed the split sites. seconds: one run.
+    """
+
+    outputs: dict[str, Tensor]
+    provider: str
+    nodes: dict[str, dict[str, int]]
+    split: str
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"ran on {self.provider} in {self.seconds:.3f} s; split sites by {self.split}"]
+        for provider, nodes in self.nodes.items():
+            total, most = sum(nodes.values()), Counter(nodes).most_common(6)
+            lines.append(f"  {provider}: {total} nodes ({', '.join(f'{k} {n}' for k, n in most)})")
+        return "\n".join(lines)
+
+
+def run_artifact(
+    path: str | os.PathLike[str] | Artifact,
+    inputs: Mapping[str, Tensor],
+    *,
+    provider: str = "auto",
+    library: bool = True,
+    threads: int = 0,
+) -> RunResult:
+    """Check an artifact, run it once, and verify what ran.
+
+    Args:
+        path: an exported folder.
+        inputs: tensors by input name; extents may differ from the export's where they are dynamic.
+        provider: "cpu", "cuda", or "auto": CUDA where onnxruntime has it.
+        library: use the artifact's operator library; False runs the function body.
+        threads: of onnxruntime's CPU pool; 0 lets it choose.
+
+    Raises:
+        ArtifactError: tampered files, a library for another machine.
+        InputError: inputs whose names, types or ranks are not the model's.
+        NotAvailableError: onnxruntime missing or too old, or the provider does not really run.
+        OptionError: an unknown provider.
+    """
+    artifact = path if isinstance(path, Artifact) else Artifact.load(path)
+    if artifact.kind != "onnx":
+        raise NotAvailableError(
+            f"{artifact.path} is a {artifact.kind} artifact; build and run it with the scripts "
+            "beside it (build_engine.py, run_engine.py) on a machine with TensorRT"
+        )
+    wanted = _wanted_provider(provider)
+    library_path = artifact.library_path if library else None
+    session = _open_session(artifact, wanted, library_path, threads)
+    values = _bind_inputs(session, inputs)
+    start = time.perf_counter()
+    results = session.run_with_ort_values(None, values)
+    seconds = time.perf_counter() - start
+    names = [output.name for output in session.get_outputs()]
+    outputs = {name: _to_tensor(v) for name, v in zip(names, results, strict=True)}
+    nodes = _nodes_by_provider(Path(session.end_profiling()))
+    split = _verify(nodes, wanted, artifact, library_path)
+    return RunResult(outputs, wanted, nodes, split, seconds)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotAvailableError(
+            "onnxruntime is not installed; pip install 'freqopt[onnx]' (or onnxruntime-gpu)"
+        ) from error
+    return onnxruntime
+
+
+def _wanted_provider(provider: str) -> str:
+    runtime = _onnxruntime()
+    available = runtime.get_available_providers()
+    if provider == "auto":
+        return PROVIDERS["cuda" if PROVIDERS["cuda"] in available else "cpu"]
+    if provider not in PROVIDERS:
+        raise OptionError(f"provider {provider!r} is unknown; supported: auto, cpu, cuda")
+    if PROVIDERS[provider] not in available:
+        raise NotAvailableError(
+            f"this onnxruntime {runtime.__version__} has no {PROVIDERS[provider]} (it has "
+            f"{', '.join(available)}); install onnxruntime-gpu, or pass provider='cpu'"
+        )
+    return PROVIDERS[provider]
+
+
+def _open_session(artifact: Artifact, wanted: str, library: Path | None, threads: int) -> Any:
+    runtime = _onnxruntime()
+    version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
+    if version < OLDEST_ONNXRUNTIME:
+        raise NotAvailableError(
+            f"onnxruntime {runtime.__version__} is too old; 1.17 or newer is supported"
+        )
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.enable_profiling = True
+    options.profile_file_prefix = str(Path(tempfile.mkdtemp(prefix="freqopt-")) / "profile")
+    if library is not None:
+        check_library(library)
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # onnxruntime raises its own types, which vary by version
+            raise ArtifactError(f"onnxruntime could not load {library}: {error}") from error
+    if wanted == PROVIDERS["cuda"] and hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()
+    try:
+        session = runtime.InferenceSession(
+            str(artifact.model_path), options, providers=[wanted, PROVIDERS["cpu"]]
+        )
+    except Exception as error:
+        raise NotAvailableError(
+            f"onnxruntime {runtime.__version__} could not open {artifact.model_path} (opset "
+            f"{artifact.manifest.get('opset')}): {error}"
+        ) from error
+    if session.get_providers()[0] != wanted:
+        raise NotAvailableError(
+            f"{wanted} was wanted but onnxruntime runs {session.get_providers()}: its CUDA "
+            "libraries could not be loaded. Install the CUDA packages it names in its log, import "
+            "torch first, or pass provider='cpu'"
+        )
+    return session
+
+
+def _bind_inputs(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    runtime = _onnxruntime()
+    expected = {value.name: value for value in session.get_inputs()}
+    listing = ", ".join(f"{v.name}: {v.type} {v.shape}" for v in expected.values())
+    if set(inputs) != set(expected):
+        raise InputError(f"inputs {sorted(inputs)} were given; the model takes {listing}")
+    values = {}
+    for name, tensor in inputs.items():
+        kind = ELEMENT_TYPES.get(expected[name].type)
+        shape = expected[name].shape
+        fits = len(shape) == tensor.dim() and all(
+            not isinstance(want, int) or want == have
+            for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if tensor.dtype != kind or not fits:
+            raise InputError(
+                f"input {name!r} is {tensor.dtype} {tuple(tensor.shape)}; the model takes {listing}"
+            )
+        plain = tensor.detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            raw = plain.view(torch.uint16).numpy()
+            values[name] = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, 16)
+        else:
+            values[name] = runtime.OrtValue.ortvalue_from_numpy(plain.numpy())
+    return values
+
+
+def _to_tensor(value: Any) -> Tensor:
+    if value.data_type() == "tensor(bfloat16)":
+        return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+    return torch.from_numpy(value.numpy())
+
+
+def _nodes_by_provider(profile: Path) -> dict[str, dict[str, int]]:
+    """Count the distinct nodes of each operator that ran on each provider."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    profile.unlink()
+    profile.parent.rmdir()
+    seen: dict[str, dict[str, set[str]]] = {}
+    for event in events:
+        details = event.get("args", {})
+        if event.get("cat") != "Node" or not str(event.get("name", "")).endswith("_kernel_time"):
+            continue
+        where = seen.setdefault(str(details.get("provider", "unknown")), {})
+        where.setdefault(str(details.get("op_name")), set()).add(
+            f"{event['name']} {details.get('node_index')}"
+        )
+    return {p: {op: len(names) for op, names in ops.items()} for p, ops in seen.items()}
+
+
+def _verify(
+    nodes: dict[str, dict[str, int]], wanted: str, artifact: Artifact, library: Path | None
+) -> str:
+    if wanted not in nodes:
+        raise NotAvailableError(f"no node ran on {wanted}; nodes ran on {', '.join(nodes)}")
+    if not artifact.sites:
+        return "nothing: no site was split"
+    ours = {provider: ops.get(OP_NAME, 0) for provider, ops in nodes.items()}
+    if library is None:
+        return "function body"
+    if ours[wanted] != len(artifact.sites):
+        raise NotAvailableError(
+            f"{ours[wanted]} of the {len(artifact.sites)} split sites ran in the library on "
+            f"{wanted} ({ours}): it does not serve this type or head dimension there. Run with "
+            "library=False, or export again on this machine"
+        )
+    return "library"
