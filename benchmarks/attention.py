@@ -1,8 +1,8 @@
 """Error against time of the whole op, beside dense attention: `python -m benchmarks.attention`.
 
-Every row is one call on the trained DiT's own Q, K and V: its relative error against dense attention
-in the same run, the density reached, the time of the whole call and of its parts. A row whose
-correctness gate fails prints no time.
+Every row is one call on the trained DiT's own Q, K and V: its relative error against dense
+attention in the same run, the density reached, the time of the whole call and of its parts. A row
+whose correctness gate fails prints no time.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ax.plot([r["ms"] for r in rows], [r["l1"] for r in rows], "o-", color="#1f6feb")
         for r in rows:
             ax.annotate(
-                f"{100 * r['density']:.0f} %  {r['speedup']:.1f}×", (r["ms"], r["l1"]),
+                f"{100 * r['density']:.0f} %  {r['speedup']:.1f}x", (r["ms"], r["l1"]),
                 textcoords="offset points", xytext=(6, 4), fontsize=8,
             )  # fmt: skip
         best = min(problem["dense_ms"].values())
@@ -184,7 +184,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     ha="right", fontsize=8, color="#555")  # fmt: skip
         ax.set(
             xlabel="time of the whole call, ms", ylabel="relative L1 error, mean over heads",
-            title=f"{problem['heads']} heads × {problem['tokens']:,} tokens", xlim=(0, None),
+            title=f"{problem['heads']} heads x {problem['tokens']:,} tokens", xlim=(0, None),
             ylim=(0, None),
         )  # fmt: skip
         ax.spines[["top", "right"]].set_visible(False)

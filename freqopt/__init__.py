@@ -1,6 +1,6 @@
 """freqopt: a torch.compile backend that rewrites dense attention into frequency-split attention.
 
-Everything public is loaded on first use, so that `import freqopt` costs no more than `import torch`.
+Everything public is loaded on first use, so that `import freqopt` costs next to nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Constants of the split, shared by the definition, the kernels and everything built on them.
 
-They are part of the mathematics (docs/mathematics.md), not tuning knobs: changing one changes what a
-plan's budgets mean, so `SPLIT_VERSION` must be raised with them.
+They are part of the mathematics (docs/mathematics.md), not tuning knobs: changing one changes what
+a plan's budgets mean, so `SPLIT_VERSION` must be raised with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUB_TILE: Final = 8
 """Queries pooled for one routing score; a tile joins its sub-tiles by their rms."""
 
 MID_RATIO: Final = 0.25
-"""With the mid band on, pairs scoring within [MID_RATIO * threshold, threshold) go to the mid band."""
+"""With the mid band on, pairs scoring in [MID_RATIO * threshold, threshold) go to it."""
 
 DEFAULT_PROBES: Final = 64
 """Queries per head attended exactly in every call, to unbias the split and to measure its error."""

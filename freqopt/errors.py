@@ -1,4 +1,4 @@
-"""Exceptions raised by freqopt. Every message says what was seen, what is supported and what to do."""
+"""Exceptions of freqopt. Every message says what was seen, what is supported and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class FreqoptError(Exception):
 
 
 class InputError(FreqoptError, ValueError):
-    """Tensors or arguments that split attention cannot work on (shapes, dtypes, grid, text lengths)."""
+    """Tensors or arguments that split attention cannot work on (shapes, dtypes, grid, text)."""
 
 
 class OptionError(FreqoptError, ValueError):
@@ -16,7 +16,7 @@ class OptionError(FreqoptError, ValueError):
 
 
 class PlanError(FreqoptError, ValueError):
-    """A plan file that is truncated, edited by hand, of another version or made for another model."""
+    """A plan that is truncated, edited by hand, of another version or made for another model."""
 
 
 class SiteError(FreqoptError, RuntimeError):

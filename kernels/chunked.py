@@ -1,8 +1,8 @@
 """Split attention in plain PyTorch that never builds a (tokens x keys) tensor.
 
-Serves CPU tensors, and the backward pass on every device: each chunk of query tiles gathers only the
-key blocks its route made exact, so time and memory follow the density. Summaries, scores, route and
-probe are those of `freqopt.kernels.reference`.
+Serves CPU tensors, and the backward pass on every device: each chunk of query tiles gathers only
+the key blocks its route made exact, so time and memory follow the density. Summaries,
+scores, route and probe are those of `freqopt.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,17 @@ def take_apart(
 ) -> Tokens:
     """Split (B, H, N, D) tensors of any floating dtype into the parts of `Tokens`."""
     heads = query.shape[1]
-    parts = [repeat_heads(x, heads).float() for x in (query, key, value)]
-    video = [sequence.video_of(x) for x in parts]
-    text = [sequence.text_of(x) for x in parts]
-    return Tokens(*video, *text, text_bias(sequence.text_mask(key_mask), text[1]))
+    q, k, v = (repeat_heads(x, heads).float() for x in (query, key, value))
+    text_key = sequence.text_of(k)
+    return Tokens(
+        query=sequence.video_of(q),
+        key=sequence.video_of(k),
+        value=sequence.video_of(v),
+        text_query=sequence.text_of(q),
+        text_key=text_key,
+        text_value=sequence.text_of(v),
+        text_bias=text_bias(sequence.text_mask(key_mask), text_key),
+    )
 
 
 class Context(NamedTuple):
@@ -82,11 +89,12 @@ def _gather(blocks: Tensor, index: Tensor) -> Tensor:
     """(B, H, J, R, D) at (B, H, C, L) -> (B, H, C, L * R, D)."""
     rows, dim = blocks.shape[3:]
     flat = index.flatten(2)[..., None, None].expand(-1, -1, -1, rows, dim)
-    return blocks.gather(2, flat).unflatten(2, index.shape[2:]).flatten(3, 4)
+    gathered: Tensor = blocks.gather(2, flat)
+    return torch.unflatten(gathered, 2, index.shape[2:]).flatten(3, 4)
 
 
 def _bias(index: Tensor, real: Tensor, weight: Tensor) -> Tensor:
-    """Additive logit (B, H, C, 1, L * R) of gathered columns: log `weight` (J, R), -inf if unused."""
+    """Additive logit (B, H, C, 1, L * R) of gathered columns: log of `weight` (J, R), or -inf."""
     bias = torch.where(real[..., None], weight.log()[index], -torch.inf)
     return bias.flatten(3).unsqueeze(3)
 
@@ -122,10 +130,10 @@ def attend_tiles(
     low, mid = context.low, context.mid
     c, g = c[..., None, None, None], g[..., None, None, None]
     mean_square = query.square().sum(3) / count[:, None]
-    capacity = low.count.log()
+    capacity = low.counts.log()
 
     index, real = _selected(route, ref.EXACT)
-    weights = _column_weights(low.count, 1, KEY_BLOCK)
+    weights = _column_weights(low.counts, 1, KEY_BLOCK)
     logits = [query @ _gather(context.key_blocks, index).mT * scale + _bias(index, real, weights)]
     values = [_gather(context.value_blocks, index)]
 
@@ -145,7 +153,7 @@ def attend_tiles(
             _gather(ref.split_blocks(x, rows), index)
             for x in (mid.key_mean, mid.value_mean, mid.key_var)
         )
-        fine = _bias(index, real, _column_weights(low.count, SUB_BLOCK, rows))
+        fine = _bias(index, real, _column_weights(low.counts, SUB_BLOCK, rows))
         spread = 0.5 * scale**2 * (mean_square.unsqueeze(3) @ var.mT)
         logits.append(query @ mean.mT * scale + fine + c * torch.minimum(spread, fine.clamp(min=0)))
         values.append(value)
@@ -154,11 +162,12 @@ def attend_tiles(
     peak = torch.stack([x.amax(-1) for x in logits if x.shape[-1]]).amax(0)[..., None].detach()
     weights_of = [(x - peak).exp() for x in logits]
     mass = [x.sum(-1, keepdim=True) for x in weights_of]
-    out = sum(w @ v for w, v in zip(weights_of, values, strict=True))
+    out = weights_of[0] @ values[0]
+    for w, v in zip(weights_of[1:], values[1:], strict=True):
+        out = out + w @ v
     for band, matrix in orders:
         out = out + g * mass[band] * (query @ matrix.unsqueeze(2).mT * scale)
-    result: Tensor = out / sum(mass)
-    return result
+    return out / torch.stack(mass).sum(0)
 
 
 def chunks_of(query: Tensor, route: Tensor, columns: int) -> Iterator[slice]:
@@ -231,7 +240,7 @@ def split_forward(
     tiles = ref.split_blocks(tokens.query, QUERY_TILE)
     count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
     video = torch.empty_like(tiles)
-    columns = context.low.count.numel() + sequence.text
+    columns = context.low.counts.numel() + sequence.text
     for part in chunks_of(tiles, route, columns):
         video[:, :, part] = attend_tiles(
             tiles[:, :, part], count[part], context, tokens.text_bias, route[:, :, part],
@@ -266,15 +275,15 @@ def split_backward(
     bias = text_bias(sequence.text_mask(key_mask), sequence.text_of(key).float())
     grad_tiles = ref.split_blocks(sequence.video_of(grad).float(), QUERY_TILE)
 
-    def prepare(*inputs: Tensor) -> tuple[Tensor, ...]:
-        tokens = take_apart(*inputs, key_mask, sequence)
+    def prepare(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        tokens = take_apart(query, key, value, key_mask, sequence)
         context = make_context(tokens, mid_band)
         text = (attend_text(tokens, scale),) if sequence.text else ()
         tiles = ref.split_blocks(tokens.query, QUERY_TILE)
         return (tiles, *text, *_differentiable(context))
 
     # torch.func, not torch.autograd: inside an op's kernel the autograd keys are switched off.
-    prepared, prepare_vjp = torch.func.vjp(prepare, query, key, value)
+    prepared, prepare_vjp, *_ = torch.func.vjp(prepare, query, key, value)
     fixed = 2 if sequence.text else 1
     tiles, leaves = prepared[0], prepared[fixed:]
     sums = [torch.zeros_like(x) for x in leaves]
@@ -286,7 +295,7 @@ def split_backward(
             context = _context_of(parts, sequence.tokens)
             return attend_tiles(chunk, count[part], context, bias, route[:, :, part], c, g, scale)
 
-        _, attend_vjp = torch.func.vjp(attend, tiles[:, :, part], *leaves)
+        _, attend_vjp, *_ = torch.func.vjp(attend, tiles[:, :, part], *leaves)
         grads = attend_vjp(grad_tiles[:, :, part])
         grad_query[:, :, part] = grads[0]
         for total, part_grad in zip(sums, grads[1:], strict=True):

@@ -51,7 +51,7 @@ def split_attention_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op itself; arguments as in `split_attention`, already validated.
 
-    budget: (2, H) float32, the thresholds of the exact and of the mid band, used when `density` is 0.
+    budget: (2, H) float32, thresholds of the exact and of the mid band, used if `density` is 0.
 
     Returns:
         out (B, H, N, D); density (B, H); probe_error (B, H); route (B, H, tiles, blocks) int8
@@ -212,7 +212,7 @@ def split_attention(
             Without either, 0.25.
         mid_band: serve pairs just below the threshold from means of 8 tokens; a bool or (H,) bool.
         text_before, text_after: text tokens at either end; always exact as keys, dense as queries.
-        key_mask: (B, N) bool, True = attend. Only text entries are read: video keys always take part.
+        key_mask: (B, N) bool, True = attend. Only text entries are read: video keys always count.
         scale: factor of the logits; D**-0.5 if None.
         probes: queries per head attended exactly to unbias the split and to measure its error
             (0: none).
@@ -239,7 +239,8 @@ def split_attention(
     uses_mid = bool(mid_band) if isinstance(mid_band, bool) else True
     out, reached, error, _, _ = split_attention_op(
         query, key, value, budget, key_mask, list(sequence.grid), text_before, text_after,
-        query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, uses_mid, probes,
+        query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, uses_mid,
+        probes,
     )  # fmt: skip
     return (out, SplitStats(reached, error)) if return_stats else out
 

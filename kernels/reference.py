@@ -1,8 +1,8 @@
 """The definition of frequency-split attention, in plain PyTorch and float32.
 
 Every other implementation is tested against this one. It favours reading over speed and builds
-(tokens x keys) tensors, so it is for short sequences; `freqopt.kernels.chunked` reuses its summaries,
-scores and probe and attends tile by tile. The mathematics is in docs/mathematics.md.
+(tokens x keys) tensors, so it is for short sequences; `freqopt.kernels.chunked` reuses its
+summaries, scores and probe and attends tile by tile. The mathematics is in docs/mathematics.md.
 
 Shapes: B batch, H query heads, T video tokens in token order, X text tokens, D head dim,
 J = ceil(T / 64) key blocks, I = ceil(T / 128) query tiles, S = 16 * I sub-tiles of 8 queries.
@@ -33,12 +33,12 @@ NEWTON_STEPS = 4
 class Summary(NamedTuple):
     """What the low (or mid) band knows about the blocks of one head.
 
-    count (J,), key_mean / value_mean / key_var (B, H, J, D), value_spread (B, H, J): rms distance of
-    a block's values from their mean, relative to the head's; first_order (B, H, D, D): token-mean of
-    v (k - block mean)^T, the matrix H-bar of the first-order term before scaling.
+    counts (J,), key_mean / value_mean / key_var (B, H, J, D), value_spread (B, H, J): rms distance
+    of a block's values from their mean, relative to the head's; first_order (B, H, D, D): the
+    token-mean of v (k - block mean)^T, the matrix H-bar of the first-order term before scaling.
     """
 
-    count: Tensor
+    counts: Tensor
     key_mean: Tensor
     value_mean: Tensor
     key_var: Tensor
@@ -64,7 +64,8 @@ class Probe(NamedTuple):
 def split_blocks(x: Tensor, size: int) -> Tensor:
     """(B, H, T, D) -> (B, H, blocks, size, D), the last block padded with zeros."""
     blocks = -(-x.shape[2] // size)
-    return F.pad(x, (0, 0, 0, blocks * size - x.shape[2])).unflatten(2, (blocks, size))
+    padded: Tensor = F.pad(x, (0, 0, 0, blocks * size - x.shape[2]))
+    return torch.unflatten(padded, 2, (blocks, size))
 
 
 def block_counts(tokens: int, size: int, device: torch.device) -> Tensor:
@@ -89,7 +90,7 @@ def summarise(key: Tensor, value: Tensor, size: int) -> Summary:
     block_spread = value_offset.square().sum((3, 4)) / count
     head_spread = (value - value.mean(2, keepdim=True)).square().sum((2, 3)) / tokens
     return Summary(
-        count=count,
+        counts=count,
         key_mean=key_mean,
         value_mean=value_mean,
         key_var=key_offset.square().sum(3) / count[:, None],
@@ -121,7 +122,7 @@ def score_pairs(query: Tensor, summary: Summary, scale: float) -> Scores:
     the number of blocks. Source: docs/mathematics.md §4.
     """
     mean, mean_square, count = pool_queries(query)
-    capacity = summary.count.log()
+    capacity = summary.counts.log()
     dispersion = mean_square @ summary.key_var.mT * scale**2
     logit = mean @ summary.key_mean.mT * scale + capacity
     mass = (logit + torch.minimum(0.5 * dispersion, capacity)).softmax(-1)
@@ -135,7 +136,7 @@ def score_pairs(query: Tensor, summary: Summary, scale: float) -> Scores:
     weighted = (dispersion * count[:, None]).unflatten(2, (-1, per_tile)).sum(3)
     tile_dispersion = weighted / count.unflatten(0, (-1, per_tile)).sum(1)[:, None]
     return Scores(
-        score=tile_rms * summary.value_spread.unsqueeze(2) * summary.count.numel(),
+        score=tile_rms * summary.value_spread.unsqueeze(2) * summary.counts.numel(),
         mass_term=torch.minimum(0.5 * tile_dispersion, capacity),
     )
 
@@ -148,11 +149,11 @@ def own_blocks(tiles: int, blocks: int, device: torch.device) -> Tensor:
 
 
 def route_pairs(score: Tensor, threshold: Tensor, mid_threshold: Tensor) -> Tensor:
-    """Choose the band of every pair: EXACT at or above the threshold, MID between the two, else LOW.
+    """Choose the band of every pair: EXACT from the threshold up, MID between the two, else LOW.
 
     score: (B, H, I, J); thresholds (B, H). Returns (B, H, I, J) int8.
     """
-    own = own_blocks(*score.shape[2:], device=score.device)
+    own = own_blocks(score.shape[2], score.shape[3], score.device)
     exact = (score >= threshold[..., None, None]) | own
     middle = score >= mid_threshold[..., None, None]
     return torch.where(exact, EXACT, torch.where(middle, MID, LOW)).to(torch.int8)
@@ -160,7 +161,7 @@ def route_pairs(score: Tensor, threshold: Tensor, mid_threshold: Tensor) -> Tens
 
 def threshold_for_density(score: Tensor, density: float) -> Tensor:
     """Threshold (B, H) that makes the given share of pairs exact, own blocks counted in."""
-    own = own_blocks(*score.shape[2:], device=score.device)
+    own = own_blocks(score.shape[2], score.shape[3], score.device)
     flat = torch.where(own, torch.inf, score).flatten(2)
     kept = min(max(math.ceil(density * flat.shape[-1]), 1), flat.shape[-1])
     return flat.kthvalue(flat.shape[-1] - kept + 1, dim=-1).values
@@ -294,25 +295,25 @@ def make_bands(
     token_pair = pair.repeat_interleave(KEY_BLOCK, -1)[..., : key.shape[2]]
     exact = (query @ key.mT * scale).masked_fill(token_pair != EXACT, -torch.inf)
     text = query @ text_key.mT * scale + text_bias
-    approximate = query @ low.key_mean.mT * scale + low.count.log()
+    approximate = query @ low.key_mean.mT * scale + low.counts.log()
     approximate = approximate.masked_fill(pair != LOW, -torch.inf)
     term, values = scores.mass_term[:, :, tile], low.value_mean
     low_order = query @ low.first_order.mT * scale
     mid_order = torch.zeros_like(low_order)
     if mid is not None:
-        fine_pair = pair.repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., : mid.count.numel()]
-        fine = query @ mid.key_mean.mT * scale + mid.count.log()
+        fine_pair = pair.repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., : mid.counts.numel()]
+        fine = query @ mid.key_mean.mT * scale + mid.counts.log()
         fine = fine.masked_fill(fine_pair != MID, -torch.inf)
         spread = mean_square[:, :, tile] @ mid.key_var.mT * scale**2
         approximate = torch.cat([approximate, fine], -1)
-        term = torch.cat([term, torch.minimum(0.5 * spread, mid.count.log())], -1)
+        term = torch.cat([term, torch.minimum(0.5 * spread, mid.counts.log())], -1)
         values = torch.cat([values, mid.value_mean], 2)
         mid_order = query @ mid.first_order.mT * scale
     order = torch.stack([low_order, mid_order])
     return Bands(
         exact=torch.cat([exact, text], -1),
         value=torch.cat([value, text_value], 2),
-        estimate=Estimate(approximate, term, values, order, low.count.numel()),
+        estimate=Estimate(approximate, term, values, order, low.counts.numel()),
     )
 
 

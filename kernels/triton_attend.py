@@ -1,7 +1,8 @@
 """Triton kernels that attend: the probe's exact pass, and the fused three-band online softmax.
 
 Logits live in base 2 and in the frame of centred keys: subtracting the mean key from every key is
-exact for a softmax, and lets the low band keep its means in half precision (docs/mathematics.md §3).
+exact for a softmax, and lets the low band keep its means in half precision
+(docs/mathematics.md §3).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _pair_terms(
     mean, square, key_mean, key_var, block, blocks, tokens, col, scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pooled logit, dispersion and second-order term of sub-tiles (rows) against blocks (columns)."""
+    """Pooled logit and dispersion of sub-tiles (rows) against blocks (columns), and log counts."""
     mask = (block < blocks)[:, None] & (col < D)[None, :]
     offset = block[:, None] * D + col[None, :]
     k = tl.load(key_mean + offset, mask=mask, other=0.0)

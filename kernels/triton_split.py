@@ -1,7 +1,7 @@
 """Split attention on the GPU: launches the Triton kernels around a little PyTorch glue.
 
-Nothing here waits for the device: routes, list lengths and the probe's scalars stay there, so a call
-can be captured in a CUDA graph and replayed with other content.
+Nothing here waits for the device: routes, list lengths and the probe's scalars stay there, so a
+call can be captured in a CUDA graph and replayed with other content.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Summaries(NamedTuple):
 
 def padded_dim(head_dim: int) -> int:
     """Head dim of the kernels' tiles: the next power of two, at least 16."""
-    return max(triton.next_power_of_2(head_dim), 16)
+    return max(int(triton.next_power_of_2(head_dim)), 16)
 
 
 def summarise(key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool) -> Summaries:
@@ -391,5 +391,5 @@ def split_forward(
 
 
 def _on_device(x: Tensor) -> Any:
-    """Make x's GPU current, as Triton launches on the current one; nothing to do in the interpreter."""
+    """Make x's GPU current, as Triton launches there; nothing to do in the interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()

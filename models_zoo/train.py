@@ -128,7 +128,7 @@ def flow_loss(model: nn.Module, video: Tensor, stage: Stage, generator: torch.Ge
     noisy = (1 - mixing) * video + mixing * noise
     target = noise - video
     with torch.autocast(video.device.type, torch.bfloat16, enabled=video.is_cuda):
-        velocity = model(noisy, t)
+        velocity: Tensor = model(noisy, t)
     return (velocity.float() - target).square().mean()
 
 
@@ -274,11 +274,13 @@ def write_results(
     }  # fmt: skip
     (out / "train_log.json").write_text(json.dumps(log, indent=None) + "\n")
     last = stages[-1]
-    shape = {"frames": last.frames, "height": last.height, "width": last.width}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    video = sample(model.to(dtype), steps=steps, seed=1, device=device, dtype=dtype, **shape)
+    video = sample(
+        model.to(dtype), frames=last.frames, height=last.height, width=last.width,
+        steps=steps, seed=1, device=device, dtype=dtype,
+    )  # fmt: skip
     contact_sheet(video[0], out / "sampled.png")
-    real = render_videos(1, **shape, seed=5, device=device)
+    real = render_videos(1, last.frames, last.height, last.width, seed=5, device=device)
     contact_sheet(real[0], out / "training_video.png")
 
 

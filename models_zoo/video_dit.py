@@ -85,7 +85,8 @@ class Attention(nn.Module):
         query = rotate(self.query_norm(query), table).to(value.dtype)
         key = rotate(self.key_norm(key), table).to(value.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class Block(nn.Module):
@@ -108,7 +109,8 @@ class Block(nn.Module):
         )
         width = x.shape[-1:]
         x = x + gate_a * self.attn(F.layer_norm(x, width) * (1 + scale_a) + shift_a, table)
-        return x + gate_m * self.mlp(F.layer_norm(x, width) * (1 + scale_m) + shift_m)
+        mixed: Tensor = self.mlp(F.layer_norm(x, width) * (1 + scale_m) + shift_m)
+        return x + gate_m * mixed
 
 
 class VideoDiT(nn.Module):
@@ -133,7 +135,8 @@ class VideoDiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patchify.weight.flatten(1))
-        nn.init.zeros_(self.patchify.bias)
+        if self.patchify.bias is not None:
+            nn.init.zeros_(self.patchify.bias)
         nn.init.normal_(self.modulation.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
 
@@ -159,8 +162,8 @@ class VideoDiT(nn.Module):
         x = self.head(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
         pt, ph, pw = self.config.patch
         x = x.unflatten(2, (self.config.channels, pt, ph, pw)).unflatten(1, grid)
-        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        patches: Tensor = x.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _embed_time(self, timestep: Tensor) -> Tensor:
         """Sinusoidal embedding of (B,) timesteps, (B, width) float32."""

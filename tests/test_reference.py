@@ -1,4 +1,4 @@
-"""The definition against first principles: dense attention, identities, and the probe's promises."""
+"""The definition against first principles: dense attention, identities, the probe's promises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_threshold_zero_is_dense_attention(case: Case) -> None:
 def test_summaries_count_the_ragged_block() -> None:
     key, value = torch.randn(1, 1, 70, 4), torch.randn(1, 1, 70, 4)
     summary = reference.summarise(key, value, 64)
-    assert summary.count.tolist() == [64, 6]
+    assert summary.counts.tolist() == [64, 6]
     assert torch.allclose(summary.key_mean[0, 0, 1], key[0, 0, 64:].mean(0), atol=1e-6)
     expected = key[0, 0, 64:].var(0, unbiased=False)
     assert torch.allclose(summary.key_var[0, 0, 1], expected, atol=1e-6)

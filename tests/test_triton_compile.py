@@ -1,4 +1,4 @@
-"""Every kernel compiles for real GPUs, without one: registers, shared memory and spills stay in bounds.
+"""Every kernel compiles for real GPUs without one, and its shared memory stays in bounds.
 
 Runs in its own process because the other tests switch Triton to its interpreter at import.
 """
