@@ -1,7 +1,7 @@
 """A small video diffusion transformer of current design, for calibration, the demo and benchmarks.
 
 Pixel space, patches of 1 x 4 x 4, 3-D rotary positions, QK-norm, one shared adaLN projection with a
-table per block, flow matching. The trained weights ship with the package.
+table per block, flow matching. The trained weights ship with the package, in at most 16 MB.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent / "weights" / "video_dit.safetensors"
 
+MAX_BYTES = 16_000_000
+"""Largest weights that may ship with the package: bfloat16, so 8 million parameters."""
+
 
 @dataclass(frozen=True)
 class VideoDiTConfig:
-    """Sizes of the model. rope_axes: rotary channels of each head given to t, h and w."""
+    """Sizes of the model.
+
+    rope_axes: rotary channels of each head given to t, h and w.
+    data_std: standard deviation of the videos, by which the output is preconditioned
+        (`precondition`); 0 for a network whose output is the velocity itself.
+    """
 
     width: int = 256
     layers: int = 12
@@ -30,6 +38,7 @@ class VideoDiTConfig:
     patch: tuple[int, int, int] = (1, 4, 4)
     rope_axes: tuple[int, int, int] = (32, 48, 48)
     rope_base: float = 100.0
+    data_std: float = 0.0
 
     @property
     def head_dim(self) -> int:
@@ -152,7 +161,8 @@ class VideoDiT(nn.Module):
         """
         x = self.patchify(video)
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        x = x.flatten(2).transpose(1, 2)
+        # In the dtype and strides that blocks return, so that one compiled block serves all layers.
+        x = x.flatten(2).transpose(1, 2).contiguous().to(self.final_table.dtype)
         table = rotary_table(grid, self.config, x.device)
         condition = F.silu(self.time(self._embed_time(timestep).to(x.dtype)))
         modulation = self.modulation(condition).unflatten(1, (6, -1))
@@ -163,7 +173,11 @@ class VideoDiT(nn.Module):
         pt, ph, pw = self.config.patch
         x = x.unflatten(2, (self.config.channels, pt, ph, pw)).unflatten(1, grid)
         patches: Tensor = x.permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        output = patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        if self.config.data_std == 0:
+            return output
+        kept, scaled = precondition(timestep.float().view(-1, 1, 1, 1, 1), self.config.data_std)
+        return (kept * video + scaled * output).to(video.dtype)
 
     def _embed_time(self, timestep: Tensor) -> Tensor:
         """Sinusoidal embedding of (B,) timesteps, (B, width) float32."""
@@ -171,6 +185,17 @@ class VideoDiT(nn.Module):
         step = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
         angle = timestep.float()[:, None] * 1000.0 * 10000.0**-step
         return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def precondition(t: Tensor, data_std: float) -> tuple[Tensor, Tensor]:
+    """Factors (kept, scaled) of velocity = kept * input + scaled * output, at times t.
+
+    kept * input is the best linear guess of the velocity, for video of that standard deviation and
+    noise of one; scaled is that guess's error, so that the network aims at unit variance at every
+    time ("Elucidating the Design Space", arXiv 2206.00364, carried over to flow matching).
+    """
+    variance = (1 - t).square() * data_std**2 + t.square()
+    return (t - (1 - t) * data_std**2) / variance, data_std / variance.sqrt()
 
 
 def save_weights(model: VideoDiT, path: Path, **metadata: str) -> None:
@@ -194,19 +219,27 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: no weights at `path`, which `python -m freqopt.models_zoo.train` makes.
+        ValueError: the file at `path` is damaged, or was not written by that command.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise FileNotFoundError(
             f"no weights at {path}; train them with `python -m freqopt.models_zoo.train --out "
             f"{path.parent}` (about 10 minutes on a data-centre GPU)"
         )
-    with safe_open(path, "pt") as file:
-        fields = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    for name in ("patch", "rope_axes"):
-        fields[name] = tuple(fields[name])
-    model = VideoDiT(VideoDiTConfig(**fields))
-    model.load_state_dict(tensors)
+    try:
+        with safe_open(path, "pt") as file:
+            fields = json.loads((file.metadata() or {})["config"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name in ("patch", "rope_axes"):
+            fields[name] = tuple(fields[name])
+        model = VideoDiT(VideoDiTConfig(**fields))
+        model.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not hold weights of this model ({type(error).__name__}: {error}); "
+            f"supported is a file written by `python -m freqopt.models_zoo.train`: get it again, "
+            f"or train anew"
+        ) from error
     return model.to(device=device, dtype=dtype).eval()
