@@ -146,7 +146,9 @@ def _open_session(artifact: Artifact, wanted: str, library: Path | None, threads
         runtime.preload_dlls()
     try:
         session = runtime.InferenceSession(
-            str(artifact.model_path), options, providers=[wanted, PROVIDERS["cpu"]]
+            str(artifact.model_path),
+            options,
+            providers=list(dict.fromkeys([wanted, PROVIDERS["cpu"]])),
         )
     except Exception as error:
         raise NotAvailableError(

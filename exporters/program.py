@@ -1,0 +1,230 @@
+"""One rewritten `torch.export` program for every exporter: sites found, plan baked in.
+
+torch.compile backends take no part in torch.export, so the passes run here once more, on the
+exported graph before its decompositions. Budgets become buffers called freqopt.budget.<site>.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import freqopt.kernels.op  # noqa: F401  registers the operator
+from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.errors import OptionError, PlanError
+from freqopt.exporters.problems import ExportError
+from freqopt.grid import Grid
+from freqopt.passes.find import find_sites
+from freqopt.passes.rewrite import insert_split
+from freqopt.passes.site import Site
+
+if TYPE_CHECKING:
+    from freqopt.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+BUDGET_PREFIX = "freqopt.budget."
+
+
+@dataclass(frozen=True)
+class SplitSite:
+    """One rewritten attention. budget: name of its buffer, a (2, heads) float32 tensor."""
+
+    budget: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    mid_band: bool
+    density: float
+    probes: int
+
+
+@dataclass
+class Program:
+    """A rewritten program, the sites that were split, and why the others were not."""
+
+    exported: torch.export.ExportedProgram
+    split: dict[str, SplitSite] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def make_program(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: Plan | None = None,
+    dynamic_shapes: Any = None,
+    grid: Grid | None = None,
+    probes: int = DEFAULT_PROBES,
+) -> Program:
+    """Export a model and replace every attention that the plan splits.
+
+    Args:
+        model: any module that torch.export can trace with these arguments.
+        args, kwargs: an example call.
+        plan: which sites to split and their budgets; without one every eligible site is split at a
+            density of 0.25.
+        dynamic_shapes: as in torch.export.export.
+        grid: extents (t, h, w) where the graph does not tell them.
+
+    Raises:
+        ExportError: torch.export cannot trace the model.
+        PlanError: the plan was made for another model.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is {type(model).__name__}; a torch.nn.Module is supported")
+    if plan is not None:
+        plan.check_model(model)
+    was_training = model.training
+    model.eval()
+    try:
+        exported = _export(model, model, args, kwargs, dynamic_shapes)
+    finally:
+        model.train(was_training)
+    program = Program(exported)
+    graph = exported.module()
+    for site in find_sites(graph, grid=grid):
+        reason = _why_dense(site, graph, plan)
+        if reason is None:
+            program.split[site.name] = _split(graph, site, plan, probes)
+        else:
+            program.dense[site.name] = reason
+            logger.info("%s stays dense: %s", site.name, reason)
+    if plan is not None:
+        _check_plan_used(plan, program)
+    if program.split:
+        graph.graph.lint()
+        graph.recompile()
+        # Exported once more: the passes write for Dynamo's graphs too, export makes it all aten.
+        program.exported = _export(graph, model, args, kwargs, dynamic_shapes)
+    else:
+        program.notes.append("no site was split: this is the model as it was, with dense attention")
+    return program
+
+
+def _export(
+    module: nn.Module,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:  # torch.export raises a family of types that varies by version
+        raise ExportError(_explain(model, error)) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    name = type(model).__name__
+    text = f"{type(error).__name__}: {error}".strip()
+    first = "\n".join(text.splitlines()[:6])
+    data = ("data-dependent", "DataDependent", "GuardOnDataDependent", "unbacked")
+    if any(word in text for word in data):
+        return (
+            f"{name} cannot be exported: its control flow depends on the data of a tensor, and an "
+            "exported graph has one path. Make the choice from shapes or Python values, or use "
+            f"torch.cond; torch.export said: {first}"
+        )
+    return (
+        f"{name} cannot be exported with these arguments; torch.export said: {first}. Check that "
+        "args and kwargs are an example call of the model, and that dynamic_shapes names extents "
+        "that the model leaves free"
+    )
+
+
+def _why_dense(site: Site, graph: fx.GraphModule, plan: Plan | None) -> str | None:
+    if not site.eligible:
+        return site.reason
+    if site.node.graph is not graph.graph:
+        return "it lies inside a higher-order operator's subgraph; export without checkpointing"
+    if plan is None:
+        return None
+    if site.name not in plan.sites:
+        return "the plan does not know it"
+    planned = plan.sites[site.name]
+    if planned.decision == "dense":
+        return f"the plan keeps it dense: {planned.reason}"
+    if (planned.heads, planned.head_dim) != (site.heads, site.head_dim):
+        raise PlanError(
+            f"site {site.name!r} has {site.heads} heads of {site.head_dim} and this plan has "
+            f"{planned.heads} of {planned.head_dim}: it was made for another model"
+        )
+    return None
+
+
+def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) -> SplitSite:
+    budget, mid_band, density = torch.zeros(2, site.heads), False, DEFAULT_DENSITY
+    if plan is not None:
+        budget, density = plan_budget(plan, site.name), 0.0
+        mid_band = plan.uses_mid_band(site.name)
+    before = _split_calls(graph)
+    insert_split(graph, site, budget, density=density, mid_band=mid_band, probes=probes)
+    (call,) = _split_calls(graph) - before
+    name = BUDGET_PREFIX + site.name
+    _name_buffer(graph, call, name)
+    return SplitSite(
+        budget=name,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        dtype=str(site.dtype).removeprefix("torch."),
+        mid_band=mid_band,
+        density=density,
+        probes=probes,
+    )
+
+
+def _split_calls(graph: fx.GraphModule) -> set[fx.Node]:
+    op = torch.ops.freqopt.split_attention.default
+    return set(graph.graph.find_nodes(op="call_function", target=op))
+
+
+def plan_budget(plan: Plan, site_name: str) -> Tensor:
+    """A site's budget; with timestep buckets the smallest threshold, that is the most exact one."""
+    buckets = range(max(len(plan.sites[site_name].budgets), 1))
+    return torch.stack([plan.budget(site_name, bucket) for bucket in buckets]).amin(0)
+
+
+def _check_plan_used(plan: Plan, program: Program) -> None:
+    planned = [name for name, site in plan.sites.items() if site.decision == "split"]
+    missing = [name for name in planned if name not in program.split]
+    if planned and len(missing) == len(planned):
+        raise PlanError(
+            f"none of the {len(planned)} sites that this plan splits was found in the exported "
+            f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
+        )
+    program.notes += [f"the plan splits {name}, which is not split here" for name in missing]
+    if plan.timestep_edges:
+        program.notes.append(
+            "the plan has timestep buckets; an exported file holds one budget per site, the most "
+            "exact of them"
+        )
+
+
+def _name_buffer(graph: fx.GraphModule, call: fx.Node, name: str) -> None:
+    """Move the constant that `insert_split` made to a buffer of the given dotted name."""
+    constant = call.args[3]
+    assert isinstance(constant, fx.Node) and constant.op == "get_attr"
+    made = str(constant.target)
+    value = getattr(graph, made)
+    delattr(graph, made)
+    path, _, leaf = name.rpartition(".")
+    owner: nn.Module = graph
+    for part in path.split("."):
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    owner.register_buffer(leaf, value)
+    constant.target = name
