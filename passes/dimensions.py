@@ -158,7 +158,7 @@ def take(axis: Axis, start: Extent, stop: Extent, node: fx.Node, dim: int) -> Ax
         return axis[first:last] if first <= last else None
     for i, segment in enumerate(axis):
         low, high = bounds[i], bounds[i + 1]
-        if _at_most(low, start) and _at_most(stop, high):
+        if at_most(low, start) and at_most(stop, high):
             whole, offset = segment, start - low
             if len(segment) == 1 and segment[0].cut:
                 whole, begun, _ = segment[0].cut
@@ -172,21 +172,22 @@ def _take_across(axis: Axis, bounds: list[Extent], start: Extent, stop: Extent) 
     result: list[Segment] = []
     for i, segment in enumerate(axis):
         low, high = bounds[i], bounds[i + 1]
-        if _at_most(high, start) or _at_most(stop, low):
+        if at_most(high, start) or at_most(stop, low):
             continue
-        inside_left, inside_right = _at_most(start, low), _at_most(high, stop)
+        inside_left, inside_right = at_most(start, low), at_most(high, stop)
         if inside_left and inside_right:
             result.append(segment)
-        elif inside_left and _at_most(stop, high):
+        elif inside_left and at_most(stop, high):
             result.append((piece(segment, 0, stop - low),))
-        elif inside_right and _at_most(low, start):
+        elif inside_right and at_most(low, start):
             result.append((piece(segment, start - low, high - low),))
         else:
             return None
     return tuple(result)
 
 
-def _at_most(a: Extent, b: Extent) -> bool:
+def at_most(a: Extent, b: Extent) -> bool:
+    """Whether a <= b provably; never specialises a symbol and never guards."""
     if isinstance(a, int) and isinstance(b, int):
         return a <= b
     return bool(statically_known_true(a <= b))

@@ -1,0 +1,120 @@
+"""Where attention is in a graph: one function per spelling, each recognising it by one anchor node.
+
+An anchor returns the attention in one form (query, key, value, mask, scale), with an objection if
+this spelling computes something that split attention never can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from freqopt.passes.nodes import operation, tensor, value
+from freqopt.passes.site import Attention
+
+SDPA_PARAMETERS = (
+    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+)  # fmt: skip
+
+
+def match_sdpa(node: fx.Node) -> Attention | None:
+    """`scaled_dot_product_attention`, positional or by keyword, as a function or aten operator."""
+    if operation(node) != "scaled_dot_product_attention":
+        return None
+    given: dict[str, Any] = dict(zip(SDPA_PARAMETERS, node.args, strict=False))
+    given.update(node.kwargs)
+    query, key, values = (given.get(name) for name in SDPA_PARAMETERS[:3])
+    if not (
+        isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
+    ):
+        return None
+    mask = given.get("attn_mask")
+    scale, objection = value(given.get("scale")), None
+    if is_set(given.get("is_causal", False)):
+        objection = "it is causal (is_causal=True)"
+    elif is_set(given.get("dropout_p", 0.0)):
+        objection = "it has dropout (dropout_p > 0): call model.eval(), or set its dropout to 0"
+    elif scale is not None and not isinstance(scale, (int, float)):
+        objection = "its scale is computed at run time"
+    return Attention(
+        node=node,
+        query=query,
+        key=key,
+        value=values,
+        mask=mask if isinstance(mask, fx.Node) else None,
+        scale=float(scale) if isinstance(scale, (int, float)) else None,
+        objection=objection,
+        nodes=(node,),
+    )
+
+
+def is_set(item: Any) -> bool:
+    """Whether a flag or a probability is, or may be at run time, other than False or 0."""
+    found = value(item)
+    if isinstance(found, (bool, int, float)):
+        return bool(found)
+    return found is not None
+
+
+def match_multi_head_attention(node: fx.Node) -> Attention | None:
+    """The single node that `nn.MultiheadAttention` becomes: projections and attention in one."""
+    names = ("multi_head_attention_forward", "_native_multi_head_attention")
+    if operation(node) not in names or len(node.args) < 3:
+        return None
+    query, key, values = node.args[:3]
+    if not (
+        isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
+    ):
+        return None
+    objection = "nn.MultiheadAttention's single node, projections included, is not rewritten"
+    return Attention(node, query, key, values, objection=objection, nodes=(node,))
+
+
+def match_flex(node: fx.Node) -> Attention | None:
+    """FlexAttention: its score function and block mask are code of their own."""
+    if operation(node) not in ("flex_attention", "flex_attention_hop") or len(node.args) < 3:
+        return None
+    query, key, values = node.args[:3]
+    if not (
+        isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
+    ):
+        return None
+    objection = "it is FlexAttention, which has a mask or score function of its own"
+    return Attention(node, query, key, values, objection=objection, nodes=(node,))
+
+
+ANCHORS: tuple[Callable[[fx.Node], Attention | None], ...] = (
+    match_sdpa,
+    match_multi_head_attention,
+    match_flex,
+)
+
+
+def find_attention(graph: fx.Graph) -> list[Attention]:
+    """All attention of a graph, in the order of execution."""
+    found: list[Attention] = []
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        for anchor in ANCHORS:
+            attention = anchor(node)
+            if attention is not None:
+                found.append(attention)
+                break
+    return found
+
+
+def heads_of(attention: Attention) -> tuple[int, int, int] | None:
+    """(heads, key heads, head_dim) of (B, H, N, D) tensors, None if they have another form."""
+    query, key, values = (tensor(n) for n in (attention.query, attention.key, attention.value))
+    if query is None or key is None or values is None:
+        return None
+    if not query.dim() == key.dim() == values.dim() == 4:
+        return None
+    sizes = (query.shape[1], key.shape[1], query.shape[3])
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return None
+    return sizes

@@ -1,0 +1,156 @@
+"""Finds every attention site of a graph and says what is known about it.
+
+Works on the graph that Dynamo hands to a backend and, by the same rules, on the graph of
+`torch.export` before decompositions. Nothing is changed here; see `rewrite`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from freqopt.passes.anchors import find_attention, heads_of
+from freqopt.passes.dimensions import axis_size, product, same
+from freqopt.passes.grid_inference import Layout, infer_layout
+from freqopt.passes.masks import mask_problem
+from freqopt.passes.nodes import shape, tensor
+from freqopt.passes.propagate import Dimensions
+from freqopt.passes.provenance import alike, is_lost, kind_of_axes, split_batch
+from freqopt.passes.site import Attention, Extent, Kind, Site
+
+logger = logging.getLogger(__name__)
+
+
+def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) -> list[Site]:
+    """All attention of a graph, in the order of execution, with what may be done to it.
+
+    Args:
+        gm: a Dynamo or export graph whose nodes carry example values.
+        grid: extents of the video tokens, slowest first, instead of those inferred. They must fit.
+
+    Returns:
+        Every site, eligible or not; bodies of activation checkpoints are included.
+    """
+    dimensions = Dimensions(gm.graph)
+    seen: dict[str, int] = {}
+    sites = [
+        _describe(attention, inside, grid, _unique(module_path(attention.node), seen))
+        for attention, inside in _walk(gm.graph, dimensions)
+    ]
+    for site in sites:
+        logger.debug(
+            "%s: %s, %s heads of %s, %s queries, grid %s, %s",
+            site.name, site.kind, site.heads, site.head_dim, site.query_length, site.grid,
+            site.reason,
+        )  # fmt: skip
+    return sites
+
+
+def _walk(graph: fx.Graph, dimensions: Dimensions) -> Iterator[tuple[Attention, Dimensions]]:
+    attention = {found.node: found for found in find_attention(graph)}
+    for node in graph.nodes:
+        if node in attention:
+            yield attention[node], dimensions
+        elif node in dimensions.bodies:
+            body, inner = dimensions.bodies[node]
+            yield from _walk(body.graph, inner)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that a node is in, such as "blocks.3.attn1"; "" for the model itself.
+
+    The same on all versions of torch and in Dynamo and export graphs.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in stack.values()]
+    return readable_path(str(paths[-1])) if paths else ""
+
+
+def readable_path(path: str) -> str:
+    """ "L['self'].__dict__['_modules']['blocks']._modules['3'].attn1" as "blocks.3.attn1"."""
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+    noise = {"L", "G", "self", "_modules", "__dict__", "_orig_mod", "", "slice(None, None, None)"}
+    return ".".join(part for part in path.split(".") if part not in noise)
+
+
+def _unique(name: str, seen: dict[str, int]) -> str:
+    name = name or "model"
+    seen[name] = seen.get(name, -1) + 1
+    return f"{name}#{seen[name]}" if seen[name] else name
+
+
+def _describe(
+    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None, name: str
+) -> Site:
+    query, key = tensor(attention.query), tensor(attention.key)
+    sizes = heads_of(attention)
+    heads, kv_heads, head_dim = sizes or (0, 0, 0)
+    kind, layout, reason = "other", Layout(), attention.objection
+    lengths: tuple[Extent, Extent] = (0, 0)
+    if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
+        lengths = (query.shape[-2], key.shape[-2])
+        if sizes is not None or attention.objection is None:
+            kind, layout, why_not = classify(attention, dimensions, grid)
+            reason = reason or why_not
+    if sizes is None and reason is None:
+        reason = f"its tensors are not (batch, heads, tokens, head_dim): {shape(attention.query)}"
+    site = Site(
+        name=name, kind=kind, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        query_length=lengths[0], key_length=lengths[1], grid=layout.grid,
+        text_before=layout.text_before, text_after=layout.text_after, eligible=reason is None,
+        reason=reason or "dense attention on a known grid",
+        dtype=query.dtype if query is not None else torch.float32,
+        device=query.device if query is not None else torch.device("cpu"),
+        attention=attention,
+        scale=_scale(attention, head_dim),
+        grid_arguments=layout.grid_arguments,
+        text_before_arguments=layout.text_before_arguments,
+        text_after_arguments=layout.text_after_arguments,
+    )  # fmt: skip
+    return site
+
+
+def _scale(attention: Attention, head_dim: int) -> float:
+    if attention.scale is not None:
+        return attention.scale
+    return float(head_dim) ** -0.5 if head_dim else 1.0
+
+
+def classify(
+    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
+) -> tuple[Kind, Layout, str | None]:
+    """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
+    query, key, values = (
+        dimensions.of(n) for n in (attention.query, attention.key, attention.value)
+    )
+    if query is None or key is None or values is None or min(len(query), len(key)) < 2:
+        return "other", Layout(), "where its tokens come from cannot be followed in this graph"
+    tokens = query[-2]
+    lost = is_lost(tokens) or is_lost(key[-2])
+    if lost and not alike(tokens, key[-2]):
+        kind = dimensions.provenance().kind(attention.query, attention.key)
+    else:
+        kind = kind_of_axes(tokens, key[-2])
+    if kind == "cross":
+        return kind, Layout(), "its queries and its keys are of different tokens"
+    slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
+    if slices:
+        axes = " x ".join(str(atom.size) for atom in slices)
+        why = f"it attends within {axes} slices of the video (windowed, temporal or spatial)"
+        return "other", Layout(), why
+    if kind == "other":
+        return kind, Layout(), "its keys cover other tokens than its queries"
+    if not same(axis_size(tokens), axis_size(key[-2])):
+        return "other", Layout(), "it has another number of keys than of queries"
+    if len(values) < 2 or not (alike(values[-2], key[-2]) or is_lost(values[-2])):
+        return "other", Layout(), "its values are of other tokens than its keys"
+    layout = infer_layout(tokens, grid, attention.node.graph)
+    if layout.problem is None and layout.grid is not None and attention.mask is not None:
+        batch = shape(attention.query)[0]
+        why_not = mask_problem(attention.mask, layout.text_before, product(layout.grid), batch)
+        return kind, layout, why_not
+    return kind, layout, layout.problem

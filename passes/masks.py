@@ -1,0 +1,233 @@
+"""Masks that a split can honour: none, or one over keys that never hides a video token.
+
+That no video key is hidden has to follow from the graph itself. What models build from ones, index
+comparisons and concatenation is followed; any other mask leaves the site dense.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from freqopt.passes.dimensions import at_most, product, same
+from freqopt.passes.nodes import (
+    argument,
+    known_int,
+    operation,
+    shape,
+    tensor,
+    value,
+    writes_in_place,
+)
+from freqopt.passes.site import Extent
+
+PASS = {
+    "view", "reshape", "unsqueeze", "expand", "expand_as", "to", "contiguous", "clone", "detach",
+    "bool", "type_as", "flatten", "alias", "repeat",
+}  # fmt: skip
+"""Operations after which an entry is true if it was before, and the last axis is the same."""
+
+
+def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) -> str | None:
+    """Why a mask cannot be honoured, or None if it is one over keys that leaves the video alone.
+
+    mask: (B or 1, 1, 1, keys) bool, True = attend. before: text tokens in front; video: number of
+    video tokens.
+    """
+    found = tensor(mask)
+    if found is None:
+        return "its mask is not a tensor"
+    if found.dtype != torch.bool:
+        return (
+            f"its mask is added to the scores ({found.dtype}); bool masks over text are supported"
+        )
+    sizes = shape(mask)
+    if len(sizes) != 4 or not (same(sizes[1], 1) and same(sizes[2], 1)):
+        return (
+            f"its mask of shape {tuple(sizes)} differs between queries or heads; "
+            "(batch, 1, 1, keys) is supported"
+        )
+    if not (same(sizes[0], 1) or same(sizes[0], batch)):
+        return f"its mask has a batch of {sizes[0]} where the queries have {batch}"
+    if not Range(before, before + video).true(mask):
+        return "its mask may hide video tokens: that it does not cannot be proven from the graph"
+    return None
+
+
+class Range:
+    """Proves things about entries start..stop of the last axis of tensors."""
+
+    def __init__(self, start: Extent, stop: Extent) -> None:
+        self.start, self.stop = start, stop
+
+    def true(self, item: Any) -> bool:
+        """Whether all entries in the range are provably True."""
+        if item is True:
+            return True
+        if not isinstance(item, fx.Node) or _is_written(item):
+            return False
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("ones", "ones_like", "new_ones"):
+            return True
+        if name in ("full", "new_full", "full_like"):
+            return argument(item, 2 if name == "new_full" else 1, "fill_value") is True
+        if name in PASS:
+            return self._keeps_last(item, source) and self.true(source)
+        if name == "masked_fill":
+            fill = argument(item, 2, "value")
+            hidden = argument(item, 1, "mask")
+            return self.true(source) and (fill is True or self._false_at(item, hidden))
+        if name in ("bitwise_and", "logical_and", "mul"):
+            return all(self._true_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_or", "logical_or"):
+            return any(self._true_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_not", "logical_not"):
+            return self.false(source)
+        if name in ("lt", "le", "gt", "ge"):
+            return self._compares(item, True)
+        if name == "cat":
+            return self._concatenated(item)
+        return False
+
+    def false(self, item: Any) -> bool:
+        """Whether all entries in the range are provably False."""
+        if item is False:
+            return True
+        if not isinstance(item, fx.Node) or _is_written(item):
+            return False
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if name in PASS:
+            return self._keeps_last(item, source) and self.false(source)
+        if name in ("bitwise_and", "logical_and"):
+            return any(self._false_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_or", "logical_or"):
+            return all(self._false_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_not", "logical_not"):
+            return self.true(source)
+        if name in ("lt", "le", "gt", "ge"):
+            return self._compares(item, False)
+        return False
+
+    def _true_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.true(operand)
+
+    def _false_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.false(operand)
+
+    def _aligned(self, node: fx.Node, operand: Any) -> bool:
+        """Whether an operand has the last axis of the result, so that the range means the same."""
+        if not isinstance(operand, fx.Node):
+            return True
+        sizes = shape(operand)
+        return bool(sizes) and same(sizes[-1], shape(node)[-1])
+
+    def _keeps_last(self, node: fx.Node, source: Any) -> bool:
+        sizes = shape(source)
+        return bool(sizes) and same(sizes[-1], shape(node)[-1])
+
+    def _concatenated(self, node: fx.Node) -> bool:
+        pieces = argument(node, 0, "tensors")
+        dim = known_int(argument(node, 1, "dim", "axis", default=0))
+        if dim is None or (dim + len(shape(node))) % len(shape(node)) != len(shape(node)) - 1:
+            return False
+        start: Extent = 0
+        for index, item in enumerate(pieces):
+            if same(start, self.start):
+                return self._covered(pieces[index:])
+            start = start + shape(item)[-1]
+        return False
+
+    def _covered(self, pieces: Any) -> bool:
+        length: Extent = 0
+        for item in pieces:
+            size = shape(item)[-1]
+            if not Range(0, size).true(item):
+                return False
+            length = length + size
+            if same(length, self.stop - self.start):
+                return True
+        return False
+
+    def _compares(self, node: fx.Node, wanted: bool) -> bool:
+        """Comparison of an index that runs along the last axis with a bound from below."""
+        left, right = node.args[:2]
+        name = operation(node)
+        if is_index(left, shape(node)[-1]):
+            bound, always = right, name in ("lt", "le")
+        elif is_index(right, shape(node)[-1]):
+            bound, always = left, name in ("gt", "ge")
+        else:
+            return False
+        # index < stop <= bound: "index < bound" is always true and "index >= bound" always false.
+        lowest = lower_bound(bound)
+        return always is wanted and lowest is not None and at_most(self.stop, lowest)
+
+
+def is_index(item: Any, length: Extent) -> bool:
+    """Whether a tensor is 0, 1, 2, ... along its last axis, which has `length` entries."""
+    if not isinstance(item, fx.Node) or _is_written(item):
+        return False
+    name = operation(item)
+    if name in ("unsqueeze", "view", "reshape", "to", "expand", "getitem"):
+        sizes = shape(item)
+        source = item.args[0]
+        if name == "to" and value(item).dtype.is_floating_point:
+            return False
+        kept = bool(sizes) and same(sizes[-1], length) and same(product(shape(source)), length)
+        return kept and is_index(source, length)
+    if name != "arange" or value(item).dtype.is_floating_point:
+        return False
+    first, second = argument(item, 0, "start", default=0), argument(item, 1, "end")
+    start, step = (
+        (0 if second is None and "end" not in item.kwargs else first),
+        argument(item, 2, "step"),
+    )
+    return value(start) == 0 and step in (None, 1) and same(shape(item)[0], length)
+
+
+def lower_bound(item: Any) -> Extent | None:
+    """A number that no entry of an integer tensor is below.
+
+    A sum over an input is taken to be a count, so not negative: it is how lengths are made from
+    the padding masks that pipelines pass, which hold zeros and ones in any dtype.
+    """
+    found = value(item)
+    if isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool):
+        return found
+    if not isinstance(item, fx.Node) or _is_written(item):
+        return None
+    name = operation(item)
+    if name in (
+        "unsqueeze",
+        "view",
+        "reshape",
+        "to",
+        "int",
+        "long",
+        "expand",
+        "squeeze",
+        "getitem",
+    ):
+        return lower_bound(item.args[0])
+    if name == "sum":
+        source = item.args[0]
+        while isinstance(source, fx.Node) and operation(source) in ("to", "bool", "int", "long"):
+            source = source.args[0]
+        return 0 if isinstance(source, fx.Node) and source.op == "placeholder" else None
+    if name == "add":
+        parts = [lower_bound(operand) for operand in item.args[:2]]
+        known = [part for part in parts if part is not None]
+        return operator.add(*known) if len(known) == 2 else None
+    return None
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether something is written into a tensor, so that what made it does not tell its values."""
+    return any(writes_in_place(user) and user.args and user.args[0] is node for user in node.users)

@@ -1,0 +1,128 @@
+"""Reading fx nodes the same way whatever wrote them: Dynamo functions and methods, or aten operators."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+from freqopt.passes.site import Extent
+
+OPERATORS = {
+    "truediv": "div",
+    "floordiv": "floor_divide",
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "_unsafe_view": "view",
+    "special_softmax": "softmax",
+    "_safe_softmax": "softmax",
+}
+"""Other names of one operation."""
+
+IN_PLACE = {"setitem", "copy_", "index_put_", "masked_fill_", "fill_", "zero_", "index_copy_"}
+"""Writes into their first argument, beside every method that ends in an underscore."""
+
+VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "transpose", "permute", "movedim", "t", "getitem", "select", "slice", "narrow", "chunk", "split",
+    "unbind", "split_with_sizes", "tensor_split", "view_as", "alias", "detach", "contiguous",
+    "diagonal", "unfold", "view_as_real", "view_as_complex", "to", "type_as", "float",
+}  # fmt: skip
+"""May share memory with their first argument (the last ones when there is nothing to convert)."""
+
+
+def value(node: Any) -> Any:
+    """The example value of a node (a fake tensor, a symbol, ...); anything else is itself."""
+    if not isinstance(node, fx.Node):
+        return node
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The example tensor of a node, None for all else."""
+    found = value(node)
+    return found if isinstance(node, fx.Node) and isinstance(found, torch.Tensor) else None
+
+
+def shape(node: Any) -> tuple[Extent, ...]:
+    """Sizes of the tensor that a node makes; empty for all else."""
+    found = tensor(node)
+    return () if found is None else tuple(found.shape)
+
+
+def operation(node: fx.Node) -> str:
+    """Name of what a node does, without trailing underscore, the same for all spellings."""
+    name = _raw_name(node)
+    name = OPERATORS.get(name, name)
+    if name.endswith("_") and not name.startswith("_") and name not in IN_PLACE:
+        name = name[:-1]
+    return OPERATORS.get(name, name)
+
+
+def _raw_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target if node.op == "call_method" else ""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return str(getattr(target, "__name__", type(target).__name__))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes the tensor that is its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = _raw_name(node)
+    if name in IN_PLACE or node.kwargs.get("inplace") is True or "out" in node.kwargs:
+        return True
+    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+        return True
+    return name in ("iadd", "isub", "imul", "itruediv") and tensor(node.args[0]) is not None
+
+
+def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
+    """An argument given by position or by any of its names."""
+    for name in names:
+        if name in node.kwargs:
+            return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else default
+
+
+def numbers(node: fx.Node, position: int) -> list[Any]:
+    """Integer arguments given one by one or as one sequence: `x.view(2, 3)`, `x.view([2, 3])`."""
+    rest = node.args[position:]
+    if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
+        return list(rest[0])
+    return list(rest)
+
+
+def known_int(item: Any) -> int | None:
+    """A Python integer, None for symbols and all else."""
+    found = value(item)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def is_pointwise(name: str) -> bool:
+    """Whether PyTorch tags an operation of that name as elementwise."""
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
