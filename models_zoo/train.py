@@ -70,14 +70,15 @@ def write_results(
     path = out / "train_log.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 
-    shape = {"frames": last.frames, "height": last.height, "width": last.width}
-    real = render_videos(1, **shape, seed=5, device=device)
+    real = render_videos(1, last.frames, last.height, last.width, seed=5, device=device)
     write_contact_sheet(real[0], out / "training_video.png")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with trainer.attending():
         results["validation_loss"] = validate(model, last, device)
-        model = model.to(dtype)
-        video = sample(model, steps=steps, seed=1, device=device, dtype=dtype, **shape)
+        video = sample(
+            model.to(dtype), frames=last.frames, height=last.height, width=last.width,
+            steps=steps, seed=1, device=device, dtype=dtype,
+        )  # fmt: skip
     write_contact_sheet(video[0], out / "sampled.png")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"loss on videos never trained on: {results['validation_loss']:.4f}")

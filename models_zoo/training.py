@@ -202,7 +202,7 @@ def fastest_attention(stage: Stage, config: VideoDiTConfig) -> tuple[SDPBackend,
                 for _ in range(3):
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     start.record()
-                    out = F.scaled_dot_product_attention(*inputs)
+                    out = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
                     found = [out, *torch.autograd.grad(out, inputs, wanted)]
                     end.record()
             torch.cuda.synchronize()
