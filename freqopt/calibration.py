@@ -6,7 +6,6 @@ most, and verifies the result on samples that were not fitted. The method is in 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ from freqopt.calibration_allocation import (
     solve,
 )
 from freqopt.calibration_evidence import build_plan
-from freqopt.calibration_measure import THRESHOLDS, Measured, Session, private_backend
+from freqopt.calibration_gains import Array, measure_gains, output_tensors, relative_error
+from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session, private_backend
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_samples import Sample, Samples, SampleSet, collect_samples
 from freqopt.config import MID_RATIO
@@ -42,12 +42,6 @@ AIM = 0.93
 
 ACCEPT = 0.8
 MAX_TRIALS = 8
-MAX_PROBED_SITES = 16
-"""Sites whose effect on the output is measured; between them it is interpolated over depth."""
-
-PROBE_DENSITY = 0.05
-"""Density at which a site's error is injected to see what reaches the output."""
-
 BIAS_WEIGHT = 4.0
 """How much more a squared bias counts than noise: it adds up over layers and denoising steps."""
 
@@ -129,7 +123,9 @@ class _Calibration:
 
     def run(self) -> Plan:
         self._measure()
-        gains = self._probe_gains()
+        gains, self.rounding = measure_gains(
+            self.session, self.samples.fit, self._run, self.progress
+        )
         sites = [
             site_choices(site, gains[name]) for name, site in self.session.measurable().items()
         ]
@@ -144,7 +140,7 @@ class _Calibration:
             densities=self.chosen_densities, rounding=self.rounding,
         )  # fmt: skip
 
-    def _run(self, sample: Sample, mode: Any) -> list[Tensor]:
+    def _run(self, sample: Sample, mode: Mode) -> list[Tensor]:
         """Floating-point output tensors of one run of the model in a mode of the session."""
         self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -192,43 +188,6 @@ class _Calibration:
             )
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         return f"none of the {len(reasons)} attention sites can be split ({listed})"
-
-    def _probe_gains(self) -> dict[str, float]:
-        """How strongly the relative error of each site shows in the model's output."""
-        sites = list(self.session.measurable().values())
-        chosen = sorted({round(x) for x in np.linspace(0, len(sites) - 1, MAX_PROBED_SITES)})
-        fit = self.samples.fit
-        used = [fit[0]] if len(fit) == 1 else [fit[0], fit[-1]]
-        log_gains: dict[int, list[float]] = {}
-        with self.progress.phase("probing sites", len(used) * (len(chosen) + 2)) as step:
-            for sample in used:
-                reference = self._run(sample, "dense")
-                step()
-                self.session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
-                rounding = relative_error(self._run(sample, "split"), reference)
-                self.rounding = max(self.rounding, rounding)
-                step()
-                for index in chosen:
-                    site = sites[index]
-                    self.session.probed, self.session.probe_error = site.name, None
-                    self.session.budgets = {site.name: probe_budget(site)}
-                    output = self._run(sample, "probe")
-                    step()
-                    if self.session.probe_error is None:
-                        continue
-                    injected = math.sqrt(float(self.session.probe_error))
-                    if injected > 1e-7:
-                        reached = relative_error(output, reference) ** 2
-                        caused = max(reached - rounding**2, 0.1 * reached, 1e-12 * injected**2)
-                        log_gains.setdefault(index, []).append(
-                            0.5 * math.log(caused) - math.log(injected)
-                        )
-        if not log_gains:
-            return {site.name: 1.0 / math.sqrt(len(sites)) for site in sites}
-        known = sorted(log_gains)
-        values = [sum(log_gains[i]) / len(log_gains[i]) for i in known]
-        every = np.exp(np.interp(np.arange(len(sites)), known, values))
-        return {site.name: float(gain) for site, gain in zip(sites, every, strict=True)}
 
     def _search(self, sites: list[SiteChoices]) -> Allocation:
         """Move the predicted error until the measured one is within [ACCEPT, 1] of the target."""
@@ -320,26 +279,21 @@ class _Calibration:
         return errors
 
 
-def site_choices(site: Measured, gain: float) -> SiteChoices:
-    """The choices of a site from what was measured, errors carried to the model's output."""
-    sums = site.total()
+def site_choices(site: Measured, gains: Array) -> SiteChoices:
+    """The choices of a site from what was measured, errors carried to the model's output.
+
+    gains: (H,), from `measure_gains`.
+    """
+    sums, weight = site.total(), np.square(gains)[:, None]
     density, error, bias = (
         sums.mean(name).transpose(1, 2).numpy() for name in ("density", "site", "site_bias")
     )
     damage = error + (BIAS_WEIGHT - 1.0) * bias
     curves = [
-        HeadCurves(bool(mid), density[mid], gain**2 * error[mid], gain**2 * damage[mid])
+        HeadCurves(bool(mid), density[mid], weight * error[mid], weight * damage[mid])
         for mid in range(len(density))
     ]
     return make_choices(site.name, site.tokens, site.head_dim, np.array(THRESHOLDS), curves)
-
-
-def probe_budget(site: Measured) -> Tensor:
-    """Budget (2, H) that gives every head about PROBE_DENSITY, without mid band."""
-    density = site.total().mean("density")[0]
-    rung = (density - PROBE_DENSITY).abs().argmin(0)
-    exact = torch.tensor(THRESHOLDS)[rung]
-    return torch.stack([exact, exact])
 
 
 def budgets(sites: list[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
@@ -352,30 +306,6 @@ def budgets(sites: list[SiteChoices], allocation: Allocation) -> dict[str, Tenso
         mid = torch.tensor(site.mid[choice.index])
         found[site.name] = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
     return found
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Floating-point tensors of whatever a model returns, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in output_tensors(item)]
-    if dataclasses.is_dataclass(output):
-        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
-    return []
-
-
-def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
-    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
-    difference = energy = 0.0
-    for got, want in zip(output, reference, strict=True):
-        want = want.to(got.device)
-        difference += float((got.double() - want.double()).square().sum())
-        energy += float(want.double().square().sum())
-    error = math.sqrt(difference / max(energy, 1e-30))
-    return error if math.isfinite(error) else math.inf
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from freqopt.calibration_allocation import (
     SiteChoices,
     make_choices,
 )
+from freqopt.calibration_gains import Array
 from freqopt.calibration_measure import THRESHOLDS, Measured, Session, SpectrumSums, Sums
 from freqopt.calibration_samples import SampleSet
 from freqopt.plan import (
@@ -46,7 +47,7 @@ def build_plan(
     session: Session,
     samples: SampleSet,
     sites: list[SiteChoices],
-    gains: Mapping[str, float],
+    gains: Mapping[str, Array],
     allocation: Allocation,
     trials: list[Trial],
     *,
@@ -111,10 +112,10 @@ def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
     return f"splitting it would save nothing: its heads need a density of {density:.0%} here"
 
 
-def _dense_site(found: Measured, reason: str, gains: Mapping[str, float]) -> SitePlan:
+def _dense_site(found: Measured, reason: str, gains: Mapping[str, Array]) -> SitePlan:
     return SitePlan(
         heads=found.heads, head_dim=found.head_dim, tokens=found.tokens, decision="dense",
-        reason=reason, gain=_round(gains[found.name]) if found.name in gains else None,
+        reason=reason, gains=[_round(x) for x in gains.get(found.name, ())],
     )  # fmt: skip
 
 
@@ -122,12 +123,12 @@ def _split_site(
     site: SiteChoices,
     choice: SiteChoice,
     found: Measured,
-    gains: Mapping[str, float],
+    gains: Mapping[str, Array],
     density: Tensor | None,
 ) -> SitePlan:
     heads = range(site.heads)
     energy = found.total().energy / found.total().calls
-    share = torch.tensor(site.error[heads, choice.index]) / gains[site.name] ** 2
+    share = torch.tensor(site.error[heads, choice.index] / np.square(gains[site.name]))
     error = (share / energy.clamp(min=1e-30)).sqrt()
     expected = torch.tensor(site.density[heads, choice.index])
     return SitePlan(
@@ -144,7 +145,7 @@ def _split_site(
         ],
         density=_row(expected if density is None else density),
         error=_row(error),
-        gain=_round(gains[site.name]),
+        gains=[_round(x) for x in gains[site.name]],
     )
 
 
@@ -232,7 +233,7 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
     found = []
     for name, evidence in plan.evidence.sites.items():
         site = plan.sites[name]
-        scale = (site.gain or 0.0) ** 2 * np.array(evidence.energy)[:, None]
+        scale = (np.square(site.gains) * np.array(evidence.energy))[:, None]
         curves = []
         for curve in evidence.curves:
             error = scale * np.square(np.array(curve.error).T)

@@ -75,7 +75,7 @@ class SitePlan(_Record):
 
     budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
     head, as measured: share of pairs attended exactly, relative L2 error of the head's output.
-    gain: relative error of the model's output caused by a relative error of 1 of this site's.
+    gains: per head, relative error of the model's output over that of the site which caused it.
     """
 
     heads: int = Field(ge=1)
@@ -86,7 +86,7 @@ class SitePlan(_Record):
     budgets: list[Budget] = []
     density: list[float] = []
     error: list[float] = []
-    gain: float | None = None
+    gains: list[float] = []
 
     @model_validator(mode="after")
     def _check(self) -> SitePlan:
@@ -95,6 +95,7 @@ class SitePlan(_Record):
         rows = [budget.threshold for budget in self.budgets] + [
             self.density,
             self.error,
+            self.gains,
         ]
         if any(row and len(row) != self.heads for row in rows):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")

@@ -208,8 +208,10 @@ def _gains(plan: Plan) -> Section | None:
         return None
     return Section(
         "What reaches the output",
-        "<p>An error was injected at one site at a time, and the model's output compared.</p>"
-        + figure_html(figure, "Allocation weighs every site's error by this gain."),
+        "<p>An error was injected at one place at a time, and the model's output compared.</p>"
+        + figure_html(
+            figure, "Allocation weighs errors by this gain. Points are heads, bars their mean."
+        ),
     )
 
 

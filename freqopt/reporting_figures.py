@@ -237,13 +237,15 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
 
 @styled
 def gains(plan: Plan) -> Figure | None:
-    """How much of each site's error reaches the model's output, over depth."""
-    known = [(short(name), site.gain) for name, site in plan.sites.items() if site.gain is not None]
+    """How much of each site's error reaches the model's output; one point per head."""
+    known = [(short(name), site.gains) for name, site in plan.sites.items() if site.gains]
     if len(known) < 2:
         return None
     figure, ax = _single(7.4, 2.8)
     at = np.arange(len(known))
-    ax.bar(at, [100 * gain for _, gain in known], color=BLUE, width=0.7)
+    ax.bar(at, [100 * float(np.mean(values)) for _, values in known], color="#c9dcee", width=0.7)
+    for i, (_, values) in enumerate(known):
+        ax.scatter([i] * len(values), 100 * np.array(values), s=12, color=BLUE, zorder=3)
     shown = at[:: max(1, math.ceil(len(at) / 16))]
     ax.set_xticks(shown, [known[i][0] for i in shown], rotation=35, ha="right")
     ax.set_ylabel("% of the site's error\nseen in the output")

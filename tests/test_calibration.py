@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freqopt
-from freqopt import calibration, calibration_measure
-from freqopt.calibration import relative_error
+from freqopt import calibration_measure
+from freqopt.calibration_gains import output_tensors, relative_error
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.plan import Plan
 
@@ -148,7 +148,8 @@ def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
     assert 0.1 < evidence.spectrum.low[0] < evidence.spectrum.mid[0] < 1
     assert plan.evidence.timestep_name == "timestep" and len(plan.evidence.timestep_edges) == 3
     assert sum(bucket.samples for bucket in evidence.buckets) == 4
-    assert 0 < (plan.sites["blocks.0.attn"].gain or 0) < 10
+    assert all(0 < gain < 10 for gain in plan.sites["blocks.0.attn"].gains)
+    assert len(plan.sites["blocks.0.attn"].gains) == 2
 
 
 def test_one_seed_one_plan() -> None:
@@ -284,7 +285,7 @@ def test_progress_tells_the_phases(
 
 
 def test_relative_error_covers_all_tensors_and_flags_bad_ones() -> None:
-    want = calibration.output_tensors({"a": torch.tensor([3.0]), "b": [torch.tensor([4.0]), 7]})
+    want = output_tensors({"a": torch.tensor([3.0]), "b": [torch.tensor([4.0]), 7]})
     got = [want[0] + 0.3, want[1] + 0.4]
     assert relative_error(got, want) == pytest.approx(0.1)
     assert relative_error([want[0] * torch.nan, want[1]], want) == float("inf")

@@ -38,7 +38,7 @@ def make_plan(**changes: Any) -> Plan:
         "blocks.0.attn": SitePlan(
             heads=2, head_dim=64, tokens=256, decision="split", reason="",
             budgets=[Budget(threshold=[0.25, 2.0], mid=[False, True])],
-            density=[0.1, 0.2], error=[0.05, 0.04], gain=0.5,
+            density=[0.1, 0.2], error=[0.05, 0.04], gains=[0.5, 0.25],
         ),
         "blocks.1.attn": SitePlan(
             heads=2, head_dim=64, tokens=256, decision="dense", reason="splitting saves nothing",

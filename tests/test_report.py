@@ -52,7 +52,7 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
             heads=HEADS,
             head_dim=64,
             tokens=32760,
-            gain=0.5,
+            gains=[0.5] * HEADS,
             decision="split" if split else "dense",
             reason="" if split else "saves nothing & so on",
             budgets=[Budget(threshold=[1.0, 0.5, 0.1], mid=[False, True, False])] if split else [],
@@ -68,7 +68,8 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
             ] if buckets else [],
             spectrum=Spectrum(
                 edges=(np.arange(1, 33) / 32).tolist(),
-                power=[(power / power.sum()).tolist()] * HEADS, cutoffs=band_cutoffs((21, 30, 52)), low=[0.5] * HEADS, mid=[0.75] * HEADS,
+                power=[(power / power.sum()).tolist()] * HEADS,
+                cutoffs=band_cutoffs((21, 30, 52)), low=[0.5] * HEADS, mid=[0.75] * HEADS,
             ),
         )  # fmt: skip
     trial = Trial(

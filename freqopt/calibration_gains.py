@@ -1,0 +1,132 @@
+"""Gains: how much of an error made at a site, or at one of its heads, reaches the model's output.
+
+A site's error is damped or amplified by its output projection and by everything after it. So errors
+are injected one at a time, and the model's output is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session
+from freqopt.calibration_progress import Progress
+from freqopt.calibration_samples import Sample
+
+Array = NDArray[np.float64]
+
+MAX_PROBED_HEADS = 64
+"""Up to as many heads in the whole model are probed one by one; with more, sites are."""
+
+MAX_PROBED_SITES = 16
+"""Sites probed in a large model, evenly spaced; between them gains are interpolated over depth."""
+
+PROBE_DENSITY = 0.05
+"""Density at which errors are injected: enough to stand out from rounding."""
+
+LEAST_SHARE = 0.1
+"""Least share of an observed output error that is ascribed to the injection, not to rounding."""
+
+
+def measure_gains(
+    session: Session,
+    samples: list[Sample],
+    run: Callable[[Sample, Mode], list[Tensor]],
+    progress: Progress,
+) -> tuple[dict[str, Array], float]:
+    """Gain of every head, and the output error with everything exact (rounding).
+
+    A gain is the relative error of the model's output over the relative error of the site's output
+    that caused it; without unit. Returns {site: (H,)} and the rounding error.
+    """
+    sites = list(session.measurable().values())
+    units = probe_units(sites)
+    used = samples[:1] if len(samples) == 1 else [samples[0], samples[-1]]
+    logs: dict[tuple[int, int], list[float]] = {}
+    floor = 0.0
+    with progress.phase("probing gains", len(used) * (len(units) + 2)) as step:
+        for sample in used:
+            reference = run(sample, "dense")
+            step()
+            session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
+            rounding = relative_error(run(sample, "split"), reference)
+            floor = max(floor, rounding)
+            step()
+            for index, head in units:
+                site = sites[index]
+                session.probed, session.probe_error = site.name, None
+                session.budgets = {site.name: probe_budget(site, head)}
+                output = run(sample, "probe")
+                step()
+                if session.probe_error is None or float(session.probe_error) < 1e-14:
+                    continue
+                injected = float(session.probe_error)
+                reached = relative_error(output, reference) ** 2
+                caused = max(reached - rounding**2, LEAST_SHARE * reached, 1e-12 * injected)
+                logs.setdefault((index, head), []).append(0.5 * math.log(caused / injected))
+    return spread_gains(sites, {unit: sum(x) / len(x) for unit, x in logs.items()}), floor
+
+
+def probe_units(sites: list[Measured]) -> list[tuple[int, int]]:
+    """(site, head) for every head of a small model; (site, -1), all heads at once, for a large."""
+    if sum(site.heads for site in sites) <= MAX_PROBED_HEADS:
+        return [(index, head) for index, site in enumerate(sites) for head in range(site.heads)]
+    chosen = {round(x) for x in np.linspace(0, len(sites) - 1, MAX_PROBED_SITES)}
+    return [(index, -1) for index in sorted(chosen)]
+
+
+def spread_gains(sites: list[Measured], logs: dict[tuple[int, int], float]) -> dict[str, Array]:
+    """Gains of all heads from the logarithms of those probed, interpolated over depth."""
+    if not logs:
+        return {site.name: np.full(site.heads, len(sites) ** -0.5) for site in sites}
+    by_site: dict[int, list[float]] = {}
+    for (index, _), value in logs.items():
+        by_site.setdefault(index, []).append(value)
+    known = sorted(by_site)
+    means = [sum(by_site[index]) / len(by_site[index]) for index in known]
+    every = np.interp(np.arange(len(sites)), known, means)
+    return {
+        site.name: np.exp([logs.get((index, head), every[index]) for head in range(site.heads)])
+        for index, site in enumerate(sites)
+    }
+
+
+def probe_budget(site: Measured, head: int = -1) -> Tensor:
+    """Budget (2, H) that gives a head (-1: every head) about PROBE_DENSITY and the others all."""
+    density = site.total().mean("density")[0]
+    rung = (density - PROBE_DENSITY).abs().argmin(0)
+    exact = torch.tensor(THRESHOLDS)[rung]
+    if head >= 0:
+        exact = torch.where(torch.arange(site.heads) == head, exact, 0.0)
+    return torch.stack([exact, exact])
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Floating-point tensors of whatever a model returns, in a fixed order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in output_tensors(item)]
+    if dataclasses.is_dataclass(output):
+        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
+    return []
+
+
+def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
+    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
+    difference = energy = 0.0
+    for got, want in zip(output, reference, strict=True):
+        want = want.to(got.device)
+        difference += float((got.double() - want.double()).square().sum())
+        energy += float(want.double().square().sum())
+    error = math.sqrt(difference / max(energy, 1e-30))
+    return error if math.isfinite(error) else math.inf
