@@ -1,0 +1,288 @@
+"""The torch.compile backend: `torch.compile(model, backend="freqopt", options={...})`.
+
+Finds attention in the graph that Dynamo captured, decides about each site (by the plan, or one
+budget for all), rewrites, and hands the graph on to the inner backend, inductor by default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.errors import FreqoptError, OptionError, SiteError
+from freqopt.passes.manager import Decision, run_passes
+from freqopt.passes.site import Extent, Site
+
+if TYPE_CHECKING:
+    from freqopt.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    plan: a `Plan` or the path of one. grid: extents (t, h, w) of the video tokens, where the graph
+    does not tell them. threshold: one budget for all sites instead of a plan; 0 is exact.
+    min_tokens: shorter sites stay dense (default: `default_min_tokens`). strict: raise where a site
+    cannot be rewritten. inner: the backend that compiles the rewritten graph. mode: its mode, such
+    as "reduce-overhead" (torch.compile does not take options and a mode at once).
+    """
+
+    plan: Plan | str | os.PathLike[str] | None = None
+    grid: tuple[int, int, int] | None = None
+    threshold: float | None = None
+    min_tokens: int | None = None
+    strict: bool = False
+    inner: str | Callable[..., Compiled] = "inductor"
+    mode: str | None = None
+
+
+def default_min_tokens(device: torch.device) -> int:
+    """Length from which splitting pays on a device, in tokens."""
+    del device  # the same guess everywhere until it has been measured
+    return 4096
+
+
+def freqopt_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Entry point "freqopt" of torch.compile; see `Options`.
+
+    Raises:
+        OptionError: unknown or malformed options.
+        PlanError: a plan that cannot be read, or was made for another model.
+        SiteError: under ``strict``, a site that should be split and cannot be.
+    """
+    settings = parse_options(options)
+    mode = mode or settings.mode
+    start = time.perf_counter()
+    try:
+        run_passes(
+            gm, functools.partial(decide, settings), grid=settings.grid, strict=settings.strict
+        )
+    except FreqoptError:
+        raise
+    except Exception as error:
+        if settings.strict:
+            raise SiteError(f"the passes failed on this graph: {error}") from error
+        logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
+    logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
+    compiled: Compiled = inner_backend(settings.inner, mode)(gm, example_inputs)
+    return compiled
+
+
+def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:
+    """The backend that gets the rewritten graph."""
+    if inner == "inductor" and mode not in (None, "default"):
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        return functools.partial(compile_fx, config_patches=list_mode_options(mode))
+    from torch._dynamo.backends.registry import lookup_backend
+
+    found: Compiled = lookup_backend(inner)
+    return found if mode in (None, "default") else functools.partial(found, mode=mode)
+
+
+def parse_options(options: Mapping[str, Any] | None) -> Options:
+    """Check options one by one.
+
+    Raises:
+        OptionError: what is wrong, and what was probably meant.
+    """
+    given = dict(options or {})
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise OptionError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
+    given = {name: item for name, item in given.items() if item is not None}
+    if "grid" in given:
+        given["grid"] = _parse_grid(given["grid"])
+    threshold = given.get("threshold")
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise OptionError(f"threshold {threshold!r} must be a number; 0 is exact")
+        if math.isnan(threshold) or threshold < 0:
+            raise OptionError(f"threshold {threshold} must be 0 (exact) or larger")
+        if "plan" in given:
+            raise OptionError("plan and threshold were both given; a plan has its own budgets")
+    least = given.get("min_tokens")
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
+        raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")
+    if not isinstance(given.get("strict", False), bool):
+        raise OptionError(f"strict {given['strict']!r} must be True or False")
+    inner = given.get("inner", "inductor")
+    if not (callable(inner) or isinstance(inner, str)):
+        raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
+    if inner == "freqopt":
+        raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
+    return Options(**given)
+
+
+def _parse_grid(given: Any) -> tuple[int, int, int]:
+    extents = tuple(given) if isinstance(given, (tuple, list)) else ()
+    valid = len(extents) == 3 and all(
+        isinstance(e, int) and not isinstance(e, bool) and e >= 1 for e in extents
+    )
+    if not valid:
+        raise OptionError(
+            f"grid {given!r} must be three positive extents (t, h, w), in tokens and not in "
+            "pixels; an image is (1, h, w)"
+        )
+    return extents[0], extents[1], extents[2]
+
+
+def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan as it was given, or read from its file (once, until the file changes).
+
+    Raises:
+        PlanError: see `Plan.load`.
+        OptionError: neither a plan nor a path.
+    """
+    from freqopt.plan import Plan
+
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise OptionError(f"plan must be a Plan or the path of one, not {type(plan).__name__}")
+    path = Path(plan)
+    return _read_plan(str(path), path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_plan(path: str, modified: int) -> Plan:
+    del modified  # part of the cache's key
+    from freqopt.plan import Plan
+
+    return Plan.load(path)
+
+
+def decide(settings: Options, sites: Sequence[Site]) -> list[Decision]:
+    """Which sites are split, with which budget.
+
+    Raises:
+        PlanError, SiteError: as in `freqopt_backend`.
+    """
+    plan = None if settings.plan is None else load_plan(settings.plan)
+    if plan is not None:
+        shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
+        if shapes:
+            plan.check_model(shapes)
+    decisions = [_decide_one(settings, plan, site) for site in sites]
+    _report(settings, plan, decisions)
+    return decisions
+
+
+def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:
+    reason = why_dense(settings, site)
+    if reason is not None:
+        return Decision(site, False, reason)
+    if plan is not None:
+        if site.name not in plan.sites:
+            return Decision(site, False, "the plan has no budget for it: calibrate again")
+        if plan.sites[site.name].decision == "dense":
+            return Decision(site, False, f"by the plan: {plan.sites[site.name].reason}")
+        return Decision(
+            site, True, "by the plan", plan.budget(site.name),
+            mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
+        )  # fmt: skip
+    if settings.threshold is not None:
+        budget = torch.full((2, site.heads), float(settings.threshold))
+        probes = DEFAULT_PROBES if settings.threshold > 0 else 0
+        return Decision(site, True, f"threshold {settings.threshold:g}", budget, probes=probes)
+    budget = torch.zeros(2, site.heads)
+    why = f"without a plan, at density {DEFAULT_DENSITY:g}"
+    return Decision(site, True, why, budget, density=DEFAULT_DENSITY, probes=DEFAULT_PROBES)
+
+
+def why_dense(settings: Options, site: Site, *, guard: bool = True) -> str | None:
+    """Why a site stays dense whatever its budget, None if it may be split.
+
+    guard: may add a guard that a symbolic length stays on its side of `min_tokens`.
+    """
+    if not site.eligible:
+        return site.reason
+    from freqopt.kernels.op import check_site
+
+    problem = check_site(site.heads, site.kv_heads, site.head_dim, site.dtype, site.device)
+    if problem is not None:
+        return problem
+    least = settings.min_tokens
+    if least is None:
+        least = default_min_tokens(site.device)
+    if is_shorter(site.query_length, least, guard=guard):
+        return f"{site.query_length} tokens are fewer than min_tokens = {least}"
+    return None
+
+
+def is_shorter(length: Extent, least: int, *, guard: bool) -> bool:
+    """Whether a length is below `least`.
+
+    A symbolic length is guarded, so that the graph is compiled again on the other side of it; one
+    that depends on data counts as long enough, as no guard is possible.
+    """
+    if isinstance(length, int):
+        return length < least
+    if not length.node.has_hint():
+        return False
+    return bool(length < least) if guard else int(length.node.hint) < least
+
+
+def _report(settings: Options, plan: Plan | None, decisions: Sequence[Decision]) -> None:
+    """Warn of, or under strict raise for, sites that were meant to be split and are not."""
+    for decision in decisions:
+        site = decision.site
+        expected = site.kind in ("self", "joint") and site.grid is not None
+        too_short = decision.reason.endswith(_least(settings, site))
+        if decision.split or not expected or too_short or (plan and site.eligible):
+            continue
+        message = f"attention at {site.name} stays dense: {decision.reason}"
+        if settings.strict:
+            raise SiteError(message)
+        logger.warning("%s", message)
+    if settings.grid is not None and decisions and not any(d.site.eligible for d in decisions):
+        reasons = {d.reason for d in decisions if "grid=" in d.reason}
+        if reasons:
+            message = f"grid={settings.grid} fits no attention of this graph: {sorted(reasons)[0]}"
+            if settings.strict:
+                raise SiteError(message)
+            logger.warning("%s; it stays dense", message)
+    if plan is None and settings.threshold is None and any(d.split for d in decisions):
+        _warn_of_no_plan()
+
+
+def _least(settings: Options, site: Site) -> str:
+    least = settings.min_tokens
+    return f"min_tokens = {default_min_tokens(site.device) if least is None else least}"
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_no_plan() -> None:
+    logger.warning(
+        "no plan was given, so every head keeps %.0f%% of its attention exact, a cautious guess. "
+        "Calibrate for more speed at a known error: plan = freqopt.calibrate(model, samples); "
+        'torch.compile(model, backend="freqopt", options={"plan": plan})',
+        100 * DEFAULT_DENSITY,
+    )
