@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
-from freqopt.passes.nodes import operation, tensor, value
+from freqopt.passes.nodes import operation, value
 from freqopt.passes.site import Attention
+from freqopt.passes.softmax_anchor import match_softmax
 
 SDPA_PARAMETERS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
@@ -90,6 +90,7 @@ ANCHORS: tuple[Callable[[fx.Node], Attention | None], ...] = (
     match_sdpa,
     match_multi_head_attention,
     match_flex,
+    match_softmax,
 )
 
 
@@ -105,16 +106,3 @@ def find_attention(graph: fx.Graph) -> list[Attention]:
                 found.append(attention)
                 break
     return found
-
-
-def heads_of(attention: Attention) -> tuple[int, int, int] | None:
-    """(heads, key heads, head_dim) of (B, H, N, D) tensors, None if they have another form."""
-    query, key, values = (tensor(n) for n in (attention.query, attention.key, attention.value))
-    if query is None or key is None or values is None:
-        return None
-    if not query.dim() == key.dim() == values.dim() == 4:
-        return None
-    sizes = (query.shape[1], key.shape[1], query.shape[3])
-    if any(isinstance(size, torch.SymInt) for size in sizes):
-        return None
-    return sizes

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from freqopt.passes.anchors import find_attention, heads_of
+from freqopt.passes.anchors import find_attention
 from freqopt.passes.dimensions import axis_size, product, same
 from freqopt.passes.grid_inference import Layout, infer_layout
+from freqopt.passes.layout import heads_of, length_of_keys, operands_of
 from freqopt.passes.masks import mask_problem
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.propagate import Dimensions
@@ -87,15 +88,19 @@ def _describe(
     attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None, name: str
 ) -> Site:
     query, key = tensor(attention.query), tensor(attention.key)
-    sizes = heads_of(attention)
+    operands = operands_of(attention, dimensions)
+    sizes = heads_of(attention, operands)
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
-    kind, layout, reason = "other", Layout(), attention.objection
+    kind: Kind = "other"
+    layout, reason = Layout(), attention.objection
     lengths: tuple[Extent, Extent] = (0, 0)
     if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
-        lengths = (query.shape[-2], key.shape[-2])
+        lengths = (query.shape[-2], length_of_keys(attention))
         if sizes is not None or attention.objection is None:
             kind, layout, why_not = classify(attention, dimensions, grid)
             reason = reason or why_not
+    if reason is None and sizes is not None:
+        reason = _shape_problem(attention)
     if sizes is None and reason is None:
         reason = f"its tensors are not (batch, heads, tokens, head_dim): {shape(attention.query)}"
     site = Site(
@@ -103,7 +108,7 @@ def _describe(
         query_length=lengths[0], key_length=lengths[1], grid=layout.grid,
         text_before=layout.text_before, text_after=layout.text_after, eligible=reason is None,
         reason=reason or "dense attention on a known grid",
-        dtype=query.dtype if query is not None else torch.float32,
+        dtype=_compute_dtype(attention),
         device=query.device if query is not None else torch.device("cpu"),
         attention=attention,
         scale=_scale(attention, head_dim),
@@ -112,6 +117,26 @@ def _describe(
         text_after_arguments=layout.text_after_arguments,
     )  # fmt: skip
     return site
+
+
+def _shape_problem(attention: Attention) -> str | None:
+    """Why tensors of four dimensions do not fit the op."""
+    query, key, values = (shape(n) for n in (attention.query, attention.key, attention.value))
+    if attention.key_transposed:
+        key = (*key[:-2], key[-1], key[-2])
+    if not (same(query[0], key[0]) and same(query[0], values[0])):
+        return "its queries, keys and values have different batch sizes"
+    if not (same(key[1], values[1]) and same(key[-1], values[-1]) and same(query[-1], key[-1])):
+        return f"its keys {key} and values {values} differ in heads or head_dim"
+    return None
+
+
+def _compute_dtype(attention: Attention) -> torch.dtype:
+    """The dtype that an attention runs in, which under autocast is that of its output only."""
+    found = tensor(attention.node)
+    if found is None:
+        found = tensor(attention.query)
+    return torch.float32 if found is None else found.dtype
 
 
 def _scale(attention: Attention, head_dim: int) -> float:
@@ -124,10 +149,8 @@ def classify(
     attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
 ) -> tuple[Kind, Layout, str | None]:
     """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
-    query, key, values = (
-        dimensions.of(n) for n in (attention.query, attention.key, attention.value)
-    )
-    if query is None or key is None or values is None or min(len(query), len(key)) < 2:
+    query, key, values = operands_of(attention, dimensions)
+    if query is None or key is None or values is None:
         return "other", Layout(), "where its tokens come from cannot be followed in this graph"
     tokens = query[-2]
     lost = is_lost(tokens) or is_lost(key[-2])
@@ -146,7 +169,7 @@ def classify(
         return kind, Layout(), "its keys cover other tokens than its queries"
     if not same(axis_size(tokens), axis_size(key[-2])):
         return "other", Layout(), "it has another number of keys than of queries"
-    if len(values) < 2 or not (alike(values[-2], key[-2]) or is_lost(values[-2])):
+    if not (alike(values[-2], key[-2]) or is_lost(values[-2])):
         return "other", Layout(), "its values are of other tokens than its keys"
     layout = infer_layout(tokens, grid, attention.node.graph)
     if layout.problem is None and layout.grid is not None and attention.mask is not None:

@@ -1,4 +1,4 @@
-"""Reading fx nodes the same way whatever wrote them: Dynamo functions and methods, or aten operators."""
+"""Reads fx nodes the same way whoever wrote them: Dynamo, with functions and methods, or export."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ IN_PLACE = {"setitem", "copy_", "index_put_", "masked_fill_", "fill_", "zero_", 
 
 VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
-    "transpose", "permute", "movedim", "t", "getitem", "select", "slice", "narrow", "chunk", "split",
-    "unbind", "split_with_sizes", "tensor_split", "view_as", "alias", "detach", "contiguous",
-    "diagonal", "unfold", "view_as_real", "view_as_complex", "to", "type_as", "float",
+    "transpose", "permute", "movedim", "t", "getitem", "select", "slice", "narrow", "chunk",
+    "split", "unbind", "split_with_sizes", "tensor_split", "view_as", "alias", "detach",
+    "contiguous", "diagonal", "unfold", "view_as_real", "view_as_complex", "to", "type_as", "float",
 }  # fmt: skip
 """May share memory with their first argument (the last ones when there is nothing to convert)."""
 

@@ -301,9 +301,10 @@ def _permute(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     axes = list(known[1])
     count, name = len(axes), operation(node)
     if name == "permute":
-        given = node.kwargs.get("dims")
+        given: Any = node.kwargs.get("dims")
         order = [known_int(d) for d in (numbers(node, 1) if given is None else given)]
     else:
+        pair: tuple[int | None, int | None]
         pair = (0, 1) if name in ("t", "T") else (-2, -1)
         if name in ("transpose", "movedim"):
             first = argument(node, 1, "dim0", "source", "axis0")

@@ -120,7 +120,7 @@ def _is_weight(node: fx.Node) -> bool:
     found = tensor(node)
     if node.op not in ("placeholder", "get_attr") or found is None:
         return False
-    return isinstance(found, torch.nn.Parameter) or found.dim() == 2 and node.op == "get_attr"
+    return isinstance(found, torch.nn.Parameter) or (found.dim() == 2 and node.op == "get_attr")
 
 
 def _makes_tensors(node: fx.Node) -> bool:

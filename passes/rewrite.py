@@ -9,15 +9,16 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from freqopt.errors import SiteError
-from freqopt.passes.nodes import shape, value
 from freqopt.passes.dimensions import same
+from freqopt.passes.nodes import operation, shape, value
 from freqopt.passes.site import Argument, Site, Size
 
 
@@ -77,9 +78,7 @@ def insert_split(
     import freqopt.kernels.op  # noqa: F401  registers the op
 
     graph, node = site.node.graph, site.node
-    owner = graph.owning_module
-    assert owner is not None
-    constant = add_constant(owner, graph, f"freqopt_budget_{site.name}", budget.to(site.device))
+    constant = add_constant(gm, graph, f"freqopt_budget_{site.name}", budget.to(site.device))
     with graph.inserting_before(node):
         query, key, values, key_mask, grid, before, after, scale = site_operands(site)
         arguments = (
@@ -90,18 +89,28 @@ def insert_split(
         call.meta = _meta_of_call(node, call)
         new = graph.call_function(operator.getitem, (call, 0))
         new.meta = dict(node.meta)
-        if "example_value" in node.meta and "example_value" in call.meta:
+        if "example_value" in call.meta:
             new.meta["example_value"] = call.meta["example_value"][0]
+        if any(operation(user) == "view" for user in node.users):
+            # The op's output is (B, N, H, D) in memory, which not every view can start from.
+            new = graph.call_method("contiguous", (new,))
+            new.meta = dict(node.meta)
     _take_over(site, new)
     return new
 
 
-def add_constant(owner: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
-    """A node for a tensor that is kept with the module, made ahead of all computation."""
+def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+    """A node for a tensor that is kept with the module, made ahead of all computation.
+
+    gm: the graph module that the backend was given; `graph` may be that of a body inside it.
+    """
+    owner = graph.owning_module
+    assert owner is not None
     attribute = re.sub(r"\W", "_", name)
     while hasattr(owner, attribute):
         attribute += "_"
     owner.register_buffer(attribute, tensor, persistent=False)
+    _declare_source(gm, owner, attribute)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         node = graph.get_attr(attribute)
@@ -110,16 +119,77 @@ def add_constant(owner: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tens
     return node
 
 
+def _declare_source(gm: fx.GraphModule, owner: fx.GraphModule, attribute: str) -> None:
+    """Tell AOTAutograd where a buffer comes from, which it demands of Dynamo's graphs."""
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is None:
+        return
+    from torch._dynamo.source import ConstantSource
+
+    prefix = next((name for name, module in gm.named_modules() if module is owner), "")
+    name = f"{prefix}.{attribute}" if prefix else attribute
+    sources[name] = ConstantSource(source_name=name)
+
+
 def site_operands(site: Site) -> tuple[Any, ...]:
     """(query, key, value, key_mask, grid, text_before, text_after, scale) as graph arguments.
 
     Must be called with the graph inserting right before the site's node.
     """
-    found = site.attention
+    tensors = [_prepared(site, node) for node in _four_dimensional(site)]
     grid = tuple(_argument(site, argument) for argument in site.grid_arguments)
     before = _sum(site, site.text_before_arguments)
     after = _sum(site, site.text_after_arguments)
-    return found.query, found.key, found.value, _key_mask(site), grid, before, after, site.scale
+    return (*tensors, _key_mask(site), grid, before, after, site.scale)
+
+
+def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Query, key and value as (B, H, N, D): keys upright, heads out of the batch."""
+    found = site.attention
+    query, key, values = found.query, found.key, found.value
+    if found.key_transposed:
+        key = _method(site, "transpose", key, -2, -1)
+    if len(shape(query)) == 3:
+        query = _method(site, "unflatten", query, 0, (-1, site.heads))
+        key, values = (_method(site, "unflatten", n, 0, (-1, site.kv_heads)) for n in (key, values))
+    return query, key, values
+
+
+def _method(site: Site, name: str, node: fx.Node, *arguments: Any) -> fx.Node:
+    """A call of a tensor method, with its example value."""
+    mode = _fake_mode(site.node.graph)
+    with mode if mode is not None else nullcontext():
+        example = getattr(value(node), name)(*arguments)
+    made = site.node.graph.call_method(name, (node, *arguments))
+    made.meta = dict(site.node.meta, example_value=example)
+    return made
+
+
+def _in_old_form(site: Site, new: fx.Node) -> fx.Node:
+    """The result with heads folded into the batch, where the attention had it so."""
+    if len(shape(site.node)) != 3:
+        return new
+    with site.node.graph.inserting_after(new):
+        folded = site.node.graph.call_method("flatten", (new, 0, 1))
+    folded.meta = dict(site.node.meta)
+    return folded
+
+
+def _prepared(site: Site, node: fx.Node) -> fx.Node:
+    """An operand in the dtype that the attention runs in, with unit stride along head_dim.
+
+    Under autocast `scaled_dot_product_attention` casts its operands itself; its replacement does
+    not.
+    """
+    graph, example = site.node.graph, value(node)
+    if example.dtype != site.dtype:
+        node = graph.call_method("to", (node, site.dtype))
+        example = example.to(site.dtype)
+        node.meta = dict(site.node.meta, example_value=example)
+    if not same(example.stride(-1), 1):
+        node = graph.call_method("contiguous", (node,))
+        node.meta = dict(site.node.meta, example_value=example.contiguous())
+    return node
 
 
 def _argument(site: Site, argument: Argument) -> int | fx.Node:
@@ -180,15 +250,23 @@ def _size_of_batch(site: Site) -> int | fx.Node:
 
 def _take_over(site: Site, new: fx.Node) -> None:
     old = site.node
-    old.replace_all_uses_with(new)
+    old.replace_all_uses_with(_in_old_form(site, new))
     graph = old.graph
     for node in reversed(site.attention.nodes):
         if not node.users:
             graph.erase_node(node)
 
 
-def _fake_mode(graph: fx.Graph) -> Any:
-    return detect_fake_mode([value(node) for node in graph.nodes if node.op == "placeholder"])
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode that made the example values.
+
+    Not the tracing context's: that is already the mode of the backend to come.
+    """
+    for node in graph.nodes:
+        found = value(node)
+        if isinstance(found, FakeTensor):
+            return found.fake_mode
+    return None
 
 
 def _meta_of_call(old: fx.Node, call: fx.Node) -> dict[str, Any]:

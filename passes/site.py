@@ -34,7 +34,8 @@ Argument = int | Size
 class Attention:
     """One attention as an anchor found it; tensors as fx nodes.
 
-    query: (B, H, N, D); key, value: (B, Hkv, M, D). scale: factor of the logits, None for D**-0.5.
+    query: (B, H, N, D); key, value: (B, Hkv, M, D); written by hand also (B * H, N, D), and the key
+    (.., D, M) if `key_transposed`. scale: factor of the logits, None for D**-0.5.
     objection: why this form of attention can never be rewritten, or None. nodes: all that compute
     it, `node` (the output, which a replacement stands in for) last.
     """
@@ -47,6 +48,7 @@ class Attention:
     scale: float | None = None
     objection: str | None = None
     nodes: tuple[fx.Node, ...] = ()
+    key_transposed: bool = False
 
 
 @dataclass
