@@ -77,6 +77,18 @@ def export_onnx(
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
     )
+    return write_onnx(program, folder, opset=opset, plan=plan, library=library)
+
+
+def write_onnx(
+    program: Program,
+    folder: Path,
+    *,
+    opset: int = 20,
+    plan: Plan | None = None,
+    library: bool = True,
+) -> Artifact:
+    """Write a rewritten program as an ONNX artifact; arguments as in `export_onnx`."""
     onnx_model = translate(program, opset, bodies=True)
     files = save_model(onnx_model, folder / "model.onnx")
     content = describe(program, onnx_model, plan)

@@ -143,8 +143,8 @@ def name_budgets(model: ir.Model, names: list[str]) -> None:
         found.append((node, budget, budget.const_value.numpy().copy()))
     for node, _, _ in found:
         node.replace_input_with(BUDGET_INPUT, None)
-    for value in {budget.name: budget for _, budget, _ in found}.values():
-        if not value.uses():
+    for value in {id(budget): budget for _, budget, _ in found}.values():
+        if value.name and not value.uses():
             del graph.initializers[value.name]
     for (node, _, content), name in zip(found, names, strict=True):
         node.replace_input_with(BUDGET_INPUT, _initialiser(graph, name, content))
@@ -213,7 +213,7 @@ def _order_initialiser(graph: ir.Graph, grid: tuple[int, int, int]) -> ir.Value:
 def _initialiser(graph: ir.Graph, name: str, content: np.ndarray[Any, Any]) -> ir.Value:
     tensor = ir.tensor(content, name=name)
     kind = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=name, type=kind, shape=tensor.shape, const_value=tensor)
+    value = ir.Value(name=name, type=kind, shape=ir.Shape(content.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 

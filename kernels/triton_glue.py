@@ -349,10 +349,10 @@ def text_kernel(
     acc = tl.zeros((BM, DP), tl.float32)
     base = key_pair * blocks * BLOCK
     for block in range(0, blocks):
-        where = (base + block * BLOCK + column)[:, None] * D + col[None, :]
+        where = (column + (base + block * BLOCK))[:, None] * D + col[None, :]
         k = tl.load(key + where, mask=in_dim, other=0.0)
         v = tl.load(value + where, mask=in_dim, other=0.0)
-        bias = tl.where(block * BLOCK + column < tokens, 0.0, -float("inf"))
+        bias = tl.where(column + block * BLOCK < tokens, 0.0, -float("inf"))
         peak, mass, acc, fade = _online_step(
             q, k, v, bias[None, :], none, scale_log2, peak, mass, acc, PRECISION
         )

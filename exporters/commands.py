@@ -1,0 +1,156 @@
+"""`freqopt export onnx|tensorrt` and `freqopt run`, mounted by `freqopt.cli`.
+
+Only typer is imported here; everything heavy loads when a command runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from freqopt.errors import InputError, OptionError
+
+export_app = typer.Typer(
+    name="export",
+    help="Write a model with frequency-split attention for ONNX Runtime or TensorRT.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, as for inspect.")
+]
+Folder = Annotated[Path, typer.Argument(help="The folder to fill.")]
+Samples = Annotated[
+    Path, typer.Option("--samples", help="Inputs as safetensors; the first call is the example.")
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan from freqopt calibrate.")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic", help="Free extents of an input, NAME:DIM,DIM as in video:0,2,3,4; repeatable."
+    ),
+]
+Grid = Annotated[str | None, typer.Option("--grid", help="Extents t,h,w of the video tokens.")]
+
+
+@export_app.command()
+def onnx(
+    model: Model,
+    folder: Folder,
+    samples: Samples,
+    plan: PlanFile = None,
+    dynamic: Dynamic = None,
+    grid: Grid = None,
+    opset: Annotated[int, typer.Option(help="18 to 23.")] = 20,
+    library: Annotated[
+        bool, typer.Option(help="Also build libfreqopt_ort.so for ONNX Runtime.")
+    ] = True,
+) -> None:
+    """Write model.onnx, the operator library and a manifest."""
+    from freqopt.exporters.onnx_export import export_onnx
+
+    print(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
+                      **_options(samples, plan, dynamic, grid)))  # fmt: skip
+
+
+@export_app.command()
+def tensorrt(
+    model: Model,
+    folder: Folder,
+    samples: Samples,
+    plan: PlanFile = None,
+    dynamic: Dynamic = None,
+    grid: Grid = None,
+    build: Annotated[str, typer.Option(help="auto, never or always: the engine.")] = "auto",
+) -> None:
+    """Write model.trt.onnx, plugins and the script that builds the engine."""
+    from freqopt.exporters.tensorrt_export import export_tensorrt
+
+    print(export_tensorrt(*_call(model, samples), folder, build=build,
+                          **_options(samples, plan, dynamic, grid)))  # fmt: skip
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="An exported folder.")],
+    inputs: Annotated[Path, typer.Option("--inputs", help="Tensors by input name, safetensors.")],
+    outputs: Annotated[
+        Path | None, typer.Option("--outputs", help="Where to write the outputs, safetensors.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    library: Annotated[
+        bool, typer.Option(help="Use the operator library; without it the function body runs.")
+    ] = True,
+) -> None:
+    """Check an exported folder, run it once, and tell which nodes ran where."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from freqopt.exporters.runner import run_artifact
+
+    try:
+        tensors = load_file(inputs)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
+    result = run_artifact(artifact, tensors, provider=provider, library=library)
+    print(result)
+    for name, tensor in result.outputs.items():
+        print(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    if outputs is not None:
+        save_file({k: v.contiguous() for k, v in result.outputs.items()}, outputs)
+        print(f"wrote {outputs}")
+
+
+run_command_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+run_command_app.command(name="run")(run)
+
+
+def _call(model: str, samples: Path) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    import torch
+
+    from freqopt.cli import load_model
+    from freqopt.samples_file import load_samples
+
+    module = load_model(model)
+    args, kwargs = load_samples(samples, torch.device("cpu"))[0]
+    return module, args, kwargs
+
+
+def _options(
+    samples: Path, plan: Path | None, dynamic: list[str] | None, grid: str | None
+) -> dict[str, Any]:
+    import torch
+
+    from freqopt.cli import parse_grid
+    from freqopt.plan import Plan
+    from freqopt.samples_file import load_samples
+
+    shapes = None
+    if dynamic:
+        args, kwargs = load_samples(samples, torch.device("cpu"))[0]
+        if args:
+            raise OptionError("--dynamic needs samples whose arguments have names")
+        shapes = _dynamic_shapes(dynamic, kwargs)
+    return {
+        "plan": None if plan is None else Plan.load(plan),
+        "dynamic_shapes": shapes,
+        "grid": None if grid is None else parse_grid(grid),
+    }
+
+
+def _dynamic_shapes(texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    shapes: dict[str, Any] = dict.fromkeys(kwargs)
+    for text in texts:
+        name, _, dims = text.partition(":")
+        parts = dims.split(",")
+        if name not in shapes or not all(part.strip().isdecimal() for part in parts):
+            raise OptionError(
+                f"--dynamic {text!r} is not NAME:DIM,DIM with one of the inputs {', '.join(shapes)}"
+            )
+        shapes[name] = {int(part): torch.export.Dim.AUTO for part in parts}
+    return shapes
