@@ -19,6 +19,7 @@ from torch import Tensor
 from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_samples import Sample
+from freqopt.errors import CalibrationError
 
 Array = NDArray[np.float64]
 
@@ -27,6 +28,9 @@ MAX_PROBED_HEADS = 64
 
 MAX_PROBED_SITES = 16
 """Sites probed in a large model, evenly spaced; between them gains are interpolated over depth."""
+
+MAX_PROBED_SAMPLES = 4
+"""Samples that gains are measured on, spread over the timesteps: gains differ between those."""
 
 PROBE_DENSITY = 0.05
 """Density at which errors are injected: enough to stand out from rounding."""
@@ -48,8 +52,9 @@ def measure_gains(
     """
     sites = list(session.measurable().values())
     units = probe_units(sites)
-    used = samples[:1] if len(samples) == 1 else [samples[0], samples[-1]]
-    logs: dict[tuple[int, int], list[float]] = {}
+    count = min(len(samples), MAX_PROBED_SAMPLES)
+    used = [samples[i] for i in sorted({round(x) for x in np.linspace(0, len(samples) - 1, count)})]
+    squares: dict[tuple[int, int], list[float]] = {}
     floor = 0.0
     with progress.phase("probing gains", len(used) * (len(units) + 2)) as step:
         for sample in used:
@@ -70,8 +75,15 @@ def measure_gains(
                 injected = float(session.probe_error)
                 reached = relative_error(output, reference) ** 2
                 caused = max(reached - rounding**2, LEAST_SHARE * reached, 1e-12 * injected)
-                logs.setdefault((index, head), []).append(0.5 * math.log(caused / injected))
-    return spread_gains(sites, {unit: sum(x) / len(x) for unit, x in logs.items()}), floor
+                squares.setdefault((index, head), []).append(caused / injected)
+    if squares and max(max(x) for x in squares.values()) <= 1e-12:
+        raise CalibrationError(
+            "errors injected at the attention sites do not change the model's output: it does not "
+            "depend on them. Calibrate with the output that you will use"
+        )
+    # The target is a mean square over samples, so squares are averaged, not logarithms.
+    logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in squares.items()}
+    return spread_gains(sites, logs), floor
 
 
 def probe_units(sites: list[Measured]) -> list[tuple[int, int]]:

@@ -345,7 +345,15 @@ def private_backend(
             if not site.eligible:
                 session.dense_sites[site.name] = site.reason
                 continue
-            replace_site(gm, site, Recorder(session, site.name), ())
+            graph, recorder = site.node.graph, Recorder(session, site.name)
+            try:
+                replace_site(gm, site, recorder, ())
+            except Exception as error:
+                for node in [n for n in graph.nodes if n.target is recorder and not n.users]:
+                    graph.erase_node(node)
+                session.sites.pop(site.name)
+                session.dense_sites[site.name] = f"it could not be rewritten: {error}"
+                logger.warning("%s stays dense, it could not be rewritten: %r", site.name, error)
         gm.recompile()
         return gm.forward
 
