@@ -51,14 +51,14 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
     say("[bold]2  inspect[/]")
     with torch.no_grad():
         inspection = freqopt.inspect(model, **inputs[0])
-    say(str(inspection), highlight=False, markup=False)
+    say(str(inspection), highlight=False, markup=False, soft_wrap=True)
 
     say("[bold]3  calibrate[/]")
     calibration_started = time.perf_counter()
     plan = calibrate(model, inputs, settings)
     calibration_seconds = time.perf_counter() - calibration_started
     plan.save(settings.out / "plan.json")
-    say(str(plan), highlight=False, markup=False)
+    say(str(plan), highlight=False, markup=False, soft_wrap=True)
 
     say("[bold]4  compile and sample[/]")
     options = {"plan": plan, "min_tokens": 1, "strict": True, "inner": settings.inner}
