@@ -31,6 +31,10 @@ from freqopt.models_zoo.sampling import denoising_samples, sample
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan import Plan
 
+MAX_RETRIES = 2
+NEAR = 0.9
+"""A density between this share of the wanted one and the wanted one is not improved further."""
+
 
 def run_demo(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Run the whole demo; returns what result.json holds, and writes into `settings.out`.
@@ -145,10 +149,18 @@ def calibrate(model: VideoDiT, inputs: list[dict[str, Tensor]], settings: Settin
             model, inputs, target_error=target, progress=settings.progress, seed=settings.seed
         )
 
-    plan = plan_for(settings.target_error)
-    if settings.density is None:
-        return plan
-    return plan_for(error_for_density(plan, settings.density))
+    plans = [plan_for(settings.target_error)]
+    wanted = settings.density
+    if wanted is None:
+        return plans[0]
+    for _ in range(MAX_RETRIES):
+        if NEAR * wanted <= plans[-1].mean_density <= wanted:
+            break
+        plans.append(plan_for(error_for_density(plans[-1], wanted)))
+    within = [plan for plan in plans if plan.mean_density <= wanted]
+    if within:
+        return max(within, key=lambda plan: plan.mean_density)
+    return min(plans, key=lambda plan: plan.mean_density)
 
 
 def compiled(

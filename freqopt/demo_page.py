@@ -32,7 +32,12 @@ def write_page(
     (settings.out / "videos.png").write_bytes(moving)
     videos = Section(
         "The video, dense and rewritten",
-        f"<p>The same seed, {settings.steps} steps, no dense warm-up steps. PSNR "
+        (
+            "<p><b>Untrained weights: this shows that it runs, not what it can do.</b></p>"
+            if settings.random_weights
+            else ""
+        )
+        + f"<p>The same seed, {settings.steps} steps, no dense warm-up steps. PSNR "
         f"<b>{result['psnr_db']:.1f} dB</b>, SSIM <b>{result['ssim']:.4f}</b>.</p>"
         + demo_video.image_html(moving, "Dense on the left, rewritten on the right.", width=900)
         + figure_html(demo_video.contact_sheet(dense.video, split.video), "Both, frame by frame.")
@@ -56,7 +61,8 @@ def _times(result: dict[str, Any], settings: Settings) -> Section:
         [row("dense", "dense"), row("rewritten", "split")],
         numbers=range(1, 4),
     )
-    note = f"Warmed up; the fastest of {settings.repeats}. Both compiled with {settings.inner}."
+    how = "neither is compiled" if settings.inner == "eager" else f"both by {settings.inner}"
+    note = f"Warmed up, the fastest of {settings.repeats}, {how}."
     if torch.device(settings.device).type == "cpu":
         note += " On a CPU the split is there to be correct, not fast: speed needs an NVIDIA GPU."
     return Section("Times", f"<p>{note}</p>{table}")

@@ -104,6 +104,7 @@ def frame_curve(values: list[float]) -> Figure:
     finite = [value if math.isfinite(value) else math.nan for value in values]
     ax.plot(range(len(values)), finite, "o-", color="#0b62a4", markersize=4)
     ax.set(xlabel="frame", ylabel="PSNR (dB)")
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     ax.grid(alpha=0.3)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -148,3 +148,23 @@ def test_a_wrong_rewrite_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "split_forward", wrong)
     found = demo_foreign.compare_foreign(torch.device("cpu"), "eager")
     assert found.calls == 3 and found.max_error > 1e-2
+
+
+def test_a_density_is_turned_into_an_error_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration is repeated until the density fits, and the best plan within it is kept."""
+    from types import SimpleNamespace
+
+    import freqopt
+    from freqopt import demo
+
+    asked: list[float] = []
+
+    def calibrate(model: Any, inputs: Any, *, target_error: float, **unused: Any) -> Any:
+        asked.append(target_error)
+        return SimpleNamespace(mean_density={0.03: 0.05, 0.02: 0.12}.get(target_error, 0.095))
+
+    targets = iter([0.02, 0.025, 0.026])
+    monkeypatch.setattr(freqopt, "calibrate", calibrate)
+    monkeypatch.setattr(demo, "error_for_density", lambda plan, density: next(targets))
+    chosen = demo.calibrate(None, [], default_settings("cpu", density=0.1))  # type: ignore[arg-type]
+    assert asked == [0.03, 0.02, 0.025] and chosen.mean_density == 0.095
