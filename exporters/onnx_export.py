@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +48,7 @@ def export_onnx(
     grid: Grid | None = None,
     probes: int = DEFAULT_PROBES,
     library: bool = True,
+    capabilities: Sequence[int] | None = None,
 ) -> Artifact:
     """Export a model with frequency-split attention to ONNX.
 
@@ -63,6 +65,8 @@ def export_onnx(
         probes: queries per head attended exactly in every call.
         library: also build libfreqopt_ort.so; where no compiler is found the export goes on
             without it and says so in `Artifact.notes`.
+        capabilities: compute capabilities, as 90 for Hopper, that the library gets GPU kernels
+            for; by default those of the GPUs here. None of them need be present.
 
     Returns:
         The artifact: model.onnx (with model.onnx.data above 2 GB), manifest.json and the library.
@@ -77,7 +81,9 @@ def export_onnx(
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
     )
-    return write_onnx(program, folder, opset=opset, plan=plan, library=library)
+    return write_onnx(
+        program, folder, opset=opset, plan=plan, library=library, capabilities=capabilities
+    )
 
 
 def write_onnx(
@@ -87,6 +93,7 @@ def write_onnx(
     opset: int = 20,
     plan: Plan | None = None,
     library: bool = True,
+    capabilities: Sequence[int] | None = None,
 ) -> Artifact:
     """Write a rewritten program as an ONNX artifact; arguments as in `export_onnx`."""
     onnx_model = translate(program, opset, bodies=True)
@@ -94,7 +101,7 @@ def write_onnx(
     content = describe(program, onnx_model, plan)
     if library and program.split:
         try:
-            content["library"] = _add_library(folder, content)
+            content["library"] = _add_library(folder, program, content, capabilities)
             files.append(str(content["library"]))
         except NotAvailableError as error:
             content["notes"].append(f"no operator library: {error}")
@@ -207,7 +214,46 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
     }  # fmt: skip
 
 
-def _add_library(folder: Path, content: dict[str, Any]) -> str:
+def _add_library(
+    folder: Path, program: Program, content: dict[str, Any], capabilities: Sequence[int] | None
+) -> str:
+    """Build the library, with GPU kernels for the capabilities asked for; its file name."""
+    from freqopt.exporters import cubins
     from freqopt.exporters.ort_library import build_library
 
-    return build_library(folder).name
+    wanted = local_capabilities() if capabilities is None else tuple(capabilities)
+    served = [site for site in program.split.values() if site.density == 0.0]
+    if not wanted or not served:
+        content["notes"].append(
+            "the library has no GPU kernels: "
+            + (
+                "no GPU is here and no capabilities were named"
+                if not wanted
+                else "without a plan the density is resolved on the CPU; on a GPU the function "
+                "body runs"
+            )
+        )
+        return build_library(folder).name
+    variants = sorted(
+        {
+            cubins.Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
+            for capability in wanted
+            for site in served
+        },
+        key=str,
+    )
+    with tempfile.TemporaryDirectory(prefix="freqopt-") as scratch:
+        table = cubins.compile_table(variants, Path(scratch))
+        sources = cubins.write_sources(table, Path(scratch))
+        built = build_library(folder, extra_sources=tuple(sources), defines=("FREQOPT_CUDA",))
+    content["kernels"] = [
+        {"kernel": row.kernel, **asdict(row.variant), "warps": row.warps, "shared": row.shared}
+        for row in table
+    ]
+    return built.name
+
+
+def local_capabilities() -> tuple[int, ...]:
+    """Compute capabilities of the GPUs of this machine."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return tuple(sorted(major * 10 + minor for major, minor in found))

@@ -59,7 +59,8 @@ def build_library(
         *(f"-D{name}" for name in defines), f"-I{SOURCES}", *map(str, sources), "-ldl",
     ]  # fmt: skip
     digest = hashlib.sha256(repr((command[1:], platform.machine())).encode())
-    for source in [*sources, *sorted(SOURCES.glob("*.h"))]:
+    embedded = [c for s in extra_sources for c in sorted(s.parent.glob("*.cubin"))]
+    for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("FREQOPT_CACHE", Path.home() / ".cache" / "freqopt"))
     cached = cache / "ort" / digest.hexdigest()[:24] / LIBRARY_NAME

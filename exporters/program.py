@@ -33,7 +33,7 @@ BUDGET_PREFIX = "freqopt.budget."
 
 @dataclass(frozen=True)
 class SplitSite:
-    """One rewritten attention. budget: name of its buffer, a (2, heads) float32 tensor."""
+    """One rewritten attention. budget: name of its (2, heads) buffer; masked: has a key mask."""
 
     budget: str
     heads: int
@@ -41,6 +41,7 @@ class SplitSite:
     head_dim: int
     dtype: str
     mid_band: bool
+    masked: bool
     density: float
     probes: int
 
@@ -181,6 +182,7 @@ def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) ->
         head_dim=site.head_dim,
         dtype=str(site.dtype).removeprefix("torch."),
         mid_band=mid_band,
+        masked=call.args[4] is not None,
         density=density,
         probes=probes,
     )

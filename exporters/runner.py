@@ -52,6 +52,8 @@ class RunResult:
         lines = [f"ran on {self.provider} in {self.seconds:.3f} s; split sites by {self.split}"]
         for provider, nodes in self.nodes.items():
             total, most = sum(nodes.values()), Counter(nodes).most_common(6)
+            if OP_NAME in nodes and OP_NAME not in dict(most):
+                most.insert(0, (OP_NAME, nodes[OP_NAME]))
             lines.append(f"  {provider}: {total} nodes ({', '.join(f'{k} {n}' for k, n in most)})")
         return "\n".join(lines)
 
@@ -87,6 +89,8 @@ def run_artifact(
         )
     wanted = _wanted_provider(provider)
     library_path = artifact.library_path if library else None
+    if wanted == PROVIDERS["cuda"] and not artifact.manifest.get("kernels"):
+        library_path = None  # its CPU kernel would drag every site off the GPU
     session = _open_session(artifact, wanted, library_path, threads)
     values = _bind_inputs(session, inputs)
     start = time.perf_counter()

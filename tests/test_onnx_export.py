@@ -259,6 +259,7 @@ def test_a_model_without_sites_and_without_a_compiler(
         raise NotAvailableError("no C++ compiler was found")
 
     monkeypatch.setattr(ort_library, "compiler", missing)
+    (tmp_path / "plain").mkdir()
     made = write_onnx(dynamic, tmp_path / "plain")
     assert made.library_path is None and "no C++ compiler" in made.notes[0]
     assert "no C++ compiler" in str(made)

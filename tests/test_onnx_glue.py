@@ -15,8 +15,8 @@ triton = pytest.importorskip("triton")
 
 from attention_cases import CASES, Case, budget_for, make_tensors, relative
 
-from freqopt.kernels import triton_split as split
 from freqopt.kernels import triton_glue as glue
+from freqopt.kernels import triton_split as split
 from freqopt.kernels.layout import Sequence
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -31,7 +31,7 @@ def run_glue(
     sequence: Sequence = case.sequence
     batch, heads, length, dim = query.shape
     kv_heads, scale, padded = key.shape[1], dim**-0.5, split.padded_dim(dim)
-    launch = split.launch_for(query.dtype, dim)
+    launch = split.launch_for(query.dtype, dim, split.shared_memory(query.device))
     tokens = sequence.tokens
     blocks, tiles = triton.cdiv(tokens, 64), triton.cdiv(tokens, 128)
     groups = triton.cdiv(blocks, split.GROUP)
@@ -95,12 +95,12 @@ def run_glue(
     exact, missing = f32(pairs, parts, probes, dim), f32(pairs, parts, probes, dim)
     given = mask if mask is not None else route
     stride_mb = mask.stride(0) if mask is not None else 0
-    split.probe_kernel[(parts, pairs, triton.cdiv(probes, split.PROBE_ROWS))](
+    split.probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
         query, order, key_out, value_out, key, value, given, route, key_shift,
         peak, mass, exact, missing, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         stride_mb, heads, heads // kv_heads, tokens, tiles, blocks, probes, sequence.text,
         sequence.text_before, scale,
-        D=dim, DP=padded, BP=split.PROBE_ROWS, HAS_MASK=mask is not None,
+        D=dim, DP=padded, BP=launch.probe_rows, HAS_MASK=mask is not None,
         PRECISION=launch.precision,
     )  # fmt: skip
     pooled = f32(pairs, probes, dim)

@@ -4,6 +4,7 @@
 // failure becomes a status with a message, never an exception or a wrong result.
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -184,21 +185,23 @@ void compute_cuda(const Kernel& k, ort::KernelContext* ctx) {
   ort::Allocator* allocator = nullptr;
   k.check(ort::GetTensorMemoryInfo::call(k.api, in[kQuery].value, &memory));
   k.check(ort::GetAllocator::call(k.api, ctx, memory, &allocator));
-  void* workspace = nullptr;
-  std::string error;
+  // onnxruntime's allocator orders reuse of the workspace after the work queued on its own stream.
+  struct Workspace {
+    ort::Api* api;
+    ort::Allocator* allocator;
+    void* data = nullptr;
+    ~Workspace() {
+      if (data) ort::AllocatorFree::call(api, allocator, data);
+      ort::ReleaseAllocator::call(api, allocator);
+    }
+  } workspace{k.api, allocator};
   try {
-    const CudaPlan plan = plan_cuda(call);  // throws where no kernel fits
-    k.check(ort::AllocatorAlloc::call(k.api, allocator, plan.workspace_bytes, &workspace));
-    launch_cuda(call, plan, workspace);
+    const CudaPlan plan = plan_cuda(call);
+    k.check(ort::AllocatorAlloc::call(k.api, allocator, plan.workspace_bytes, &workspace.data));
+    launch_cuda(call, plan, workspace.data);
   } catch (const std::runtime_error& failed) {
-    error = failed.what();
-  }
-  // onnxruntime's allocator orders reuse of this memory after the work queued on its own stream.
-  if (workspace) ort::AllocatorFree::call(k.api, allocator, workspace);
-  ort::ReleaseAllocator::call(k.api, allocator);
-  if (!error.empty()) {
-    throw Failure(ort::CreateStatus::call(k.api, ort::kNotImplemented,
-                                          ("freqopt::SplitAttention: " + error).c_str()));
+    throw Failure(ort::CreateStatus::call(
+        k.api, ort::kNotImplemented, (std::string("freqopt::SplitAttention: ") + failed.what()).c_str()));
   }
 }
 #endif

@@ -1,0 +1,281 @@
+#include "split_cuda.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+namespace freqopt {
+namespace {
+
+constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 16, kProbeParts = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The few driver functions used, with their documented C signatures.
+struct Driver {
+  int (*GetErrorString)(int, const char**);
+  int (*CtxGetDevice)(int*);
+  int (*DeviceGetAttribute)(int*, int, int);
+  int (*ModuleLoadData)(void**, const void*);
+  int (*ModuleGetFunction)(void**, void*, const char*);
+  int (*FuncSetAttribute)(void*, int, int);
+  int (*MemsetD32Async)(unsigned long long, unsigned, size_t, void*);
+  int (*LaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                      void*, void**, void**);
+
+  static const Driver& get() {
+    static const Driver driver = open();
+    return driver;
+  }
+
+  void check(int code, const std::string& doing) const {
+    if (code == 0) return;
+    const char* text = nullptr;
+    GetErrorString(code, &text);
+    throw std::runtime_error(doing + " failed: " + (text ? text : "unknown CUDA error") + " (" +
+                             std::to_string(code) + ")");
+  }
+
+ private:
+  static Driver open() {
+    const char* path = std::getenv("FREQOPT_LIBCUDA");
+    void* handle = dlopen(path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!handle) throw std::runtime_error(std::string("the CUDA driver cannot be opened: ") + dlerror());
+    auto find = [handle](const char* name) {
+      void* symbol = dlsym(handle, name);
+      if (!symbol) throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+      return symbol;
+    };
+    Driver d;
+    auto set = [&](auto& slot, const char* name) {
+      slot = reinterpret_cast<std::decay_t<decltype(slot)>>(find(name));
+    };
+    set(d.GetErrorString, "cuGetErrorString");
+    set(d.CtxGetDevice, "cuCtxGetDevice");
+    set(d.DeviceGetAttribute, "cuDeviceGetAttribute");
+    set(d.ModuleLoadData, "cuModuleLoadData");
+    set(d.ModuleGetFunction, "cuModuleGetFunction");
+    set(d.FuncSetAttribute, "cuFuncSetAttribute");
+    set(d.MemsetD32Async, "cuMemsetD32Async");
+    set(d.LaunchKernel, "cuLaunchKernel");
+    return d;
+  }
+};
+
+struct Device {
+  int ordinal = 0, capability = 0;
+};
+
+Device current_device() {
+  const Driver& driver = Driver::get();
+  Device device;
+  int major = 0, minor = 0;
+  driver.check(driver.CtxGetDevice(&device.ordinal), "finding the current GPU");
+  driver.check(driver.DeviceGetAttribute(&major, 75, device.ordinal), "asking the GPU's capability");
+  driver.check(driver.DeviceGetAttribute(&minor, 76, device.ordinal), "asking the GPU's capability");
+  device.capability = major * 10 + minor;
+  return device;
+}
+
+bool masked(const CudaCall& call) { return call.mask_length != 1; }
+
+// The best entry for a kernel: code runs on later chips of its own generation.
+const Cubin& choose(const CudaCall& call, const std::string& kernel, int capability) {
+  const Cubin* best = nullptr;
+  for (int i = 0; i < kCubinCount; ++i) {
+    const Cubin& c = kCubins[i];
+    if (kernel != c.kernel || c.dtype != call.type || c.head_dim != call.extents.dim ||
+        bool(c.mid_band) != call.attributes.mid_band || bool(c.masked) != masked(call) ||
+        c.capability > capability || c.capability / 10 != capability / 10) {
+      continue;
+    }
+    if (!best || c.capability > best->capability) best = &c;
+  }
+  if (best) return *best;
+  static const char* const types[] = {"float32", "float16", "bfloat16"};
+  throw std::runtime_error(
+      "this library has no " + kernel + " kernel for sm_" + std::to_string(capability) + ", " +
+      types[call.type] + ", head_dim " + std::to_string(call.extents.dim) +
+      (call.attributes.mid_band ? ", mid band" : "") + (masked(call) ? ", key mask" : "") +
+      "; export again with this GPU's capability, or run without the library");
+}
+
+struct Loaded {
+  void* function;
+  std::vector<std::string> arguments;
+};
+
+const Loaded& load(const Cubin& cubin, const Device& device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const Cubin*>, Loaded> cache;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(device.ordinal, &cubin);
+  const auto found = cache.find(key);
+  if (found != cache.end()) return found->second;
+  const Driver& driver = Driver::get();
+  const std::string doing = std::string("loading the kernel ") + cubin.symbol;
+  void* module = nullptr;
+  Loaded loaded{nullptr, {}};
+  driver.check(driver.ModuleLoadData(&module, cubin.image), doing);
+  driver.check(driver.ModuleGetFunction(&loaded.function, module, cubin.symbol), doing);
+  if (cubin.shared > 48 * 1024) {
+    constexpr int kMaxDynamicShared = 8;
+    driver.check(driver.FuncSetAttribute(loaded.function, kMaxDynamicShared, cubin.shared), doing);
+  }
+  std::string names = cubin.arguments;
+  for (size_t at = 0; at != std::string::npos && !names.empty();) {
+    const size_t comma = names.find(',', at);
+    loaded.arguments.push_back(names.substr(at, comma == std::string::npos ? comma : comma - at));
+    at = comma == std::string::npos ? comma : comma + 1;
+  }
+  return cache.emplace(key, std::move(loaded)).first->second;
+}
+
+struct Argument {  // eight bytes that hold a pointer, an int32 or a float
+  uint64_t bits = 0;
+  Argument() = default;
+  Argument(void* p) { std::memcpy(&bits, &p, sizeof p); }
+  Argument(int64_t v) {
+    if (v > INT32_MAX) throw std::runtime_error("an extent of the tensors exceeds 2^31");
+    const int32_t small = int32_t(v);
+    std::memcpy(&bits, &small, 4);
+  }
+  Argument(float v) { std::memcpy(&bits, &v, 4); }
+};
+using Arguments = std::map<std::string, Argument>;
+
+struct Sizes {
+  explicit Sizes(const CudaCall& c) {
+    const Extents& e = c.extents;
+    pairs = e.batch * e.heads, kv = e.batch * e.kv_heads;
+    blocks = ceil_div(e.tokens, kKeyBlock), tiles = ceil_div(e.tokens, kQueryTile);
+    groups = ceil_div(blocks, kGroup), text = e.length - e.tokens;
+    probes = std::min(c.attributes.probes, e.tokens), parts = std::min(kProbeParts, blocks);
+  }
+  int64_t pairs, kv, blocks, tiles, groups, text, probes, parts;
+};
+
+void launch(const CudaCall& call, const Device& device, const std::string& kernel,
+            const Arguments& shared, Arguments own, int64_t x, int64_t y, int64_t z = 1) {
+  if (x == 0 || y == 0 || z == 0) return;
+  const Cubin& cubin = choose(call, kernel, device.capability);
+  const Loaded& loaded = load(cubin, device);
+  std::vector<Argument> values;
+  for (const std::string& name : loaded.arguments) {
+    const auto override_ = own.find(name);
+    const auto common = shared.find(name);
+    if (override_ == own.end() && common == shared.end()) {
+      throw std::runtime_error(kernel + " wants an argument " + name + " that nobody gives");
+    }
+    values.push_back(override_ != own.end() ? override_->second : common->second);
+  }
+  values.resize(values.size() + 2);  // Triton's two scratch pointers, unused
+  std::vector<void*> pointers;
+  for (Argument& value : values) pointers.push_back(&value.bits);
+  const Driver& driver = Driver::get();
+  driver.check(driver.LaunchKernel(loaded.function, unsigned(x), unsigned(y), unsigned(z),
+                                   unsigned(cubin.warps * 32), 1, 1, unsigned(cubin.shared),
+                                   call.stream, pointers.data(), nullptr),
+               "launching the " + kernel + " kernel");
+}
+
+}  // namespace
+
+CudaPlan plan_cuda(const CudaCall& call) {
+  const Sizes s(call);
+  const int64_t d = call.extents.dim, own = call.type == 0 ? 4 : 2;
+  const bool mid = call.attributes.mid_band;
+  if (call.attributes.density > 0) {
+    throw std::runtime_error(
+        "a density (an export without a plan) is resolved on the CPU only; calibrate and export "
+        "with the plan, or run without the library");
+  }
+  if (call.mask_length == 1 && call.mask_batch != 1) {
+    throw std::runtime_error("a key_mask of shape (batch, 1) is not supported on the GPU");
+  }
+  choose(call, "attend", current_device().capability);  // say early that nothing fits
+  CudaPlan plan;
+  size_t at = 0;
+  auto add = [&](const char* name, int64_t elements, int64_t bytes) {
+    plan.offset[name] = at;
+    at += size_t(ceil_div(std::max<int64_t>(elements, 1) * bytes, 256)) * 256;
+  };
+  const int64_t rows = s.kv * s.blocks, fine = mid ? rows * kFine : 0, cells = s.pairs * s.tiles * s.blocks;
+  add("limits", s.pairs * 2, 4);
+  add("key_out", rows * kKeyBlock * d, own), add("value_out", rows * kKeyBlock * d, own);
+  add("key_mean", rows * d, 4), add("value_mean", rows * d, 4), add("key_var", rows * d, 4);
+  add("spread", rows, 4), add("first_order", s.kv * s.groups * d * d, 4);
+  add("fine_first_order", mid ? s.kv * s.groups * d * d : 0, 4);
+  add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
+  add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
+  add("low_order", s.kv * d * d, own), add("fine_order", s.kv * d * d, own);
+  add("score", cells, 4), add("mass_term", cells, 2), add("route", cells, 1);
+  add("exact_list", cells, 4), add("mid_list", mid ? cells : 0, 4);
+  add("counts", s.pairs * s.tiles * 2, 4);
+  add("peak", s.pairs * s.parts * s.probes, 4), add("mass", s.pairs * s.parts * s.probes * 2, 4);
+  add("exact_out", s.pairs * s.parts * s.probes * d, 4);
+  add("missing_out", s.pairs * s.parts * s.probes * d, 4);
+  add("pooled", mid ? s.pairs * s.probes * d : 0, 4), add("coefficients", s.pairs * 2, 4);
+  plan.workspace_bytes = at;
+  return plan;
+}
+
+void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
+  const Sizes s(call);
+  const Extents& e = call.extents;
+  const Device device = current_device();
+  const bool mid = call.attributes.mid_band;
+  Arguments a;
+  for (const auto& [name, offset] : plan.offset) a[name] = static_cast<char*>(workspace) + offset;
+  const int64_t rows = e.length * e.dim;
+  a["query"] = call.query, a["budget"] = call.budget, a["order"] = call.order;
+  a["key"] = a["key_out"], a["value"] = a["value_out"];
+  a["text_key"] = call.key, a["text_value"] = call.value, a["out"] = call.out;
+  a["key_mask"] = masked(call) ? Argument(call.key_mask) : a["route"];
+  a["threshold"] = a["limits"], a["peak_out"] = a["peak"], a["mass_out"] = a["mass"];
+  for (const char* n : {"stride_qn", "stride_kn", "stride_vn", "stride_on"}) a[n] = e.dim;
+  for (const char* n : {"stride_qh", "stride_kh", "stride_vh", "stride_oh"}) a[n] = rows;
+  for (const char* n : {"stride_qb", "stride_ob"}) a[n] = e.heads * rows;
+  for (const char* n : {"stride_kb", "stride_vb"}) a[n] = e.kv_heads * rows;
+  a["stride_mb"] = int64_t(masked(call) && call.mask_batch > 1 ? e.length : 0);
+  a["heads"] = e.heads, a["group_size"] = e.heads / e.kv_heads, a["tokens"] = e.tokens;
+  a["tiles"] = s.tiles, a["blocks"] = s.blocks, a["groups"] = s.groups, a["text"] = s.text;
+  a["text_before"] = e.text_before, a["probes"] = s.probes, a["parts"] = s.parts;
+  a["cells"] = e.dim * e.dim, a["scale"] = call.attributes.scale;
+
+  auto tile_of = [&](const char* kernel) { return choose(call, kernel, device.capability).tile; };
+  auto go = [&](const char* kernel, Arguments own, int64_t x, int64_t y, int64_t z = 1) {
+    launch(call, device, kernel, a, std::move(own), x, y, z);
+  };
+  go("limits", {}, s.pairs, 1);
+  go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.groups, s.kv);
+  go("centre", {}, s.kv, 1);
+  const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
+  go("order", {{"out", a["low_order"]}}, parts, s.kv);
+  if (mid) {
+    go("order", {{"first_order", a["fine_first_order"]}, {"out", a["fine_order"]}}, parts, s.kv);
+  }
+  go("score", {}, ceil_div(s.tiles, tile_of("score")), s.pairs);
+  go("route", {}, s.tiles, s.pairs);
+  if (s.probes > 0) {
+    go("probe", {}, s.parts, s.pairs, ceil_div(s.probes, tile_of("probe")));
+    if (mid) go("pool", {}, s.probes, s.pairs);
+    go("fit", {}, s.pairs, 1);
+  } else {
+    const Driver& driver = Driver::get();
+    unsigned long long address = 0;
+    std::memcpy(&address, &a["coefficients"].bits, 8);
+    constexpr unsigned kOne = 0x3f800000;  // 1.0f
+    driver.check(driver.MemsetD32Async(address, kOne, size_t(s.pairs * 2), call.stream),
+                 "filling the coefficients");
+  }
+  go("attend", {}, ceil_div(e.tokens, tile_of("attend")), s.pairs);
+  if (s.text > 0) go("text", {}, ceil_div(s.text, tile_of("text")), s.pairs);
+}
+
+}  // namespace freqopt

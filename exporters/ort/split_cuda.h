@@ -1,0 +1,41 @@
+// Frequency-split attention on the GPU: launches the compiled kernels through the driver.
+//
+// The driver is opened at run time, so the library loads on machines without one. Nothing here
+// waits for the device: every launch goes to onnxruntime's stream.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "split_cpu.h"
+
+namespace freqopt {
+
+struct Cubin {  // one row of the generated table
+  const char *kernel, *symbol, *arguments;  // arguments: names, comma-separated, in launch order
+  int capability, dtype, head_dim, mid_band, masked;
+  int tile, warps, shared;
+  const unsigned char* image;
+};
+extern const Cubin kCubins[];
+extern const int kCubinCount;
+
+struct CudaCall {
+  Extents extents;
+  Attributes attributes;
+  int type;  // 0 float, 1 half, 2 bfloat16
+  int64_t mask_batch, mask_length;
+  void *query, *key, *value, *budget, *key_mask, *order, *out, *stream;
+};
+
+struct CudaPlan {  // where each intermediate tensor lies in the workspace
+  std::map<std::string, size_t> offset;
+  size_t workspace_bytes;
+};
+
+// Both throw std::runtime_error with a message for the user.
+CudaPlan plan_cuda(const CudaCall& call);
+void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace);
+
+}  // namespace freqopt

@@ -1,0 +1,221 @@
+"""The GPU side of the library without a GPU: kernels compile, and launches are what they should be.
+
+A made-up driver records every launch. What only a GPU can show is marked gpu.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("onnx")
+
+from freqopt.exporters import ort_library
+from freqopt.exporters.cubins import (
+    CAPABILITIES,
+    NATIVE,
+    POINTERS,
+    Compiled,
+    Variant,
+    compile_table,
+    write_sources,
+)
+from freqopt.exporters.ort_library import SOURCES, build_library
+from freqopt.exporters.problems import ExportError, NotAvailableError
+
+HOPPER = Variant(90, "float16", 64, True, True)
+AMPERE = Variant(80, "float16", 64, False, False)
+FLAGS = ("-std=c++17", "-O1", f"-I{SOURCES}")
+PLAIN = {"text_key": 0x2000, "text_value": 0x3000, "query": 0x1000, "order": 0x6000}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> list[Compiled]:
+    return compile_table([HOPPER, AMPERE], folder)
+
+
+@pytest.fixture(scope="module")
+def programs(folder: Path, table: list[Compiled]) -> tuple[Path, Path]:
+    """(a program that launches, the made-up driver)."""
+    here, compiler = Path(__file__).parent, ort_library.compiler()
+    driver, program = folder / "driver.so", folder / "launch"
+    built = [compiler, *FLAGS, "-shared", "-fPIC", str(here / "ort_driver.cc"), "-o", str(driver)]
+    subprocess.run(built, check=True)
+    sources = [here / "ort_launch.cc", SOURCES / "split_cuda.cc", *write_sources(table, folder)]
+    built = [compiler, *FLAGS, *map(str, sources), "-ldl", "-o", str(program)]
+    subprocess.run(built, check=True)
+    return program, driver
+
+
+def run(
+    programs: tuple[Path, Path], table: list[Compiled], *arguments: float, capability: int = 90,
+    **environment: str,
+) -> list[list[str]]:  # fmt: skip
+    counts = ";".join(f"{row.symbol}:{len(row.arguments)}" for row in table)
+    given = {
+        **os.environ, "FREQOPT_LIBCUDA": str(programs[1]), "FAKE_COUNTS": counts,
+        "FAKE_CAPABILITY": str(capability), **environment,
+    }  # fmt: skip
+    done = subprocess.run(
+        [str(programs[0]), *map(str, arguments)], env=given, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    return [line.split(" ") for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
+    for variant in (HOPPER, AMPERE):
+        rows = {row.kernel: row for row in table if row.variant == variant}
+        assert len(rows) == (11 if variant.mid_band else 10)
+        assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
+
+
+def test_launches(programs: tuple[Path, Path], table: list[Compiled]) -> None:
+    """Batch 2, 4 heads over 2 key heads, 5 x 7 x 9 tokens after 3 text tokens, 2 behind."""
+    batch, heads, kv_heads, length, dim, tokens, before = 2, 4, 2, 320, 64, 315, 3
+    lines = run(
+        programs, table, batch, heads, kv_heads, length, dim, tokens, before, 0.0, 1, 64, 1, 1
+    )
+    assert not [line for line in lines if line[0] == "error"], lines
+    rows = {row.symbol: row for row in table if row.variant == HOPPER}
+    buffers = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
+    blocks, tiles, pairs, kv = 5, 3, 8, 4
+    expected_grid = {
+        "limits": (pairs, 1, 1), "summarise": (1, kv, 1), "centre": (kv, 1, 1),
+        "order": (4, kv, 1), "score": (1, pairs, 1), "route": (tiles, pairs, 1),
+        "probe": (5, pairs, 1), "pool": (64, pairs, 1), "fit": (pairs, 1, 1),
+        "attend": (3, pairs, 1), "text": (1, pairs, 1),
+    }  # fmt: skip
+    integers = {
+        "heads": heads, "group_size": 2, "tokens": tokens, "tiles": tiles, "blocks": blocks,
+        "groups": 1, "text": 5, "text_before": before, "probes": 64, "parts": 5,
+        "cells": dim * dim, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
+        "stride_on": dim, "stride_qh": length * dim, "stride_kh": length * dim,
+        "stride_vh": length * dim, "stride_oh": length * dim, "stride_qb": heads * length * dim,
+        "stride_ob": heads * length * dim, "stride_kb": kv_heads * length * dim,
+        "stride_vb": kv_heads * length * dim, "stride_mb": length,
+    }  # fmt: skip
+    seen = []
+    for _, symbol, x, y, z, threads, shared, stream, *values in [
+        line for line in lines if line[0] == "launch"
+    ]:
+        row = rows[symbol]
+        seen.append(row.kernel)
+        assert (int(x), int(y), int(z)) == expected_grid[row.kernel], row.kernel
+        assert (int(threads), int(shared), int(stream)) == (row.warps * 32, row.shared, 0x77)
+        assert values[-2:] == ["0", "0"]
+        for name, text in zip(row.arguments, values, strict=False):
+            value, where = int(text), (row.kernel, name)
+            if name == "scale":
+                assert value == 0x3E000000, where
+            elif name in POINTERS or name in NATIVE:
+                assert value in {*buffers.values(), *range(0x1000, 0x8000, 0x1000)}, where
+                assert value == PLAIN.get(name, value), where
+                if name in ("key", "value"):
+                    raw = {"key": 0x2000, "value": 0x3000}[name]
+                    summarised = row.kernel == "summarise"
+                    assert value == (raw if summarised else buffers[f"{name}_out"]), where
+                elif name in buffers and row.kernel != "order":
+                    assert value == buffers[name], where
+            elif row.kernel == "summarise" and name == "heads":
+                assert value == kv_heads
+            else:
+                assert value == integers[name], where
+    order = ["limits", "summarise", "centre", "order", "order", "score", "route", "probe", "pool"]
+    assert seen == [*order, "fit", "attend", "text"]
+    shared = {rows[line[1]].kernel for line in lines if line[0] == "shared"}
+    assert shared == {row.kernel for row in rows.values() if row.shared > 48 * 1024}
+
+
+def test_workspace_holds_what_is_written(
+    programs: tuple[Path, Path], table: list[Compiled]
+) -> None:
+    lines = run(programs, table, 2, 4, 2, 320, 64, 315, 3, 0.0, 1, 64, 1, 1)
+    offsets = sorted((int(line[2]), line[1]) for line in lines if line[0] == "buffer")
+    end = next(int(line[1]) for line in lines if line[0] == "bytes")
+    room = {
+        name: following - at
+        for (at, name), (following, _) in zip(offsets, [*offsets[1:], (end, "")], strict=True)
+    }
+    kv, pairs, blocks, tiles, dim, half = 4, 8, 5, 3, 64, 2
+    needed = {
+        "key_out": kv * blocks * 64 * dim * half, "fine_var": kv * blocks * 8 * dim * 4,
+        "fine_key": kv * blocks * 8 * dim * half, "first_order": kv * dim * dim * 4,
+        "score": pairs * tiles * blocks * 4, "mid_list": pairs * tiles * blocks * 4,
+        "exact_out": pairs * 5 * 64 * dim * 4, "mass": pairs * 5 * 64 * 2 * 4,
+        "pooled": pairs * 64 * dim * 4, "counts": pairs * tiles * 2 * 4,
+        "coefficients": pairs * 2 * 4, "key_shift": kv * dim * 4, "route": pairs * tiles * blocks,
+    }  # fmt: skip
+    for name, size in needed.items():
+        assert size <= room[name] < size + 256, name
+
+
+def test_without_probes_the_coefficients_are_one(
+    programs: tuple[Path, Path], table: list[Compiled]
+) -> None:
+    lines = run(programs, table, 1, 2, 2, 315, 64, 315, 0, 0.0, 0, 0, 1, 0, capability=86)
+    assert [line[2:] for line in lines if line[0] == "fill"] == [[str(0x3F800000), "4"]]
+    names = [line[1] for line in lines if line[0] == "launch"]
+    assert "fit_kernel" not in names and "text_kernel" not in names and "attend_kernel" in names
+
+
+def test_failures_have_messages(programs: tuple[Path, Path], table: list[Compiled]) -> None:
+    good = (1, 2, 2, 315, 64, 315, 0, 0.0, 0, 64, 1, 0)
+
+    def message(arguments: tuple[float, ...], **more: str) -> str:
+        capability = int(more.pop("capability", "80"))
+        lines = run(programs, table, *arguments, capability=capability, **more)
+        return " ".join(lines[-1])
+
+    assert message(good).startswith("launch")
+    assert "no attend kernel for sm_90, float16, head_dim 64" in message(good, capability="90")
+    assert "bfloat16" in message((*good[:-2], 2, 0))
+    assert "head_dim 72" in message((*good[:4], 72, *good[5:]))
+    assert "with the plan" in message((*good[:7], 0.25, *good[8:]))
+    assert "a made-up error (209)" in message(good, FAKE_FAILURE="1")
+    assert "driver cannot be opened" in message(good, FREQOPT_LIBCUDA="/nowhere.so")
+
+
+def test_library_with_gpu_kernels_serves_the_cpu_too(
+    folder: Path, table: list[Compiled], tmp_path: Path
+) -> None:
+    import torch
+    from attention_cases import Case, budget_for, make_tensors, relative
+    from onnx_cases import feed, session, split_model
+
+    import freqopt.kernels.op  # noqa: F401
+
+    sources = tuple(write_sources(table, folder))
+    library = build_library(tmp_path, extra_sources=sources, defines=("FREQOPT_CUDA",))
+    case = Case((3, 6, 10), batch=1)
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    model = split_model(20, torch.float32, scale=0.2, density=0.0, mid_band=0, probes=8)
+    found = session(model, str(library)).run(None, feed(case, tensors, budget))[0]
+    expected = torch.ops.freqopt.split_attention(
+        *tensors[:3], budget, None, list(case.grid), 0, 0, 0.2, 0.0, False, 8
+    )[0]
+    assert relative(torch.from_numpy(found), expected) < 1e-5
+
+
+def test_unsupported_variants(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="capability 75"):
+        compile_table([Variant(75, "float16", 64, False, False)], tmp_path)
+    with pytest.raises(ExportError, match="head_dim 20"):
+        compile_table([Variant(90, "float16", 20, False, False)], tmp_path)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/bin/false")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(NotAvailableError, match="could not be compiled"):
+        compile_table([Variant(90, "float16", 64, False, False)], tmp_path)
