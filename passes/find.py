@@ -73,8 +73,9 @@ def module_path(node: fx.Node) -> str:
 
 def readable_path(path: str) -> str:
     """ "L['self'].__dict__['_modules']['blocks']._modules['3'].attn1" as "blocks.3.attn1"."""
+    path = re.sub(r"^[LG]\[['\"][^'\"]*['\"]\]", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
-    noise = {"L", "G", "self", "_modules", "__dict__", "_orig_mod", "", "slice(None, None, None)"}
+    noise = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", ""}
     return ".".join(part for part in path.split(".") if part not in noise)
 
 

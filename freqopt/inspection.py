@@ -1,0 +1,348 @@
+"""`freqopt.inspect`: what attention a model has, and what the backend would do about each.
+
+The model is captured the way torch.compile captures it, with a backend that only looks, and run
+once. It is run once more without the compiler to name the attention that no backend gets to see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from freqopt.backend import Options, parse_options, why_dense
+from freqopt.errors import InputError
+from freqopt.passes.find import find_sites, module_path, readable_path
+from freqopt.passes.site import Extent, Kind, Site
+
+FULLGRAPH = (
+    "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
+    "cause is; or change that line"
+)
+
+ATTENTION_FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
+
+@dataclass(frozen=True)
+class InspectedSite:
+    """One attention. Lengths in tokens; grid (t, h, w) from the slowest to the fastest axis.
+
+    eligible: could be split, whatever its length. decision: what the backend would do without a
+    plan. reason: of the decision.
+    """
+
+    name: str
+    kind: Kind
+    heads: int
+    head_dim: int
+    query_length: int
+    key_length: int
+    grid: tuple[int, int, int] | None
+    text_before: int
+    text_after: int
+    eligible: bool
+    decision: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place where torch.compile leaves the graph. where: file and line; advice: what to do."""
+
+    reason: str
+    where: str
+    advice: str = FULLGRAPH
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All attention of a model that a backend sees, and what it does not see.
+
+    graphs: number of graphs the model was captured in; 1 is best. unseen: modules whose attention
+    ran outside all graphs, where no backend can do anything about it.
+    """
+
+    sites: list[InspectedSite]
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+    graphs: int = 1
+    unseen: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and lists, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        split = sum(site.decision == "split" for site in self.sites)
+        eligible = sum(site.eligible for site in self.sites)
+        lines = [
+            f"{len(self.sites)} attention sites in {self.graphs} graph(s): {eligible} can be "
+            f"split, {split} will be",
+            *_table(self.sites),
+        ]
+        if not self.sites:
+            lines.append("no attention was found in any graph")
+        for broken in self.graph_breaks:
+            lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
+        if self.unseen:
+            names = ", ".join(name for name, _ in _grouped([(n, ()) for n in self.unseen]))
+            lines += ["", f"runs outside all graphs, where no backend sees it: {names}"]
+            lines.append(f"  {FULLGRAPH}")
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module,
+    *args: Any,
+    grid: Any = None,
+    min_tokens: Any = None,
+    **kwargs: Any,
+) -> Inspection:
+    """Find the attention of a model and say what the backend would do about it.
+
+    Runs the model twice on the given inputs, as it is (training or evaluation mode, autocast)
+    but without gradients, and leaves its parameters and the random state alone.
+
+    Args:
+        model: the model; one that was compiled already is inspected as it was before.
+        args, kwargs: inputs of one call of the model.
+        grid, min_tokens: as the backend's options: (t, h, w) in tokens, and tokens. (Not typed, so
+            that a dict of a model's own inputs may be passed as ``**inputs``.)
+
+    Raises:
+        OptionError: a malformed grid or min_tokens.
+        InputError: `model` is not a module.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; inspect takes a torch.nn.Module")
+    settings = parse_options({"grid": grid, "min_tokens": min_tokens})
+    capture = _Capture(settings, inner)
+    with torch.no_grad(), _random_state_kept():
+        with _breaks_recorded(capture), _compiled_forgotten(inner):
+            torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
+        ran = attention_modules(inner, lambda: inner(*args, **kwargs))
+    unseen = [name for name in ran if name not in capture.seen]
+    return Inspection(capture.sites, capture.breaks, capture.graphs, unseen)
+
+
+class _Capture:
+    """A backend that describes the sites of every graph and runs it as it is.
+
+    seen: paths of the modules of `model` whose attention is in some graph.
+    """
+
+    def __init__(self, settings: Options, model: nn.Module) -> None:
+        self.settings = settings
+        self.sites: list[InspectedSite] = []
+        self.breaks: list[GraphBreak] = []
+        self.graphs = 0
+        self.seen: set[str] = set()
+        self.classes = {name: type(module) for name, module in model.named_modules()}
+        self.parameters = {id(tensor): name for name, tensor in model.named_parameters()}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        roots = self._roots(gm, example_inputs)
+        for site in find_sites(gm, grid=self.settings.grid):
+            self.sites.append(_described(self.settings, site))
+            inside = module_path(site.node)
+            self.seen.update(".".join(filter(None, (root, inside))) for root in roots)
+        forward: Callable[..., Any] = gm.forward
+        return forward
+
+    def _roots(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+        """Paths of the modules that a graph serves: the model, or after a break all its blocks.
+
+        Parameters tell: each has its path in the model, and one from where the graph begins.
+        """
+        for node, given in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+            path = self.parameters.get(id(given))
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            if path is None or source is None:
+                continue
+            inside = readable_path(source.name() if callable(source.name) else source.name)
+            if path.endswith(inside):
+                root = path[: -len(inside)].rstrip(".")
+                return [n for n, kind in self.classes.items() if kind is self.classes.get(root)]
+        return [""]
+
+
+def _described(settings: Options, site: Site) -> InspectedSite:
+    problem = why_dense(settings, site, guard=False)
+    return InspectedSite(
+        name=site.name,
+        kind=site.kind,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        query_length=_number(site.query_length),
+        key_length=_number(site.key_length),
+        grid=None if site.grid is None else tuple(_number(e) for e in site.grid),  # type: ignore[arg-type]
+        text_before=_number(site.text_before),
+        text_after=_number(site.text_after),
+        eligible=site.eligible,
+        decision="dense" if problem else "split",
+        reason=problem or site.reason,
+    )
+
+
+def _number(extent: Extent) -> int:
+    """An extent in this call; -1 where it depends on data."""
+    if isinstance(extent, int):
+        return extent
+    return int(extent.node.hint) if extent.node.has_hint() else -1
+
+
+@contextmanager
+def _breaks_recorded(capture: _Capture) -> Iterator[None]:
+    """Collect why torch.compile left the graph while the body runs."""
+    from torch._dynamo import utils
+
+    before = len(utils.graph_break_reasons)
+    skipped_before = dict(utils.counters["unimplemented"])
+    yield
+    known: set[tuple[str, str]] = set()
+    for found in utils.graph_break_reasons[before:]:
+        reason, frame = _first_line(found.reason), _user_frame(found.user_stack)
+        if (reason, frame) not in known:
+            known.add((reason, frame))
+            capture.breaks.append(GraphBreak(reason, frame))
+    skipped = utils.counters["unimplemented"]
+    for text in [t for t in skipped if skipped[t] > skipped_before.get(t, 0)]:
+        reason = _first_line(text)
+        if reason not in {r for r, _ in known}:
+            known.add((reason, ""))
+            where = "a function that therefore runs without the compiler"
+            capture.breaks.append(GraphBreak(reason, where))
+
+
+def _first_line(reason: object) -> str:
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    explanation = next((x for x in lines if x.startswith("Explanation:")), "")
+    return " ".join(filter(None, [lines[0] if lines else "unknown", explanation]))
+
+
+def _user_frame(stack: Sequence[Any] | None) -> str:
+    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown place"
+
+
+@contextmanager
+def _compiled_forgotten(model: nn.Module) -> Iterator[None]:
+    """Drop what was compiled for looking: it would count as a recompilation of the real thing."""
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            code = getattr(module.forward, "__code__", None)
+            if code is not None:
+                remove_from_cache(code)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the module that is running whenever attention is computed."""
+
+    def __init__(self, running: list[str]) -> None:
+        super().__init__()
+        self.running = running
+        self.found: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ATTENTION_FUNCTIONS:
+            self.found[self.running[-1] if self.running else ""] = None
+        return func(*args, **(kwargs or {}))
+
+
+def attention_modules(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Paths of the modules that compute attention while `run` runs the model eagerly."""
+    running: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            handle = module.register_forward_pre_hook(enter(name))
+            stack.callback(handle.remove)
+            after = module.register_forward_hook(lambda *_: _leave(running), always_call=True)
+            stack.callback(after.remove)
+        watch = _Watch(running)
+        with watch, torch.compiler.set_stance("force_eager"):
+            run()
+    return list(watch.found)
+
+
+def _leave(running: list[str]) -> None:
+    running.pop()
+
+
+def _table(sites: Sequence[InspectedSite]) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    for name, (site,) in _grouped([(s.name, (_anonymous(s),)) for s in sites]):
+        lengths = str(site.query_length)
+        if site.key_length != site.query_length:
+            lengths += f" -> {site.key_length}"
+        text = " + ".join(
+            part
+            for part in (
+                f"{site.text_before} before" if site.text_before else "",
+                f"{site.text_after} after" if site.text_after else "",
+            )
+            if part
+        )
+        grid = "x".join(map(str, site.grid)) if site.grid else "-"
+        heads = f"{site.heads} x {site.head_dim}" if site.heads else "-"
+        rows.append(
+            (name, site.kind, heads, lengths, grid, text or "-", site.decision, site.reason)
+        )
+    if not rows:
+        return []
+    head = ("site", "kind", "heads", "tokens", "grid", "text", "decision", "reason")
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _anonymous(site: InspectedSite) -> InspectedSite:
+    return InspectedSite(**{**asdict(site), "name": ""})
+
+
+def _grouped(items: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Equal items of numbered names in one: blocks.0.attn, blocks.1.attn as blocks.0-1.attn."""
+    groups: dict[Any, list[str]] = {}
+    for name, item in items:
+        pattern = re.sub(r"\d+", "*", name, count=1)
+        groups.setdefault((pattern, item), []).append(name)
+    result = []
+    for (pattern, item), names in groups.items():
+        if len(names) == 1:
+            result.append((names[0], item))
+            continue
+        numbers = sorted({int(m.group()) for n in names if (m := re.search(r"\d+", n))})
+        result.append((pattern.replace("*", _ranges(numbers), 1), item))
+    return result
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    parts = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        parts.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
+    return ",".join(parts)
