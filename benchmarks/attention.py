@@ -44,6 +44,13 @@ def relative_errors(out: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(l1.mean()), float(l2.mean())
 
 
+def launch_of(a: Attention) -> Any:
+    """Tile choices of the op for this problem."""
+    from freqopt.kernels.triton_split import launch_for, shared_memory
+
+    return launch_for(a.query.dtype, a.query.shape[-1], shared_memory(a.query.device))
+
+
 def threshold_for(a: Attention, density: float) -> float:
     """One threshold for all heads whose mean density is the given one (0 for density 1)."""
     from freqopt.kernels import triton_split as split
@@ -59,7 +66,7 @@ def threshold_for(a: Attention, density: float) -> float:
         summaries = split.summarise(a.key, a.value, sequence, False)
         route = split.make_route(
             a.query, summaries, budget, sequence, scale=a.query.shape[-1] ** -0.5, density=0.0,
-            mid_band=False, launch=split.launch_for(a.query.dtype, a.query.shape[-1]),
+            mid_band=False, launch=launch_of(a),
         )  # fmt: skip
         reached = float((route.route == 2).float().mean())
         low, high = (middle, high) if reached > density else (low, middle)
@@ -73,7 +80,7 @@ def part_times(a: Attention, threshold: float) -> dict[str, float]:
     from freqopt.kernels.layout import Sequence
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
-    launch = split.launch_for(a.query.dtype, a.query.shape[-1])
+    launch = launch_of(a)
     budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
     made: dict[str, Any] = {}
 
@@ -89,7 +96,7 @@ def part_times(a: Attention, threshold: float) -> dict[str, float]:
     def probe() -> None:
         observed = split.observe_probes(
             a.query, a.key, a.value, None, made["summaries"], made["route"].route, sequence,
-            scale=scale, probes=64, precision=launch.precision,
+            scale=scale, probes=64, launch=launch,
         )  # fmt: skip
         estimate = split.estimate_probes(
             a.query, made["summaries"], made["route"], sequence, scale=scale, probes=64,

@@ -22,6 +22,9 @@ from freqopt.kernels.layout import Sequence
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
+WIDE_SHARED = {2: 131_072, 4: 172_032}
+"""Shared memory that head dims above 128 need, by bytes per element (tests/test_triton_compile.py)."""
+
 
 class SplitStats(NamedTuple):
     """What one call of split attention did, per batch item and head.
@@ -179,6 +182,14 @@ def check_site(
         return f"device {kind} has no kernel (supported: cpu, cuda)"
     if kind == "cuda" and (head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM):
         return f"head_dim {head_dim} has no kernel (supported: multiples of 8 up to {MAX_HEAD_DIM})"
+    if kind == "cuda" and head_dim > 128:
+        needed = WIDE_SHARED[dtype.itemsize]
+        here = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if here < needed:
+            return (
+                f"head_dim {head_dim} in {dtype} needs {needed} bytes of shared memory and this GPU "
+                f"has {here} (head dims up to 128 are supported here)"
+            )
     return None
 
 

@@ -28,44 +28,61 @@ GROUP = 16
 SCORE_BLOCKS = 32
 """Key blocks per step of the scores."""
 
+HOPPER_SHARED = 232_448
+"""Bytes of shared memory a program may use on Hopper."""
+
 PROBE_ROWS = 64
 PROBE_PARTS = 16
 """Key ranges the probe's exact pass is spread over."""
 
 
 class Launch(NamedTuple):
-    """Tile choices for one (dtype, head dim); see docs/kernels.md."""
+    """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md."""
 
     rows: int
     warps: int
     stages: int
     score_tiles: int
-    score_precision: str
+    score_stages: int
+    probe_rows: int
     precision: str
+    score_precision: str
 
 
 @functools.lru_cache(maxsize=64)
-def launch_for(dtype: torch.dtype, head_dim: int) -> Launch:
-    """Tile shapes that fit shared memory and registers for this dtype and padded head dim."""
+def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -> Launch:
+    """Tile shapes that fit registers and `shared` bytes of shared memory per program.
+
+    Hopper has 227 KiB, sm_80 163 KiB, consumer cards 99 KiB.
+    """
     padded = padded_dim(head_dim)
-    wide = padded > 128
-    if dtype == torch.float32:
-        return Launch(
-            rows=64 if padded >= 128 else QUERY_TILE,
-            warps=8,
-            stages=1,
-            score_tiles=1 if wide else 4,
-            score_precision="tf32x3",
-            precision="tf32x3",
-        )
+    wide, roomy = padded > 128, shared >= 220 * 1024
+    single = dtype == torch.float32
+    bytes_per_row = padded * dtype.itemsize
+    rows = QUERY_TILE
+    while rows > 16 and rows * bytes_per_row > 32 * 1024:
+        rows //= 2
+    if single and not roomy:
+        rows = max(rows // 2, 16)
+    key_tile = 2 * KEY_BLOCK * bytes_per_row
+    stages = max(1, min(3, (shared - rows * bytes_per_row) // key_tile - 1))
     return Launch(
-        rows=64 if wide else QUERY_TILE,
-        warps=8,
-        stages=2 if wide else 3,
-        score_tiles=1 if wide else 4,
+        rows=rows,
+        warps=8 if rows >= 64 else 4,
+        stages=1 if single else stages,
+        score_tiles=1 if wide or not roomy else 4,
+        score_stages=1 if wide or not roomy else 2,
+        probe_rows=16 if single and padded >= 128 else (32 if wide else PROBE_ROWS),
+        precision="tf32x3" if single else "tf32",
         score_precision=os.environ.get("FREQOPT_SCORE_PRECISION", "tf32x3"),
-        precision="tf32",
     )
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one program may use; Hopper's where there is no GPU to ask."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 class Summaries(NamedTuple):
@@ -179,7 +196,7 @@ def make_route(
         *query.stride()[:3],
         heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text_before, scale,
         D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=SCORE_BLOCKS,
-        PRECISION=launch.score_precision, num_warps=4, num_stages=1 if dim > 128 else 2,
+        PRECISION=launch.score_precision, num_warps=4, num_stages=launch.score_stages,
     )  # fmt: skip
     thresholds = ref.resolve_thresholds(score, budget, density, mid_band)
     limits = torch.stack([t.expand(batch, heads) for t in thresholds], -1).contiguous()
@@ -205,7 +222,7 @@ def observe_probes(
     *,
     scale: float,
     probes: int,
-    precision: str,
+    launch: Launch,
 ) -> ref.Observed:
     """Exact attention of the probes, in float32, logits in the frame of centred keys."""
     batch, heads, _, dim = query.shape
@@ -218,7 +235,7 @@ def observe_probes(
         )
 
     peak, mass, exact, missing = single(), single(2), single(dim), single(dim)
-    probe_kernel[(parts, batch * heads, triton.cdiv(probes, PROBE_ROWS))](
+    probe_kernel[(parts, batch * heads, triton.cdiv(probes, launch.probe_rows))](
         query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
         key, value, key_mask if key_mask is not None else route, route, summaries.key_shift,
         peak, mass, exact, missing,
@@ -226,8 +243,8 @@ def observe_probes(
         key_mask.stride(0) if key_mask is not None else 0,
         heads, heads // key.shape[1], sequence.tokens, tiles, blocks, probes, sequence.text,
         sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), BP=PROBE_ROWS, HAS_MASK=key_mask is not None,
-        PRECISION=precision, num_warps=4, num_stages=2,
+        D=dim, DP=padded_dim(dim), BP=launch.probe_rows, HAS_MASK=key_mask is not None,
+        PRECISION=launch.precision, num_warps=4, num_stages=2,
     )  # fmt: skip
     top = peak.amax(2, keepdim=True)
     weight = (peak - top).exp2()[..., None]
@@ -358,7 +375,7 @@ def split_forward(
     batch, heads, length, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     with _on_device(query):
-        launch = launch_for(query.dtype, dim)
+        launch = launch_for(query.dtype, dim, shared_memory(query.device))
         summaries = summarise(key, value, sequence, mid_band)
         route = make_route(
             query, summaries, budget, sequence, density=density, launch=launch, **options
@@ -369,7 +386,7 @@ def split_forward(
         if probes:
             observed = observe_probes(
                 query, key, value, key_mask, summaries, route.route, sequence,
-                scale=scale, probes=probes, precision=launch.precision,
+                scale=scale, probes=probes, launch=launch,
             )  # fmt: skip
             estimate = estimate_probes(query, summaries, route, sequence, probes=probes, **options)
             probe = ref.fit_probe(observed, estimate)
