@@ -23,6 +23,7 @@ from freqopt.calibration_allocation import (
     ProductCost,
     SiteChoices,
     make_choices,
+    same_choices,
     solve,
 )
 from freqopt.calibration_evidence import build_plan
@@ -42,6 +43,11 @@ AIM = 0.93
 
 ACCEPT = 0.8
 MAX_TRIALS = 8
+
+DISBELIEF = 1.3
+"""A trial this much worse than predicted has a site whose errors were taken too lightly: all sites
+that it split are then believed to be worse than it was, and dense ones keep their chance."""
+
 BIAS_WEIGHT = 4.0
 """How much more a squared bias counts than noise: it adds up over layers and denoising steps."""
 
@@ -120,6 +126,7 @@ class _Calibration:
         self.chosen_densities: dict[str, Tensor] = {}
         self.rounding = 0.0
         self.trials: list[Trial] = []
+        self.chosen: Trial | None = None
 
     def run(self) -> Plan:
         self._measure()
@@ -137,7 +144,7 @@ class _Calibration:
         return build_plan(
             self.model, self.session, self.samples, sites, gains, allocation, self.trials,
             target=self.target, seed=self.seed, notes=self.notes, cost=self.cost,
-            densities=self.chosen_densities, rounding=self.rounding,
+            chosen=self.chosen, densities=self.chosen_densities, rounding=self.rounding,
         )  # fmt: skip
 
     def _run(self, sample: Sample, mode: Mode) -> list[Tensor]:
@@ -194,23 +201,32 @@ class _Calibration:
         aim = self.target * AIM
         predicted, low, high = aim, 0.0, math.inf
         best: tuple[float, Allocation] | None = None
+        believed = list(sites)
         loosest = solve(sites, math.inf, self.cost).multiplier
-        seen: set[float] = set()
+        previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
-                allocation = solve(sites, predicted, self.cost)
-                if allocation.multiplier in seen:
+                allocation = solve(believed, predicted, self.cost)
+                if previous is not None and same_choices(allocation, previous):
                     break
-                seen.add(allocation.multiplier)
+                previous = allocation
                 measured = self._verify(sites, allocation)
                 step()
                 if measured <= self.target:
                     low = predicted
                     if best is None or allocation.cost < best[1].cost:
                         best = (measured, allocation)
-                        self.chosen_densities = self.densities
+                        self.chosen, self.chosen_densities = self.trials[-1], self.densities
                     if measured >= ACCEPT * self.target or allocation.multiplier == loosest:
                         break
+                elif measured > DISBELIEF * allocation.error > 0.0:
+                    scale = DISBELIEF * measured / allocation.error
+                    believed = [
+                        site if choice.dense else site.scaled(scale)
+                        for site, choice in zip(believed, allocation.choices, strict=True)
+                    ]
+                    predicted, low, high = aim, 0.0, math.inf
+                    continue
                 else:
                     high = predicted
                 scaled = predicted * aim / max(measured, 1e-12)
@@ -240,7 +256,7 @@ class _Calibration:
         self.notes.append("no split met the target, so every site stays dense")
         allocation = solve(sites, 0.0, self.cost)
         self._verify(sites, allocation)
-        self.chosen_densities = self.densities
+        self.chosen, self.chosen_densities = self.trials[-1], self.densities
         return allocation
 
     def _verify(self, sites: list[SiteChoices], allocation: Allocation) -> float:

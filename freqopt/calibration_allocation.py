@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,6 +74,11 @@ class SiteChoices:
     def heads(self) -> int:
         """Number of heads."""
         return int(self.density.shape[0])
+
+    def scaled(self, factor: float) -> SiteChoices:
+        """The same choices with errors larger by a factor."""
+        square = factor * factor
+        return replace(self, error=self.error * square, damage=self.damage * square)
 
 
 class HeadCurves(NamedTuple):
@@ -169,6 +174,14 @@ def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -
             pairs += dense_cost * site.density[head, index].mean()
     density = pairs / dense_total if dense_total else 1.0
     return Allocation(multiplier, choices, spent, damage, math.sqrt(error), density)
+
+
+def same_choices(first: Allocation, second: Allocation) -> bool:
+    """Whether two allocations split the same sites with the same budgets."""
+    return all(
+        a.dense == b.dense and (a.dense or bool((a.index == b.index).all()))
+        for a, b in zip(first.choices, second.choices, strict=True)
+    )
 
 
 def solve(

@@ -55,15 +55,17 @@ def build_plan(
     seed: int,
     notes: list[str],
     cost: CostModel,
+    chosen: Trial | None,
     densities: Mapping[str, Tensor],
     rounding: float,
 ) -> Plan:
     """The plan of a finished calibration.
 
-    densities: (H,) per site, those of verification. rounding: output error at threshold 0.
+    chosen: the trial of the allocation. densities: (H,) per site, those of verification.
+    rounding: output error at threshold 0.
     """
     measured = session.measurable()
-    chosen = next(t for t in trials if t.multiplier == allocation.multiplier)
+    assert chosen is not None
     plans: dict[str, SitePlan] = {}
     for site, choice in zip(sites, allocation.choices, strict=True):
         found = measured[site.name]
