@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
 WIDE_SHARED = {2: 131_072, 4: 172_032}
-"""Shared memory that head dims above 128 need, by bytes per element (tests/test_triton_compile.py)."""
+"""Bytes of shared memory that head dims above 128 need, by bytes per element."""
 
 
 class SplitStats(NamedTuple):
@@ -187,8 +187,8 @@ def check_site(
         here = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         if here < needed:
             return (
-                f"head_dim {head_dim} in {dtype} needs {needed} bytes of shared memory and this GPU "
-                f"has {here} (head dims up to 128 are supported here)"
+                f"head_dim {head_dim} in {dtype} needs {needed} bytes of shared memory and this "
+                f"GPU has {here} (head dims up to 128 are supported here)"
             )
     return None
 
