@@ -84,7 +84,13 @@ def _global(
 
 @app.command()
 def inspect(
-    model: Model, samples: SamplesFile, grid: GridText = None, device: Device = None
+    model: Model,
+    samples: SamplesFile,
+    grid: GridText = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Shorter sites stay dense, as in the backend's option.")
+    ] = None,
+    device: Device = None,
 ) -> None:
     """Tell which attention of a model could be split, and why not the rest."""
     from freqopt.samples_file import load_samples
@@ -92,10 +98,9 @@ def inspect(
     where = choose_device(device)
     module = load_model(model).to(where)
     args, kwargs = load_samples(samples, where)[0]
-    if grid is not None:
-        kwargs = {**kwargs, "grid": parse_grid(grid)}
+    extents = None if grid is None else parse_grid(grid)
     with torch.no_grad():
-        print(freqopt.inspect(module, *args, **kwargs))
+        print(freqopt.inspect(module, *args, grid=extents, min_tokens=min_tokens, **kwargs))
 
 
 @app.command()

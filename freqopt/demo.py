@@ -54,7 +54,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
 
     say("[bold]2  inspect[/]")
     with torch.no_grad():
-        inspection = freqopt.inspect(model, **inputs[0])
+        inspection = freqopt.inspect(model, min_tokens=1, **inputs[0])
     say(str(inspection), highlight=False, markup=False, soft_wrap=True)
 
     say("[bold]3  calibrate[/]")

@@ -84,9 +84,12 @@ def test_calibrate_and_report(work: Path) -> None:
 
 
 def test_inspect_prints_the_sites(work: Path) -> None:
-    done = run("inspect", "models.py:make", "--samples", "samples.safetensors", cwd=work)
+    command = ("inspect", "models.py:make", "--samples", "samples.safetensors")
+    done = run(*command, cwd=work)
     assert done.returncode == 0, done.stderr
-    assert "self" in done.stdout and "256" in done.stdout
+    assert "self" in done.stdout and "256" in done.stdout and "min_tokens" in done.stdout
+    done = run(*command, "--min-tokens", "1", "--grid", "4,8,8", cwd=work)
+    assert done.returncode == 0 and "min_tokens" not in done.stdout
 
 
 def test_a_damaged_plan_is_one_line(work: Path) -> None:

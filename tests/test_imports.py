@@ -122,8 +122,10 @@ def test_imports_point_down(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
+    """The exporters are loaded on use themselves, so onnx at their top is where it is used."""
     found = imports_of(ast.parse(modules()[name].read_text()), at_import=True)
-    assert not OPTIONAL & {imported.split(".")[0] for imported in found}
+    allowed = {"onnx", "onnxscript"} if name.startswith("exporters.") else set()
+    assert not (OPTIONAL - allowed) & {imported.split(".")[0] for imported in found}
 
 
 def test_the_direction_test_sees_a_wrong_import() -> None:
