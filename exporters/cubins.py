@@ -78,7 +78,7 @@ def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:
             )
         if variant.head_dim % 8 or not 8 <= variant.head_dim <= 256:
             raise ExportError(
-                f"no kernels for head_dim {variant.head_dim}; multiples of 8 up to 256 are supported"
+                f"no kernels for head_dim {variant.head_dim}; supported: multiples of 8 to 256"
             )
     folder.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -84,8 +84,8 @@ def run_artifact(
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind != "onnx":
         raise NotAvailableError(
-            f"{artifact.path} is a {artifact.kind} artifact; build and run it with the scripts "
-            "beside it (build_engine.py, run_engine.py) on a machine with TensorRT"
+            f"{artifact.path} is a {artifact.kind} artifact and this version has no runner for it; "
+            "export with export_onnx to run under ONNX Runtime"
         )
     wanted = _wanted_provider(provider)
     library_path = artifact.library_path if library else None

@@ -215,7 +215,9 @@ def test_unsupported_variants(tmp_path: Path) -> None:
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "/bin/false")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(NotAvailableError, match="could not be compiled"):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho ptxas is missing >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(broken))
+    with pytest.raises(NotAvailableError, match="ptxas is missing"):
         compile_table([Variant(90, "float16", 64, False, False)], tmp_path)
