@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from freqopt.calibration import calibrate
+    from freqopt.exporters.manifest import Artifact
+    from freqopt.exporters.onnx_export import export_onnx
+    from freqopt.exporters.tensorrt_export import export_tensorrt
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.op import SplitStats, split_attention
     from freqopt.plan import Plan
@@ -18,21 +21,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Artifact": "exporters.manifest",
     "Inspection": "inspection",
     "Plan": "plan",
     "SplitStats": "kernels.op",
     "calibrate": "calibration",
+    "export_onnx": "exporters.onnx_export",
+    "export_tensorrt": "exporters.tensorrt_export",
     "inspect": "inspection",
     "report": "reporting",
     "split_attention": "kernels.op",
 }
 
 __all__ = [
+    "Artifact",
     "Inspection",
     "Plan",
     "SplitStats",
     "__version__",
     "calibrate",
+    "export_onnx",
+    "export_tensorrt",
     "inspect",
     "report",
     "split_attention",

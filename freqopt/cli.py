@@ -1,4 +1,4 @@
-"""The command line: inspect, calibrate, report, demo and doctor.
+"""The command line: inspect, calibrate, report, export, run, demo and doctor.
 
 Errors of freqopt come out as one line and exit status 2; anything else that goes wrong is a
 defect and keeps its traceback.
@@ -25,6 +25,7 @@ from torch import nn
 
 import freqopt
 from freqopt.errors import FreqoptError, InputError, OptionError
+from freqopt.exporters import commands
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(commands.export_app)
+app.command()(commands.run)
 
 Model = Annotated[
     str,

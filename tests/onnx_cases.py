@@ -21,22 +21,30 @@ OUT_RANK = {"out": 4, "route": 4, "coefficients": 3, "probe_error": 2}
 
 
 def split_model(
-    opset: int, dtype: torch.dtype, outputs: Sequence[str] = ("out",), **attributes: Any
+    opset: int,
+    dtype: torch.dtype,
+    outputs: Sequence[str] = ("out",),
+    *,
+    takes_order: bool = False,
+    **attributes: Any,
 ) -> onnx.ModelProto:
-    """grid -> TokenOrder -> SplitAttention, all extents free."""
+    """grid -> TokenOrder -> SplitAttention, all extents free; `takes_order`: order is an input."""
     kind = KINDS[dtype]
     free = [None] * 4
     inputs = [helper.make_tensor_value_info(name, kind, free) for name in INPUTS[:3]]
     inputs += [
         helper.make_tensor_value_info("budget", TensorProto.FLOAT, [2, None]),
         helper.make_tensor_value_info("key_mask", TensorProto.BOOL, [None, None]),
-        helper.make_tensor_value_info("grid", TensorProto.INT64, [3]),
+        helper.make_tensor_value_info("order", TensorProto.INT64, [None])
+        if takes_order
+        else helper.make_tensor_value_info("grid", TensorProto.INT64, [3]),
         helper.make_tensor_value_info("text_before", TensorProto.INT64, [1]),
     ]
     kinds = {"out": kind, "route": TensorProto.INT64}
+    order = helper.make_node("TokenOrder", ["grid"], ["order"], domain=DOMAIN)
     graph = helper.make_graph(
         [
-            helper.make_node("TokenOrder", ["grid"], ["order"], domain=DOMAIN),
+            *([] if takes_order else [order]),
             helper.make_node(OP_NAME, list(INPUTS), list(outputs), domain=DOMAIN, **attributes),
         ],
         "split",

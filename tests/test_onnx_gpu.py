@@ -1,7 +1,8 @@
-"""The operator library under onnxruntime's CUDA provider: right, ours, and as fast as in PyTorch."""
+"""The library under onnxruntime's CUDA provider: right, ours, and as fast as in PyTorch."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from attention_cases import relative
 
 from freqopt.exporters.cubins import Variant, compile_table, write_sources
 from freqopt.exporters.ort_library import build_library
+from freqopt.grid import token_order
 
 pytestmark = pytest.mark.gpu
 GRID, HEADS, DIM = (13, 30, 52), 24, 128
 
 
-def cuda_session(library: str | None) -> Any:
+def cuda_session(library: str | None, folder: Path) -> Any:
     from onnx_cases import split_model
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -31,7 +33,11 @@ def cuda_session(library: str | None) -> Any:
     options = onnxruntime.SessionOptions()
     if library:
         options.register_custom_ops_library(library)
-    model = split_model(20, torch.float16, scale=DIM**-0.5, density=0.0, mid_band=0, probes=64)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    model = split_model(
+        20, torch.float16, takes_order=True, scale=DIM**-0.5, density=0.0, mid_band=0, probes=64
+    )
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CUDAExecutionProvider"]
     )
@@ -76,7 +82,8 @@ def test_library_under_the_cuda_provider(tmp_path: Path) -> None:
     tensors = {
         "query": query, "key": key, "value": value, "budget": budget,
         "key_mask": torch.ones(1, 1, dtype=torch.bool, device="cuda"),
-        "grid": torch.tensor(GRID), "text_before": torch.zeros(1, dtype=torch.int64),
+        "order": token_order(GRID, query.device).long(),
+        "text_before": torch.zeros(1, dtype=torch.int64),
     }  # fmt: skip
 
     def in_torch() -> torch.Tensor:
@@ -89,13 +96,20 @@ def test_library_under_the_cuda_provider(tmp_path: Path) -> None:
     times = {"PyTorch op": best(in_torch)}
     for name, path in (("library", str(library)), ("function body", None)):
         out = torch.full_like(expected.contiguous(), torch.nan)
-        session = cuda_session(path)
+        session = cuda_session(path, tmp_path)
         binding = bind(session, tensors, out)
         run = lambda s=session, b=binding: s.run_with_iobinding(b)  # noqa: E731
         run()
         torch.cuda.synchronize()
         assert relative(out, expected) < 1e-2, name
         times[name] = best(run, 20 if path else 3)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        ran = {
+            event["args"].get("provider")
+            for event in events
+            if event.get("args", {}).get("op_name") == "SplitAttention"
+        }
+        assert ran == ({"CUDAExecutionProvider"} if path else set())
     print({name: f"{ms:.3f} ms" for name, ms in times.items()})
     assert times["library"] < 1.05 * times["PyTorch op"] + 0.1
     assert times["library"] < times["function body"] / 3
