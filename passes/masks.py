@@ -75,7 +75,7 @@ class Range:
             return True
         if name in ("full", "new_full", "full_like"):
             return argument(item, 2 if name == "new_full" else 1, "fill_value") is True
-        if name in PASS:
+        if name in PASS or adds_dimensions(item):
             return self._keeps_last(item, source) and self.true(source)
         if name == "masked_fill":
             fill = argument(item, 2, "value")
@@ -103,7 +103,7 @@ class Range:
         source = item.args[0] if item.args else item.kwargs.get("input")
         if name in ("zeros", "zeros_like", "new_zeros"):
             return True
-        if name in PASS:
+        if name in PASS or adds_dimensions(item):
             return self._keeps_last(item, source) and self.false(source)
         if name in ("bitwise_and", "logical_and"):
             return any(self._false_at(item, operand) for operand in item.args[:2])
@@ -168,6 +168,14 @@ class Range:
         # index < stop <= bound: "index < bound" is always true and "index >= bound" always false.
         lowest = lower_bound(bound)
         return always is wanted and lowest is not None and at_most(self.stop, lowest)
+
+
+def adds_dimensions(node: fx.Node) -> bool:
+    """Whether a node indexes with None and full slices only."""
+    if operation(node) != "getitem":
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(item is None or item is Ellipsis or item == slice(None) for item in index)
 
 
 def is_index(item: Any, length: Extent) -> bool:

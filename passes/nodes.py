@@ -66,6 +66,8 @@ def shape(node: Any) -> tuple[Extent, ...]:
 def operation(node: fx.Node) -> str:
     """Name of what a node does, without trailing underscore, the same for all spellings."""
     name = _raw_name(node)
+    if name == "getattr" and len(node.args) == 2:
+        name = str(node.args[1])
     name = OPERATORS.get(name, name)
     if name.endswith("_") and not name.startswith("_") and name not in IN_PLACE:
         name = name[:-1]

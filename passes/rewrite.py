@@ -21,6 +21,9 @@ from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import operation, shape, value
 from freqopt.passes.site import Argument, Site, Size
 
+READ_SIZE = "freqopt_read_size"
+"""Marks the nodes that read sizes, so that all sites share them."""
+
 
 def replace_site(
     gm: fx.GraphModule,
@@ -197,7 +200,7 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
     if not isinstance(argument, Size):
         return argument
     for user in argument.node.users:
-        if user.op == "call_method" and user.target == "size" and user.args[1:] == (argument.dim,):
+        if user.meta.get(READ_SIZE) == argument.dim:
             return user
     graph = site.node.graph
     place = argument.node
@@ -207,6 +210,7 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
         node = graph.call_method("size", (argument.node, argument.dim))
     node.meta = {k: v for k, v in place.meta.items() if k in ("stack_trace", "nn_module_stack")}
     node.meta["example_value"] = shape(argument.node)[argument.dim]
+    node.meta[READ_SIZE] = argument.dim
     return node
 
 

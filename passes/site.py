@@ -6,7 +6,7 @@ whether frequency-split attention may take its place; if not, why.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -78,10 +78,9 @@ class Site:
     device: torch.device
     attention: Attention
     scale: float = 1.0
-    uses_key_mask: bool = False
     grid_arguments: tuple[Argument, ...] = ()
-    text_before_arguments: tuple[Argument, ...] = field(default=())
-    text_after_arguments: tuple[Argument, ...] = field(default=())
+    text_before_arguments: tuple[Argument, ...] = ()
+    text_after_arguments: tuple[Argument, ...] = ()
 
     @property
     def node(self) -> fx.Node:

@@ -253,7 +253,7 @@ def untransposed(node: fx.Node) -> fx.Node | None:
         given = [o % dims if isinstance(o, int) else -1 for o in order]
         if given != [*range(dims - 2), dims - 1, dims - 2]:
             return None
-    elif not (name == "getattr" and node.args[1] == "mT"):
+    elif name != "mT":
         return None
     source = node.args[0]
     return source if isinstance(source, fx.Node) else None

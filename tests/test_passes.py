@@ -1,0 +1,532 @@
+"""Sites of small graphs: kind, grid, text, masks, and why some stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import passes_toys as toys
+import pytest
+import torch
+import torch.nn.functional as F
+from passes_toys import DIM, HEADS, WIDTH, Attention, Toy, heads, merged, sites_of, video
+from torch import Tensor, fx, nn
+
+from freqopt.errors import SiteError
+from freqopt.passes.find import find_sites, readable_path
+from freqopt.passes.rewrite import replace_site
+
+GRIDS = [(3, 6, 10), (5, 7, 9), (1, 6, 10), (4, 4, 16), (2, 1, 8)]
+TEXT = 7
+
+
+def text(length: int = TEXT, batch: int = 1) -> Tensor:
+    return torch.randn(batch, length, WIDTH)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [toys.conv3d_tokens, toys.conv2d_tokens, toys.linear_tokens])
+def test_grid_is_read_from_whatever_makes_tokens(
+    tokens: Any, batch: int, grid: tuple[int, int, int]
+) -> None:
+    found = sites_of(Toy(tokens), video(grid, batch))
+    assert [site.name for site in found] == ["blocks.0", "blocks.1"]
+    for site in found:
+        assert site.eligible, site.reason
+        assert (site.kind, site.heads, site.head_dim) == ("self", HEADS, DIM)
+        assert site.query_length == site.key_length == math.prod(grid)
+        assert site.grid is not None and math.prod(site.grid) == math.prod(grid)
+        # An axis of one entry may leave no trace; the order of the others is what counts.
+        assert [e for e in site.grid if e > 1] == [e for e in grid if e > 1]
+
+
+def test_grid_is_given_in_memory_order() -> None:
+    found = sites_of(Toy(toys.time_fastest_tokens), video((3, 6, 10)))
+    assert found[0].grid == (6, 10, 3)
+
+
+def test_tokens_in_tiles_stay_dense() -> None:
+    found = sites_of(Toy(toys.tiled_tokens), video((3, 6, 10)))
+    assert not found[0].eligible and "tiles" in found[0].reason and found[0].grid is None
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("length", [7, 10, 180])
+def test_text_is_told_from_video_by_origin_and_not_by_length(where: str, length: int) -> None:
+    found = sites_of(Toy(text=where), video((3, 6, 10)), text(length))
+    for site in found:
+        assert site.eligible, site.reason
+        assert site.kind == "joint" and site.grid == (3, 6, 10)
+        expected = (length, 0) if where == "before" else (0, length)
+        assert (site.text_before, site.text_after) == expected
+
+
+class DualStream(nn.Module):
+    """Text and video projected apart, joined for attention, taken apart, and joined once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+        self.video, self.text = (nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.single = Attention()
+
+    def forward(self, video: Tensor, text: Tensor, first: int) -> Tensor:
+        x = toys.conv3d_tokens(video, self.weight)
+        streams = [y.chunk(3, -1) for y in (self.video(x), self.text(text))]
+        q, k, v = (heads(torch.cat(parts, 1)) for parts in zip(*streams, strict=True))
+        out = merged(F.scaled_dot_product_attention(q, k, v))
+        length = text.shape[1]
+        x, text = x + out[:, :-length], text + out[:, -length:]
+        # First-frame tokens modulated apart from the others, as in token replacement.
+        x = torch.cat([x[:, :first] * 2, x[:, first:] * 3], 1)
+        return self.single(torch.cat([x, text], 1))
+
+
+@pytest.mark.parametrize("first", [60, 13])
+def test_dual_stream_then_single_stream(first: int) -> None:
+    found = sites_of(DualStream(), video((3, 6, 10)), text(), first)
+    assert [site.name for site in found] == ["model", "single"]
+    for site in found:
+        assert site.eligible, site.reason
+        assert (site.kind, site.grid, site.text_after) == ("joint", (3, 6, 10), TEXT)
+
+
+class InPlaceRope(nn.Module):
+    """Rotary positions written into slices of the query after it was made."""
+
+    def __init__(self, attend: Any = F.scaled_dot_product_attention) -> None:
+        super().__init__()
+        self.attend = attend
+        self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, video: Tensor, table: Tensor) -> Tensor:
+        x = toys.conv3d_tokens(video, self.weight)
+        q, k, v = (heads(y) for y in self.qkv(x).chunk(3, -1))
+        q = q.clone()
+        out = torch.empty_like(k)
+        out[..., 0::2] = k[..., 1::2] * table
+        out[..., 1::2] = k[..., 0::2]
+        q[:, :, 5:] = q[:, :, 5:] * 3
+        return self.attend(q, out, v)
+
+
+def rewritten(
+    model: nn.Module, target: Callable[..., Any], inputs: Sequence[Any], **options: Any
+) -> Any:
+    """The output of a model with `target` in place of every eligible attention."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites = [site for site in find_sites(gm) if site.eligible]
+        assert sites
+        for site in sites:
+            replace_site(gm, site, target)
+        gm.graph.lint()
+        gm.recompile()
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(model, backend=backend, **options)(*inputs)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    allowed = None if mask is None else mask[:, None, None]
+    grid, before, after, scale = rest
+    assert math.prod(grid) + before + after == q.shape[2]
+    assert q.dim() == k.dim() == v.dim() == 4 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def test_replacement_comes_after_in_place_writes() -> None:
+    model, inputs = InPlaceRope(), (video(), torch.randn(DIM // 2))
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch.testing.assert_close(rewritten(model, dense, inputs), expected)
+
+
+def keyword(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.3
+    )
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+def bhnd_strides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k.contiguous().mT.contiguous().mT, v)
+
+
+@pytest.mark.parametrize("attend", [keyword, grouped, bhnd_strides])
+def test_spellings_of_fused_attention(attend: Any) -> None:
+    model, inputs = Toy(attend=attend), (video((3, 6, 10), 2),)
+    (site, _) = sites_of(model, *inputs)
+    assert site.eligible, site.reason
+    assert site.kv_heads == (1 if attend is grouped else HEADS)
+    assert site.scale == (0.3 if attend is keyword else pytest.approx(DIM**-0.5))
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch.testing.assert_close(rewritten(model, dense, inputs), expected)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def dropping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+
+def fewer_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k[:, :, :50], v[:, :, :50])
+
+
+def shifted_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, :-1])
+
+
+def shifted_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1])
+
+
+def part_of_the_video(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, 5:], k[:, :, 5:], v[:, :, 5:])
+
+
+def additive_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(q.shape[2], q.shape[2]))
+
+
+def sliding_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    index = torch.arange(q.shape[2])
+    near = (index[:, None] - index[None]).abs() < 20
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+
+
+def hiding_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kept = torch.arange(q.shape[2]) < q.shape[2] - 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=kept[None, None, None])
+
+
+def wider_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, torch.cat([v, v], -1))[..., :DIM]
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (causal, "causal"),
+        (dropping, "dropout"),
+        (fewer_keys, "other tokens than its queries"),
+        (shifted_values, "values are of other tokens"),
+        (shifted_keys, "other tokens than its queries"),
+        (part_of_the_video, "no grid"),
+        (additive_mask, "added to the scores"),
+        (sliding_mask, "differs between queries"),
+        (hiding_mask, "may hide video tokens"),
+        (wider_values, "head_dim"),
+    ],
+)
+def test_look_alikes_stay_dense_and_say_why(attend: Any, reason: str) -> None:
+    attention = Attention(attend)
+    weight = torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(x: Tensor) -> Tensor:
+        return attention(toys.conv3d_tokens(x, weight))
+
+    (site,) = sites_of(model, video())
+    assert not site.eligible and reason in site.reason
+    if attend not in (causal, dropping):
+        return
+    assert site.grid == (3, 6, 10)
+
+
+def test_cross_attention_is_told_by_origin_even_at_equal_lengths() -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(x: Tensor, context: Tensor) -> Tensor:
+        return attention(toys.conv3d_tokens(x, weight), context)
+
+    (site,) = sites_of(model, video(), text(180))
+    assert (site.kind, site.eligible) == ("cross", False)
+
+
+def test_text_in_keys_only_is_neither_self_nor_cross() -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(x: Tensor, context: Tensor) -> Tensor:
+        x = toys.conv3d_tokens(x, weight)
+        return attention(x, torch.cat([context, x], 1))
+
+    (site,) = sites_of(model, video(), text())
+    assert (site.kind, site.eligible) == ("other", False)
+
+
+@pytest.mark.parametrize("frames", [3, 1])
+def test_attention_within_frames_is_no_self_attention_of_the_video(frames: int) -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(x: Tensor) -> Tensor:
+        x = F.conv3d(x, weight, stride=(1, 2, 2)).permute(0, 2, 3, 4, 1)
+        b, t, h, w, c = x.shape
+        x = attention(x.reshape(b * t, h * w, c)).reshape(b, t, h * w, c)
+        return attention(x.transpose(1, 2).reshape(b * h * w, t, c))
+
+    spatial, temporal = sites_of(model, video((frames, 6, 10), 2))
+    if frames > 1:
+        assert spatial.kind == "other" and "slices" in spatial.reason
+    assert temporal.kind == "other" and not temporal.eligible
+
+
+def test_text_encoder_has_no_grid() -> None:
+    (site,) = sites_of(Attention(), text(50))
+    assert (site.kind, site.eligible, site.grid) == ("self", False, None)
+    assert "input x" in site.reason
+
+
+def test_heads_times_head_dim_make_no_grid() -> None:
+    project = nn.Linear(WIDTH, WIDTH)
+
+    def model(x: Tensor) -> Tensor:
+        q = project(x).unflatten(2, (HEADS, DIM)).flatten(1)[:, None, :, None]
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (site,) = sites_of(model, torch.randn(1, 6, WIDTH))
+    assert not site.eligible
+
+
+def test_several_grids_in_one_sequence_stay_dense() -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(history: Tensor, x: Tensor) -> Tensor:
+        parts = [toys.conv3d_tokens(y, weight) for y in (history, x)]
+        return attention(torch.cat(parts, 1))
+
+    (site,) = sites_of(model, video((2, 6, 10)), video((3, 6, 10)))
+    assert not site.eligible and "several grids" in site.reason
+
+
+def test_an_unknown_reordering_loses_the_grid() -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    def model(x: Tensor, order: Tensor) -> Tensor:
+        return attention(toys.conv3d_tokens(x, weight)[:, order])
+
+    order = torch.randperm(180)
+    (site,) = sites_of(model, video(), order)
+    assert (site.kind, site.eligible, site.grid) == ("self", False, None)
+    (site,) = sites_of(model, video(), order, grid=(3, 6, 10))
+    assert (site.eligible, site.grid) == (True, (3, 6, 10))
+
+
+def test_packed_tokens_need_the_users_grid_and_it_has_to_fit() -> None:
+    model, packed = Attention(), text(180)
+    (site,) = sites_of(model, packed, grid=(3, 6, 10))
+    assert site.eligible and site.grid == (3, 6, 10)
+    (site,) = sites_of(model, packed, grid=(3, 6, 11))
+    assert not site.eligible and "grid=(3, 6, 11)" in site.reason and "198" in site.reason
+
+
+def test_users_grid_goes_before_the_graphs_and_finds_the_video_beside_text() -> None:
+    found = sites_of(Toy(text="after"), video((3, 6, 10)), text(), grid=(6, 3, 10))
+    assert found[0].grid == (6, 3, 10) and found[0].text_after == TEXT
+    found = sites_of(Toy(text="after"), video((3, 6, 10)), text(), grid=(7, 1, 1))
+    assert found[0].eligible and (found[0].text_before, found[0].text_after) == (180, 0)
+
+
+def length_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    """As HunyuanVideo makes it: text after the video, padded at its end."""
+    tokens, length = x.shape[1], x.shape[1] + context.shape[1]
+    allowed = torch.ones(x.shape[0], length, dtype=torch.bool)
+    lengths = tokens + kept.sum(dim=1, dtype=torch.int)
+    hidden = torch.arange(length)[None] >= lengths.unsqueeze(1)
+    return allowed.masked_fill(hidden, False)[:, None, None]
+
+
+def compared_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    length = x.shape[1] + context.shape[1]
+    lengths = x.shape[1] + kept.sum(1)
+    return (torch.arange(length) < lengths[:, None]).view(x.shape[0], 1, 1, length)
+
+
+def joined_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.ones(x.shape[:2], dtype=torch.bool)
+    return torch.cat([seen, kept.bool()], 1)[:, None, None, :]
+
+
+def written_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    mask = torch.cat([torch.ones(x.shape[:2], dtype=torch.bool), kept.bool()], 1)
+    mask[:, 3] = False
+    return mask[:, None, None, :]
+
+
+def short_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    length = x.shape[1] + context.shape[1]
+    lengths = x.shape[1] - 1 + kept.sum(1)
+    return (torch.arange(length) < lengths[:, None])[:, None, None]
+
+
+def negative_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    length = x.shape[1] + context.shape[1]
+    lengths = x.shape[1] + (kept - 2).sum(1)
+    return (torch.arange(length) < lengths[:, None])[:, None, None]
+
+
+class Masked(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+        self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, video: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+        x = toys.conv3d_tokens(video, self.weight)
+        mask = self.make(x, context, kept)
+        q, k, v = (heads(y) for y in self.qkv(torch.cat([x, context], 1)).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("make", [length_mask, compared_mask, joined_mask])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_masks_over_text_are_honoured(make: Any, dtype: torch.dtype) -> None:
+    kept = torch.ones(2, TEXT)
+    kept[0, 4:] = kept[1, 6:] = 0
+    inputs = (video(batch=2), text(batch=2), kept.to(dtype))
+    model = Masked(make)
+    (site,) = sites_of(model, *inputs)
+    assert site.eligible, site.reason
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch.testing.assert_close(rewritten(model, dense, inputs), expected)
+    unmasked = rewritten(model, lambda q, k, v, mask, *rest: dense(q, k, v, None, *rest), inputs)
+    assert not torch.allclose(unmasked, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [written_mask, short_mask, negative_mask])
+def test_masks_that_may_hide_video_stay_dense(make: Any) -> None:
+    (site,) = sites_of(Masked(make), video(), text(), torch.ones(1, TEXT, dtype=torch.int64))
+    assert not site.eligible and "may hide video tokens" in site.reason
+    assert site.grid == (3, 6, 10)
+
+
+def test_one_mask_for_the_whole_batch() -> None:
+    def make(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+        return joined_mask(x[:1], context[:1], kept[:1])
+
+    inputs = (video(batch=2), text(batch=2), torch.tensor([[1, 1, 1, 0, 0, 0, 0]] * 2))
+    model = Masked(make)
+    with torch.no_grad():
+        expected = model(*inputs)
+    for dynamic in (False, True):
+        torch.testing.assert_close(rewritten(model, dense, inputs, dynamic=dynamic), expected)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_symbolic_sizes_reach_the_replacement(where: str) -> None:
+    calls = []
+
+    def target(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Tensor:
+        calls.append(rest[:3])
+        return dense(q, k, v, mask, *rest)
+
+    graphs = 0
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        for site in find_sites(gm):
+            replace_site(gm, site, target)
+        gm.recompile()
+        return gm.forward
+
+    model = Toy(text=where)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for grid, length in (((5, 6, 10), 7), ((6, 7, 9), 11), ((9, 8, 4), 13)):
+            inputs = video(grid, 2), text(length, 2)
+            torch.testing.assert_close(compiled(*inputs), model(*inputs))
+            sides = (length, 0) if where == "before" else (0, length)
+            assert calls[-1] == (grid, *sides)
+    assert graphs == 1
+
+
+def test_export_graphs_are_read_the_same_way() -> None:
+    model = Toy(text="before").eval()
+    program = torch.export.export(model, (video((3, 6, 10), 2), text(batch=2)))
+    found = find_sites(program.graph_module)
+    assert [site.name for site in found] == ["blocks.0", "blocks.1"]
+    for site in found:
+        assert site.eligible, site.reason
+        assert (site.kind, site.grid, site.text_before) == ("joint", (3, 6, 10), TEXT)
+
+
+def test_autocast_is_followed() -> None:
+    seen = []
+
+    def target(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Tensor:
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return dense(q, k, v, mask, *rest)
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, video: Tensor) -> Tensor:
+            x = toys.conv3d_tokens(video, self.weight)
+            q, k, v = (heads(y) for y in self.qkv(x).chunk(3, -1))
+            return F.scaled_dot_product_attention(F.layer_norm(q.float(), (DIM,)), k.float(), v)
+
+    model, inputs = Normed(), (video(),)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs)
+        got = rewritten(model, target, inputs)
+    assert seen == [(torch.bfloat16,) * 3]
+    assert expected.dtype == got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
+def test_second_attention_in_a_module_has_its_own_name() -> None:
+    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(toys.conv3d_tokens(x, weight)))
+
+    assert [site.name for site in sites_of(Twice(), video())] == ["inner", "inner#1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("L['self']", ""),
+        ("L['self'].blocks[0].attn1", "blocks.0.attn1"),
+        ("L['self'].__dict__['_modules']['blocks']._modules['3'].attn1", "blocks.3.attn1"),
+        ("L['self']._modules['blocks']._modules['10']._modules['attn']", "blocks.10.attn"),
+        ("L['model']._orig_mod.layers[2]", "layers.2"),
+        ("blocks.3.attn1", "blocks.3.attn1"),
+    ],
+)
+def test_names_are_paths_in_the_model(path: str, expected: str) -> None:
+    assert readable_path(path) == expected
+
+
+def test_a_site_that_is_not_eligible_cannot_be_replaced() -> None:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        (site,) = find_sites(gm)
+        with pytest.raises(SiteError, match="causal"):
+            replace_site(gm, site, dense)
+        return gm.forward
+
+    torch.compile(Attention(causal), backend=backend)(text())
