@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from freqopt.calibration import calibrate
+    from freqopt.calibration_samples import recording
+    from freqopt.counting import counters, reset_counters
     from freqopt.exporters.manifest import Artifact
     from freqopt.exporters.onnx_export import export_onnx
     from freqopt.exporters.tensorrt_export import export_tensorrt
@@ -26,10 +28,13 @@ _HOMES = {
     "Plan": "plan",
     "SplitStats": "kernels.op",
     "calibrate": "calibration",
+    "counters": "counting",
     "export_onnx": "exporters.onnx_export",
     "export_tensorrt": "exporters.tensorrt_export",
     "inspect": "inspection",
+    "recording": "calibration_samples",
     "report": "reporting",
+    "reset_counters": "counting",
     "split_attention": "kernels.op",
 }
 
@@ -40,10 +45,13 @@ __all__ = [
     "SplitStats",
     "__version__",
     "calibrate",
+    "counters",
     "export_onnx",
     "export_tensorrt",
     "inspect",
+    "recording",
     "report",
+    "reset_counters",
     "split_attention",
 ]
 

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.counting import counted
 from freqopt.errors import FreqoptError, OptionError, SiteError
 from freqopt.passes.manager import Decision, run_passes
 from freqopt.passes.site import Extent, Site
@@ -76,10 +77,12 @@ def freqopt_backend(
     settings = parse_options(options)
     mode = mode or settings.mode
     start = time.perf_counter()
+    decisions: list[Decision] = []
     try:
-        run_passes(
+        rewritten = run_passes(
             gm, functools.partial(decide, settings), grid=settings.grid, strict=settings.strict
         )
+        decisions = rewritten.decisions
     except FreqoptError:
         raise
     except Exception as error:
@@ -88,7 +91,7 @@ def freqopt_backend(
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     compiled: Compiled = inner_backend(settings.inner, mode)(gm, example_inputs)
-    return compiled
+    return counted(compiled, decisions)
 
 
 def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:

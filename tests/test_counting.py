@@ -1,0 +1,38 @@
+"""Run-time counters: every call of every site, split or dense, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+import freqopt
+from freqopt.backend import freqopt_backend
+from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+
+TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))
+
+
+def test_calls_are_counted_by_site_and_kind() -> None:
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    model = VideoDiT(TINY).eval()
+    video, timestep = torch.randn(1, 3, 3, 24, 40), torch.rand(1)
+    options = {"threshold": 0.5, "min_tokens": 100, "inner": "eager"}
+    compiled = torch.compile(model, backend=freqopt_backend, options=options)
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(video, timestep)
+    found = freqopt.counters()
+    assert (found.split, found.dense) == (6, 0)
+    assert [s.site for s in found.sites] == [f"blocks.{i}.attn" for i in range(3)]
+    assert "6 attention calls split" in str(found)
+
+    freqopt.reset_counters()
+    torch._dynamo.reset()
+    options["min_tokens"] = 10_000
+    dense = torch.compile(model, backend=freqopt_backend, options=options)
+    with torch.no_grad():
+        dense(video, timestep)
+        model(video, timestep)
+    found = freqopt.counters()
+    assert (found.split, found.dense) == (0, 3)
+    assert "min_tokens" in found.sites[0].reason
