@@ -1,6 +1,6 @@
 """Counts, at run time, how many attention calls of compiled models were split and how many dense.
 
-A compile-time message can be missed; these numbers cannot lie about what ran. One increment per call
+A compile-time message can be missed; these numbers say what ran. One increment per call
 of a compiled graph, so counting costs nothing that matters and works under CUDA graphs too.
 """
 
