@@ -42,8 +42,9 @@ $(READY): pyproject.toml constraints.txt .ci/make_venv.py
 	@'$(PYTHON)' .ci/make_venv.py '$(VENV)'
 	@touch $@
 
+# Threads that sleep while they wait, as spinning ones cost minutes on a machine that is shared.
 demo: $(READY)
-	'$(BIN)/freqopt' demo $(ARGS)
+	OMP_WAIT_POLICY=passive '$(BIN)/freqopt' demo $(ARGS)
 
 test: $(CHECKED) pytest
 
