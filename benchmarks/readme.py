@@ -1,0 +1,92 @@
+"""Writes the README's measured table from the result files: `python -m benchmarks.readme`.
+
+Every figure in the table comes from a file under benchmarks/results/ that a benchmark or the demo
+wrote; `--check` fails where the README says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+
+
+def demo_rows(result: dict[str, Any]) -> Iterator[str]:
+    """The video sampled from the zoo's DiT, dense and rewritten."""
+    where = result["environment"]
+    grid = " x ".join(str(n) for n in result["grid"])
+    yield (
+        f"Zoo DiT, {result['settings']['steps']} steps at {grid} = {result['tokens']:,} tokens, "
+        f"{result['settings']['dtype']}, {where['device']}, torch {where['torch']}, commit "
+        f"{where['commit']} (`{result['command'].split(' --out')[0]}`):"
+    )
+    yield ""
+    yield "| mean density | output error (target) | PSNR to dense | SSIM | dense | split |"
+    yield "|---|---|---|---|---|---|"
+    yield (
+        f"| {100 * result['mean_density']:.1f} % | {result['measured_error']:.4f} "
+        f"({result['target_error']:g}) | {result['psnr_db']:.1f} dB | {result['ssim']:.3f} "
+        f"| {result['dense_seconds']:.1f} s | {result['split_seconds']:.1f} s |"
+    )
+
+
+def attention_rows(result: dict[str, Any]) -> Iterator[str]:
+    """The op alone on tensors of the zoo's DiT, beside dense attention."""
+    where = result["environment"]
+    for problem in result["problems"]:
+        best = min(problem["dense_ms"].values())
+        yield (
+            f"The op, {problem['heads']} heads x {problem['tokens']:,} tokens, "
+            f"{problem['dtype'].removeprefix('torch.')}, {where['device']}, torch "
+            f"{where['torch']}, commit {where['commit']}; dense {best:.1f} ms:"
+        )
+        yield ""
+        yield "| density | relative L1 | relative L2 | whole call | against dense |"
+        yield "|---|---|---|---|---|"
+        for row in problem["rows"]:
+            yield (
+                f"| {100 * row['density']:.1f} % | {row['l1']:.4f} | {row['l2']:.4f} "
+                f"| {row['ms']:.2f} ms | {row['speedup']:.2f}x |"
+            )
+        yield ""
+
+
+def measured(folder: Path = RESULTS) -> str:
+    """Everything between the README's markers."""
+    lines: list[str] = []
+    attention = folder / "attention.json"
+    if attention.exists():
+        lines += attention_rows(json.loads(attention.read_text()))
+    else:
+        lines += [
+            "**No GPU figures yet.** The kernels compile for sm_80 and sm_90 and agree with the "
+            "definition in Triton's interpreter; they have not been run on a GPU.",
+            "",
+        ]
+    for path in sorted(folder.glob("demo*.json")):
+        lines += [*demo_rows(json.loads(path.read_text())), ""]
+    return "\n".join(lines).rstrip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    new = f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
+    if check and new != text:
+        sys.exit("README.md differs from benchmarks/results/: run `python -m benchmarks.readme`")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
