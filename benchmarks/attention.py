@@ -46,7 +46,8 @@ def relative_errors(out: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def launch_of(a: Attention) -> Any:
     """Tile choices of the op for this problem."""
-    from freqopt.kernels.triton_split import launch_for, shared_memory
+    from freqopt.kernels.device import shared_memory
+    from freqopt.kernels.triton_split import launch_for
 
     return launch_for(a.query.dtype, a.query.shape[-1], shared_memory(a.query.device))
 

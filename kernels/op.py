@@ -17,6 +17,7 @@ from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES, KEY_BLOCK, MID_RATIO
 from freqopt.errors import InputError
 from freqopt.grid import check_grid
 from freqopt.kernels import chunked
+from freqopt.kernels.device import shared_memory
 from freqopt.kernels.layout import Sequence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -184,7 +185,7 @@ def check_site(
         return f"head_dim {head_dim} has no kernel (supported: multiples of 8 up to {MAX_HEAD_DIM})"
     if kind == "cuda" and head_dim > 128:
         needed = WIDE_SHARED[dtype.itemsize]
-        here = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        here = shared_memory(device)
         if here < needed:
             return (
                 f"head_dim {head_dim} in {dtype} needs {needed} bytes of shared memory and this "

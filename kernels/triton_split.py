@@ -18,6 +18,7 @@ from torch import Tensor
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.grid import token_order
 from freqopt.kernels import reference as ref
+from freqopt.kernels.device import HOPPER_SHARED, shared_memory
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.triton_attend import attend_kernel, probe_kernel
 from freqopt.kernels.triton_prepare import route_kernel, score_kernel, summarise_kernel
@@ -27,9 +28,6 @@ GROUP = 16
 
 SCORE_BLOCKS = 32
 """Key blocks per step of the scores."""
-
-HOPPER_SHARED = 232_448
-"""Bytes of shared memory a program may use on Hopper."""
 
 PROBE_ROWS = 64
 PROBE_PARTS = 16
@@ -76,13 +74,6 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         precision="tf32x3" if single else "tf32",
         score_precision=os.environ.get("FREQOPT_SCORE_PRECISION", "tf32x3"),
     )
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one program may use; Hopper's where there is no GPU to ask."""
-    if device.type != "cuda":
-        return HOPPER_SHARED
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 class Summaries(NamedTuple):

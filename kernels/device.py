@@ -1,0 +1,18 @@
+"""What the kernels need to know of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+HOPPER_SHARED = 232_448
+"""Bytes of shared memory a program may use on Hopper."""
+
+
+def shared_memory(device: torch.device | str) -> int:
+    """Bytes of shared memory one program may use; Hopper's where there is no GPU to ask."""
+    if torch.device(device).type != "cuda":
+        return HOPPER_SHARED
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
