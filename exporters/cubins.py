@@ -92,10 +92,19 @@ def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:
             f"the kernels could not be compiled; Triton's last words: {done.stderr[-1500:]}"
         )
     rows = json.loads((folder / "table.json").read_text())
-    return [
+    table = [
         Compiled(**{**r, "variant": Variant(**r["variant"]), "arguments": tuple(r["arguments"])})
         for r in rows
     ]
+    for row in table:
+        if row.shared > CAPABILITIES[row.variant.capability]:
+            raise ExportError(
+                f"the {row.kernel} kernel for {row.variant.dtype} and head_dim "
+                f"{row.variant.head_dim} needs {row.shared} bytes of shared memory and sm_"
+                f"{row.variant.capability} has {CAPABILITIES[row.variant.capability]}; export "
+                "without that capability, or the model in half precision"
+            )
+    return table
 
 
 def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:

@@ -66,7 +66,8 @@ def export_onnx(
         library: also build libfreqopt_ort.so; where no compiler is found the export goes on
             without it and says so in `Artifact.notes`.
         capabilities: compute capabilities, as 90 for Hopper, that the library gets GPU kernels
-            for; by default those of the GPUs here. None of them need be present.
+            for; none of them need be present, but every one must be possible. By default those
+            of the GPUs here, as far as there are kernels for them.
 
     Returns:
         The artifact: model.onnx (with model.onnx.data above 2 GB), manifest.json and the library.
@@ -74,7 +75,8 @@ def export_onnx(
     Raises:
         ExportError: an opset that is not supported, or a model that cannot be exported.
         PlanError: the plan was made for another model.
-        NotAvailableError: onnx or onnxscript is not installed.
+        NotAvailableError: onnx or onnxscript is not installed, or what the named capabilities
+            need is not.
     """
     check_opset(opset)
     folder = prepare_folder(out_dir)
@@ -104,6 +106,8 @@ def write_onnx(
             content["library"] = _add_library(folder, program, content, capabilities)
             files.append(str(content["library"]))
         except NotAvailableError as error:
+            if capabilities is not None:
+                raise
             content["notes"].append(f"no operator library: {error}")
             logger.warning("exported without the operator library: %s", error)
     return write_manifest(folder, kind="onnx", model="model.onnx", files=files, content=content)
@@ -243,7 +247,14 @@ def _add_library(
         key=str,
     )
     with tempfile.TemporaryDirectory(prefix="freqopt-") as scratch:
-        table = cubins.compile_table(variants, Path(scratch))
+        try:
+            table = cubins.compile_table(variants, Path(scratch))
+        except (ExportError, NotAvailableError) as error:
+            if capabilities is not None:
+                raise
+            content["notes"].append(f"the library has no GPU kernels: {error}")
+            logger.warning("exported without GPU kernels: %s", error)
+            return build_library(folder).name
         sources = cubins.write_sources(table, Path(scratch))
         built = build_library(folder, extra_sources=tuple(sources), defines=("FREQOPT_CUDA",))
     content["kernels"] = [

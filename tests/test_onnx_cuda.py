@@ -214,6 +214,14 @@ def test_unsupported_variants(tmp_path: Path) -> None:
         compile_table([Variant(90, "float16", 20, False, False)], tmp_path)
 
 
+def test_kernels_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CAPABILITIES, 90, 60_000)
+    with pytest.raises(ExportError, match="bytes of shared memory and sm_90 has 60000"):
+        compile_table([Variant(90, "float16", 64, False, False)], tmp_path)
+
+
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho ptxas is missing >&2\nexit 1\n")
