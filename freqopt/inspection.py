@@ -91,7 +91,8 @@ class Inspection:
         for broken in self.graph_breaks:
             lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
         if self.unseen:
-            names = ", ".join(name for name, _ in _grouped([(n, ()) for n in self.unseen]))
+            grouped = _grouped([(name or "the model itself", ()) for name in self.unseen])
+            names = ", ".join(name for name, _ in grouped)
             lines += ["", f"runs outside all graphs, where no backend sees it: {names}"]
             lines.append(f"  {FULLGRAPH}")
         return "\n".join(lines)

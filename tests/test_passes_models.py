@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,7 @@ TEXT = 7
 EXACT = {"threshold": 0.0, "min_tokens": 1, "strict": True, "inner": "eager"}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("grid", [(3, 6, 10), (5, 7, 9), (1, 6, 10)])
+@pytest.mark.parametrize(("grid", "batch"), [((3, 6, 10), 1), ((5, 7, 9), 2), ((1, 6, 10), 2)])
 @pytest.mark.parametrize("name", CASES)
 def test_sites_kinds_grids_and_text(name: str, grid: tuple[int, int, int], batch: int) -> None:
     case = CASES[name]
@@ -73,8 +73,10 @@ def test_split_equals_dense_at_each_site(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("wan", None), ("hunyuan", None), ("cogvideox", True), ("video_dit", True)],
+)
 def test_dynamic_shapes_compile_a_bounded_number_of_times(name: str, dynamic: bool | None) -> None:
     """One graph when dynamic; with automatic dynamic shapes one for the first size and one more."""
     case = CASES[name]
@@ -103,16 +105,16 @@ class Counting:
         return compiled
 
 
-def test_rewriting_sixty_layers_takes_less_than_a_second() -> None:
+def test_passes_take_milliseconds_per_layer() -> None:
+    """A second for 60 layers is the limit; less of them is enough to measure."""
     from diffusers import WanTransformer3DModel
 
+    layers, took = 12, []
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=60, rope_max_seq_len=32,
+        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=layers,
+        rope_max_seq_len=32,
     )  # fmt: skip
-    import time
-
-    took: list[float] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.process_time()
@@ -120,7 +122,7 @@ def test_rewriting_sixty_layers_takes_less_than_a_second() -> None:
         took.append(time.process_time() - start)
         return gm.forward
 
-    inputs = CASES["wan"].inputs((3, 6, 10), 1, TEXT)
     with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=False)(**inputs)
-    assert len(took) == 1 and took[0] < 1.0
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        compiled(**CASES["wan"].inputs((3, 6, 10), 1, TEXT))
+    assert len(took) == 1 and took[0] < layers / 60

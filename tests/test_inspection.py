@@ -1,0 +1,157 @@
+"""freqopt.inspect: what it says of sites, breaks and what no backend sees."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passes_toys import WIDTH, Attention, Toy, conv3d_tokens, video
+from torch import Tensor, nn
+
+import freqopt
+from freqopt.backend import freqopt_backend
+from freqopt.errors import InputError, OptionError
+from freqopt.inspection import InspectedSite, Inspection
+
+GRID = (3, 6, 10)
+
+
+class Broken(nn.Module):
+    """Blocks in a loop, with something in each that Dynamo leaves the graph for."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+        self.blocks = nn.ModuleList(Attention() for _ in range(3))
+        self.last = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv3d_tokens(x, self.weight)
+        for block in self.blocks:
+            x = block(x)
+            if self.where == "loop":
+                torch._dynamo.graph_break()
+        if self.where == "after":
+            torch._dynamo.graph_break()
+        q = x[:, None]
+        if self.where == "inline":
+            for _ in range(1):
+                torch._dynamo.graph_break()
+                q = F.scaled_dot_product_attention(q, q, q)
+        return self.last(q[:, 0])
+
+
+def test_sites_decisions_and_reasons() -> None:
+    found = freqopt.inspect(Toy(text="after"), video(GRID), torch.randn(1, 7, WIDTH))
+    assert isinstance(found, Inspection) and found.graphs == 1
+    assert not found.graph_breaks and not found.unseen
+    assert found.sites[0] == InspectedSite(
+        name="blocks.0", kind="joint", heads=2, head_dim=8, query_length=187, key_length=187,
+        grid=GRID, text_before=0, text_after=7, eligible=True, decision="dense",
+        reason="187 tokens are fewer than min_tokens = 4096",
+    )  # fmt: skip
+    found = freqopt.inspect(Toy(), video(GRID), min_tokens=100)
+    assert [site.decision for site in found.sites] == ["split", "split"]
+    assert found.sites[0].reason == "dense attention on a known grid"
+    found = freqopt.inspect(Toy(), video(GRID), min_tokens=100, grid=(6, 3, 10))
+    assert found.sites[0].grid == (6, 3, 10)
+
+
+def test_it_prints_as_a_table_with_equal_layers_in_one_row() -> None:
+    printed = str(freqopt.inspect(Toy(), video(GRID), min_tokens=1))
+    first, head, row = printed.splitlines()
+    assert first == "2 attention sites in 1 graph(s): 2 can be split, 2 will be"
+    assert head.split() == "site kind heads tokens grid text decision reason".split()
+    assert row.split()[:6] == ["blocks.0-1", "self", "2", "x", "8", "180"]
+    assert "3x6x10" in row and "split" in row
+
+
+def test_it_goes_into_json() -> None:
+    found = freqopt.inspect(Toy(), video(GRID))
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["sites"][1]["name"] == "blocks.1" and plain["sites"][1]["grid"] == list(GRID)
+
+
+def test_a_break_is_named_with_place_and_advice() -> None:
+    found = freqopt.inspect(Broken("after"), video(GRID))
+    assert found.graphs == 2 and not found.unseen
+    (broken,) = found.graph_breaks
+    assert "graph_break" in broken.reason and "test_inspection.py:" in broken.where
+    assert "fullgraph=True" in str(found)
+    # What comes after the break has lost the way back to the video, and says so.
+    assert [site.eligible for site in found.sites] == [True, True, True, False]
+    assert "no grid" in found.sites[-1].reason
+
+
+def test_blocks_after_a_break_in_a_loop_share_a_graph_and_are_seen() -> None:
+    found = freqopt.inspect(Broken("loop"), video(GRID))
+    assert not found.unseen
+    assert len(found.sites) < 4, "one graph serves the blocks"
+    assert any("graph_break" in broken.reason for broken in found.graph_breaks)
+
+
+def test_attention_that_no_backend_sees_is_named() -> None:
+    found = freqopt.inspect(Broken("inline"), video(GRID))
+    assert found.unseen == [""]
+    printed = str(found)
+    assert "outside all graphs" in printed and "the model itself" in printed
+
+
+def test_what_was_compiled_for_looking_is_forgotten() -> None:
+    model, graphs = Toy(), []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    for _ in range(10):  # more often than the limit of recompilations
+        freqopt.inspect(model, video(GRID))
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(video(GRID))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_is_inspected_as_it_was_before() -> None:
+    compiled = torch.compile(Toy(), backend=freqopt_backend, options={"inner": "eager"})
+    assert [s.name for s in freqopt.inspect(compiled, video(GRID)).sites] == [
+        "blocks.0",
+        "blocks.1",
+    ]
+
+
+def test_model_and_random_state_are_left_alone() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.toy, self.drop = Toy(), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.toy(x))
+
+    model = Noisy().train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    freqopt.inspect(model, video(GRID), min_tokens=1)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.set_rng_state(state)
+    video(GRID)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert model.training and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
+        freqopt.inspect(lambda x: x, video(GRID))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="three positive extents"):
+        freqopt.inspect(Toy(), video(GRID), grid=(3, 6))
+
+
+def test_a_model_without_attention() -> None:
+    found = freqopt.inspect(nn.Linear(4, 4), torch.randn(2, 4))
+    assert not found.sites and "no attention was found" in str(found)
