@@ -168,3 +168,26 @@ def test_a_density_is_turned_into_an_error_target(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo, "error_for_density", lambda plan, density: next(targets))
     chosen = demo.calibrate(None, [], default_settings("cpu", density=0.1))  # type: ignore[arg-type]
     assert asked == [0.03, 0.02, 0.025] and chosen.mean_density == 0.095
+
+
+def test_error_for_density_reads_the_plans_own_curves() -> None:
+    from test_report import make_plan
+
+    from freqopt.calibration_allocation import ProductCost, solve
+    from freqopt.calibration_evidence import choices_of_plan
+    from freqopt.demo_target import SLACK, error_for_density
+
+    plan = make_plan()
+    sites = choices_of_plan(plan)
+    loosest = solve(sites, math.inf, ProductCost()).density
+    targets = []
+    for density in (loosest + 0.05, loosest + 0.15, 0.9):
+        target = error_for_density(plan, density)
+        targets.append(target)
+        trial = min(plan.evidence.trials, key=lambda t: abs(t.measured_error - plan.measured_error))
+        predicted = target / SLACK * trial.predicted_error / trial.measured_error
+        if target > 1e-4:  # not clipped
+            assert solve(sites, predicted * 1.0001, ProductCost()).density <= density
+    assert targets == sorted(targets, reverse=True) and targets[0] > targets[-1]
+    with pytest.raises(OptionError, match="cannot be reached"):
+        error_for_density(plan, loosest / 2)
