@@ -16,7 +16,11 @@ from torch import Tensor
 from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, split_function
 from freqopt.exporters.onnx_order import order_function
 
-KINDS = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
+KINDS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+}
 OUT_RANK = {"out": 4, "route": 4, "coefficients": 3, "probe_error": 2}
 
 

@@ -23,6 +23,7 @@ import freqopt.kernels.op  # noqa: F401
 from freqopt.exporters import ort_library
 from freqopt.exporters.ort_library import FLAGS, SOURCES, build_library, check_library
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.exporters.runner import _to_tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
 
@@ -46,6 +47,30 @@ def test_library_is_the_op(case: Case, dtype: torch.dtype, library: str) -> None
         scale, 0.0, case.mid, 64,
     )[0]  # fmt: skip
     assert relative(torch.from_numpy(found[0]), out) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("with_library", [True, False], ids=["library", "body"])
+def test_bfloat16(with_library: bool, library: str) -> None:
+    case = CASES[1]
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    halves = {
+        name: x.bfloat16() for name, x in zip(("query", "key", "value"), tensors[:3], strict=True)
+    }
+    model = split_model(20, torch.bfloat16, scale=0.2, density=0.0, mid_band=0, probes=64)
+    runner = session(model, library if with_library else None)
+    value = onnxruntime.OrtValue
+    inputs = {k: value.ortvalue_from_numpy(v) for k, v in feed(case, tensors, budget).items()}
+    for name, x in halves.items():
+        raw = x.contiguous().view(torch.uint16).numpy()
+        inputs[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
+    found = _to_tensor(runner.run_with_ort_values(None, inputs)[0])
+    out = torch.ops.freqopt.split_attention(
+        *halves.values(), budget, tensors[3], list(case.grid), case.before, case.after, 0.2, 0.0,
+        False, 64,
+    )[0]  # fmt: skip
+    assert found.dtype == torch.bfloat16
+    assert relative(found, out) < 1e-2
 
 
 @pytest.mark.parametrize(("density", "mid", "probes"), [(0.25, True, 0), (0.1, False, 16)])
