@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.op import SplitStats, split_attention
     from freqopt.plan import Plan
+    from freqopt.regional import attach
     from freqopt.reporting import report
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOMES = {
     "Inspection": "inspection",
     "Plan": "plan",
     "SplitStats": "kernels.op",
+    "attach": "regional",
     "calibrate": "calibration",
     "counters": "counting",
     "export_onnx": "exporters.onnx_export",
@@ -44,6 +46,7 @@ __all__ = [
     "Plan",
     "SplitStats",
     "__version__",
+    "attach",
     "calibrate",
     "counters",
     "export_onnx",

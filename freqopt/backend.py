@@ -202,6 +202,11 @@ def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:
     reason = why_dense(settings, site)
     if reason is not None:
         return Decision(site, False, reason)
+    if site.mark is not None:
+        return Decision(
+            site, True, "by the budget attached to its module", site.mark.budget,
+            mid_band=site.mark.mid_band, probes=DEFAULT_PROBES,
+        )  # fmt: skip
     if plan is not None:
         if site.name not in plan.sites:
             return Decision(site, False, "the plan has no budget for it: calibrate again")
@@ -272,7 +277,8 @@ def _report(settings: Options, plan: Plan | None, decisions: Sequence[Decision])
             if settings.strict:
                 raise SiteError(message)
             logger.warning("%s; it stays dense", message)
-    if plan is None and settings.threshold is None and any(d.split for d in decisions):
+    own = [d for d in decisions if d.split and d.site.mark is None]
+    if plan is None and settings.threshold is None and own:
         _warn_of_no_plan()
 
 

@@ -113,13 +113,20 @@ def normalise(atoms: Sequence[Atom]) -> Segment:
 
 
 def join(axes: Iterable[Axis]) -> Axis:
-    """Axis of a concatenation; pieces that were cut out of one segment are put together again."""
+    """Axis of a concatenation; pieces that were cut out of one segment are put together again.
+
+    Pieces without tokens, such as padding that happens to be none, leave no trace.
+    """
     result: list[Segment] = []
+    empty: list[Segment] = []
     for axis in axes:
         for segment in axis or ((),):
+            if same(segment_size(segment), 0):
+                empty.append(segment)
+                continue
             result.append(segment)
             _mend(result)
-    return tuple(result)
+    return tuple(result or empty[:1])
 
 
 def _mend(segments: list[Segment]) -> None:

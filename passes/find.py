@@ -20,7 +20,7 @@ from freqopt.passes.layout import heads_of, length_of_keys, operands_of
 from freqopt.passes.masks import mask_problem
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.propagate import Dimensions
-from freqopt.passes.provenance import alike, is_lost, kind_of_axes, split_batch
+from freqopt.passes.provenance import alike, is_lost, kind_of_axes, same_lattices, split_batch
 from freqopt.passes.site import Attention, Extent, Kind, Site
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,8 @@ def classify(
     if not (alike(values[-2], key[-2]) or is_lost(values[-2])):
         return "other", Layout(), "its values are of other tokens than its keys"
     layout = infer_layout(tokens, grid, attention.node.graph)
+    if grid is None and not same_lattices(tokens, key[-2]):
+        return "other", Layout(), "its keys are not provably in the order of its queries"
     if layout.problem is None and layout.grid is not None and attention.mask is not None:
         batch = shape(attention.query)[0]
         why_not = mask_problem(attention.mask, layout.text_before, product(layout.grid), batch)

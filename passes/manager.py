@@ -17,6 +17,7 @@ from torch._logging._internal import trace_structured
 
 from freqopt.errors import SiteError
 from freqopt.passes.find import find_sites
+from freqopt.passes.marks import Mark, take_marks
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
 
@@ -25,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Decision:
-    """What becomes of a site. budget: (2, H) float32 thresholds, used where density is 0."""
+    """What becomes of a site. budget: (2, H) float32 thresholds, used where density is 0; a node of
+    the graph where the module brings its own."""
 
     site: Site
     split: bool
     reason: str
-    budget: Tensor | None = None
+    budget: Tensor | fx.Node | None = None
     mid_band: bool = False
     density: float = 0.0
     probes: int = 0
@@ -68,7 +70,8 @@ def run_passes(
     """
     result = Rewritten()
     with _timed(result, "find"):
-        sites = find_sites(gm, grid=grid)
+        marks = take_marks(gm)
+        sites = find_marked(gm, grid, marks)
     with _timed(result, "decide"):
         result.decisions = decide(sites)
     if any(decision.split for decision in result.decisions):
@@ -86,6 +89,21 @@ def run_passes(
     steps = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in result.seconds.items())
     logger.info("%d of %d attention sites rewritten (%s)", result.count, len(sites), steps)
     return result
+
+
+def find_marked(
+    gm: fx.GraphModule, grid: tuple[int, int, int] | None, marks: dict[str, Mark]
+) -> list[Site]:
+    """Sites of a graph, with the marks of their modules; a mark's grids are tried where none is
+    known, and the one that explains most sites is taken."""
+    grids = [grid]
+    if grid is None:
+        grids += dict.fromkeys(g for mark in marks.values() for g in mark.grids)
+    found = [find_sites(gm, grid=candidate) for candidate in grids]
+    sites = max(found, key=lambda sites: sum(site.eligible for site in sites))
+    for site in sites:
+        site.mark = marks.get("" if site.name == "model" else site.name)
+    return sites
 
 
 def _rewrite(gm: fx.GraphModule, decision: Decision, strict: bool) -> None:

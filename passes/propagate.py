@@ -385,13 +385,50 @@ def _conv(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         return None
     axes: list[Axis | None] = [known[1][0], None]
     for dim in range(2, len(known[1])):
-        before = known[1][dim]
-        if len(before) == 1 and len(before[0]) == 1:
-            atom = before[0][0]
-            axes.append(((Atom(shape(node)[dim], atom.origin, atom.root, node, dim),),))
-        else:
-            axes.append(None)
+        axes.append(resized(known[1][dim], shape(node)[dim], node, dim))
     return axes
+
+
+def resized(axis: Axis, size: Extent, node: fx.Node, dim: int) -> Axis | None:
+    """The same axis of an input with another extent: convolved, padded or interpolated."""
+    if len(axis) != 1 or len(axis[0]) != 1:
+        return None
+    atom = axis[0][0]
+    if atom.cut is not None and len(atom.cut[0]) != 1:
+        return None
+    return ((Atom(size, atom.origin, atom.root, node, dim),),)
+
+
+@rule("pad", "constant_pad_nd", "interpolate", "upsample")
+def _resize(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Dimensions that change stay axes of the same input, with another extent."""
+    known = _known(dimensions, node)
+    if known is None or len(known[1]) != len(shape(node)):
+        return None
+    result: list[Axis | None] = []
+    for dim, axis in enumerate(known[1]):
+        size = shape(node)[dim]
+        if same(shape(known[0])[dim], size):
+            result.append(axis)
+        else:
+            result.append(resized(axis, size, node, dim))
+    return result
+
+
+@rule("einsum")
+def _einsum(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    left, arrow, right = str(equation).replace(" ", "").partition("->")
+    if not arrow or "." in left or len(left.split(",")) != len(operands):
+        return None
+    found: dict[str, Axis] = {}
+    for labels, operand in zip(left.split(","), operands, strict=True):
+        for label, axis in zip(labels, dimensions.of(operand) or (), strict=False):
+            if label not in found or rank(axis) > rank(found[label]):
+                found[label] = axis
+    return [found.get(label) for label in right]
 
 
 @rule(*sorted(REDUCTIONS))

@@ -44,6 +44,13 @@ def same_atom(a: Atom | None, b: Atom | None) -> bool:
     return same_atom(a.parent, b.parent)
 
 
+def same_lattices(first: Axis, second: Axis) -> bool:
+    """Whether two axes agree in all segments of several atoms; others (text) need not."""
+    return len(first) == len(second) and all(
+        (len(a) < 2 and len(b) < 2) or alike((a,), (b,)) for a, b in zip(first, second, strict=True)
+    )
+
+
 def is_lost(axis: Axis) -> bool:
     """Whether an axis begins in the middle of the graph, so that it tells nothing."""
     return any(atom.origin == "made" for atom in atoms_of(axis))

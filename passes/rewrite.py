@@ -60,7 +60,7 @@ def replace_site(
 def insert_split(
     gm: fx.GraphModule,
     site: Site,
-    budget: Tensor,
+    budget: Tensor | fx.Node,
     *,
     mid_band: bool,
     density: float,
@@ -69,8 +69,8 @@ def insert_split(
     """Put the op `freqopt::split_attention` in place of the attention of an eligible site.
 
     Args:
-        budget: (2, H) float32 thresholds of the exact and the mid band; kept with the graph as a
-            constant on the site's device.
+        budget: (2, H) float32 thresholds of the exact and the mid band: a tensor, kept with the
+            graph as a constant on the site's device, or a node of the graph.
         mid_band, density, probes: as the op takes them.
 
     Returns:
@@ -81,7 +81,11 @@ def insert_split(
     import freqopt.kernels.op  # noqa: F401  registers the op
 
     graph, node = site.node.graph, site.node
-    constant = add_constant(gm, graph, f"freqopt_budget_{site.name}", budget.to(site.device))
+    if isinstance(budget, fx.Node):
+        constant = budget
+    else:
+        name = f"freqopt_budget_{site.name}"
+        constant = add_constant(gm, graph, name, budget.to(site.device))
     with graph.inserting_before(node):
         query, key, values, key_mask, grid, before, after, scale = site_operands(site)
         arguments = (

@@ -7,10 +7,13 @@ whether frequency-split attention may take its place; if not, why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from freqopt.passes.marks import Mark
 
 Extent = int | torch.SymInt
 """A size: a number, or a symbol under dynamic shapes. Compare with `dimensions.same` only."""
@@ -60,6 +63,7 @@ class Site:
     "cross", "other". query_length, key_length: tokens. grid: extents of the video tokens from the
     slowest to the fastest in memory, usually (t, h, w), None if unknown. text_before, text_after:
     tokens around them. eligible: could be split, whatever its length; reason: why, or why not.
+    mark: the budget that its module brings along, see `freqopt.regional`.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Site:
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
     text_after_arguments: tuple[Argument, ...] = ()
+    mark: Mark | None = None
 
     @property
     def node(self) -> fx.Node:

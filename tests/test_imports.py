@@ -22,7 +22,7 @@ HEAVY = {
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
 BASE = {"config", "errors", "grid"}
-CORE = {"backend", "calibration", "counting", "inspection", "plan"}
+CORE = {"backend", "calibration", "counting", "inspection", "plan", "regional"}
 
 LAYERS = {
     "base": 0,
