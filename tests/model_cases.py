@@ -1,0 +1,127 @@
+"""Real models from public libraries, small and with random weights, and what should be found in them.
+
+Each function builds a model and inputs whose video tokens lie on a grid; its decorator says how many
+attentions are dense over the video, of which kind, and where the text is. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+Made = tuple[nn.Module, dict[str, Any]]
+
+TEXT = 7
+"""Text tokens in the inputs of all cases."""
+
+VARIANTS: tuple[tuple[Grid, int], ...] = (
+    ((3, 6, 10), 1), ((5, 7, 9), 2), ((1, 14, 22), 2), ((3, 6, 10), 2), ((5, 7, 9), 1),
+)  # fmt: skip
+"""Grids and batches, spread over the cases in turn."""
+
+IMAGES: tuple[Grid, ...] = ((1, 14, 22), (1, 15, 21), (1, 18, 10))
+"""Grids of images; much smaller ones have too few blocks to split."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class and what its graph shows.
+
+    make: builds the model and its inputs for a grid and a batch. dense: attentions that can be
+    split. kind, before, after: of each of these; text in tokens. others: attentions that must be
+    left alone. source: "graph" if the grid is read there, "given" if it has to be, "" if there is
+    nothing to split. image: the grid is (1, h, w). tolerance: of the output. fullgraph: the model
+    is compiled so. note: what is special, for the table of docs/models.md.
+    """
+
+    name: str
+    library: str
+    make: Callable[[Grid, int], Made]
+    dense: int
+    others: int = 0
+    kind: str = "self"
+    before: int = 0
+    after: int = 0
+    source: str = "graph"
+    image: bool = False
+    fullgraph: bool = False
+    tolerance: float = 1e-4
+    grids: tuple[Grid, ...] = ()
+    batches: tuple[int, ...] = ()
+    note: str = ""
+
+    def variant(self, index: int) -> tuple[Grid, int]:
+        """The grid and the batch that this case is tried on."""
+        grid, batch = VARIANTS[index % len(VARIANTS)]
+        grids = self.grids or (IMAGES if self.image else ())
+        if grids:
+            grid = grids[index % len(grids)]
+        return grid, self.batches[index % len(self.batches)] if self.batches else batch
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, library: str = "diffusers", **expected: Any) -> Callable[..., Any]:
+    """Register what a function makes, under its name, as an instance of a class."""
+
+    def register(make: Callable[[Grid, int], Made]) -> Callable[[Grid, int], Made]:
+        CASES[make.__name__] = Case(name, library, make, **expected)
+        return make
+
+    return register
+
+
+def build(name: str, library: str = "diffusers", /, **config: Any) -> nn.Module:
+    """A model of diffusers with random weights, in evaluation mode."""
+    made: nn.Module = getattr(pytest.importorskip(library), name)(**config)
+    return refilled(made)
+
+
+def refilled(model: nn.Module) -> nn.Module:
+    """The model with every all-zero parameter refilled: behind zeros no mistake would show."""
+    for parameter in model.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def latents(grid: Grid, batch: int, channels: int = 4, patch: Grid = (1, 2, 2)) -> Tensor:
+    """(B, C, T, H, W) that make tokens on `grid`."""
+    extents = (g * p for g, p in zip(grid, patch, strict=True))
+    return torch.randn(batch, channels, *extents)
+
+
+def image(grid: Grid, batch: int, channels: int = 4, patch: int = 2) -> Tensor:
+    """(B, C, H, W) that make tokens on (1, h, w)."""
+    return torch.randn(batch, channels, grid[1] * patch, grid[2] * patch)
+
+
+def text(batch: int, width: int = 16, length: int = TEXT) -> Tensor:
+    """(B, L, width) of text embeddings."""
+    return torch.randn(batch, length, width)
+
+
+def steps(batch: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """(B) time steps."""
+    return torch.full((batch,), 500, dtype=dtype)
+
+
+def positions(grid: Grid) -> Tensor:
+    """(N, 3) places of the tokens on the grid, as pipelines pass them."""
+    axes = [torch.arange(float(extent)) for extent in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def load_all() -> dict[str, Case]:
+    """All cases, those of the other modules too."""
+    for module in ("video", "packed", "image", "encoder"):
+        importlib.import_module(f"model_cases_{module}")
+    return CASES

@@ -1,0 +1,150 @@
+"""Image models of diffusers: grids of one frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from model_cases import TEXT, Grid, Made, build, case, image, steps, text
+
+
+def inputs_of(grid: Grid, batch: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_states": image(grid, batch),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    } | more
+
+
+@case("SD3Transformer2DModel", dense=2, kind="joint", after=TEXT, image=True)
+def sd3(grid: Grid, batch: int) -> Made:
+    model = build(
+        "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
+        joint_attention_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=32,
+    )  # fmt: skip
+    return model, inputs_of(grid, batch, pooled_projections=torch.randn(batch, 8))
+
+
+@case("AuraFlowTransformer2DModel", dense=2, kind="joint", before=TEXT + 8, image=True)
+def auraflow(grid: Grid, batch: int) -> Made:
+    model = build(
+        "AuraFlowTransformer2DModel", sample_size=32, patch_size=2, in_channels=4,
+        num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=16, out_channels=4, pos_embed_max_size=256,
+    )  # fmt: skip
+    return model, inputs_of(grid, batch, timestep=torch.full((batch,), 0.5))
+
+
+@case("PixArtTransformer2DModel", dense=2, others=2, image=True)
+def pixart(grid: Grid, batch: int) -> Made:
+    model = build(
+        "PixArtTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=8, num_layers=2, cross_attention_dim=16, sample_size=16, patch_size=2,
+        caption_channels=16, use_additional_conditions=False,
+    )  # fmt: skip
+    return model, inputs_of(grid, batch, added_cond_kwargs={"resolution": None, "aspect_ratio": None})
+
+
+@case("DiTTransformer2DModel", dense=2, image=True, grids=((1, 18, 18),))
+def dit(grid: Grid, batch: int) -> Made:
+    model = build(
+        "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=8, num_layers=2, sample_size=36, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": steps(batch),
+        "class_labels": torch.zeros(batch, dtype=torch.int64),
+        "return_dict": False,
+    }
+
+
+@case("SanaTransformer2DModel", dense=0, others=2, source="", image=True, note="linear attention")
+def sana(grid: Grid, batch: int) -> Made:
+    model = build(
+        "SanaTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2,
+        attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16,
+        patch_size=2,
+    )  # fmt: skip
+    return model, inputs_of(grid, batch)
+
+
+@case("CogView4Transformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
+def cogview4(grid: Grid, batch: int) -> Made:
+    model = build(
+        "CogView4Transformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8,
+        condition_dim=4, rope_axes_dim=(32, 32),
+    )  # fmt: skip
+    size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
+    return model, inputs_of(
+        grid, batch, original_size=size, target_size=size, crop_coords=torch.zeros(batch, 2)
+    )
+
+
+@case("HunyuanDiT2DModel", dense=2, others=3, image=True)
+def hunyuan_dit(grid: Grid, batch: int) -> Made:
+    model = build(
+        "HunyuanDiT2DModel", sample_size=16, patch_size=2, in_channels=4, num_layers=2,
+        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, cross_attention_dim_t5=16,
+        pooled_projection_dim=4, hidden_size=16, text_len=TEXT, text_len_t5=TEXT,
+    )  # fmt: skip
+    tokens = grid[1] * grid[2]
+    return model, inputs_of(
+        grid, batch, text_embedding_mask=torch.ones(batch, TEXT), timestep=steps(batch).float(),
+        encoder_hidden_states_t5=text(batch), text_embedding_mask_t5=torch.ones(batch, TEXT),
+        image_meta_size=torch.zeros(batch, 6), style=torch.zeros(batch, dtype=torch.int64),
+        image_rotary_emb=(torch.randn(tokens, 8), torch.randn(tokens, 8)),
+    )  # fmt: skip
+
+
+@case(
+    "Lumina2Transformer2DModel", dense=3, others=1, kind="joint", image=True, batches=(1,),
+)  # fmt: skip
+def lumina2(grid: Grid, batch: int) -> Made:
+    model = build(
+        "Lumina2Transformer2DModel", sample_size=16, patch_size=2, in_channels=4, hidden_size=32,
+        num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=2,
+        axes_dim_rope=(4, 6, 6), axes_lens=(64, 64, 64), cap_feat_dim=16,
+    )  # fmt: skip
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    return model, inputs_of(
+        grid, batch, encoder_attention_mask=mask, timestep=torch.full((batch,), 0.5)
+    )
+
+
+@case("ZImageTransformer2DModel", dense=3, others=1, kind="joint", image=True)
+def z_image(grid: Grid, batch: int) -> Made:
+    model = build(
+        "ZImageTransformer2DModel", all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4,
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, qk_norm=True,
+        cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
+    )  # fmt: skip
+    return model, {
+        "x": [torch.randn(4, 1, 2 * grid[1], 2 * grid[2]) for _ in range(batch)],
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": [torch.randn(TEXT, 16) for _ in range(batch)],
+        "return_dict": False,
+    }
+
+
+@case("HiDreamImageTransformer2DModel", dense=2, kind="joint", image=True, batches=(1,))
+def hidream(grid: Grid, batch: int) -> Made:
+    model = build(
+        "HiDreamImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4,
+        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
+        caption_channels=[8, 4], text_emb_dim=8, num_routed_experts=2, num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
+        force_inference_output=True,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timesteps": steps(batch),
+        "encoder_hidden_states_t5": text(batch, 8),
+        "encoder_hidden_states_llama3": torch.randn(2, batch, TEXT, 4),
+        "pooled_embeds": torch.randn(batch, 8),
+        "return_dict": False,
+    }
