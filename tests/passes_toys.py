@@ -62,6 +62,18 @@ def linear_tokens(video: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.flatten(4), weight.flatten(1)).flatten(1, 3)
 
 
+def einsum_tokens(video: Tensor, weight: Tensor) -> Tensor:
+    """The same, as one contraction."""
+    b, c, t, h, w = video.shape
+    x = video.reshape(b, c, t, h // 2, 2, w // 2, 2)
+    return torch.einsum("bcthpwq,dcpq->bthwd", x, weight[:, :, 0]).reshape(b, -1, WIDTH)
+
+
+def padded_tokens(video: Tensor, weight: Tensor) -> Tensor:
+    """Of a video whose height lacks a row, which is padded."""
+    return conv3d_tokens(F.pad(video[:, :, :, 1:], (0, 0, 1, 0)), weight)
+
+
 def time_fastest_tokens(video: Tensor, weight: Tensor) -> Tensor:
     """Tokens with neighbouring frames next to each other in memory."""
     x = F.conv3d(video, weight, stride=(1, 2, 2))

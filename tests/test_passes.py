@@ -27,7 +27,16 @@ def text(length: int = TEXT, batch: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("tokens", [toys.conv3d_tokens, toys.conv2d_tokens, toys.linear_tokens])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        toys.conv3d_tokens,
+        toys.conv2d_tokens,
+        toys.linear_tokens,
+        toys.einsum_tokens,
+        toys.padded_tokens,
+    ],
+)
 def test_grid_is_read_from_whatever_makes_tokens(
     tokens: Any, batch: int, grid: tuple[int, int, int]
 ) -> None:
