@@ -39,7 +39,7 @@ def main() -> None:
     # Asked of the new environment: one made from another does not see that one's packages.
     torch = installed_torch(python)
     constraints = os.path.join(ROOT, "constraints.txt")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if torch:
         say(f"using the PyTorch {torch} that is already installed, with its CUDA")
         constraints = without_torch(constraints, os.path.join(folder, "constraints.txt"))

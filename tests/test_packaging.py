@@ -19,7 +19,7 @@ import freqopt
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("passes", "kernels", "exporters", "models_zoo")
-DATA_SUFFIXES = {".safetensors", ".html", ".json", ".jsonl", ".css"}
+DATA_SUFFIXES = {".safetensors", ".html", ".json", ".jsonl", ".css", ".cc", ".h"}
 LARGEST = 2**20
 LARGEST_WEIGHTS = 16 * 2**20
 
