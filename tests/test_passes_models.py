@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from passes_models import CASES, output
-from passes_toys import Toy, sites_of, video
+from passes_toys import sites_of
 from torch import Tensor, fx
 
 from freqopt.backend import freqopt_backend
@@ -107,8 +105,11 @@ class Counting:
         return compiled
 
 
-def test_passes_take_milliseconds_per_layer() -> None:
-    """A second for 60 layers is the limit; less of them is enough to measure."""
+def test_finding_takes_milliseconds_per_layer() -> None:
+    """All passes may take a second for 60 layers; finding is the half that grows with the graph.
+
+    The best of several runs: the others measure the machine.
+    """
     from diffusers import WanTransformer3DModel
 
     layers, took = 12, []
@@ -119,21 +120,14 @@ def test_passes_take_milliseconds_per_layer() -> None:
     )  # fmt: skip
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        gc.collect()
-        gc.disable()
-        logging.disable(logging.WARNING)  # pytest turns on torch's trace, which prints graphs
-        try:
+        for _ in range(5):
             start = time.process_time()
-            freqopt_backend(gm, example_inputs, options=EXACT)
+            found = find_sites(gm)
             took.append(time.process_time() - start)
-        finally:
-            gc.enable()
-            logging.disable(logging.NOTSET)
+            assert len(found) == 2 * layers
         return gm.forward
 
     with torch.no_grad():
-        # What is imported and cached once is no layer's.
-        torch.compile(Toy(), backend=freqopt_backend, options=EXACT)(video())
         compiled = torch.compile(model, backend=backend, dynamic=False)
         compiled(**CASES["wan"].inputs((3, 6, 10), 1, TEXT))
-    assert len(took) == 1 and took[0] < layers / 60
+    assert min(took) < 0.5 * layers / 60
