@@ -144,17 +144,18 @@ def split_attention_backward_op(
     mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; route and coefficients are those the forward returned."""
-    return chunked.split_backward(
+    grads = chunked.split_backward(
         grad, query, key, value, key_mask, route, coefficients,
         _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
     )  # fmt: skip
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @split_attention_backward_op.register_fake
 def _split_attention_backward_fake(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
