@@ -209,10 +209,10 @@ def atoms_of(axis: Axis) -> list[Atom]:
     return result
 
 
-def rank(axis: Axis) -> tuple[int, int]:
+def rank(axis: Axis) -> tuple[int, int, int]:
     """How much an axis tells: which of several broadcast operands to believe."""
     atoms = [a for segment in axis for a in segment]
-    return sum(a.origin == "data" for a in atoms), len(atoms)
+    return sum(a.origin == "data" for a in atoms), len(atoms), sum(a.cut is None for a in atoms)
 
 
 def regroup(before: Sequence[Extent], after: Sequence[Extent]) -> list[tuple[range, range]] | None:

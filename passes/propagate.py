@@ -79,6 +79,7 @@ class Dimensions:
         self.bodies: dict[fx.Node, tuple[fx.GraphModule, Dimensions]] = {}
         self.graph = graph
         self._provenance: Provenance | None = None
+        self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         given = iter(inputs or ())
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -145,9 +146,22 @@ class Dimensions:
                 axis, known, out = axes[-back], result[-back], shape(node)[-back]
                 if same(sizes[-back], 1) and not same(out, 1):
                     continue
-                if known is None or rank(axis) > rank(known):
+                if known is None or (axis is not known and self._precedes(axis, known)):
                     result[-back] = axis
         return result
+
+    def _precedes(self, axis: Axis, known: Axis) -> bool:
+        """Whether an axis tells more than another that is aligned with it.
+
+        Of equals, that of the input which came first: tokens are projected before the tables of
+        positions that are multiplied with them come in.
+        """
+        first, second = rank(axis), rank(known)
+        return first > second or (first == second and self._arrival(axis) < self._arrival(known))
+
+    def _arrival(self, axis: Axis) -> int:
+        names = [atom.root[0] for segment in axis for atom in segment if atom.origin == "data"]
+        return min((self.arrival.get(name, 0) for name in names), default=0)
 
 
 def origin_of(node: fx.Node) -> Origin:
@@ -291,6 +305,40 @@ def _expand(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         if same(shape(source)[-back], after[-back]):
             result[-back] = axes[-back]
     return result
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    known = _known(dimensions, node)
+    dim = known_int(argument(node, 2, "dim"))
+    if known is None or dim is None:
+        return None
+    dim = _dim(dim, len(known[1]))
+    kept = same(shape(known[0])[dim], shape(node)[dim])
+    return [axis if d != dim or kept else None for d, axis in enumerate(known[1])]
+
+
+@rule("view_as_complex", "view_as_real")
+def _complex(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    known = _known(dimensions, node)
+    if known is None:
+        return None
+    return list(known[1][:-1]) if operation(node) == "view_as_complex" else [*known[1], None]
+
+
+@rule("pad_sequence")
+def _pad_sequence(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Sequences stacked into a batch: those of one length keep their tokens, if they are alike."""
+    tensors = argument(node, 0, "sequences")
+    shapes = [dimensions.of(t) for t in tensors]
+    known = [s for s in shapes if s]
+    if not known or len(known) != len(shapes):
+        return None
+    length, *rest = _best(known)
+    if any(not same(axis_size(s[0]), axis_size(known[0][0])) for s in known):
+        length = None
+    first = argument(node, 1, "batch_first", default=False) is True
+    return [None, length, *rest] if first else [length, None, *rest]
 
 
 @rule("transpose", "permute", "movedim", "t", "T", "mT", "adjoint")

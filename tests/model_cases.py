@@ -1,7 +1,7 @@
-"""Real models from public libraries, small and with random weights, and what should be found in them.
+"""Real models from public libraries, small and with random weights, and what should be found.
 
-Each function builds a model and inputs whose video tokens lie on a grid; its decorator says how many
-attentions are dense over the video, of which kind, and where the text is. Nothing is downloaded.
+Each function builds a model and inputs whose tokens lie on a grid; its decorator says how many
+attentions are dense over them, of which kind, and where the text is. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Case:
     """A class and what its graph shows.
 
     make: builds the model and its inputs for a grid and a batch. dense: attentions that can be
-    split. kind, before, after: of each of these; text in tokens. others: attentions that must be
-    left alone. source: "graph" if the grid is read there, "given" if it has to be, "" if there is
-    nothing to split. image: the grid is (1, h, w). tolerance: of the output. fullgraph: the model
-    is compiled so. note: what is special, for the table of docs/models.md.
+    split. kind, before, after: of each of these, text in tokens; or `each` says so one by one.
+    others: attentions that must be left alone. source: "graph" if the grid is read there, "given"
+    if it has to be, "" if there is nothing to split. order: of the grid's axes in memory. image:
+    the grid is (1, h, w). fullgraph: the model is compiled so. tolerance: of the output. grids,
+    batches: those to try, instead of `VARIANTS`. note: what is special, for docs/models.md.
     """
 
     name: str
@@ -49,13 +50,19 @@ class Case:
     kind: str = "self"
     before: int = 0
     after: int = 0
+    each: tuple[tuple[str, int, int], ...] = ()
     source: str = "graph"
+    order: tuple[int, int, int] = (0, 1, 2)
     image: bool = False
     fullgraph: bool = False
     tolerance: float = 1e-4
     grids: tuple[Grid, ...] = ()
     batches: tuple[int, ...] = ()
     note: str = ""
+
+    def sites(self) -> tuple[tuple[str, int, int], ...]:
+        """Kind and text before and after of each attention that can be split."""
+        return self.each or ((self.kind, self.before, self.after),) * self.dense
 
     def variant(self, index: int) -> tuple[Grid, int]:
         """The grid and the batch that this case is tried on."""

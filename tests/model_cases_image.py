@@ -32,7 +32,7 @@ def auraflow(grid: Grid, batch: int) -> Made:
     model = build(
         "AuraFlowTransformer2DModel", sample_size=32, patch_size=2, in_channels=4,
         num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=16, out_channels=4, pos_embed_max_size=256,
+        caption_projection_dim=32, joint_attention_dim=16, out_channels=4, pos_embed_max_size=1024,
     )  # fmt: skip
     return model, inputs_of(grid, batch, timestep=torch.full((batch,), 0.5))
 
@@ -44,7 +44,9 @@ def pixart(grid: Grid, batch: int) -> Made:
         out_channels=8, num_layers=2, cross_attention_dim=16, sample_size=16, patch_size=2,
         caption_channels=16, use_additional_conditions=False,
     )  # fmt: skip
-    return model, inputs_of(grid, batch, added_cond_kwargs={"resolution": None, "aspect_ratio": None})
+    return model, inputs_of(
+        grid, batch, added_cond_kwargs={"resolution": None, "aspect_ratio": None}
+    )
 
 
 @case("DiTTransformer2DModel", dense=2, image=True, grids=((1, 18, 18),))
@@ -85,12 +87,13 @@ def cogview4(grid: Grid, batch: int) -> Made:
     )
 
 
-@case("HunyuanDiT2DModel", dense=2, others=3, image=True)
+@case("HunyuanDiT2DModel", dense=2, others=2, image=True)
 def hunyuan_dit(grid: Grid, batch: int) -> Made:
     model = build(
         "HunyuanDiT2DModel", sample_size=16, patch_size=2, in_channels=4, num_layers=2,
-        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, cross_attention_dim_t5=16,
-        pooled_projection_dim=4, hidden_size=16, text_len=TEXT, text_len_t5=TEXT,
+        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        cross_attention_dim_t5=16, pooled_projection_dim=4, hidden_size=16, text_len=TEXT,
+        text_len_t5=TEXT,
     )  # fmt: skip
     tokens = grid[1] * grid[2]
     return model, inputs_of(
@@ -102,7 +105,8 @@ def hunyuan_dit(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "Lumina2Transformer2DModel", dense=3, others=1, kind="joint", image=True, batches=(1,),
+    "Lumina2Transformer2DModel", dense=1, others=3, source="given", image=True, batches=(1,),
+    note="text lengths are data: the graph breaks before text and image are joined",
 )  # fmt: skip
 def lumina2(grid: Grid, batch: int) -> Made:
     model = build(
@@ -116,7 +120,11 @@ def lumina2(grid: Grid, batch: int) -> Made:
     )
 
 
-@case("ZImageTransformer2DModel", dense=3, others=1, kind="joint", image=True)
+@case(
+    "ZImageTransformer2DModel", dense=3, others=1, grids=((1, 18, 10),),
+    each=(("joint", 0, 12), ("joint", 0, 44), ("joint", 0, 44)),
+    note="tokens are filled up to multiples of 32; so is the text",
+)  # fmt: skip
 def z_image(grid: Grid, batch: int) -> Made:
     model = build(
         "ZImageTransformer2DModel", all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4,
@@ -131,7 +139,11 @@ def z_image(grid: Grid, batch: int) -> Made:
     }
 
 
-@case("HiDreamImageTransformer2DModel", dense=2, kind="joint", image=True, batches=(1,))
+@case(
+    "HiDreamImageTransformer2DModel", dense=1, others=1, kind="joint", after=3 * TEXT,
+    source="given", grids=((1, 16, 16),), batches=(1,),
+    note="experts break the graph: single-stream blocks get text and image as one axis",
+)  # fmt: skip
 def hidream(grid: Grid, batch: int) -> Made:
     model = build(
         "HiDreamImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4,

@@ -172,8 +172,8 @@ def easyanimate(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "MochiTransformer3DModel", dense=2, others=1, kind="joint", after=TEXT, fullgraph=True, batches=(1,),
-    note="compile with fullgraph=True; the number of text tokens depends on data",
+    "MochiTransformer3DModel", dense=2, others=1, kind="joint", after=TEXT, fullgraph=True,
+    batches=(1,), note="compile with fullgraph=True; the number of text tokens depends on data",
 )  # fmt: skip
 def mochi(grid: Grid, batch: int) -> Made:
     model = build(
@@ -263,18 +263,20 @@ def allegro(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "LatteTransformer3DModel", dense=0, others=3, source="", note="attends in space and in time"
-)
+    "LatteTransformer3DModel", dense=0, others=3, source="", grids=((3, 6, 6), (5, 7, 7)),
+    note="attends in space and in time",
+)  # fmt: skip
 def latte(grid: Grid, batch: int) -> Made:
     model = build(
         "LatteTransformer3DModel", sample_size=2 * grid[1], num_layers=1, patch_size=2,
         attention_head_dim=8, num_attention_heads=2, caption_channels=16, in_channels=4,
-        cross_attention_dim=16, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False,
-        norm_eps=1e-6, video_length=grid[0],
+        cross_attention_dim=16, out_channels=8, attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6, video_length=grid[0],
     )  # fmt: skip
     return model, {
-        "hidden_states": latents((grid[0], grid[1], grid[1]), batch),
+        "hidden_states": latents(grid, batch),
         "timestep": steps(batch),
         "encoder_hidden_states": text(batch),
         "return_dict": False,
@@ -282,8 +284,8 @@ def latte(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HunyuanVideo15Transformer3DModel", dense=2, others=1, kind="joint", after=16, batches=(1,),
-    note="text of two encoders and of the image",
+    "HunyuanVideo15Transformer3DModel", dense=0, others=2, kind="joint", after=16, batches=(1,),
+    source="given", note="graph breaks; one graph serves all blocks",
 )  # fmt: skip
 def hunyuan15(grid: Grid, batch: int) -> Made:
     model = build(

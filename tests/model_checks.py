@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from model_cases import Case, Grid
 from torch import Tensor, fx
 
+import freqopt.kernels.op  # noqa: F401  registers the op
 from freqopt.passes.dimensions import same
 from freqopt.passes.find import find_sites
 from freqopt.passes.rewrite import insert_split
@@ -111,13 +112,15 @@ def problems(case: Case, grid: Grid, seen: Seen) -> list[str]:
         found.append(f"{len(dense)} dense, {len(others)} others: {[s.reason for s in others]}")
     if case.source == "given":
         found += [f"{s.name}: split without grid=" for s in seen.plain if s.eligible]
-    for site in dense:
-        if site.kind != case.kind:
-            found.append(f"{site.name}: kind {site.kind}")
-        if site.grid is None or not all(map(same, site.grid, grid)):
-            found.append(f"{site.name}: grid {site.grid}")
+    for site, (kind, *around) in zip(dense, case.sites(), strict=False):
         text = (site.text_before, site.text_after)
-        if not case.fullgraph and not all(map(same, text, (case.before, case.after))):
+        if site.kind != kind:
+            found.append(f"{site.name}: kind {site.kind}")
+        if site.grid is None or not all(map(same, site.grid, (grid[i] for i in case.order))):
+            found.append(f"{site.name}: grid {site.grid}")
+        if not all(
+            isinstance(a, torch.SymInt) or a == b for a, b in zip(text, around, strict=True)
+        ):
             found.append(f"{site.name}: text {text}")
     if len(seen.errors) < case.dense:
         found.append(f"{len(seen.errors)} calls at {case.dense} sites")

@@ -1,0 +1,54 @@
+"""Real models of diffusers and transformers: attention found, told apart, and split exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_cases import Case, load_all
+from model_checks import look, problems
+
+CASES = load_all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_of_real_models(name: str) -> None:
+    """At threshold 0 a split model equals the dense one at each site and at its output."""
+    case, index = CASES[name], list(CASES).index(name)
+    grid, batch = case.variant(index)
+    assert not problems(case, grid, look(case, grid, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("name", CASES)
+def test_all_variants(name: str, index: int) -> None:
+    """All grids and batches, not only the one that falls to a model above."""
+    case = CASES[name]
+    grid, batch = case.variant(index)
+    assert not problems(case, grid, look(case, grid, batch))
+
+
+def test_zero_parameters_are_refilled() -> None:
+    """Behind a zero modulation, a wrong attention would not show."""
+    for name in ("kandinsky5", "wan", "hunyuan"):
+        model, _ = CASES[name].make((1, 2, 2), 1)
+        assert all(bool(p.any()) for p in model.parameters())
+
+
+def test_the_checks_see_a_wrong_expectation() -> None:
+    """A case that expects something else than is there must fail."""
+    from dataclasses import replace
+
+    right = CASES["cogvideox"]
+    seen = look(right, (3, 6, 10), 1)
+    assert not problems(right, (3, 6, 10), seen)
+    wrong: list[Case] = [
+        replace(right, dense=1),
+        replace(right, others=1),
+        replace(right, kind="self"),
+        replace(right, before=0),
+    ]
+    assert all(problems(case, (3, 6, 10), seen) for case in wrong)
+    assert problems(right, (6, 3, 10), seen)
+    seen.got = [tensor + 0.01 * torch.randn_like(tensor) for tensor in seen.got]
+    assert problems(right, (3, 6, 10), seen)
