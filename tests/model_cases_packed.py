@@ -99,7 +99,7 @@ def chroma(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "ChromaTransformer2DModel", dense=0, others=2, source="", image=True,
+    "ChromaTransformer2DModel", dense=0, others=2, source="given", image=True,
     note="with attention_mask, which is added to the scores",
 )  # fmt: skip
 def chroma_masked(grid: Grid, batch: int) -> Made:

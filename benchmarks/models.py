@@ -1,0 +1,123 @@
+"""What is found in real models' graphs, for docs/models.md: `python -m benchmarks.models`.
+
+Runs the cases of tests/test_models.py on the CPU: small configurations with random weights, each
+compiled once with every site split at threshold 0 and compared with dense attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from model_cases import Case
+    from model_checks import Seen
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+
+HEAD = """# Models
+
+What freqopt finds in the graphs of public models, written by `python -m benchmarks.models` with
+{versions}.
+The configurations are small and the weights random (see
+[tests/model_cases.py](../tests/model_cases.py)); each model is compiled once with every site split
+at threshold 0, which must equal dense attention at each site and at the output.
+
+- **split**: attentions that can be split, of all in the graphs.
+- **grid from**: `graph`, read off the model's own operations; `grid=`, packed before the model, so
+  that it has to be given in the options or comes with the plan.
+- **rest**: why the other attentions stay dense.
+
+"""
+COLUMNS = ("class", "split", "kind", "text", "grid", "grid from", "rest", "notes")
+
+
+def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) -> tuple[str, ...]:
+    """One row of the table."""
+    dense = [site for site in seen.used if site.eligible]
+    kinds = " / ".join(dict.fromkeys(site.kind for site in dense)) or "-"
+    sides = []
+    for side in ("before", "after"):
+        counts = [getattr(site, f"text_{side}") for site in dense]
+        if any(not isinstance(count, int) or count > 0 for count in counts):
+            sides.append(side)
+    extents = " x ".join(str(extent) for extent in dense[0].grid or ()) if dense else "-"
+    source = {"graph": "graph", "given": "`grid=`", "": "-"}[case.source]
+    rest = Counter(brief(site.reason) for site in seen.used if not site.eligible)
+    why = "; ".join(f"{count} {reason}" for reason, count in rest.items()) or "-"
+    notes = "; ".join([*([case.note] if case.note else []), *(f"WRONG: {item}" for item in wrong)])
+    found = f"{len(dense)} of {len(seen.used)}"
+    place = " and ".join(sides) or ("-" if not dense else "none")
+    return f"`{case.name}`", found, kinds, place, extents, source, why, notes
+
+
+REASONS = {
+    "queries and its keys are of different tokens": "cross",
+    "keys cover other tokens": "partly cross",
+    "slices of the video": "within slices of the video",
+    "is causal": "causal",
+    "differs between queries": "mask differs between queries",
+    "added to the scores": "mask is added to the scores",
+    "several grids": "several grids in one sequence",
+    "has no grid": "no grid (text or audio)",
+    "none has that many": "other length than the grid given (text or audio)",
+    "cannot be followed": "tokens cannot be followed",
+    "may hide video tokens": "mask may hide video tokens",
+}
+
+
+def brief(reason: str) -> str:
+    """A reason in a few words."""
+    return next((short for part, short in REASONS.items() if part in reason), reason)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page; returns how many models do not behave as expected."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", help="cases, such as wan or flux (default: all)")
+    parser.add_argument("--out", type=Path, help=f"file to write (default: {PAGE}; - for stdout)")
+    given = parser.parse_args(arguments)
+    sys.path.insert(0, str(ROOT / "tests"))
+    from model_cases import load_all
+    from model_checks import look, problems
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    cases, failed = load_all(), 0
+    rows: list[tuple[str, ...]] = []
+    for index, (name, case) in enumerate(cases.items()):
+        if given.names and name not in given.names:
+            continue
+        grid, batch = case.variant(index)
+        seen = look(case, grid, batch)
+        wrong = problems(case, grid, seen)
+        failed += bool(wrong)
+        rows.append(row(case, grid, seen, wrong))
+        print(f"{name}: {'; '.join(wrong) or 'ok'}", file=sys.stderr)
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
+    page = HEAD.format(versions=packages) + table(rows)
+    if given.names or str(given.out) == "-":
+        print(page)
+    else:
+        (given.out or PAGE).write_text(page, encoding="utf-8")
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
