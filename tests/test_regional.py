@@ -97,3 +97,41 @@ def test_a_plan_of_another_model_is_refused(plan: Plan) -> None:
     other = VideoDiT(VideoDiTConfig(width=64, layers=2, mlp_width=64, rope_axes=(8, 12, 12)))
     with pytest.raises(PlanError):
         freqopt.attach(other, plan)
+
+
+def test_diffusers_compile_repeated_blocks() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=4,
+        out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=3, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+
+    def call(seed: int) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(1, 4, 5, 16, 24, generator=generator),
+            "timestep": torch.tensor([100 + seed]),
+            "encoder_hidden_states": torch.randn(1, 7, 16, generator=generator),
+            "return_dict": False,
+        }
+
+    torch._dynamo.reset()
+    plan = freqopt.calibrate(model, [call(i) for i in range(4)], target_error=0.1, progress=False)
+    options = {"inner": "eager", "min_tokens": 0}
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend=freqopt_backend, options={**options, "plan": plan})
+    with torch.no_grad():
+        dense, expected = model(**call(9))[0], whole(**call(9))[0]
+    assert (expected - dense).norm() > 1e-4 * dense.norm()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    freqopt.reset_counters()
+    with freqopt.attach(model, plan), torch.no_grad():
+        model.compile_repeated_blocks(backend=freqopt_backend, options=options, fullgraph=True)
+        out = model(**call(9))[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (freqopt.counters().split, freqopt.counters().dense) == (3, 3)
+    assert (out - expected).norm() < 1e-5 * expected.norm()
