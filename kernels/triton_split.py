@@ -344,7 +344,7 @@ def attend_text(
 
 
 def with_unit_last_stride(x: Tensor) -> Tensor:
-    """`x` itself unless its head dim is strided, which no kernel reads well."""
+    """`x` itself unless its last dim is strided, which no kernel reads well."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -363,6 +363,8 @@ def split_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward pass; arguments and results as in `freqopt.kernels.op.split_attention_op`."""
     query, key, value = (with_unit_last_stride(x) for x in (query, key, value))
+    if key_mask is not None:
+        key_mask = with_unit_last_stride(key_mask)
     batch, heads, length, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     with _on_device(query):
