@@ -22,6 +22,7 @@ from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.propagate import Dimensions
 from freqopt.passes.provenance import alike, is_lost, kind_of_axes, same_lattices, split_batch
 from freqopt.passes.site import Attention, Extent, Kind, Site
+from freqopt.passes.square_masks import key_mask_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,10 @@ def classify(
         return "other", Layout(), why
     if kind == "other":
         return kind, Layout(), "its keys cover other tokens than its queries"
-    if not same(axis_size(tokens), axis_size(key[-2])):
-        return "other", Layout(), "it has another number of keys than of queries"
+    counts = axis_size(tokens), axis_size(key[-2])
+    if not same(*counts):
+        why = f"its {counts[0]} queries and {counts[1]} keys are not provably as many"
+        return "other", Layout(), why
     if not (alike(values[-2], key[-2]) or is_lost(values[-2])):
         return "other", Layout(), "its values are of other tokens than its keys"
     layout = infer_layout(tokens, grid, attention.node.graph)
@@ -177,6 +180,8 @@ def classify(
         return "other", Layout(), "its keys are not provably in the order of its queries"
     if layout.problem is None and layout.grid is not None and attention.mask is not None:
         batch = shape(attention.query)[0]
+        if (row := key_mask_of(attention.mask)) is not None:
+            attention.mask, attention.masks_queries = row, True
         why_not = mask_problem(attention.mask, layout.text_before, product(layout.grid), batch)
         return kind, layout, why_not
     return kind, layout, layout.problem

@@ -91,6 +91,8 @@ class Range:
             return self._compares(item, True)
         if name == "cat":
             return self._concatenated(item)
+        if name in ("pad", "constant_pad_nd"):
+            return self._padded(item)
         return False
 
     def false(self, item: Any) -> bool:
@@ -131,6 +133,20 @@ class Range:
     def _keeps_last(self, node: fx.Node, source: Any) -> bool:
         sizes = shape(source)
         return bool(sizes) and same(sizes[-1], shape(node)[-1])
+
+    def _padded(self, node: fx.Node) -> bool:
+        """Padding of the last axis with True, or what is padded."""
+        pads, source = argument(node, 1, "pad"), node.args[0]
+        mode = argument(node, 2, "mode", default="constant")
+        position = 2 if operation(node) == "constant_pad_nd" else 3
+        if len(pads) != 2 or not (mode == "constant" or position == 2):
+            return False
+        left, filled = value(pads[0]), argument(node, position, "value", default=0) in (True, 1)
+        if at_most(self.stop, left):
+            return filled
+        start, stop = self.start - left, self.stop - left
+        inside = at_most(0, start) and at_most(stop, shape(source)[-1])
+        return inside and Range(start, stop).true(source)
 
     def _concatenated(self, node: fx.Node) -> bool:
         pieces = argument(node, 0, "tensors")

@@ -166,14 +166,26 @@ def _method(site: Site, name: str, node: fx.Node, *arguments: Any) -> fx.Node:
     """A call of a tensor method, with its example value."""
     mode = _fake_mode(site.node.graph)
     with mode if mode is not None else nullcontext():
-        example = getattr(value(node), name)(*arguments)
+        example = getattr(value(node), name)(*fx.node.map_arg(arguments, value))
     made = site.node.graph.call_method(name, (node, *arguments))
     made.meta = dict(site.node.meta, example_value=example)
     return made
 
 
+def _zero_hidden(site: Site, new: fx.Node) -> fx.Node:
+    """The result with zeros for queries that the mask hides, (B, H, N, D)."""
+    mask, graph = site.attention.mask, site.node.graph
+    assert mask is not None
+    with graph.inserting_before(new.next):
+        shown = _method(site, "transpose", mask, -2, -1)
+        hidden = _method(site, "logical_not", shown)
+        return _method(site, "masked_fill", new, hidden, 0.0)
+
+
 def _in_old_form(site: Site, new: fx.Node) -> fx.Node:
     """The result with heads folded into the batch, where the attention had it so."""
+    if site.attention.masks_queries:
+        new = _zero_hidden(site, new)
     if len(shape(site.node)) != 3:
         return new
     with site.node.graph.inserting_after(new):

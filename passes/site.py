@@ -38,9 +38,10 @@ class Attention:
     """One attention as an anchor found it; tensors as fx nodes.
 
     query: (B, H, N, D); key, value: (B, Hkv, M, D); written by hand also (B * H, N, D), and the key
-    (.., D, M) if `key_transposed`. scale: factor of the logits, None for D**-0.5.
-    objection: why this form of attention can never be rewritten, or None. nodes: all that compute
-    it, `node` (the output, which a replacement stands in for) last.
+    (.., D, M) if `key_transposed`. scale: factor of the logits, None for D**-0.5. masks_queries:
+    queries that the mask hides as keys give zero. objection: why this form of attention can never
+    be rewritten, or None. nodes: all that compute it, `node` (the output, which a replacement
+    stands in for) last.
     """
 
     node: fx.Node
@@ -52,6 +53,7 @@ class Attention:
     objection: str | None = None
     nodes: tuple[fx.Node, ...] = ()
     key_transposed: bool = False
+    masks_queries: bool = False
 
 
 @dataclass

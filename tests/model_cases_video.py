@@ -284,7 +284,7 @@ def latte(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HunyuanVideo15Transformer3DModel", dense=0, others=2, kind="joint", after=16, batches=(1,),
+    "HunyuanVideo15Transformer3DModel", dense=1, others=1, kind="joint", after=16, batches=(1,),
     source="given", note="graph breaks; one graph serves all blocks",
 )  # fmt: skip
 def hunyuan15(grid: Grid, batch: int) -> Made:
@@ -300,7 +300,7 @@ def hunyuan15(grid: Grid, batch: int) -> Made:
         "encoder_hidden_states": text(batch),
         "encoder_attention_mask": torch.ones(batch, TEXT),
         "encoder_hidden_states_2": text(batch, 12, 4),
-        "encoder_attention_mask_2": torch.ones(batch, 4),
+        "encoder_attention_mask_2": torch.tensor([[1.0, 1, 0, 0]]).repeat(batch, 1),
         "image_embeds": text(batch, 8, 5),
         "return_dict": False,
     }
