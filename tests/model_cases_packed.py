@@ -32,13 +32,13 @@ def ltx_inputs(grid: Grid, batch: int) -> dict[str, Any]:
     }
 
 
-@case("LTXVideoTransformer3DModel", dense=2, others=2, source="given")
+@case("LTXVideoTransformer3DModel", dense=2, others=2)
 def ltx(grid: Grid, batch: int) -> Made:
     return build("LTXVideoTransformer3DModel", **LTX), ltx_inputs(grid, batch)
 
 
 @case(
-    "LTX2VideoTransformer3DModel", dense=2, others=10, source="given",
+    "LTX2VideoTransformer3DModel", dense=2, others=10,
     note="audio attends to itself and to the video; both stay dense",
 )  # fmt: skip
 def ltx2(grid: Grid, batch: int) -> Made:
@@ -114,7 +114,7 @@ def bria(grid: Grid, batch: int) -> Made:
     return build("BriaTransformer2DModel", **config), flux_inputs(grid, batch)
 
 
-@case("QwenImageTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
+@case("QwenImageTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
 def qwen_image(grid: Grid, batch: int) -> Made:
     model = build(
         "QwenImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4, num_layers=2,

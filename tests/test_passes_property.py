@@ -1,6 +1,7 @@
 """Random small transformers, in the many ways people write them: each is found and rewritten.
 
-The choices are independent, so combinations that no public model has are tried too; at threshold 0 the compiled model must equal the eager one.
+The choices are independent, so combinations that no public model has are tried too; at threshold 0
+the compiled model must equal the eager one.
 """
 
 from __future__ import annotations
