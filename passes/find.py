@@ -175,7 +175,7 @@ def classify(
         return "other", Layout(), why
     if not (alike(values[-2], key[-2]) or is_lost(values[-2])):
         return "other", Layout(), "its values are of other tokens than its keys"
-    layout = infer_layout(tokens, grid, attention.node.graph)
+    layout = infer_layout(tokens, grid, attention.node.graph, dimensions.positions)
     if grid is None and not same_lattices(tokens, key[-2]):
         return "other", Layout(), "its keys are not provably in the order of its queries"
     if layout.problem is None and layout.grid is not None and attention.mask is not None:

@@ -6,6 +6,7 @@ video tokens; a grid set by the user is held to the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -32,31 +33,52 @@ class Layout:
     text_after_arguments: tuple[Argument, ...] = ()
 
 
-def infer_layout(axis: Axis, given: tuple[int, int, int] | None, graph: fx.Graph) -> Layout:
+def infer_layout(
+    axis: Axis,
+    given: tuple[int, int, int] | None,
+    graph: fx.Graph,
+    positions: Mapping[Atom, Sequence[Segment]] | None = None,
+) -> Layout:
     """Layout of a token axis.
 
-    given: the user's grid, which goes before what the graph says, if it fits.
+    given: the user's grid, which goes before what the graph says, if it fits. positions: lattices
+    of the tables of positions that tokens packed into one axis meet, see `Dimensions`.
     """
     if given is not None:
         return _given_layout(axis, given, graph)
-    video = [i for i, segment in enumerate(axis) if is_lattice(segment)]
+    video = {i: segment for i, segment in enumerate(axis) if is_lattice(segment)}
+    if not video:
+        video = _by_positions(axis, positions or {})
     if not video:
         return Layout(problem=_why_no_lattice(axis))
     if len(video) > 1:
-        shapes = ", ".join("x".join(str(a.size) for a in axis[i]) for i in video)
+        shapes = ", ".join("x".join(str(a.size) for a in s) for s in video.values())
         return Layout(problem=f"its tokens are several grids in one sequence ({shapes})")
-    segment = axis[video[0]]
+    ((index, segment),) = video.items()
     extents = lattice_extents(segment)
     if isinstance(extents, str):
         return Layout(problem=extents)
     sizes = [extent.size if isinstance(extent, Atom) else extent for extent in extents]
-    layout = _around(axis, video[0], (sizes[0], sizes[1], sizes[2]), graph)
+    layout = _around(axis, index, (sizes[0], sizes[1], sizes[2]), graph)
     arguments = [_argument(extent, graph) for extent in extents]
     known = tuple(argument for argument in arguments if argument is not None)
     if layout.problem is None and len(known) < 3:
         layout.problem = "an extent of its grid cannot be read where the attention is"
     layout.grid_arguments = known
     return layout
+
+
+def _by_positions(axis: Axis, positions: Mapping[Atom, Sequence[Segment]]) -> dict[int, Segment]:
+    """Lattices of segments by their positions, where all tables agree."""
+    found: dict[int, Segment] = {}
+    for i, segment in enumerate(axis):
+        tables = positions.get(segment[0], ()) if len(segment) == 1 else ()
+        if tables and all(
+            all(same(a.size, b.size) for a, b in zip(tables[0], table, strict=True))
+            for table in tables
+        ):
+            found[i] = tables[0]
+    return found
 
 
 def is_lattice(segment: Segment) -> bool:
@@ -78,7 +100,7 @@ def lattice_extents(segment: Segment) -> list[Atom | int] | str:
                 f"its tokens lie on more than three axes or in tiles ({shape}), not in raster order"
             )
         del atoms[unit]
-    if len({atom.root[1] for atom in atoms}) < len(atoms):
+    if len({atom.root for atom in atoms}) < len(atoms):
         return "its tokens lie in tiles, not in raster order"
     if len(atoms) == 2:
         # With one frame, or one row of patches, no trace of that axis may be left.

@@ -16,6 +16,7 @@ from freqopt.passes.dimensions import (
     Atom,
     Axis,
     Origin,
+    Segment,
     Shape,
     axis_size,
     distribute,
@@ -77,6 +78,7 @@ class Dimensions:
         self.axes: dict[fx.Node, Shape] = {}
         self.several: dict[fx.Node, list[Shape | None]] = {}
         self.bodies: dict[fx.Node, tuple[fx.GraphModule, Dimensions]] = {}
+        self.positions: dict[Atom, list[Segment]] = {}
         self.graph = graph
         self._provenance: Provenance | None = None
         self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
@@ -146,9 +148,26 @@ class Dimensions:
                 axis, known, out = axes[-back], result[-back], shape(node)[-back]
                 if same(sizes[-back], 1) and not same(out, 1):
                     continue
-                if known is None or (axis is not known and self._precedes(axis, known)):
+                if known is None:
                     result[-back] = axis
+                elif axis is not known:
+                    self._note_positions(axis, known)
+                    if self._precedes(axis, known):
+                        result[-back] = axis
         return result
+
+    def _note_positions(self, first: Axis, second: Axis) -> None:
+        """Remember the lattice of a table of positions that packed tokens meet element by element.
+
+        Rotary tables made in the graph from three ranges tell how tokens lie that came in one axis.
+        """
+        if len(first) != len(second):
+            return
+        for a, b in zip(first, second, strict=True):
+            for tokens, table in ((a, b), (b, a)):
+                if len(tokens) == 1 and tokens[0].origin == "data" and is_table(table):
+                    if same(tokens[0].size, axis_size((table,))):
+                        self.positions.setdefault(tokens[0], []).append(table)
 
     def _precedes(self, axis: Axis, known: Axis) -> bool:
         """Whether an axis tells more than another that is aligned with it.
@@ -162,6 +181,11 @@ class Dimensions:
     def _arrival(self, axis: Axis) -> int:
         names = [atom.root[0] for segment in axis for atom in segment if atom.origin == "data"]
         return min((self.arrival.get(name, 0) for name in names), default=0)
+
+
+def is_table(segment: Segment) -> bool:
+    """Whether a segment is a lattice of three axes, none of which came with the data."""
+    return len(segment) == 3 and all(a.origin != "data" and a.parent is None for a in segment)
 
 
 def origin_of(node: fx.Node) -> Origin:
@@ -602,10 +626,26 @@ def unreadable(atom: Atom, node: fx.Node) -> Atom:
     return Atom(atom.size, atom.origin, atom.root, None, 0, cut=atom.cut)
 
 
+def _meshgrid(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]:
+    """Rule of meshgrid: every output has the axes of all inputs."""
+    given = node.args[0] if len(node.args) == 1 else node.args
+    tensors = list(given) if isinstance(given, (tuple, list)) else [given]
+    axes: list[Axis] = []
+    for item in tensors:
+        known = dimensions.of(item)
+        if known is None or len(known) > 1:
+            return _unknown(dimensions, node)
+        axes.append(known[0] if known else ())
+    if node.kwargs.get("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = axes[1::-1]
+    return [tuple(axes)] * len(tensors)
+
+
 SEVERAL: dict[str, Callable[[Dimensions, fx.Node], list[Shape | None]]] = {
     "split": _split,
     "chunk": _split,
     "unbind": _split,
+    "meshgrid": _meshgrid,
     "split_with_sizes": _split,
     "tensor_split": _split,
 }

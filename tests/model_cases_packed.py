@@ -32,7 +32,10 @@ def ltx_inputs(grid: Grid, batch: int) -> dict[str, Any]:
     }
 
 
-@case("LTXVideoTransformer3DModel", dense=2, others=2)
+@case(
+    "LTXVideoTransformer3DModel", dense=2, others=2,
+    note="grid from the rotary table, which the graph makes of three ints",
+)  # fmt: skip
 def ltx(grid: Grid, batch: int) -> Made:
     return build("LTXVideoTransformer3DModel", **LTX), ltx_inputs(grid, batch)
 
@@ -114,7 +117,7 @@ def bria(grid: Grid, batch: int) -> Made:
     return build("BriaTransformer2DModel", **config), flux_inputs(grid, batch)
 
 
-@case("QwenImageTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
+@case("QwenImageTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
 def qwen_image(grid: Grid, batch: int) -> Made:
     model = build(
         "QwenImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4, num_layers=2,
