@@ -109,7 +109,7 @@ def _describe(
         name=name, kind=kind, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         query_length=lengths[0], key_length=lengths[1], grid=layout.grid,
         text_before=layout.text_before, text_after=layout.text_after, eligible=reason is None,
-        reason=reason or "dense attention on a known grid",
+        reason=reason or "dense attention on a known grid" + layout.remark,
         dtype=_compute_dtype(attention),
         device=query.device if query is not None else torch.device("cpu"),
         attention=attention,

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from freqopt.passes.dimensions import Atom, Axis, Segment, axis_size, product, same, segment_size
+from freqopt.passes.dimensions import (
+    Atom,
+    Axis,
+    Segment,
+    axis_size,
+    hint,
+    product,
+    same,
+    segment_size,
+)
 from freqopt.passes.site import Argument, Extent, Size
 
 Grid3 = tuple[Extent, Extent, Extent]
@@ -21,13 +30,15 @@ Grid3 = tuple[Extent, Extent, Extent]
 class Layout:
     """How a site's tokens lie: grid extents (slowest first) and the text around the video.
 
-    problem: why there is no grid. The arguments are what the graph computes the extents from.
+    problem: why there is no grid. remark: what else is to say where there is one. The arguments
+    are what the graph computes the extents from.
     """
 
     grid: Grid3 | None = None
     text_before: Extent = 0
     text_after: Extent = 0
     problem: str | None = None
+    remark: str = ""
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
     text_after_arguments: tuple[Argument, ...] = ()
@@ -51,10 +62,12 @@ def infer_layout(
         video = _by_positions(axis, positions or {})
     if not video:
         return Layout(problem=_why_no_lattice(axis))
-    if len(video) > 1:
-        shapes = ", ".join("x".join(str(a.size) for a in s) for s in video.values())
-        return Layout(problem=f"its tokens are several grids in one sequence ({shapes})")
-    ((index, segment),) = video.items()
+    index = _main(video)
+    shapes = ["x".join(str(atom.size) for atom in video[i]) for i in video if i != index]
+    if index is None:
+        several = ", ".join(shapes)
+        return Layout(problem=f"its tokens are several grids in one sequence ({several})")
+    segment = video[index]
     extents = lattice_extents(segment)
     if isinstance(extents, str):
         return Layout(problem=extents)
@@ -65,7 +78,25 @@ def infer_layout(
     if layout.problem is None and len(known) < 3:
         layout.problem = "an extent of its grid cannot be read where the attention is"
     layout.grid_arguments = known
+    if shapes:
+        others = ", ".join(shapes)
+        layout.remark = f"; other grids in its sequence ({others}) stay exact, as text does"
     return layout
+
+
+def _main(video: Mapping[int, Segment]) -> int | None:
+    """The lattice that has more tokens than all others together, such as a video after its history.
+
+    The others are left exact. None where no lattice is as large, and for unknown sizes.
+    """
+    if len(video) == 1:
+        return next(iter(video))
+    sizes = {i: hint(segment_size(segment)) for i, segment in video.items()}
+    known = {i: size for i, size in sizes.items() if size is not None}
+    if len(known) < len(sizes):
+        return None
+    largest = max(known, key=lambda i: known[i])
+    return largest if 2 * known[largest] > sum(known.values()) else None
 
 
 def _by_positions(axis: Axis, positions: Mapping[Atom, Sequence[Segment]]) -> dict[int, Segment]:

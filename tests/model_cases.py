@@ -129,6 +129,6 @@ def positions(grid: Grid) -> Tensor:
 
 def load_all() -> dict[str, Case]:
     """All cases, those of the other modules too."""
-    for module in ("video", "packed", "image", "encoder"):
+    for module in ("video", "packed", "image", "encoder", "more"):
         importlib.import_module(f"model_cases_{module}")
     return CASES

@@ -307,8 +307,9 @@ def hunyuan15(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HunyuanVideoFramepackTransformer3DModel", dense=0, others=3, source="", batches=(1,),
-    fullgraph=True, note="history frames come first, on grids of their own",
+    "HunyuanVideoFramepackTransformer3DModel", dense=1, others=2, kind="joint",
+    before=12 + 20 + 126, grids=((5, 7, 9),), batches=(1,), fullgraph=True,
+    note="history frames come first, on grids of their own, and stay exact",
 )  # fmt: skip
 def framepack(grid: Grid, batch: int) -> Made:
     config = HUNYUAN | {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True}

@@ -310,15 +310,29 @@ def test_heads_times_head_dim_make_no_grid() -> None:
     assert not site.eligible
 
 
+class History(nn.Module):
+    """Two videos in one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.weight = Attention(), nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+
+    def forward(self, history: Tensor, x: Tensor) -> Tensor:
+        parts = [toys.conv3d_tokens(y, self.weight) for y in (history, x)]
+        return self.attention(torch.cat(parts, 1))
+
+
 def test_several_grids_in_one_sequence_stay_dense() -> None:
-    attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
-
-    def model(history: Tensor, x: Tensor) -> Tensor:
-        parts = [toys.conv3d_tokens(y, weight) for y in (history, x)]
-        return attention(torch.cat(parts, 1))
-
-    (site,) = sites_of(model, video((2, 6, 10)), video((3, 6, 10)))
+    (site,) = sites_of(History(), video((3, 6, 10)), video((3, 6, 10)))
     assert not site.eligible and "several grids" in site.reason
+
+
+def test_the_largest_of_several_grids_is_split_and_the_others_are_exact() -> None:
+    (site,) = sites_of(History(), video((2, 6, 10)), video((3, 6, 10)))
+    assert site.eligible and "2x6x10" in site.reason and "exact" in site.reason
+    assert (site.grid, site.text_before, site.text_after) == ((3, 6, 10), 120, 0)
+    (site,) = sites_of(History(), video((3, 6, 10)), video((2, 6, 10)))
+    assert (site.grid, site.text_before, site.text_after) == ((3, 6, 10), 0, 120)
 
 
 def test_an_unknown_reordering_loses_the_grid() -> None:

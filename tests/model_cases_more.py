@@ -1,0 +1,194 @@
+"""Further models of diffusers: history frames, three streams, grouped heads, audio."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from model_cases import TEXT, Grid, Made, build, case, image, latents, steps, text
+from model_cases_packed import FLUX, flux_inputs, packed
+from model_cases_video import WAN
+
+
+@case("AnyFlowTransformer3DModel", dense=2, others=2)
+def anyflow(grid: Grid, batch: int) -> Made:
+    model = build("AnyFlowTransformer3DModel", **WAN, gate_value=0.25, deltatime_type="r")
+    return model, {
+        "hidden_states": latents(grid, batch).transpose(1, 2).contiguous(),
+        "timestep": torch.full((batch, grid[0]), 500.0),
+        "r_timestep": torch.full((batch, grid[0]), 250.0),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
+
+
+HELIOS = {key: WAN[key] for key in WAN if key not in ("rope_max_seq_len",)} | {
+    "rope_dim": (4, 6, 6),
+    "cross_attn_norm": True,
+}
+
+
+@case("HeliosTransformer3DModel", dense=2, others=2, note="without history frames")
+def helios(grid: Grid, batch: int) -> Made:
+    config = HELIOS | {"has_multi_term_memory_patch": False, "guidance_cross_attn": False,
+                       "zero_history_timestep": False}  # fmt: skip
+    return build("HeliosTransformer3DModel", **config), {
+        "hidden_states": latents(grid, batch),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "indices_hidden_states": torch.arange(grid[0]).repeat(batch, 1),
+        "return_dict": False,
+    }
+
+
+@case(
+    "HeliosTransformer3DModel", dense=2, others=2, kind="joint", before=6 + 15 + 60,
+    grids=((3, 6, 10),), note="history frames come first, on grids of their own, and stay exact",
+)  # fmt: skip
+def helios_history(grid: Grid, batch: int) -> Made:
+    model = build("HeliosTransformer3DModel", **HELIOS, has_multi_term_memory_patch=True)
+    inputs: dict[str, Any] = {
+        "hidden_states": latents(grid, batch),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "indices_hidden_states": torch.arange(grid[0]).repeat(batch, 1),
+        "return_dict": False,
+    }
+    for name, count in (("short", 1), ("mid", 2), ("long", 4)):
+        history = latents((count, *grid[1:]), batch)
+        inputs[f"latents_history_{name}"] = history
+        inputs[f"indices_latents_history_{name}"] = torch.arange(count).repeat(batch, 1)
+    return model, inputs
+
+
+@case("JoyImageEditTransformer3DModel", dense=2, kind="joint", after=TEXT)
+def joyimage(grid: Grid, batch: int) -> Made:
+    model = build(
+        "JoyImageEditTransformer3DModel", patch_size=[1, 2, 2], in_channels=4, hidden_size=32,
+        num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 6, 6],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": latents(grid, batch),
+        "timestep": steps(batch, torch.float32),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
+
+
+@case("CogView3PlusTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
+def cogview3plus(grid: Grid, batch: int) -> Made:
+    model = build(
+        "CogView3PlusTransformer2DModel", patch_size=2, in_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, out_channels=4, text_embed_dim=16,
+        time_embed_dim=8, condition_dim=2, pos_embed_max_size=32, sample_size=16,
+    )  # fmt: skip
+    size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros(batch, 2),
+        "return_dict": False,
+    }
+
+
+@case("ErnieImageTransformer2DModel", dense=2, kind="joint", after=TEXT, image=True)
+def ernie(grid: Grid, batch: int) -> Made:
+    model = build(
+        "ErnieImageTransformer2DModel", hidden_size=32, num_attention_heads=2, num_layers=2,
+        ffn_hidden_size=32, in_channels=4, out_channels=4, patch_size=1, text_in_dim=16,
+        rope_theta=256, rope_axes_dim=(8, 4, 4), qk_layernorm=True,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch, patch=1),
+        "timestep": torch.ones(batch),
+        "text_bth": text(batch),
+        "text_lens": torch.full((batch,), TEXT),
+        "return_dict": False,
+    }
+
+
+@case("OvisImageTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
+def ovis(grid: Grid, batch: int) -> Made:
+    return build("OvisImageTransformer2DModel", **FLUX), flux_inputs(grid, batch)
+
+
+@case(
+    "LongCatImageTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True
+)
+def longcat(grid: Grid, batch: int) -> Made:
+    model = build("LongCatImageTransformer2DModel", **FLUX, pooled_projection_dim=8)
+    return model, flux_inputs(grid, batch) | {"guidance": torch.ones(batch)}
+
+
+@case("GlmImageTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True, fullgraph=True)
+def glm_image(grid: Grid, batch: int) -> Made:
+    model = build(
+        "GlmImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8,
+        condition_dim=4, prior_vq_quantizer_codebook_size=64,
+    )  # fmt: skip
+    tokens = grid[1] * grid[2]
+    return model, {
+        "hidden_states": image(grid, batch),
+        "encoder_hidden_states": text(batch),
+        "prior_token_id": torch.zeros(batch, tokens, dtype=torch.int64),
+        "prior_token_drop": torch.zeros(batch, tokens, dtype=torch.bool),
+        "timestep": steps(batch),
+        "target_size": torch.full((batch, 2), 64.0),
+        "crop_coords": torch.zeros(batch, 2),
+        "return_dict": False,
+    }
+
+
+@case(
+    "NucleusMoEImageTransformer2DModel", dense=0, others=2, source="given", image=True,
+    note="image queries, text in the keys only",
+)  # fmt: skip
+def nucleus(grid: Grid, batch: int) -> Made:
+    model = build(
+        "NucleusMoEImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4,
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4), moe_enabled=False, capacity_factors=[8.0, 8.0],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": packed(grid, batch, 16),
+        "encoder_hidden_states": text(batch),
+        "timestep": torch.ones(batch),
+        "img_shapes": [grid] * batch,
+        "return_dict": False,
+    }
+
+
+@case(
+    "StableAudioDiTModel", dense=2, others=2, kind="joint", before=1, source="given",
+    grids=((1, 1, 300), (1, 1, 240)), note="audio, grouped heads, one global token in front",
+)  # fmt: skip
+def stable_audio(grid: Grid, batch: int) -> Made:
+    model = build(
+        "StableAudioDiTModel", sample_size=grid[2], in_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=4, num_key_value_attention_heads=2,
+        out_channels=4, cross_attention_dim=16, time_proj_dim=8, global_states_input_dim=8,
+        cross_attention_input_dim=16,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(batch, 4, grid[2]),
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": text(batch),
+        "global_hidden_states": torch.randn(batch, 1, 8),
+        "rotary_embedding": (torch.randn(grid[2] + 1, 4), torch.randn(grid[2] + 1, 4)),
+        "return_dict": False,
+    }
+
+
+@case("WanTransformer3DModel", dense=2, others=2, note="2.2: one time step per token", batches=(1,))
+def wan22(grid: Grid, batch: int) -> Made:
+    tokens = grid[0] * grid[1] * grid[2]
+    return build("WanTransformer3DModel", **WAN), {
+        "hidden_states": latents(grid, batch),
+        "timestep": torch.full((batch, tokens), 500.0),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
