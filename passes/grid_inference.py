@@ -203,7 +203,8 @@ def _why_no_lattice(axis: Axis) -> str:
     listed = ", ".join(readable_input(name) for name in data)
     return (
         f"its tokens are one axis of the input {listed}, which has no grid (text, audio, or video "
-        "packed before the model); if they are video, pass grid=(t, h, w)"
+        "packed before the model); if they are video, pass grid=(t, h, w); an image is (1, h, w), "
+        "one long sequence (1, 1, n)"
     )
 
 

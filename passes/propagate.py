@@ -418,6 +418,17 @@ def _best(shapes: Sequence[Shape]) -> list[Axis | None]:
     return [max(axes, key=rank) for axes in zip(*shapes, strict=True)]
 
 
+@rule("embedding")
+def _embedding(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Indices and weight come in one order from nn.functional and in the other from aten."""
+    for source in node.all_input_nodes:
+        axes = dimensions.of(source)
+        if axes is not None and len(axes) == len(shape(node)) - 1:
+            if all(same(a, b) for a, b in zip(shape(source), shape(node), strict=False)):
+                return [*axes, None]
+    return None
+
+
 @rule("linear")
 def _linear(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     known = _known(dimensions, node)

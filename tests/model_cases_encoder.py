@@ -36,6 +36,13 @@ def videomae(grid: Grid, batch: int) -> Made:
     return model, {"pixel_values": frames(grid, batch)}
 
 
+@case("VideoMAEModel", LIBRARY, dense=2, grids=SQUARE, note="attention written out (eager)")
+def videomae_eager(grid: Grid, batch: int) -> Made:
+    model, inputs = videomae(grid, batch)
+    model.set_attn_implementation("eager")
+    return model, inputs
+
+
 @case("VJEPA2Model", LIBRARY, dense=2, grids=SQUARE, note="encoder")
 def vjepa2(grid: Grid, batch: int) -> Made:
     model = encoder(
@@ -131,13 +138,16 @@ def clip_text(grid: Grid, batch: int) -> Made:
     return model, {"input_ids": torch.randint(0, 99, (batch, 40))}
 
 
-@case("BertModel", LIBRARY, dense=0, others=2, source="", note="text")
+LINE: tuple[Grid, ...] = ((1, 1, 300), (1, 1, 240))
+
+
+@case("BertModel", LIBRARY, dense=2, source="given", grids=LINE, note="text")
 def bert(grid: Grid, batch: int) -> Made:
     model = encoder(
         "BertModel", "BertConfig", **SMALL, intermediate_size=32, vocab_size=99,
-        max_position_embeddings=64,
+        max_position_embeddings=512,
     )  # fmt: skip
-    return model, {"input_ids": torch.randint(0, 99, (batch, 40))}
+    return model, {"input_ids": torch.randint(0, 99, (batch, grid[2]))}
 
 
 @case("T5EncoderModel", LIBRARY, dense=0, others=2, source="", note="text, scores with a bias")
@@ -147,9 +157,6 @@ def t5(grid: Grid, batch: int) -> Made:
         vocab_size=99,
     )  # fmt: skip
     return model, {"input_ids": torch.randint(0, 99, (batch, 40))}
-
-
-LINE: tuple[Grid, ...] = ((1, 1, 300), (1, 1, 240))
 
 
 @case("WhisperModel", LIBRARY, dense=2, source="given", grids=LINE, note="audio encoder")
@@ -171,3 +178,34 @@ def wav2vec2(grid: Grid, batch: int) -> Made:
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     return model, {"input_values": torch.randn(batch, 8 * grid[2])}
+
+
+@case(
+    "WhisperModel", LIBRARY, dense=2, source="given", grids=LINE,
+    note="audio encoder, attention written out (eager)",
+)  # fmt: skip
+def whisper_eager(grid: Grid, batch: int) -> Made:
+    model, inputs = whisper(grid, batch)
+    model.set_attn_implementation("eager")
+    return model, inputs
+
+
+@case("SiglipVisionModel", LIBRARY, dense=2, others=1, image=True, grids=((1, 18, 18),))
+def siglip(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "SiglipVisionModel", "SiglipVisionConfig", **SMALL, image_size=2 * grid[1], patch_size=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    return model, {"pixel_values": image(grid, batch, 3)}
+
+
+@case(
+    "Swinv2Model", LIBRARY, dense=0, source="", grids=((1, 16, 16),),
+    note="cosine scores in windows: no attention as freqopt knows it",
+)  # fmt: skip
+def swin(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "Swinv2Model", "Swinv2Config", image_size=32, patch_size=2, embed_dim=16, depths=[2],
+        num_heads=[2], window_size=4,
+    )  # fmt: skip
+    return model, {"pixel_values": image(grid, batch, 3)}

@@ -55,7 +55,8 @@ def skyreels(grid: Grid, batch: int) -> Made:
 
 @case(
     "SkyReelsV2Transformer3DModel", dense=0, others=4, source="",
-    grids=((4, 6, 10),), note="frame blocks see the earlier ones only",
+    grids=((4, 6, 10),), batches=(1,),
+    note="frame blocks see the earlier ones only",
 )  # fmt: skip
 def skyreels_causal(grid: Grid, batch: int) -> Made:
     return skyreels_diffusion_forcing(grid, batch, 2)
@@ -195,7 +196,7 @@ def cosmos(grid: Grid, batch: int) -> Made:
     model = build(
         "CosmosTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2,
         attention_head_dim=16, num_layers=2, mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=4,
-        max_size=(8, 32, 32), concat_padding_mask=False, extra_pos_embed_type="learnable",
+        max_size=(8, 64, 64), concat_padding_mask=False, extra_pos_embed_type="learnable",
     )  # fmt: skip
     return model, cosmos_inputs(grid, batch)
 
@@ -216,7 +217,7 @@ def cosmos2(grid: Grid, batch: int) -> Made:
     model = build(
         "CosmosTransformer3DModel", in_channels=5, out_channels=4, num_attention_heads=2,
         attention_head_dim=16, num_layers=2, mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=4,
-        max_size=(8, 32, 32), concat_padding_mask=False, extra_pos_embed_type=None,
+        max_size=(8, 64, 64), concat_padding_mask=False, extra_pos_embed_type=None,
         rope_scale=(1.0, 3.0, 3.0),
     )  # fmt: skip
     condition = torch.zeros(batch, 1, grid[0], 2 * grid[1], 2 * grid[2])
