@@ -1,0 +1,200 @@
+"""How operations that compute carry the axes of tensors on: products, joins, convolutions.
+
+See `axis_rules` for what a rule is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from freqopt.passes.axis_rules import dim_of, known_axes, rule, several
+from freqopt.passes.dimensions import Atom, Axis, Shape, axis_size, join, rank, same
+from freqopt.passes.nodes import argument, known_int, operation, shape, value
+from freqopt.passes.site import Extent
+
+if TYPE_CHECKING:
+    from freqopt.passes.propagate import Dimensions
+
+REDUCTIONS = {
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "any",
+    "all",
+    "var",
+    "std",
+    "norm",
+    "logsumexp",
+}
+
+
+@rule("pad_sequence")
+def _pad_sequence(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Sequences stacked into a batch: those of one length keep their tokens, if they are alike."""
+    tensors = argument(node, 0, "sequences")
+    shapes = [dimensions.of(t) for t in tensors]
+    known = [s for s in shapes if s]
+    if not known or len(known) != len(shapes):
+        return None
+    length, *rest = _best(known)
+    if any(not same(axis_size(s[0]), axis_size(known[0][0])) for s in known):
+        length = None
+    first = argument(node, 1, "batch_first", default=False) is True
+    return [None, length, *rest] if first else [length, None, *rest]
+
+
+@rule("cat", "stack")
+def _cat(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    tensors = argument(node, 0, "tensors")
+    dim = known_int(argument(node, 1, "dim", "axis", default=0))
+    shapes = [dimensions.of(t) for t in tensors]
+    if dim is None or not shapes or any(s is None for s in shapes):
+        return None
+    known = [s for s in shapes if s]
+    if len(known) != len(shapes):
+        return None
+    if operation(node) == "stack":
+        axes: list[Axis | None] = _best(known)
+        axes.insert(
+            dim_of(dim, len(axes) + 1), dimensions.new_axis(node, dim_of(dim, len(axes) + 1))
+        )
+        return axes
+    axes = _best(known)
+    at = dim_of(dim, len(axes))
+    axes[at] = join(s[at] for s in known)
+    return axes
+
+
+def _best(shapes: Sequence[Shape]) -> list[Axis | None]:
+    return [max(axes, key=rank) for axes in zip(*shapes, strict=True)]
+
+
+@rule("embedding")
+def _embedding(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Indices and weight come in one order from nn.functional and in the other from aten."""
+    for source in node.all_input_nodes:
+        axes = dimensions.of(source)
+        if axes is not None and len(axes) == len(shape(node)) - 1:
+            if all(same(a, b) for a, b in zip(shape(source), shape(node), strict=False)):
+                return [*axes, None]
+    return None
+
+
+@rule("linear")
+def _linear(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    known = known_axes(dimensions, node)
+    return None if known is None else [*known[1][:-1], None]
+
+
+@rule("matmul", "bmm", "mm", "addmm", "baddbmm")
+def _matmul(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    start = 1 if operation(node) in ("addmm", "baddbmm") else 0
+    left = argument(node, start, "input", "self", "batch1", "mat1")
+    right = argument(node, start + 1, "other", "mat2", "batch2")
+    a, b = dimensions.of(left), dimensions.of(right)
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return None
+    result: list[Axis | None] = [None] * len(shape(node))
+    for axes, sizes in ((a, shape(left)), (b, shape(right))):
+        for back in range(3, len(axes) + 1):
+            if same(sizes[-back], shape(node)[-back]):
+                known = result[-back]
+                if known is None or rank(axes[-back]) > rank(known):
+                    result[-back] = axes[-back]
+    result[-2], result[-1] = a[-2], b[-1]
+    return result
+
+
+@rule("scaled_dot_product_attention")
+def _attention(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    query = dimensions.of(argument(node, 0, "query"))
+    values = dimensions.of(argument(node, 2, "value"))
+    return None if query is None or values is None else [*query[:-1], values[-1]]
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    known = known_axes(dimensions, node)
+    if known is None or len(known[1]) != len(shape(node)):
+        return None
+    axes: list[Axis | None] = [known[1][0], None]
+    for dim in range(2, len(known[1])):
+        axes.append(resized(known[1][dim], shape(node)[dim], node, dim))
+    return axes
+
+
+def resized(axis: Axis, size: Extent, node: fx.Node, dim: int) -> Axis | None:
+    """The same axis of an input with another extent: convolved, padded or interpolated."""
+    if len(axis) != 1 or len(axis[0]) != 1:
+        return None
+    atom = axis[0][0]
+    if atom.cut is not None and len(atom.cut[0]) != 1:
+        return None
+    return ((Atom(size, atom.origin, atom.root, node, dim),),)
+
+
+@rule("pad", "constant_pad_nd", "interpolate", "upsample")
+def _resize(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """Dimensions that change stay axes of the same input, with another extent."""
+    known = known_axes(dimensions, node)
+    if known is None or len(known[1]) != len(shape(node)):
+        return None
+    result: list[Axis | None] = []
+    for dim, axis in enumerate(known[1]):
+        size = shape(node)[dim]
+        if same(shape(known[0])[dim], size):
+            result.append(axis)
+        else:
+            result.append(resized(axis, size, node, dim))
+    return result
+
+
+@rule("einsum")
+def _einsum(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    left, arrow, right = str(equation).replace(" ", "").partition("->")
+    if not arrow or "." in left or len(left.split(",")) != len(operands):
+        return None
+    found: dict[str, Axis] = {}
+    for labels, operand in zip(left.split(","), operands, strict=True):
+        for label, axis in zip(labels, dimensions.of(operand) or (), strict=False):
+            if label not in found or rank(axis) > rank(found[label]):
+                found[label] = axis
+    return [found.get(label) for label in right]
+
+
+@rule(*sorted(REDUCTIONS))
+def _reduce(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    known = known_axes(dimensions, node)
+    given = argument(node, 1, "dim", "axis")
+    if known is None or given is None:
+        return None
+    axes: list[Axis | None] = list(known[1])
+    listed = given if isinstance(given, (tuple, list)) else [given]
+    dims = {dim_of(d, len(axes)) for d in listed if isinstance(d, int)}
+    if len(shape(node)) == len(axes):
+        return [() if d in dims else axis for d, axis in enumerate(axes)]
+    return [axis for d, axis in enumerate(axes) if d not in dims]
+
+
+@several("meshgrid")
+def _meshgrid(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]:
+    """Rule of meshgrid: every output has the axes of all inputs."""
+    given = node.args[0] if len(node.args) == 1 else node.args
+    tensors = list(given) if isinstance(given, (tuple, list)) else [given]
+    axes: list[Axis] = []
+    for item in tensors:
+        known = dimensions.of(item)
+        if known is None or len(known) > 1:
+            return [None] * len(value(node))
+        axes.append(known[0] if known else ())
+    if node.kwargs.get("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = axes[1::-1]
+    return [tuple(axes)] * len(tensors)
