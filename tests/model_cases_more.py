@@ -192,3 +192,67 @@ def wan22(grid: Grid, batch: int) -> Made:
         "encoder_hidden_states": text(batch),
         "return_dict": False,
     }
+
+
+@case("WanAnimateTransformer3DModel", dense=2, others=3, grids=((21, 6, 8),), batches=(1,))
+def wan_animate(grid: Grid, batch: int) -> Made:
+    model = build(
+        "WanAnimateTransformer3DModel", **(WAN | {"in_channels": 12}), latent_channels=4,
+        image_dim=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16,
+        face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": latents(grid, batch, 12),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "encoder_hidden_states_image": text(batch, 16, 12),
+        "pose_hidden_states": latents((grid[0] - 1, *grid[1:]), batch),
+        "face_pixel_values": torch.randn(batch, 3, 77, 16, 16),
+        "return_dict": False,
+    }
+
+
+@case(
+    "PRXTransformer2DModel", dense=0, others=2, source="", grids=((1, 16, 20),),
+    note="image queries, text in the keys only",
+)  # fmt: skip
+def prx(grid: Grid, batch: int) -> Made:
+    model = build(
+        "PRXTransformer2DModel", in_channels=4, patch_size=2, context_in_dim=16, hidden_size=32,
+        mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
+
+
+@case(
+    "Cosmos3OmniTransformer", dense=0, others=4, source="", batches=(1,),
+    note="video queries, text in the keys only; the text's own attention is causal",
+)  # fmt: skip
+def cosmos3(grid: Grid, batch: int) -> Made:
+    model = build(
+        "Cosmos3OmniTransformer", head_dim=12, hidden_act="relu2", hidden_size=24,
+        intermediate_size=24, latent_channel=2, latent_patch_size=1, num_attention_heads=2,
+        num_hidden_layers=2, num_key_value_heads=1, patch_latent_dim=2, qk_norm_for_text=False,
+        rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], rope_theta=1e8, vocab_size=32,
+    )  # fmt: skip
+    t, h, w = grid
+    vision = torch.arange(TEXT, TEXT + t * h * w)
+    return model, {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.zeros(3, TEXT + t * h * w, dtype=torch.int64),
+        "und_len": TEXT,
+        "sequence_length": TEXT + t * h * w,
+        "vision_tokens": [torch.randn(1, 2, t, h, w)],
+        "vision_token_shapes": [grid],
+        "vision_sequence_indexes": vision,
+        "vision_mse_loss_indexes": vision,
+        "vision_timesteps": torch.ones(t * h * w),
+        "vision_noisy_frame_indexes": [torch.arange(t)],
+    }
