@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OBJECTS = 6
+OBJECTS = 4
 """Objects in a scene; some leave the view, later ones occlude earlier ones."""
 
 WAVES = 5
@@ -129,7 +129,7 @@ def make_scenes(batch: int, seed: int, device: torch.device | str = "cpu") -> Sc
         position=position,
         velocity=speed * torch.stack([heading.cos(), heading.sin()], -1),
         acceleration=draw(OBJECTS, 2, low=-1.0, high=1.0),
-        radius=draw(OBJECTS, low=0.1, high=0.32),
+        radius=draw(OBJECTS, low=0.14, high=0.36),
         angle=draw(OBJECTS, high=2 * math.pi),
         spin=draw(OBJECTS, low=-4.0, high=4.0),
         aspect=draw(OBJECTS, low=0.65, high=1.5),

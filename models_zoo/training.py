@@ -11,8 +11,8 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +52,17 @@ class Stage:
     shift: float
 
 
-# No stage at 21 x 30 x 52 tokens: one with batch 1 in bfloat16 diverged at once on an H200.
+GRADIENT_TOLERANCE = 0.1
+"""Relative L2 difference of compiled from eager gradients beyond which a stage runs eagerly.
+
+Rounding accounts for 0.01. With torch 2.11 a compiled block at 21 x 30 x 52 tokens returned
+gradients of the modulation two thousand times too large on an H200, with either attention kernel.
+"""
+
 GPU_STAGES = (
-    Stage(0.55, 8, 60, 104, 16, 1.5),
-    Stage(0.45, 13, 88, 152, 4, 2.0),
+    Stage(0.45, 8, 60, 104, 16, 1.5),
+    Stage(0.30, 13, 88, 152, 4, 2.0),
+    Stage(0.25, 21, 120, 208, 1, 2.5),
 )
 CPU_STAGES = (
     Stage(0.75, 4, 24, 40, 6, 1.5),
@@ -176,6 +183,18 @@ def uncompile_blocks(model: VideoDiT) -> None:
     """Run the blocks eagerly again."""
     for block in model.blocks:
         block._compiled_call_impl = None
+
+
+@contextmanager
+def eager_blocks(model: VideoDiT) -> Iterator[None]:
+    """Run compiled blocks eagerly for a while; what was compiled is kept."""
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    uncompile_blocks(model)
+    try:
+        yield
+    finally:
+        for block, call in zip(model.blocks, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 def fastest_attention(stage: Stage, config: VideoDiTConfig) -> tuple[SDPBackend, str]:
@@ -321,6 +340,7 @@ class Trainer:
     def first_step(self, index: int) -> Tensor:
         """The first step of a stage, where compilation happens: eager from here on if it fails."""
         begun = time.monotonic()
+        draws = self.generator.get_state()
         try:
             loss = self.step(index)
         except torch.cuda.OutOfMemoryError:
@@ -338,12 +358,39 @@ class Trainer:
             self.state.optimiser.zero_grad(set_to_none=True)
             with self.attending():
                 loss = self.step(index)
+        if self.compiled:
+            self.check_gradients(index, draws)
         value = float(loss)
         self.state.note(
             f"stage {index + 1} of {len(self.stages)}: first step took "
             f"{time.monotonic() - begun:.1f} s, loss {value:.4f}"
         )
         return loss
+
+    def check_gradients(self, index: int, draws: Tensor) -> None:
+        """Put eager gradients in place of the compiled ones; stay eager if they disagree.
+
+        draws: the generator's state before the compiled step.
+        """
+        model, optimiser = self.state.model, self.state.optimiser
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        optimiser.zero_grad(set_to_none=True)
+        self.generator.set_state(draws)
+        with eager_blocks(model):
+            self.step(index)
+        off, whole = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                off += (found[name] - parameter.grad).double().square().sum()
+                whole += parameter.grad.double().square().sum()
+        stray = float((off / whole).sqrt())
+        if stray < GRADIENT_TOLERANCE:
+            return
+        said = f"compiled gradients are off by {stray:.3g}: eager from stage {index + 1}"
+        warnings.warn(f"{said} on, and slower", stacklevel=2)
+        self.state.note(said)
+        self.compiled = False
+        uncompile_blocks(model)
 
     def update(self, progress: float) -> None:
         """Optimiser and moving average."""

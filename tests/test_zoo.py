@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqopt.models_zoo.contact_sheet import write_contact_sheet
-from freqopt.models_zoo.procedural import make_scenes, render_videos
+from freqopt.models_zoo.procedural import OBJECTS, make_scenes, render_videos
 from freqopt.models_zoo.sampling import denoising_samples, initial_noise, sample, time_steps
 from freqopt.models_zoo.train import CONFIG, DATA_STD
 from freqopt.models_zoo.video_dit import (
@@ -84,13 +84,13 @@ def test_later_objects_occlude_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> 
     """Two flat discs at the centre: only the colour of the later one is seen there."""
     scene = make_scenes(1, 0)
     flat = scene.surface._replace(
-        dark=torch.linspace(-0.9, 0.9, 6)[None, :, None].expand(1, 6, 3),
-        light=torch.linspace(-0.9, 0.9, 6)[None, :, None].expand(1, 6, 3),
+        dark=torch.linspace(-0.9, 0.9, OBJECTS)[None, :, None].expand(1, OBJECTS, 3),
+        light=torch.linspace(-0.9, 0.9, OBJECTS)[None, :, None].expand(1, OBJECTS, 3),
     )
     still = torch.zeros_like(scene.velocity)
     scene = scene._replace(
-        position=still, velocity=still, acceleration=still, petals=torch.zeros(1, 6),
-        pan=torch.zeros(1, 2), surface=flat, radius=torch.full((1, 6), 0.3),
+        position=still, velocity=still, acceleration=still, petals=torch.zeros(1, OBJECTS),
+        pan=torch.zeros(1, 2), surface=flat, radius=torch.full((1, OBJECTS), 0.3),
     )  # fmt: skip
     monkeypatch.setattr("freqopt.models_zoo.procedural.make_scenes", lambda *a: scene)
     centre = render_videos(1, 1, 41, 41)[0, :, 0, 20, 20]

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,9 @@ def test_stages_grow_and_share_the_time(stages: tuple[Stage, ...]) -> None:
     ]
 
 
-def test_last_stage_is_the_largest_size_that_trained_stably() -> None:
+def test_last_stage_is_the_size_that_the_demo_samples() -> None:
     last = GPU_STAGES[-1]
-    assert (last.frames, last.height // 4, last.width // 4) == (13, 22, 38)
+    assert (last.frames, last.height // 4, last.width // 4) == (21, 30, 52)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
@@ -109,6 +110,31 @@ def test_failed_compilation_is_told_and_training_goes_on(
         trainer.run(seconds=1e6, started=0.0, out=tmp_path, stop=lambda: state.step >= 2)
     assert state.step == 2
     assert any(said.startswith("eager from stage") for said in state.notes)
+
+
+def test_wrong_compiled_gradients_are_told_and_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        return lambda *given: tuple(3 * part for part in graph(*given))
+
+    def compile_wrongly(model: torch.nn.Module) -> None:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(backend=backend)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("freqopt.models_zoo.training.compile_blocks", compile_wrongly)
+    state = State(SMOKE_CONFIG, CPU, seed=0, rate=1e-3)
+    trainer = Trainer(state, SMOKE_STAGES, device=CPU, seed=0, rate=1e-3, compiled=True)
+    with pytest.warns(UserWarning, match="compiled gradients are off"):
+        trainer.first_step(0)
+    found = [p.grad.clone() for p in state.model.parameters() if p.grad is not None]
+    state.optimiser.zero_grad(set_to_none=True)
+    Trainer(state, SMOKE_STAGES, device=CPU, seed=0, rate=1e-3, compiled=False).step(0)
+    expected = [p.grad for p in state.model.parameters() if p.grad is not None]
+    assert len(found) == len(expected) > 10
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not trainer.compiled
 
 
 def test_checkpoint_holds_everything(tmp_path: Path) -> None:
