@@ -25,6 +25,7 @@ from freqopt.counting import counted
 from freqopt.errors import FreqoptError, OptionError, SiteError
 from freqopt.passes.manager import Decision, run_passes
 from freqopt.passes.site import Extent, Site
+from freqopt.passes.timestep import Timestep
 
 if TYPE_CHECKING:
     from freqopt.plan import Plan
@@ -212,9 +213,12 @@ def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:
             return Decision(site, False, "the plan has no budget for it: calibrate again")
         if plan.sites[site.name].decision == "dense":
             return Decision(site, False, f"by the plan: {plan.sites[site.name].reason}")
+        edges, name = tuple(plan.timestep_edges), plan.timestep_name
         return Decision(
-            site, True, "by the plan", plan.budget(site.name),
+            site, True, "by the plan",
+            plan.budgets(site.name) if edges else plan.budget(site.name),
             mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
+            timestep=Timestep(name, edges) if name and edges else None,
         )  # fmt: skip
     if settings.threshold is not None:
         budget = torch.full((2, site.heads), float(settings.threshold))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from freqopt.calibration_allocation import (
     HeadCurves,
     ProductCost,
     SiteChoices,
+    join_curves,
     make_choices,
     same_choices,
     solve,
@@ -30,7 +31,13 @@ from freqopt.calibration_evidence import build_plan
 from freqopt.calibration_gains import Array, measure_gains, output_tensors, relative_error
 from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session, private_backend
 from freqopt.calibration_progress import Progress, open_progress
-from freqopt.calibration_samples import Sample, Samples, SampleSet, collect_samples
+from freqopt.calibration_samples import (
+    MAX_BUCKETS,
+    Sample,
+    Samples,
+    SampleSet,
+    collect_samples,
+)
 from freqopt.config import MID_RATIO
 from freqopt.errors import CalibrationError, FreqoptError, OptionError
 from freqopt.grid import Grid
@@ -60,6 +67,8 @@ def calibrate(
     *,
     target_error: float = 0.03,
     grid: Grid | None = None,
+    timestep: str | None = None,
+    timestep_buckets: int = MAX_BUCKETS,
     progress: bool = True,
     seed: int = 0,
 ) -> Plan:
@@ -76,6 +85,10 @@ def calibrate(
         target_error: relative L2 error of the model's output against the dense model, without unit,
             in (0, 1); held on the held-out samples (root mean square over them).
         grid: extents (t, h, w) of the video tokens where the graph does not tell them.
+        timestep: name of the model's timestep argument, where it is not found by a usual name
+            (timestep, sigma, t and the like).
+        timestep_buckets: ranges of the timestep with budgets of their own, at most; each needs a
+            sample to fit and one held out. 1: the same budgets at all timesteps.
         progress: show progress and time left.
         seed: seeds PyTorch's generators before every run of the model.
 
@@ -85,15 +98,17 @@ def calibrate(
     Raises:
         CalibrationError: unusable samples (none, NaN, of another form), no site that can be split,
             or a target below what even exact attention in another order of summation gives.
-        OptionError: a target_error outside (0, 1).
+        OptionError: a target_error outside (0, 1), or fewer than one timestep bucket.
     """
     if not 0.0 < target_error < 1.0:
         raise OptionError(
             f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "
             "model's output; 0.01 is very close, 0.03 the default, 0.1 visible"
         )
+    if timestep_buckets < 1:
+        raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
     inner = getattr(model, "_orig_mod", model)
-    sample_set = collect_samples(model, samples)
+    sample_set = collect_samples(model, samples, timestep=timestep, buckets=timestep_buckets)
     with _evaluation(inner), open_progress(progress) as bars:
         try:
             return _Calibration(inner, sample_set, target_error, grid, seed, bars).run()
@@ -130,11 +145,10 @@ class _Calibration:
 
     def run(self) -> Plan:
         self._measure()
-        gains, self.rounding = measure_gains(
-            self.session, self.samples.fit, self._run, self.progress
-        )
+        gains, self.rounding = measure_gains(self.session, self.samples, self._run, self.progress)
         sites = [
-            site_choices(site, gains[name]) for name, site in self.session.measurable().items()
+            site_choices(site, gains[name], self.samples.bucket_samples)
+            for name, site in self.session.measurable().items()
         ]
         with self.progress.phase("dense references", len(self.samples.held_out)) as step:
             for sample in self.samples.held_out:
@@ -266,7 +280,7 @@ class _Calibration:
         measured = math.sqrt(sum(e * e for e in errors) / len(errors))
         density = dense = 0.0
         for site in sites:
-            weight = self.cost.dense(site.tokens, site.head_dim) * site.heads
+            weight = self.cost.dense(site.shape) * site.heads
             found = self.densities.get(site.name)
             density += weight * (1.0 if found is None else float(found.mean()))
             dense += weight
@@ -295,32 +309,45 @@ class _Calibration:
         return errors
 
 
-def site_choices(site: Measured, gains: Array) -> SiteChoices:
+def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteChoices:
     """The choices of a site from what was measured, errors carried to the model's output.
 
-    gains: (H,), from `measure_gains`.
+    Args:
+        gains: (buckets, H), from `measure_gains`.
+        samples: fitted samples in each timestep bucket. A site that was not reached in one of them
+            is taken to behave there as it does on average.
     """
-    sums, weight = site.total(), np.square(gains)[:, None]
-    density, error, bias = (
-        sums.mean(name).transpose(1, 2).numpy() for name in ("density", "site", "site_bias")
-    )
-    damage = error + (BIAS_WEIGHT - 1.0) * bias
-    curves = [
-        HeadCurves(bool(mid), density[mid], weight * error[mid], weight * damage[mid])
-        for mid in range(len(density))
-    ]
-    return make_choices(site.name, site.tokens, site.head_dim, np.array(THRESHOLDS), curves)
+    shares = [count / sum(samples) for count in samples]
+    total = site.total()
+    rows: list[list[HeadCurves]] = []
+    for bucket, share in enumerate(shares):
+        sums, weight = site.buckets.get(bucket, total), np.square(gains[bucket])[:, None]
+        density, error, bias = (
+            sums.mean(name).transpose(1, 2).numpy() for name in ("density", "site", "site_bias")
+        )
+        damage = error + (BIAS_WEIGHT - 1.0) * bias
+        scale = share * weight
+        rows.append(
+            [
+                HeadCurves(bool(mid), density[mid], scale * error[mid], scale * damage[mid])
+                for mid in range(len(density))
+            ]
+        )
+    ladder = np.array(THRESHOLDS)
+    curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
+    return make_choices(site.name, site.tokens, site.head_dim, ladder, curves, shares)
 
 
 def budgets(sites: list[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
-    """Budgets (2, H) of the sites that an allocation splits."""
+    """Budgets (buckets, 2, H) of the sites that an allocation splits."""
     found = {}
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
         exact = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
         mid = torch.tensor(site.mid[choice.index])
-        found[site.name] = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
+        rows = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
+        found[site.name] = rows.unflatten(1, (len(site.shares), site.heads)).transpose(0, 1)
     return found
 
 

@@ -1,7 +1,7 @@
-"""Allocation: which threshold for which head, so that the error target costs least.
+"""Allocation: which threshold for which head and timestep, so that the error target costs least.
 
-Every (site, head) has a curve of choices; one Lagrange multiplier over all of them picks the point
-where another unit of error is worth the same everywhere.
+Every (site, timestep bucket, head) has a curve of choices; one Lagrange multiplier over all of them
+picks the point where another unit of error is worth the same everywhere.
 """
 
 from __future__ import annotations
@@ -27,13 +27,21 @@ SPLIT_EFFICIENCY = 0.6
 _TINY = 1e-30
 
 
+class SiteShape(NamedTuple):
+    """What the cost of a site's attention depends on, beside its density."""
+
+    heads: int
+    tokens: int
+    head_dim: int
+
+
 class CostModel(Protocol):
     """Cost of attention at one site, per head; any unit, but one unit for all sites."""
 
-    def dense(self, tokens: int, head_dim: int) -> float:
-        """Cost of one head of dense attention over `tokens` tokens."""
+    def dense(self, shape: SiteShape) -> float:
+        """Cost of one head of dense attention."""
 
-    def split(self, tokens: int, head_dim: int, density: Array) -> Array:
+    def split(self, shape: SiteShape, density: Array) -> Array:
         """Cost of one head of split attention at the given densities (any shape)."""
 
 
@@ -43,22 +51,24 @@ class ProductCost:
 
     efficiency: float = SPLIT_EFFICIENCY
 
-    def dense(self, tokens: int, head_dim: int) -> float:
+    def dense(self, shape: SiteShape) -> float:
         """See `CostModel`."""
-        return 2.0 * tokens * tokens * head_dim
+        return 2.0 * shape.tokens * shape.tokens * shape.head_dim
 
-    def split(self, tokens: int, head_dim: int, density: Array) -> Array:
+    def split(self, shape: SiteShape, density: Array) -> Array:
         """See `CostModel`; the low band costs one product per key block."""
-        return self.dense(tokens, head_dim) * (density / self.efficiency + 1.0 / KEY_BLOCK)
+        return self.dense(shape) * (density / self.efficiency + 1.0 / KEY_BLOCK)
 
 
 @dataclass(frozen=True)
 class SiteChoices:
-    """Choices of one site, C per head; choice 0 is exact (threshold 0, no error).
+    """Choices of one site, C for each of R rows; choice 0 is exact (threshold 0, no error).
 
-    threshold (C,), mid (C,) bool: the choices. density, error, damage (H, C): share of pairs
-    attended exactly; squared relative error that the head brings to the model's output; the same
-    with bias weighed up, which is what allocation minimises.
+    A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
+    of the model's calls in each bucket, sum 1. threshold (C,), mid (C,) bool: the choices. density,
+    error, damage (R, C): share of pairs attended exactly; squared relative error that the row
+    brings to the model's output, mean over all calls; the same with bias weighed up, which is what
+    allocation minimises.
     """
 
     name: str
@@ -69,11 +79,27 @@ class SiteChoices:
     density: Array
     error: Array
     damage: Array
+    shares: tuple[float, ...] = (1.0,)
 
     @property
     def heads(self) -> int:
         """Number of heads."""
-        return int(self.density.shape[0])
+        return int(self.density.shape[0]) // len(self.shares)
+
+    @property
+    def shape(self) -> SiteShape:
+        """What a cost model is asked about."""
+        return SiteShape(self.heads, self.tokens, self.head_dim)
+
+    @property
+    def weight(self) -> Array:
+        """Share of the calls that each row stands for, (R,); sums to the number of heads."""
+        return np.repeat(np.array(self.shares), self.heads)
+
+    def mean_density(self, index: NDArray[np.int64]) -> float:
+        """Density over heads and calls with a choice (R,) for every row."""
+        rows = self.density[np.arange(len(index)), index]
+        return float((self.weight * rows).sum()) / self.heads
 
     def scaled(self, factor: float) -> SiteChoices:
         """The same choices with errors larger by a factor."""
@@ -82,7 +108,7 @@ class SiteChoices:
 
 
 class HeadCurves(NamedTuple):
-    """Measured curves of a site's heads over the ladder, (H, R) each; see `SiteChoices`."""
+    """Measured curves of a site's rows over the ladder, (R, rungs) each; see `SiteChoices`."""
 
     mid: bool
     density: Array
@@ -90,9 +116,16 @@ class HeadCurves(NamedTuple):
     damage: Array
 
 
+def join_curves(buckets: Sequence[HeadCurves]) -> HeadCurves:
+    """Curves of one kind in successive timestep buckets as the rows of one."""
+    return HeadCurves(
+        buckets[0].mid, *(np.concatenate(column) for column in list(zip(*buckets, strict=True))[1:])
+    )
+
+
 @dataclass(frozen=True)
 class SiteChoice:
-    """What was chosen for a site: one choice index per head, or dense for all of them."""
+    """What was chosen for a site: one choice index per row, or dense for all of them."""
 
     index: NDArray[np.int64]
     dense: bool
@@ -115,7 +148,7 @@ class Allocation:
 
 
 def refine(thresholds: Array, *curves: Array) -> tuple[Array, ...]:
-    """Interpolate curves (H, R) over a ladder (R,) to REFINEMENT choices per rung.
+    """Interpolate curves (R, rungs) over a ladder (rungs,) to REFINEMENT choices per rung.
 
     Both axes are logarithmic; values are kept above zero. Returns the finer ladder and curves.
     """
@@ -129,11 +162,16 @@ def refine(thresholds: Array, *curves: Array) -> tuple[Array, ...]:
 
 
 def make_choices(
-    name: str, tokens: int, head_dim: int, ladder: Array, curves: Sequence[HeadCurves]
+    name: str,
+    tokens: int,
+    head_dim: int,
+    ladder: Array,
+    curves: Sequence[HeadCurves],
+    shares: Sequence[float] = (1.0,),
 ) -> SiteChoices:
     """All choices of a site: exact first, then each curve refined between the ladder's rungs."""
-    heads = curves[0].density.shape[0]
-    one, none = np.ones((heads, 1)), np.zeros((heads, 1))
+    rows = curves[0].density.shape[0]
+    one, none = np.ones((rows, 1)), np.zeros((rows, 1))
     thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
     density, error, damage = [one], [none], [none]
     for curve in curves:
@@ -148,7 +186,10 @@ def make_choices(
         head_dim,
         np.concatenate(thresholds),
         np.concatenate(mids),
-        *(np.concatenate(column, axis=1) for column in (density, error, damage)),
+        np.concatenate(density, axis=1),
+        np.concatenate(error, axis=1),
+        np.concatenate(damage, axis=1),
+        tuple(shares),
     )
 
 
@@ -157,11 +198,11 @@ def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -
     choices = []
     spent = damage = error = pairs = dense_total = 0.0
     for site in sites:
-        split_cost = cost.split(site.tokens, site.head_dim, site.density)
-        dense_cost = cost.dense(site.tokens, site.head_dim) * site.heads
+        split_cost = site.weight[:, None] * cost.split(site.shape, site.density)
+        dense_cost = cost.dense(site.shape) * site.heads
         index = np.argmin(split_cost + multiplier * site.damage, axis=1)
-        head = np.arange(site.heads)
-        chosen_cost, chosen_damage = split_cost[head, index].sum(), site.damage[head, index].sum()
+        row = np.arange(len(index))
+        chosen_cost, chosen_damage = split_cost[row, index].sum(), site.damage[row, index].sum()
         dense = bool(dense_cost <= chosen_cost + multiplier * chosen_damage)
         choices.append(SiteChoice(index, dense))
         dense_total += dense_cost
@@ -170,8 +211,8 @@ def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -
             pairs += dense_cost
         else:
             damage += chosen_damage
-            error += site.error[head, index].sum()
-            pairs += dense_cost * site.density[head, index].mean()
+            error += site.error[row, index].sum()
+            pairs += dense_cost * site.mean_density(index)
     density = pairs / dense_total if dense_total else 1.0
     return Allocation(multiplier, choices, spent, damage, math.sqrt(error), density)
 
@@ -196,7 +237,7 @@ def solve(
     A small multiplier ignores errors and a large one allows none; the path between is monotone, so
     bisection of its logarithm suffices. An infinite target gives the loosest allocation.
     """
-    scale = sum(cost.dense(site.tokens, site.head_dim) * site.heads for site in sites)
+    scale = sum(cost.dense(site.shape) * site.heads for site in sites)
     low, high = math.log(scale * 1e-9), math.log(scale * 1e24)
     loosest = allocate(sites, math.exp(low), cost)
     if loosest.error <= target:

@@ -19,6 +19,7 @@ from freqopt.calibration_allocation import (
     HeadCurves,
     SiteChoice,
     SiteChoices,
+    join_curves,
     make_choices,
 )
 from freqopt.calibration_gains import Array
@@ -86,14 +87,15 @@ def build_plan(
         measured_error=_round(chosen.measured_error),
         worst_error=_round(chosen.worst_error),
         mean_density=_round(chosen.mean_density),
+        timestep_name=samples.timestep_name,
+        timestep_edges=samples.timestep_edges,
         sites=plans,
         evidence=Evidence(
             samples=len(samples.fit),
             held_out=len(samples.held_out),
             notes=notes,
             rounding_error=_round(rounding),
-            timestep_name=samples.timestep_name,
-            timestep_edges=samples.timestep_edges,
+            bucket_samples=samples.bucket_samples,
             trials=[_rounded_trial(trial) for trial in trials],
             dense_sites=dict(session.dense_sites),
             sites={name: _site_evidence(found) for name, found in measured.items()},
@@ -103,10 +105,9 @@ def build_plan(
 
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
     """Why allocation left a site dense."""
-    heads = range(site.heads)
-    density = float(site.density[heads, choice.index].mean())
-    cheapest = float(cost.split(site.tokens, site.head_dim, site.density.min(1)).sum())
-    if cheapest >= cost.dense(site.tokens, site.head_dim) * site.heads:
+    density = site.mean_density(choice.index)
+    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1))).sum())
+    if cheapest >= cost.dense(site.shape) * site.heads:
         return (
             f"too short to gain: at {site.tokens} tokens the local blocks alone are "
             f"{site.density.min():.0%} of all pairs"
@@ -117,7 +118,7 @@ def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
 def _dense_site(found: Measured, reason: str, gains: Mapping[str, Array]) -> SitePlan:
     return SitePlan(
         heads=found.heads, head_dim=found.head_dim, tokens=found.tokens, decision="dense",
-        reason=reason, gains=[_round(x) for x in gains.get(found.name, ())],
+        reason=reason, gains=_gains(gains, found.name),
     )  # fmt: skip
 
 
@@ -128,11 +129,13 @@ def _split_site(
     gains: Mapping[str, Array],
     density: Tensor | None,
 ) -> SitePlan:
-    heads = range(site.heads)
-    energy = found.total().energy / found.total().calls
-    share = torch.tensor(site.error[heads, choice.index] / np.square(gains[site.name]))
-    error = (share / energy.clamp(min=1e-30)).sqrt()
-    expected = torch.tensor(site.density[heads, choice.index])
+    row = np.arange(len(choice.index))
+    own, buckets = _own_errors(site, found, gains[site.name]), len(site.shares)
+    error = np.sqrt((site.weight * own[row, choice.index]).reshape(buckets, -1).sum(0))
+    expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
+    threshold, mid = (
+        values[choice.index].reshape(buckets, -1) for values in (site.threshold, site.mid)
+    )
     return SitePlan(
         heads=site.heads,
         head_dim=site.head_dim,
@@ -140,15 +143,29 @@ def _split_site(
         decision="split",
         reason="",
         budgets=[
-            Budget(
-                threshold=_row(torch.tensor(site.threshold[choice.index])),
-                mid=[bool(mid) for mid in site.mid[choice.index]],
-            )
+            Budget(threshold=_row(torch.tensor(threshold[b])), mid=[bool(m) for m in mid[b]])
+            for b in range(buckets)
         ],
-        density=_row(expected if density is None else density),
-        error=_row(error),
-        gains=[_round(x) for x in gains[site.name]],
+        density=_row(torch.tensor(expected) if density is None else density),
+        error=_row(torch.tensor(error)),
+        gains=_gains(gains, site.name),
     )
+
+
+def _own_errors(site: SiteChoices, found: Measured, gains: Array) -> Array:
+    """Squared errors of a site's choices relative to each head's own output, (R, C)."""
+    total = found.total()
+    energies = []
+    for bucket in range(len(site.shares)):
+        sums = found.buckets.get(bucket, total)
+        energies.append((sums.energy / sums.calls).clamp(min=1e-30).numpy())
+    scale = site.weight * np.square(gains).ravel() * np.concatenate(energies)
+    own: Array = site.error / np.maximum(scale, 1e-300)[:, None]
+    return own
+
+
+def _gains(gains: Mapping[str, Array], name: str) -> list[list[float]]:
+    return _rows(torch.tensor(gains[name])) if name in gains else []
 
 
 def _site_evidence(found: Measured) -> SiteEvidence:
@@ -156,7 +173,12 @@ def _site_evidence(found: Measured) -> SiteEvidence:
     buckets = []
     if len(found.buckets) > 1:
         buckets = [
-            BucketCurves(bucket=bucket, samples=sums.calls, curves=_curves(sums))
+            BucketCurves(
+                bucket=bucket,
+                samples=sums.calls,
+                energy=_row(sums.energy / sums.calls),
+                curves=_curves(sums),
+            )
             for bucket, sums in sorted(found.buckets.items())
         ]
     return SiteEvidence(
@@ -233,13 +255,22 @@ def _versions() -> Versions:
 def choices_of_plan(plan: Plan) -> list[SiteChoices]:
     """The choices a plan was allocated from, rebuilt from its evidence (bias left out)."""
     found = []
+    samples = plan.evidence.bucket_samples or [1]
+    shares = [count / sum(samples) for count in samples]
     for name, evidence in plan.evidence.sites.items():
         site = plan.sites[name]
-        scale = (np.square(site.gains) * np.array(evidence.energy))[:, None]
-        curves = []
-        for curve in evidence.curves:
-            error = scale * np.square(np.array(curve.error).T)
-            curves.append(HeadCurves(curve.mid_band, np.array(curve.density).T, error, error))
+        known = {bucket.bucket: bucket for bucket in evidence.buckets}
+        rows = []
+        for bucket, share in enumerate(shares):
+            source = known.get(bucket, evidence)
+            scale = share * np.square(site.gains[bucket]) * np.array(source.energy)
+            rows.append([_head_curves(curve, scale[:, None]) for curve in source.curves])
+        curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
         ladder = np.array(evidence.thresholds)
-        found.append(make_choices(name, site.tokens, site.head_dim, ladder, curves))
+        found.append(make_choices(name, site.tokens, site.head_dim, ladder, curves, shares))
     return found
+
+
+def _head_curves(curve: Curve, scale: Array) -> HeadCurves:
+    error = scale * np.square(np.array(curve.error).T)
+    return HeadCurves(curve.mid_band, np.array(curve.density).T, error, error)

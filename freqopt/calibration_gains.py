@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session
 from freqopt.calibration_progress import Progress
-from freqopt.calibration_samples import Sample
+from freqopt.calibration_samples import Sample, SampleSet
 from freqopt.errors import CalibrationError
 
 Array = NDArray[np.float64]
@@ -30,7 +30,7 @@ MAX_PROBED_SITES = 16
 """Sites probed in a large model, evenly spaced; between them gains are interpolated over depth."""
 
 MAX_PROBED_SAMPLES = 4
-"""Samples that gains are measured on, spread over the timesteps: gains differ between those."""
+"""Samples that gains are measured on, shared out among the timestep buckets (one each at least)."""
 
 PROBE_DENSITY = 0.05
 """Density at which errors are injected: enough to stand out from rounding."""
@@ -41,20 +41,19 @@ LEAST_SHARE = 0.1
 
 def measure_gains(
     session: Session,
-    samples: list[Sample],
+    samples: SampleSet,
     run: Callable[[Sample, Mode], list[Tensor]],
     progress: Progress,
 ) -> tuple[dict[str, Array], float]:
-    """Gain of every head, and the output error with everything exact (rounding).
+    """Gain of every head by timestep bucket, and the output error with everything exact (rounding).
 
     A gain is the relative error of the model's output over the relative error of the site's output
-    that caused it; without unit. Returns {site: (H,)} and the rounding error.
+    that caused it; without unit. Returns {site: (buckets, H)} and the rounding error.
     """
     sites = list(session.measurable().values())
     units = probe_units(sites)
-    count = min(len(samples), MAX_PROBED_SAMPLES)
-    used = [samples[i] for i in sorted({round(x) for x in np.linspace(0, len(samples) - 1, count)})]
-    squares: dict[tuple[int, int], list[float]] = {}
+    used = probed_samples(samples)
+    squares: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(samples.buckets)]
     floor = 0.0
     with progress.phase("probing gains", len(used) * (len(units) + 2)) as step:
         for sample in used:
@@ -75,15 +74,31 @@ def measure_gains(
                 injected = float(session.probe_error)
                 reached = relative_error(output, reference) ** 2
                 caused = max(reached - rounding**2, LEAST_SHARE * reached, 1e-12 * injected)
-                squares.setdefault((index, head), []).append(caused / injected)
-    if squares and max(max(x) for x in squares.values()) <= 1e-12:
+                found = squares[samples.bucket(sample)]
+                found.setdefault((index, head), []).append(caused / injected)
+    every = [value for found in squares for row in found.values() for value in row]
+    if every and max(every) <= 1e-12:
         raise CalibrationError(
             "errors injected at the attention sites do not change the model's output: it does not "
             "depend on them. Calibrate with the output that you will use"
         )
     # The target is a mean square over samples, so squares are averaged, not logarithms.
-    logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in squares.items()}
-    return spread_gains(sites, logs), floor
+    rows = []
+    for found in squares:
+        logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in found.items()}
+        rows.append(spread_gains(sites, logs))
+    return {site.name: np.stack([row[site.name] for row in rows]) for site in sites}, floor
+
+
+def probed_samples(samples: SampleSet) -> list[Sample]:
+    """Samples that gains are measured on, evenly spaced within each timestep bucket."""
+    used = []
+    for bucket in range(samples.buckets):
+        inside = [sample for sample in samples.fit if samples.bucket(sample) == bucket]
+        count = min(len(inside), max(1, MAX_PROBED_SAMPLES // samples.buckets))
+        middles = (np.arange(count) + 0.5) * len(inside) / count
+        used += [inside[int(middle)] for middle in middles]
+    return used
 
 
 def probe_units(sites: list[Measured]) -> list[tuple[int, int]]:

@@ -101,9 +101,9 @@ class Measured:
 class Session:
     """What all recorders of one calibration share: the mode of this pass and what was measured.
 
-    budgets: {site: (2, H) budget} used in mode "split" (other sites stay dense) and at the one site
-    `probed` in mode "probe". passed: what the pass under way has left, per site: density (H,), and
-    in mode "probe" the squared relative error of the site's output.
+    budgets: {site: (2, H) budget, or (buckets, 2, H)} used in mode "split" (other sites stay dense)
+    and at the one site `probed` in mode "probe". densities: what the passes in mode "split" left,
+    (H,) per call. probe_error: in mode "probe" the squared relative error of the site's output.
     """
 
     mode: Mode = "dense"
@@ -116,6 +116,11 @@ class Session:
     densities: dict[str, list[Tensor]] = field(default_factory=dict)
     probe_error: Tensor | None = None
     on_site: Callable[[], None] = lambda: None
+
+    def budget(self, name: str) -> Tensor:
+        """Budget (2, H) of a site in the timestep bucket of the pass under way."""
+        found = self.budgets[name]
+        return found if found.dim() == 2 else found[self.bucket]
 
     def measurable(self) -> dict[str, Measured]:
         """Sites that were reached and did not fail."""
@@ -152,7 +157,7 @@ class Recorder:
             if session.mode == "probe" and session.probed == site.name:
                 return self._probe(call)
             if session.mode == "split" and site.name in session.budgets:
-                out, density, _ = call.split(session.budgets[site.name])
+                out, density, _ = call.split(session.budget(site.name))
                 session.densities.setdefault(site.name, []).append(density.mean(0))
                 return out
         except Exception as error:
@@ -203,7 +208,7 @@ class Recorder:
 
     def _probe(self, call: Call) -> Tensor:
         dense = call.dense()
-        out, _, _ = call.split(self.session.budgets[self.site.name])
+        out, _, _ = call.split(self.session.budget(self.site.name))
         error, _ = head_error(out, dense)
         self.session.probe_error = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
         return out

@@ -28,8 +28,9 @@ MAX_RECORDED = 16
 """Calls kept of a recorded pipeline, evenly spaced over it."""
 
 MAX_BUCKETS = 4
-"""Timestep buckets that evidence is kept for."""
+"""Timestep buckets with budgets of their own, where the samples suffice."""
 
+_TIMESTEP_NAMES = ("timestep", "timesteps", "sigma", "sigmas", "t", "time")
 _TIMESTEP_WORDS = ("timestep", "sigma")
 
 
@@ -55,15 +56,34 @@ class SampleSet:
     timestep_name: str | None
     timestep_edges: list[float]
 
+    @property
+    def buckets(self) -> int:
+        """Number of timestep buckets."""
+        return len(self.timestep_edges) + 1
+
+    @property
+    def bucket_samples(self) -> list[int]:
+        """Fitted samples in each timestep bucket, at least one."""
+        found = [self.bucket(sample) for sample in self.fit]
+        return [found.count(bucket) for bucket in range(self.buckets)]
+
     def bucket(self, sample: Sample) -> int:
         """Index of the timestep bucket of a sample."""
-        if sample.timestep is None:
-            return 0
-        return sum(sample.timestep > edge for edge in self.timestep_edges)
+        return _bucket(sample, self.timestep_edges)
 
 
-def collect_samples(model: nn.Module, samples: Samples) -> SampleSet:
+def collect_samples(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    timestep: str | None = None,
+    buckets: int = MAX_BUCKETS,
+) -> SampleSet:
     """Turn what the user passed into samples.
+
+    Args:
+        timestep: name of the model's timestep argument, where it has an unusual one.
+        buckets: most timestep buckets to make.
 
     Raises:
         CalibrationError: no samples, one of another form, or one with NaN or infinite values.
@@ -79,17 +99,22 @@ def collect_samples(model: nn.Module, samples: Samples) -> SampleSet:
                 else "pass at least two, such as the inputs of a few denoising steps"
             )
         )
-    signature = _signature(model)
+    signature = forward_signature(model)
     name: str | None = None
     found: list[Sample] = []
     for index, (args, kwargs) in enumerate(calls):
-        named = _named(signature, args, kwargs)
+        named = named_arguments(signature, args, kwargs)
         _check_finite(index, named)
-        label, timestep = _timestep(named)
+        label, value = _timestep(named, timestep)
+        if timestep is not None and value is None:
+            raise CalibrationError(
+                f"sample {index} has no number or tensor named {timestep!r}, which was given as "
+                f"the timestep; its arguments are {', '.join(named)}"
+            )
         name = name or label
-        found.append(Sample(args, kwargs, timestep))
+        found.append(Sample(args, kwargs, value))
     fit, held_out, notes = _hold_out(found)
-    return SampleSet(fit, held_out, notes, name, _bucket_edges(found))
+    return SampleSet(fit, held_out, notes, name, _bucket_edges(fit, held_out, buckets))
 
 
 def _as_call(sample: Any) -> Call:
@@ -154,7 +179,8 @@ def _keep(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
+def forward_signature(model: nn.Module) -> inspect.Signature | None:
+    """Signature of a model's forward, None where it cannot be told."""
     forward = getattr(model, "_orig_mod", model).forward
     try:
         return inspect.signature(forward)
@@ -162,7 +188,7 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def _named(
+def named_arguments(
     signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments by name, positional ones too where the model's signature tells."""
@@ -188,10 +214,12 @@ def _check_finite(index: int, named: Mapping[str, Any]) -> None:
                 )
 
 
-def _timestep(named: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    for name, value in named.items():
-        if not any(word in name.lower() for word in _TIMESTEP_WORDS):
-            continue
+def _timestep(named: Mapping[str, Any], given: str | None) -> tuple[str, float] | tuple[None, None]:
+    """Name and value of the timestep: the argument given, one of a usual name, one like it."""
+    usual = [name for name in _TIMESTEP_NAMES if name in named]
+    like = [name for name in named if any(word in name.lower() for word in _TIMESTEP_WORDS)]
+    for name in [*usual, *like] if given is None else [given]:
+        value = named.get(name)
         if isinstance(value, Tensor) and value.numel():
             return name, float(value.detach().double().mean())
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -216,11 +244,22 @@ def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[s
     return order[::2], order[1::2], []
 
 
-def _bucket_edges(samples: Sequence[Sample]) -> list[float]:
-    """Edges that share the distinct timesteps out evenly among at most MAX_BUCKETS buckets."""
-    if any(sample.timestep is None for sample in samples):
+def _bucket(sample: Sample, edges: Sequence[float]) -> int:
+    return 0 if sample.timestep is None else sum(sample.timestep > edge for edge in edges)
+
+
+def _bucket_edges(fit: list[Sample], held_out: list[Sample], most: int) -> list[float]:
+    """Edges that share the distinct timesteps out evenly among as many buckets as the samples fill.
+
+    At most `most`, and every bucket has samples to fit and samples held out.
+    """
+    times = {sample.timestep for sample in (*fit, *held_out)}
+    steps = sorted(time for time in times if time is not None)
+    if None in times:
         return []
-    steps = sorted({sample.timestep for sample in samples if sample.timestep is not None})
-    buckets = min(MAX_BUCKETS, len(steps))
-    cuts = [len(steps) * i // buckets for i in range(1, buckets)]
-    return [0.5 * (steps[cut - 1] + steps[cut]) for cut in cuts]
+    for buckets in range(min(most, len(steps)), 1, -1):
+        cuts = [len(steps) * i // buckets for i in range(1, buckets)]
+        edges = [0.5 * (steps[cut - 1] + steps[cut]) for cut in cuts]
+        if all(len({_bucket(s, edges) for s in part}) == buckets for part in (fit, held_out)):
+            return edges
+    return []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Version of the file format; raised when a reader of the old one could misread a new file."""
 
 FORMAT = "freqopt-plan"
@@ -74,8 +74,9 @@ class SitePlan(_Record):
     """What the plan says about one site.
 
     budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
-    head, as measured: share of pairs attended exactly, relative L2 error of the head's output.
-    gains: per head, relative error of the model's output over that of the site which caused it.
+    head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
+    head's output. gains: [bucket][head], relative error of the model's output over that of the site
+    which caused it.
     """
 
     heads: int = Field(ge=1)
@@ -86,20 +87,22 @@ class SitePlan(_Record):
     budgets: list[Budget] = []
     density: list[float] = []
     error: list[float] = []
-    gains: list[float] = []
+    gains: list[list[float]] = []
 
     @model_validator(mode="after")
     def _check(self) -> SitePlan:
         if (self.decision == "split") != bool(self.budgets):
             raise ValueError("a split site needs budgets and a dense site has none")
-        rows = [budget.threshold for budget in self.budgets] + [
-            self.density,
-            self.error,
-            self.gains,
-        ]
+        rows = [budget.threshold for budget in self.budgets]
+        rows += [self.density, self.error, *self.gains]
         if any(row and len(row) != self.heads for row in rows):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
         return self
+
+    @property
+    def mid_heads(self) -> int:
+        """Heads that use the mid band at some timestep."""
+        return sum(any(mids) for mids in zip(*(b.mid for b in self.budgets), strict=True))
 
 
 class Curve(_Record):
@@ -117,10 +120,14 @@ class Curve(_Record):
 
 
 class BucketCurves(_Record):
-    """Curves of one site over the samples of one timestep bucket."""
+    """Curves of one site over the samples of one timestep bucket.
+
+    energy: each head's share of the site's output energy in these samples.
+    """
 
     bucket: int
     samples: int
+    energy: list[float]
     curves: list[Curve]
 
 
@@ -139,7 +146,11 @@ class Spectrum(_Record):
 
 
 class SiteEvidence(_Record):
-    """Measurements of one site. energy: each head's share of the site's output energy."""
+    """Measurements of one site.
+
+    energy, curves: over all samples; energy is each head's share of the site's output energy.
+    buckets: the same for each timestep bucket that has samples, empty if there is only one.
+    """
 
     thresholds: list[float]
     energy: list[float]
@@ -162,17 +173,16 @@ class Trial(_Record):
 class Evidence(_Record):
     """Why the plan is what it is; read by the report, not by the backend.
 
-    dense_sites: attention that cannot be split at all, with the reason. timestep_edges: boundaries
-    of the buckets that curves were kept for, in the units of the argument `timestep_name`.
-    rounding_error: output error with every pair attended exactly by the op: a floor for all plans.
+    bucket_samples: fitted samples in each timestep bucket. dense_sites: attention that cannot be
+    split at all, with the reason. rounding_error: output error with every pair attended exactly by
+    the op: a floor for all plans.
     """
 
     samples: int
     held_out: int
     notes: list[str] = []
     rounding_error: float | None = None
-    timestep_name: str | None = None
-    timestep_edges: list[float] = []
+    bucket_samples: list[int] = []
     trials: list[Trial] = []
     dense_sites: dict[str, str] = {}
     sites: dict[str, SiteEvidence] = {}
@@ -182,9 +192,10 @@ class Plan(_Record):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     timestep_edges: boundaries between the timestep buckets of every site's budgets, ascending, in
-    the units of the model's own timestep input; empty for one bucket. target_error, measured_error:
-    relative L2 error of the model's output, the latter on held-out samples (worst_error: the worst
-    of them). mean_density: share of pairs attended exactly, weighted by the sites' dense cost.
+    the units of the model's argument `timestep_name`; empty for one bucket. target_error,
+    measured_error: relative L2 error of the model's output, the latter on held-out samples
+    (worst_error: the worst of them). mean_density: share of pairs attended exactly, weighted by the
+    sites' dense cost.
     """
 
     format: Literal["freqopt-plan"] = "freqopt-plan"
@@ -199,6 +210,7 @@ class Plan(_Record):
     measured_error: float = Field(ge=0)
     worst_error: float = Field(ge=0)
     mean_density: float = Field(ge=0, le=1)
+    timestep_name: str | None = None
     timestep_edges: list[float] = []
     sites: dict[str, SitePlan]
     evidence: Evidence
@@ -207,6 +219,8 @@ class Plan(_Record):
     def _check(self) -> Plan:
         if self.timestep_edges != sorted(self.timestep_edges):
             raise ValueError("timestep_edges are not ascending")
+        if self.timestep_edges and not self.timestep_name:
+            raise ValueError("timestep_edges without a timestep_name")
         for name, site in self.sites.items():
             if site.budgets and len(site.budgets) != len(self.timestep_edges) + 1:
                 raise ValueError(f"site {name!r} does not have one budget per timestep bucket")
@@ -230,6 +244,15 @@ class Plan(_Record):
         chosen = site.budgets[bucket]
         exact = torch.tensor(chosen.threshold, dtype=torch.float32)
         return torch.stack([exact, torch.where(torch.tensor(chosen.mid), exact * MID_RATIO, exact)])
+
+    def budgets(self, site_name: str) -> Tensor:
+        """Budgets of a site for all timestep buckets, (buckets, 2, H) float32; see `budget`.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        buckets = range(len(self.timestep_edges) + 1)
+        return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
 
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""
@@ -334,7 +357,7 @@ class Plan(_Record):
         ]
         rows = [("site", "heads", "tokens", "decision", "density", "error", "mid", "reason")]
         for name, site in self.sites.items():
-            mids = sum(site.budgets[0].mid) if site.budgets else 0
+            mids = site.mid_heads
             rows.append(
                 (
                     name,

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from freqopt.calibration_samples import forward_signature, named_arguments
 from freqopt.errors import PlanError
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from freqopt.plan import Plan
 
 BUFFER = "freqopt_budget"
@@ -26,11 +30,13 @@ _marked: dict[type[nn.Module], type[nn.Module]] = {}
 class Attached:
     """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = list(modules)
+    def __init__(self, modules: Sequence[nn.Module], hook: RemovableHandle | None) -> None:
+        self.modules, self.hook = list(modules), hook
 
     def remove(self) -> None:
         """Give the modules back their own classes."""
+        if self.hook is not None:
+            self.hook.remove()
         for module in self.modules:
             module.__class__ = type(module).__mro__[1]
             del module._buffers[BUFFER]
@@ -55,7 +61,9 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
     Afterwards compile blocks with ``backend="freqopt"`` and no plan among the options:
     ``model.compile_repeated_blocks(backend="freqopt")`` of diffusers, or ``block.compile(...)``.
     A layer that the plan leaves dense gets threshold 0, which is exact, as its graph is shared. The
-    grid is one of the plan's, the one that accounts for the tokens of the call.
+    grid is one of the plan's, the one that accounts for the tokens of the call. Budgets by timestep
+    are put in place as the model is called, on the device and without waiting for it, so the
+    timestep must be among the arguments of `model` itself.
 
     Args:
         model: the model that the plan was calibrated for, or one of the same architecture.
@@ -79,13 +87,65 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
                 "module serves one; compile the whole model with options={'plan': plan} instead"
             )
         module = inner.get_submodule(name)
-        budget = plan.budget(name).to(_device_of(module))
+        budget = plan.budgets(name).amin(0).to(_device_of(module))
         module.register_buffer(BUFFER, budget, persistent=False)
         module.__dict__["freqopt_grids"] = extents
         module.__dict__["freqopt_mid_band"] = mid_band
         module.__class__ = marked_class(type(module))
         modules.append(module)
-    return Attached(modules)
+    hook = None
+    if plan.timestep_name is not None and plan.timestep_edges:
+        tables = [plan.budgets(name) for name in plan.sites]
+        select = _Selector(modules, tables, plan.timestep_name, plan.timestep_edges)
+        hook = inner.register_forward_pre_hook(select, with_kwargs=True)
+    return Attached(modules, hook)
+
+
+class _Selector:
+    """Forward pre-hook of a model: puts the budgets of the call's timestep on its modules."""
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        tables: Sequence[Tensor],
+        name: str,
+        edges: Sequence[float],
+    ) -> None:
+        self.modules, self.name = list(modules), name
+        self.sizes = [table[0].numel() for table in tables]
+        self.table = torch.cat([table.flatten(1) for table in tables], 1)
+        self.edges = torch.tensor(list(edges), dtype=torch.float32)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = named_arguments(forward_signature(model), args, kwargs)
+        timestep = named.get(self.name)
+        if not isinstance(timestep, (Tensor, int, float)):
+            raise PlanError(
+                f"the plan selects budgets by the argument {self.name!r} of the model, and this "
+                f"call has none with a value (it has {', '.join(named)})"
+            )
+        budgets = [getattr(module, BUFFER) for module in self.modules]
+        device = budgets[0].device
+        if self.table.device != device:
+            self.table, self.edges = self.table.to(device), self.edges.to(device)
+        times = torch.as_tensor(timestep).to(device, non_blocking=True)
+        row = budget_at(self.table, self.edges, times)
+        parts = row.split(self.sizes)
+        torch._foreach_copy_(
+            budgets, [part.view_as(b).to(b.device) for part, b in zip(parts, budgets, strict=True)]
+        )
+
+
+def budget_at(table: Tensor, edges: Tensor, timestep: Tensor) -> Tensor:
+    """Row of a table (buckets, n) at a timestep; eager twin of `passes.timestep.select_budgets`.
+
+    edges: (buckets - 1,) ascending. timestep: () or (B,) or (B, ...): the mean of each batch item
+    decides its bucket, and the smallest entries over the items are taken.
+    """
+    times = timestep.to(torch.float32)
+    if times.dim() > 1:
+        times = times.flatten(1).mean(1)
+    return table.index_select(0, (times.reshape(-1, 1) > edges).sum(-1)).amin(0)
 
 
 def _device_of(module: nn.Module) -> Any:

@@ -153,8 +153,8 @@ def _maps(plan: Plan) -> Section:
     if by_timestep is not None:
         html += figure_html(
             by_timestep,
-            "The same at the plan's thresholds, by denoising timestep: one threshold costs more "
-            "where the input holds more detail.",
+            "The same by denoising timestep, each range with its own budgets, read off the curves "
+            "measured in it.",
         )
     return Section("Density and error per layer and head", html)
 
@@ -210,7 +210,9 @@ def _gains(plan: Plan) -> Section | None:
         "What reaches the output",
         "<p>An error was injected at one place at a time, and the model's output compared.</p>"
         + figure_html(
-            figure, "Allocation weighs errors by this gain. Points are heads, bars their mean."
+            figure,
+            "Allocation weighs errors by this gain. Points are heads at each range of the "
+            "timestep, bars their mean.",
         ),
     )
 
@@ -234,11 +236,10 @@ def _site_row(name: str, site: SitePlan) -> tuple[str, ...]:
     if site.decision == "dense":
         return (name, "dense", *shape, "100 %", "", "", "0", "", site.reason)
     density = [100 * d for d in site.density]
-    mids = sum(site.budgets[0].mid)
     return (
         name, "split", *shape, f"{sum(density) / len(density):.1f} %", f"{min(density):.1f} %",
         f"{max(density):.1f} %", f"{sum(site.error) / len(site.error):.3f}",
-        f"{mids} of {site.heads}", site.reason,
+        f"{site.mid_heads} of {site.heads}", site.reason,
     )  # fmt: skip
 
 

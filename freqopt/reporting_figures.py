@@ -237,8 +237,12 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
 
 @styled
 def gains(plan: Plan) -> Figure | None:
-    """How much of each site's error reaches the model's output; one point per head."""
-    known = [(short(name), site.gains) for name, site in plan.sites.items() if site.gains]
+    """How much of each site's error reaches the model's output; a point per head and bucket."""
+    known = [
+        (short(name), [gain for row in site.gains for gain in row])
+        for name, site in plan.sites.items()
+        if site.gains
+    ]
     if len(known) < 2:
         return None
     figure, ax = _single(7.4, 2.8)

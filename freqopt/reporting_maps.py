@@ -29,7 +29,7 @@ def heat_maps(plan: Plan) -> Figure:
 
 @styled
 def timestep_maps(plan: Plan) -> Figure | None:
-    """The same maps per timestep bucket at the plan's thresholds; None without buckets."""
+    """The same maps per timestep bucket at its own budgets; None without buckets."""
     names = [name for name, e in plan.evidence.sites.items() if e.buckets]
     if not names:
         return None
@@ -65,7 +65,7 @@ def timestep_maps(plan: Plan) -> Figure | None:
 
 def bucket_label(plan: Plan, bucket: int) -> str:
     """Range of a timestep bucket in the model's own units."""
-    edges, name = plan.evidence.timestep_edges, plan.evidence.timestep_name or "timestep"
+    edges, name = plan.timestep_edges, plan.timestep_name or "timestep"
     if bucket == 0:
         return f"{name} < {edges[0]:.3g}"
     if bucket == len(edges):
@@ -91,7 +91,7 @@ def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> 
         if site.decision == "dense":
             matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
             continue
-        budget = site.budgets[0]
+        budget = site.budgets[bucket]
         for head in range(site.heads):
             matrix[row, head] = _at(
                 curves[0], evidence.thresholds, budget.threshold[head], budget.mid[head], head, kind

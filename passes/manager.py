@@ -20,14 +20,18 @@ from freqopt.passes.find import find_sites
 from freqopt.passes.marks import Mark, take_marks
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
+from freqopt.passes.timestep import Timestep, find_timestep, select_budgets
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Decision:
-    """What becomes of a site. budget: (2, H) float32 thresholds, used where density is 0; a node of
-    the graph where the module brings its own."""
+    """What becomes of a site.
+
+    budget: thresholds, used where density is 0: (2, H) float32, or (buckets, 2, H) by `timestep`;
+    a node of the graph where the module brings its own.
+    """
 
     site: Site
     split: bool
@@ -36,6 +40,7 @@ class Decision:
     mid_band: bool = False
     density: float = 0.0
     probes: int = 0
+    timestep: Timestep | None = None
 
 
 @dataclass
@@ -77,6 +82,7 @@ def run_passes(
     if any(decision.split for decision in result.decisions):
         dump(gm, "freqopt_before")
         with _timed(result, "rewrite"):
+            _select_by_timestep(gm, result.decisions, strict)
             for decision in result.decisions:
                 if decision.split:
                     _rewrite(gm, decision, strict)
@@ -104,6 +110,44 @@ def find_marked(
     for site in sites:
         site.mark = marks.get("" if site.name == "model" else site.name)
     return sites
+
+
+def _select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], strict: bool) -> None:
+    """Replace budgets per timestep bucket by nodes that select among them in the graph.
+
+    Where the graph has no such timestep, the most exact of a site's budgets serves them all.
+    """
+    timed = [d for d in decisions if d.split and d.timestep is not None]
+    groups = dict.fromkeys((d.timestep, d.site.device) for d in timed)
+    for timestep, device in groups:
+        assert timestep is not None
+        members = [d for d in timed if (d.timestep, d.site.device) == (timestep, device)]
+        source = find_timestep(gm, timestep.name)
+        inside = [d for d in members if source is not None and d.site.node.graph is gm.graph]
+        if source is not None and inside:
+            tables = [_table(d).to(device) for d in inside]
+            nodes = select_budgets(gm, source, timestep.edges, tables)
+            for decision, node in zip(inside, nodes, strict=True):
+                decision.budget = node
+        others = [d for d in members if d not in inside]
+        if not others:
+            continue
+        message = (
+            f"{others[0].site.name} and {len(others) - 1} other sites: their graph has no tensor "
+            f"input {timestep.name!r}, by which the plan selects budgets (it is a Python number "
+            "there, or another graph after a graph break), so the most exact budget of all "
+            "timesteps is used; pass the timestep as a tensor, or use freqopt.attach"
+        )
+        if strict:
+            raise SiteError(message)
+        logger.warning("%s", message)
+        for decision in others:
+            decision.budget = _table(decision).amin(0)
+
+
+def _table(decision: Decision) -> Tensor:
+    assert isinstance(decision.budget, Tensor)
+    return decision.budget
 
 
 def _rewrite(gm: fx.GraphModule, decision: Decision, strict: bool) -> None:

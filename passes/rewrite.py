@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -163,12 +163,16 @@ def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
 
 
 def _method(site: Site, name: str, node: fx.Node, *arguments: Any) -> fx.Node:
-    """A call of a tensor method, with its example value."""
-    mode = _fake_mode(site.node.graph)
+    return add_method(site.node.meta, name, node, *arguments)
+
+
+def add_method(meta: Mapping[str, Any], name: str, node: fx.Node, *arguments: Any) -> fx.Node:
+    """A call of a tensor method, where the graph inserts, with its example value beside `meta`."""
+    mode = _fake_mode(node.graph)
     with mode if mode is not None else nullcontext():
         example = getattr(value(node), name)(*fx.node.map_arg(arguments, value))
-    made = site.node.graph.call_method(name, (node, *arguments))
-    made.meta = dict(site.node.meta, example_value=example)
+    made = node.graph.call_method(name, (node, *arguments))
+    made.meta = dict(meta, example_value=example)
     return made
 
 

@@ -91,7 +91,8 @@ def error_with_plan(plan: Plan, sample: dict[str, Tensor]) -> float:
         for i, block in enumerate(model.blocks):
             name = f"blocks.{i}.attn"
             if plan.sites[name].decision == "split":
-                block.attn.budget = plan.budget(name)
+                bucket = sum(float(sample["timestep"]) > edge for edge in plan.timestep_edges)
+                block.attn.budget = plan.budget(name, bucket)
         split = model(**sample)["velocity"]
     return float((split - dense).norm() / dense.norm())
 
@@ -147,10 +148,14 @@ def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
     assert evidence.spectrum is not None
     assert [sum(row) for row in evidence.spectrum.power] == pytest.approx([1, 1], abs=1e-3)
     assert 0.1 < evidence.spectrum.low[0] < evidence.spectrum.mid[0] < 1
-    assert plan.evidence.timestep_name == "timestep" and len(plan.evidence.timestep_edges) == 3
-    assert sum(bucket.samples for bucket in evidence.buckets) == 4
-    assert all(0 < gain < 10 for gain in plan.sites["blocks.0.attn"].gains)
-    assert len(plan.sites["blocks.0.attn"].gains) == 2
+    assert plan.timestep_name == "timestep" and len(plan.timestep_edges) == 3
+    assert (
+        [bucket.samples for bucket in evidence.buckets] == plan.evidence.bucket_samples == [1] * 4
+    )
+    gains = plan.sites["blocks.0.attn"].gains
+    assert [len(row) for row in gains] == [2] * 4
+    assert all(0 < gain < 10 for row in gains for gain in row)
+    assert len({tuple(row) for row in gains}) == 4
 
 
 def test_one_seed_one_plan() -> None:

@@ -42,8 +42,8 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
     """(cost, damage) of every possible allocation, dense sites included."""
     options = []
     for site in sites:
-        cost = COST.split(site.tokens, site.head_dim, site.density)
-        rows = [(COST.dense(site.tokens, site.head_dim) * site.heads, 0.0)]
+        cost = COST.split(site.shape, site.density)
+        rows = [(COST.dense(site.shape) * site.heads, 0.0)]
         for index in itertools.product(range(site.density.shape[1]), repeat=site.heads):
             heads = range(site.heads)
             rows.append((cost[heads, index].sum(), site.damage[heads, index].sum()))
@@ -76,7 +76,7 @@ def test_solve_meets_the_target_and_stays_near_the_best(seed: int) -> None:
         assert found.error <= target
         best = min(cost for cost, damage in everything if damage <= target**2)
         # the gap of a Lagrangian relaxation is at most one head's dearest choice
-        slack = max(COST.split(s.tokens, s.head_dim, s.density).max() for s in sites)
+        slack = max(COST.split(s.shape, s.density).max() for s in sites)
         assert best * (1 - 1e-12) <= found.cost <= best + 2 * slack
 
 

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from freqopt.config import MID_RATIO
+from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.plan import (
+    PLAN_VERSION,
     Budget,
     Evidence,
     ModelIdentity,
@@ -38,7 +39,7 @@ def make_plan(**changes: Any) -> Plan:
         "blocks.0.attn": SitePlan(
             heads=2, head_dim=64, tokens=256, decision="split", reason="",
             budgets=[Budget(threshold=[0.25, 2.0], mid=[False, True])],
-            density=[0.1, 0.2], error=[0.05, 0.04], gains=[0.5, 0.25],
+            density=[0.1, 0.2], error=[0.05, 0.04], gains=[[0.5, 0.25]],
         ),
         "blocks.1.attn": SitePlan(
             heads=2, head_dim=64, tokens=256, decision="dense", reason="splitting saves nothing",
@@ -134,7 +135,8 @@ def test_hand_edited(path: Path) -> None:
 @pytest.mark.parametrize("field", ["version", "split_version"])
 def test_other_version_is_named_before_the_hash(path: Path, field: str) -> None:
     rewrite(path, rehash=False, **{field: 99})
-    with pytest.raises(PlanError, match=f"has {field} 99 and this freqopt reads 1"):
+    read = {"version": PLAN_VERSION, "split_version": SPLIT_VERSION}[field]
+    with pytest.raises(PlanError, match=f"has {field} 99 and this freqopt reads {read}"):
         Plan.load(path)
 
 
@@ -146,7 +148,9 @@ def test_other_version_is_named_before_the_hash(path: Path, field: str) -> None:
         ({"mean_density": 1.5}, "mean_density"),
         ({"surprise": 1}, "surprise"),
         ({"grids": [[1, 2]]}, "grids"),
-        ({"timestep_edges": [500.0]}, "one budget per timestep bucket"),
+        ({"timestep_edges": [500.0]}, "without a timestep_name"),
+        ({"timestep_edges": [500.0], "timestep_name": "t"}, "one budget per timestep bucket"),
+        ({"timestep_edges": [2.0, 1.0], "timestep_name": "t"}, "not ascending"),
         ({"sites": {"a": {"heads": 2}}}, r"sites\.a"),
         ({"sites": []}, "sites"),
     ],

@@ -46,16 +46,20 @@ def curve(mid: bool, spread: float) -> Curve:
 def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
     power = np.exp(-np.arange(32) / 6.0)
     sites, found = {}, {}
+    budgets = [
+        Budget(threshold=[factor * x for x in (1.0, 0.5, 0.1)], mid=[False, True, False])
+        for factor in ((1.0, 0.5) if buckets else (1.0,))
+    ]
     for name, decision in (("blocks.0.attn", "split"), ("blocks.1.<attn>", "dense")):
         split = decision == "split"
         sites[name] = SitePlan(
             heads=HEADS,
             head_dim=64,
             tokens=32760,
-            gains=[0.5] * HEADS,
+            gains=[[0.5] * HEADS] * (2 if buckets else 1),
             decision="split" if split else "dense",
             reason="" if split else "saves nothing & so on",
-            budgets=[Budget(threshold=[1.0, 0.5, 0.1], mid=[False, True, False])] if split else [],
+            budgets=budgets if split else [],
             density=[0.0625, 0.125, 0.25] if split else [],
             error=[0.1, 0.05, 0.02] if split else [],
         )
@@ -63,7 +67,10 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
             thresholds=list(THRESHOLDS), energy=[0.5, 0.3, 0.2],
             curves=[curve(False, 1.0), curve(True, 1.0)],
             buckets=[
-                BucketCurves(bucket=b, samples=1, curves=[curve(False, s), curve(True, s)])
+                BucketCurves(
+                    bucket=b, samples=1, energy=[0.5, 0.3, 0.2],
+                    curves=[curve(False, s), curve(True, s)],
+                )
                 for b, s in enumerate((1.0, 3.0))
             ] if buckets else [],
             spectrum=Spectrum(
@@ -80,10 +87,10 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
         model=ModelIdentity(class_name="Video<DiT>", fingerprint="0123456789abcdef"),
         grids=[(21, 30, 52)], device="cpu", versions=Versions(freqopt="0.1.0", torch="2.13.0"),
         target_error=0.03, measured_error=0.0276, worst_error=0.031, mean_density=0.1234,
-        sites=sites,
+        sites=sites, timestep_name="timestep", timestep_edges=[500.0] if buckets else [],
         evidence=Evidence(
-            samples=6, held_out=2, notes=["only <one> note"], timestep_name="timestep",
-            timestep_edges=[500.0], trials=[trial],
+            samples=6, held_out=2, notes=["only <one> note"],
+            bucket_samples=[3, 3] if buckets else [6], trials=[trial],
             dense_sites={"blocks.0.attn2": "cross-attention"}, sites=found if evidence else {},
         ),
     )  # fmt: skip
@@ -183,7 +190,8 @@ def test_timestep_maps_read_each_buckets_curve_at_the_plans_threshold() -> None:
     first, second = image_of(figure, 0), image_of(figure, 1)
     at = [1.0, 0.5 * 2.0 * 2.0, 0.1 * 4.0]  # threshold x the head's factor (x 2 with the mid band)
     np.testing.assert_allclose(first[0], [100 / (1 + x) for x in at], rtol=0.03)
-    np.testing.assert_allclose(second[0], [100 / (1 + 3 * x) for x in at], rtol=0.06)
+    # the second bucket has half the thresholds and curves three times as steep
+    np.testing.assert_allclose(second[0], [100 / (1 + 1.5 * x) for x in at], rtol=0.06)
     assert (first[1] == 100).all()
 
 

@@ -1,0 +1,87 @@
+"""Budgets by denoising timestep: finds the timestep among a graph's inputs, selects on the device.
+
+The bucket is computed in the graph from the timestep tensor, so another timestep neither recompiles
+nor waits for the device. Only operations that every backend and exporter knows are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from freqopt.passes.nodes import tensor
+from freqopt.passes.rewrite import add_constant, add_method
+
+LEADING = ("placeholder", "get_attr")
+"""Nodes that stand before all computation."""
+
+
+@dataclass(frozen=True)
+class Timestep:
+    """The model's timestep argument and the ascending boundaries of its buckets.
+
+    Bucket i holds the timesteps above exactly i of the `edges`, in the units of the argument.
+    """
+
+    name: str
+    edges: tuple[float, ...]
+
+
+def find_timestep(gm: fx.GraphModule, name: str) -> fx.Node | None:
+    """The tensor input of a graph that holds the model's argument `name`, None if there is none.
+
+    Dynamo calls it L_timestep_, L_kwargs_timestep_ and the like; torch.export keeps the name.
+    """
+    pattern = re.compile(rf"(?:L_|l_)?(?:\w+_)??{re.escape(name)}_?")
+    found = [
+        node
+        for node in gm.graph.find_nodes(op="placeholder")
+        if pattern.fullmatch(str(node.target))
+        and not re.search("_(modules|parameters|buffers)_", str(node.target))
+        and tensor(node) is not None
+    ]
+    return min(found, key=lambda node: len(str(node.target)), default=None)
+
+
+def select_budgets(
+    gm: fx.GraphModule, timestep: fx.Node, edges: Sequence[float], tables: Sequence[Tensor]
+) -> list[fx.Node]:
+    """Nodes of the budgets (2, H) that hold at the graph's timestep, one for each table.
+
+    Batch items may have timesteps of their own, and tokens too, whose mean counts; the budget is
+    then the most exact of those of the items, as one budget serves the batch.
+
+    Args:
+        timestep: a node, () or (B,) or (B, ...) of any real dtype.
+        edges: as in `Timestep`.
+        tables: (buckets, 2, H) float32 budgets, on the device of the sites.
+    """
+    graph, device = gm.graph, tables[0].device
+    flat = torch.cat([table.flatten(1) for table in tables], 1)
+    bounds = torch.tensor(list(edges), dtype=torch.float32, device=device)
+    bounds_node = add_constant(gm, graph, "freqopt_timestep_edges", bounds)
+    flat_node = add_constant(gm, graph, "freqopt_timestep_budgets", flat)
+    example = tensor(timestep)
+    assert example is not None
+
+    def method(name: str, node: fx.Node, *arguments: Any) -> fx.Node:
+        return add_method({}, name, node, *arguments)
+
+    with graph.inserting_before(next(n for n in graph.nodes if n.op not in LEADING)):
+        times = method("to", timestep, device, torch.float32)
+        if example.dim() > 1:
+            times = method("mean", method("flatten", times, 1), 1)
+        above = method("gt", method("reshape", times, -1, 1), bounds_node)
+        rows = method("index_select", flat_node, 0, method("sum", above, -1))
+        row = method("amin", rows, 0)
+        chosen, start = [], 0
+        for table in tables:
+            part = method("narrow", row, 0, start, table[0].numel())
+            chosen.append(method("view", part, 2, table.shape[2]))
+            start += table[0].numel()
+    return chosen
