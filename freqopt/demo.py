@@ -25,14 +25,14 @@ from freqopt import demo_foreign, demo_video
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.demo_page import Sampled, write_page
 from freqopt.demo_settings import DTYPES, Settings, load_model
-from freqopt.demo_target import error_for_density
+from freqopt.demo_target import next_target
 from freqopt.doctor import environment
 from freqopt.models_zoo.sampling import denoising_samples, sample
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan import Plan
 
-MAX_RETRIES = 2
-NEAR = 0.9
+MAX_RETRIES = 4
+NEAR = 0.8
 """A density between this share of the wanted one and the wanted one is not improved further."""
 
 
@@ -156,7 +156,7 @@ def calibrate(model: VideoDiT, inputs: list[dict[str, Tensor]], settings: Settin
     for _ in range(MAX_RETRIES):
         if NEAR * wanted <= plans[-1].mean_density <= wanted:
             break
-        plans.append(plan_for(error_for_density(plans[-1], wanted)))
+        plans.append(plan_for(next_target(plans, wanted)))
     within = [plan for plan in plans if plan.mean_density <= wanted]
     if within:
         return max(within, key=lambda plan: plan.mean_density)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from freqopt.calibration_allocation import ProductCost, solve
 from freqopt.calibration_evidence import choices_of_plan
@@ -11,8 +12,33 @@ from freqopt.plan import Plan
 
 BISECTIONS = 40
 
+AIM = 0.93
+"""Part of the wanted density that interpolation aims at: plans above it do not count."""
+
 SLACK = 1.1
 """Calibration stays somewhat below its target, so it is asked for somewhat more."""
+
+
+def next_target(plans: Sequence[Plan], density: float) -> float:
+    """The target error to calibrate to next, on the way to a mean density.
+
+    Between two plans, one too cheap and one too dear, errors and densities are taken to follow a
+    power law; with plans on one side only, the last one's own curves predict it.
+
+    Raises:
+        OptionError: even the loosest budgets need more.
+    """
+    cheap = [plan for plan in plans if plan.mean_density <= density]
+    dear = [plan for plan in plans if plan.mean_density > density]
+    if not cheap or not dear:
+        return error_for_density(plans[-1], density)
+    below = max(cheap, key=lambda plan: plan.mean_density)
+    above = min(dear, key=lambda plan: plan.mean_density)
+    span = math.log(above.mean_density / below.mean_density)
+    share = math.log(AIM * density / below.mean_density) / span
+    share = min(max(share, 0.1), 0.9)
+    fall = math.log(above.target_error / below.target_error)
+    return below.target_error * math.exp(share * fall)
 
 
 def error_for_density(plan: Plan, density: float) -> float:
