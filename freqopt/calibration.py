@@ -7,9 +7,8 @@ most, and verifies the result on samples that were not fitted. The method is in 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,48 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration_allocation import (
-    Allocation,
-    CostModel,
     HeadCurves,
-    ProductCost,
     SiteChoices,
     join_curves,
     make_choices,
-    same_choices,
     solve,
 )
+from freqopt.calibration_cost import cost_model
 from freqopt.calibration_evidence import build_plan
-from freqopt.calibration_gains import Array, measure_gains, output_tensors, relative_error
-from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session, private_backend
+from freqopt.calibration_gains import Array, measure_gains
+from freqopt.calibration_journal import Entry, Journal, identity_of, open_journal
+from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress, open_progress
-from freqopt.calibration_samples import (
-    MAX_BUCKETS,
-    Sample,
-    Samples,
-    SampleSet,
-    collect_samples,
-)
-from freqopt.config import MID_RATIO
-from freqopt.errors import CalibrationError, FreqoptError, OptionError
+from freqopt.calibration_readings import Measured, pack, unpack
+from freqopt.calibration_run import Runner, opened
+from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
+from freqopt.calibration_search import Criterion, Found, HeldOutError, Search
+from freqopt.calibration_video import GeneratedVideo, decibels_of, weigh_timesteps
+from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
-from freqopt.plan import Plan, Trial
+from freqopt.plan import Plan, SiteTiming
 
 logger = logging.getLogger(__name__)
 
-AIM = 0.93
-"""Share of the target that verification aims for, to end between ACCEPT and 1."""
-
-ACCEPT = 0.8
-MAX_TRIALS = 8
-
-DISBELIEF = 1.3
-"""A trial this much worse than predicted has a site whose errors were taken too lightly: all sites
-that it split are then believed to be worse than it was, and dense ones keep their chance."""
-
 BIAS_WEIGHT = 4.0
 """How much more a squared bias counts than noise: it adds up over layers and denoising steps."""
-
-RECOMPILE_LIMIT = 256
 
 
 def calibrate(
@@ -66,9 +48,11 @@ def calibrate(
     samples: Samples,
     *,
     target_error: float = 0.03,
+    target_psnr: float | None = None,
     grid: Grid | None = None,
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Plan:
@@ -84,11 +68,17 @@ def calibrate(
             (up to 16, evenly spaced). Every other one is held out for verification.
         target_error: relative L2 error of the model's output against the dense model, without unit,
             in (0, 1); held on the held-out samples (root mean square over them).
+        target_psnr: instead of `target_error`, the PSNR in dB of what the pipeline generates
+            against what it generates with the dense model. `samples` must then be a callable that
+            returns it (tensors, arrays or PIL images) and does the same every time: PyTorch's
+            generators are seeded before each run.
         grid: extents (t, h, w) of the video tokens where the graph does not tell them.
         timestep: name of the model's timestep argument, where it is not found by a usual name
             (timestep, sigma, t and the like).
         timestep_buckets: ranges of the timestep with budgets of their own, at most; each needs a
             sample to fit and one held out. 1: the same budgets at all timesteps.
+        checkpoint: a file that keeps what was measured if calibration is interrupted. Called again
+            with it, calibration goes on from there and ends with the same plan. It is removed then.
         progress: show progress and time left.
         seed: seeds PyTorch's generators before every run of the model.
 
@@ -97,8 +87,10 @@ def calibrate(
 
     Raises:
         CalibrationError: unusable samples (none, NaN, of another form), no site that can be split,
-            or a target below what even exact attention in another order of summation gives.
-        OptionError: a target_error outside (0, 1), or fewer than one timestep bucket.
+            a target below what even exact attention in another order of summation gives, or a
+            checkpoint of another calibration.
+        OptionError: a target_error outside (0, 1), a target_psnr without a pipeline, or fewer than
+            one timestep bucket.
     """
     if not 0.0 < target_error < 1.0:
         raise OptionError(
@@ -108,95 +100,136 @@ def calibrate(
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
     inner = getattr(model, "_orig_mod", model)
+    pipeline: Callable[[], Any] | None = None
+    if target_psnr is not None:
+        pipeline = _pipeline(model, samples, target_psnr)
     sample_set = collect_samples(model, samples, timestep=timestep, buckets=timestep_buckets)
-    with _evaluation(inner), open_progress(progress) as bars:
-        try:
-            return _Calibration(inner, sample_set, target_error, grid, seed, bars).run()
-        finally:
-            _forget_compiled(inner)
+    identity = "" if checkpoint is None else identity_of(inner, sample_set, grid=grid, seed=seed)
+    with (
+        open_journal(checkpoint, identity) as journal,
+        opened(inner, sample_set, grid, seed) as runner,
+        open_progress(progress) as bars,
+    ):
+        calibration = Calibration(runner, bars, journal)
+        if pipeline is None or target_psnr is None:
+            return calibration.for_error(target_error)
+        return calibration.for_psnr(target_psnr, pipeline)
 
 
-class _Calibration:
-    """One run of `calibrate`: its phases in order, and what they share."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: SampleSet,
-        target: float,
-        grid: Grid | None,
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        self.model, self.samples, self.target, self.seed = model, samples, target, seed
-        self.progress = progress
-        self.cost: CostModel = ProductCost()
-        self.session = Session()
-        self.compiled = torch.compile(
-            model, backend=private_backend(self.session, grid), dynamic=False
+def _pipeline(model: nn.Module, samples: Samples, target_psnr: float) -> Callable[[], Any]:
+    if not callable(samples):
+        raise OptionError(
+            "target_psnr judges what a pipeline generates, so samples must be a callable that runs "
+            "it and returns that, such as lambda: pipe(prompt, generator=...).frames"
         )
-        self.notes = list(samples.notes)
-        self.references: list[list[Tensor]] = []
-        self.densities: dict[str, Tensor] = {}
-        self.chosen_densities: dict[str, Tensor] = {}
-        self.rounding = 0.0
-        self.trials: list[Trial] = []
-        self.chosen: Trial | None = None
+    if not 5.0 <= target_psnr <= 100.0:
+        raise OptionError(
+            f"target_psnr {target_psnr} is outside 5 to 100 dB; 30 is similar, 40 very close"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            "with target_psnr the pipeline must call the model itself and not a compiled wrapper; "
+            "calibrate first and compile afterwards"
+        )
+    return samples
 
-    def run(self) -> Plan:
+
+class Calibration:
+    """One calibration: its phases in order, and what they share."""
+
+    def __init__(self, runner: Runner, progress: Progress, journal: Journal) -> None:
+        self.runner, self.progress, self.journal = runner, progress, journal
+        self.session: Session = runner.session
+        self.notes = list(runner.samples.notes)
+        self.gains: dict[str, Array] = {}
+        self.rounding = 0.0
+        self.references: list[list[Tensor]] = []
+
+    def for_error(self, target: float) -> Plan:
+        """The plan that holds a relative error of the model's output."""
+        sites = self.choices()
+        criterion = HeldOutError(self.runner, self.dense_references(), target, self.journal)
+        return self._plan(sites, criterion, target, None)
+
+    def for_psnr(self, target: float, pipeline: Callable[[], Any]) -> Plan:
+        """The plan that holds a PSNR, in dB, of what a pipeline generates."""
+        sites = self.choices()
+        self.dense_references()
+        with self.progress.phase("dense pipeline", 2) as step:
+            criterion = GeneratedVideo(self.runner, pipeline, target, self.journal)
+            step(2)
+        sites = weigh_timesteps(criterion, sites, self.progress)
+        return self._plan(sites, criterion, None, target)
+
+    def choices(self) -> list[SiteChoices]:
+        """Measure all sites and gains: what there is to choose from at each of them."""
         self._measure()
-        gains, self.rounding = measure_gains(self.session, self.samples, self._run, self.progress)
-        sites = [
-            site_choices(site, gains[name], self.samples.bucket_samples)
+        self.gains, self.rounding = measure_gains(self.runner, self.progress, self.journal)
+        counts = self.runner.samples.bucket_samples
+        return [
+            site_choices(site, self.gains[name], counts)
             for name, site in self.session.measurable().items()
         ]
-        with self.progress.phase("dense references", len(self.samples.held_out)) as step:
-            for sample in self.samples.held_out:
-                self.references.append(self._run(sample, "dense"))
-                step()
-        allocation = self._search(sites)
-        return build_plan(
-            self.model, self.session, self.samples, sites, gains, allocation, self.trials,
-            target=self.target, seed=self.seed, notes=self.notes, cost=self.cost,
-            chosen=self.chosen, densities=self.chosen_densities, rounding=self.rounding,
-        )  # fmt: skip
 
-    def _run(self, sample: Sample, mode: Mode) -> list[Tensor]:
-        """Floating-point output tensors of one run of the model in a mode of the session."""
-        self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
-                torch.manual_seed(self.seed)
-                output = self.compiled(*sample.args, **sample.kwargs)
-        except Exception as error:
-            cause = getattr(error, "inner_exception", None) or error.__cause__
-            if isinstance(cause, FreqoptError):
-                raise cause from None
-            raise
-        return output_tensors(output)
+    def dense_references(self) -> list[list[Tensor]]:
+        """The dense model's outputs for the held-out samples."""
+        held_out = self.runner.samples.held_out
+        with self.progress.phase("dense references", len(held_out)) as step:
+            for sample in held_out:
+                self.references.append(self.runner.run(sample, "dense"))
+                step()
+        return self.references
 
     def _measure(self) -> None:
-        fit = self.samples.fit
-        known = len(self.session.sites)
+        fit, session = self.runner.samples.fit, self.session
+        known = len(session.sites)
         with self.progress.phase("measuring sites", None) as step:
-            self.session.on_site = step
+            session.on_site = step
             for index, sample in enumerate(fit):
-                output = self._run(sample, "measure")
-                if not all(bool(torch.isfinite(x).all()) for x in output):
-                    raise CalibrationError(
-                        f"sample {index} (of those fitted): the dense model's own output has NaN "
-                        "or infinite values; calibration needs samples that the model can serve"
-                    )
-                if not any(bool(x.any()) for x in output):
-                    raise CalibrationError(
-                        f"sample {index} (of those fitted): the dense model's output is zero "
-                        "everywhere, so no relative error exists; are its weights loaded?"
-                    )
-                known = known or len(self.session.measurable())
+                key = f"measure/{index}"
+                before = self.journal.find(key)
+                entry = before or self.journal.keep(key, *self._measure_one(index, sample))
+                self._absorb(entry, self.runner.samples.bucket(sample))
+                known = known or len(session.measurable())
                 step.total(known * len(fit))
-        if not self.session.measurable():
+                if before is not None:
+                    step(known)
+        if not session.measurable():
             raise CalibrationError(self._nothing_found())
+
+    def _measure_one(self, index: int, sample: Sample) -> tuple[Any, dict[str, Tensor]]:
+        """One measuring pass, as the facts and tensors that `_absorb` takes."""
+        session = self.session
+        session.readings = []
+        output = self.runner.run(sample, "measure")
+        if not all(bool(torch.isfinite(x).all()) for x in output):
+            raise CalibrationError(
+                f"sample {index} (of those fitted): the dense model's own output has NaN "
+                "or infinite values; calibration needs samples that the model can serve"
+            )
+        if not any(bool(x.any()) for x in output):
+            raise CalibrationError(
+                f"sample {index} (of those fitted): the dense model's output is zero "
+                "everywhere, so no relative error exists; are its weights loaded?"
+            )
+        readings, tensors = pack(session.readings)
+        facts = {
+            "readings": readings,
+            "failures": {name: site.failure for name, site in session.sites.items()},
+            "dense": session.dense_sites,
+            "timings": [timing.model_dump() for timing in session.timings.values()],
+        }
+        return facts, tensors
+
+    def _absorb(self, entry: Entry, bucket: int) -> None:
+        """Take in a measuring pass, of this run or of one before it."""
+        facts, session = entry.facts, self.session
+        for name, failure in facts["failures"].items():
+            session.sites.setdefault(name, Measured(name)).failure = failure
+        session.dense_sites.update(facts["dense"])
+        for timing in facts["timings"]:
+            session.add_timing(SiteTiming.model_validate(timing, strict=False))
+        session.absorb(unpack(facts["readings"], dict(entry.tensors)), bucket)
 
     def _nothing_found(self) -> str:
         reasons = dict(self.session.dense_sites)
@@ -210,103 +243,43 @@ class _Calibration:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         return f"none of the {len(reasons)} attention sites can be split ({listed})"
 
-    def _search(self, sites: list[SiteChoices]) -> Allocation:
-        """Move the predicted error until the measured one is within [ACCEPT, 1] of the target."""
-        aim = self.target * AIM
-        predicted, low, high = aim, 0.0, math.inf
-        best: tuple[float, Allocation] | None = None
-        believed = list(sites)
-        loosest = solve(sites, math.inf, self.cost).multiplier
-        previous: Allocation | None = None
-        with self.progress.phase("verifying", MAX_TRIALS) as step:
-            for _ in range(MAX_TRIALS):
-                allocation = solve(believed, predicted, self.cost)
-                if previous is not None and same_choices(allocation, previous):
-                    break
-                previous = allocation
-                measured = self._verify(sites, allocation)
-                step()
-                if measured <= self.target:
-                    low = predicted
-                    if best is None or allocation.cost < best[1].cost:
-                        best = (measured, allocation)
-                        self.chosen, self.chosen_densities = self.trials[-1], self.densities
-                    if measured >= ACCEPT * self.target or allocation.multiplier == loosest:
-                        break
-                elif measured > DISBELIEF * allocation.error > 0.0:
-                    scale = DISBELIEF * measured / allocation.error
-                    believed = [
-                        site if choice.dense else site.scaled(scale)
-                        for site, choice in zip(believed, allocation.choices, strict=True)
-                    ]
-                    predicted, low, high = aim, 0.0, math.inf
-                    continue
-                else:
-                    high = predicted
-                scaled = predicted * aim / max(measured, 1e-12)
-                if high < math.inf:
-                    inside = math.sqrt(max(low, high * 1e-2) * high)
-                    scaled = scaled if low < scaled < high else inside
-                predicted = min(max(scaled, predicted * 1e-2), predicted * 1e2)
-        if best is None or all(choice.dense for choice in best[1].choices):
-            return self._everything_dense(sites)
-        if best[0] < ACCEPT * self.target:
-            why = "no choice came closer without exceeding it"
-            if best[1].multiplier == loosest:
-                why = "even the loosest budgets do not reach it"
-            self.notes.append(f"the error is well below the target: {why}")
-        return best[1]
+    def _plan(
+        self,
+        sites: list[SiteChoices],
+        criterion: Criterion,
+        target_error: float | None,
+        target_psnr: float | None,
+    ) -> Plan:
+        """Search for the criterion, and write down what was found."""
+        cost = cost_model(list(self.session.timings.values()))
+        search = Search(sites, cost, criterion, self.progress)
+        found = search.run() or self._everything_dense(sites, search, criterion)
+        error = found.trial
+        if target_psnr is not None:
+            held_out = HeldOutError(self.runner, self.references, 1.0, self.journal)
+            error = Search(sites, cost, held_out, self.progress).try_out(found.allocation).trial
+        return build_plan(
+            self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
+            search.trials, cost=cost, error=error, target=target_error, target_psnr=target_psnr,
+            measured_psnr=None if target_psnr is None else decibels_of(found.trial.measured_error),
+            seed=self.runner.seed, notes=[*self.notes, *found.notes], rounding=self.rounding,
+        )  # fmt: skip
 
-    def _everything_dense(self, sites: list[SiteChoices]) -> Allocation:
+    def _everything_dense(
+        self, sites: list[SiteChoices], search: Search, criterion: Criterion
+    ) -> Found:
         """The plan that splits nothing, unless exact attention misses the target as well."""
-        self.session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
-        floor = max(self._errors())
-        if floor > self.target:
+        exact = {site.name: torch.zeros(2, site.heads) for site in sites}
+        floor = max(criterion.measure(exact).errors)
+        if floor > criterion.target:
             raise CalibrationError(
-                f"target_error {self.target:g} cannot be met: with every pair attended exactly "
+                f"the target {criterion.target:g} cannot be met: with every pair attended exactly "
                 f"(threshold 0) the output already differs by {floor:.1e}, which is rounding "
                 "amplified by the model; ask for more than that"
             )
-        self.notes.append("no split met the target, so every site stays dense")
-        allocation = solve(sites, 0.0, self.cost)
-        self._verify(sites, allocation)
-        self.chosen, self.chosen_densities = self.trials[-1], self.densities
-        return allocation
-
-    def _verify(self, sites: list[SiteChoices], allocation: Allocation) -> float:
-        """Measured error of an allocation over the held-out samples; appends to the trials."""
-        self.session.budgets = budgets(sites, allocation)
-        errors = self._errors()
-        measured = math.sqrt(sum(e * e for e in errors) / len(errors))
-        density = dense = 0.0
-        for site in sites:
-            weight = self.cost.dense(site.shape) * site.heads
-            found = self.densities.get(site.name)
-            density += weight * (1.0 if found is None else float(found.mean()))
-            dense += weight
-        self.trials.append(
-            Trial(
-                multiplier=allocation.multiplier,
-                predicted_error=allocation.error,
-                measured_error=measured,
-                worst_error=max(errors),
-                mean_density=density / dense,
-                sample_errors=errors,
-            )
-        )
-        logger.info("trial %s", self.trials[-1])
-        return measured
-
-    def _errors(self) -> list[float]:
-        """Error of each held-out sample with the session's budgets; fills `densities`."""
-        self.session.densities = {}
-        errors = []
-        for sample, reference in zip(self.samples.held_out, self.references, strict=True):
-            errors.append(relative_error(self._run(sample, "split"), reference))
-        self.densities = {
-            name: torch.stack(rows).mean(0).cpu() for name, rows in self.session.densities.items()
-        }
-        return errors
+        found = search.try_out(solve(sites, 0.0, search.cost))
+        found.notes.append("no split met the target, so every site stays dense")
+        return found
 
 
 def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteChoices:
@@ -336,42 +309,3 @@ def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteCh
     ladder = np.array(THRESHOLDS)
     curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
     return make_choices(site.name, site.tokens, site.head_dim, ladder, curves, shares)
-
-
-def budgets(sites: list[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
-    """Budgets (buckets, 2, H) of the sites that an allocation splits."""
-    found = {}
-    for site, choice in zip(sites, allocation.choices, strict=True):
-        if choice.dense:
-            continue
-        exact = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
-        mid = torch.tensor(site.mid[choice.index])
-        rows = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
-        found[site.name] = rows.unflatten(1, (len(site.shares), site.heads)).transpose(0, 1)
-    return found
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _forget_compiled(model: nn.Module) -> None:
-    """Drop the recorders' graphs, which hold what was measured and count as recompilations."""
-    code = getattr(model.forward, "__code__", None)
-    if code is not None:
-        torch._dynamo.eval_frame.remove_from_cache(code)
-
-
-def _many_recompiles() -> Any:
-    """Samples of many shapes each need their own graph; hitting the limit would skip sites."""
-    for name in ("recompile_limit", "cache_size_limit"):
-        if hasattr(torch._dynamo.config, name):
-            return torch._dynamo.config.patch({name: RECOMPILE_LIMIT})
-    return nullcontext()

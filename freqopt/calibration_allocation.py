@@ -27,7 +27,7 @@ SPLIT_EFFICIENCY = 0.6
 _TINY = 1e-30
 
 
-class SiteShape(NamedTuple):
+class AttentionShape(NamedTuple):
     """What the cost of a site's attention depends on, beside its density."""
 
     heads: int
@@ -38,10 +38,10 @@ class SiteShape(NamedTuple):
 class CostModel(Protocol):
     """Cost of attention at one site, per head; any unit, but one unit for all sites."""
 
-    def dense(self, shape: SiteShape) -> float:
+    def dense(self, shape: AttentionShape) -> float:
         """Cost of one head of dense attention."""
 
-    def split(self, shape: SiteShape, density: Array) -> Array:
+    def split(self, shape: AttentionShape, density: Array) -> Array:
         """Cost of one head of split attention at the given densities (any shape)."""
 
 
@@ -51,11 +51,11 @@ class ProductCost:
 
     efficiency: float = SPLIT_EFFICIENCY
 
-    def dense(self, shape: SiteShape) -> float:
+    def dense(self, shape: AttentionShape) -> float:
         """See `CostModel`."""
         return 2.0 * shape.tokens * shape.tokens * shape.head_dim
 
-    def split(self, shape: SiteShape, density: Array) -> Array:
+    def split(self, shape: AttentionShape, density: Array) -> Array:
         """See `CostModel`; the low band costs one product per key block."""
         return self.dense(shape) * (density / self.efficiency + 1.0 / KEY_BLOCK)
 
@@ -87,9 +87,9 @@ class SiteChoices:
         return int(self.density.shape[0]) // len(self.shares)
 
     @property
-    def shape(self) -> SiteShape:
+    def shape(self) -> AttentionShape:
         """What a cost model is asked about."""
-        return SiteShape(self.heads, self.tokens, self.head_dim)
+        return AttentionShape(self.heads, self.tokens, self.head_dim)
 
     @property
     def weight(self) -> Array:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.calibration_allocation import (
-    Allocation,
     CostModel,
     HeadCurves,
     SiteChoice,
@@ -23,8 +22,10 @@ from freqopt.calibration_allocation import (
     make_choices,
 )
 from freqopt.calibration_gains import Array
-from freqopt.calibration_measure import THRESHOLDS, Measured, Session, SpectrumSums, Sums
+from freqopt.calibration_measure import THRESHOLDS, Session
+from freqopt.calibration_readings import Measured, SpectrumSums, Sums
 from freqopt.calibration_samples import SampleSet
+from freqopt.calibration_search import Found
 from freqopt.plan import (
     BucketCurves,
     Budget,
@@ -34,6 +35,7 @@ from freqopt.plan import (
     Plan,
     SiteEvidence,
     SitePlan,
+    SiteTiming,
     Spectrum,
     Trial,
     Versions,
@@ -41,6 +43,8 @@ from freqopt.plan import (
 )
 
 DIGITS = 5
+MAX_PSNR = 200.0
+"""In dB; stands for equal outputs too, as JSON has no infinity."""
 
 
 def build_plan(
@@ -49,44 +53,47 @@ def build_plan(
     samples: SampleSet,
     sites: list[SiteChoices],
     gains: Mapping[str, Array],
-    allocation: Allocation,
+    found: Found,
     trials: list[Trial],
     *,
-    target: float,
+    cost: CostModel,
+    error: Trial,
+    target: float | None,
+    target_psnr: float | None,
+    measured_psnr: float | None,
     seed: int,
     notes: list[str],
-    cost: CostModel,
-    chosen: Trial | None,
-    densities: Mapping[str, Tensor],
     rounding: float,
 ) -> Plan:
     """The plan of a finished calibration.
 
-    chosen: the trial of the allocation. densities: (H,) per site, those of verification.
-    rounding: output error at threshold 0.
+    found: what the search ended with. error: the trial of it on the held-out samples. rounding:
+    output error at threshold 0.
     """
     measured = session.measurable()
-    assert chosen is not None
     plans: dict[str, SitePlan] = {}
-    for site, choice in zip(sites, allocation.choices, strict=True):
-        found = measured[site.name]
+    for site, choice in zip(sites, found.allocation.choices, strict=True):
+        known = measured[site.name]
         if choice.dense:
-            plans[site.name] = _dense_site(found, dense_reason(site, choice, cost), gains)
+            plans[site.name] = _dense_site(known, dense_reason(site, choice, cost), gains)
         else:
-            plans[site.name] = _split_site(site, choice, found, gains, densities.get(site.name))
-    for name, found in session.sites.items():
-        if found.failure:
-            plans[name] = _dense_site(found, found.failure, gains)
+            density = found.densities.get(site.name)
+            plans[site.name] = _split_site(site, choice, known, gains, density)
+    for name, known in session.sites.items():
+        if known.failure:
+            plans[name] = _dense_site(known, known.failure, gains)
     return Plan(
         model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
-        grids=sorted({grid for found in measured.values() for grid in found.grids}),
+        grids=sorted({grid for known in measured.values() for grid in known.grids}),
         device=_device_name(model),
         versions=_versions(),
         seed=seed,
-        target_error=target,
-        measured_error=_round(chosen.measured_error),
-        worst_error=_round(chosen.worst_error),
-        mean_density=_round(chosen.mean_density),
+        target_error=target or max(_round(error.measured_error), 1e-9),
+        measured_error=_round(error.measured_error),
+        worst_error=_round(error.worst_error),
+        target_psnr=target_psnr,
+        measured_psnr=None if measured_psnr is None else _round(min(measured_psnr, MAX_PSNR)),
+        mean_density=_round(found.trial.mean_density),
         timestep_name=samples.timestep_name,
         timestep_edges=samples.timestep_edges,
         sites=plans,
@@ -96,9 +103,10 @@ def build_plan(
             notes=notes,
             rounding_error=_round(rounding),
             bucket_samples=samples.bucket_samples,
+            timings=[_rounded_timing(timing) for timing in session.timings.values()],
             trials=[_rounded_trial(trial) for trial in trials],
             dense_sites=dict(session.dense_sites),
-            sites={name: _site_evidence(found) for name, found in measured.items()},
+            sites={name: _site_evidence(known) for name, known in measured.items()},
         ),
     )
 
@@ -213,6 +221,14 @@ def _spectrum(sums: SpectrumSums) -> Spectrum:
         low=_row(sums.low / sums.calls),
         mid=_row(sums.mid / sums.calls),
     )
+
+
+def _rounded_timing(timing: SiteTiming) -> SiteTiming:
+    rounded = {
+        name: _round(getattr(timing, name)) for name in ("dense_ms", "base_ms", "density_ms")
+    }
+    points = [(_round(density), _round(ms)) for density, ms in timing.points]
+    return timing.model_copy(update={**rounded, "points": points})
 
 
 def _rounded_trial(trial: Trial) -> Trial:

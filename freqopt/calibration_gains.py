@@ -6,18 +6,18 @@ are injected one at a time, and the model's output is compared.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from freqopt.calibration_measure import THRESHOLDS, Measured, Mode, Session
+from freqopt.calibration_journal import Journal
+from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress
+from freqopt.calibration_readings import Measured
+from freqopt.calibration_run import Runner, relative_error
 from freqopt.calibration_samples import Sample, SampleSet
 from freqopt.errors import CalibrationError
 
@@ -40,43 +40,43 @@ LEAST_SHARE = 0.1
 
 
 def measure_gains(
-    session: Session,
-    samples: SampleSet,
-    run: Callable[[Sample, Mode], list[Tensor]],
-    progress: Progress,
+    runner: Runner, progress: Progress, journal: Journal
 ) -> tuple[dict[str, Array], float]:
     """Gain of every head by timestep bucket, and the output error with everything exact (rounding).
 
     A gain is the relative error of the model's output over the relative error of the site's output
     that caused it; without unit. Returns {site: (buckets, H)} and the rounding error.
     """
-    sites = list(session.measurable().values())
-    units = probe_units(sites)
+    session, sites = runner.session, list(runner.session.measurable().values())
+    samples, units = runner.samples, probe_units(sites)
     used = probed_samples(samples)
     squares: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(samples.buckets)]
     floor = 0.0
     with progress.phase("probing gains", len(used) * (len(units) + 2)) as step:
-        for sample in used:
-            reference = run(sample, "dense")
-            step()
-            session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
-            rounding = relative_error(run(sample, "split"), reference)
+        for number, sample in enumerate(used):
+            reference = Dense(runner, sample)
+            exact = journal.find(f"rounding/{number}")
+            if exact is None:
+                session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
+                output = runner.run(sample, "split")
+                exact = journal.keep(f"rounding/{number}", reference.error_of(output))
+            rounding = float(exact.facts)
             floor = max(floor, rounding)
-            step()
+            step(2)
             for index, head in units:
-                site = sites[index]
-                session.probed, session.probe_error = site.name, None
-                session.budgets = {site.name: probe_budget(site, head)}
-                output = run(sample, "probe")
+                key = f"gain/{number}/{index}/{head}"
+                found = journal.find(key) or journal.keep(
+                    key, _inject(session, sites[index], head, runner, reference)
+                )
                 step()
-                if session.probe_error is None or float(session.probe_error) < 1e-14:
+                injected, error = found.facts
+                if injected < 1e-14:
                     continue
-                injected = float(session.probe_error)
-                reached = relative_error(output, reference) ** 2
+                reached = error**2
                 caused = max(reached - rounding**2, LEAST_SHARE * reached, 1e-12 * injected)
-                found = squares[samples.bucket(sample)]
-                found.setdefault((index, head), []).append(caused / injected)
-    every = [value for found in squares for row in found.values() for value in row]
+                known = squares[samples.bucket(sample)]
+                known.setdefault((index, head), []).append(caused / injected)
+    every = [value for bucket in squares for row in bucket.values() for value in row]
     if every and max(every) <= 1e-12:
         raise CalibrationError(
             "errors injected at the attention sites do not change the model's output: it does not "
@@ -84,10 +84,36 @@ def measure_gains(
         )
     # The target is a mean square over samples, so squares are averaged, not logarithms.
     rows = []
-    for found in squares:
-        logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in found.items()}
+    for bucket in squares:
+        logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
         rows.append(spread_gains(sites, logs))
     return {site.name: np.stack([row[site.name] for row in rows]) for site in sites}, floor
+
+
+class Dense:
+    """The dense output for a sample, computed when it is first needed."""
+
+    def __init__(self, runner: Runner, sample: Sample) -> None:
+        self.runner, self.sample = runner, sample
+        self.output: list[Tensor] | None = None
+
+    def error_of(self, output: list[Tensor]) -> float:
+        """Relative L2 error of another output."""
+        if self.output is None:
+            self.output = self.runner.run(self.sample, "dense")
+        return relative_error(output, self.output)
+
+
+def _inject(
+    session: Session, site: Measured, head: int, runner: Runner, reference: Dense
+) -> tuple[float, float]:
+    """Squared relative error put into a site, and the relative error that reaches the output."""
+    session.probed, session.probe_error = site.name, None
+    session.budgets = {site.name: probe_budget(site, head)}
+    output = runner.run(reference.sample, "probe")
+    if session.probe_error is None:
+        return 0.0, 0.0
+    return float(session.probe_error), reference.error_of(output)
 
 
 def probed_samples(samples: SampleSet) -> list[Sample]:
@@ -133,27 +159,3 @@ def probe_budget(site: Measured, head: int = -1) -> Tensor:
     if head >= 0:
         exact = torch.where(torch.arange(site.heads) == head, exact, 0.0)
     return torch.stack([exact, exact])
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Floating-point tensors of whatever a model returns, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in output_tensors(item)]
-    if dataclasses.is_dataclass(output):
-        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
-    return []
-
-
-def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
-    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
-    difference = energy = 0.0
-    for got, want in zip(output, reference, strict=True):
-        want = want.to(got.device)
-        difference += float((got.double() - want.double()).square().sum())
-        energy += float(want.double().square().sum())
-    error = math.sqrt(difference / max(energy, 1e-30))
-    return error if math.isfinite(error) else math.inf

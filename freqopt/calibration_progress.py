@@ -13,10 +13,10 @@ PRINT_EVERY = 5.0
 
 
 class Step:
-    """Called once per unit of work of a phase; `total` says how many there are once it is known."""
+    """Called as units of work of a phase are done; `total` tells how many there are when known."""
 
-    def __call__(self) -> None:
-        """One unit is done."""
+    def __call__(self, units: int = 1) -> None:
+        """So many units are done."""
 
     def total(self, units: int) -> None:
         """Set the number of units."""
@@ -68,8 +68,8 @@ class _Rich:
         bars, task = self.bars, self.bars.add_task(title, total=total)
 
         class RichStep(Step):
-            def __call__(self) -> None:
-                bars.advance(task)
+            def __call__(self, units: int = 1) -> None:
+                bars.advance(task, units)
 
             def total(self, units: int) -> None:
                 bars.update(task, total=units)
@@ -92,8 +92,8 @@ class _PlainStep(Step):
         self.title, self.units, self.done = title, units, 0
         self.start = self.last = time.monotonic()
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, units: int = 1) -> None:
+        self.done += units
         now = time.monotonic()
         if now - self.last < PRINT_EVERY:
             return

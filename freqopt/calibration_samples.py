@@ -71,6 +71,14 @@ class SampleSet:
         """Index of the timestep bucket of a sample."""
         return _bucket(sample, self.timestep_edges)
 
+    def bucket_of_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int:
+        """Index of the timestep bucket of a call of the model."""
+        named = named_arguments(forward_signature(model), args, kwargs)
+        _, value = _timestep(named, self.timestep_name) if self.timestep_name else (None, None)
+        return self.bucket(Sample(args, kwargs, value))
+
 
 def collect_samples(
     model: nn.Module,

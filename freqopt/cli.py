@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import nn
 
 import freqopt
+from freqopt.calibration_samples import MAX_BUCKETS
 from freqopt.errors import FreqoptError, InputError, OptionError
 from freqopt.exporters import commands
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BAD_INPUT = 2
 BROKEN = 1
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="freqopt",
@@ -118,23 +120,43 @@ def calibrate(
         float, typer.Option(help="Relative L2 error of the model's output against dense.")
     ] = 0.03,
     grid: GridText = None,
+    timestep: Annotated[
+        str | None, typer.Option(help="Name of the model's timestep argument, if it is unusual.")
+    ] = None,
+    timestep_buckets: Annotated[
+        int, typer.Option(help="Ranges of the timestep with budgets of their own, at most.")
+    ] = MAX_BUCKETS,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Find the cheapest budgets that hold an error target, and write them as a plan."""
+    """Find the cheapest budgets that hold an error target, and write them as a plan.
+
+    Ctrl-C keeps what was measured beside the plan, and the same command goes on from there.
+    """
     from freqopt.samples_file import load_samples
 
     where = choose_device(device)
     calls = load_samples(samples, where)
-    plan = freqopt.calibrate(
-        load_model(model).to(where),
-        calls,
-        target_error=target_error,
-        grid=None if grid is None else parse_grid(grid),
-        progress=not quiet,
-        seed=seed,
-    )
+    checkpoint = output.with_name(f"{output.name}.resume")
+    try:
+        plan = freqopt.calibrate(
+            load_model(model).to(where),
+            calls,
+            target_error=target_error,
+            grid=None if grid is None else parse_grid(grid),
+            timestep=timestep,
+            timestep_buckets=timestep_buckets,
+            checkpoint=checkpoint,
+            progress=not quiet,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        kept = "nothing was measured yet"
+        if checkpoint.exists():
+            kept = f"what was measured is in {checkpoint}; the same command goes on from there"
+        print(f"freqopt: interrupted: {kept}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     plan.save(output)
     print(plan)
     print(f"wrote {output}")

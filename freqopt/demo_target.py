@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from freqopt.calibration_allocation import ProductCost, solve
+from freqopt.calibration_allocation import solve
+from freqopt.calibration_cost import cost_model
 from freqopt.calibration_evidence import choices_of_plan
 from freqopt.errors import OptionError
 from freqopt.plan import Plan
@@ -49,7 +50,7 @@ def error_for_density(plan: Plan, density: float) -> float:
     Raises:
         OptionError: even the loosest budgets need more.
     """
-    sites, cost = choices_of_plan(plan), ProductCost()
+    sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings)
     loosest = solve(sites, math.inf, cost)
     if loosest.density > density:
         raise OptionError(

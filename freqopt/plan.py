@@ -159,6 +159,22 @@ class SiteEvidence(_Record):
     spectrum: Spectrum | None = None
 
 
+class SiteTiming(_Record):
+    """Times of attention of one shape on the device of the calibration, in ms for all heads.
+
+    dense_ms: `scaled_dot_product_attention`. points: (mean density, ms) of the op as timed.
+    base_ms, density_ms: the line through them, ms = base_ms + density_ms * density.
+    """
+
+    heads: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    dense_ms: float = Field(ge=0)
+    base_ms: float = Field(ge=0)
+    density_ms: float = Field(ge=0)
+    points: list[tuple[float, float]]
+
+
 class Trial(_Record):
     """One verification: the model run with candidate budgets on held-out samples."""
 
@@ -173,6 +189,8 @@ class Trial(_Record):
 class Evidence(_Record):
     """Why the plan is what it is; read by the report, not by the backend.
 
+    timings: what the cost model was made from, one entry for each shape of attention; empty where
+    costs were counted in multiply-adds, as on a CPU.
     bucket_samples: fitted samples in each timestep bucket. dense_sites: attention that cannot be
     split at all, with the reason. rounding_error: output error with every pair attended exactly by
     the op: a floor for all plans.
@@ -183,6 +201,7 @@ class Evidence(_Record):
     notes: list[str] = []
     rounding_error: float | None = None
     bucket_samples: list[int] = []
+    timings: list[SiteTiming] = []
     trials: list[Trial] = []
     dense_sites: dict[str, str] = {}
     sites: dict[str, SiteEvidence] = {}
@@ -195,7 +214,8 @@ class Plan(_Record):
     the units of the model's argument `timestep_name`; empty for one bucket. target_error,
     measured_error: relative L2 error of the model's output, the latter on held-out samples
     (worst_error: the worst of them). mean_density: share of pairs attended exactly, weighted by the
-    sites' dense cost.
+    sites' dense cost. target_psnr, measured_psnr: in dB, of what the user's pipeline generated, if
+    that was the criterion; target_error is then the measured error.
     """
 
     format: Literal["freqopt-plan"] = "freqopt-plan"
@@ -209,6 +229,8 @@ class Plan(_Record):
     target_error: float = Field(gt=0)
     measured_error: float = Field(ge=0)
     worst_error: float = Field(ge=0)
+    target_psnr: float | None = None
+    measured_psnr: float | None = None
     mean_density: float = Field(ge=0, le=1)
     timestep_name: str | None = None
     timestep_edges: list[float] = []
@@ -346,12 +368,16 @@ class Plan(_Record):
             raise PlanError(f"{origin}: {where}: {first['msg']}") from error
 
     def __str__(self) -> str:
+        target = f"target {self.target_error:g}"
+        if self.target_psnr is not None and self.measured_psnr is not None:
+            target = f"PSNR {self.measured_psnr:.1f} dB, target {self.target_psnr:g} dB"
         lines = [
             f"plan for {self.model.class_name}: output error {self.measured_error:.4f} "
-            f"(target {self.target_error:g}) at {self.mean_density:.1%} mean density",
+            f"({target}) at {self.mean_density:.1%} mean density",
             f"grids {', '.join('x'.join(map(str, grid)) for grid in self.grids)}; {self.device}; "
             f"torch {self.versions.torch}; "
-            f"{self.evidence.samples} samples + {self.evidence.held_out} held out",
+            f"{self.evidence.samples} samples + {self.evidence.held_out} held out; "
+            f"{self._costs()}",
             *(f"note: {note}" for note in self.evidence.notes),
             "",
         ]
@@ -371,6 +397,11 @@ class Plan(_Record):
                 )
             )
         return "\n".join(lines + _table(rows, right=(1, 2, 4, 5, 6)))
+
+    def _costs(self) -> str:
+        if not self.evidence.timings:
+            return f"costs counted in multiply-adds, not measured on this {self.device}"
+        return f"costs measured at {len(self.evidence.timings)} shapes"
 
     def _site(self, name: str) -> SitePlan:
         if name in self.sites:

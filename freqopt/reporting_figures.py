@@ -19,8 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from freqopt.calibration_allocation import Allocation, ProductCost, SiteChoices, solve
+from freqopt.calibration_allocation import Allocation, SiteChoices, solve
+from freqopt.calibration_cost import cost_model
 from freqopt.calibration_evidence import choices_of_plan
+from freqopt.calibration_video import decibels_of
 from freqopt.plan import Plan
 
 Array = NDArray[np.float64]
@@ -91,11 +93,11 @@ def figure_html(figure: Figure, caption: str = "", alt: str = "") -> str:
 def frontier(plan: Plan) -> Figure:
     """Predicted output error against density, calibrated and uniform, and the trials."""
     figure, ax = _single(7.4, 4.2)
-    sites, cost = choices_of_plan(plan), ProductCost()
+    sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings)
     lowest = max(solve(sites, math.inf, cost).error, 1e-6)
     targets = np.geomspace(min(lowest, plan.target_error) / 20, max(lowest, 1e-5), 60)
     points = sorted({_point(solve(sites, float(t), cost)) for t in targets})
-    trials = plan.evidence.trials
+    trials = plan.evidence.trials if plan.target_psnr is None else []
     ax.plot(
         *zip(*_uniform(sites), strict=True), color=GREY, lw=2, label="one threshold for all heads"
     )
@@ -124,10 +126,18 @@ def frontier(plan: Plan) -> Figure:
 
 @styled
 def verification(plan: Plan) -> Figure:
-    """Predicted and measured error of every verification trial, with the accepted band."""
+    """What every verification trial was predicted and found to be, with the accepted band."""
     trials = plan.evidence.trials
     figure, ax = _single(7.4, 3.2)
     at = np.arange(1, len(trials) + 1)
+    if plan.target_psnr is not None:
+        ax.axhspan(plan.target_psnr, plan.target_psnr + 1.94, color="#fcebdd", lw=0)
+        ax.axhline(plan.target_psnr, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
+        found = [min(decibels_of(t.measured_error), 100.0) for t in trials]
+        ax.plot(at, found, "o-", color=BLUE, label="measured")
+        ax.set(xlabel="trial", ylabel="PSNR of the video (dB)", xticks=at)
+        ax.set_xlim(0.5, len(trials) + 0.5)
+        return figure
     ax.axhspan(0.8 * plan.target_error, plan.target_error, color="#fcebdd", lw=0)
     ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
     ax.plot(at, [t.predicted_error for t in trials], "o--", color=GREY, label="predicted")
@@ -278,7 +288,10 @@ def _uniform(sites: Sequence[SiteChoices]) -> list[tuple[float, float]]:
     plain = ~sites[0].mid
     plain[0] = False  # choice 0 is exact
     weights = np.array([site.heads * site.tokens**2 * site.head_dim for site in sites], float)
-    density = sum(w * s.density[:, plain].mean(0) for w, s in zip(weights, sites, strict=True))
+    density = sum(
+        w / s.heads * (s.weight[:, None] * s.density[:, plain]).sum(0)
+        for w, s in zip(weights, sites, strict=True)
+    )
     error = sum(site.error[:, plain].sum(0) for site in sites)
     return list(zip(np.asarray(density) / weights.sum(), np.sqrt(error), strict=True))
 

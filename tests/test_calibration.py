@@ -7,80 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from calibration_models import GRID, make_model, make_sample
 from torch import Tensor, nn
 
 import freqopt
 from freqopt import calibration_measure
-from freqopt.calibration_gains import output_tensors, relative_error
+from freqopt.calibration_run import output_tensors, relative_error
+from freqopt.calibration_spectrum import band_cutoffs, key_spectrum, spectrum_axes
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.plan import Plan
-
-GRID = (4, 16, 8)
-
-
-class Attention(nn.Module):
-    """Self-attention that the tests, too, can run split: `budget` is a plan's, (2, H)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.budget = heads, None
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.budget is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            mid = self.budget[1] < self.budget[0]
-            out = freqopt.split_attention(
-                q, k, v, grid=GRID, threshold=self.budget[0], mid_band=mid
-            )
-        return self.out(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class TinyVideo(nn.Module):
-    def __init__(self, width: int = 32, heads: int = 2, layers: int = 2) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(3, width, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(width, 12)
-        for block in self.blocks:  # sharper than random weights are, so that routing matters
-            block.attn.qkv.weight.data[: 2 * width] *= 3
-
-    def forward(self, video: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        x = self.patch(video).flatten(2).transpose(1, 2) + timestep[:, None, None]
-        for block in self.blocks:
-            x = block(x)
-        return {"velocity": self.head(self.dropout(x))}
-
-
-def make_model() -> TinyVideo:
-    torch.manual_seed(0)
-    return TinyVideo()
-
-
-def make_sample(seed: int) -> dict[str, Tensor]:
-    """Smooth video with some noise on it: content of low and of high frequency."""
-    generator = torch.Generator().manual_seed(seed)
-    t, h, w = GRID
-    coarse = torch.randn(1, 3, 2, 4, 4, generator=generator)
-    fine = torch.randn(1, 3, t, 2 * h, 2 * w, generator=generator)
-    video = F.interpolate(coarse, (t, 2 * h, 2 * w), mode="trilinear") + 0.1 * fine
-    return {"video": video, "timestep": torch.tensor([(seed % 8) / 8])}
 
 
 def error_with_plan(plan: Plan, sample: dict[str, Tensor]) -> float:
@@ -327,17 +262,15 @@ def test_spectrum_of_a_pure_wave_sits_in_its_bin() -> None:
     t, h, w = 8, 8, 8
     wave = torch.cos(2 * torch.pi * torch.arange(w) * 3 / w)  # 3/8 cycles per token
     key = wave.expand(1, 1, t, h, w).reshape(1, 1, -1, 1) * torch.ones(4) + 5.0
-    site = calibration_measure.Measured("x")
-    call = calibration_measure.Call(key, key, key, None, (t, h, w), 0, 0, 1.0)
-    calibration_measure.add_spectrum(site, call)
-    assert site.spectrum is not None
-    at = int(site.spectrum.power[0].argmax())
-    assert site.spectrum.edges[at - 1] <= 0.375 <= site.spectrum.edges[at]
-    assert site.spectrum.power[0, at] == pytest.approx(1.0, abs=1e-5)
-    assert site.spectrum.low.item() == pytest.approx(0.0, abs=1e-5)
-    assert site.spectrum.cutoffs == (0.125, 0.25)
+    power, low, _ = key_spectrum(key, (t, h, w), 0)
+    edges, cutoffs = spectrum_axes((t, h, w))
+    at = int(power[0].argmax())
+    assert edges[at - 1] <= 0.375 <= edges[at]
+    assert power[0, at] == pytest.approx(1.0, abs=1e-5)
+    assert low.item() == pytest.approx(0.0, abs=1e-5)
+    assert cutoffs == (0.125, 0.25)
 
 
 def test_band_cutoffs_ignore_flat_axes() -> None:
-    assert calibration_measure.band_cutoffs((1, 30, 52)) == pytest.approx((0.0625, 0.5 / 8**0.5))
-    assert calibration_measure.band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)
+    assert band_cutoffs((1, 30, 52)) == pytest.approx((0.0625, 0.5 / 8**0.5))
+    assert band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import freqopt
-from freqopt import calibration_measure as measure
+from freqopt import calibration_call
+from freqopt.calibration_call import Call, head_chunks, head_energy, head_error
 from freqopt.calibration_measure import THRESHOLDS, Recorder, Session
+from freqopt.calibration_readings import pack, unpack
 
 GRID = (3, 8, 10)
 
@@ -48,6 +51,7 @@ CASES = [{}, {"before": 5, "after": 7, "masked": True}, {"kv_heads": 1}, {"batch
 def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
     call, session = make_call(**case), Session(mode="measure")
     out = Recorder(session, "a")(**call)
+    session.absorb(session.readings, 0)
     torch.testing.assert_close(out, dense(call))
     site = session.sites["a"]
     assert (site.heads, site.head_dim, site.tokens) == (2, 16, call["query"].shape[2])
@@ -60,6 +64,7 @@ def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
 def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> None:
     call, session = make_call(**case), Session(mode="measure")
     truth = Recorder(session, "a")(**call)
+    session.absorb(session.readings, 0)
     sums = session.sites["a"].total()
     energy = truth.square().sum((0, 2, 3))
     torch.testing.assert_close(sums.energy, (energy / energy.sum()).double())
@@ -84,9 +89,9 @@ def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> Non
 
 def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = measure.Call.split
+    original = Call.split
     monkeypatch.setattr(
-        measure.Call, "split", lambda self, b: (calls.append(b), original(self, b))[1]
+        Call, "split", lambda self, b, n: (calls.append(b), original(self, b, n))[1]
     )
     call = make_call()
     call["query"] = call["query"] * 0.01  # so flat that most thresholds lift nothing
@@ -98,8 +103,10 @@ def test_buckets_are_kept_apart_and_added_up() -> None:
     session = Session(mode="measure")
     recorder = Recorder(session, "a")
     for bucket, scale in ((0, 0.1), (2, 0.8), (2, 0.9)):
-        session.bucket = bucket
+        session.readings = []
         recorder(**{**make_call(), "scale": scale})
+        facts, tensors = pack(session.readings)
+        session.absorb(unpack(json.loads(json.dumps(facts)), tensors), bucket)
     site = session.sites["a"]
     assert {b: s.calls for b, s in site.buckets.items()} == {0: 1, 2: 2}
     total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
@@ -136,8 +143,8 @@ def test_probe_mode_injects_one_sites_error() -> None:
 
 def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
-    whole = measure.head_energy(x), *measure.head_error(x, y)
-    monkeypatch.setattr(measure, "CHUNK_BYTES", 400)
-    assert len(list(measure.head_chunks(x))) == 3
-    for got, want in zip((measure.head_energy(x), *measure.head_error(x, y)), whole, strict=True):
+    whole = head_energy(x), *head_error(x, y)
+    monkeypatch.setattr(calibration_call, "CHUNK_BYTES", 400)
+    assert len(list(head_chunks(x))) == 3
+    for got, want in zip((head_energy(x), *head_error(x, y)), whole, strict=True):
         torch.testing.assert_close(got, want)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from freqopt.calibration_measure import THRESHOLDS, band_cutoffs
+from freqopt.calibration_measure import THRESHOLDS
+from freqopt.calibration_spectrum import band_cutoffs
 from freqopt.errors import PlanError
 from freqopt.plan import (
     BucketCurves,

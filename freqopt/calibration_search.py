@@ -1,0 +1,220 @@
+"""Verification: candidate budgets are run, and the multiplier moved until a criterion is met."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from freqopt.calibration_allocation import (
+    Allocation,
+    CostModel,
+    SiteChoices,
+    same_choices,
+    solve,
+)
+from freqopt.calibration_journal import Journal
+from freqopt.calibration_progress import Progress
+from freqopt.calibration_run import Runner, relative_error
+from freqopt.config import MID_RATIO
+from freqopt.plan import Trial
+
+logger = logging.getLogger(__name__)
+
+AIM = 0.93
+"""Share of the target that verification aims for, to end between ACCEPT and 1."""
+
+ACCEPT = 0.8
+MAX_TRIALS = 8
+
+DISBELIEF = 1.3
+"""A trial this much worse than predicted has a site whose errors were taken too lightly: all sites
+that it split are then believed to be worse than it was, and dense ones keep their chance."""
+
+
+class Criterion(Protocol):
+    """What an allocation is judged by.
+
+    target: largest error to accept, in the unit of `measure`. start: predicted error of the model's
+    output to try first. comparable: whether predicted errors have the same unit and meaning.
+    """
+
+    target: float
+    start: float
+    comparable: bool
+
+    def measure(self, budgets: dict[str, Tensor]) -> Verdict:
+        """Run the model with these budgets; sites without one stay dense."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of the runs of one trial, the mean square of which counts, and (H,) densities."""
+
+    errors: list[float]
+    densities: dict[str, Tensor]
+
+    @property
+    def error(self) -> float:
+        """Root mean square over the runs."""
+        return math.sqrt(sum(error * error for error in self.errors) / len(self.errors))
+
+
+class HeldOutError:
+    """Criterion: relative L2 error of the model's output on the held-out samples."""
+
+    comparable = True
+
+    def __init__(
+        self, runner: Runner, references: list[list[Tensor]], target: float, journal: Journal
+    ) -> None:
+        self.runner, self.references, self.journal = runner, references, journal
+        self.target, self.start = target, target * AIM
+
+    def measure(self, budgets: dict[str, Tensor]) -> Verdict:
+        """See `Criterion`."""
+        return remembered(self.journal, "held out", budgets, self._run)
+
+    def _run(self, budgets: dict[str, Tensor]) -> Verdict:
+        session = self.runner.session
+        session.budgets, session.densities = budgets, {}
+        errors = [
+            relative_error(self.runner.run(sample, "split"), reference)
+            for sample, reference in zip(self.runner.samples.held_out, self.references, strict=True)
+        ]
+        return Verdict(errors, mean_densities(session.densities))
+
+
+def mean_densities(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """(H,) per site, the mean over calls."""
+    return {name: torch.stack(rows).mean(0).cpu() for name, rows in found.items()}
+
+
+def remembered(
+    journal: Journal,
+    kind: str,
+    budgets: dict[str, Tensor],
+    run: Callable[[dict[str, Tensor]], Verdict],
+) -> Verdict:
+    """The verdict about budgets that is in the journal, or that of a run, which is then kept."""
+    digest = hashlib.sha256()
+    for name, budget in budgets.items():
+        digest.update(repr((name, budget.tolist())).encode())
+    key = f"{kind}/{digest.hexdigest()[:24]}"
+    entry = journal.find(key)
+    if entry is None:
+        verdict = run(budgets)
+        entry = journal.keep(key, verdict.errors, verdict.densities)
+    return Verdict(list(entry.facts), dict(entry.tensors))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with. notes: what the plan should say about it."""
+
+    allocation: Allocation
+    trial: Trial
+    densities: dict[str, Tensor]
+    notes: list[str]
+
+
+class Search:
+    """Moves the predicted error until the measured one is within [ACCEPT, 1] of the target."""
+
+    def __init__(
+        self,
+        sites: Sequence[SiteChoices],
+        cost: CostModel,
+        criterion: Criterion,
+        progress: Progress,
+    ) -> None:
+        self.sites, self.cost, self.criterion = list(sites), cost, criterion
+        self.progress = progress
+        self.trials: list[Trial] = []
+
+    def run(self) -> Found | None:
+        """The cheapest allocation found that meets the target, None if none does."""
+        criterion, predicted, low, high = self.criterion, self.criterion.start, 0.0, math.inf
+        target, aim = criterion.target, criterion.target * AIM
+        best: tuple[float, Found] | None = None
+        believed = self.sites
+        loosest = solve(self.sites, math.inf, self.cost).multiplier
+        previous: Allocation | None = None
+        with self.progress.phase("verifying", MAX_TRIALS) as step:
+            for _ in range(MAX_TRIALS):
+                allocation = solve(believed, predicted, self.cost)
+                if previous is not None and same_choices(allocation, previous):
+                    break
+                previous = allocation
+                found = self.try_out(allocation)
+                measured = found.trial.measured_error
+                step()
+                if measured <= target:
+                    low = predicted
+                    if best is None or allocation.cost < best[1].allocation.cost:
+                        best = (measured, found)
+                    if measured >= ACCEPT * target or allocation.multiplier == loosest:
+                        break
+                elif criterion.comparable and measured > DISBELIEF * allocation.error > 0.0:
+                    scale = DISBELIEF * measured / allocation.error
+                    believed = [
+                        site if choice.dense else site.scaled(scale)
+                        for site, choice in zip(believed, allocation.choices, strict=True)
+                    ]
+                    predicted, low, high = criterion.start, 0.0, math.inf
+                    continue
+                else:
+                    high = predicted
+                scaled = predicted * aim / max(measured, 1e-12)
+                if high < math.inf:
+                    inside = math.sqrt(max(low, high * 1e-2) * high)
+                    scaled = scaled if low < scaled < high else inside
+                predicted = min(max(scaled, predicted * 1e-2), predicted * 1e2)
+        if best is None or all(choice.dense for choice in best[1].allocation.choices):
+            return None
+        if best[0] < ACCEPT * target:
+            why = "no choice came closer without exceeding it"
+            if best[1].allocation.multiplier == loosest:
+                why = "even the loosest budgets do not reach it"
+            best[1].notes.append(f"the error is well below the target: {why}")
+        return best[1]
+
+    def try_out(self, allocation: Allocation) -> Found:
+        """Run the model with an allocation's budgets; the trial is added to `trials`."""
+        verdict = self.criterion.measure(budgets(self.sites, allocation))
+        density = dense = 0.0
+        for site in self.sites:
+            weight = self.cost.dense(site.shape) * site.heads
+            found = verdict.densities.get(site.name)
+            density += weight * (1.0 if found is None else float(found.mean()))
+            dense += weight
+        trial = Trial(
+            multiplier=allocation.multiplier,
+            predicted_error=allocation.error,
+            measured_error=verdict.error,
+            worst_error=max(verdict.errors),
+            mean_density=density / dense,
+            sample_errors=verdict.errors,
+        )
+        self.trials.append(trial)
+        logger.info("trial %s", trial)
+        return Found(allocation, trial, verdict.densities, [])
+
+
+def budgets(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
+    """Budgets (buckets, 2, H) of the sites that an allocation splits."""
+    found = {}
+    for site, choice in zip(sites, allocation.choices, strict=True):
+        if choice.dense:
+            continue
+        exact = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
+        mid = torch.tensor(site.mid[choice.index])
+        rows = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
+        found[site.name] = rows.unflatten(1, (len(site.shares), site.heads)).transpose(0, 1)
+    return found
