@@ -75,8 +75,9 @@ class SitePlan(_Record):
 
     budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
     head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
-    head's output. gains: [bucket][head], relative error of the model's output over that of the site
-    which caused it.
+    head's output. bounds: [bucket][head], error of a call above which the backend's
+    option `adapt` tightens the head's budget. gains: [bucket][head], relative error of the model's
+    output over that of the site which caused it.
     """
 
     heads: int = Field(ge=1)
@@ -87,6 +88,7 @@ class SitePlan(_Record):
     budgets: list[Budget] = []
     density: list[float] = []
     error: list[float] = []
+    bounds: list[list[float]] = []
     gains: list[list[float]] = []
 
     @model_validator(mode="after")
@@ -94,7 +96,11 @@ class SitePlan(_Record):
         if (self.decision == "split") != bool(self.budgets):
             raise ValueError("a split site needs budgets and a dense site has none")
         rows = [budget.threshold for budget in self.budgets]
-        rows += [self.density, self.error, *self.gains]
+        rows += [self.density, self.error, *self.gains, *self.bounds]
+        if self.bounds and len(self.bounds) != len(self.budgets):
+            raise ValueError("bounds are not one list for each timestep bucket")
+        if any(bound <= 0 for row in self.bounds for bound in row):
+            raise ValueError("a bound is not positive")
         if any(row and len(row) != self.heads for row in rows):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
         return self
@@ -275,6 +281,20 @@ class Plan(_Record):
         """
         buckets = range(len(self.timestep_edges) + 1)
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
+
+    def adaptive_budgets(self, site_name: str) -> Tensor:
+        """Budgets with a third row, (buckets, 3, H): the bounds of the error (infinite if dense).
+
+        Raises:
+            PlanError: the plan has no such site, or no bounds for it.
+        """
+        site, budgets = self._site(site_name), self.budgets(site_name)
+        bounds = torch.full((len(budgets), 1, site.heads), math.inf)
+        if site.decision == "split":
+            if not site.bounds:
+                raise PlanError(f"this plan has no bounds of errors for {site_name!r} to adapt to")
+            bounds = torch.tensor(site.bounds).unsqueeze(1)
+        return torch.cat([budgets, bounds], 1)
 
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""

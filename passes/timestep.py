@@ -51,7 +51,7 @@ def find_timestep(gm: fx.GraphModule, name: str) -> fx.Node | None:
 def select_budgets(
     gm: fx.GraphModule, timestep: fx.Node, edges: Sequence[float], tables: Sequence[Tensor]
 ) -> list[fx.Node]:
-    """Nodes of the budgets (2, H) that hold at the graph's timestep, one for each table.
+    """Nodes of the budgets (R, H) that hold at the graph's timestep, one for each table.
 
     Batch items may have timesteps of their own, and tokens too, whose mean counts; the budget is
     then the most exact of those of the items, as one budget serves the batch.
@@ -59,7 +59,7 @@ def select_budgets(
     Args:
         timestep: a node, () or (B,) or (B, ...) of any real dtype.
         edges: as in `Timestep`.
-        tables: (buckets, 2, H) float32 budgets, on the device of the sites.
+        tables: (buckets, R, H) float32 budgets, on the device of the sites.
     """
     graph, device = gm.graph, tables[0].device
     flat = torch.cat([table.flatten(1) for table in tables], 1)
@@ -82,6 +82,6 @@ def select_budgets(
         chosen, start = [], 0
         for table in tables:
             part = method("narrow", row, 0, start, table[0].numel())
-            chosen.append(method("view", part, 2, table.shape[2]))
+            chosen.append(method("view", part, *table.shape[1:]))
             start += table[0].numel()
     return chosen
