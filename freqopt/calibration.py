@@ -31,7 +31,14 @@ from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_readings import Measured, pack, unpack
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
-from freqopt.calibration_search import Criterion, Found, HeldOutError, Search
+from freqopt.calibration_search import (
+    Criterion,
+    Found,
+    HeldOutError,
+    Search,
+    budget_key,
+    budgets,
+)
 from freqopt.calibration_video import GeneratedVideo, decibels_of, weigh_timesteps
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
@@ -258,12 +265,26 @@ class Calibration:
         if target_psnr is not None:
             held_out = HeldOutError(self.runner, self.references, 1.0, self.journal)
             error = Search(sites, cost, held_out, self.progress).try_out(found.allocation).trial
+        self._time(budgets(sites, found.allocation))
         return build_plan(
             self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
             search.trials, cost=cost, error=error, target=target_error, target_psnr=target_psnr,
             measured_psnr=None if target_psnr is None else decibels_of(found.trial.measured_error),
             seed=self.runner.seed, notes=[*self.notes, *found.notes], rounding=self.rounding,
         )  # fmt: skip
+
+    def _time(self, chosen: dict[str, Tensor]) -> None:
+        """Time every site that is split, at its budgets; only where costs were measured too."""
+        session, samples = self.session, self.runner.samples.held_out
+        if not session.timings or not chosen:
+            return
+        key = budget_key("times", chosen)
+        entry = self.journal.find(key)
+        if entry is None:
+            session.budgets = chosen
+            self.runner.run(samples[len(samples) // 2], "time")
+            entry = self.journal.keep(key, session.times)
+        session.times = {name: (dense, split) for name, (dense, split) in entry.facts.items()}
 
     def _everything_dense(
         self, sites: list[SiteChoices], search: Search, criterion: Criterion

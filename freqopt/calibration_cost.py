@@ -20,7 +20,7 @@ from freqopt.plan import SiteTiming
 TIMED_DENSITIES = (0.03, 0.1, 0.3)
 """Densities near which the op is timed."""
 
-WARM_UP, REPEATS = 3, 11
+REPEATS = 11
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,21 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(base), float(slope)
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call on the GPU."""
+def has_clock(x: Tensor) -> bool:
+    """Whether work on a tensor's device can be timed here; if not, products are counted."""
+    return x.is_cuda
+
+
+def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median time of a call on the GPU, after a third as many to warm up."""
     times = []
-    for index in range(WARM_UP + REPEATS):
+    warm_up = repeats // 3
+    for index in range(warm_up + repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
         end.synchronize()
-        if index >= WARM_UP:
+        if index >= warm_up:
             times.append(start.elapsed_time(end))
     return float(statistics.median(times))

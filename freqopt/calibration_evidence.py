@@ -109,7 +109,10 @@ def build_plan(
             timings=[_rounded_timing(timing) for timing in session.timings.values()],
             trials=[_rounded_trial(trial) for trial in trials],
             dense_sites=dict(session.dense_sites),
-            sites={name: _site_evidence(known) for name, known in measured.items()},
+            sites={
+                name: _site_evidence(known, session.times.get(name))
+                for name, known in measured.items()
+            },
         ),
     )
 
@@ -181,7 +184,7 @@ def _gains(gains: Mapping[str, Array], name: str) -> list[list[float]]:
     return _rows(torch.tensor(gains[name])) if name in gains else []
 
 
-def _site_evidence(found: Measured) -> SiteEvidence:
+def _site_evidence(found: Measured, times: tuple[float, float] | None) -> SiteEvidence:
     total = found.total()
     buckets = []
     if len(found.buckets) > 1:
@@ -200,6 +203,7 @@ def _site_evidence(found: Measured) -> SiteEvidence:
         curves=_curves(total),
         buckets=buckets,
         spectrum=None if found.spectrum is None else _spectrum(found.spectrum),
+        times_ms=None if times is None else (_round(times[0]), _round(times[1])),
     )
 
 

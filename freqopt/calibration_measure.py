@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freqopt.calibration_allocation import AttentionShape
 from freqopt.calibration_call import Call, head_energy, head_error
-from freqopt.calibration_cost import time_call
+from freqopt.calibration_cost import has_clock, milliseconds, time_call
 from freqopt.calibration_readings import CURVES, Measured, Reading
 from freqopt.calibration_spectrum import key_spectrum
 from freqopt.config import DEFAULT_PROBES, MID_RATIO
@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 THRESHOLDS = tuple(0.003 * 10 ** (i * 4 / 11) for i in range(12))
 """The ladder of budgets tried at every head of every sample: four decades from 0.003 to 30."""
 
-Mode = Literal["dense", "measure", "probe", "split"]
+Mode = Literal["dense", "measure", "probe", "split", "time"]
+
+TIMED_REPEATS = 3
+"""Repetitions of the times taken at every site, at the plan's budgets."""
 
 
 @dataclass
@@ -39,7 +42,8 @@ class Session:
     budgets: {site: (2, H) budget, or (buckets, 2, H)} used in mode "split" (other sites stay dense)
     and at the one site `probed` in mode "probe". readings: of the pass under way in mode "measure".
     densities: (H,) per call, of passes in mode "split". probe_error: in mode "probe" the squared
-    relative error of the site's output. timings: one for each shape of attention seen on a GPU.
+    relative error of the site's output. times: of mode "time", (dense, split) in ms. timings: one
+    for each shape of attention seen on a GPU.
     """
 
     mode: Mode = "dense"
@@ -53,6 +57,7 @@ class Session:
     densities: dict[str, list[Tensor]] = field(default_factory=dict)
     probe_error: Tensor | None = None
     readings: list[Reading] = field(default_factory=list)
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
     timings: dict[AttentionShape, SiteTiming] = field(default_factory=dict)
     on_site: Callable[[], None] = lambda: None
 
@@ -111,8 +116,14 @@ class Recorder:
                 out, density, _ = call.split(session.budget(site.name), session.probes)
                 session.densities.setdefault(site.name, []).append(density.mean(0))
                 return out
+            if session.mode == "time" and site.name in session.budgets:
+                budget, probes = session.budget(site.name), session.probes
+                session.times[site.name] = (
+                    milliseconds(call.dense, TIMED_REPEATS),
+                    milliseconds(lambda: call.split(budget, probes), TIMED_REPEATS),
+                )
         except Exception as error:
-            if session.mode == "split":
+            if session.mode in ("split", "time"):
                 raise
             site.failure = f"{type(error).__name__}: {error}"
             logger.warning("%s stays dense, measuring it failed: %s", site.name, site.failure)
@@ -147,7 +158,7 @@ class Recorder:
                     rows[name].append(value)
         curves = {name: torch.stack(row).cpu().double() for name, row in rows.items()}
         shape = AttentionShape(heads, call.query.shape[2], call.query.shape[3])
-        if dense.is_cuda and shape not in session.timings:
+        if has_clock(dense) and shape not in session.timings:
             density = curves["density"][: len(THRESHOLDS)]
             session.add_timing(time_call(call, THRESHOLDS, density, session.probes))
         stacked = (len(session.mid_bands), len(THRESHOLDS), heads)

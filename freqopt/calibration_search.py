@@ -96,6 +96,14 @@ def mean_densities(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack(rows).mean(0).cpu() for name, rows in found.items()}
 
 
+def budget_key(kind: str, budgets: dict[str, Tensor]) -> str:
+    """Key in the journal of what budgets led to."""
+    digest = hashlib.sha256()
+    for name, budget in budgets.items():
+        digest.update(repr((name, budget.tolist())).encode())
+    return f"{kind}/{digest.hexdigest()[:24]}"
+
+
 def remembered(
     journal: Journal,
     kind: str,
@@ -103,10 +111,7 @@ def remembered(
     run: Callable[[dict[str, Tensor]], Verdict],
 ) -> Verdict:
     """The verdict about budgets that is in the journal, or that of a run, which is then kept."""
-    digest = hashlib.sha256()
-    for name, budget in budgets.items():
-        digest.update(repr((name, budget.tolist())).encode())
-    key = f"{kind}/{digest.hexdigest()[:24]}"
+    key = budget_key(kind, budgets)
     entry = journal.find(key)
     if entry is None:
         verdict = run(budgets)

@@ -156,6 +156,7 @@ class SiteEvidence(_Record):
 
     energy, curves: over all samples; energy is each head's share of the site's output energy.
     buckets: the same for each timestep bucket that has samples, empty if there is only one.
+    times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
     """
 
     thresholds: list[float]
@@ -163,6 +164,7 @@ class SiteEvidence(_Record):
     curves: list[Curve]
     buckets: list[BucketCurves] = []
     spectrum: Spectrum | None = None
+    times_ms: tuple[float, float] | None = None
 
 
 class SiteTiming(_Record):

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from freqopt import reporting_figures as figures
-from freqopt import reporting_maps
+from freqopt import reporting_maps, reporting_speed
 from freqopt.plan import Plan, SitePlan
 from freqopt.reporting_figures import figure_html
 
@@ -74,7 +74,8 @@ def plan_sections(plan: Plan) -> list[Section]:
     sections = [_sites(plan)]
     if plan.evidence.sites:
         sections = [_error_and_cost(plan), _maps(plan), _curves(plan), *sections]
-        sections[-1:-1] = [s for s in (_spectra(plan), _probes(plan), _gains(plan)) if s]
+        more = (_speed(plan), _spectra(plan), _probes(plan), _gains(plan))
+        sections[-1:-1] = [section for section in more if section]
     return [*sections, _how(plan)]
 
 
@@ -172,6 +173,32 @@ def _curves(plan: Plan) -> Section:
         "stops where another unit of output error costs the same everywhere, so flat curves and "
         "heads that the output hardly sees get little.</p>"
         + figure_html(figures.error_cost_curves(plan), "Measured on the fitted samples." + some),
+    )
+
+
+def _speed(plan: Plan) -> Section | None:
+    if not plan.evidence.timings:
+        return None
+    html = (
+        "<p>Attention was timed on this device at a few densities, and the line through the times "
+        "is what allocation takes for the cost of a choice.</p>"
+    )
+    found = reporting_speed.site_times(plan)
+    if found:
+        dense, split, modelled = (sum(t[i] for t in found.values()) for i in range(3))
+        html += (
+            f"<p>One call's attention at the {len(found)} sites that are split: {dense:.1f} ms "
+            f"dense, {split:.1f} ms with this plan ({dense / split:.1f} times faster); the model "
+            f"of costs says {modelled:.1f} ms.</p>"
+        )
+    return Section(
+        "Speed",
+        html
+        + figure_html(
+            reporting_speed.speed(plan),
+            "Left: times by shape, the model's line and dense attention (dashed). Right: every "
+            "site at its own budgets, as timed in one call of the model.",
+        ),
     )
 
 

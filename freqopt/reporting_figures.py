@@ -119,7 +119,7 @@ def frontier(plan: Plan) -> Figure:
         ylabel="relative L2 error of the output", xscale="log", yscale="log",
     )  # fmt: skip
     ax.set_ylim(bottom=plan.target_error / 30)
-    _percent(ax)
+    percent_axis(ax)
     ax.legend(loc="lower left")
     return figure
 
@@ -173,7 +173,7 @@ def error_cost_curves(plan: Plan) -> Figure:
         else:
             ax.text(0.5, 0.9, "dense", transform=ax.transAxes, color=ORANGE, ha="center")
         ax.set(xscale="log", yscale="log", title=short(name))
-        _percent(ax, marks=(1.0,))
+        percent_axis(ax, marks=(1.0,))
     figure.supxlabel("density (share of pairs attended exactly)")
     figure.supylabel("relative L2 error of the head")
     _legend(figure, {"without mid band": BLUE, "with mid band": GREEN, "chosen": ORANGE})
@@ -325,7 +325,8 @@ def _legend(figure: Figure, colours: dict[str, str], *, patches: bool = False) -
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
 
 
-def _percent(ax: Axes, marks: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+def percent_axis(ax: Axes, marks: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Label a logarithmic x axis of shares in per cent."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.xaxis.set_major_locator(LogLocator(subs=marks, numticks=12))

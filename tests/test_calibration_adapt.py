@@ -1,4 +1,4 @@
-"""The closed loop: where the op measures more error than the plan allows, the next call tightens."""
+"""The closed loop: where the op measures more error than the plan allows, it tightens."""
 
 from __future__ import annotations
 

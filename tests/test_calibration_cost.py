@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from calibration_models import make_model, make_sample
 
-from freqopt import calibration_cost
+import freqopt
+from freqopt import calibration_cost, calibration_measure
 from freqopt.calibration_allocation import (
     AttentionShape,
     HeadCurves,
@@ -19,7 +24,8 @@ from freqopt.calibration_allocation import (
 )
 from freqopt.calibration_call import Call
 from freqopt.calibration_cost import MeasuredCost, cost_model, fit_line, time_call
-from freqopt.plan import SiteTiming
+from freqopt.plan import Plan, SiteTiming
+from freqopt.reporting_speed import site_times
 
 LADDER = np.array([0.01, 0.1, 1.0, 10.0])
 
@@ -103,6 +109,46 @@ def test_timing_covers_distinct_densities(monkeypatch: pytest.MonkeyPatch) -> No
     if len(found.points) > 1:
         assert found.base_ms == pytest.approx(1.0, abs=1e-3)
         assert found.density_ms == pytest.approx(10.0, abs=1e-2)
+
+
+@pytest.fixture
+def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which dense attention takes 8 ms and split attention 0.5 + 10 * density."""
+
+    def clock(run: Callable[[], Any], repeats: int = 0) -> float:
+        out = run()
+        return 8.0 if isinstance(out, torch.Tensor) else 0.5 + 10.0 * float(out[1].mean())
+
+    for module in (calibration_cost, calibration_measure):
+        monkeypatch.setattr(module, "milliseconds", clock)
+    monkeypatch.setattr(calibration_measure, "has_clock", lambda x: True)
+
+
+@pytest.mark.usefixtures("simulated_clock")
+def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.1, progress=False)
+    (found,) = plan.evidence.timings
+    assert (found.heads, found.tokens, found.head_dim) == (2, 512, 16)
+    assert (found.dense_ms, found.base_ms) == (8.0, pytest.approx(0.5, abs=1e-3))
+    assert found.density_ms == pytest.approx(10.0, rel=1e-3)
+    for name, (dense, split, modelled) in site_times(plan).items():
+        assert dense == 8.0 and 0.5 < split < 8.0
+        assert modelled == pytest.approx(0.5 + 10 * float(np.mean(plan.sites[name].density)))
+    assert site_times(plan).keys() == {n for n, s in plan.sites.items() if s.decision == "split"}
+    assert "costs measured at 1 shapes" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    freqopt.report(plan, tmp_path / "report.html")
+    split = len(site_times(plan))
+    assert f"{8 * split}.0 ms dense" in (tmp_path / "report.html").read_text().replace("\n", " ")
+
+
+def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert plan.evidence.timings == [] and site_times(plan) == {}
+    assert "costs counted in multiply-adds, not measured on this cpu" in str(plan)
 
 
 @pytest.mark.gpu
