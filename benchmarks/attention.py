@@ -60,14 +60,14 @@ def threshold_for(a: Attention, density: float) -> float:
     if density >= 1.0:
         return 0.0
     low, high = -6.0, 6.0
-    sequence = Sequence(a.grid, 0, 0)
+    sequence, launch = Sequence(a.grid, 0, 0), launch_of(a)
     for _ in range(24):
         middle = (low + high) / 2
         budget = torch.full((2, a.query.shape[1]), 10.0**middle, device=a.query.device)
-        summaries = split.summarise(a.key, a.value, sequence, False)
+        summaries = split.summarise(a.key, a.value, sequence, False, launch)
         route = split.make_route(
             a.query, summaries, budget, sequence, scale=a.query.shape[-1] ** -0.5, density=0.0,
-            mid_band=False, launch=launch_of(a),
+            mid_band=False, launch=launch,
         )  # fmt: skip
         reached = float((route.route == 2).float().mean())
         low, high = (middle, high) if reached > density else (low, middle)
@@ -76,7 +76,6 @@ def threshold_for(a: Attention, density: float) -> float:
 
 def part_times(a: Attention, threshold: float) -> dict[str, float]:
     """Milliseconds of each part of one call."""
-    from freqopt.kernels import reference as ref
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.layout import Sequence
 
@@ -86,7 +85,7 @@ def part_times(a: Attention, threshold: float) -> dict[str, float]:
     made: dict[str, Any] = {}
 
     def summarise() -> None:
-        made["summaries"] = split.summarise(a.key, a.value, sequence, False)
+        made["summaries"] = split.summarise(a.key, a.value, sequence, False, launch)
 
     def route() -> None:
         made["route"] = split.make_route(
@@ -95,16 +94,10 @@ def part_times(a: Attention, threshold: float) -> dict[str, float]:
         )  # fmt: skip
 
     def probe() -> None:
-        observed = split.observe_probes(
-            a.query, a.key, a.value, None, made["summaries"], made["route"].route, sequence,
-            scale=scale, probes=64, launch=launch,
+        made["coefficients"], _ = split.fit_probes(
+            a.query, a.key, a.value, None, made["summaries"], made["route"], sequence,
+            scale=scale, probes=64, mid_band=False, launch=launch,
         )  # fmt: skip
-        estimate = split.estimate_probes(
-            a.query, made["summaries"], made["route"], sequence, scale=scale, probes=64,
-            mid_band=False,
-        )  # fmt: skip
-        fitted = ref.fit_probe(observed, estimate)
-        made["coefficients"] = torch.stack([fitted.c, fitted.g], -1)
 
     out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
 

@@ -24,15 +24,17 @@ DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 F32 = (
-    "budget limits threshold key_mean value_mean key_var spread first_order fine_first_order "
-    "fine_var key_shift score pooled peak mass peak_out mass_out exact_out missing_out coefficients"
+    "budget limits threshold key_mean value_mean spread sums first_order fine_first_order fine_var "
+    "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
+    "coefficients probe_error"
 ).split()
 NATIVE = (
-    "query key value key_out value_out text_key text_value low_key low_value low_order fine_key "
-    "fine_value fine_order out"
+    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
+    "fine_key fine_value fine_order out"
 ).split()
 POINTERS = {
-    **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "order": "*i64", "route": "*i8",
+    **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16",
+    "term_out": "*fp16", "order": "*i64", "route": "*i8",
     "exact_list": "*i32", "mid_list": "*i32", "counts": "*i32", "key_mask": "*i1",
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own."""
@@ -150,21 +152,20 @@ def _kernels(variant: Variant) -> Iterator[tuple[str, Any, dict[str, Any], dict[
     padded = triton_split.padded_dim(dim)
     size = {"D": dim, "DP": padded}
     mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
-    precise, fast = {"PRECISION": launch.score_precision}, {"PRECISION": launch.precision}
-    few = 16 if padded > 128 else 32
+    precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
     one = {"num_warps": 4, "num_stages": 1}
     glue, prepare = triton_glue, triton_prepare
     yield "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
     yield (
         "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": triton_split.GROUP},
-        {"num_warps": 8, "num_stages": 1}, triton_split.GROUP,
+        {"num_warps": 8, "num_stages": launch.summary_stages}, triton_split.GROUP,
     )  # fmt: skip
-    yield "centre", glue.centre_kernel, {**size, "BJ": 32}, one, 0
+    yield "centre", glue.centre_kernel, {**size, "GROUP": triton_split.GROUP}, one, 0
     yield "order", glue.order_kernel, {"CELLS": 1024}, one, 1024
-    tiles, blocks = launch.score_tiles, triton_split.SCORE_BLOCKS
+    tiles, blocks = launch.score_tiles, launch.score_blocks
     yield (
-        "score", prepare.score_kernel, {**size, **precise, "TILES": tiles, "BJ": blocks},
-        {"num_warps": 4, "num_stages": launch.score_stages}, tiles,
+        "score", prepare.score_kernel, {**size, **fast, "TILES": tiles, "BJ": blocks},
+        {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, tiles,
     )  # fmt: skip
     yield "route", prepare.route_kernel, {**mid, "BJ": 1024}, one, 0
     yield (
@@ -174,10 +175,15 @@ def _kernels(variant: Variant) -> Iterator[tuple[str, Any, dict[str, Any], dict[
     )  # fmt: skip
     if variant.mid_band:
         yield "pool", glue.pool_kernel, size, one, 0
-    yield "fit", glue.fit_kernel, {**size, **mid, **precise, "BP": few, "BJ": 32}, one, 0
+    rows, columns = launch.fit_rows, launch.fit_columns
+    fit = {**size, **mid, **precise, "BP": rows, "BJ": columns}
+    yield "merge", glue.merge_kernel, {**size, "BP": triton_split.MERGE_ROWS}, one, 4
+    yield "estimate", glue.estimate_kernel, fit, one, columns
+    yield "fit", glue.fit_kernel, fit, {"num_warps": 8, "num_stages": 1}, rows
     yield (
         "attend", triton_attend.attend_kernel,
-        {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True},
+        {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
+         "WIDE": launch.wide},
         {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
     )  # fmt: skip
     yield "text", glue.text_kernel, {**size, **mask, **fast, "BM": 64}, one, 64

@@ -228,7 +228,7 @@ def split_forward(
     """Forward pass: out (B, H, N, D) in the model's order, and the split's findings."""
     tokens = take_apart(query, key, value, key_mask, sequence)
     context = make_context(tokens, mid_band)
-    scores = ref.score_pairs(tokens.query, context.low, scale)
+    scores = ref.score_pairs(tokens.query, context.low, scale, query.dtype)
     thresholds = ref.resolve_thresholds(scores.score, budget, density, mid_band)
     route = ref.route_pairs(scores.score, *thresholds)
     ones = torch.ones_like(scores.score[..., 0, 0])

@@ -114,8 +114,20 @@ def pool_queries(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return queries.sum(3) / divisor, queries.square().sum(3) / divisor, count
 
 
-def score_pairs(query: Tensor, summary: Summary, scale: float) -> Scores:
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 `x` as a tensor of `dtype` would hold it; float16 saturates."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype).float()
+
+
+def score_pairs(
+    query: Tensor, summary: Summary, scale: float, dtype: torch.dtype = torch.float32
+) -> Scores:
     """Routing score of every (query tile, key block) pair, and its second-order mass term.
+
+    dtype: the type that pooled queries and block summaries are rounded to before their products,
+    the attended tensors' own: tensor cores then score at their full rate, and a routing decision
+    needs no more. Key means are rounded in the frame of centred keys.
 
     The score is J x rms over sub-tiles of (pooled softmax mass x logit dispersion x value spread):
     an estimate of the error made by keeping the block low, free of the units of q, k and v and of
@@ -123,8 +135,11 @@ def score_pairs(query: Tensor, summary: Summary, scale: float) -> Scores:
     """
     mean, mean_square, count = pool_queries(query)
     capacity = summary.counts.log()
-    dispersion = mean_square @ summary.key_var.mT * scale**2
-    logit = mean @ summary.key_mean.mT * scale + capacity
+    weight = summary.counts[:, None] / summary.counts.sum()
+    key_mean = summary.key_mean - (summary.key_mean * weight).sum(2, keepdim=True)
+    mean_square, key_var = rounded(mean_square, dtype), rounded(summary.key_var, dtype)
+    dispersion = mean_square @ key_var.mT * scale**2
+    logit = rounded(mean, dtype) @ rounded(key_mean, dtype).mT * scale + capacity
     mass = (logit + torch.minimum(0.5 * dispersion, capacity)).softmax(-1)
     error = mass.square() * dispersion
     per_tile = QUERY_TILE // SUB_TILE
@@ -356,11 +371,15 @@ def split_tokens(
     density: float = 0.0,
     mid_band: bool = False,
     probes: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> Split:
-    """Frequency-split attention of video queries (B, H, T, D), all in token order, float32."""
+    """Frequency-split attention of video queries (B, H, T, D), all in token order, float32.
+
+    dtype: of the tensors that were attended, as in `score_pairs`.
+    """
     low = summarise(key, value, KEY_BLOCK)
     mid = summarise(key, value, SUB_BLOCK) if mid_band else None
-    scores = score_pairs(query, low, scale)
+    scores = score_pairs(query, low, scale, dtype)
     route = route_pairs(scores.score, *resolve_thresholds(scores.score, budget, density, mid_band))
     mean_square = tile_mean_square(query)
 

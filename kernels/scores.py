@@ -41,4 +41,4 @@ def route_scores(
     tokens = [sequence.video_of(repeat_heads(x, heads).float()) for x in (query, key, value)]
     summary = reference.summarise(tokens[1], tokens[2], KEY_BLOCK)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    return reference.score_pairs(tokens[0], summary, factor).score
+    return reference.score_pairs(tokens[0], summary, factor, query.dtype).score

@@ -146,6 +146,28 @@ def _online_step(q, k, v, bias, shift, scale_log2, peak, mass, acc, PRECISION: t
 
 
 @triton.jit
+def _exact_step(
+    q, key, value, rows, col, shift, scale_log2, peak, mass, acc,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of exact keys, whole blocks at `rows` of the ordered buffers: nothing is masked."""
+    where = rows[:, None] * D + col[None, :]
+    if D == DP:
+        k = tl.load(key + where)
+        v = tl.load(value + where)
+    else:
+        k = tl.load(key + where, mask=(col < D)[None, :], other=0.0)
+        v = tl.load(value + where, mask=(col < D)[None, :], other=0.0)
+    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    new_peak = tl.maximum(peak, tl.max(logit, 1) * scale_log2 - shift)
+    weight = tl.exp2(logit * scale_log2 - (new_peak + shift)[:, None])
+    fade = tl.exp2(peak - new_peak)
+    mass = mass * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_peak, mass, acc
+
+
+@triton.jit
 def _turned(
     query_rows, matrix, mask_rows, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -178,12 +200,13 @@ def attend_kernel(
     stride_vn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr, TEXT: tl.constexpr,
-    HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one tile, through low band, mid band, text and exact blocks.
 
-    The low band comes first: its first-order term is then one product with the running mass, and
-    the exact loop is a plain list-driven flash loop whose peak is already close to final.
+    WIDE: key blocks per step of the exact loop. The low band comes first: its first-order term is
+    then one product with the running mass, and the exact loop is a plain list-driven flash loop
+    whose peak is already close to final.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -212,8 +235,8 @@ def attend_kernel(
     low_key += key_pair * blocks * D
     low_value += key_pair * blocks * D
     mass_term += row * blocks
-    for start in range(0, blocks, BLOCK):
-        block = start + column
+    for start in range(0, blocks, WIDE * BLOCK):
+        block = start + tl.arange(0, WIDE * BLOCK)
         inside = block < blocks
         mask = inside[:, None] & in_dim[None, :]
         k = tl.load(low_key + block[:, None] * D + col[None, :], mask=mask, other=0.0)
@@ -303,26 +326,26 @@ def attend_kernel(
     if RAGGED:
         last = tl.load(exact_list + n_exact - 1)
         n_full = n_exact - (last == blocks - 1).to(tl.int32)
-    tile_ptr = column[:, None] * D + col[None, :]
-    for i in range(0, n_full):
-        block = tl.load(exact_list + i)
-        where = (base + block * BLOCK) * D + tile_ptr
-        if D == DP:
-            k = tl.load(key + where)
-            v = tl.load(value + where)
+    n_wide = n_full // WIDE * WIDE
+    lane = tl.arange(0, WIDE * BLOCK)
+    for i in range(0, n_wide, WIDE):
+        if WIDE == 1:
+            rows = tl.load(exact_list + i) * BLOCK + lane
         else:
-            k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
-            v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
-        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        new_peak = tl.maximum(peak, tl.max(logit, 1) * scale_log2 - shift)
-        weight = tl.exp2(logit * scale_log2 - (new_peak + shift)[:, None])
-        fade = tl.exp2(peak - new_peak)
-        mass = mass * fade + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        peak = new_peak
+            rows = tl.load(exact_list + i + lane // BLOCK) * BLOCK + lane % BLOCK
+        peak, mass, acc = _exact_step(
+            q, key, value, base + rows, col, shift, scale_log2, peak, mass, acc, D, DP, PRECISION
+        )
+    if WIDE > 1:
+        for i in range(n_wide, n_full):
+            rows = tl.load(exact_list + i) * BLOCK + column
+            peak, mass, acc = _exact_step(
+                q, key, value, base + rows, col, shift, scale_log2, peak, mass, acc, D, DP,
+                PRECISION,
+            )  # fmt: skip
     if RAGGED:
         if n_full < n_exact:
-            where = (base + (blocks - 1) * BLOCK) * D + tile_ptr
+            where = (base + (blocks - 1) * BLOCK + column)[:, None] * D + col[None, :]
             k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
             v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
             inside = (blocks - 1) * BLOCK + column < tokens

@@ -36,53 +36,45 @@ def limits_kernel(budget, limits, heads, MID: tl.constexpr):
 
 @triton.jit
 def centre_kernel(
-    key_mean, value_mean, spread, key_shift, low_key, low_value, tokens, blocks,
-    D: tl.constexpr, DP: tl.constexpr, BJ: tl.constexpr,
+    key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program per key head: the head's means, then centred, cast and relative block summaries.
+    """One program: GROUP key blocks of one key head, centred on the head's mean key and cast.
 
-    Rewrites key_mean (centred) and spread (relative to the head's) in place.
+    Every program adds up the head's sums anew, which is cheaper than to wait for another kernel.
+    Rewrites spread in place, as a root and relative to the head's.
     """
-    pair = tl.program_id(0).to(tl.int64)
-    key_mean += pair * blocks * D
-    value_mean += pair * blocks * D
-    low_key += pair * blocks * D
-    low_value += pair * blocks * D
-    spread += pair * blocks
+    group = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, DP)
-    shift = tl.zeros((DP,), tl.float32)
-    centre = tl.zeros((DP,), tl.float32)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        size = tl.minimum(tl.maximum(tokens - block * BLOCK, 0), BLOCK).to(tl.float32)
-        where = block[:, None] * D + col[None, :]
-        mask = (block < blocks)[:, None] & (col < D)[None, :]
-        weight = (size / tokens)[:, None]
-        shift += tl.sum(tl.load(key_mean + where, mask=mask, other=0.0) * weight, 0)
-        centre += tl.sum(tl.load(value_mean + where, mask=mask, other=0.0) * weight, 0)
-    total = tl.zeros((BJ,), tl.float32)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        size = tl.minimum(tl.maximum(tokens - block * BLOCK, 0), BLOCK).to(tl.float32)
-        where = block[:, None] * D + col[None, :]
-        mask = (block < blocks)[:, None] & (col < D)[None, :]
-        off = tl.load(value_mean + where, mask=mask, other=0.0) - centre[None, :]
-        off = tl.where(mask, off, 0.0)
-        own = tl.load(spread + block, mask=block < blocks, other=0.0)
-        total += (own + tl.sum(off * off, 1)) * (size / tokens)
-    head = tl.maximum(tl.sum(total, 0), 1e-30)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        where = block[:, None] * D + col[None, :]
-        mask = (block < blocks)[:, None] & (col < D)[None, :]
-        k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
-        v = tl.load(value_mean + where, mask=mask, other=0.0)
-        tl.store(key_mean + where, k, mask=mask)
-        tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
-        tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
-        own = tl.load(spread + block, mask=block < blocks, other=0.0)
-        tl.store(spread + block, tl.sqrt(own / head), mask=block < blocks)
-    tl.store(key_shift + pair * D + col, shift, mask=col < D)
+    in_dim = col < D
+    k_total = tl.zeros((DP,), tl.float32)
+    v_total = tl.zeros((DP,), tl.float32)
+    squares = tl.zeros((DP,), tl.float32)
+    for start in range(0, groups, GROUP):
+        other = start + tl.arange(0, GROUP)
+        at = (pair * groups + other)[:, None] * 3 * D + col[None, :]
+        mask = (other < groups)[:, None] & in_dim[None, :]
+        k_total += tl.sum(tl.load(sums + at, mask=mask, other=0.0), 0)
+        v_total += tl.sum(tl.load(sums + at + D, mask=mask, other=0.0), 0)
+        squares += tl.sum(tl.load(sums + at + 2 * D, mask=mask, other=0.0), 0)
+    shift = k_total / tokens
+    centre = v_total / tokens
+    head = tl.maximum(tl.sum(squares / tokens - centre * centre, 0), 1e-30)
+
+    block = group * GROUP + tl.arange(0, GROUP)
+    inside = block < blocks
+    row = pair * blocks + block
+    where = row[:, None] * D + col[None, :]
+    mask = inside[:, None] & in_dim[None, :]
+    k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
+    v = tl.load(value_mean + where, mask=mask, other=0.0)
+    tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
+    tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
+    own = tl.load(spread + row, mask=inside, other=0.0)
+    tl.store(spread + row, tl.sqrt(own / head), mask=inside)
+    if group == 0:
+        tl.store(key_shift + pair * D + col, shift, mask=in_dim)
 
 
 @triton.jit
@@ -123,198 +115,247 @@ def pool_kernel(
 
 
 @triton.jit
-def _merged(peak, mass, pair, parts, probe, real, probes):
-    """Softmax sums of probes over the key ranges: peak (base 2), masses of exact and missing."""
-    top = tl.full(probe.shape, -1e30, tl.float32)
+def merge_kernel(
+    peak, mass, exact_out, missing_out, probes, parts,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Softmax sums of BP probes of one head over its key ranges, written where the first one was.
+
+    Leaves the logarithm of the softmax sum in `peak`, and shares of that sum in the others.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    probe = tl.program_id(0) * BP + tl.arange(0, BP)
+    real = probe < probes
+    first = pair * parts * probes + probe
+    col = tl.arange(0, DP)
+    cells = real[:, None] & (col < D)[None, :]
+    top = tl.full((BP,), -1e30, tl.float32)
     for part in range(parts):
-        at = (pair * parts + part) * probes + probe
-        top = tl.maximum(top, tl.load(peak + at, mask=real, other=-1e30))
-    exact = tl.zeros(probe.shape, tl.float32)
-    missing = tl.zeros(probe.shape, tl.float32)
+        top = tl.maximum(top, tl.load(peak + first + part * probes, mask=real, other=-1e30))
+    exact_mass = tl.zeros((BP,), tl.float32)
+    missing_mass = tl.zeros((BP,), tl.float32)
+    exact = tl.zeros((BP, DP), tl.float32)
+    missing = tl.zeros((BP, DP), tl.float32)
     for part in range(parts):
-        at = (pair * parts + part) * probes + probe
+        at = first + part * probes
         weight = tl.exp2(tl.load(peak + at, mask=real, other=-1e30) - top)
-        exact += tl.load(mass + at * 2, mask=real, other=0.5) * weight
-        missing += tl.load(mass + at * 2 + 1, mask=real, other=0.0) * weight
-    return top, exact, missing
+        exact_mass += tl.load(mass + at * 2, mask=real, other=0.5) * weight
+        missing_mass += tl.load(mass + at * 2 + 1, mask=real, other=0.5) * weight
+        cell = at[:, None] * D + col[None, :]
+        exact += tl.load(exact_out + cell, mask=cells, other=0.0) * weight[:, None]
+        missing += tl.load(missing_out + cell, mask=cells, other=0.0) * weight[:, None]
+    total = exact_mass + missing_mass
+    tl.debug_barrier()
+    tl.store(peak + first, (top + tl.log2(total)) * LN2, mask=real)
+    tl.store(mass + first * 2, exact_mass / total, mask=real)
+    tl.store(mass + first * 2 + 1, missing_mass / total, mask=real)
+    cell = first[:, None] * D + col[None, :]
+    tl.store(exact_out + cell, exact / total[:, None], mask=cells)
+    tl.store(missing_out + cell, missing / total[:, None], mask=cells)
 
 
 @triton.jit
-def _low_columns(
-    q, low_key, mass_term, row, block, blocks, tokens, real, col, scale,
-    D: tl.constexpr, PRECISION: tl.constexpr,
+def _probe_rows(
+    query, order, probe, probes, tokens, text_before, stride_qn, col, D: tl.constexpr
 ):  # fmt: skip
-    """Logits (natural, -inf off the low band) and mass terms of probes against low-band blocks."""
-    inside = block < blocks
-    k = tl.load(
-        low_key + block[:, None] * D + col[None, :],
-        mask=inside[:, None] & (col < D)[None, :],
-        other=0.0,
-    )
-    cells = real[:, None] & inside[None, :]
-    term = tl.load(mass_term + row[:, None] * blocks + block[None, :], mask=cells, other=-1.0)
-    term = term.to(tl.float32)
-    size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
-    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.log(size)[None, :]
-    return tl.where(term >= 0.0, logit, -float("inf")), tl.maximum(term, 0.0)
+    """Pointers to the queries of probes as (BP, 1), the queries (BP, DP), and their tiles (BP,)."""
+    position = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes)
+    real = probe < probes
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
+    rows = query + source[:, None] * stride_qn
+    q = tl.load(rows + col[None, :], mask=real[:, None] & (col < D)[None, :], other=0.0)
+    return rows, q, position // 128
 
 
 @triton.jit
-def _fine_columns(
-    q, square, fine_key, fine_var, key_shift, route, row, fine, blocks, tokens, real, col, scale,
-    D: tl.constexpr, PRECISION: tl.constexpr,
+def estimate_kernel(
+    query, order, low_key, fine_key, fine_var, key_shift, mass_term, route, pooled, peak,
+    logit_out, term_out,
+    stride_qb, stride_qh, stride_qn,
+    heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same of probes against mid-band sub-blocks; q and square are float32."""
-    size = tl.minimum(tl.maximum(tokens - fine * SUB, 0), SUB).to(tl.float32)
-    inside = size > 0
-    mask = inside[:, None] & (col < D)[None, :]
-    where = fine[:, None] * D + col[None, :]
-    shift = tl.load(key_shift + col, mask=col < D, other=0.0)
-    k = tl.load(fine_key + where, mask=mask, other=0.0).to(tl.float32) - shift[None, :]
-    k = tl.where(mask, k, 0.0)
-    var = tl.load(fine_var + where, mask=mask, other=0.0).to(tl.float32)
-    cells = real[:, None] & inside[None, :]
-    band = tl.load(
-        route + row[:, None] * blocks + (fine * SUB // BLOCK)[None, :], mask=cells, other=0
-    )
-    capacity = tl.log(tl.maximum(size, 1.0))[None, :]
-    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + capacity
-    spread = tl.dot(square, tl.trans(var), input_precision=PRECISION) * (0.5 * scale * scale)
-    return tl.where((band == 1) & cells, logit, -float("inf")), tl.minimum(spread, capacity)
+    """One program: BP probes of one head against BJ columns of the approximate bands.
+
+    Columns are the key blocks, then (with MID) the sub-blocks. Writes (pairs, probes, columns):
+    logits less the probe's softmax sum, float32, -inf where another band serves the pair; and what
+    the probe's c multiplies, float16.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_pair = batch * (heads // group_size) + head // group_size
+    probe = tl.program_id(2) * BP + tl.arange(0, BP)
+    real = probe < probes
+    col = tl.arange(0, DP)
+    in_dim = (col < D)[None, :]
+    _rows, q, tile = _probe_rows(
+        query + batch * stride_qb + head * stride_qh, order, probe, probes, tokens, text_before,
+        stride_qn, col, D,
+    )  # fmt: skip
+    row = (pair * tiles + tile)[:, None] * blocks
+    log_total = tl.load(peak + pair * parts * probes + probe, mask=real, other=0.0)
+    low_steps = tl.cdiv(blocks, BJ)
+    step = tl.program_id(0)
+    out = (pair * probes + probe)[:, None] * columns
+    if step < low_steps:
+        block = step * BJ + tl.arange(0, BJ)
+        inside = block < blocks
+        cells = real[:, None] & inside[None, :]
+        k = tl.load(
+            low_key + (key_pair * blocks + block)[:, None] * D + col[None, :],
+            mask=inside[:, None] & in_dim,
+            other=0.0,
+        )
+        term = tl.load(mass_term + row + block[None, :], mask=cells, other=-1.0).to(tl.float32)
+        size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.log(size)[None, :]
+        logit = tl.where(term >= 0.0, logit - log_total[:, None], -float("inf"))
+        tl.store(logit_out + out + block[None, :], logit, mask=cells)
+        term = tl.maximum(term, 0.0).to(term_out.dtype.element_ty)
+        tl.store(term_out + out + block[None, :], term, mask=cells)
+    elif MID:
+        RATIO: tl.constexpr = BLOCK // SUB
+        fine = (step - low_steps) * BJ + tl.arange(0, BJ)
+        size = tl.minimum(tl.maximum(tokens - fine * SUB, 0), SUB).to(tl.float32)
+        inside = fine < blocks * RATIO
+        cells = real[:, None] & inside[None, :]
+        mask = inside[:, None] & in_dim
+        where = (key_pair * blocks * RATIO + fine)[:, None] * D + col[None, :]
+        shift = tl.load(key_shift + key_pair * D + col, mask=col < D, other=0.0)
+        mean = tl.load(fine_key + where, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.where(mask, mean - shift[None, :], 0.0)
+        var = tl.load(fine_var + where, mask=mask, other=0.0).to(tl.float32)
+        square = tl.load(
+            pooled + (pair * probes + probe)[:, None] * D + col[None, :],
+            mask=real[:, None] & in_dim,
+            other=0.0,
+        )
+        band = tl.load(route + row + (fine * SUB // BLOCK)[None, :], mask=cells, other=0)
+        capacity = tl.log(tl.maximum(size, 1.0))[None, :]
+        logit = tl.dot(q.to(tl.float32), tl.trans(mean), input_precision=PRECISION) * scale
+        logit += capacity
+        spread = tl.dot(square, tl.trans(var), input_precision=PRECISION) * (0.5 * scale * scale)
+        used = (band == 1) & (size > 0)[None, :]
+        logit = tl.where(used, logit - log_total[:, None], -float("inf"))
+        tl.store(logit_out + out + (blocks + fine)[None, :], logit, mask=cells)
+        term = tl.minimum(spread, capacity).to(term_out.dtype.element_ty)
+        tl.store(term_out + out + (blocks + fine)[None, :], term, mask=cells)
+
+
+@triton.jit
+def _shares(logit, term, pair, probe, probes, column, columns, c):
+    """Softmax shares of columns with c on their mass terms, (BP, BJ), and the terms."""
+    cells = (probe < probes)[:, None] & (column < columns)[None, :]
+    at = (pair * probes + probe)[:, None] * columns + column[None, :]
+    given = tl.load(term + at, mask=cells, other=0.0).to(tl.float32)
+    return tl.exp(tl.load(logit + at, mask=cells, other=-float("inf")) + c * given), given
 
 
 @triton.jit
 def fit_kernel(
-    query, order, low_key, low_value, low_order, fine_key, fine_value, fine_var, fine_order,
-    key_shift, mass_term, route, pooled, peak, mass, exact_out, missing_out, coefficients,
+    query, order, low_value, low_order, fine_value, fine_order, logit, term, mass, exact_out,
+    missing_out, coefficients, probe_error,
     stride_qb, stride_qh, stride_qn,
-    heads, group_size, tokens, tiles, blocks, probes, parts, text_before, scale,
+    heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head): `reference.fit_probe` on what the probe kernel found.
+    """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
 
-    Writes (c, g). Logits are recomputed in every pass: storing them would cost more memory than
-    the sixty-four queries are worth.
+    Writes (c, g) and the relative L2 error left after them.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key_pair = batch * (heads // group_size) + head // group_size
     query += batch * stride_qb + head * stride_qh
-    low_key += key_pair * blocks * D
     low_value += key_pair * blocks * D
-    key_shift += key_pair * D
-    RATIO: tl.constexpr = BLOCK // SUB
-    fine_key += key_pair * blocks * RATIO * D
-    fine_value += key_pair * blocks * RATIO * D
-    fine_var += key_pair * blocks * RATIO * D
+    fine_value += key_pair * blocks * (BLOCK // SUB) * D
+    mass += pair * parts * probes * 2
+    exact_out += pair * parts * probes * D
+    missing_out += pair * parts * probes * D
     col = tl.arange(0, DP)
     in_dim = (col < D)[None, :]
 
     target = 0.0
     for first in range(0, probes, BP):
         probe = first + tl.arange(0, BP)
-        real = probe < probes
-        top, exact, missing = _merged(peak, mass, pair, parts, probe, real, probes)
-        target += tl.sum(tl.where(real, missing / (exact + missing), 0.0), 0)
-
+        target += tl.sum(tl.load(mass + probe * 2 + 1, mask=probe < probes, other=0.0), 0)
     c = 1.0
-    for step in range(STEPS + 1):
-        total = 0.0
-        slope = 0.0
-        energy = 0.0
-        aligned = 0.0
+    for _step in range(STEPS):
+        total = tl.zeros((BP,), tl.float32)
+        slope = tl.zeros((BP,), tl.float32)
         for first in range(0, probes, BP):
             probe = first + tl.arange(0, BP)
-            real = probe < probes
-            position = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes)
-            row = pair * tiles + position // 128
-            source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
-            rows = query + source[:, None] * stride_qn
-            q = tl.load(rows + col[None, :], mask=real[:, None] & in_dim, other=0.0)
-            top, exact, missing = _merged(peak, mass, pair, parts, probe, real, probes)
-            log_total = (top + tl.log2(exact + missing)) * LN2
-            low = tl.zeros((BP,), tl.float32)
-            middle = tl.zeros((BP,), tl.float32)
-            slopes = tl.zeros((BP,), tl.float32)
-            plain = tl.zeros((BP, DP), tl.float32)
-            for start in range(0, blocks, BJ):
-                block = start + tl.arange(0, BJ)
-                logit, term = _low_columns(
-                    q, low_key, mass_term, row, block, blocks, tokens, real, col, scale, D,
-                    PRECISION,
-                )  # fmt: skip
-                share = tl.exp(logit - log_total[:, None] + c * term)
-                share = tl.where(real[:, None], share, 0.0)
-                low += tl.sum(share, 1)
-                slopes += tl.sum(share * term, 1)
-                if step == STEPS:
-                    v = tl.load(
-                        low_value + block[:, None] * D + col[None, :],
-                        mask=(block < blocks)[:, None] & in_dim,
-                        other=0.0,
-                    ).to(tl.float32)
-                    plain = tl.dot(share, v, plain, input_precision=PRECISION)
-            if MID:
-                square = tl.load(
-                    pooled + (pair * probes + probe)[:, None] * D + col[None, :],
-                    mask=real[:, None] & in_dim,
+            for start in range(0, columns, BJ):
+                share, given = _shares(
+                    logit, term, pair, probe, probes, start + tl.arange(0, BJ), columns, c
+                )
+                total += tl.sum(share, 1)
+                slope += tl.sum(share * given, 1)
+        found, steep = tl.sum(total, 0), tl.sum(slope, 0)
+        if (steep > 1e-12) & (target > 1e-12):
+            change = tl.log(tl.maximum(found, 1e-30) / tl.maximum(target, 1e-30)) * found
+            c = c - change / tl.maximum(steep, 1e-12)
+        c = tl.minimum(tl.maximum(c, 0.0), C_TOP)
+
+    energy, aligned, left, whole = 0.0, 0.0, 0.0, 0.0
+    for first in range(0, probes, BP):
+        probe = first + tl.arange(0, BP)
+        real = probe < probes
+        low = tl.zeros((BP,), tl.float32)
+        middle = tl.zeros((BP,), tl.float32)
+        plain = tl.zeros((BP, DP), tl.float32)
+        for start in range(0, blocks, BJ):
+            block = start + tl.arange(0, BJ)
+            share, given = _shares(logit, term, pair, probe, probes, block, columns, c)
+            share = tl.where((block < blocks)[None, :], share, 0.0)
+            low += tl.sum(share, 1)
+            v = tl.load(
+                low_value + block[:, None] * D + col[None, :],
+                mask=(block < blocks)[:, None] & in_dim,
+                other=0.0,
+            ).to(tl.float32)
+            plain = tl.dot(share, v, plain, input_precision=PRECISION)
+        if MID:
+            for start in range(0, columns - blocks, BJ):
+                fine = start + tl.arange(0, BJ)
+                share, given = _shares(logit, term, pair, probe, probes, blocks + fine, columns, c)
+                middle += tl.sum(share, 1)
+                v = tl.load(
+                    fine_value + fine[:, None] * D + col[None, :],
+                    mask=(fine < columns - blocks)[:, None] & in_dim,
                     other=0.0,
-                )
-                for start in range(0, blocks * RATIO, BJ):
-                    fine = start + tl.arange(0, BJ)
-                    logit, term = _fine_columns(
-                        q.to(tl.float32), square, fine_key, fine_var, key_shift, route, row, fine,
-                        blocks, tokens, real, col, scale, D, PRECISION,
-                    )  # fmt: skip
-                    share = tl.exp(logit - log_total[:, None] + c * term)
-                    share = tl.where(real[:, None], share, 0.0)
-                    middle += tl.sum(share, 1)
-                    slopes += tl.sum(share * term, 1)
-                    if step == STEPS:
-                        v = tl.load(
-                            fine_value + fine[:, None] * D + col[None, :],
-                            mask=(fine < blocks * RATIO)[:, None] & in_dim,
-                            other=0.0,
-                        ).to(tl.float32)
-                        plain = tl.dot(share, v, plain, input_precision=PRECISION)
-            total += tl.sum(low + middle, 0)
-            slope += tl.sum(slopes, 0)
-            if step == STEPS:
-                turned = low[:, None] * _turned(
-                    rows, low_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
-                )
-                if MID:
-                    turned += middle[:, None] * _turned(
-                        rows, fine_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
-                    )
-                whole = exact + missing
-                exact_sum = tl.zeros((BP, DP), tl.float32)
-                missing_sum = tl.zeros((BP, DP), tl.float32)
-                for part in range(parts):
-                    at = (pair * parts + part) * probes + probe
-                    weight = tl.exp2(tl.load(peak + at, mask=real, other=-1e30) - top)[:, None]
-                    cell = at[:, None] * D + col[None, :]
-                    mask = real[:, None] & in_dim
-                    exact_sum += tl.load(exact_out + cell, mask=mask, other=0.0) * weight
-                    missing_sum += tl.load(missing_out + cell, mask=mask, other=0.0) * weight
-                truth = (exact_sum + missing_sum) / whole[:, None]
-                sums = (exact / whole + low + middle)[:, None]
-                plain = (exact_sum / whole[:, None] + plain) / sums
-                correction = tl.where(real[:, None], turned * scale / sums, 0.0)
-                energy += tl.sum(tl.sum(correction * correction, 1), 0)
-                aligned += tl.sum(tl.sum((truth - plain) * correction, 1), 0)
-        if step < STEPS:
-            if (slope > 1e-12) & (target > 1e-12):
-                change = tl.log(tl.maximum(total, 1e-30) / tl.maximum(target, 1e-30)) * total
-                c = c - change / tl.maximum(slope, 1e-12)
-            c = tl.minimum(tl.maximum(c, 0.0), C_TOP)
-        else:
-            g = 1.0
-            if energy > 1e-30:
-                g = tl.minimum(tl.maximum(aligned / energy, 0.0), G_TOP)
-            tl.store(coefficients + pair * 2, c)
-            tl.store(coefficients + pair * 2 + 1, g)
+                ).to(tl.float32)
+                plain = tl.dot(share, v, plain, input_precision=PRECISION)
+        rows, _q, _tile = _probe_rows(
+            query, order, probe, probes, tokens, text_before, stride_qn, col, D
+        )
+        turned = low[:, None] * _turned(
+            rows, low_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
+        )
+        if MID:
+            turned += middle[:, None] * _turned(
+                rows, fine_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
+            )
+        cell = probe[:, None] * D + col[None, :]
+        mask = real[:, None] & in_dim
+        exact = tl.load(exact_out + cell, mask=mask, other=0.0)
+        truth = exact + tl.load(missing_out + cell, mask=mask, other=0.0)
+        sums = tl.load(mass + probe * 2, mask=real, other=1.0) + low + middle
+        rest = tl.where(mask, truth - (exact + plain) / sums[:, None], 0.0)
+        correction = tl.where(mask, turned * scale / sums[:, None], 0.0)
+        energy += tl.sum(tl.sum(correction * correction, 1), 0)
+        aligned += tl.sum(tl.sum(rest * correction, 1), 0)
+        left += tl.sum(tl.sum(rest * rest, 1), 0)
+        whole += tl.sum(tl.sum(truth * truth, 1), 0)
+    g = 1.0
+    if energy > 1e-30:
+        g = tl.minimum(tl.maximum(aligned / energy, 0.0), G_TOP)
+    left = tl.maximum(left - 2.0 * g * aligned + g * g * energy, 0.0)
+    tl.store(coefficients + pair * 2, c)
+    tl.store(coefficients + pair * 2 + 1, g)
+    tl.store(probe_error + pair, tl.sqrt(left / tl.maximum(whole, 1e-30)))
 
 
 @triton.jit

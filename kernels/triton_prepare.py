@@ -12,12 +12,32 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK and SUB_TILE
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _saturated(x, dtype: tl.constexpr):
+    """Float32 `x` in another type; float16 saturates, as in reference.rounded."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
+
+
+@triton.jit
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
 def summarise_kernel(
     key, value, order,
-    key_out, value_out, key_mean, value_mean, key_var, spread, first_order,
+    key_out, value_out, key_mean, value_mean, key_var, spread, sums, first_order,
     fine_key, fine_value, fine_var, fine_first_order,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
@@ -25,8 +45,9 @@ def summarise_kernel(
 ):  # fmt: skip
     """One program: GROUP consecutive key blocks of one key head.
 
-    Writes the keys and values in token order, each block's means, key variance and squared value
-    spread, and the group's sum of v (k - block mean)^T; with MID the same for sub-blocks of 8.
+    Writes the keys and values in token order, each block's means, key variance (in the keys' type:
+    routing needs no more) and squared value spread, the group's sums of k, v and v * v (three rows)
+    and of v (k - block mean)^T; with MID the same for sub-blocks of 8.
     """
     group = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -36,92 +57,93 @@ def summarise_kernel(
     row = tl.arange(0, BLOCK)
     col = tl.arange(0, DP)
     in_dim = col < D
+    k_total = tl.zeros((DP,), tl.float32)
+    v_total = tl.zeros((DP,), tl.float32)
+    square_total = tl.zeros((DP,), tl.float32)
     acc = tl.zeros((DP, DP), tl.float32)
     fine_acc = tl.zeros((DP, DP), tl.float32)
     for i in range(GROUP):
+        # A block past the end reads and writes nothing: a branch would stop the loads' pipeline.
         block = group * GROUP + i
-        if block < blocks:
-            position = block * BLOCK + row
-            valid = position < tokens
-            source = tl.load(order + position, mask=valid, other=0).to(tl.int64) + text_before
-            mask = valid[:, None] & in_dim[None, :]
-            k_raw = tl.load(key + source[:, None] * stride_kn + col[None, :], mask=mask, other=0.0)
-            v_raw = tl.load(
-                value + source[:, None] * stride_vn + col[None, :], mask=mask, other=0.0
-            )
-            base = pair * blocks + block
-            ordered = (base * BLOCK + row)[:, None] * D + col[None, :]
-            tl.store(key_out + ordered, k_raw, mask=in_dim[None, :])
-            tl.store(value_out + ordered, v_raw, mask=in_dim[None, :])
+        position = block * BLOCK + row
+        valid = position < tokens
+        source = tl.load(order + position, mask=valid, other=0).to(tl.int64) + text_before
+        mask = valid[:, None] & in_dim[None, :]
+        k_raw = tl.load(key + source[:, None] * stride_kn + col[None, :], mask=mask, other=0.0)
+        v_raw = tl.load(value + source[:, None] * stride_vn + col[None, :], mask=mask, other=0.0)
+        base = pair * blocks + block
+        there = in_dim & (block < blocks)
+        ordered = (base * BLOCK + row)[:, None] * D + col[None, :]
+        tl.store(key_out + ordered, k_raw, mask=there[None, :])
+        tl.store(value_out + ordered, v_raw, mask=there[None, :])
 
-            k, v = k_raw.to(tl.float32), v_raw.to(tl.float32)
-            count = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
-            k_mean = tl.sum(k, 0) / count
-            v_mean = tl.sum(v, 0) / count
-            k_off = tl.where(mask, k - k_mean[None, :], 0.0)
-            v_off = tl.where(mask, v - v_mean[None, :], 0.0)
-            tl.store(key_mean + base * D + col, k_mean, mask=in_dim)
-            tl.store(value_mean + base * D + col, v_mean, mask=in_dim)
-            tl.store(key_var + base * D + col, tl.sum(k_off * k_off, 0) / count, mask=in_dim)
-            tl.store(spread + base, tl.sum(tl.sum(v_off * v_off, 1), 0) / count)
-            acc += tl.dot(tl.trans(v_raw), k_off.to(v_raw.dtype))
-            if MID:
-                fine = tl.arange(0, BLOCK // SUB)
-                fine_count = tl.minimum(tl.maximum(tokens - block * BLOCK - fine * SUB, 0), SUB).to(
-                    tl.float32
-                )
-                divisor = tl.maximum(fine_count, 1.0)[:, None]
-                k_sub = tl.reshape(k, (BLOCK // SUB, SUB, DP))
-                v_sub = tl.reshape(v, (BLOCK // SUB, SUB, DP))
-                k_fine = tl.sum(k_sub, 1) / divisor
-                v_fine = tl.sum(v_sub, 1) / divisor
-                spread_out = tl.broadcast_to(k_fine[:, None, :], (BLOCK // SUB, SUB, DP))
-                k_fine_off = tl.where(mask, k - tl.reshape(spread_out, (BLOCK, DP)), 0.0)
-                square = tl.reshape(k_fine_off * k_fine_off, (BLOCK // SUB, SUB, DP))
-                target = (base * (BLOCK // SUB) + fine)[:, None] * D + col[None, :]
-                tl.store(
-                    fine_key + target, k_fine.to(fine_key.dtype.element_ty), mask=in_dim[None, :]
-                )
-                tl.store(
-                    fine_value + target,
-                    v_fine.to(fine_value.dtype.element_ty),
-                    mask=in_dim[None, :],
-                )
-                tl.store(
-                    fine_var + target,
-                    (tl.sum(square, 1) / divisor).to(fine_var.dtype.element_ty),
-                    mask=in_dim[None, :],
-                )
-                fine_acc += tl.dot(tl.trans(v_raw), k_fine_off.to(v_raw.dtype))
+        k, v = k_raw.to(tl.float32), v_raw.to(tl.float32)
+        count = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
+        # One exchange between warps for all four sums; float32 leaves room for the subtraction.
+        k_sum, k_square, v_sum, v_square = tl.reduce((k, k * k, v, v * v), 0, _add_four)
+        k_mean = k_sum / count
+        v_mean = v_sum / count
+        k_var = tl.maximum(k_square / count - k_mean * k_mean, 0.0)
+        v_var = tl.maximum(v_square / count - v_mean * v_mean, 0.0)
+        k_total += k_sum
+        v_total += v_sum
+        square_total += v_square
+        tl.store(key_mean + base * D + col, k_mean, mask=there)
+        tl.store(value_mean + base * D + col, v_mean, mask=there)
+        tl.store(key_var + base * D + col, _saturated(k_var, key_var.dtype.element_ty), mask=there)
+        tl.store(spread + base, tl.sum(v_var, 0), mask=block < blocks)
+        k_off = tl.where(mask, k - k_mean[None, :], 0.0)
+        acc += tl.dot(tl.trans(v_raw), k_off.to(v_raw.dtype))
+        if MID:
+            fine = tl.arange(0, BLOCK // SUB)
+            fine_count = tl.minimum(tl.maximum(tokens - block * BLOCK - fine * SUB, 0), SUB)
+            divisor = tl.maximum(fine_count.to(tl.float32), 1.0)[:, None]
+            k_sub = tl.reshape(k, (BLOCK // SUB, SUB, DP))
+            v_sub = tl.reshape(v, (BLOCK // SUB, SUB, DP))
+            k_fine = tl.sum(k_sub, 1) / divisor
+            v_fine = tl.sum(v_sub, 1) / divisor
+            spread_out = tl.broadcast_to(k_fine[:, None, :], (BLOCK // SUB, SUB, DP))
+            k_fine_off = tl.where(mask, k - tl.reshape(spread_out, (BLOCK, DP)), 0.0)
+            square = tl.reshape(k_fine_off * k_fine_off, (BLOCK // SUB, SUB, DP))
+            target = (base * (BLOCK // SUB) + fine)[:, None] * D + col[None, :]
+            own = there[None, :]
+            tl.store(fine_key + target, k_fine.to(fine_key.dtype.element_ty), mask=own)
+            tl.store(fine_value + target, v_fine.to(fine_value.dtype.element_ty), mask=own)
+            f_var = (tl.sum(square, 1) / divisor).to(fine_var.dtype.element_ty)
+            tl.store(fine_var + target, f_var, mask=own)
+            fine_acc += tl.dot(tl.trans(v_raw), k_fine_off.to(v_raw.dtype))
     cell = tl.arange(0, DP)[:, None] * D + col[None, :]
     inside = (tl.arange(0, DP) < D)[:, None] & in_dim[None, :]
     groups = tl.num_programs(0)
+    at = (pair * groups + group) * 3 * D + col
+    tl.store(sums + at, k_total, mask=in_dim)
+    tl.store(sums + at + D, v_total, mask=in_dim)
+    tl.store(sums + at + 2 * D, square_total, mask=in_dim)
     tl.store(first_order + (pair * groups + group) * D * D + cell, acc, mask=inside)
     if MID:
         tl.store(fine_first_order + (pair * groups + group) * D * D + cell, fine_acc, mask=inside)
 
 
 @triton.jit
-def _pair_terms(
-    mean, square, key_mean, key_var, block, blocks, tokens, col, scale,
-    D: tl.constexpr, PRECISION: tl.constexpr,
+def _load_blocks(
+    low_key, key_var, block, blocks, tokens, col, D: tl.constexpr
 ):  # fmt: skip
-    """Pooled logit and dispersion of sub-tiles (rows) against blocks (columns), and log counts."""
-    mask = (block < blocks)[:, None] & (col < D)[None, :]
+    """Centred means and variances (BJ, DP) of key blocks, and the base-2 logs of their counts.
+
+    The log is -inf past the last block, which makes every logit there -inf without a mask.
+    """
+    inside = block < blocks
+    mask = inside[:, None] & (col < D)[None, :]
     offset = block[:, None] * D + col[None, :]
-    k = tl.load(key_mean + offset, mask=mask, other=0.0)
+    k = tl.load(low_key + offset, mask=mask, other=0.0)
     var = tl.load(key_var + offset, mask=mask, other=0.0)
-    capacity = tl.log(tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32))
-    logit = tl.dot(mean, tl.trans(k), input_precision=PRECISION) * scale + capacity[None, :]
-    dispersion = tl.dot(square, tl.trans(var), input_precision=PRECISION) * (scale * scale)
-    logit += tl.minimum(0.5 * dispersion, capacity[None, :])
-    logit = tl.where((block < blocks)[None, :], logit, -float("inf"))
-    return logit, dispersion, capacity
+    size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
+    return k, var, tl.where(inside, tl.log2(size), -float("inf"))
 
 
 @triton.jit
 def score_kernel(
-    query, order, key_mean, key_var, spread, score, mass_term,
+    query, order, low_key, key_var, spread, score, mass_term,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, tiles, blocks, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, TILES: tl.constexpr, BJ: tl.constexpr,
@@ -130,7 +152,8 @@ def score_kernel(
     """One program: TILES query tiles of one head against every key block, in two passes.
 
     The first pass finds the softmax normaliser of each sub-tile, the second writes the routing
-    score (float32) and the second-order mass term (float16) of each (tile, block) pair.
+    score (float32) and the second-order mass term (float16) of each (tile, block) pair. Operands
+    are of the attended tensors' type (reference.score_pairs); sums are float32.
     """
     SUBS: tl.constexpr = 128 // SUB
     ROWS: tl.constexpr = TILES * SUBS
@@ -139,15 +162,15 @@ def score_kernel(
     batch, head = pair // heads, pair % heads
     query += batch * stride_qb + head * stride_qh
     key_pair = batch * (heads // group_size) + head // group_size
-    key_mean += key_pair * blocks * D
+    low_key += key_pair * blocks * D
     key_var += key_pair * blocks * D
     spread += key_pair * blocks
 
     sub = first * SUBS + tl.arange(0, ROWS)
     col = tl.arange(0, DP)
     count = tl.minimum(tl.maximum(tokens - sub * SUB, 0), SUB).to(tl.float32)
-    mean = tl.zeros((ROWS, DP), tl.float32)
-    square = tl.zeros((ROWS, DP), tl.float32)
+    pooled = tl.zeros((ROWS, DP), tl.float32)
+    pooled_square = tl.zeros((ROWS, DP), tl.float32)
     for r in range(SUB):
         position = sub * SUB + r
         valid = position < tokens
@@ -157,45 +180,57 @@ def score_kernel(
             mask=valid[:, None] & (col < D)[None, :],
             other=0.0,
         ).to(tl.float32)
-        mean += q
-        square += q * q
+        pooled += q
+        pooled_square += q * q
     divisor = tl.maximum(count, 1.0)[:, None]
-    mean = mean / divisor
-    square = square / divisor
+    mean = (pooled / divisor).to(low_key.dtype.element_ty)
+    square = _saturated(pooled_square / divisor, low_key.dtype.element_ty)
 
+    # Logits and mass terms are in base 2: half the dispersion times log2(e) is a mass term.
+    slope = scale * LOG2E
+    half_spread = 0.5 * scale * scale * LOG2E
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
-        logit, dispersion, capacity = _pair_terms(
-            mean, square, key_mean, key_var, block, blocks, tokens, col, scale, D, PRECISION
-        )
+        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, tokens, col, D)
+        term = tl.dot(square, tl.trans(var), input_precision=PRECISION) * half_spread
+        term = tl.minimum(term, capacity[None, :]) + capacity[None, :]
+        logit = tl.dot(mean, tl.trans(k), input_precision=PRECISION) * slope + term
         new_peak = tl.maximum(peak, tl.max(logit, 1))
-        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(logit - new_peak[:, None]), 1)
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logit - new_peak[:, None]), 1)
         peak = new_peak
-    normaliser = peak + tl.log(total)
 
-    present = (count > 0).to(tl.float32)
-    present_per_tile = tl.sum(tl.reshape(present, (TILES, SUBS)), 1)
-    count_per_tile = tl.sum(tl.reshape(count, (TILES, SUBS)), 1)
+    # The second pass has blocks as rows, so that the sums over a tile's sub-tiles stay within few
+    # threads. Squared mass and the sub-tile's share in its tile's mean come from one exponential.
+    present = tl.reshape((count > 0).to(tl.float32), (TILES, SUBS))
+    share = present / tl.maximum(tl.sum(present, 1), 1.0)[:, None]
+    offset = tl.log2(tl.reshape(share, (ROWS,))) - 2.0 * (peak + tl.log2(total))
+    counts = tl.reshape(count, (TILES, SUBS))
+    count_share = tl.reshape(counts / tl.maximum(tl.sum(counts, 1), 1.0)[:, None], (ROWS,))
     tile = first + tl.arange(0, TILES)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
-        logit, dispersion, capacity = _pair_terms(
-            mean, square, key_mean, key_var, block, blocks, tokens, col, scale, D, PRECISION
-        )
-        mass = tl.exp(logit - normaliser[:, None])
-        error = mass * mass * dispersion * present[:, None]
-        error = tl.sum(tl.reshape(error, (TILES, SUBS, BJ)), 1)
-        error = error / tl.maximum(present_per_tile, 1.0)[:, None]
         inside = block < blocks
         value_spread = tl.load(spread + block, mask=inside, other=0.0)
-        pooled = tl.sum(tl.reshape(dispersion * count[:, None], (TILES, SUBS, BJ)), 1)
-        pooled = pooled / tl.maximum(count_per_tile, 1.0)[:, None]
-        term = tl.minimum(0.5 * pooled, capacity[None, :])
-        where = (pair * tiles + tile)[:, None] * blocks + block[None, :]
-        mask = (tile < tiles)[:, None] & inside[None, :]
-        tl.store(score + where, tl.sqrt(error) * value_spread[None, :] * blocks, mask=mask)
+        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, tokens, col, D)
+        half = tl.dot(var, tl.trans(square), input_precision=PRECISION) * half_spread
+        term = tl.minimum(half, capacity[:, None]) + capacity[:, None]
+        twice = tl.dot(k, tl.trans(mean), input_precision=PRECISION) * (2.0 * slope)
+        error = tl.exp2(twice + 2.0 * term + offset[None, :]) * half
+        error, pooled_half = tl.reduce(
+            (
+                tl.reshape(error, (BJ, TILES, SUBS)),
+                tl.reshape(half * count_share[None, :], (BJ, TILES, SUBS)),
+            ),
+            2,
+            _add_two,
+        )
+        value = tl.sqrt(error * (2.0 * LN2)) * (value_spread * blocks)[:, None]
+        term = tl.minimum(pooled_half, capacity[:, None]) * LN2
+        where = (pair * tiles + tile)[None, :] * blocks + block[:, None]
+        mask = (tile < tiles)[None, :] & inside[:, None]
+        tl.store(score + where, value, mask=mask)
         tl.store(mass_term + where, term.to(mass_term.dtype.element_ty), mask=mask)
 
 

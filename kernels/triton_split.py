@@ -7,7 +7,6 @@ call can be captured in a CUDA graph and replayed with other content.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -21,30 +20,48 @@ from freqopt.kernels import reference as ref
 from freqopt.kernels.device import HOPPER_SHARED, shared_memory
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.triton_attend import attend_kernel, probe_kernel
+from freqopt.kernels.triton_glue import (
+    centre_kernel,
+    estimate_kernel,
+    fit_kernel,
+    limits_kernel,
+    merge_kernel,
+    order_kernel,
+    pool_kernel,
+)
 from freqopt.kernels.triton_prepare import route_kernel, score_kernel, summarise_kernel
 
 GROUP = 16
 """Key blocks per program of the summaries: amortises the (D, D) sum of first-order products."""
 
-SCORE_BLOCKS = 32
-"""Key blocks per step of the scores."""
-
 PROBE_ROWS = 64
-PROBE_PARTS = 16
-"""Key ranges the probe's exact pass is spread over."""
+PROBE_PROGRAMS = 512
+"""Programs that the probe's exact pass is spread over, by cutting the keys into ranges."""
+
+ORDER_CELLS = 1024
+MERGE_ROWS = 4
+
+MAX_PARTS = 64
+"""Most key ranges of one head: their partial sums have to be merged."""
 
 
 class Launch(NamedTuple):
     """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md."""
 
     rows: int
+    wide: int
     warps: int
     stages: int
+    summary_stages: int
     score_tiles: int
+    score_blocks: int
+    score_warps: int
     score_stages: int
     probe_rows: int
+    fit_rows: int
+    fit_columns: int
     precision: str
-    score_precision: str
+    fit_precision: str
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,25 +81,35 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         rows = max(rows // 2, 16)
     key_tile = 2 * KEY_BLOCK * bytes_per_row
     stages = max(1, min(3, (shared - rows * bytes_per_row) // key_tile - 1))
+    ample = roomy and not wide and not single
     return Launch(
         rows=rows,
+        wide=1,
         warps=8 if rows >= 64 else 4,
         stages=1 if single else stages,
-        score_tiles=1 if wide or not roomy else 4,
-        score_stages=1 if wide or not roomy else 2,
+        summary_stages=2 if ample else 1,
+        score_tiles=8 if ample else (1 if wide or not roomy else 4),
+        score_blocks=64 if ample else 32,
+        score_warps=8 if ample else 4,
+        score_stages=3 if ample else (1 if wide or not roomy else 2),
         probe_rows=16 if single and padded >= 128 else (32 if wide else PROBE_ROWS),
+        fit_rows=64 if ample else (16 if wide else 32),
+        fit_columns=64 if ample else 32,
         precision="tf32x3" if single else "tf32",
-        score_precision=os.environ.get("FREQOPT_SCORE_PRECISION", "tf32x3"),
+        fit_precision="tf32x3",
     )
 
 
 class Summaries(NamedTuple):
-    """Ordered keys and values (B, Hkv, J * 64, D) and their summaries, per key head."""
+    """Ordered keys and values (B, Hkv, J * 64, D) and their summaries, per key head.
+
+    key_shift (.., D) float32: the mean key, on which low_key is centred; key_var (.., J, D) in the
+    keys' type; spread (.., J) float32; low_order, fine_order (.., D, D): H-bar before scaling.
+    """
 
     key: Tensor
     value: Tensor
     key_shift: Tensor
-    key_mean: Tensor
     key_var: Tensor
     spread: Tensor
     low_key: Tensor
@@ -99,7 +126,9 @@ def padded_dim(head_dim: int) -> int:
     return max(int(triton.next_power_of_2(head_dim)), 16)
 
 
-def summarise(key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool) -> Summaries:
+def summarise(
+    key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool, launch: Launch
+) -> Summaries:
     """Reorder keys and values and summarise them, in one pass over memory."""
     batch, heads, _, dim = key.shape
     tokens = sequence.tokens
@@ -115,42 +144,36 @@ def summarise(key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool) ->
         return torch.empty(*per_head, *shape, device=key.device, dtype=key.dtype)
 
     key_out, value_out = native(blocks * KEY_BLOCK, dim), native(blocks * KEY_BLOCK, dim)
-    key_mean, value_mean, key_var = (single(blocks, dim) for _ in range(3))
-    block_spread, first_order = single(blocks), single(groups, dim, dim)
+    key_mean, value_mean, key_var = single(blocks, dim), single(blocks, dim), native(blocks, dim)
+    spread, sums, first_order = single(blocks), single(groups, 3, dim), single(groups, dim, dim)
     fine_rows = blocks * ratio if mid_band else 0
     fine_key, fine_value = native(fine_rows, dim), native(fine_rows, dim)
     fine_var = single(fine_rows, dim)
     fine_first = single(groups, dim, dim) if mid_band else single(0, 0, 0)
+    size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     summarise_kernel[(groups, batch * heads)](
         key, value, token_order(sequence.grid, key.device),
-        key_out, value_out, key_mean, value_mean, key_var, block_spread, first_order,
+        key_out, value_out, key_mean, value_mean, key_var, spread, sums, first_order,
         fine_key, fine_value, fine_var, fine_first,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
-        D=dim, DP=padded_dim(dim), GROUP=GROUP, MID=mid_band,
-        num_warps=8, num_stages=1,
+        **size, GROUP=GROUP, MID=mid_band, num_warps=8, num_stages=launch.summary_stages,
     )  # fmt: skip
-    weight = ref.block_counts(tokens, KEY_BLOCK, key.device)[:, None] / tokens
-    key_shift = (key_mean * weight).sum(2, keepdim=True)
-    value_centre = (value_mean * weight).sum(2, keepdim=True)
-    between = (value_mean - value_centre).square().sum(3)
-    head_spread = ((block_spread + between) * weight[:, 0]).sum(2, keepdim=True)
-    key_mean = key_mean - key_shift
+    key_shift, low_key, low_value = single(dim), native(blocks, dim), native(blocks, dim)
+    centre_kernel[(groups, batch * heads)](
+        key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
+        **size, GROUP=GROUP, num_warps=4,
+    )  # fmt: skip
+    low_order, fine_order = native(dim, dim), native(dim, dim)
+    for source, target in [(first_order, low_order), (fine_first, fine_order)][: 1 + mid_band]:
+        order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
+            source, target, groups, tokens, dim * dim, CELLS=ORDER_CELLS
+        )
     return Summaries(
-        key=key_out,
-        value=value_out,
-        key_shift=key_shift,
-        key_mean=key_mean,
-        key_var=key_var,
-        spread=(block_spread / head_spread.clamp(min=1e-30)).sqrt(),
-        low_key=key_mean.to(key.dtype),
-        low_value=value_mean.to(key.dtype),
-        low_order=(first_order.sum(2) / tokens).to(key.dtype),
-        fine_key=fine_key,
-        fine_value=fine_value,
-        fine_var=fine_var,
-        fine_order=(fine_first.sum(2) / tokens).to(key.dtype),
-    )
+        key=key_out, value=value_out, key_shift=key_shift, key_var=key_var, spread=spread,
+        low_key=low_key, low_value=low_value, low_order=low_order,
+        fine_key=fine_key, fine_value=fine_value, fine_var=fine_var, fine_order=fine_order,
+    )  # fmt: skip
 
 
 class Route(NamedTuple):
@@ -176,21 +199,25 @@ def make_route(
 ) -> Route:
     """Score every (query tile, key block) pair and choose its band."""
     batch, heads, _, dim = query.shape
-    kv_heads, blocks = summaries.key_mean.shape[1:3]
+    kv_heads, blocks = summaries.low_key.shape[1:3]
     tiles = triton.cdiv(sequence.tokens, QUERY_TILE)
     shape = (batch, heads, tiles, blocks)
     score = torch.empty(shape, device=query.device, dtype=torch.float32)
     mass_term = torch.empty(shape, device=query.device, dtype=torch.float16)
     score_kernel[(triton.cdiv(tiles, launch.score_tiles), batch * heads)](
         query, token_order(sequence.grid, query.device),
-        summaries.key_mean, summaries.key_var, summaries.spread, score, mass_term,
+        summaries.low_key, summaries.key_var, summaries.spread, score, mass_term,
         *query.stride()[:3],
         heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=SCORE_BLOCKS,
-        PRECISION=launch.score_precision, num_warps=4, num_stages=launch.score_stages,
+        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=launch.score_blocks,
+        PRECISION=launch.precision, num_warps=launch.score_warps, num_stages=launch.score_stages,
     )  # fmt: skip
-    thresholds = ref.resolve_thresholds(score, budget, density, mid_band)
-    limits = torch.stack([t.expand(batch, heads) for t in thresholds], -1).contiguous()
+    limits = torch.empty(batch, heads, 2, device=query.device, dtype=torch.float32)
+    if density > 0.0:
+        thresholds = ref.resolve_thresholds(score, budget, density, mid_band)
+        torch.stack(thresholds, -1, out=limits)
+    else:
+        limits_kernel[(batch * heads,)](budget.float().contiguous(), limits, heads, MID=mid_band)
     route = torch.empty(shape, device=query.device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=query.device, dtype=torch.int32)
     mid_list = torch.empty(shape if mid_band else (1,), device=query.device, dtype=torch.int32)
@@ -202,57 +229,11 @@ def make_route(
     return Route(route, exact_list, mid_list, counts, mass_term)
 
 
-def observe_probes(
+def fit_probes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    summaries: Summaries,
-    route: Tensor,
-    sequence: Sequence,
-    *,
-    scale: float,
-    probes: int,
-    launch: Launch,
-) -> ref.Observed:
-    """Exact attention of the probes, in float32, logits in the frame of centred keys."""
-    batch, heads, _, dim = query.shape
-    tiles, blocks = route.shape[2:]
-    parts = min(PROBE_PARTS, blocks)
-
-    def single(*shape: int) -> Tensor:
-        return torch.empty(
-            batch, heads, parts, probes, *shape, device=query.device, dtype=torch.float32
-        )
-
-    peak, mass, exact, missing = single(), single(2), single(dim), single(dim)
-    probe_kernel[(parts, batch * heads, triton.cdiv(probes, launch.probe_rows))](
-        query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
-        key, value, key_mask if key_mask is not None else route, route, summaries.key_shift,
-        peak, mass, exact, missing,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        key_mask.stride(0) if key_mask is not None else 0,
-        heads, heads // key.shape[1], sequence.tokens, tiles, blocks, probes, sequence.text,
-        sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), BP=launch.probe_rows, HAS_MASK=key_mask is not None,
-        PRECISION=launch.precision, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    top = peak.amax(2, keepdim=True)
-    weight = (peak - top).exp2()[..., None]
-    both = (mass * weight).sum(2)
-    total = both.sum(-1, keepdim=True)
-    share = both / total
-    return ref.Observed(
-        log_total=(top[:, :, 0, :, None] + total.log2()) * 0.6931471805599453,
-        exact_mass=share[..., :1],
-        exact_out=(exact * weight).sum(2) / total,
-        missing_mass=share[..., 1:],
-        missing_out=(missing * weight).sum(2) / total,
-    )
-
-
-def estimate_probes(
-    query: Tensor,
     summaries: Summaries,
     route: Route,
     sequence: Sequence,
@@ -260,39 +241,68 @@ def estimate_probes(
     scale: float,
     probes: int,
     mid_band: bool,
-) -> ref.Estimate:
-    """How the low and mid bands see the probes, from the summaries the kernels attend with."""
-    heads = query.shape[1]
-    group = heads // summaries.key.shape[1]
-    positions = ref.probe_positions(sequence.tokens, probes, query.device)
+    launch: Launch,
+) -> tuple[Tensor, Tensor]:
+    """Attend a few queries exactly, and fit c and g on what the bands would have made of them.
+
+    Returns coefficients (B, H, 2) and the relative L2 error left (B, H), as reference.fit_probe.
+    """
+    batch, heads, _, dim = query.shape
+    pairs, group_size = batch * heads, heads // key.shape[1]
+    tokens, text_before = sequence.tokens, sequence.text_before
+    tiles, blocks = route.route.shape[2:]
+    parts = max(min(PROBE_PROGRAMS // pairs, MAX_PARTS, blocks), 1)
     order = token_order(sequence.grid, query.device)
-    chosen = query[:, :, order[positions].long() + sequence.text_before].float()
-    tile = positions // QUERY_TILE
+    size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
 
-    def per_query_head(x: Tensor) -> Tensor:
-        return (x if group == 1 else x.repeat_interleave(group, 1)).float()
+    def single(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=query.device, dtype=torch.float32)
 
-    count = ref.block_counts(sequence.tokens, KEY_BLOCK, query.device)
-    term = route.mass_term[:, :, tile].float()
-    logit = chosen @ per_query_head(summaries.low_key).mT * scale + count.log()
-    logit = logit.masked_fill(term < 0, -torch.inf)
-    value = per_query_head(summaries.low_value)
-    low_order = chosen @ per_query_head(summaries.low_order).mT * scale
-    mid_order = torch.zeros_like(low_order)
+    def several(*shape: int) -> Tensor:
+        return single(pairs, parts, probes, *shape)
+
+    peak, mass, exact, missing = several(), several(2), several(dim), several(dim)
+    probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
+        query, order, summaries.key, summaries.value,
+        key, value, key_mask if key_mask is not None else route.route, route.route,
+        summaries.key_shift, peak, mass, exact, missing,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        key_mask.stride(0) if key_mask is not None else 0,
+        heads, group_size, tokens, tiles, blocks, probes, sequence.text, text_before, scale,
+        **size, BP=launch.probe_rows, HAS_MASK=key_mask is not None,
+        PRECISION=launch.precision, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
+        peak, mass, exact, missing, probes, parts, **size, BP=MERGE_ROWS, num_warps=4
+    )
+    pooled = single(pairs, probes, dim) if mid_band else single(0)
     if mid_band:
-        fine_count = ref.block_counts(sequence.tokens, SUB_BLOCK, query.device)
-        columns = fine_count.numel()
-        pair = route.route[:, :, tile].repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., :columns]
-        centred = per_query_head(summaries.fine_key[:, :, :columns].float() - summaries.key_shift)
-        fine = chosen @ centred.mT * scale + fine_count.log()
-        square = ref.tile_mean_square(sequence.video_of(query).float())[:, :, tile]
-        spread = square @ per_query_head(summaries.fine_var[:, :, :columns]).mT * scale**2
-        logit = torch.cat([logit, fine.masked_fill(pair != ref.MID, -torch.inf)], -1)
-        term = torch.cat([term, torch.minimum(0.5 * spread, fine_count.log())], -1)
-        value = torch.cat([value, per_query_head(summaries.fine_value[:, :, :columns])], 2)
-        mid_order = chosen @ per_query_head(summaries.fine_order).mT * scale
-    order_terms = torch.stack([low_order, mid_order])
-    return ref.Estimate(logit, term.clamp(min=0), value, order_terms, count.numel())
+        pool_kernel[(probes, pairs)](
+            query, order, pooled, *query.stride()[:3], heads, tokens, probes, text_before, **size
+        )
+    fine = blocks * (KEY_BLOCK // SUB_BLOCK) if mid_band else 0
+    logit = single(pairs, probes, blocks + fine)
+    term = torch.empty(logit.shape, device=query.device, dtype=torch.float16)
+    rows, columns = launch.fit_rows, launch.fit_columns
+    steps = triton.cdiv(blocks, columns) + triton.cdiv(fine, columns)
+    estimate_kernel[(steps, pairs, triton.cdiv(probes, rows))](
+        query, order, summaries.low_key, summaries.fine_key, summaries.fine_var,
+        summaries.key_shift, route.mass_term, route.route, pooled, peak, logit, term,
+        *query.stride()[:3],
+        heads, group_size, tokens, tiles, blocks, probes, parts, blocks + fine, text_before, scale,
+        **size, BP=rows, BJ=columns, MID=mid_band, PRECISION=launch.fit_precision,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    coefficients, error = single(batch, heads, 2), single(batch, heads)
+    fit_kernel[(pairs,)](
+        query, order, summaries.low_value, summaries.low_order, summaries.fine_value,
+        summaries.fine_order, logit, term, mass, exact, missing, coefficients, error,
+        *query.stride()[:3],
+        heads, group_size, tokens, blocks, probes, parts, blocks + fine, text_before, scale,
+        **size, BP=rows, BJ=columns, MID=mid_band, PRECISION=launch.fit_precision,
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return coefficients, error
 
 
 def attend(
@@ -326,7 +336,8 @@ def attend(
         scale,
         D=dim, DP=padded_dim(dim), BM=launch.rows, MID=mid_band, TEXT=sequence.text > 0,
         HAS_MASK=key_mask is not None, RAGGED=tokens % KEY_BLOCK != 0,
-        PRECISION=launch.precision, num_warps=launch.warps, num_stages=launch.stages,
+        WIDE=launch.wide, PRECISION=launch.precision,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
 
@@ -369,21 +380,19 @@ def split_forward(
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     with _on_device(query):
         launch = launch_for(query.dtype, dim, shared_memory(query.device))
-        summaries = summarise(key, value, sequence, mid_band)
+        summaries = summarise(key, value, sequence, mid_band, launch)
         route = make_route(
             query, summaries, budget, sequence, density=density, launch=launch, **options
         )
         probes = min(probes, sequence.tokens)
-        coefficients = torch.ones(batch, heads, 2, device=query.device)
-        error = torch.full((batch, heads), torch.nan, device=query.device)
         if probes:
-            observed = observe_probes(
-                query, key, value, key_mask, summaries, route.route, sequence,
-                scale=scale, probes=probes, launch=launch,
+            coefficients, error = fit_probes(
+                query, key, value, key_mask, summaries, route, sequence,
+                probes=probes, launch=launch, **options,
             )  # fmt: skip
-            estimate = estimate_probes(query, summaries, route, sequence, probes=probes, **options)
-            probe = ref.fit_probe(observed, estimate)
-            coefficients, error = torch.stack([probe.c, probe.g], -1), probe.error
+        else:
+            coefficients = torch.ones(batch, heads, 2, device=query.device)
+            error = torch.full((batch, heads), torch.nan, device=query.device)
         out = torch.empty(
             batch, length, heads, dim, device=query.device, dtype=query.dtype
         ).transpose(1, 2)

@@ -84,7 +84,7 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
     query, key, value, mask = tensors
     tokens = chunked.take_apart(query, key, value, mask, case.sequence)
     summary = reference.summarise(tokens.key, tokens.value, 64)
-    score = reference.score_pairs(tokens.query, summary, case.dim**-0.5).score
+    score = reference.score_pairs(tokens.query, summary, case.dim**-0.5, query.dtype).score
 
     def near(share: float) -> Tensor:
         per_head = score.transpose(0, 1).flatten(1).sort(-1).values.clamp(min=1e-20)
@@ -108,6 +108,7 @@ def reference_split(
     split = reference.split_tokens(
         tokens.query, tokens.key, tokens.value, tokens.text_key, tokens.text_value,
         tokens.text_bias, budget, scale=case.dim**-0.5, mid_band=case.mid, probes=probes,
+        dtype=query.dtype,
     )  # fmt: skip
     out = torch.full_like(query, torch.nan)
     text = dense(case, tensors)

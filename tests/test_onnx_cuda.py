@@ -75,7 +75,7 @@ def run(
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
     for variant in (HOPPER, AMPERE):
         rows = {row.kernel: row for row in table if row.variant == variant}
-        assert len(rows) == (11 if variant.mid_band else 10)
+        assert len(rows) == (13 if variant.mid_band else 12)
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
 
 
@@ -90,15 +90,16 @@ def test_launches(programs: tuple[Path, Path], table: list[Compiled]) -> None:
     buffers = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
     blocks, tiles, pairs, kv = 5, 3, 8, 4
     expected_grid = {
-        "limits": (pairs, 1, 1), "summarise": (1, kv, 1), "centre": (kv, 1, 1),
+        "limits": (pairs, 1, 1), "summarise": (1, kv, 1), "centre": (1, kv, 1),
         "order": (4, kv, 1), "score": (1, pairs, 1), "route": (tiles, pairs, 1),
-        "probe": (5, pairs, 1), "pool": (64, pairs, 1), "fit": (pairs, 1, 1),
+        "probe": (5, pairs, 1), "merge": (16, pairs, 1),
+        "pool": (64, pairs, 1), "estimate": (2, pairs, 1), "fit": (pairs, 1, 1),
         "attend": (3, pairs, 1), "text": (1, pairs, 1),
     }  # fmt: skip
     integers = {
         "heads": heads, "group_size": 2, "tokens": tokens, "tiles": tiles, "blocks": blocks,
         "groups": 1, "text": 5, "text_before": before, "probes": 64, "parts": 5,
-        "cells": dim * dim, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
+        "cells": dim * dim, "columns": 45, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
         "stride_on": dim, "stride_qh": length * dim, "stride_kh": length * dim,
         "stride_vh": length * dim, "stride_oh": length * dim, "stride_qb": heads * length * dim,
         "stride_ob": heads * length * dim, "stride_kb": kv_heads * length * dim,
@@ -130,8 +131,8 @@ def test_launches(programs: tuple[Path, Path], table: list[Compiled]) -> None:
                 assert value == kv_heads
             else:
                 assert value == integers[name], where
-    order = ["limits", "summarise", "centre", "order", "order", "score", "route", "probe", "pool"]
-    assert seen == [*order, "fit", "attend", "text"]
+    order = ["limits", "summarise", "centre", "order", "order", "score", "route", "probe", "merge"]
+    assert seen == [*order, "pool", "estimate", "fit", "attend", "text"]
     shared = {rows[line[1]].kernel for line in lines if line[0] == "shared"}
     assert shared == {row.kernel for row in rows.values() if row.shared > 48 * 1024}
 
@@ -153,7 +154,8 @@ def test_workspace_holds_what_is_written(
         "score": pairs * tiles * blocks * 4, "mid_list": pairs * tiles * blocks * 4,
         "exact_out": pairs * 5 * 64 * dim * 4, "mass": pairs * 5 * 64 * 2 * 4,
         "pooled": pairs * 64 * dim * 4, "counts": pairs * tiles * 2 * 4,
-        "coefficients": pairs * 2 * 4, "key_shift": kv * dim * 4, "route": pairs * tiles * blocks,
+        "coefficients": pairs * 2 * 4, "logit": pairs * 64 * 45 * 4, "term": pairs * 64 * 45 * 2,
+        "sums": kv * 3 * dim * 4, "key_shift": kv * dim * 4, "route": pairs * tiles * blocks,
     }  # fmt: skip
     for name, size in needed.items():
         assert size <= room[name] < size + 256, name

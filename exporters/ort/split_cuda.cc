@@ -12,7 +12,8 @@
 namespace freqopt {
 namespace {
 
-constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 16, kProbeParts = 16;
+constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 16;
+constexpr int64_t kProbePrograms = 512, kMaxParts = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -155,9 +156,11 @@ struct Sizes {
     pairs = e.batch * e.heads, kv = e.batch * e.kv_heads;
     blocks = ceil_div(e.tokens, kKeyBlock), tiles = ceil_div(e.tokens, kQueryTile);
     groups = ceil_div(blocks, kGroup), text = e.length - e.tokens;
-    probes = std::min(c.attributes.probes, e.tokens), parts = std::min(kProbeParts, blocks);
+    probes = std::min(c.attributes.probes, e.tokens), columns = blocks;
+    if (c.attributes.mid_band) columns += blocks * kFine;
+    parts = std::max<int64_t>(std::min({kProbePrograms / pairs, kMaxParts, blocks}), 1);
   }
-  int64_t pairs, kv, blocks, tiles, groups, text, probes, parts;
+  int64_t pairs, kv, blocks, tiles, groups, text, probes, columns, parts;
 };
 
 void launch(const CudaCall& call, const Device& device, const std::string& kernel,
@@ -208,8 +211,9 @@ CudaPlan plan_cuda(const CudaCall& call) {
   const int64_t rows = s.kv * s.blocks, fine = mid ? rows * kFine : 0, cells = s.pairs * s.tiles * s.blocks;
   add("limits", s.pairs * 2, 4);
   add("key_out", rows * kKeyBlock * d, own), add("value_out", rows * kKeyBlock * d, own);
-  add("key_mean", rows * d, 4), add("value_mean", rows * d, 4), add("key_var", rows * d, 4);
-  add("spread", rows, 4), add("first_order", s.kv * s.groups * d * d, 4);
+  add("key_mean", rows * d, 4), add("value_mean", rows * d, 4), add("key_var", rows * d, own);
+  add("spread", rows, 4), add("sums", s.kv * s.groups * 3 * d, 4);
+  add("first_order", s.kv * s.groups * d * d, 4);
   add("fine_first_order", mid ? s.kv * s.groups * d * d : 0, 4);
   add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
   add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
@@ -221,6 +225,8 @@ CudaPlan plan_cuda(const CudaCall& call) {
   add("exact_out", s.pairs * s.parts * s.probes * d, 4);
   add("missing_out", s.pairs * s.parts * s.probes * d, 4);
   add("pooled", mid ? s.pairs * s.probes * d : 0, 4), add("coefficients", s.pairs * 2, 4);
+  add("logit", s.pairs * s.probes * s.columns, 4), add("term", s.pairs * s.probes * s.columns, 2);
+  add("probe_error", s.pairs, 4);
   plan.workspace_bytes = at;
   return plan;
 }
@@ -238,6 +244,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   a["text_key"] = call.key, a["text_value"] = call.value, a["out"] = call.out;
   a["key_mask"] = masked(call) ? Argument(call.key_mask) : a["route"];
   a["threshold"] = a["limits"], a["peak_out"] = a["peak"], a["mass_out"] = a["mass"];
+  a["logit_out"] = a["logit"], a["term_out"] = a["term"], a["columns"] = s.columns;
   for (const char* n : {"stride_qn", "stride_kn", "stride_vn", "stride_on"}) a[n] = e.dim;
   for (const char* n : {"stride_qh", "stride_kh", "stride_vh", "stride_oh"}) a[n] = rows;
   for (const char* n : {"stride_qb", "stride_ob"}) a[n] = e.heads * rows;
@@ -254,7 +261,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   };
   go("limits", {}, s.pairs, 1);
   go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.groups, s.kv);
-  go("centre", {}, s.kv, 1);
+  go("centre", {}, s.groups, s.kv);
   const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
   go("order", {{"out", a["low_order"]}}, parts, s.kv);
   if (mid) {
@@ -264,7 +271,11 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   go("route", {}, s.tiles, s.pairs);
   if (s.probes > 0) {
     go("probe", {}, s.parts, s.pairs, ceil_div(s.probes, tile_of("probe")));
+    go("merge", {}, ceil_div(s.probes, tile_of("merge")), s.pairs);
     if (mid) go("pool", {}, s.probes, s.pairs);
+    const int64_t step = tile_of("estimate");
+    go("estimate", {}, ceil_div(s.blocks, step) + ceil_div(s.columns - s.blocks, step), s.pairs,
+       ceil_div(s.probes, tile_of("fit")));
     go("fit", {}, s.pairs, 1);
   } else {
     const Driver& driver = Driver::get();
