@@ -61,6 +61,9 @@ MAX_PANELS = 24
 """Panels of one figure of small multiples; more sites than that are thinned evenly."""
 
 
+LEAST_POWER = 1e-9
+"""Bins with less of a spectrum's power hold no frequency of the lattice, or its constant alone."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -199,7 +202,13 @@ def spectra(plan: Plan) -> Figure | None:
             ax.axvspan(start, end, color=colour, lw=0)
         for row in spectrum.power:
             values = np.array(row)
-            ax.plot(centres, np.where(values > 0, values, np.nan), color=BLUE, lw=1.0, alpha=0.55)
+            ax.plot(
+                centres,
+                np.where(values > LEAST_POWER, values, np.nan),
+                color=BLUE,
+                lw=1.0,
+                alpha=0.55,
+            )
         share = (100 * float(np.mean(spectrum.low)), 100 * float(np.mean(spectrum.mid)))
         ax.set(yscale="log", title=f"{short(name)}: {share[0]:.0f} % low", xlim=(0, edges[-1]))
         ax.grid(False)

@@ -22,19 +22,24 @@ from freqopt.calibration_allocation import (
 COST = ProductCost()
 
 
-def random_site(rng: np.random.Generator, name: str, choices: int = 4) -> SiteChoices:
-    """Two heads whose curves fall with density but are not convex."""
-    density = np.sort(rng.uniform(0.02, 0.9, (2, choices)))[:, ::-1]
-    damage = np.sort(rng.exponential(1e-3, (2, choices)))
+def random_site(
+    rng: np.random.Generator, name: str, choices: int = 4, shares: tuple[float, ...] = (1.0,)
+) -> SiteChoices:
+    """Two heads whose curves fall with density but are not convex, in each timestep bucket."""
+    rows = 2 * len(shares)
+    density = np.sort(rng.uniform(0.02, 0.9, (rows, choices)))[:, ::-1]
+    damage = np.sort(rng.exponential(1e-3, (rows, choices)))
+    one, none = np.ones((rows, 1)), np.zeros((rows, 1))
     return SiteChoices(
         name=name,
         tokens=int(rng.integers(256, 2048)),
         head_dim=64,
         threshold=np.arange(choices + 1.0),
         mid=np.zeros(choices + 1, bool),
-        density=np.concatenate([np.ones((2, 1)), density], 1),
-        error=np.concatenate([np.zeros((2, 1)), damage], 1),
-        damage=np.concatenate([np.zeros((2, 1)), damage], 1),
+        density=np.concatenate([one, density], 1),
+        error=np.concatenate([none, damage], 1),
+        damage=np.concatenate([none, damage], 1),
+        shares=shares,
     )
 
 
@@ -42,11 +47,12 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
     """(cost, damage) of every possible allocation, dense sites included."""
     options = []
     for site in sites:
-        cost = COST.split(site.shape, site.density)
+        shares = [share for share in site.shares for _ in range(site.heads)]
+        cost = np.array(shares)[:, None] * COST.split(site.shape, site.density)
         rows = [(COST.dense(site.shape) * site.heads, 0.0)]
-        for index in itertools.product(range(site.density.shape[1]), repeat=site.heads):
-            heads = range(site.heads)
-            rows.append((cost[heads, index].sum(), site.damage[heads, index].sum()))
+        for index in itertools.product(range(site.density.shape[1]), repeat=len(shares)):
+            each = range(len(shares))
+            rows.append((cost[each, index].sum(), site.damage[each, index].sum()))
         options.append(rows)
     return [
         (sum(c for c, _ in pick), sum(d for _, d in pick)) for pick in itertools.product(*options)
@@ -54,9 +60,12 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_cheaper_does_as_little_damage(seed: int) -> None:
+@pytest.mark.parametrize("choices, shares", [(4, (1.0,)), (2, (0.25, 0.75))])
+def test_nothing_cheaper_does_as_little_damage(
+    seed: int, choices: int, shares: tuple[float, ...]
+) -> None:
     rng = np.random.default_rng(seed)
-    sites = [random_site(rng, "a"), random_site(rng, "b")]
+    sites = [random_site(rng, name, choices, shares) for name in "ab"]
     everything = enumerate_all(sites)
     for exponent in range(6, 16):
         found = allocate(sites, 10.0**exponent, COST)
@@ -78,6 +87,14 @@ def test_solve_meets_the_target_and_stays_near_the_best(seed: int) -> None:
         # the gap of a Lagrangian relaxation is at most one head's dearest choice
         slack = max(COST.split(s.shape, s.density).max() for s in sites)
         assert best * (1 - 1e-12) <= found.cost <= best + 2 * slack
+
+
+def test_totals_weigh_timesteps_by_their_calls() -> None:
+    site = random_site(np.random.default_rng(1), "a", 3, (0.25, 0.75))
+    found = allocate([site], 0.0, COST)
+    early, late = site.density[:2, 3].mean(), site.density[2:, 3].mean()
+    assert found.density == pytest.approx(0.25 * early + 0.75 * late)
+    assert found.cost == pytest.approx(2 * (COST.split(site.shape, found.density)))
 
 
 def test_ends_of_the_path() -> None:

@@ -1,0 +1,65 @@
+"""The arithmetic of benchmarks/calibration.py: what a variant may choose, and what is compared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_calibration_allocation import random_site
+
+from benchmarks.calibration import (
+    allocated,
+    density_ratio,
+    heads_tied,
+    timesteps_tied,
+    uniform,
+    without_mid_band,
+)
+from freqopt.calibration_allocation import ProductCost, SiteChoices, allocate
+
+SHARES = (0.25, 0.75)
+
+
+def make_sites(choices: int = 12) -> list[SiteChoices]:
+    rng = np.random.default_rng(0)
+    return [random_site(rng, name, choices, SHARES) for name in "abc"]
+
+
+def test_tied_rows_choose_alike_and_totals_stay() -> None:
+    for tie, groups in ((heads_tied, [[0, 1], [2, 3]]), (timesteps_tied, [[0, 2], [1, 3]])):
+        for site in make_sites():
+            found = tie(site)
+            for multiplier in (1e5, 1e8, 1e10):
+                index = allocate([found], multiplier, ProductCost()).choices[0].index
+                assert all(index[a] == index[b] for a, b in groups)
+            for choice in range(13):
+                same = np.full(4, choice)
+                assert found.mean_density(same) == pytest.approx(site.mean_density(same))
+                assert found.error[:, choice].sum() == pytest.approx(site.error[:, choice].sum())
+
+
+def test_allocated_and_uniform_reach_the_density() -> None:
+    sites = make_sites(40)
+    for density in (0.2, 0.4, 0.6):
+        cost, chosen = ProductCost(), allocated(sites, density)
+        assert set(chosen) <= {"a", "b", "c"}
+        assert all(budget.shape == (2, 2, 2) for budget in chosen.values())
+        threshold = {
+            float(x) for budget in uniform(sites, density).values() for x in budget.flatten()
+        }
+        assert len(threshold) == 1
+        assert allocate(sites, 0.0, cost).density < density
+
+
+def test_without_mid_band_only_those_choices_go() -> None:
+    site = make_sites()[0]
+    mid = np.arange(13) % 2 == 1
+    found = without_mid_band(SiteChoices(**{**vars(site), "mid": mid}))
+    assert not found.mid.any() and found.density.shape == (4, 7)
+    np.testing.assert_array_equal(found.threshold, site.threshold[::2])
+
+
+def test_density_ratio_is_read_at_equal_error() -> None:
+    other = [(d, 0.1 / d) for d in (0.05, 0.1, 0.2, 0.4)]
+    ours = [(d / 2, error) for d, error in other]
+    assert density_ratio(ours, other) == pytest.approx(0.5)
+    assert density_ratio([(0.1, 99.0)], other) is None
