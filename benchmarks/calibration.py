@@ -3,7 +3,7 @@
 Budgets from every ingredient of calibration, from all but one, and one threshold for everything,
 at equal densities: error of the model's output on unseen inputs, and PSNR of the sampled video
 against the densely sampled one, same seed, every step split. Also whether the target holds on
-unseen inputs, how long calibration takes, and how well the op's probes know the error of their call.
+unseen inputs, how long calibration takes, and how well the op's probes know their call's error.
 """
 
 from __future__ import annotations
@@ -281,10 +281,10 @@ def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
                 rung = int(np.abs(np.log(THRESHOLDS) - math.log(max(threshold, 1e-9))).argmin())
                 true.append(math.sqrt(float(reading.curves["own"][int(mid), rung, head])))
                 probe.append(math.sqrt(float(reading.curves["probe"][int(mid), rung, head])))
-    ranks = [np.argsort(np.argsort(values)) for values in (true, probe)]
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (true, probe)])
     return {
         "calls": len(true),
-        "rank_correlation": float(np.corrcoef(*ranks)[0, 1]),
+        "rank_correlation": float(np.asarray(np.corrcoef(ranks))[0, 1]),
         "mean_ratio": float(np.mean(np.array(probe) / np.maximum(true, 1e-9))),
         "ratio_of_means": float(np.mean(probe) / np.mean(true)),
     }
@@ -294,8 +294,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """The comparison as a picture: PSNR by variant, and error against density."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    from freqopt.reporting_figures import BLUE, GREY, ORANGE, STYLE
+    from freqopt.reporting_figures import BLUE, GREY, ORANGE, STYLE, percent_axis
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 4.8), layout="constrained")
@@ -313,7 +314,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 for name in names
             ]
             at = np.arange(len(names)) + (index - 0.5 * (len(densities) - 1)) * height
-            bars = left.barh(at, values, height, color=colour, label=f"density {density:.0%}")
+            bars = left.barh(
+                at, values, height, color=colour, label=f"PSNR at density {density:.0%}"
+            )
             left.bar_label(bars, fmt="%.1f", padding=3, fontsize=8.5)
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
@@ -321,22 +324,26 @@ def draw(result: dict[str, Any], path: Path) -> None:
         low = min(row["psnr"] for row in result["variants"])
         left.set(xlabel="PSNR of the sampled video against dense (dB)", title="Ingredients")
         left.set_xlim(left=max(0.0, low - 6))
-        left.legend(loc="lower right")
+        figure.legend(loc="outside lower left", ncols=len(densities))
         for name, colour in (("uniform", GREY), ("calibrated", BLUE)):
             density, error = np.array(result["curves"][name]).T
             label = {"uniform": "one threshold for all", "calibrated": "calibrated"}[name]
-            right.plot(100 * density, error, "o-", color=colour, label=label)
+            right.plot(density, error, "o-", color=colour, label=label)
         plan = result["plan"]
         right.axhline(plan["target_error"], color=ORANGE, lw=1.2, ls=(0, (4, 3)))
         right.scatter(
-            [100 * plan["unseen_density"]], [plan["unseen_error"]], s=90, color=ORANGE, zorder=3,
+            [plan["unseen_density"]], [plan["unseen_error"]], s=90, color=ORANGE, zorder=3,
             label="plan of freqopt.calibrate",
         )  # fmt: skip
         right.set(
-            xscale="log", yscale="log", xlabel="mean density (%)", title="On unseen inputs",
+            xscale="log", yscale="log", xlabel="mean density", title="On unseen inputs",
             ylabel="relative L2 error of the output",
         )  # fmt: skip
-        right.legend()
+        percent_axis(right)
+        right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
+        right.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
+        right.tick_params(axis="y", which="minor", labelsize=8)
+        right.legend(loc="upper right")
         figure.savefig(path, dpi=150)
 
 

@@ -45,7 +45,7 @@ class Call:
         from freqopt.kernels.op import split_attention_op
 
         mid_band = bool((budget[0] != budget[1]).any())
-        budget = budget.to(self.query.device)
+        budget = budget.to(self.query.device, non_blocking=True)
         out, density, probe, _, _ = split_attention_op(
             self.query, self.key, self.value, budget, self.key_mask, list(self.grid),
             self.text_before, self.text_after, self.scale, 0.0, mid_band, probes,

@@ -5,7 +5,6 @@ What a choice saves depends on the kernel, the GPU and the site's shape, not on 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,9 @@ from freqopt.plan import SiteTiming
 TIMED_DENSITIES = (0.03, 0.1, 0.3)
 """Densities near which the op is timed."""
 
-REPEATS = 11
+REPEATS = 7
+HEAD_START = 20_000_000
+"""Clock cycles, some 10 ms, that the GPU waits while calls to be timed are queued."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,17 @@ def has_clock(x: Tensor) -> bool:
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median time of a call on the GPU, after a third as many to warm up."""
-    times = []
-    warm_up = repeats // 3
-    for index in range(warm_up + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """Mean time of a call on the GPU.
+
+    The calls are queued behind a kernel that does nothing for a while, so that they run back to
+    back and the time that Python needs for launching them does not count.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    torch.cuda._sleep(HEAD_START)
+    start.record()
+    for _ in range(repeats):
         run()
-        end.record()
-        end.synchronize()
-        if index >= warm_up:
-            times.append(start.elapsed_time(end))
-    return float(statistics.median(times))
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / repeats
