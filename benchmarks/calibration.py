@@ -30,11 +30,12 @@ from freqopt.calibration_journal import Journal
 from freqopt.calibration_measure import THRESHOLDS
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_run import Runner, opened, relative_error
-from freqopt.calibration_samples import SampleSet, collect_samples
+from freqopt.calibration_samples import Sample, SampleSet, collect_samples
 from freqopt.calibration_search import budgets, mean_densities
 from freqopt.calibration_video import GeneratedVideo, weigh_timesteps
 from freqopt.demo_settings import DTYPES, Settings, default_settings, load_model
 from freqopt.demo_video import decibels, psnr
+from freqopt.models_zoo.procedural import render_videos
 from freqopt.models_zoo.sampling import denoising_samples, sample
 from freqopt.plan import Plan
 
@@ -43,6 +44,9 @@ Budgets = dict[str, Tensor]
 
 CALIBRATION_SEED, UNSEEN_SEED, VIDEO_SEED = 1000, 5000, 7
 UNSEEN = 8
+CONTENT_TIMES = (0.85, 0.6, 0.35, 0.1)
+"""Timesteps at which videos of different content are compared."""
+
 TOLERANCE = 0.96
 """A density between this share of the wanted one and the wanted one counts as equal."""
 
@@ -80,14 +84,14 @@ class Bench:
             relative_error(self.runner.run(s, "split"), reference)
             for s, reference in zip(self.unseen.fit, self.references, strict=True)
         ]
-        return math.sqrt(float(np.mean(np.square(errors)))), self._density()
+        return math.sqrt(float(np.mean(np.square(errors)))), self.density()
 
     def video(self, chosen: Budgets, seed: int) -> tuple[float, float]:
         """PSNR of the video of a seed against its dense twin, and the density over its steps."""
         session = self.runner.session
         session.budgets, session.densities = chosen, {}
         video = self.runner.generate(self.pipeline(seed), "split")
-        return psnr(video, self.videos[seed]), self._density()
+        return psnr(video, self.videos[seed]), self.density()
 
     def pipeline(self, seed: int) -> Callable[[], Tensor]:
         """Sampling of a video."""
@@ -97,8 +101,8 @@ class Bench:
             seed=seed, device=s.device, dtype=DTYPES[s.dtype],
         )  # fmt: skip
 
-    def _density(self) -> float:
-        """Mean over the model's attentions, which all have one shape; dense ones count as 1."""
+    def density(self) -> float:
+        """Of the runs since densities were cleared, over all attentions; dense ones count as 1."""
         found = mean_densities(self.runner.session.densities)
         sites = self.runner.session.sites
         return sum(float(found[n].mean()) if n in found else 1.0 for n in sites) / len(sites)
@@ -290,6 +294,34 @@ def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
     }
 
 
+def clips(settings: Settings) -> dict[str, Tensor]:
+    """Videos (1, 3, T, H, W) of one still frame, of motion, and of cuts between four scenes."""
+    size = (settings.frames, settings.height, settings.width)
+    moving = [render_videos(1, *size, seed=seed, device=settings.device) for seed in range(4)]
+    cuts = [x.chunk(4, 2)[i] for i, x in enumerate(moving)]
+    still = moving[0][:, :, :1].expand_as(moving[0])
+    return {"still": still, "moving": moving[0], "cuts": torch.cat(cuts, 2)}
+
+
+def by_content(bench: Bench, chosen: Budgets) -> list[dict[str, Any]]:
+    """Error of the output and density, at one set of budgets, for calm and for busy videos."""
+    dtype, runner, rows = DTYPES[bench.settings.dtype], bench.runner, []
+    for name, clip in clips(bench.settings).items():
+        squares, densities = [], []
+        for number, time_ in enumerate(CONTENT_TIMES):
+            noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(number))
+            state = (1 - time_) * clip + time_ * noise.to(clip.device)
+            times = torch.full((1,), time_, device=clip.device)
+            call = Sample((), {"video": state.to(dtype), "timestep": times}, time_)
+            reference = runner.run(call, "dense")
+            runner.session.budgets, runner.session.densities = chosen, {}
+            squares.append(relative_error(runner.run(call, "split"), reference) ** 2)
+            densities.append(bench.density())
+        error, density = math.sqrt(float(np.mean(squares))), float(np.mean(densities))
+        rows.append({"content": name, "error": error, "density": density})
+    return rows
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """The comparison as a picture: PSNR by variant, and error against density."""
     import matplotlib
@@ -407,6 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"density {row['density']:6.1%}  error {row['error']:.4f}  PSNR {row['psnr']:5.1f} dB"
             f"  {row['variant']}"
         )
+    for row in result["content"]:
+        print(f"{row['content']}: error {row['error']:.4f} at density {row['density']:.1%}")
     print(json.dumps(result["probe"]))
     for name, value in result["summary"].items():
         shown = "unknown" if value is None else f"{value:.3f}"
@@ -449,6 +483,7 @@ def measure(
         error, density = bench.error(budget_of_plan)
         decibels_of_plan = [bench.video(budget_of_plan, seed) for seed in bench.videos]
         probe = probe_agreement(bench, plan)
+        content = by_content(bench, budget_of_plan)
         with opened(model, samples, None, 0) as fitting:
             calibration = Calibration(fitting, bars, Journal(None, ""))
             variants = make_variants(bench, calibration, bars)
@@ -470,6 +505,7 @@ def measure(
             "timestep_edges": plan.timestep_edges,
         },
         "probe": probe,
+        "content": content,
         "variants": rows,
         "curves": curves,
         "density_ratio": density_ratio(curves["calibrated"], curves["uniform"]),
