@@ -200,9 +200,32 @@ def decide(settings: Options, sites: Sequence[Site]) -> list[Decision]:
         shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
         if shapes:
             plan.check_model(shapes)
+            _check_lengths(plan, sites)
     decisions = [_decide_one(settings, plan, site) for site in sites]
     _report(settings, plan, decisions)
     return decisions
+
+
+def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+    """Tell the error to expect where lengths are not those that the plan was verified at.
+
+    Raises:
+        PlanError: a length that is too far off.
+    """
+    for site in sites:
+        planned, length = plan.sites.get(site.name), site.query_length
+        if planned is None or planned.decision == "dense" or not site.eligible:
+            continue
+        if not isinstance(length, int) or length == planned.tokens:
+            continue
+        expected = plan.expected_error(site.name, length)
+        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+        logger.warning(
+            "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
+            "about %.3g is expected, but not verified; calibrate with samples of this size to know",
+            grids, planned.tokens, length, expected,
+        )  # fmt: skip
+        return
 
 
 def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:

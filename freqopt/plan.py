@@ -28,6 +28,9 @@ PLAN_VERSION = 2
 FORMAT = "freqopt-plan"
 MAX_FILE_BYTES = 256 * 2**20
 
+CARRY = 8
+"""Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
+
 SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
@@ -301,6 +304,25 @@ class Plan(_Record):
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""
         return any(any(budget.mid) for budget in self._site(site_name).budgets)
+
+    def expected_error(self, site_name: str, tokens: int) -> float:
+        """Output error to expect where a site attends over another number of tokens.
+
+        Thresholds carry over, as scores are scaled by the number of blocks. At equal thresholds the
+        error was seen to fall with the square root of the length (docs/calibration.md); below the
+        calibrated length it is taken to grow likewise.
+
+        Raises:
+            PlanError: the plan has no such site, or the length is more than CARRY times off.
+        """
+        known = self._site(site_name).tokens
+        if not 1 / CARRY <= tokens / known <= CARRY:
+            raise PlanError(
+                f"site {site_name!r} attends over {tokens} tokens here and this plan was calibrated"
+                f" at {known}: more than a factor of {CARRY} is not supported. Calibrate with "
+                "samples of this size"
+            )
+        return self.measured_error * math.sqrt(known / tokens)
 
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.

@@ -231,6 +231,27 @@ def test_budget_at_is_the_row_of_the_bucket() -> None:
     assert torch.equal(budget_at(table, edges, torch.tensor([0.9, 0.5])), table[1])
 
 
+def test_another_length_is_told_or_refused(
+    model: VideoDiT, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan(model)
+    shorter = video()[:, :, :1]  # 99 tokens, and the plan says 396
+    with torch.no_grad():
+        compiled(model, plan, "eager")(video(), torch.tensor([0.5]))
+        assert "not verified" not in caplog.text
+        torch._dynamo.reset()
+        compiled(model, plan, "eager")(shorter, torch.tensor([0.5]))
+        assert "at 4x9x11 (396 tokens) and is used at 99 tokens" in caplog.text
+        assert "error of about 0.2 is expected" in caplog.text  # 0.1 * sqrt(4)
+        torch._dynamo.reset()
+        far = {name: s.model_copy(update={"tokens": 9999}) for name, s in plan.sites.items()}
+        with pytest.raises(Exception, match="calibrated at 9999") as caught:
+            compiled(model, plan.model_copy(update={"sites": far}), "eager")(
+                video(), torch.tensor([0.5])
+            )
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), PlanError)
+
+
 class Broken(nn.Module):
     """A graph break between the timestep and the blocks, which then see no timestep."""
 

@@ -175,13 +175,14 @@ def test_a_density_is_turned_into_an_error_target(monkeypatch: pytest.MonkeyPatc
 def test_error_for_density_reads_the_plans_own_curves() -> None:
     from test_report import make_plan
 
-    from freqopt.calibration_allocation import ProductCost, solve
+    from freqopt.calibration_allocation import solve
+    from freqopt.calibration_cost import cost_model
     from freqopt.calibration_evidence import choices_of_plan
     from freqopt.demo_target import SLACK, error_for_density
 
     plan = make_plan()
-    sites = choices_of_plan(plan)
-    loosest = solve(sites, math.inf, ProductCost()).density
+    sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings)
+    loosest = solve(sites, math.inf, cost).density
     targets = []
     for density in (loosest + 0.05, loosest + 0.15, 0.9):
         target = error_for_density(plan, density)
@@ -189,7 +190,7 @@ def test_error_for_density_reads_the_plans_own_curves() -> None:
         trial = min(plan.evidence.trials, key=lambda t: abs(t.measured_error - plan.measured_error))
         predicted = target / SLACK * trial.predicted_error / trial.measured_error
         if target > 1e-4:  # not clipped
-            assert solve(sites, predicted * 1.0001, ProductCost()).density <= density
+            assert solve(sites, predicted * 1.0001, cost).density <= density
     assert targets == sorted(targets, reverse=True) and targets[0] > targets[-1]
     with pytest.raises(OptionError, match="cannot be reached"):
         error_for_density(plan, loosest / 2)

@@ -205,6 +205,16 @@ def test_any_damage_is_a_plan_error_or_harmless(path: Path, data: st.DataObject)
         pass
 
 
+def test_expected_error_at_other_lengths() -> None:
+    plan = make_plan()
+    assert plan.expected_error("blocks.0.attn", 256) == plan.measured_error
+    assert plan.expected_error("blocks.0.attn", 1024) == pytest.approx(plan.measured_error / 2)
+    assert plan.expected_error("blocks.0.attn", 64) == pytest.approx(plan.measured_error * 2)
+    for tokens in (31, 2049):
+        with pytest.raises(PlanError, match=f"over {tokens} tokens .* calibrated at 256"):
+            plan.expected_error("blocks.0.attn", tokens)
+
+
 def test_fingerprint_follows_architecture_not_values() -> None:
     torch.manual_seed(0)
     assert model_fingerprint(Tiny()) == model_fingerprint(Tiny().to(torch.bfloat16))
