@@ -25,6 +25,9 @@ from freqopt.errors import PlanError
 PLAN_VERSION = 2
 """Version of the file format; raised when a reader of the old one could misread a new file."""
 
+MAX_THRESHOLD = 1e30
+"""Largest threshold in a plan: no score comes near it, and float32 holds it."""
+
 FORMAT = "freqopt-plan"
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -68,8 +71,8 @@ class Budget(_Record):
     def _check(self) -> Budget:
         if len(self.threshold) != len(self.mid):
             raise ValueError("threshold and mid must have one entry per head")
-        if any(value < 0 for value in self.threshold):
-            raise ValueError("a threshold is negative")
+        if any(not 0 <= value <= MAX_THRESHOLD for value in self.threshold):
+            raise ValueError("a threshold is negative or too large")
         return self
 
 
@@ -254,9 +257,13 @@ class Plan(_Record):
             raise ValueError("timestep_edges are not ascending")
         if self.timestep_edges and not self.timestep_name:
             raise ValueError("timestep_edges without a timestep_name")
+        buckets = len(self.timestep_edges) + 1
         for name, site in self.sites.items():
-            if site.budgets and len(site.budgets) != len(self.timestep_edges) + 1:
-                raise ValueError(f"site {name!r} does not have one budget per timestep bucket")
+            for what, rows in (("budget", site.budgets), ("row of gains", site.gains)):
+                if rows and len(rows) != buckets:
+                    raise ValueError(f"site {name!r} does not have one {what} per timestep bucket")
+        if len(self.evidence.bucket_samples) not in (0, buckets):
+            raise ValueError("evidence.bucket_samples is not one number per timestep bucket")
         return self
 
     def budget(self, site_name: str, bucket: int = 0) -> Tensor:

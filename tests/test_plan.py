@@ -205,6 +205,45 @@ def test_any_damage_is_a_plan_error_or_harmless(path: Path, data: st.DataObject)
         pass
 
 
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values in a JSON document, containers too."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [path] if path else []
+    for key, item in items if isinstance(value, (dict, list)) else ():
+        found += leaves(item, (*path, key)) if isinstance(item, (dict, list)) else [(*path, key)]
+    return found
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_wrong_value_with_a_right_hash_is_a_plan_error_or_a_plan(
+    path: Path, data: st.DataObject
+) -> None:
+    content = json.loads(path.read_text())
+    content.pop("hash")
+    *parents, last = data.draw(st.sampled_from(leaves(content)))
+    holder = content
+    for key in parents:
+        holder = holder[key]
+    holder[last] = data.draw(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=4) | st.just([]) | st.just({}) | st.lists(st.floats(-1, 2), max_size=3)
+    )  # fmt: skip
+    text = json.dumps({"hash": _content_hash(content), **content})
+    try:
+        plan = Plan.parse(text)
+    except PlanError:
+        return
+    for name, site in plan.sites.items():  # what was accepted can be used
+        assert plan.budgets(name).shape == (len(plan.timestep_edges) + 1, 2, site.heads)
+        assert plan.budgets(name).isfinite().all() and (plan.budgets(name) >= 0).all()
+    str(plan)
+
+
 def test_expected_error_at_other_lengths() -> None:
     plan = make_plan()
     assert plan.expected_error("blocks.0.attn", 256) == plan.measured_error
