@@ -324,3 +324,51 @@ def test_the_timestep_argument_is_found_or_given() -> None:
 def test_no_bucket_at_all(model: VideoDiT) -> None:
     with pytest.raises(OptionError, match="timestep_buckets 0"):
         freqopt.calibrate(model, [], timestep_buckets=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("adapt", [False, True])
+def test_selection_on_a_gpu_never_waits_for_it(mode: str | None, adapt: bool) -> None:
+    torch.manual_seed(0)
+    config = VideoDiTConfig(width=64, layers=LAYERS, mlp_width=64, rope_axes=(8, 12, 12))
+    model = VideoDiT(config).cuda().eval()
+    nn.init.normal_(model.head.weight, std=0.2)
+    nn.init.normal_(model.modulation.weight, std=0.3)
+    times = [torch.tensor([time], device="cuda") for time in TIMES]
+    x = video().cuda()
+
+    def with_bounds(plan: Plan) -> Plan:
+        sites = {
+            name: site.model_copy(
+                update={"head_dim": 32, "bounds": [[9.0] * 2] * len(site.budgets)}
+            )
+            for name, site in plan.sites.items()
+        }
+        return plan.model_copy(update={"sites": sites})
+
+    wanted = []
+    with torch.no_grad():
+        for bucket, time in enumerate(times):
+            torch._dynamo.reset()
+            plan = with_bounds(make_plan(model, only=bucket))
+            wanted.append(compiled(model, plan, "eager")(x, time))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = {
+            "plan": with_bounds(make_plan(model)), "min_tokens": 0, "strict": True, "mode": mode,
+            "adapt": adapt,
+        }  # fmt: skip
+        step = torch.compile(model, backend=freqopt_backend, options=options, fullgraph=True)
+        for _ in range(4):  # compile, warm up, record
+            step(x, times[0])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outs = [step(x, time).clone() for time in (*times, times[0])]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert graphs() == 1
+    for out, want in zip(outs, [*wanted, wanted[0]], strict=True):
+        assert (out - want).norm() < 1e-3 * want.norm()
+    assert (outs[0] - wanted[2]).norm() > 1e-3 * outs[0].norm()
