@@ -24,7 +24,7 @@ DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 F32 = (
-    "budget limits threshold key_mean value_mean spread sums first_order fine_first_order fine_var "
+    "budget limits threshold key_mean value_mean spread sums first_order fine_var "
     "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
     "coefficients probe_error"
 ).split()
@@ -160,7 +160,20 @@ def _kernels(variant: Variant) -> Iterator[tuple[str, Any, dict[str, Any], dict[
         "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": triton_split.GROUP},
         {"num_warps": 8, "num_stages": launch.summary_stages}, triton_split.GROUP,
     )  # fmt: skip
-    yield "centre", glue.centre_kernel, {**size, "GROUP": triton_split.GROUP}, one, 0
+    for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
+        yield (
+            name, prepare.first_order_kernel,
+            {**size, "GROUP": triton_split.ORDER_GROUP, "FINE": fine},
+            {"num_warps": 8, "num_stages": launch.summary_stages}, triton_split.ORDER_GROUP,
+        )  # fmt: skip
+    centred = triton_split.CENTRE_BLOCKS
+    yield (
+        "centre",
+        glue.centre_kernel,
+        {**size, "BJ": centred},
+        {"num_warps": 8, "num_stages": 1},
+        centred,
+    )
     yield "order", glue.order_kernel, {"CELLS": 1024}, one, 1024
     tiles, blocks = launch.score_tiles, launch.score_blocks
     yield (

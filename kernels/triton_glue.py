@@ -37,22 +37,22 @@ def limits_kernel(budget, limits, heads, MID: tl.constexpr):
 @triton.jit
 def centre_kernel(
     key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUP key blocks of one key head, centred on the head's mean key and cast.
+    """One program: BJ key blocks of one key head, centred on the head's mean key and cast.
 
     Every program adds up the head's sums anew, which is cheaper than to wait for another kernel.
     Rewrites spread in place, as a root and relative to the head's.
     """
-    group = tl.program_id(0)
+    part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, DP)
     in_dim = col < D
     k_total = tl.zeros((DP,), tl.float32)
     v_total = tl.zeros((DP,), tl.float32)
     squares = tl.zeros((DP,), tl.float32)
-    for start in range(0, groups, GROUP):
-        other = start + tl.arange(0, GROUP)
+    for start in range(0, groups, BJ):
+        other = start + tl.arange(0, BJ)
         at = (pair * groups + other)[:, None] * 3 * D + col[None, :]
         mask = (other < groups)[:, None] & in_dim[None, :]
         k_total += tl.sum(tl.load(sums + at, mask=mask, other=0.0), 0)
@@ -62,7 +62,7 @@ def centre_kernel(
     centre = v_total / tokens
     head = tl.maximum(tl.sum(squares / tokens - centre * centre, 0), 1e-30)
 
-    block = group * GROUP + tl.arange(0, GROUP)
+    block = part * BJ + tl.arange(0, BJ)
     inside = block < blocks
     row = pair * blocks + block
     where = row[:, None] * D + col[None, :]
@@ -73,7 +73,7 @@ def centre_kernel(
     tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
     own = tl.load(spread + row, mask=inside, other=0.0)
     tl.store(spread + row, tl.sqrt(own / head), mask=inside)
-    if group == 0:
+    if part == 0:
         tl.store(key_shift + pair * D + col, shift, mask=in_dim)
 
 

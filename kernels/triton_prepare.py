@@ -37,8 +37,8 @@ def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 @triton.jit
 def summarise_kernel(
     key, value, order,
-    key_out, value_out, key_mean, value_mean, key_var, spread, sums, first_order,
-    fine_key, fine_value, fine_var, fine_first_order,
+    key_out, value_out, key_mean, value_mean, key_var, spread, sums,
+    fine_key, fine_value, fine_var,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, MID: tl.constexpr,
@@ -46,11 +46,12 @@ def summarise_kernel(
     """One program: GROUP consecutive key blocks of one key head.
 
     Writes the keys and values in token order, each block's means, key variance (in the keys' type:
-    routing needs no more) and squared value spread, the group's sums of k, v and v * v (three rows)
-    and of v (k - block mean)^T; with MID the same for sub-blocks of 8.
+    routing needs no more) and squared value spread, and the group's sums of k, v and v * v (three
+    rows); with MID also means and key variance of sub-blocks of 8.
     """
-    group = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
+    # Heads run fastest: rows of different heads lie side by side in the model's memory.
+    group = tl.program_id(1)
+    pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key += batch * stride_kb + head * stride_kh
     value += batch * stride_vb + head * stride_vh
@@ -60,8 +61,6 @@ def summarise_kernel(
     k_total = tl.zeros((DP,), tl.float32)
     v_total = tl.zeros((DP,), tl.float32)
     square_total = tl.zeros((DP,), tl.float32)
-    acc = tl.zeros((DP, DP), tl.float32)
-    fine_acc = tl.zeros((DP, DP), tl.float32)
     for i in range(GROUP):
         # A block past the end reads and writes nothing: a branch would stop the loads' pipeline.
         block = group * GROUP + i
@@ -92,8 +91,6 @@ def summarise_kernel(
         tl.store(value_mean + base * D + col, v_mean, mask=there)
         tl.store(key_var + base * D + col, _saturated(k_var, key_var.dtype.element_ty), mask=there)
         tl.store(spread + base, tl.sum(v_var, 0), mask=block < blocks)
-        k_off = tl.where(mask, k - k_mean[None, :], 0.0)
-        acc += tl.dot(tl.trans(v_raw), k_off.to(v_raw.dtype))
         if MID:
             fine = tl.arange(0, BLOCK // SUB)
             fine_count = tl.minimum(tl.maximum(tokens - block * BLOCK - fine * SUB, 0), SUB)
@@ -111,17 +108,52 @@ def summarise_kernel(
             tl.store(fine_value + target, v_fine.to(fine_value.dtype.element_ty), mask=own)
             f_var = (tl.sum(square, 1) / divisor).to(fine_var.dtype.element_ty)
             tl.store(fine_var + target, f_var, mask=own)
-            fine_acc += tl.dot(tl.trans(v_raw), k_fine_off.to(v_raw.dtype))
-    cell = tl.arange(0, DP)[:, None] * D + col[None, :]
-    inside = (tl.arange(0, DP) < D)[:, None] & in_dim[None, :]
-    groups = tl.num_programs(0)
+    groups = tl.num_programs(1)
     at = (pair * groups + group) * 3 * D + col
     tl.store(sums + at, k_total, mask=in_dim)
     tl.store(sums + at + D, v_total, mask=in_dim)
     tl.store(sums + at + 2 * D, square_total, mask=in_dim)
+
+
+@triton.jit
+def first_order_kernel(
+    key, value, key_mean, first_order, tokens, blocks,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """One program: sum of v (k - mean)^T over GROUP consecutive key blocks of one key head.
+
+    key, value: in token order, (pairs, blocks * 64, D). The mean is the block's, or with FINE that
+    of the key's sub-block of 8.
+    """
+    group = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, BLOCK)
+    col = tl.arange(0, DP)
+    in_dim = col < D
+    acc = tl.zeros((DP, DP), tl.float32)
+    for i in range(GROUP):
+        block = group * GROUP + i
+        mask = (block * BLOCK + row < tokens)[:, None] & in_dim[None, :]
+        base = pair * blocks + block
+        where = (base * BLOCK + row)[:, None] * D + col[None, :]
+        k = tl.load(key + where, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(value + where, mask=mask, other=0.0)
+        if FINE:
+            size = tl.minimum(
+                tl.maximum(tokens - block * BLOCK - tl.arange(0, BLOCK // SUB) * SUB, 1), SUB
+            )
+            mean = tl.sum(tl.reshape(k, (BLOCK // SUB, SUB, DP)), 1) / size.to(tl.float32)[:, None]
+            mean = tl.broadcast_to(mean[:, None, :], (BLOCK // SUB, SUB, DP))
+            mean = tl.reshape(mean, (BLOCK, DP))
+        else:
+            there = in_dim & (block < blocks)
+            mean = tl.load(key_mean + base * D + col, mask=there, other=0.0)[None, :]
+        k = tl.where(mask, k - mean, 0.0)
+        acc = tl.dot(tl.trans(v), k.to(v.dtype), acc)
+    cell = tl.arange(0, DP)[:, None] * D + col[None, :]
+    inside = (tl.arange(0, DP) < D)[:, None] & in_dim[None, :]
+    groups = tl.num_programs(0)
     tl.store(first_order + (pair * groups + group) * D * D + cell, acc, mask=inside)
-    if MID:
-        tl.store(fine_first_order + (pair * groups + group) * D * D + cell, fine_acc, mask=inside)
 
 
 @triton.jit
@@ -157,8 +189,8 @@ def score_kernel(
     """
     SUBS: tl.constexpr = 128 // SUB
     ROWS: tl.constexpr = TILES * SUBS
-    first = tl.program_id(0) * TILES
-    pair = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(1) * TILES
+    pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     query += batch * stride_qb + head * stride_qh
     key_pair = batch * (heads // group_size) + head // group_size

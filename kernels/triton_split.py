@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.grid import token_order
+from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
 from freqopt.kernels.device import HOPPER_SHARED, shared_memory
 from freqopt.kernels.layout import Sequence
@@ -29,10 +30,21 @@ from freqopt.kernels.triton_glue import (
     order_kernel,
     pool_kernel,
 )
-from freqopt.kernels.triton_prepare import route_kernel, score_kernel, summarise_kernel
+from freqopt.kernels.triton_prepare import (
+    first_order_kernel,
+    route_kernel,
+    score_kernel,
+    summarise_kernel,
+)
 
-GROUP = 16
-"""Key blocks per program of the summaries: amortises the (D, D) sum of first-order products."""
+GROUP = 4
+"""Key blocks per program of the summaries."""
+
+CENTRE_BLOCKS = 64
+"""Key blocks per program of the centring, each of which adds up the whole head's sums."""
+
+ORDER_GROUP = 32
+"""Key blocks per program of the first-order products: amortises their (D, D) sum."""
 
 PROBE_ROWS = 64
 PROBE_PROGRAMS = 512
@@ -145,29 +157,34 @@ def summarise(
 
     key_out, value_out = native(blocks * KEY_BLOCK, dim), native(blocks * KEY_BLOCK, dim)
     key_mean, value_mean, key_var = single(blocks, dim), single(blocks, dim), native(blocks, dim)
-    spread, sums, first_order = single(blocks), single(groups, 3, dim), single(groups, dim, dim)
+    spread, sums = single(blocks), single(groups, 3, dim)
     fine_rows = blocks * ratio if mid_band else 0
     fine_key, fine_value = native(fine_rows, dim), native(fine_rows, dim)
     fine_var = single(fine_rows, dim)
-    fine_first = single(groups, dim, dim) if mid_band else single(0, 0, 0)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
-    summarise_kernel[(groups, batch * heads)](
+    summarise_kernel[(batch * heads, groups)](
         key, value, token_order(sequence.grid, key.device),
-        key_out, value_out, key_mean, value_mean, key_var, spread, sums, first_order,
-        fine_key, fine_value, fine_var, fine_first,
+        key_out, value_out, key_mean, value_mean, key_var, spread, sums,
+        fine_key, fine_value, fine_var,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
         **size, GROUP=GROUP, MID=mid_band, num_warps=8, num_stages=launch.summary_stages,
     )  # fmt: skip
     key_shift, low_key, low_value = single(dim), native(blocks, dim), native(blocks, dim)
-    centre_kernel[(groups, batch * heads)](
+    centre_kernel[(triton.cdiv(blocks, CENTRE_BLOCKS), batch * heads)](
         key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-        **size, GROUP=GROUP, num_warps=4,
+        **size, BJ=CENTRE_BLOCKS, num_warps=8,
     )  # fmt: skip
     low_order, fine_order = native(dim, dim), native(dim, dim)
-    for source, target in [(first_order, low_order), (fine_first, fine_order)][: 1 + mid_band]:
+    spans = triton.cdiv(blocks, ORDER_GROUP)
+    first_order = single(spans, dim, dim)
+    for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
+        first_order_kernel[(spans, batch * heads)](
+            key_out, value_out, key_mean, first_order, tokens, blocks,
+            **size, GROUP=ORDER_GROUP, FINE=fine, num_warps=8, num_stages=launch.summary_stages,
+        )  # fmt: skip
         order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
-            source, target, groups, tokens, dim * dim, CELLS=ORDER_CELLS
+            first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
         )
     return Summaries(
         key=key_out, value=value_out, key_shift=key_shift, key_var=key_var, spread=spread,
@@ -204,7 +221,7 @@ def make_route(
     shape = (batch, heads, tiles, blocks)
     score = torch.empty(shape, device=query.device, dtype=torch.float32)
     mass_term = torch.empty(shape, device=query.device, dtype=torch.float16)
-    score_kernel[(triton.cdiv(tiles, launch.score_tiles), batch * heads)](
+    score_kernel[(batch * heads, triton.cdiv(tiles, launch.score_tiles))](
         query, token_order(sequence.grid, query.device),
         summaries.low_key, summaries.key_var, summaries.spread, score, mass_term,
         *query.stride()[:3],
@@ -324,6 +341,14 @@ def attend(
     batch, heads, _, dim = query.shape
     tiles, blocks = route.route.shape[2:]
     tokens = sequence.tokens
+    if hopper.applies(query, mid_band=mid_band, text=sequence.text):
+        hopper.attend(
+            query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
+            summaries.low_key, summaries.low_value, summaries.low_order, summaries.key_shift,
+            route.mass_term, coefficients, route.exact_list, route.counts, out,
+            text_before=sequence.text_before, tokens=tokens, scale=scale,
+        )  # fmt: skip
+        return
     attend_kernel[(triton.cdiv(tokens, launch.rows), batch * heads)](
         query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
         key, value, key_mask if key_mask is not None else route.route, summaries.key_shift,

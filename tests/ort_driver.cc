@@ -10,8 +10,8 @@ namespace {
 std::map<void*, std::string> g_names;
 int capability() { return std::atoi(std::getenv("FAKE_CAPABILITY")); }
 int count(const std::string& name) {  // FAKE_COUNTS: "symbol:arguments;..."
-  const std::string all = std::getenv("FAKE_COUNTS");
-  return std::atoi(all.c_str() + all.find(name + ":") + name.size() + 1);
+  const std::string all = ";" + std::string(std::getenv("FAKE_COUNTS"));
+  return std::atoi(all.c_str() + all.find(";" + name + ":") + name.size() + 2);
 }
 }  // namespace
 

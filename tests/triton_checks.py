@@ -6,16 +6,30 @@ Routes must be equal.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
 
-from freqopt.kernels import triton_split
+from freqopt.kernels import hopper, triton_split
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or 77: what a kernel forgets to write shows."""
+    plain = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> torch.Tensor:
+        fresh: torch.Tensor = plain(*size, **options)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def run(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
@@ -80,8 +94,39 @@ def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_larger_grids_on_the_gpu() -> None:
-    case = Case((21, 30, 26), dim=128, heads=2, kv_heads=2, batch=1, before=77, after=13)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
+        Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
+        Case((1, 1, 333), dim=128),
+        Case((1, 1, 60), dim=128),
+        Case((11, 13, 17), dim=128, batch=1),
+    ],
+    ids=str,
+)
+def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
+    tensors = cast(make_tensors(case), dtype)
+    if not hopper.applies(tensors[0].cuda(), mid_band=False, text=0):
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    for density in (0.05, 0.3):
+        budget = budget_for(case, tensors, density)
+        expected, split = reference_split(case, tensors, budget)
+        out, _, _, route, _ = run(case, tensors, budget)
+        assert torch.equal(route, split.route)
+        assert relative(out, expected) < TOLERANCE[dtype]
+    out, *_ = run(case, tensors, torch.zeros(2, case.heads))
+    assert relative(out, dense(case, tensors)) < TOLERANCE[dtype]
+    again, *_ = run(case, tensors, torch.zeros(2, case.heads))
+    assert torch.equal(out, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", [0, 90])
+def test_larger_grids_on_the_gpu(text: int) -> None:
+    before, after = text, text // 7
+    case = Case((21, 30, 26), dim=128, heads=2, kv_heads=2, batch=1, before=before, after=after)
     tensors = cast(make_tensors(case), torch.bfloat16)
     budget = budget_for(case, tensors, 0.1)
     expected, split = reference_split(case, (*(x.float() for x in tensors[:3]), None), budget)
@@ -94,10 +139,11 @@ def test_larger_grids_on_the_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_with_other_content() -> None:
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cuda_graph_replays_with_other_content(dim: int) -> None:
     import freqopt
 
-    case = Case((7, 13, 17), dim=64, batch=1)
+    case = Case((7, 13, 17), dim=dim, batch=1)
     query, key, value, _ = (x if x is None else x.cuda().half() for x in make_tensors(case))
     static = [query.clone(), key.clone(), value.clone()]
 

@@ -12,7 +12,7 @@
 namespace freqopt {
 namespace {
 
-constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 16;
+constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 4, kOrderGroup = 32;
 constexpr int64_t kProbePrograms = 512, kMaxParts = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -155,12 +155,13 @@ struct Sizes {
     const Extents& e = c.extents;
     pairs = e.batch * e.heads, kv = e.batch * e.kv_heads;
     blocks = ceil_div(e.tokens, kKeyBlock), tiles = ceil_div(e.tokens, kQueryTile);
-    groups = ceil_div(blocks, kGroup), text = e.length - e.tokens;
+    groups = ceil_div(blocks, kGroup), spans = ceil_div(blocks, kOrderGroup);
+    text = e.length - e.tokens;
     probes = std::min(c.attributes.probes, e.tokens), columns = blocks;
     if (c.attributes.mid_band) columns += blocks * kFine;
     parts = std::max<int64_t>(std::min({kProbePrograms / pairs, kMaxParts, blocks}), 1);
   }
-  int64_t pairs, kv, blocks, tiles, groups, text, probes, columns, parts;
+  int64_t pairs, kv, blocks, tiles, groups, spans, text, probes, columns, parts;
 };
 
 void launch(const CudaCall& call, const Device& device, const std::string& kernel,
@@ -213,8 +214,7 @@ CudaPlan plan_cuda(const CudaCall& call) {
   add("key_out", rows * kKeyBlock * d, own), add("value_out", rows * kKeyBlock * d, own);
   add("key_mean", rows * d, 4), add("value_mean", rows * d, 4), add("key_var", rows * d, own);
   add("spread", rows, 4), add("sums", s.kv * s.groups * 3 * d, 4);
-  add("first_order", s.kv * s.groups * d * d, 4);
-  add("fine_first_order", mid ? s.kv * s.groups * d * d : 0, 4);
+  add("first_order", s.kv * s.spans * d * d, 4);
   add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
   add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
   add("low_order", s.kv * d * d, own), add("fine_order", s.kv * d * d, own);
@@ -260,14 +260,16 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
     launch(call, device, kernel, a, std::move(own), x, y, z);
   };
   go("limits", {}, s.pairs, 1);
-  go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.groups, s.kv);
-  go("centre", {}, s.groups, s.kv);
+  go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.kv, s.groups);
+  go("centre", {}, ceil_div(s.blocks, tile_of("centre")), s.kv);
   const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
-  go("order", {{"out", a["low_order"]}}, parts, s.kv);
-  if (mid) {
-    go("order", {{"first_order", a["fine_first_order"]}, {"out", a["fine_order"]}}, parts, s.kv);
-  }
-  go("score", {}, ceil_div(s.tiles, tile_of("score")), s.pairs);
+  auto sum_products = [&](const char* products, const char* sum) {
+    go(products, {}, s.spans, s.kv);
+    go("order", {{"groups", s.spans}, {"out", a[sum]}}, parts, s.kv);
+  };
+  sum_products("first", "low_order");
+  if (mid) sum_products("fine_first", "fine_order");
+  go("score", {}, s.pairs, ceil_div(s.tiles, tile_of("score")));
   go("route", {}, s.tiles, s.pairs);
   if (s.probes > 0) {
     go("probe", {}, s.parts, s.pairs, ceil_div(s.probes, tile_of("probe")));

@@ -1,0 +1,302 @@
+"""The attention kernel for Hopper, in Gluon: warps with different jobs instead of one loop.
+
+Does what `triton_attend.attend_kernel` does, for head dim 128 in half precision without text and
+without a mid band. Two consumer groups of four warps attend 64 queries each, and one producer warp
+streams keys and values to both through shared memory with the tensor memory accelerator. A tile's
+products run beside the softmax of the tile before ("FlashAttention-3", arXiv 2407.08608, §3.1-3.2).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Triton 3.7 renamed it.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+BLOCK = gl.constexpr(64)  # freqopt.config.KEY_BLOCK
+TILE = gl.constexpr(128)  # freqopt.config.QUERY_TILE, and keys per step: two blocks
+ROWS = gl.constexpr(64)  # queries of one consumer
+HALF = gl.constexpr(64)  # channels in one swizzled row of 128 bytes
+LOG2E = gl.constexpr(1.4426950408889634)
+
+OPERAND = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+MMA = gl.constexpr(
+    gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+)
+WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2))
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+GATHERED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def _load_tile(source, row0, row1, quarters, full, empty, step, STAGES: gl.constexpr):
+    """Two blocks of 64 rows into the ring's next buffer, once both consumers have left it.
+
+    quarters: the ring as (64 rows, 64 channels) pieces, four to a buffer, channels slowest: how a
+    (128, 128) operand lies in memory.
+    """
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
+    arrived = full.index(stage)
+    mbarrier.expect(arrived, TILE * 2 * HALF * 2)
+    tma.async_copy_global_to_shared(source, [row0, 0], arrived, quarters.index(stage * 4))
+    tma.async_copy_global_to_shared(source, [row1, 0], arrived, quarters.index(stage * 4 + 1))
+    tma.async_copy_global_to_shared(source, [row0, HALF], arrived, quarters.index(stage * 4 + 2))
+    tma.async_copy_global_to_shared(source, [row1, HALF], arrived, quarters.index(stage * 4 + 3))
+
+
+@gluon.jit
+def _produce(
+    key, value, low_key, low_value, low_order, exact_list, n_exact, first_block, first_order,
+    blocks, k_quarters, v_quarters, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Streams the low band's means, H-bar, then the exact blocks in pairs, the last pair first."""
+    low_tiles = (blocks + TILE - 1) // TILE
+    for i in range(low_tiles):
+        row = first_block + i * TILE
+        _load_tile(low_key, row, row + HALF, k_quarters, k_full, k_empty, i, STAGES)
+        _load_tile(low_value, row, row + HALF, v_quarters, v_full, v_empty, i, STAGES)
+    _load_tile(
+        low_order, first_order, first_order + HALF, k_quarters, k_full, k_empty, low_tiles, STAGES
+    )
+    pairs = (n_exact + 1) // 2
+    for i in range(pairs):
+        at = gl.where(i == 0, pairs - 1, i - 1) * 2
+        row0 = (first_block + gl.load(exact_list + at)) * BLOCK
+        row1 = (first_block + gl.load(exact_list + gl.minimum(at + 1, n_exact - 1))) * BLOCK
+        step = low_tiles + i
+        _load_tile(key, row0, row1, k_quarters, k_full, k_empty, step + 1, STAGES)
+        _load_tile(value, row0, row1, v_quarters, v_full, v_empty, step, STAGES)
+
+
+@gluon.jit
+def _start_scores(q, ring, full, step, zero, STAGES: gl.constexpr):
+    """Issue q k^T on the ring's buffer of a step."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    return warpgroup_mma(q, ring.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_values(weight, ring, full, step, acc, STAGES: gl.constexpr):
+    """Issue acc + weight v on the ring's buffer of a step."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    return warpgroup_mma(weight, ring.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def _leave(empty, step, STAGES: gl.constexpr):
+    """Tell the producer that this consumer has read a step's buffer."""
+    barrier()
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+
+
+@gluon.jit
+def _softmax(logit, peak, mass, scale_log2):
+    """One step of the online softmax: weights, the new state, and the fade of what came before."""
+    new_peak = gl.maximum(peak, gl.max(logit, 1) * scale_log2)
+    fade = gl.exp2(peak - new_peak)
+    weight = gl.exp2(logit * scale_log2 - gl.expand_dims(new_peak, 1))
+    return weight, new_peak, mass * fade + gl.sum(weight, 1), fade
+
+
+@gluon.jit
+def _low_term(mass_term, start, blocks):
+    """Mass terms of 128 low-band blocks, one to a thread: negative where another band serves."""
+    block = start + gl.arange(0, TILE, layout=LANES)
+    return gl.load(mass_term + block, mask=block < blocks, other=-1.0)
+
+
+@gluon.jit
+def _low_bias(term, c, start, tokens, inverse_scale):
+    """Additive logit of 128 low-band blocks before scaling: log count and mass term, or -inf."""
+    block = start + gl.arange(0, TILE, layout=LANES)
+    size = gl.minimum(gl.maximum(tokens - block * BLOCK, 1), BLOCK).to(gl.float32)
+    term = term.to(gl.float32)
+    bias = gl.where(term >= 0.0, (gl.log2(size) + c * term * LOG2E) * inverse_scale, -float("inf"))
+    return gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(0, MMA)), 0)
+
+
+@gluon.jit
+def _consume(
+    query, order, key_shift, mass_term, coefficients, exact_list, n_exact, out,
+    q_buffer, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+    first_position, tokens, blocks, text_before, stride_qn, stride_on, scale,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """64 queries through the low band, its first-order term, and the exact blocks."""
+    D: gl.constexpr = 2 * HALF
+    term = _low_term(mass_term, 0, blocks)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHERED))
+    col = gl.arange(0, D, layout=gl.SliceLayout(0, GATHERED))
+    position = first_position + row
+    real = position < tokens
+    source = gl.load(order + position, mask=real, other=0).to(gl.int64) + text_before
+    rows = gl.expand_dims(source, 1)
+    cols = gl.expand_dims(col, 0)
+    there = gl.expand_dims(real, 1)
+    q_rows = gl.load(query + rows * stride_qn + cols, mask=there, other=0.0)
+    q_buffer.store(q_rows)
+    fence_async_shared()
+    barrier()
+    scale_log2 = scale * LOG2E
+    shift_key = gl.load(key_shift + col)
+    # Exact logits miss the mean key's share, the same for all keys: give it to the low band.
+    shift = gl.sum(q_rows.to(gl.float32) * gl.expand_dims(shift_key, 0), 1)
+    shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, MMA)), 1)
+    c = gl.load(coefficients)
+    g = gl.load(coefficients + 1)
+
+    zero = gl.zeros([ROWS, TILE], gl.float32, layout=MMA)
+    acc = gl.zeros([ROWS, D], gl.float32, layout=MMA)
+    peak = gl.full([ROWS], -1e30, gl.float32, layout=gl.SliceLayout(1, MMA))
+    mass = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, MMA))
+
+    low_tiles = (blocks + TILE - 1) // TILE
+    inverse_scale = 1.0 / scale_log2
+    pending = _start_scores(q_buffer, k_ring, k_full, 0, zero, STAGES)
+    bias = _low_bias(term, c, 0, tokens, inverse_scale)
+    term = _low_term(mass_term, TILE, blocks)
+    logit = warpgroup_mma_wait(0, deps=[pending])
+    _leave(k_empty, 0, STAGES)
+    weight, peak, mass, fade = _softmax(logit + shift + bias, peak, mass, scale_log2)
+    operand = gl.convert_layout(weight.to(v_ring.dtype), WEIGHTS)
+    for i in range(1, low_tiles):
+        pending = _start_scores(q_buffer, k_ring, k_full, i, zero, STAGES)
+        growing = _start_values(operand, v_ring, v_full, i - 1, acc, STAGES)
+        bias = _low_bias(term, c, i * TILE, tokens, inverse_scale)
+        term = _low_term(mass_term, (i + 1) * TILE, blocks)
+        logit = warpgroup_mma_wait(1, deps=[pending])
+        _leave(k_empty, i, STAGES)
+        weight, peak, mass, fade = _softmax(logit + shift + bias, peak, mass, scale_log2)
+        acc, operand = warpgroup_mma_wait(0, deps=[growing, operand])
+        _leave(v_empty, i - 1, STAGES)
+        acc = acc * gl.expand_dims(fade, 1)
+        operand = gl.convert_layout(weight.to(v_ring.dtype), WEIGHTS)
+
+    growing = _start_values(operand, v_ring, v_full, low_tiles - 1, acc, STAGES)
+    acc, operand = warpgroup_mma_wait(0, deps=[growing, operand])
+    _leave(v_empty, low_tiles - 1, STAGES)
+    pending = _start_scores(q_buffer, k_ring, k_full, low_tiles, zero, STAGES)
+    turned = warpgroup_mma_wait(0, deps=[pending])
+    _leave(k_empty, low_tiles, STAGES)
+    acc = acc + turned * gl.expand_dims(mass * (g * scale), 1)
+
+    # The last pair of blocks comes first: it may be half a pair, or end in a ragged block.
+    pairs = (n_exact + 1) // 2
+    last = (pairs - 1) * 2
+    lane = gl.arange(0, TILE, layout=LANES)
+    entry = last + lane // BLOCK
+    block = gl.load(exact_list + gl.minimum(entry, n_exact - 1))
+    inside = (entry < n_exact) & (block * BLOCK + lane % BLOCK < tokens)
+    bias = gl.convert_layout(gl.where(inside, 0.0, -float("inf")), gl.SliceLayout(0, MMA))
+    pending = _start_scores(q_buffer, k_ring, k_full, low_tiles + 1, zero, STAGES)
+    logit = warpgroup_mma_wait(0, deps=[pending])
+    _leave(k_empty, low_tiles + 1, STAGES)
+    weight, peak, mass, fade = _softmax(logit + gl.expand_dims(bias, 0), peak, mass, scale_log2)
+    acc = acc * gl.expand_dims(fade, 1)
+    operand = gl.convert_layout(weight.to(v_ring.dtype), WEIGHTS)
+    for i in range(1, pairs):
+        pending = _start_scores(q_buffer, k_ring, k_full, low_tiles + 1 + i, zero, STAGES)
+        growing = _start_values(operand, v_ring, v_full, low_tiles + i - 1, acc, STAGES)
+        logit = warpgroup_mma_wait(1, deps=[pending])
+        _leave(k_empty, low_tiles + 1 + i, STAGES)
+        weight, peak, mass, fade = _softmax(logit, peak, mass, scale_log2)
+        acc, operand = warpgroup_mma_wait(0, deps=[growing, operand])
+        _leave(v_empty, low_tiles + i - 1, STAGES)
+        acc = acc * gl.expand_dims(fade, 1)
+        operand = gl.convert_layout(weight.to(v_ring.dtype), WEIGHTS)
+    growing = _start_values(operand, v_ring, v_full, low_tiles + pairs - 1, acc, STAGES)
+    acc, operand = warpgroup_mma_wait(0, deps=[growing, operand])
+
+    result = (acc / gl.expand_dims(mass, 1)).to(out.dtype.element_ty)
+    q_buffer.store(result)
+    barrier()
+    gl.store(out + rows * stride_on + cols, q_buffer.load(GATHERED), mask=there)
+
+
+@gluon.jit
+def attend_hopper_kernel(
+    query, order, key, value, low_key, low_value, low_order, key_shift,
+    mass_term, coefficients, exact_list, counts, out,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
+    heads, group_size, tokens, tiles, blocks, text_before, scale,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program: the 128 queries of one tile of one head; see the module.
+
+    key, value (pairs * blocks * 64, 128), low_key, low_value (pairs * blocks, 128) and low_order
+    (pairs * 128, 128) are tensor descriptors with boxes of (64, 64).
+    """
+    D: gl.constexpr = 2 * HALF
+    tile = gl.program_id(0)
+    pair = gl.program_id(1).to(gl.int64)
+    batch = pair // heads
+    head = pair % heads
+    key_pair = (batch * (heads // group_size) + head // group_size).to(gl.int32)
+    row = pair * tiles + tile
+    query += batch * stride_qb + head * stride_qh
+    out += batch * stride_ob + head * stride_oh
+    exact_list += row * blocks
+    mass_term += row * blocks
+    n_exact = gl.load(counts + row * 2)
+
+    q_buffers = gl.allocate_shared_memory(key.dtype, [2, ROWS, D], OPERAND)
+    k_ring = gl.allocate_shared_memory(key.dtype, [STAGES, TILE, D], OPERAND)
+    v_ring = gl.allocate_shared_memory(key.dtype, [STAGES, TILE, D], OPERAND)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+    barrier()
+    k_quarters = k_ring._reinterpret(key.dtype, [STAGES * 4, HALF, HALF], OPERAND)
+    v_quarters = v_ring._reinterpret(key.dtype, [STAGES * 4, HALF, HALF], OPERAND)
+
+    first = tile * TILE
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    query, order, key_shift + key_pair * D, mass_term, coefficients + pair * 2,
+                    exact_list, n_exact, out, q_buffers.index(0), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first, tokens, blocks, text_before, stride_qn, stride_on,
+                    scale, STAGES,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    query, order, key_shift + key_pair * D, mass_term, coefficients + pair * 2,
+                    exact_list, n_exact, out, q_buffers.index(1), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first + ROWS, tokens, blocks, text_before, stride_qn,
+                    stride_on, scale, STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    key, value, low_key, low_value, low_order, exact_list, n_exact,
+                    key_pair * blocks, key_pair * D, blocks, k_quarters, v_quarters,
+                    k_full, k_empty, v_full, v_empty, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
