@@ -47,10 +47,10 @@ UNSEEN = 8
 CONTENT_TIMES = (0.85, 0.6, 0.35, 0.1)
 """Timesteps at which videos of different content are compared."""
 
-TOLERANCE = 0.96
+TOLERANCE = 0.98
 """A density between this share of the wanted one and the wanted one counts as equal."""
 
-MATCHES = 6
+MATCHES = 8
 CURVE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 """Factors of the lowest density wanted, at which errors of calibrated and uniform are compared."""
 
@@ -216,7 +216,7 @@ def at_density(bench: Bench, variant: Variant, density: float, seed: int) -> Bud
             best, reached = chosen, found
         if TOLERANCE * density <= found <= density:
             break
-        predicted = min(predicted * 0.985 * density / found, 1.0)
+        predicted = min(predicted * 0.99 * density / found, 1.0)
     return best
 
 
