@@ -6,9 +6,11 @@ Runs in its own process because the other tests switch Triton to its interpreter
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,57 @@ split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 
+GLUON_SCRIPT = """
+import json, re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from freqopt.kernels import gluon_attend, hopper
+kernel, own = gluon_attend.attend_hopper_kernel, sys.argv[1]
+box = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
+types = {
+    **dict.fromkeys("key value low_key low_value low_order".split(), box),
+    **dict.fromkeys("query out".split(), f"*{own}"),
+    **dict.fromkeys("order exact_list counts".split(), "*i32"),
+    **dict.fromkeys("key_shift coefficients".split(), "*fp32"),
+    "mass_term": "*fp16", "scale": "fp32", "STAGES": "constexpr",
+}
+signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+           if signature[name].startswith("*") or name.startswith("stride_")}
+source = GluonASTSource(kernel, signature, {"STAGES": hopper.STAGES}, aligned)
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+found = {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
+for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
+    found[word] = made.asm["ptx"].count(word)
+print(json.dumps(found))
+"""
+
+
+def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
+    script = folder / "compile_kernels.py"
+    script.write_text(text)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True, text=True, check=False, cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_hopper_kernel_compiles_to_what_it_is_written_for(dtype: str, tmp_path: Path) -> None:
+    found = run(tmp_path, GLUON_SCRIPT, dtype)
+    assert found["shared"] <= 232_448
+    assert found["warps"] == 12  # two consumers and a producer, each a group of four
+    # Per consumer: scores four times over, values four times, H-bar once, eight products each.
+    assert found["wgmma.mma_async"] == 2 * 9 * 8
+    assert found["cp.async.bulk.tensor"] >= 20
+    assert found["setmaxnreg"] > 0
+
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "mid", "capability", "shared_limit"),
@@ -46,17 +99,10 @@ print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found
 def test_kernels_compile_and_fit(
     dtype: str, dim: int, mid: int, capability: int, shared_limit: int, tmp_path: Path
 ) -> None:
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run(
-        [sys.executable, str(script), dtype, str(dim), str(mid), str(capability)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
-        env={**__import__("os").environ, "TRITON_INTERPRET": "0",
-             "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 5
+    text = SCRIPT.format(tests=str(Path(__file__).parent))
+    found = run(tmp_path, text, dtype, str(dim), str(mid), str(capability))
+    assert {"summarise_kernel", "score_kernel", "fit_kernel", "attend_kernel"} < set(found)
+    assert len(found) == (13 if mid else 12)
     for name, (shared, size) in found.items():
         assert 0 <= shared <= shared_limit, f"{name} needs {shared} bytes of shared memory"
         assert size > 1000, f"{name} has no code"
