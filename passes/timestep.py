@@ -35,17 +35,30 @@ class Timestep:
 def find_timestep(gm: fx.GraphModule, name: str) -> fx.Node | None:
     """The tensor input of a graph that holds the model's argument `name`, None if there is none.
 
-    Dynamo calls it L_timestep_, L_kwargs_timestep_ and the like; torch.export keeps the name.
+    An entry of a dict of arguments and an attribute of that name count as well.
     """
-    pattern = re.compile(rf"(?:L_|l_)?(?:\w+_)??{re.escape(name)}_?")
     found = [
         node
         for node in gm.graph.find_nodes(op="placeholder")
-        if pattern.fullmatch(str(node.target))
-        and not re.search("_(modules|parameters|buffers)_", str(node.target))
-        and tensor(node) is not None
+        if tensor(node) is not None and _argument_name(node) == name
     ]
-    return min(found, key=lambda node: len(str(node.target)), default=None)
+    return found[0] if found else None
+
+
+def _argument_name(node: fx.Node) -> str | None:
+    """Name of the argument that an input holds: t of L['t'], L['kwargs']['t'] or L['batch'].t.
+
+    Dynamo tells where inputs come from; other graphs call them by their name. Names made of both,
+    such as L_x_t_, would not tell an argument x_t from an entry t of x.
+    """
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return str(node.target)
+    text = source.name() if callable(source.name) else source.name
+    if re.search(r"_(?:modules|parameters|buffers)\b", text):
+        return None
+    match = re.search(r"""(?:\[['"](\w+)['"]\]|\.(\w+))\)*$""", text)
+    return (match[1] or match[2]) if match else None
 
 
 def select_budgets(

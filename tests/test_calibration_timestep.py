@@ -189,6 +189,59 @@ def test_forms_of_the_timestep(model: VideoDiT, how: str, make: Any) -> None:
     assert graphs() == 1
 
 
+class Batch:
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+
+
+class Confusing(nn.Module):
+    """Inputs and parameters whose names resemble the timestep's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.ones(1))
+        self.timestep = nn.Linear(1, 1)
+
+    def forward(self, x_t: Tensor, **more: Any) -> Tensor:
+        x = self.timestep(x_t) + self.t
+        if "t" in more:
+            x = x * more["t"]
+        return x * more["batch"].t if "batch" in more else x
+
+
+@pytest.mark.parametrize(
+    "more, value",
+    [
+        ({}, None),
+        ({"t": torch.tensor([3.0])}, 3.0),
+        ({"t": 3.0}, 3.0),
+        ({"batch": Batch(torch.tensor([4.0]))}, 4.0),
+    ],
+)
+def test_only_the_argument_itself_is_taken_for_the_timestep(
+    more: dict[str, Any], value: float | None
+) -> None:
+    found: list[Any] = []
+
+    def spy(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        node = find_timestep(gm, "t")
+        placeholders = gm.graph.find_nodes(op="placeholder")
+
+        def run(*args: Any) -> Any:
+            found[:] = [None if node is None else float(args[placeholders.index(node)])]
+            return gm.forward(*args)
+
+        return run
+
+    model = torch.compile(Confusing(), backend=spy)
+    with torch.no_grad():
+        model(torch.ones(2, 1), **more)
+        if isinstance(more.get("t"), float):  # a Python number is an input from its second value on
+            model(torch.ones(2, 1), t=5.0)
+            value = 5.0
+    assert found == [value]
+
+
 def test_regional_compilation_selects_too(model: VideoDiT) -> None:
     wanted = [reference(model, bucket, time) for bucket, time in enumerate(TIMES)]
     with torch.no_grad():
