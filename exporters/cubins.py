@@ -13,42 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from freqopt.exporters.problems import ExportError, NotAvailableError
+from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
-CAPABILITIES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Compute capabilities that kernels can be compiled for: bytes of shared memory per program."""
-
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-
-F32 = (
-    "budget limits threshold key_mean value_mean spread sums first_order fine_var "
-    "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
-    "coefficients probe_error"
-).split()
-NATIVE = (
-    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
-    "fine_key fine_value fine_order out"
-).split()
-POINTERS = {
-    **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16",
-    "term_out": "*fp16", "order": "*i64", "route": "*i8",
-    "exact_list": "*i32", "mid_list": "*i32", "counts": "*i32", "key_mask": "*i1",
-}  # fmt: skip
-"""Types of pointer arguments by name; those of NATIVE are the tensors' own."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a set of kernels is compiled for. masked: with a key mask."""
-
-    capability: int
-    dtype: str
-    head_dim: int
-    mid_band: bool
-    masked: bool
 
 
 @dataclass(frozen=True)
@@ -140,107 +109,20 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
     return [folder / "cubins.S", folder / "cubins.cc"]
 
 
-def _kernels(variant: Variant) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int], int]]:
-    """(name, function, constexprs, launch options, tile rows) of everything one call launches."""
-    import torch
-
-    from freqopt.kernels import triton_attend, triton_glue, triton_prepare, triton_split
-
-    dim = variant.head_dim
-    shared = CAPABILITIES[variant.capability]
-    launch = triton_split.launch_for(getattr(torch, variant.dtype), dim, shared)
-    padded = triton_split.padded_dim(dim)
-    size = {"D": dim, "DP": padded}
-    mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
-    precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
-    one = {"num_warps": 4, "num_stages": 1}
-    glue, prepare = triton_glue, triton_prepare
-    yield "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
-    yield (
-        "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": triton_split.GROUP},
-        {"num_warps": 8, "num_stages": launch.summary_stages}, triton_split.GROUP,
-    )  # fmt: skip
-    for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
-        yield (
-            name, prepare.first_order_kernel,
-            {**size, "GROUP": triton_split.ORDER_GROUP, "FINE": fine},
-            {"num_warps": 8, "num_stages": launch.summary_stages}, triton_split.ORDER_GROUP,
-        )  # fmt: skip
-    centred = triton_split.CENTRE_BLOCKS
-    yield (
-        "centre",
-        glue.centre_kernel,
-        {**size, "BJ": centred},
-        {"num_warps": 8, "num_stages": 1},
-        centred,
-    )
-    yield "order", glue.order_kernel, {"CELLS": 1024}, one, 1024
-    tiles, blocks = launch.score_tiles, launch.score_blocks
-    yield (
-        "score", prepare.score_kernel, {**size, **fast, "TILES": tiles, "BJ": blocks},
-        {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, tiles,
-    )  # fmt: skip
-    yield "route", prepare.route_kernel, {**mid, "BJ": 1024}, one, 0
-    yield (
-        "probe", triton_attend.probe_kernel,
-        {**size, **mask, **fast, "BP": launch.probe_rows},
-        {"num_warps": 4, "num_stages": 2}, launch.probe_rows,
-    )  # fmt: skip
-    if variant.mid_band:
-        yield "pool", glue.pool_kernel, size, one, 0
-    rows, columns = launch.fit_rows, launch.fit_columns
-    fit = {**size, **mid, **precise, "BP": rows, "BJ": columns}
-    yield "merge", glue.merge_kernel, {**size, "BP": triton_split.MERGE_ROWS}, one, 4
-    yield "estimate", glue.estimate_kernel, fit, one, columns
-    yield "fit", glue.fit_kernel, fit, {"num_warps": 8, "num_stages": 1}, rows
-    yield (
-        "attend", triton_attend.attend_kernel,
-        {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
-         "WIDE": launch.wide},
-        {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
-    )  # fmt: skip
-    yield "text", glue.text_kernel, {**size, **mask, **fast, "BM": 64}, one, 64
-
-
 def _compile(variant: Variant, folder: Path) -> Iterator[Compiled]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from freqopt.kernels.specialise import compile_specialised, specialisations
 
-    own = DTYPES[variant.dtype]
-    for name, kernel, constants, options, tile in _kernels(variant):
-        signature: dict[str, str] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for i, argument in enumerate(kernel.arg_names):
-            aligned = False
-            if argument in constants:
-                signature[argument] = "constexpr"
-            elif argument in NATIVE or argument in POINTERS:
-                signature[argument] = POINTERS.get(argument, f"*{own}")
-                aligned = argument != "key_mask"
-            else:
-                signature[argument] = "fp32" if argument == "scale" else "i32"
-                # The strides are multiples of the head dim: tensors arrive contiguous.
-                aligned = argument.startswith("stride_") and variant.head_dim % 16 == 0
-                aligned = aligned and argument != "stride_mb"
-            if aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        made = triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", variant.capability, 32),
-            options=options,
-        )
-        if getattr(made.metadata, "global_scratch_size", 0):
-            raise RuntimeError(f"{name} needs global scratch memory, which nobody would give it")
+    for given in specialisations(variant):
+        made = compile_specialised(given, variant)
         flags = f"{'m' if variant.mid_band else ''}{'k' if variant.masked else ''}"
-        stem = f"{name}_sm{variant.capability}_{variant.dtype}_d{variant.head_dim}{flags}"
+        stem = f"{given.name}_sm{variant.capability}_{variant.dtype}_d{variant.head_dim}{flags}"
         (folder / f"{stem}.cubin").write_bytes(made.asm["cubin"])
         yield Compiled(
-            kernel=name,
+            kernel=given.name,
             symbol=made.metadata.name,
             variant=variant,
-            arguments=tuple(a for a in kernel.arg_names if a not in constants),
-            tile=tile,
+            arguments=tuple(a for a in given.function.arg_names if a not in given.constants),
+            tile=given.tile,
             warps=made.metadata.num_warps,
             shared=made.metadata.shared,
             file=f"{stem}.cubin",

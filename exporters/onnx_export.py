@@ -23,6 +23,7 @@ from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program, make_program
 from freqopt.grid import Grid
+from freqopt.kernels.variant import Variant
 
 if TYPE_CHECKING:
     from freqopt.plan import Plan
@@ -240,7 +241,7 @@ def _add_library(
         return build_library(folder).name
     variants = sorted(
         {
-            cubins.Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
+            Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
             for capability in wanted
             for site in served
         },

@@ -1,4 +1,4 @@
-"""The command line: inspect, calibrate, report, export, run, demo and doctor.
+"""The command line: inspect, calibrate, report, export, run, kernels, demo and doctor.
 
 Errors of freqopt come out as one line and exit status 2; anything else that goes wrong is a
 defect and keeps its traceback.
@@ -27,6 +27,7 @@ import freqopt
 from freqopt.calibration_samples import MAX_BUCKETS
 from freqopt.errors import FreqoptError, InputError, OptionError
 from freqopt.exporters import commands
+from freqopt.kernel_listing import kernels_app
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 
 app.add_typer(commands.export_app)
+app.add_typer(kernels_app)
 app.command()(commands.run)
 
 Model = Annotated[

@@ -15,17 +15,11 @@ pytest.importorskip("triton")
 pytest.importorskip("onnx")
 
 from freqopt.exporters import ort_library
-from freqopt.exporters.cubins import (
-    CAPABILITIES,
-    NATIVE,
-    POINTERS,
-    Compiled,
-    Variant,
-    compile_table,
-    write_sources,
-)
+from freqopt.exporters.cubins import Compiled, compile_table, write_sources
 from freqopt.exporters.ort_library import SOURCES, build_library
 from freqopt.exporters.problems import ExportError, NotAvailableError
+from freqopt.kernels.specialise import NATIVE, POINTERS
+from freqopt.kernels.variant import CAPABILITIES, Variant
 
 HOPPER = Variant(90, "float16", 64, True, True)
 AMPERE = Variant(80, "float16", 64, False, False)

@@ -15,9 +15,10 @@ pytest.importorskip("onnxscript")
 
 from attention_cases import relative
 
-from freqopt.exporters.cubins import Variant, compile_table, write_sources
+from freqopt.exporters.cubins import compile_table, write_sources
 from freqopt.exporters.ort_library import build_library
 from freqopt.grid import token_order
+from freqopt.kernels.variant import Variant
 
 pytestmark = pytest.mark.gpu
 GRID, HEADS, DIM = (13, 30, 52), 24, 128

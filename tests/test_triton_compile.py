@@ -33,26 +33,12 @@ split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 
-GLUON_SCRIPT = """
-import json, re, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-from freqopt.kernels import gluon_attend, hopper
-kernel, own = gluon_attend.attend_hopper_kernel, sys.argv[1]
-box = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
-types = {
-    **dict.fromkeys("key value low_key low_value low_order".split(), box),
-    **dict.fromkeys("query out".split(), f"*{own}"),
-    **dict.fromkeys("order exact_list counts".split(), "*i32"),
-    **dict.fromkeys("key_shift coefficients".split(), "*fp32"),
-    "mass_term": "*fp16", "scale": "fp32", "STAGES": "constexpr",
-}
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-           if signature[name].startswith("*") or name.startswith("stride_")}
-source = GluonASTSource(kernel, signature, {"STAGES": hopper.STAGES}, aligned)
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+HOPPER_SCRIPT = """
+import json, sys
+from freqopt.kernels.specialise import compile_specialised, hopper_specialisation
+from freqopt.kernels.variant import Variant
+variant = Variant(90, sys.argv[1], 128, False, False)
+made = compile_specialised(hopper_specialisation(variant), variant)
 found = {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
 for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
     found[word] = made.asm["ptx"].count(word)
@@ -74,9 +60,9 @@ def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_hopper_kernel_compiles_to_what_it_is_written_for(dtype: str, tmp_path: Path) -> None:
-    found = run(tmp_path, GLUON_SCRIPT, dtype)
+    found = run(tmp_path, HOPPER_SCRIPT, dtype)
     assert found["shared"] <= 232_448
     assert found["warps"] == 12  # two consumers and a producer, each a group of four
     # Per consumer: scores four times over, values four times, H-bar once, eight products each.

@@ -1,0 +1,156 @@
+"""`freqopt kernels list | show`: what runs for a GPU, a type and a head dim, as a person reads it.
+
+Works without a GPU: Triton compiles for any.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from freqopt.errors import OptionError
+from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
+
+FORMS = ("source", "ttir", "ttgir", "llir", "ptx", "sass")
+
+kernels_app = typer.Typer(
+    name="kernels",
+    help="The kernels of one call: list them, or print what runs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+HeadDim = Annotated[int, typer.Option(help="A multiple of 8 up to 256.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+Capability = Annotated[
+    int | None, typer.Option(help="90 for an H100 or H200; by default this GPU's, or 90.")
+]
+MidBand = Annotated[bool, typer.Option("--mid-band", help="With the mid band.")]
+Masked = Annotated[bool, typer.Option("--masked", help="With a key mask over the text.")]
+
+
+def chosen_variant(
+    head_dim: int, dtype: str, capability: int | None, mid_band: bool, masked: bool
+) -> Variant:
+    """Check the options of both commands.
+
+    Raises:
+        OptionError: something no kernel is compiled for.
+    """
+    if capability is None:
+        capability = _capability_here()
+    if capability not in CAPABILITIES:
+        supported = ", ".join(map(str, CAPABILITIES))
+        raise OptionError(f"no kernels for compute capability {capability}; supported: {supported}")
+    if dtype not in DTYPES:
+        raise OptionError(f"no kernels for {dtype}; supported: {', '.join(DTYPES)}")
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise OptionError(f"no kernels for head dim {head_dim}; supported: multiples of 8 to 256")
+    return Variant(capability, dtype, head_dim, mid_band, masked)
+
+
+def _capability_here() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    return 90
+
+
+def kernels_of(variant: Variant) -> dict[str, Any]:
+    """Specialised kernels by name, in the order of a call."""
+    from freqopt.kernels.specialise import hopper_specialisation, specialisations
+
+    found = {given.name: given for given in specialisations(variant)}
+    hopper = hopper_specialisation(variant)
+    if hopper is not None:
+        found[hopper.name] = hopper
+    return found
+
+
+def source_of(function: Any) -> str:
+    """A kernel's source after that of the functions of ours that it calls."""
+    return "\n\n".join(_sources(function, set()))
+
+
+def _sources(function: Any, seen: set[Any]) -> Iterator[str]:
+    if function in seen:
+        return
+    seen.add(function)
+    text = textwrap.dedent(inspect.getsource(function.fn))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            used = function.fn.__globals__.get(node.id)
+            if getattr(used, "fn", None) is not None and used.__module__.startswith("freqopt."):
+                yield from _sources(used, seen)
+    yield text
+
+
+def heading(given: Any, variant: Variant) -> str:
+    """The constants and launch options of a specialisation, as comment lines."""
+    constants = ", ".join(f"{k}={v}" for k, v in given.constants.items()) or "none"
+    options = ", ".join(f"{k}={v}" for k, v in given.options.items())
+    return (
+        f"# {given.name}: {given.function.__name__} for sm_{variant.capability}, {variant.dtype}, "
+        f"head dim {variant.head_dim}\n# constants: {constants}\n# launch: {options}"
+    )
+
+
+@kernels_app.command(name="list")
+def list_kernels(
+    head_dim: HeadDim = 128,
+    dtype: Dtype = "bfloat16",
+    capability: Capability = None,
+    mid_band: MidBand = False,
+    masked: Masked = False,
+) -> None:
+    """Compile every kernel of a call and say what each needs."""
+    from freqopt.kernels.specialise import compile_specialised
+
+    variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
+    table = Table("kernel", "function", "warps", "shared memory", "constants")
+    for name, given in kernels_of(variant).items():
+        made = compile_specialised(given, variant)
+        constants = " ".join(f"{k}={v}" for k, v in given.constants.items())
+        warps, shared = str(made.metadata.num_warps), f"{made.metadata.shared:,} B"
+        table.add_row(name, given.function.__name__, warps, shared, constants)
+    Console().print(table)
+
+
+@kernels_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A kernel's name, as `freqopt kernels list` has it.")],
+    form: Annotated[str, typer.Option(help=f"One of {', '.join(FORMS)}.")] = "source",
+    head_dim: HeadDim = 128,
+    dtype: Dtype = "bfloat16",
+    capability: Capability = None,
+    mid_band: MidBand = False,
+    masked: Masked = False,
+) -> None:
+    """Print what runs: the source with its constants, or any stage of its compilation."""
+    from freqopt.kernels.specialise import compile_specialised
+
+    variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
+    if form not in FORMS:
+        raise OptionError(f"no form {form!r}; there are {', '.join(FORMS)}")
+    found = kernels_of(variant)
+    if name not in found:
+        raise OptionError(f"no kernel {name!r} in this variant; there are {', '.join(found)}")
+    given = found[name]
+    print(heading(given, variant), end="\n\n")
+    if form == "source":
+        print(source_of(given.function))
+        return
+    stages = compile_specialised(given, variant).asm
+    if form not in stages and form != "sass":
+        raise OptionError(f"{name} has no {form}: Gluon is lowered from ttgir; ask for that")
+    print(stages[form])

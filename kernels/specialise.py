@@ -1,0 +1,164 @@
+"""The generator: what one call launches, specialised for a GPU, a type, a head dim and the bands.
+
+Kernels are written once; types, sizes, bands and tile shapes are compile-time constants of theirs.
+This module says which constants a variant has and compiles it, without a GPU: for reading
+(`freqopt kernels show`), for exports, and for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from freqopt.kernels import gluon_attend, hopper, triton_attend, triton_glue, triton_prepare
+from freqopt.kernels import triton_split as split
+from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
+
+F32 = (
+    "budget limits threshold key_mean value_mean spread sums first_order fine_var "
+    "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
+    "coefficients probe_error"
+).split()
+NATIVE = (
+    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
+    "fine_key fine_value fine_order out"
+).split()
+POINTERS = {
+    **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
+    "order": "*i64", "route": "*i8", "exact_list": "*i32", "mid_list": "*i32", "counts": "*i32",
+    "key_mask": "*i1",
+}  # fmt: skip
+"""Types of pointer arguments by name; those of NATIVE are the tensors' own."""
+
+DESCRIPTORS = ("key", "value", "low_key", "low_value", "low_order")
+"""Arguments of the Hopper kernel that are tensor descriptors instead of pointers."""
+
+
+class Specialised(NamedTuple):
+    """One kernel with its compile-time constants.
+
+    options: num_warps and num_stages; tile: rows, blocks or columns of one program, where the
+    launch grid depends on them, else 0.
+    """
+
+    name: str
+    function: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+    tile: int
+
+
+def specialisations(variant: Variant) -> Iterator[Specialised]:
+    """Every kernel that one call launches, in no particular order; portable ones only.
+
+    The text kernel is launched by onnxruntime's library alone: PyTorch has its own attention.
+    """
+    dim = variant.head_dim
+    shared = CAPABILITIES[variant.capability]
+    launch = split.launch_for(getattr(torch, variant.dtype), dim, shared)
+    size = {"D": dim, "DP": split.padded_dim(dim)}
+    mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
+    precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
+    fit = {**size, **mid, **precise, "BP": launch.fit_rows, "BJ": launch.fit_columns}
+    prepare, glue = triton_prepare, triton_glue
+    few = {"num_warps": 4, "num_stages": 1}
+    many = {"num_warps": 8, "num_stages": 1}
+    streamed = {"num_warps": 8, "num_stages": launch.summary_stages}
+
+    yield Specialised(
+        "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
+    )  # fmt: skip
+    yield Specialised(
+        "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": split.GROUP}, streamed,
+        split.GROUP,
+    )  # fmt: skip
+    for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
+        constants = {**size, "GROUP": split.ORDER_GROUP, "FINE": fine}
+        yield Specialised(name, prepare.first_order_kernel, constants, streamed, split.ORDER_GROUP)
+    blocks = split.CENTRE_BLOCKS
+    yield Specialised("centre", glue.centre_kernel, {**size, "BJ": blocks}, many, blocks)
+    cells = split.ORDER_CELLS
+    yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
+    yield Specialised(
+        "score", prepare.score_kernel,
+        {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks},
+        {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
+    )  # fmt: skip
+    yield Specialised("route", prepare.route_kernel, {**mid, "BJ": 1024}, few, 0)
+    yield Specialised(
+        "probe", triton_attend.probe_kernel, {**size, **mask, **fast, "BP": launch.probe_rows},
+        {"num_warps": 4, "num_stages": 2}, launch.probe_rows,
+    )  # fmt: skip
+    if variant.mid_band:
+        yield Specialised("pool", glue.pool_kernel, size, few, 0)
+    rows = split.MERGE_ROWS
+    yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
+    yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
+    yield Specialised("fit", glue.fit_kernel, fit, many, launch.fit_rows)
+    yield Specialised(
+        "attend", triton_attend.attend_kernel,
+        {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
+         "WIDE": launch.wide},
+        {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
+    )  # fmt: skip
+    yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": 64}, few, 64)
+
+
+def hopper_specialisation(variant: Variant) -> Specialised | None:
+    """The Gluon kernel, where calls of this variant without text are served by it."""
+    if variant.capability != 90 or variant.dtype == "float32":
+        return None
+    if variant.head_dim != 128 or variant.mid_band:
+        return None
+    return Specialised(
+        "attend_hopper", gluon_attend.attend_hopper_kernel, {"STAGES": hopper.STAGES},
+        {"num_warps": 4}, 128,
+    )  # fmt: skip
+
+
+def compile_specialised(given: Specialised, variant: Variant) -> Any:
+    """Triton's CompiledKernel: `.asm` holds ttgir, ptx, cubin, ..; `.metadata` what it needs.
+
+    Raises:
+        RuntimeError: in Triton's interpreter, which compiles nothing; or a kernel that would need
+            scratch memory, which none of ours may.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    if not hasattr(given.function, "arg_names") or triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "Triton runs in its interpreter, which compiles nothing; unset TRITON_INTERPRET"
+        )
+    own = DTYPES[variant.dtype]
+    gluon = given.function.is_gluon()
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, argument in enumerate(given.function.arg_names):
+        aligned = False
+        if argument in given.constants:
+            signature[argument] = "constexpr"
+        elif gluon and argument in DESCRIPTORS:
+            signature[argument] = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
+        elif argument in NATIVE or argument in POINTERS:
+            signature[argument] = POINTERS.get(argument, f"*{own}")
+            aligned = argument != "key_mask"
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+            # The strides are multiples of the head dim: tensors arrive contiguous.
+            aligned = argument.startswith("stride_") and variant.head_dim % 16 == 0
+            aligned = aligned and argument != "stride_mb"
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = (GluonASTSource if gluon else ASTSource)(
+        given.function, signature, given.constants, attributes
+    )
+    target = GPUTarget("cuda", variant.capability, 32)
+    made = triton.compile(source, target=target, options=given.options)
+    if getattr(made.metadata, "global_scratch_size", 0):
+        raise RuntimeError(f"{given.name} needs global scratch memory, which nobody would give it")
+    return made

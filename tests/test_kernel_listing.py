@@ -1,0 +1,68 @@
+"""`freqopt kernels`: what it prints is what a call launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from freqopt.errors import OptionError
+from freqopt.kernel_listing import FORMS, chosen_variant
+
+pytest.importorskip("triton")
+
+
+def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command outside Triton's interpreter, whose mode is a property of the process."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "freqopt", "kernels", *arguments],
+        capture_output=True, text=True, check=False, env={**environment, "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def test_list_names_every_kernel_with_what_it_needs() -> None:
+    done = kernels("list", "--capability", "90")
+    assert done.returncode == 0, done.stderr
+    for name in ("summarise", "score", "route", "probe", "fit", "attend", "attend_hopper"):
+        assert f" {name} " in done.stdout
+    assert "STAGES=3" in done.stdout and "232,448" not in done.stdout
+
+
+def test_show_prints_source_with_the_functions_it_calls() -> None:
+    done = kernels("show", "attend", "--head-dim", "64", "--dtype", "float16", "--mid-band")
+    assert done.returncode == 0, done.stderr
+    assert "D=64" in done.stdout and "MID=True" in done.stdout
+    helper, kernel = (done.stdout.index(f"def {n}(") for n in ("_online_step", "attend_kernel"))
+    assert helper < kernel
+
+
+@pytest.mark.parametrize(
+    ("form", "word"), [("ttgir", "warp_specialize"), ("ptx", ".target sm_90a")]
+)
+def test_show_prints_stages_of_compilation(form: str, word: str) -> None:
+    done = kernels("show", "attend_hopper", "--form", form, "--capability", "90")
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("show", "atend"), "there are limits, summarise"),
+        (("show", "attend", "--form", "llvm"), ", ".join(FORMS)),
+        (("show", "attend_hopper", "--head-dim", "64", "--capability", "90"), "no kernel"),
+        (("list", "--capability", "75"), "compute capability 75"),
+        (("list", "--dtype", "float64"), "no kernels for float64"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], said: str) -> None:
+    done = kernels(*arguments)
+    assert done.returncode == 2 and said in " ".join(done.stderr.split())
+
+
+def test_head_dims_without_kernels() -> None:
+    with pytest.raises(OptionError, match="multiples of 8 to 256"):
+        chosen_variant(20, "float16", 90, False, False)
