@@ -33,9 +33,12 @@ AIM = 0.93
 ACCEPT = 0.8
 MAX_TRIALS = 8
 
-DISBELIEF = 1.3
+DISBELIEF = 2.0
 """A trial this much worse than predicted has a site whose errors were taken too lightly: all sites
-that it split are then believed to be worse than it was, and dense ones keep their chance."""
+that it split are then believed to be worse than it was, by CAUTION, and dense ones keep their
+chance. Below it, errors that add up instead of averaging out explain the difference."""
+
+CAUTION = 1.3
 
 
 class Criterion(Protocol):
@@ -167,7 +170,7 @@ class Search:
                     if measured >= ACCEPT * target or allocation.multiplier == loosest:
                         break
                 elif criterion.comparable and measured > DISBELIEF * allocation.error > 0.0:
-                    scale = DISBELIEF * measured / allocation.error
+                    scale = CAUTION * measured / allocation.error
                     believed = [
                         site if choice.dense else site.scaled(scale)
                         for site, choice in zip(believed, allocation.choices, strict=True)

@@ -137,8 +137,8 @@ def _error_and_cost(plan: Plan) -> Section:
         "samples.</p>"
         + figure_html(
             figures.frontier(plan),
-            "Both axes are logarithmic; lower left is better. Budgets per head against one "
-            "threshold for all heads.",
+            "Both axes are logarithmic; lower left is better. Budgets per head and timestep "
+            "against one threshold for all.",
         )
         + figure_html(
             figures.verification(plan),

@@ -104,19 +104,21 @@ def frontier(plan: Plan) -> Figure:
     ax.plot(
         *zip(*_uniform(sites), strict=True), color=GREY, lw=2, label="one threshold for all heads"
     )
-    ax.plot(*zip(*points, strict=True), color=BLUE, lw=2.4, label="budgets per head")
-    ax.scatter(
-        [t.mean_density for t in trials], [t.measured_error for t in trials], s=26, color=INK,
-        zorder=3, label="verified on held-out samples",
-    )  # fmt: skip
+    ax.plot(*zip(*points, strict=True), color=BLUE, lw=2.4, label="budgets per head and timestep")
+    if trials:
+        ax.scatter(
+            [t.mean_density for t in trials], [t.measured_error for t in trials], s=26, color=INK,
+            zorder=3, label="verified on held-out samples",
+        )  # fmt: skip
     ax.scatter(
         [plan.mean_density], [plan.measured_error], s=110, color=ORANGE, zorder=4, label="this plan"
     )
-    ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
-    ax.annotate(
-        "target", (1.0, plan.target_error), xycoords=("axes fraction", "data"), ha="right",
-        va="bottom", color=ORANGE, fontsize=9.5,
-    )  # fmt: skip
+    if plan.target_psnr is None:
+        ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
+        ax.annotate(
+            "target", (1.0, plan.target_error), xycoords=("axes fraction", "data"), ha="right",
+            va="bottom", color=ORANGE, fontsize=9.5,
+        )  # fmt: skip
     ax.set(
         xlabel="mean density (share of pairs attended exactly)",
         ylabel="relative L2 error of the output", xscale="log", yscale="log",
@@ -202,13 +204,8 @@ def spectra(plan: Plan) -> Figure | None:
             ax.axvspan(start, end, color=colour, lw=0)
         for row in spectrum.power:
             values = np.array(row)
-            ax.plot(
-                centres,
-                np.where(values > LEAST_POWER, values, np.nan),
-                color=BLUE,
-                lw=1.0,
-                alpha=0.55,
-            )
+            kept = values > LEAST_POWER
+            ax.plot(centres[kept], values[kept], color=BLUE, lw=1.0, alpha=0.55)
         share = (100 * float(np.mean(spectrum.low)), 100 * float(np.mean(spectrum.mid)))
         ax.set(yscale="log", title=f"{short(name)}: {share[0]:.0f} % low", xlim=(0, edges[-1]))
         ax.grid(False)
@@ -338,6 +335,9 @@ def percent_axis(ax: Axes, marks: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     """Label a logarithmic x axis of shares in per cent."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = ax.get_xlim()
+    if high < 8 * low and len(marks) > 1:  # few of the usual marks are in sight
+        marks = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
     ax.xaxis.set_major_locator(LogLocator(subs=marks, numticks=12))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))
