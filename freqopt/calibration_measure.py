@@ -186,22 +186,26 @@ def private_backend(
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
     """A torch.compile backend that replaces every eligible site by a recorder and runs eagerly."""
     from freqopt.passes.find import find_sites
+    from freqopt.passes.packed import packed_opened
     from freqopt.passes.rewrite import replace_site
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        for site in find_sites(gm, grid=grid):
-            if not site.eligible:
-                session.dense_sites[site.name] = site.reason
-                continue
-            graph, recorder = site.node.graph, Recorder(session, site.name)
-            try:
-                replace_site(gm, site, recorder, ())
-            except Exception as error:
-                for node in [n for n in graph.nodes if n.target is recorder and not n.users]:
-                    graph.erase_node(node)
-                session.sites.pop(site.name)
-                session.dense_sites[site.name] = f"it could not be rewritten: {error}"
-                logger.warning("%s stays dense, it could not be rewritten: %r", site.name, error)
+        with packed_opened(gm):
+            for site in find_sites(gm, grid=grid):
+                if not site.eligible:
+                    session.dense_sites[site.name] = site.reason
+                    continue
+                graph, recorder = site.node.graph, Recorder(session, site.name)
+                try:
+                    replace_site(gm, site, recorder, ())
+                except Exception as error:
+                    for node in [n for n in graph.nodes if n.target is recorder and not n.users]:
+                        graph.erase_node(node)
+                    session.sites.pop(site.name)
+                    session.dense_sites[site.name] = f"it could not be rewritten: {error}"
+                    logger.warning(
+                        "%s stays dense, it could not be rewritten: %r", site.name, error
+                    )
         gm.recompile()
         return gm.forward
 

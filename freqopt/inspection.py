@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from freqopt.backend import Options, parse_options, why_dense
 from freqopt.errors import InputError
 from freqopt.passes.find import find_sites, module_path, readable_path
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.site import Extent, Kind, Site
 
 FULLGRAPH = (
@@ -151,7 +152,9 @@ class _Capture:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         roots = self._roots(gm, example_inputs)
-        for site in find_sites(gm, grid=self.settings.grid):
+        with packed_opened(gm):
+            sites = find_sites(gm, grid=self.settings.grid)
+        for site in sites:
             self.sites.append(_described(self.settings, site))
             inside = module_path(site.node)
             self.seen.update(".".join(filter(None, (root, inside))) for root in roots)

@@ -11,13 +11,18 @@ from typing import Any
 
 from torch import fx
 
+from freqopt.passes.flex import match_flex
 from freqopt.passes.nodes import operation, value
+from freqopt.passes.packed import FORWARD, is_opened, packed_problem
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_anchor import match_softmax
 
 SDPA_PARAMETERS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 )  # fmt: skip
+
+PACKED = {FORWARD: 3, "_native_multi_head_attention": 3, "_transformer_encoder_layer_fwd": 1}
+"""Nodes that hold attention and its projections, and how many of their arguments are tokens."""
 
 
 def match_sdpa(node: fx.Node) -> Attention | None:
@@ -59,36 +64,29 @@ def is_set(item: Any) -> bool:
     return found is not None
 
 
-def match_multi_head_attention(node: fx.Node) -> Attention | None:
-    """The single node that `nn.MultiheadAttention` becomes: projections and attention in one."""
-    names = ("multi_head_attention_forward", "_native_multi_head_attention")
-    if operation(node) not in names or len(node.args) < 3:
+def match_packed(node: fx.Node) -> Attention | None:
+    """`nn.MultiheadAttention` where it was not opened (see `packed`), or cannot be."""
+    name = operation(node)
+    if name not in PACKED or is_opened(node) or len(node.args) < PACKED[name]:
         return None
-    query, key, values = node.args[:3]
+    query, key, values = node.args[:3] if PACKED[name] == 3 else (node.args[0],) * 3
     if not (
         isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
     ):
         return None
-    objection = "nn.MultiheadAttention's single node, projections included, is not rewritten"
-    return Attention(node, query, key, values, objection=objection, nodes=(node,))
-
-
-def match_flex(node: fx.Node) -> Attention | None:
-    """FlexAttention: its score function and block mask are code of their own."""
-    if operation(node) not in ("flex_attention", "flex_attention_hop") or len(node.args) < 3:
-        return None
-    query, key, values = node.args[:3]
-    if not (
-        isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
-    ):
-        return None
-    objection = "it is FlexAttention, which has a mask or score function of its own"
+    if name == FORWARD:
+        objection = packed_problem(node) or "nn.MultiheadAttention was not opened"
+    else:
+        objection = (
+            f"{name} is one node with all around it: call "
+            "torch.backends.mha.set_fastpath_enabled(False) before compiling"
+        )
     return Attention(node, query, key, values, objection=objection, nodes=(node,))
 
 
 ANCHORS: tuple[Callable[[fx.Node], Attention | None], ...] = (
     match_sdpa,
-    match_multi_head_attention,
+    match_packed,
     match_flex,
     match_softmax,
 )

@@ -117,6 +117,22 @@ def _attention(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | Non
     return None if query is None or values is None else [*query[:-1], values[-1]]
 
 
+@several("multi_head_attention_forward")
+def _packed_attention(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]:
+    """Rule of nn.MultiheadAttention's single node: its tokens are those of the query."""
+    query = dimensions.of(argument(node, 0, "query"))
+    return [None if query is None else (*query[:-1], ((),)), None]
+
+
+@several("flex_attention", "flex_attention_hop")
+def _flex_attention(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]:
+    query, values = dimensions.of(node.args[0]), dimensions.of(node.args[2])
+    if query is None or values is None:
+        return [None] * len(value(node))
+    others: list[Shape | None] = [query[:-1]] * (len(value(node)) - 1)
+    return [(*query[:-1], values[-1]), *others]
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     known = known_axes(dimensions, node)

@@ -19,6 +19,7 @@ from freqopt.errors import SiteError
 from freqopt.passes.adapt import feed_back, open_loop
 from freqopt.passes.find import find_sites
 from freqopt.passes.marks import Mark, take_marks
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
 from freqopt.passes.timestep import Timestep, find_timestep, select_budgets
@@ -78,20 +79,21 @@ def run_passes(
         SiteError: under `strict`.
     """
     result = Rewritten()
-    with _timed(result, "find"):
-        marks = take_marks(gm)
-        sites = find_marked(gm, grid, marks)
-    with _timed(result, "decide"):
-        result.decisions = decide(sites)
-    if any(decision.split for decision in result.decisions):
-        dump(gm, "freqopt_before")
-        with _timed(result, "rewrite"):
-            _select_by_timestep(gm, result.decisions, strict)
-            for decision in result.decisions:
-                if decision.split:
-                    _rewrite(gm, decision, strict)
-            gm.graph.lint()
-            gm.recompile()
+    with packed_opened(gm):
+        with _timed(result, "find"):
+            sites = find_marked(gm, grid, take_marks(gm))
+        with _timed(result, "decide"):
+            result.decisions = decide(sites)
+        if result.count:
+            dump(gm, "freqopt_before")
+            with _timed(result, "rewrite"):
+                _select_by_timestep(gm, result.decisions, strict)
+                for decision in result.decisions:
+                    if decision.split:
+                        _rewrite(gm, decision, strict)
+    if "rewrite" in result.seconds:
+        gm.graph.lint()
+        gm.recompile()
         dump(gm, "freqopt_after")
     for decision in result.decisions:
         action = "split" if decision.split else "stays dense"

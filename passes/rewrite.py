@@ -178,6 +178,19 @@ def add_method(
     return made
 
 
+def add_function(
+    meta: Mapping[str, Any], function: Callable[..., Any], *arguments: Any, **options: Any
+) -> fx.Node:
+    """A call of a function on nodes, where the graph inserts, as `add_method`."""
+    graph = next(a for a in arguments if isinstance(a, fx.Node)).graph
+    mode = _fake_mode(graph)
+    with mode if mode is not None else nullcontext():
+        example = function(*fx.node.map_arg(arguments, value), **fx.node.map_arg(options, value))
+    made = graph.call_function(function, arguments, options)
+    made.meta = dict(meta, example_value=example)
+    return made
+
+
 def _zero_hidden(site: Site, new: fx.Node) -> fx.Node:
     """The result with zeros for queries that the mask hides, (B, H, N, D)."""
     mask, graph = site.attention.mask, site.node.graph
