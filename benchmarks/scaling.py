@@ -1,0 +1,197 @@
+"""Time, density and memory from 8K to 1M tokens at one error: `python -m benchmarks.scaling`.
+
+At every length the budget is searched that gives the target error by the op's own probes; the
+error beside each time is then measured against exact attention of sampled queries, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import freqopt
+from benchmarks.common import environment, milliseconds, write
+from benchmarks.natural import natural_attention
+from benchmarks.tensors import Attention
+
+GRIDS = {
+    "1K": (4, 16, 16), "2K": (8, 16, 16), "4K": (4, 32, 32), "8K": (8, 32, 32),
+    "16K": (16, 32, 32), "32K": (8, 64, 64), "64K": (16, 64, 64), "128K": (32, 64, 64),
+    "256K": (16, 128, 128), "512K": (32, 128, 128), "1M": (64, 128, 128),
+}  # fmt: skip
+DEFAULT_SIZES = ("8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M")
+HEAD_DIM = 128
+SEARCH_STEPS = 12
+SAMPLED_QUERIES = 1024
+GATE = 1.5
+"""A row whose sampled error exceeds the target by more than this factor reports no time."""
+
+GROWTH_FROM = 65_536
+"""Tokens from which the growth of time is fitted."""
+
+
+def sampled_error(a: Attention, out: Tensor, count: int = SAMPLED_QUERIES) -> tuple[float, float]:
+    """Relative L1 and L2 error of evenly spaced queries against exact attention in float32."""
+    tokens = a.query.shape[2]
+    at = torch.linspace(0, tokens - 1, min(count, tokens), device=a.query.device).long()
+    off_1 = whole_1 = off_2 = whole_2 = 0.0
+    for head in range(a.query.shape[1]):
+        key, value = a.key[0, head].float(), a.value[0, head].float()
+        for rows in at.split(64):
+            logits = a.query[0, head, rows].float() @ key.T * a.query.shape[-1] ** -0.5
+            truth = logits.softmax(-1) @ value
+            off = out[0, head, rows].float() - truth
+            off_1 += float(off.abs().sum())
+            whole_1 += float(truth.abs().sum())
+            off_2 += float(off.square().sum())
+            whole_2 += float(truth.square().sum())
+    return off_1 / whole_1, math.sqrt(off_2 / whole_2)
+
+
+def threshold_for_error(a: Attention, target: float) -> float:
+    """The largest budget whose probes' mean error does not exceed the target, by bisection."""
+    low, high = -4.0, 4.0
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high) / 2
+        _, stats = freqopt.split_attention(
+            a.query, a.key, a.value, grid=a.grid, threshold=10.0**middle, return_stats=True
+        )
+        low, high = (middle, high) if float(stats.probe_error.mean()) <= target else (low, middle)
+    return 10.0**low
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call: the median on a GPU, the better of two on a CPU."""
+    if device.type == "cuda":
+        return milliseconds(call)
+    best = math.inf
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        best = min(best, 1000 * (time.perf_counter() - start))
+    return best
+
+
+def extra_memory(call: Callable[[], object], device: torch.device, output: int) -> int | None:
+    """Bytes a call needs at its peak beside its inputs and its output; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output
+
+
+def measure(size: str, target: float, device: torch.device, heads: int) -> dict[str, Any] | None:
+    """One row, or None where its error fails the gate."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = natural_attention(GRIDS[size], heads=heads, dim=HEAD_DIM, dtype=dtype, device=device)
+    threshold = threshold_for_error(a, target)
+
+    def call() -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = freqopt.split_attention(
+            a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True
+        )
+        return found
+
+    out, stats = call()
+    l1, l2 = sampled_error(a, out)
+    tokens = a.query.shape[2]
+    if not l2 <= GATE * target:
+        print(f"{tokens:9,} tokens: FAILED its gate (relative L2 {l2:.3g}); no time reported")
+        return None
+    extra = extra_memory(call, device, out.numel() * out.element_size())
+    key_value = 2 * a.key.numel() * a.key.element_size()
+    dense = timed(lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device)
+    row = {
+        "size": size, "tokens": tokens, "grid": a.grid, "threshold": threshold,
+        "density": float(stats.density.mean()), "l1": l1, "l2": l2,
+        "probe_error": float(stats.probe_error.mean()), "ms": timed(call, device),
+        "dense_ms": dense, "extra_bytes": extra,
+        "extra_per_key_value": None if extra is None else extra / key_value,
+    }  # fmt: skip
+    memory = "" if extra is None else f"  beside inputs {extra / key_value:.2f} x (K + V)"
+    print(
+        f"{tokens:9,} tokens  density {row['density']:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}  probe "
+        f"{row['probe_error']:.4f}  {row['ms']:9.3f} ms  dense {dense:9.2f} ms  "
+        f"{dense / row['ms']:5.2f}x{memory}",
+        flush=True,
+    )
+    return row
+
+
+def growth(rows: list[dict[str, Any]], name: str, least: int) -> float | None:
+    """Exponent p of time ~ tokens^p by least squares, over rows of at least `least` tokens."""
+    points = [(math.log(r["tokens"]), math.log(r[name])) for r in rows if r["tokens"] >= least]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(p[i] for p in points) / len(points) for i in range(2))
+    above = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    return above / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time against length, both logarithmic, and density."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    tokens = [r["tokens"] for r in rows]
+    for name, label, colour in (("dense_ms", "dense", "#888888"), ("ms", "split", "#1f6feb")):
+        left.loglog(tokens, [r[name] for r in rows], "o-", color=colour, label=label)
+    left.set(xlabel="tokens", ylabel="ms", title=f"{result['heads']} head(s), head dim {HEAD_DIM}")
+    left.legend(frameon=False)
+    right.semilogx(tokens, [100 * r["density"] for r in rows], "o-", color="#1f6feb")
+    right.set(
+        xlabel="tokens", ylabel="density, %", ylim=(0, None),
+        title=f"at relative L2 error {result['target']:g}",
+    )  # fmt: skip
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` as on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=list(DEFAULT_SIZES), choices=GRIDS)
+    parser.add_argument("--target", type=float, default=0.06, help="relative L2 error of the op")
+    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    found = [measure(size, given.target, device, given.heads) for size in given.sizes]
+    rows = [row for row in found if row is not None]
+    result = {
+        "environment": environment(), "target": given.target, "heads": given.heads, "rows": rows,
+        "growth_from": GROWTH_FROM, "growth": growth(rows, "ms", GROWTH_FROM),
+        "dense_growth": growth(rows, "dense_ms", GROWTH_FROM),
+    }  # fmt: skip
+    if result["growth"] is not None:
+        print(f"time grows as tokens^{result['growth']:.2f} (dense {result['dense_growth']:.2f})")
+    path = write("scaling", result, given.out)
+    if rows:
+        plot(result, path.with_suffix(".png"))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

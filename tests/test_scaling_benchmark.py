@@ -1,0 +1,57 @@
+"""The benchmark over lengths: its inputs, its error, its fit, and a run on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import scaling
+from benchmarks.natural import natural_attention, natural_field
+
+
+def test_power_of_natural_fields_falls_with_the_square_of_frequency() -> None:
+    field = natural_field((8, 32, 32), 24, torch.Generator().manual_seed(0))
+    assert torch.allclose(field.mean(0), torch.zeros(24), atol=1e-5)
+    assert torch.allclose(field.std(0), torch.ones(24), atol=1e-4)
+    power = torch.fft.fftn(field.T.unflatten(1, (8, 32, 32)), dim=(1, 2, 3)).abs().square().mean(0)
+    ratio = power[0, 0, 2] / power[0, 0, 8]
+    assert 8 < float(ratio) < 32  # 16, but for the noise of 24 channels
+
+
+def test_sampled_error_is_that_of_all_queries_where_all_are_sampled() -> None:
+    a = natural_attention((3, 5, 7), heads=2, dim=32, dtype=torch.float32, device="cpu")
+    truth = F.scaled_dot_product_attention(a.query, a.key, a.value)
+    out = truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    l1, l2 = scaling.sampled_error(a, out)
+    off = out - truth
+    assert l1 == pytest.approx(float(off.abs().sum() / truth.abs().sum()), rel=1e-4)
+    assert l2 == pytest.approx(float(off.norm() / truth.norm()), rel=1e-4)
+
+
+def test_growth_is_the_exponent_of_a_power_law() -> None:
+    rows = [{"tokens": n, "ms": 3e-5 * n**1.3} for n in (1_000, 70_000, 200_000, 900_000)]
+    rows[0]["ms"] = 5.0  # below the range that is fitted
+    assert scaling.growth(rows, "ms", 65_536) == pytest.approx(1.3)
+    assert scaling.growth(rows[:2], "ms", 65_536) is None
+
+
+def test_a_run_writes_rows_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling.main(["--device", "cpu", "--sizes", "1K", "2K", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["tokens"] for row in result["rows"]] == [1024, 2048]
+    assert all(row["l2"] < scaling.GATE * result["target"] for row in result["rows"])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_fails_its_gate_reports_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "sampled_error", lambda a, out: (0.5, 0.5))
+    assert scaling.measure("1K", 0.06, torch.device("cpu"), 1) is None
+    assert "FAILED its gate" in capsys.readouterr().out
