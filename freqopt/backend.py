@@ -148,7 +148,18 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
     if inner == "freqopt":
         raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
+    _check_mode(inner, given.get("mode"))
     return Options(**given)
+
+
+def _check_mode(inner: object, mode: object) -> None:
+    if mode is None or inner != "inductor":
+        return
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise OptionError(f"unknown mode {mode!r} of inductor (modes: {', '.join(known)})")
 
 
 def _parse_grid(given: Any) -> tuple[int, int, int]:

@@ -142,6 +142,7 @@ def lattice_extents(segment: Segment) -> list[Atom | int] | str:
 def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> Layout:
     tokens = product(given)
     fits = [i for i, segment in enumerate(axis) if same(segment_size(segment), tokens)]
+    guarded = not fits and (fits := _guarded(axis, tokens))
     lattices = [i for i in fits if is_lattice(axis[i])]
     chosen = lattices or fits
     if len(chosen) != 1:
@@ -154,7 +155,19 @@ def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> L
         )
     layout = _around(axis, chosen[0], given, graph)
     layout.grid_arguments = given
+    if guarded:
+        layout.remark = f"; other numbers of video tokens than the {tokens} of grid= compile anew"
     return layout
+
+
+def _guarded(axis: Axis, tokens: int) -> list[int]:
+    """The segments of symbolic size that have as many tokens as the user's grid in this call.
+
+    Guards keep it so: where the answer changes, the model is compiled anew. Sizes that depend on
+    data take no guard, and do not count.
+    """
+    sizes = [segment_size(segment) for segment in axis]
+    return [i for i, size in enumerate(sizes) if hint(size) is not None and bool(size == tokens)]
 
 
 def _around(axis: Axis, index: int, grid: Grid3, graph: fx.Graph) -> Layout:

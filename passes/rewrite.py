@@ -116,7 +116,9 @@ def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor)
     attribute = re.sub(r"\W", "_", name)
     while hasattr(owner, attribute):
         attribute += "_"
-    owner.register_buffer(attribute, tensor, persistent=False)
+    # Persistent: the names of the others are a set, whose order differs from process to process,
+    # and with it the key of AOTAutograd's cache.
+    owner.register_buffer(attribute, tensor)
     _declare_source(gm, owner, attribute)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):

@@ -127,8 +127,18 @@ def positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
+FAMILIES = ("video", "packed", "image", "encoder", "more")
+"""Modules of cases; each is tried in a test file of its own, `test_models_<family>.py`."""
+
+
 def load_all() -> dict[str, Case]:
     """All cases, those of the other modules too."""
-    for module in ("video", "packed", "image", "encoder", "more"):
-        importlib.import_module(f"model_cases_{module}")
+    for family in FAMILIES:
+        importlib.import_module(f"model_cases_{family}")
     return CASES
+
+
+def family(name: str) -> list[str]:
+    """Names of the cases of one module."""
+    module = f"model_cases_{name}"
+    return [key for key, case in load_all().items() if case.make.__module__ == module]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from model_cases import Case, Grid
+from model_cases import Case, Grid, load_all
 from torch import Tensor, fx
 
 import freqopt.kernels.op  # noqa: F401  registers the op
@@ -48,6 +48,14 @@ def look(case: Case, grid: Grid, batch: int) -> Seen:
         compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=case.fullgraph)
         seen.got = tensors(compiled(**inputs))
     return seen
+
+
+def problems_of(name: str, variant: int | None = None) -> list[str]:
+    """What differs from the expectation of a case, on the variant that falls to it by default."""
+    cases = load_all()
+    case = cases[name]
+    grid, batch = case.variant(list(cases).index(name) if variant is None else variant)
+    return problems(case, grid, look(case, grid, batch))
 
 
 def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:

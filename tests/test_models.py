@@ -1,21 +1,18 @@
-"""Real models of diffusers and transformers: attention found, told apart, and split exactly."""
+"""Real models: every variant of every case, and that the checks themselves can fail.
+
+The cases are tried once each in `test_models_<family>.py`.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from model_cases import Case, load_all
-from model_checks import look, problems
+from model_cases import FAMILIES, Case, family, load_all
+from model_checks import look, problems, problems_of
 
 CASES = load_all()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_attention_of_real_models(name: str) -> None:
-    """At threshold 0 a split model equals the dense one at each site and at its output."""
-    case, index = CASES[name], list(CASES).index(name)
-    grid, batch = case.variant(index)
-    assert not problems(case, grid, look(case, grid, batch))
 
 
 @pytest.mark.slow
@@ -23,9 +20,15 @@ def test_attention_of_real_models(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_all_variants(name: str, index: int) -> None:
     """All grids and batches, not only the one that falls to a model above."""
-    case = CASES[name]
-    grid, batch = case.variant(index)
-    assert not problems(case, grid, look(case, grid, batch))
+    assert not problems_of(name, index)
+
+
+def test_every_case_is_in_a_test_file() -> None:
+    """Each family has a file of its own, so that none takes long."""
+    here = Path(__file__).parent
+    assert all((here / f"test_models_{name}.py").exists() for name in FAMILIES)
+    assert sorted(name for each in FAMILIES for name in family(each)) == sorted(CASES)
+    assert len(CASES) >= 60
 
 
 def test_zero_parameters_are_refilled() -> None:

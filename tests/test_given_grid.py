@@ -1,0 +1,89 @@
+"""A grid that the user gives, where the number of tokens is symbolic: guarded, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from passes_toys import WIDTH, Attention
+from torch import Tensor, fx, nn
+
+import freqopt
+from freqopt.backend import freqopt_backend
+
+GRID = (5, 7, 9)
+
+
+class Packed(nn.Module):
+    """Attention over tokens that were packed before the model, with text in front or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, tokens: Tensor, text: Tensor | None = None) -> Tensor:
+        if text is not None:
+            tokens = torch.cat([text, tokens], 1)
+        return self.attention(tokens)
+
+
+class Graphs:
+    """An inner backend that counts the graphs it is given, and their split sites."""
+
+    def __init__(self) -> None:
+        self.split: list[int] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = [str(node.target) for node in gm.graph.nodes]
+        self.split.append(names.count("freqopt.split_attention.default"))
+        return gm.forward
+
+
+def compiled(model: nn.Module, graphs: Graphs, **options: Any) -> Any:
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    given = {"threshold": 0.0, "min_tokens": 1, "inner": graphs, "grid": GRID, **options}
+    return torch.compile(
+        model, backend=freqopt_backend, dynamic=True, fullgraph=True, options=given
+    )
+
+
+@pytest.mark.parametrize("text", [0, 7])
+def test_other_lengths_get_their_own_graph(text: int) -> None:
+    model, graphs = Packed(), Graphs()
+    run = compiled(model, graphs)
+
+    def call(tokens: int, batch: int) -> list[int]:
+        inputs = [torch.randn(batch, tokens, WIDTH)]
+        inputs += [torch.randn(batch, text, WIDTH)] if text else []
+        with torch.no_grad():
+            torch.testing.assert_close(run(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+        return list(graphs.split)
+
+    assert call(5 * 7 * 9, 2) == [1]
+    assert call(5 * 7 * 9, 3) == [1], "the batch is still symbolic"
+    assert call(180, 2) == [1, 0], "another length is dense, in a graph of its own"
+    assert call(200, 3) == [1, 0]
+    assert call(5 * 7 * 9, 2) == [1, 0]
+    counts = freqopt.counters()
+    assert (counts.split, counts.dense) == (3, 2)
+    assert any("grid=" in site.reason for site in counts.sites if not site.split)
+
+
+def test_a_length_that_depends_on_data_stays_dense() -> None:
+    """No guard can be put on it, so that nothing says that the grid is right."""
+
+    class Selected(Packed):
+        def forward(self, tokens: Tensor, text: Tensor | None = None) -> Tensor:
+            chosen = tokens[0, :, 0].nonzero()[:, 0]
+            torch._check(chosen.shape[0] > 1)
+            return self.attention(tokens.index_select(1, chosen))
+
+    model, graphs = Selected(), Graphs()
+    x = torch.randn(1, 5 * 7 * 9, WIDTH)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        torch.testing.assert_close(compiled(model, graphs)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert graphs.split == [0]
+    assert "grid=" in freqopt.counters().sites[0].reason
