@@ -67,7 +67,7 @@ def tensorrt(
     grid: Grid = None,
     build: Annotated[str, typer.Option(help="auto, never or always: the engine.")] = "auto",
 ) -> None:
-    """Write model.trt.onnx and a manifest; this version builds no engine."""
+    """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt_export import export_tensorrt
 
     print(export_tensorrt(*_call(model, samples), folder, build=build,

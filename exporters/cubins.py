@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
@@ -32,6 +33,13 @@ class Compiled:
     warps: int
     shared: int
     file: str
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says about the kernel; shared: bytes."""
+        return {
+            "kernel": self.kernel, **asdict(self.variant),
+            "warps": self.warps, "shared": self.shared,
+        }  # fmt: skip
 
 
 def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:

@@ -239,14 +239,7 @@ def _add_library(
             )
         )
         return build_library(folder).name
-    variants = sorted(
-        {
-            Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
-            for capability in wanted
-            for site in served
-        },
-        key=str,
-    )
+    variants = needed_variants(program, wanted)
     with tempfile.TemporaryDirectory(prefix="freqopt-") as scratch:
         try:
             table = cubins.compile_table(variants, Path(scratch))
@@ -258,11 +251,21 @@ def _add_library(
             return build_library(folder).name
         sources = cubins.write_sources(table, Path(scratch))
         built = build_library(folder, extra_sources=tuple(sources), defines=("FREQOPT_CUDA",))
-    content["kernels"] = [
-        {"kernel": row.kernel, **asdict(row.variant), "warps": row.warps, "shared": row.shared}
-        for row in table
-    ]
+    content["kernels"] = [row.describe() for row in table]
     return built.name
+
+
+def needed_variants(program: Program, capabilities: Sequence[int]) -> list[Variant]:
+    """The kernels' variants that a program's sites need; those with a density need none."""
+    return sorted(
+        {
+            Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
+            for capability in capabilities
+            for site in program.split.values()
+            if site.density == 0.0
+        },
+        key=str,
+    )
 
 
 def local_capabilities() -> tuple[int, ...]:

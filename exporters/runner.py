@@ -39,7 +39,8 @@ class RunResult:
     """Outputs by name, and the evidence of how they were made.
 
     provider: the one that was wanted and ran. nodes: provider -> operator -> how many nodes ran
-    there. split: "library" or "function body": what computed the split sites. seconds: one run.
+    there. split: "library", "plugin" or "function body": what computed the split sites. seconds:
+    one run.
     """
 
     outputs: dict[str, Tensor]
@@ -69,7 +70,7 @@ def run_artifact(
     """Check an artifact, run it once, and verify what ran.
 
     Args:
-        path: an exported folder.
+        path: an exported folder; one of TensorRT's runs its engine, whatever the other options.
         inputs: tensors by input name; extents may differ from the export's where they are dynamic.
         provider: "cpu", "cuda", or "auto": CUDA where onnxruntime has it.
         library: use the artifact's operator library; False runs the function body.
@@ -82,11 +83,12 @@ def run_artifact(
         OptionError: an unknown provider.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
-    if artifact.kind != "onnx":
-        raise NotAvailableError(
-            f"{artifact.path} is a {artifact.kind} artifact and this version has no runner for it; "
-            "export with export_onnx to run under ONNX Runtime"
-        )
+    if artifact.kind == "tensorrt":
+        from freqopt.exporters.tensorrt_runner import run_engine
+
+        outputs, seconds, layers = run_engine(artifact, inputs)
+        split = "plugin" if artifact.sites else "nothing: no site was split"
+        return RunResult(outputs, "TensorRT", {"TensorRT": layers}, split, seconds)
     wanted = _wanted_provider(provider)
     library_path = artifact.library_path if library else None
     if wanted == PROVIDERS["cuda"] and not artifact.manifest.get("kernels"):

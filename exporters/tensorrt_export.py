@@ -1,13 +1,19 @@
-"""`export_tensorrt`: the rewritten model as a file for TensorRT's parser, without function bodies.
+"""`export_tensorrt`: model.trt.onnx without function bodies, the plugin's sources, build_engine.py.
 
 NVIDIA's parser prefers a function body to a plugin of the same name, so TensorRT gets its own file
-of bare nodes. The plugin that would run them is not built yet, so no engine can be made.
+of bare nodes. The plugin is one IPluginV3 per site over the launches and the table of cubins that
+the onnxruntime library has (exporters/trt); it is compiled where TensorRT's headers are.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,20 +21,29 @@ from torch import nn
 from freqopt.config import DEFAULT_PROBES
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact, write_manifest
-from freqopt.exporters.onnx_export import describe, prepare_folder, save_model, translate
-from freqopt.exporters.problems import NotAvailableError
+from freqopt.exporters.onnx_export import (
+    describe,
+    local_capabilities,
+    needed_variants,
+    prepare_folder,
+    save_model,
+    translate,
+)
+from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program, make_program
+from freqopt.exporters.trt.build_engine import ENGINE, MODEL
 from freqopt.grid import Grid
 
 if TYPE_CHECKING:
     from freqopt.plan import Plan
 
+logger = logging.getLogger(__name__)
+
 BUILDS = ("auto", "never", "always")
 OPSET = 20
-MISSING = (
-    "the TensorRT plugin of freqopt::SplitAttention is not part of this version, so no engine was "
-    "built: model.trt.onnx is complete for a plugin of your own (inputs and attributes are in "
-    "docs/export.md); to deploy today, use export_onnx and ONNX Runtime"
+NOT_INSTALLED = (
+    "TensorRT is not installed here, so no engine was built: everything up to it is in this "
+    "folder. Where TensorRT is, run `python build_engine.py`"
 )
 
 
@@ -43,41 +58,110 @@ def export_tensorrt(
     build: str = "auto",
     grid: Grid | None = None,
     probes: int = DEFAULT_PROBES,
+    capabilities: Sequence[int] | None = None,
 ) -> Artifact:
-    """Write model.trt.onnx and a manifest; arguments as in `export_onnx`.
+    """Write model.trt.onnx, the plugin's sources, build_engine.py and a manifest.
 
     Args:
-        build: "auto" or "never" write everything up to the engine; "always" insists on an engine.
+        build: "auto" also builds the engine where TensorRT is installed and no extent is free,
+            "never" does not, "always" insists. Free extents need profiles: run build_engine.py.
+        capabilities: compute capabilities the plugin gets kernels for; by default those of the
+            GPUs here, else 80 and 90 (each serves the later chips of its generation).
+
+    Other arguments are as in `export_onnx`.
 
     Returns:
-        The artifact; its notes say that there is no engine, and why.
+        The artifact; its notes say which sites the plugin cannot serve and why there is no engine.
 
     Raises:
-        NotAvailableError: build="always", as this version has no plugin to build an engine with.
+        NotAvailableError: build="always" and TensorRT is missing, a site is not one the plugin
+            serves, or the engine could not be built.
         OptionError: another value of build.
         ExportError, PlanError: as for `export_onnx`.
     """
     if build not in BUILDS:
         raise OptionError(f"build {build!r} is unknown; supported: {', '.join(BUILDS)}")
-    if build == "always":
-        raise NotAvailableError(MISSING)
+    if build == "always" and not is_installed():
+        raise NotAvailableError(f"build='always', but {NOT_INSTALLED}")
     folder = prepare_folder(out_dir)
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
     )
-    return write_tensorrt(program, folder, plan=plan)
+    return write_tensorrt(program, folder, plan=plan, build=build, capabilities=capabilities)
+
+
+def is_installed() -> bool:
+    """Whether the tensorrt package is here."""
+    return importlib.util.find_spec("tensorrt") is not None
 
 
 def write_tensorrt(
-    program: Program, out_dir: str | os.PathLike[str], *, plan: Plan | None = None
+    program: Program,
+    out_dir: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    build: str = "auto",
+    capabilities: Sequence[int] | None = None,
 ) -> Artifact:
-    """Write a rewritten program as a TensorRT artifact."""
+    """Write a rewritten program as a TensorRT artifact; arguments as in `export_tensorrt`."""
+    from freqopt.exporters.tensorrt_plugin import DEFAULT_CAPABILITIES, fit_nodes, write_plugin
+
     folder = prepare_folder(out_dir)
+    (folder / ENGINE).unlink(missing_ok=True)  # of an export before this one
     onnx_model = translate(program, OPSET, bodies=False)
-    files = save_model(onnx_model, folder / "model.trt.onnx")
+    problems = fit_nodes(onnx_model)
+    files = save_model(onnx_model, folder / MODEL)
     content = describe(program, onnx_model, plan)
-    if program.split:
-        content["notes"].append(MISSING)
-    return write_manifest(
-        folder, kind="tensorrt", model="model.trt.onnx", files=files, content=content
-    )
+    content["notes"] += [f"no plugin for {problem}" for problem in problems]
+    wanted = tuple(capabilities or local_capabilities() or DEFAULT_CAPABILITIES)
+    variants = needed_variants(program, wanted)
+    try:
+        plugin_files, table = write_plugin(folder, variants)
+    except (ExportError, NotAvailableError) as error:
+        if capabilities is not None:
+            raise
+        problems.append(str(error))
+        content["notes"].append(f"no plugin: {error}")
+    else:
+        files += plugin_files
+        content["kernels"] = [row.describe() for row in table]
+    reason = _why_no_engine(program, onnx_model, problems, build)
+    if reason is None:
+        reason = _build_engine(folder)
+    if reason is None:
+        files += [ENGINE, "plugin/libfreqopt_trt.so"]
+    elif build == "always":
+        raise NotAvailableError(reason)
+    else:
+        content["notes"].append(reason)
+        logger.info("%s", reason)
+    return write_manifest(folder, kind="tensorrt", model=MODEL, files=files, content=content)
+
+
+def _why_no_engine(
+    program: Program, onnx_model: Any, problems: Sequence[str], build: str
+) -> str | None:
+    if problems:
+        return "no engine was built: TensorRT cannot run this file. " + "; ".join(problems)
+    if build == "never":
+        return "no engine was built, as asked; run `python build_engine.py` where TensorRT is"
+    if not is_installed():
+        return NOT_INSTALLED
+    free = [v.name for v in onnx_model.graph.inputs if not v.shape.is_static()]
+    if free:
+        return (
+            f"no engine was built: {', '.join(free)} have free extents, which need profiles. Run "
+            "`python build_engine.py --shape NAME=MIN:OPT:MAX`"
+        )
+    return None
+
+
+def _build_engine(folder: Path) -> str | None:
+    """Run build_engine.py as a user would; None, or why it failed."""
+    done = subprocess.run(
+        [sys.executable, str(folder / "build_engine.py")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    return f"no engine was built; the last words of build_engine.py: {done.stderr[-1500:]}"

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
     ("name", "said", "made"),
     [
         ("deploy_onnxruntime.py", "split sites by library", "model.onnx"),
-        ("build_tensorrt_engine.py", "no engine: the TensorRT plugin", "model.trt.onnx"),
+        ("build_tensorrt_engine.py", "build_engine.py", "model.trt.onnx"),
     ],
 )
 def test_example(name: str, said: str, made: str, tmp_path: Path) -> None:

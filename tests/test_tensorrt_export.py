@@ -1,23 +1,35 @@
-"""What `export_tensorrt` writes, and what it says about what it cannot."""
+"""What `export_tensorrt` writes: the file, the plugin's sources, and what it says it cannot do."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+pytest.importorskip("triton")
 
 from freqopt.errors import OptionError
+from freqopt.exporters import tensorrt_export
 from freqopt.exporters.manifest import Artifact
-from freqopt.exporters.problems import NotAvailableError
+from freqopt.exporters.ort_library import SOURCES, compiler
+from freqopt.exporters.problems import ArtifactError, NotAvailableError
 from freqopt.exporters.runner import run_artifact
 from freqopt.exporters.tensorrt_export import export_tensorrt
+from freqopt.exporters.tensorrt_plugin import FOLDER
+from freqopt.exporters.trt import build_engine
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+from freqopt.plan import Plan, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+HERE = Path(__file__).parent
 
 
 def small() -> tuple[VideoDiT, tuple[torch.Tensor, ...]]:
@@ -25,24 +37,152 @@ def small() -> tuple[VideoDiT, tuple[torch.Tensor, ...]]:
     return VideoDiT(config).eval(), (torch.randn(1, 3, 5, 24, 32), torch.rand(1))
 
 
-def test_the_file_has_bare_nodes_and_its_budgets(tmp_path: Path) -> None:
+def plan_for(model: VideoDiT) -> Plan:
+    site = {
+        "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
+        "budgets": [{"threshold": [0.4, 0.8], "mid": [False, False]}],
+    }  # fmt: skip
+    return Plan.model_validate(
+        {
+            "model": {"class_name": "VideoDiT", "fingerprint": model_fingerprint(model)},
+            "grids": [(5, 6, 8)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
+            "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
+            "mean_density": 0.3, "sites": {"blocks.0.attn": site},
+            "evidence": {"samples": 1, "held_out": 1},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model, args = small()
-    made = export_tensorrt(model, args, None, tmp_path)
-    assert Artifact.load(tmp_path).sites == made.sites
-    proto = onnx.load(made.model_path)
+    folder = tmp_path_factory.mktemp("tensorrt")
+    return export_tensorrt(
+        model, args, None, folder, plan=plan_for(model), build="never", capabilities=[90]
+    )
+
+
+def test_nodes_are_what_the_plugin_takes(artifact: Artifact) -> None:
+    proto = onnx.load(artifact.model_path)
     assert not proto.functions
     (node,) = (n for n in proto.graph.node if n.domain == "freqopt")
     assert node.op_type == "SplitAttention"
-    names = {initialiser.name for initialiser in proto.graph.initializer}
-    assert {"freqopt.budget.blocks.0.attn", "freqopt.order.5x6x8"} <= names
-    assert "no engine was built" in made.notes[-1]
-    with pytest.raises(NotAvailableError, match="tensorrt artifact"):
-        run_artifact(made, {})
+    assert list(node.input[3:]) == ["freqopt.budget.blocks.0.attn", "freqopt.order.5x6x8"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes["text_before"] == 0 and attributes["mid_band"] == 0
+    assert attributes["scale"] == pytest.approx(32**-0.5)
+    source = (FOLDER / "split_tensorrt.cc").read_text()
+    for field in ("scale", "mid_band", "probes", "text_before"):
+        assert f'fill("{field}"' in source and field in attributes
 
 
-def test_an_engine_is_not_promised(tmp_path: Path) -> None:
+def test_the_folder_is_complete_and_guarded(artifact: Artifact, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(artifact.path, moved)
+    assert Artifact.load(moved).sites == artifact.sites
+    assert {k["capability"] for k in artifact.manifest["kernels"]} == {90}
+    with pytest.raises(NotAvailableError, match=r"without an engine; run `python .*build_engine"):
+        run_artifact(moved, {})
+    (moved / "plugin" / "split_cuda.cc").write_text("changed")
+    with pytest.raises(ArtifactError, match="does not match its hash"):
+        run_artifact(moved, {})
+
+
+def test_plugin_sources_build_where_the_folder_was_moved(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    """All but the plugin itself, whose headers are NVIDIA's, links with a launch of ours."""
+    moved = tmp_path / "plugin"
+    shutil.copytree(artifact.path / "plugin", moved)
+    sources = ["cubins.S", "cubins.cc", "split_cuda.cc", str(HERE / "ort_launch.cc")]
+    command = [compiler(), "-std=c++17", f"-I{moved}", *sources, "-ldl", "-o", "launch"]
+    subprocess.run(command, cwd=moved, check=True)
+    assert str(artifact.path) not in (moved / "cubins.S").read_text()
+
+
+def test_plugin_compiles_against_tensorrt_headers(tmp_path: Path) -> None:
+    extra = [p for p in os.environ.get("TENSORRT_INCLUDE", "").split(os.pathsep) if p]
+    try:
+        includes = build_engine.find_includes(extra)
+    except SystemExit as missing:
+        pytest.skip(f"{missing}; TENSORRT_INCLUDE names folders")
+    command = [compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    command += [part for place in includes for part in ("-isystem", place)]
+    command += [f"-I{SOURCES}", str(FOLDER / "split_tensorrt.cc"), "-o", str(tmp_path / "p.so")]
+    subprocess.run(command, check=True)
+
+
+def test_without_tensorrt_it_says_so(
+    tmp_path: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_export, "is_installed", lambda: False)
     model, args = small()
-    with pytest.raises(NotAvailableError, match="plugin"):
+    with pytest.raises(NotAvailableError, match="TensorRT is not installed"):
         export_tensorrt(model, args, None, tmp_path, build="always")
     with pytest.raises(OptionError, match="auto, never, always"):
         export_tensorrt(model, args, None, tmp_path, build="maybe")
+    assert "as asked" in artifact.notes[-1]
+    unplanned = export_tensorrt(model, args, None, tmp_path)
+    assert "export with a plan" in unplanned.notes[-1]
+    assert not (tmp_path / "plugin").exists() and (tmp_path / "build_engine.py").is_file()
+
+
+def test_build_engine_says_what_is_missing(artifact: Artifact, tmp_path: Path) -> None:
+    if tensorrt_export.is_installed():
+        pytest.skip("TensorRT is installed")
+    done = subprocess.run(
+        [sys.executable, str(artifact.path / "build_engine.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "TensorRT is not installed here" in done.stderr
+
+
+def test_profiles() -> None:
+    assert build_engine.parse_profile("x=1x2:3x4:5x6") == ("x", ((1, 2), (3, 4), (5, 6)))
+    assert build_engine.parse_profile("x=7x8")[1] == ((7, 8),) * 3
+    for text in ("x=1x2:3", "x", "x=1:2", "=1x2", "x=axb"):
+        with pytest.raises(SystemExit, match="MIN:OPT:MAX"):
+            build_engine.parse_profile(text)
+
+
+def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_engine, "PLACES", ())
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(SystemExit, match="NvInferRuntime.h was not found"):
+        build_engine.find_includes()
+
+
+class Recorder:
+    """Answers every TensorRT call with itself, so that the order of a build can be seen."""
+
+    def __init__(self, refuse: str = "") -> None:
+        self.refuse, self.calls = refuse, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            if name == self.refuse:
+                return None
+            return b"engine" if name == "build_serialized_network" else self
+
+        plain = {"num_inputs": 0, "num_errors": 0, "WARNING": 1, "WORKSPACE": 1, "__version__": "0"}
+        if name in plain:
+            return plain[name]
+        if name == "Logger":
+            return type("Logger", (int,), {"WARNING": 1})
+        if name in ("MemoryPoolType", "NetworkDefinitionCreationFlag"):
+            return type(name, (), {"WORKSPACE": 1})
+        return call
+
+
+@pytest.mark.parametrize(
+    ("refuse", "said"),
+    [("load_library", "could not load"), ("parse_from_file", "parser refused"),
+     ("build_serialized_network", "no engine")],
+)  # fmt: skip
+def test_build_with_a_made_up_tensorrt(refuse: str, said: str) -> None:
+    given = (Path("m"), Path("p"), {}, 1)
+    made_up = Recorder()
+    assert build_engine.build_engine(made_up, *given) == b"engine"
+    assert made_up.calls.index("load_library") < made_up.calls.index("parse_from_file")
+    with pytest.raises(SystemExit, match=said):
+        build_engine.build_engine(Recorder(refuse), *given)

@@ -1,0 +1,128 @@
+"""Build model.engine from an exported folder: run this file where TensorRT is installed.
+
+    python build_engine.py [--shape NAME=MIN:OPT:MAX] [--include DIR] [--workspace-gib N]
+
+It stands on its own: only the tensorrt package and a C++ compiler are needed, freqopt is not.
+Shapes are written 1x3x5x24x32; every input with a free extent needs one --shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL, ENGINE, PLUGIN = "model.trt.onnx", "model.engine", "libfreqopt_trt.so"
+HEADERS = ("NvInferRuntime.h", "cuda_runtime_api.h", "crt/host_defines.h")
+PLACES = (
+    "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include",
+    "/usr/local/cuda/include", "/usr/local/tensorrt/include", "/usr/local/TensorRT/include",
+)  # fmt: skip
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def find_includes(extra: Sequence[str] = ()) -> list[str]:
+    """Folders that hold TensorRT's and CUDA's headers; exits naming one that is not found."""
+    pip = [p for s in sys.path for p in Path(s).glob("nvidia/*/include")]
+    places = [*extra, *map(str, pip), *PLACES]
+    found = []
+    for header in HEADERS:
+        place = next((p for p in places if (Path(p) / header).is_file()), None)
+        if place is None:
+            sys.exit(f"{header} was not found; name its folder with --include (repeatable)")
+        found.append(place)
+    return list(dict.fromkeys(found))
+
+
+def build_plugin(folder: Path, includes: Sequence[str]) -> Path:
+    """Compile the plugin's sources into the folder; exits with the compiler's words."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        sys.exit("no C++ compiler was found; install g++ or set CXX")
+    sources = [*sorted(folder.glob("*.cc")), *folder.glob("*.S")]
+    done = subprocess.run(
+        [compiler, *FLAGS, *(part for i in includes for part in ("-isystem", i)),
+         *(s.name for s in sources), "-ldl", "-o", PLUGIN],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{compiler} could not build {PLUGIN}: {done.stderr[-2000:]}")
+    return folder / PLUGIN
+
+
+def parse_profile(text: str) -> tuple[str, Profile]:
+    """NAME=MIN:OPT:MAX; one shape alone stands for all three."""
+    name, _, shapes = text.partition("=")
+    try:
+        parts = [tuple(int(n) for n in shape.split("x")) for shape in shapes.split(":")]
+    except ValueError:
+        parts = []
+    if len(parts) == 1:
+        parts = parts * 3
+    if not name or len(parts) != 3 or len({len(p) for p in parts}) != 1:
+        sys.exit(f"--shape {text!r} is not NAME=MIN:OPT:MAX with shapes like 1x3x5x24x32")
+    return name, (parts[0], parts[1], parts[2])
+
+
+def build_engine(
+    tensorrt: Any, model: Path, plugin: Path | None, profiles: dict[str, Profile], workspace: int
+) -> bytes:
+    """Parse, optimise and serialise; exits with TensorRT's words. workspace: bytes."""
+    logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+    builder = tensorrt.Builder(logger)
+    registry = builder.get_plugin_registry()
+    if plugin is not None and registry.load_library(str(plugin)) is None:
+        sys.exit(f"TensorRT {tensorrt.__version__} could not load {plugin}")
+    flags = tensorrt.NetworkDefinitionCreationFlag
+    # Strongly typed, as the file says; from TensorRT 11 on there is nothing else and no flag.
+    typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    network = builder.create_network(typed)
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model)):
+        errors = "\n".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        sys.exit(f"TensorRT's parser refused {model}:\n{errors}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if tensor.name in profiles:
+            profile.set_shape(tensor.name, *profiles[tensor.name])
+        elif -1 in tuple(tensor.shape):
+            sys.exit(f"{tensor.name} is {tuple(tensor.shape)}: give it --shape MIN:OPT:MAX")
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        sys.exit("TensorRT built no engine; the reason is in its log above")
+    return bytes(engine)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:OPT:MAX")
+    parser.add_argument("--include", action="append", default=[], metavar="DIR")
+    parser.add_argument("--workspace-gib", type=float, default=16.0)
+    given = parser.parse_args(arguments)
+    try:
+        tensorrt = importlib.import_module("tensorrt")
+    except ImportError as error:
+        sys.exit(f"TensorRT is not installed here ({error}); run this where it is")
+    profiles = dict(parse_profile(text) for text in given.shape)
+    sources = given.folder / "plugin"
+    plugin = build_plugin(sources, find_includes(given.include)) if sources.is_dir() else None
+    workspace = int(given.workspace_gib * 2**30)
+    engine = build_engine(tensorrt, given.folder / MODEL, plugin, profiles, workspace)
+    (given.folder / ENGINE).write_bytes(engine)
+    print(f"wrote {given.folder / ENGINE} ({len(engine) / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()
