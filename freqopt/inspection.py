@@ -7,6 +7,7 @@ once. It is run once more without the compiler to name the attention that no bac
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -67,13 +68,15 @@ class Inspection:
     """All attention of a model that a backend sees, and what it does not see.
 
     graphs: number of graphs the model was captured in; 1 is best. unseen: modules whose attention
-    ran outside all graphs, where no backend can do anything about it.
+    ran outside all graphs, where no backend can do anything about it. positions: inputs that hold
+    the positions of tokens (such as img_ids), and the grid that these are in raster order on.
     """
 
     sites: list[InspectedSite]
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     graphs: int = 1
     unseen: list[str] = field(default_factory=list)
+    positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts and lists, for JSON."""
@@ -89,6 +92,12 @@ class Inspection:
         ]
         if not self.sites:
             lines.append("no attention was found in any graph")
+        if any(site.grid is None and not site.eligible for site in self.sites):
+            lines += [
+                f"{name} holds the positions of a {'x'.join(map(str, grid))} grid, which no graph "
+                f"shows: pass grid={grid}"
+                for name, grid in self.positions.items()
+            ]
         for broken in self.graph_breaks:
             lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
         if self.unseen:
@@ -131,7 +140,37 @@ def inspect(
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
     unseen = [name for name in ran if name not in capture.seen]
-    return Inspection(capture.sites, capture.breaks, capture.graphs, unseen)
+    given = {f"argument {i}": item for i, item in enumerate(args)} | kwargs
+    found = {name: grid_of_positions(item) for name, item in given.items()}
+    positions = {name: grid for name, grid in found.items() if grid is not None}
+    return Inspection(capture.sites, capture.breaks, capture.graphs, unseen, positions)
+
+
+def grid_of_positions(ids: object) -> tuple[int, int, int] | None:
+    """The grid (t, h, w) of tokens whose positions a tensor holds, in raster order.
+
+    ids: (N, axes) or (B, N, axes) of any dtype, each axis of even steps; axes of one value only
+    are left out, and missing ones have extent 1. None for all else: other orders, several grids,
+    a grid of one axis (a text's positions look the same), and batch items that differ.
+    """
+    if not isinstance(ids, torch.Tensor) or ids.dim() not in (2, 3) or not 2 <= ids.shape[-1] <= 4:
+        return None
+    if ids.dim() == 3 and not bool((ids == ids[:1]).all()):
+        return None
+    table = (ids[0] if ids.dim() == 3 else ids).cpu()
+    values = [column.unique() for column in table.unbind(-1)]
+    axes = [i for i, found in enumerate(values) if len(found) > 1]
+    if not 2 <= len(axes) <= 3:
+        return None
+    extents = [len(values[i]) for i in axes]
+    if math.prod(extents) != table.shape[0]:
+        return None
+    raster = torch.cartesian_prod(*(values[i] for i in axes))
+    steps = [values[i].diff() for i in axes]
+    if not torch.equal(raster, table[:, axes]) or any((s != s[0]).any() for s in steps):
+        return None
+    t, h, w = [1] * (3 - len(axes)) + extents
+    return t, h, w
 
 
 class _Capture:

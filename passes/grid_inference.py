@@ -142,7 +142,9 @@ def lattice_extents(segment: Segment) -> list[Atom | int] | str:
 def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> Layout:
     tokens = product(given)
     fits = [i for i, segment in enumerate(axis) if same(segment_size(segment), tokens)]
-    guarded = not fits and (fits := _guarded(axis, tokens))
+    guarded = not fits
+    if guarded:
+        fits = _guarded(axis, tokens)
     lattices = [i for i in fits if is_lattice(axis[i])]
     chosen = lattices or fits
     if len(chosen) != 1:
@@ -160,7 +162,7 @@ def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> L
     return layout
 
 
-def _guarded(axis: Axis, tokens: int) -> list[int]:
+def _guarded(axis: Axis, tokens: Extent) -> list[int]:
     """The segments of symbolic size that have as many tokens as the user's grid in this call.
 
     Guards keep it so: where the answer changes, the model is compiled anew. Sizes that depend on

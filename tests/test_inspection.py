@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.errors import InputError, OptionError
-from freqopt.inspection import InspectedSite, Inspection
+from freqopt.inspection import InspectedSite, Inspection, grid_of_positions
 
 GRID = (3, 6, 10)
 
@@ -155,3 +155,47 @@ def test_bad_input_is_refused() -> None:
 def test_a_model_without_attention() -> None:
     found = freqopt.inspect(nn.Linear(4, 4), torch.randn(2, 4))
     assert not found.sites and "no attention was found" in str(found)
+
+
+class Flat(nn.Module):
+    """Attention over tokens whose grid is in the values of their positions only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.attention(tokens + ids.sum(-1, keepdim=True))
+        return out
+
+
+def places(*extents: int) -> torch.Tensor:
+    return torch.cartesian_prod(*(torch.arange(float(extent)) for extent in extents))
+
+
+def test_the_grid_that_positions_hold_is_told() -> None:
+    tokens = torch.randn(2, 180, WIDTH)
+    for ids, grid in ((places(3, 6, 10), (3, 6, 10)), (places(1, 18, 10), (1, 18, 10))):
+        found = freqopt.inspect(Flat(), tokens, ids=ids, min_tokens=1)
+        assert found.positions == {"ids": grid} and not found.sites[0].eligible
+        assert f"ids holds the positions of a {'x'.join(map(str, grid))} grid" in str(found)
+        given = freqopt.inspect(Flat(), tokens, ids=ids, grid=grid, min_tokens=1)
+        assert given.sites[0].grid == grid and "pass grid=" not in str(given)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        places(3, 6, 10).flip(-1),
+        places(3, 6, 10)[torch.randperm(180, generator=torch.Generator().manual_seed(0))],
+        places(3, 6, 10)[:-1],
+        torch.cat([places(3, 6, 10), places(1, 6, 10)]),
+        places(1, 1, 180),
+        places(3, 6, 10) ** 2,
+        torch.zeros(180, 3),
+        torch.stack([places(3, 6, 10), places(6, 3, 10)]),
+        torch.randn(180, 64),
+    ],
+)
+def test_other_positions_tell_no_grid(ids: torch.Tensor) -> None:
+    assert grid_of_positions(ids) is None
