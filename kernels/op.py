@@ -23,7 +23,7 @@ from freqopt.kernels.layout import Sequence
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
-WIDE_SHARED = {2: 131_072, 4: 172_032}
+WIDE_SHARED = {2: 86_016, 4: 172_032}
 """Bytes of shared memory that head dims above 128 need, by bytes per element."""
 
 

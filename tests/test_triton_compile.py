@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from freqopt.kernels.op import WIDE_SHARED
 
 pytest.importorskip("triton")
 
@@ -46,6 +49,17 @@ print(json.dumps(found))
 """
 
 
+WIDE_SCRIPT = """
+import json, sys
+from freqopt.kernels.specialise import compile_specialised, specialisations
+from freqopt.kernels.variant import Variant
+variant = Variant(int(sys.argv[1]), sys.argv[2], 256, True, True)
+# The text kernel is onnxruntime's alone.
+print(json.dumps({g.name: compile_specialised(g, variant).metadata.shared
+                  for g in specialisations(variant) if g.name != "text"}))
+"""
+
+
 def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
     script = folder / "compile_kernels.py"
     script.write_text(text)
@@ -58,6 +72,15 @@ def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(86, "bfloat16"), (90, "float32")])
+def test_wide_heads_need_what_the_op_says(capability: int, dtype: str, tmp_path: Path) -> None:
+    needed = run(tmp_path, WIDE_SCRIPT, str(capability), dtype)
+    said = WIDE_SHARED[getattr(torch, dtype).itemsize]
+    if capability < 90:  # tiles for the smallest chip that the op accepts
+        assert max(needed.values()) == said
+    assert needed["probe"] == said  # which no tile choice makes smaller
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
