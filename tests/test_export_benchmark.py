@@ -1,4 +1,4 @@
-"""What benchmarks/export.py prepares runs on the CPU too, so a GPU is not needed to trust the file."""
+"""What benchmarks/export.py prepares runs on the CPU too."""
 
 from __future__ import annotations
 
