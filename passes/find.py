@@ -22,7 +22,7 @@ from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.propagate import Dimensions
 from freqopt.passes.provenance import alike, is_lost, kind_of_axes, same_lattices, split_batch
 from freqopt.passes.site import Attention, Extent, Kind, Site
-from freqopt.passes.square_masks import key_mask_of
+from freqopt.passes.square_masks import key_mask_of, repeated_row_of
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,8 @@ def classify(
         batch = shape(attention.query)[0]
         if (row := key_mask_of(attention.mask)) is not None:
             attention.mask, attention.masks_queries = row, True
+        elif (row := repeated_row_of(attention.mask)) is not None:
+            attention.mask = row
         why_not = mask_problem(attention.mask, layout.text_before, product(layout.grid), batch)
         return kind, layout, why_not
     return kind, layout, layout.problem

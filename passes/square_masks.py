@@ -6,10 +6,11 @@ is zero. A key mask together with zeros in these rows is therefore the same atte
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from freqopt.passes.dimensions import product, same
-from freqopt.passes.nodes import argument, known_int, operation, shape, writes_in_place
+from freqopt.passes.nodes import argument, known_int, operation, shape, tensor, writes_in_place
 
 KEEPS = {"bool", "to", "contiguous", "clone", "detach", "alias"}
 SHAPES = {"view", "reshape", "unsqueeze", "getitem"}
@@ -20,6 +21,8 @@ def key_mask_of(mask: fx.Node) -> fx.Node | None:
     """The (B or 1, 1, 1, S) mask m of a (B or 1, 1, S, S) mask m & m^T, None for all others."""
     node = _unconverted(mask)
     sizes = shape(mask)
+    if not _is_bool(mask):
+        return None
     if node is None or len(sizes) != 4 or not same(sizes[1], 1) or not same(sizes[2], sizes[3]):
         return None
     if operation(node) not in ("bitwise_and", "logical_and", "mul") or len(node.args) < 2:
@@ -31,6 +34,18 @@ def key_mask_of(mask: fx.Node) -> fx.Node | None:
         if source is not None and _is_column_of(queries, keys, source):
             return source
     return None
+
+
+def repeated_row_of(mask: fx.Node) -> fx.Node | None:
+    """The (B or 1, 1, 1, S) mask that a bool mask repeats for every head and query, or None."""
+    node = _unconverted(mask)
+    return _single_row(node) if node is not None and _is_bool(mask) else None
+
+
+def _is_bool(mask: fx.Node) -> bool:
+    """Whether True means to attend; the same pairs as numbers would be added to the scores."""
+    found = tensor(mask)
+    return found is not None and found.dtype == torch.bool
 
 
 def _unconverted(node: fx.Node) -> fx.Node | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model_cases import TEXT, Grid, Made, build, case, image, latents, steps, text
+from model_cases import TEXT, Grid, Made, build, case, image, latents, positions, steps, text
 from model_cases_packed import FLUX, flux_inputs, packed
 from model_cases_video import WAN
 
@@ -255,4 +255,63 @@ def cosmos3(grid: Grid, batch: int) -> Made:
         "vision_mse_loss_indexes": vision,
         "vision_timesteps": torch.ones(t * h * w),
         "vision_noisy_frame_indexes": [torch.arange(t)],
+    }
+
+
+@case(
+    "BriaFiboTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True,
+)  # fmt: skip
+def bria_fibo(grid: Grid, batch: int) -> Made:
+    model = build(
+        "BriaFiboTransformer2DModel", in_channels=4, num_layers=1, num_single_layers=1,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        axes_dims_rope=[4, 6, 6], text_encoder_dim=8,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": text(batch, 4, grid[1] * grid[2]),
+        "encoder_hidden_states": text(batch),
+        "text_encoder_layers": [text(batch, 8), text(batch, 8)],
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": positions(grid),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "return_dict": False,
+    }
+
+
+@case(
+    "Kandinsky6Transformer3DModel", dense=2, others=4,
+    note="two streams of text, one of them for audio",
+)  # fmt: skip
+def kandinsky6(grid: Grid, batch: int) -> Made:
+    model = build(
+        "Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=4, in_text_dim=16,
+        in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=32, num_text_blocks=1,
+        num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=False,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(batch, grid[0], 2 * grid[1], 2 * grid[2], 4),
+        "encoder_hidden_states": text(batch),
+        "pooled_projections": torch.randn(batch, 8),
+        "timestep": torch.full((batch,), 5.0),
+        "return_dict": False,
+    }
+
+
+@case("LuminaNextDiT2DModel", dense=2, others=2, image=True, note="a mask that is all true")
+def lumina_next(grid: Grid, batch: int) -> Made:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    model = build(
+        "LuminaNextDiT2DModel", sample_size=28, patch_size=2, in_channels=4, hidden_size=32,
+        num_layers=2, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
+        cross_attention_dim=16,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": text(batch),
+        "encoder_mask": torch.ones(batch, TEXT, dtype=torch.bool),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 384, 384),
+        "cross_attention_kwargs": {},
+        "return_dict": False,
     }

@@ -121,3 +121,28 @@ def test_padding_of_the_video_is_not_honoured() -> None:
         with torch.no_grad():
             (site,) = sites_of(kind(repeated), *inputs())
         assert not site.eligible and "mask" in site.reason
+
+
+def every_row(keys: Tensor) -> Tensor:
+    """One key mask, repeated for every head and query."""
+    return keys[:, None, None].expand(-1, 2, keys.shape[1], -1)
+
+
+def added(keys: Tensor) -> Tensor:
+    """The outer product as numbers, which are added to the scores."""
+    return broadcast(keys).to(torch.float32)
+
+
+def test_a_key_mask_repeated_for_every_query_is_that_key_mask() -> None:
+    torch.manual_seed(0)
+    model, given = Masked(every_row).eval(), inputs()
+    options = {"threshold": 0.0, "min_tokens": 1, "strict": True, "inner": "eager"}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend=freqopt_backend, options=options)(*given)
+        torch.testing.assert_close(out, model(*given), rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_as_numbers_are_no_mask() -> None:
+    (site,) = sites_of(Masked(added).eval(), *inputs())
+    assert not site.eligible and "added to the scores" in site.reason
