@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.kernels import reference as ref
-from freqopt.kernels.layout import Sequence, repeat_heads, text_bias
+from freqopt.kernels.layout import Sequence, Settings, repeat_heads, text_bias
 
 CHUNK_BYTES = 192 * 2**20
 """Target size of one chunk's temporaries: small against a model, large enough to hide Python."""
@@ -219,13 +219,10 @@ def split_forward(
     budget: Tensor,
     key_mask: Tensor | None,
     sequence: Sequence,
-    *,
-    scale: float,
-    density: float,
-    mid_band: bool,
-    probes: int,
+    settings: Settings,
 ) -> tuple[Tensor, ref.Split]:
     """Forward pass: out (B, H, N, D) in the model's order, and the split's findings."""
+    scale, density, mid_band, probes = settings
     tokens = take_apart(query, key, value, key_mask, sequence)
     context = make_context(tokens, mid_band)
     scores = ref.score_pairs(tokens.query, context.low, scale, query.dtype)

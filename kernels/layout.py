@@ -14,6 +14,18 @@ from torch import Tensor
 from freqopt.grid import Grid, token_order
 
 
+class Settings(NamedTuple):
+    """Constants of one call, in the order of the op's schema; as in `split_attention`.
+
+    density: 0 where a budget rules instead.
+    """
+
+    scale: float
+    density: float
+    mid_band: bool
+    probes: int
+
+
 class Sequence(NamedTuple):
     """How one sequence of N tokens is laid out: text_before + t*h*w + text_after."""
 

@@ -18,7 +18,7 @@ from freqopt.errors import InputError
 from freqopt.grid import check_grid
 from freqopt.kernels import chunked
 from freqopt.kernels.device import shared_memory
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.layout import Sequence, Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -63,7 +63,7 @@ def split_attention_op(
     """
     out, split = chunked.split_forward(
         query, key, value, budget, key_mask, _sequence(grid, text_before, text_after),
-        scale=scale, density=density, mid_band=mid_band, probes=probes,
+        Settings(scale, density, mid_band, probes),
     )  # fmt: skip
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
     return out, split.density, split.probe.error, split.route, coefficients
@@ -71,42 +71,21 @@ def split_attention_op(
 
 @split_attention_op.register_kernel("cuda")
 def _split_attention_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    key_mask: Tensor | None,
-    grid: Extents[int],
-    text_before: int,
-    text_after: int,
-    scale: float,
-    density: float,
-    mid_band: bool,
-    probes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, budget: Tensor, key_mask: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """constants: the schema's, from grid on."""
     from freqopt.kernels.triton_split import split_forward
 
-    return split_forward(
-        query, key, value, budget, key_mask, _sequence(grid, text_before, text_after),
-        scale=scale, density=density, mid_band=mid_band, probes=probes,
-    )  # fmt: skip
+    sequence, settings = _sequence(*constants[:3]), Settings(*constants[3:])
+    return split_forward(query, key, value, budget, key_mask, sequence, settings)
 
 
 @split_attention_op.register_fake
 def _split_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    key_mask: Tensor | None,
-    grid: Extents[int],
-    text_before: int,
-    text_after: int,
-    scale: float,
-    density: float,
-    mid_band: bool,
-    probes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, budget: Tensor, key_mask: Tensor | None,
+    grid: Extents[int], *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, length, dim = query.shape
     tokens = grid[0] * grid[1] * grid[2]
     tiles = (tokens + QUERY_TILE - 1) // QUERY_TILE

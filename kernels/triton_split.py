@@ -19,7 +19,7 @@ from freqopt.grid import token_order
 from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
 from freqopt.kernels.device import HOPPER_SHARED, shared_memory
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.layout import Sequence, Settings
 from freqopt.kernels.triton_attend import attend_kernel, probe_kernel
 from freqopt.kernels.triton_glue import (
     centre_kernel,
@@ -391,13 +391,10 @@ def split_forward(
     budget: Tensor,
     key_mask: Tensor | None,
     sequence: Sequence,
-    *,
-    scale: float,
-    density: float,
-    mid_band: bool,
-    probes: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward pass; arguments and results as in `freqopt.kernels.op.split_attention_op`."""
+    """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
+    scale, density, mid_band, probes = settings
     query, key, value = (with_unit_last_stride(x) for x in (query, key, value))
     if key_mask is not None:
         key_mask = with_unit_last_stride(key_mask)

@@ -25,14 +25,14 @@ sys.path.insert(0, {tests!r})
 import torch
 from compile_only import CompileOnly
 from freqopt.kernels import triton_split as split
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.layout import Sequence, Settings
 dtype, dim, mid, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:5])
 found = {{}}
 for name in [n for n in dir(split) if n.endswith("_kernel")]:
     setattr(split, name, CompileOnly(getattr(split, name), capability, found))
 q = torch.zeros(1, 330, 2, dim, dtype=dtype).transpose(1, 2)
 split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
-                    scale=0.1, density=0.0, mid_band=bool(mid), probes=64)
+                    Settings(0.1, 0.0, bool(mid), 64))
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 

@@ -13,6 +13,7 @@ import torch
 from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
 
 from freqopt.kernels import hopper, triton_split
+from freqopt.kernels.layout import Settings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -36,7 +37,7 @@ def run(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> t
     query, key, value, mask = (x if x is None else x.to(DEVICE) for x in tensors)
     result = triton_split.split_forward(
         query, key, value, budget.to(DEVICE), mask, case.sequence,
-        scale=case.dim**-0.5, density=0.0, mid_band=case.mid, probes=probes,
+        Settings(case.dim**-0.5, 0.0, case.mid, probes),
     )  # fmt: skip
     return tuple(x.cpu() for x in result)
 
