@@ -14,6 +14,7 @@ from torch import Tensor, fx
 import freqopt.kernels.op  # noqa: F401  registers the op
 from freqopt.passes.dimensions import same
 from freqopt.passes.find import find_sites
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
 
@@ -78,14 +79,15 @@ def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         seen.graphs += 1
-        plain = find_sites(gm)
-        used = find_sites(gm, grid=grid) if grid is not None else plain
-        seen.plain += plain
-        seen.used += used
-        for site in used:
-            if site.eligible:
-                zero = torch.zeros(2, site.heads)
-                insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
+        with packed_opened(gm):
+            plain = find_sites(gm)
+            used = find_sites(gm, grid=grid) if grid is not None else plain
+            seen.plain += plain
+            seen.used += used
+            for site in used:
+                if site.eligible:
+                    zero = torch.zeros(2, site.heads)
+                    insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
         for node in gm.graph.nodes:
             if node.target is torch.ops.freqopt.split_attention.default:
                 node.target = measured
