@@ -84,8 +84,10 @@ def freqopt_backend(
     decisions: list[Decision] = []
     try:
         rewritten = run_passes(
-            gm, functools.partial(decide, settings), grid=settings.grid, strict=settings.strict
-        )
+            gm, functools.partial(decide, settings), grid=settings.grid,
+            likely=load_plan(settings.plan).grids if settings.plan is not None else (),
+            strict=settings.strict,
+        )  # fmt: skip
         decisions = rewritten.decisions
     except FreqoptError:
         raise

@@ -79,7 +79,8 @@ def calibrate(
             against what it generates with the dense model. `samples` must then be a callable that
             returns it (tensors, arrays or PIL images) and does the same every time: PyTorch's
             generators are seeded before each run.
-        grid: extents (t, h, w) of the video tokens where the graph does not tell them.
+        grid: extents (t, h, w) of the video tokens where the graph does not tell them. Not needed
+            where all samples hold the positions of the same grid (img_ids and the like).
         timestep: name of the model's timestep argument, where it is not found by a usual name
             (timestep, sigma, t and the like).
         timestep_buckets: ranges of the timestep with budgets of their own, at most; each needs a

@@ -182,16 +182,19 @@ class Recorder:
 
 
 def private_backend(
-    session: Session, grid: Grid | None
+    session: Session, grid: Grid | None, likely: Sequence[Grid] = ()
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
-    """A torch.compile backend that replaces every eligible site by a recorder and runs eagerly."""
-    from freqopt.passes.find import find_sites
+    """A torch.compile backend that replaces every eligible site by a recorder and runs eagerly.
+
+    likely: grids to try where the graph tells none.
+    """
+    from freqopt.passes.manager import find_marked
     from freqopt.passes.packed import packed_opened
     from freqopt.passes.rewrite import replace_site
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         with packed_opened(gm):
-            for site in find_sites(gm, grid=grid):
+            for site in find_marked(gm, grid, {}, likely):
                 if not site.eligible:
                     session.dense_sites[site.name] = site.reason
                     continue

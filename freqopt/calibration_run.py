@@ -26,7 +26,7 @@ class Runner:
         self.model, self.samples, self.seed = model, samples, seed
         self.session = Session()
         self.compiled = torch.compile(
-            model, backend=private_backend(self.session, grid), dynamic=False
+            model, dynamic=False, backend=private_backend(self.session, grid, samples.grids)
         )
 
     def run(self, sample: Sample, mode: Mode) -> list[Tensor]:

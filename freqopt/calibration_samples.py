@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.errors import CalibrationError
+from freqopt.grid import Grid
+from freqopt.positions import grids_of_positions
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a model."""
@@ -55,6 +57,18 @@ class SampleSet:
     notes: list[str]
     timestep_name: str | None
     timestep_edges: list[float]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grid whose positions the samples hold, if they all hold those of one and the same.
+
+        Samples of several grids name none: a graph could not tell two with as many tokens apart.
+        """
+        found = [
+            set(grids_of_positions(sample.args, sample.kwargs).values())
+            for sample in (*self.fit, *self.held_out)
+        ]
+        return list(found[0]) if found and all(len(g) == 1 and g == found[0] for g in found) else []
 
     @property
     def buckets(self) -> int:

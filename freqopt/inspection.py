@@ -7,7 +7,6 @@ once. It is run once more without the compiler to name the attention that no bac
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from freqopt.errors import InputError
 from freqopt.passes.find import find_sites, module_path, readable_path
 from freqopt.passes.packed import packed_opened
 from freqopt.passes.site import Extent, Kind, Site
+from freqopt.positions import grids_of_positions
 
 FULLGRAPH = (
     "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
@@ -140,37 +140,8 @@ def inspect(
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
     unseen = [name for name in ran if name not in capture.seen]
-    given = {f"argument {i}": item for i, item in enumerate(args)} | kwargs
-    found = {name: grid_of_positions(item) for name, item in given.items()}
-    positions = {name: grid for name, grid in found.items() if grid is not None}
+    positions = grids_of_positions(args, kwargs)
     return Inspection(capture.sites, capture.breaks, capture.graphs, unseen, positions)
-
-
-def grid_of_positions(ids: object) -> tuple[int, int, int] | None:
-    """The grid (t, h, w) of tokens whose positions a tensor holds, in raster order.
-
-    ids: (N, axes) or (B, N, axes) of any dtype, each axis of even steps; axes of one value only
-    are left out, and missing ones have extent 1. None for all else: other orders, several grids,
-    a grid of one axis (a text's positions look the same), and batch items that differ.
-    """
-    if not isinstance(ids, torch.Tensor) or ids.dim() not in (2, 3) or not 2 <= ids.shape[-1] <= 4:
-        return None
-    if ids.dim() == 3 and not bool((ids == ids[:1]).all()):
-        return None
-    table = (ids[0] if ids.dim() == 3 else ids).cpu()
-    values = [column.unique() for column in table.unbind(-1)]
-    axes = [i for i, found in enumerate(values) if len(found) > 1]
-    if not 2 <= len(axes) <= 3:
-        return None
-    extents = [len(values[i]) for i in axes]
-    if math.prod(extents) != table.shape[0]:
-        return None
-    raster = torch.cartesian_prod(*(values[i] for i in axes))
-    steps = [values[i].diff() for i in axes]
-    if not torch.equal(raster, table[:, axes]) or any((s != s[0]).any() for s in steps):
-        return None
-    t, h, w = [1] * (3 - len(axes)) + extents
-    return t, h, w
 
 
 class _Capture:

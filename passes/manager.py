@@ -66,6 +66,7 @@ def run_passes(
     decide: Callable[[Sequence[Site]], list[Decision]],
     *,
     grid: tuple[int, int, int] | None = None,
+    likely: Sequence[tuple[int, int, int]] = (),
     strict: bool = False,
 ) -> Rewritten:
     """Rewrite, in place, the sites of a graph that `decide` wants split.
@@ -73,6 +74,7 @@ def run_passes(
     Args:
         decide: from all sites of the graph, in order, to one decision each.
         grid: as in `find_sites`.
+        likely: grids to try where the graph tells none, such as those that a plan was made on.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
 
     Raises:
@@ -81,7 +83,7 @@ def run_passes(
     result = Rewritten()
     with packed_opened(gm):
         with _timed(result, "find"):
-            sites = find_marked(gm, grid, take_marks(gm))
+            sites = find_marked(gm, grid, take_marks(gm), likely)
         with _timed(result, "decide"):
             result.decisions = decide(sites)
         if result.count:
@@ -104,15 +106,21 @@ def run_passes(
 
 
 def find_marked(
-    gm: fx.GraphModule, grid: tuple[int, int, int] | None, marks: dict[str, Mark]
+    gm: fx.GraphModule,
+    grid: tuple[int, int, int] | None,
+    marks: dict[str, Mark],
+    likely: Sequence[tuple[int, int, int]] = (),
 ) -> list[Site]:
-    """Sites of a graph, with the marks of their modules; a mark's grids are tried where none is
-    known, and the one that explains most sites is taken."""
-    grids = [grid]
-    if grid is None:
-        grids += dict.fromkeys(g for mark in marks.values() for g in mark.grids)
-    found = [find_sites(gm, grid=candidate) for candidate in grids]
-    sites = max(found, key=lambda sites: sum(site.eligible for site in sites))
+    """Sites of a graph, with the marks of their modules.
+
+    Where the graph tells no grid, the marks' grids and the likely ones are tried, and the one that
+    explains most sites is taken.
+    """
+    sites = find_sites(gm, grid=grid)
+    if grid is None and any(site.grid is None and site.kind in ("self", "joint") for site in sites):
+        candidates = dict.fromkeys([*(g for mark in marks.values() for g in mark.grids), *likely])
+        found = [sites, *(find_sites(gm, grid=candidate) for candidate in candidates)]
+        sites = max(found, key=lambda sites: sum(site.eligible for site in sites))
     for site in sites:
         site.mark = marks.get("" if site.name == "model" else site.name)
     return sites

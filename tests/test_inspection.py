@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.errors import InputError, OptionError
-from freqopt.inspection import InspectedSite, Inspection, grid_of_positions
+from freqopt.inspection import InspectedSite, Inspection
+from freqopt.positions import grid_of_positions
 
 GRID = (3, 6, 10)
 
