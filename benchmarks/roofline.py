@@ -1,0 +1,192 @@
+"""Bytes, products and the floor of each kernel beside its time: `python -m benchmarks.roofline`.
+
+The floor is the larger of the time that the bytes take at the memory's rate and the time that the
+products take on the tensor cores, both as the data sheet has them. Bytes are those that must cross
+the memory bus at least once; a kernel that reads a tensor twice is charged for once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.attention import GRIDS, relative_errors, threshold_for
+from benchmarks.common import environment, write
+from benchmarks.tensors import zoo_attention
+from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
+from freqopt.kernels.triton_split import ORDER_GROUP
+
+DATA_SHEET = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
+"""Dense half-precision TFLOP/s and memory TB/s by part of the GPU's name."""
+
+CALLS = 5
+
+
+class Work(NamedTuple):
+    """What a kernel must do at least: bytes moved and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+
+class Problem(NamedTuple):
+    """Extents of one call without text: heads, tokens, head dim, bytes per element, density."""
+
+    heads: int
+    tokens: int
+    dim: int
+    element: int
+    density: float
+    probes: int = DEFAULT_PROBES
+
+
+def work_of(p: Problem) -> dict[str, Work]:
+    """Least work of each kernel of a call, by the kernel's name, over all heads."""
+    n, d, e = p.tokens, p.dim, p.element
+    blocks, tiles = -(-n // KEY_BLOCK), -(-n // QUERY_TILE)
+    pairs, rows = blocks * tiles, n * d * e
+    spans = -(-blocks // ORDER_GROUP)
+    attended = p.density * n + blocks
+    per_head = {
+        "summarise_kernel": Work(4 * rows + 4 * n + blocks * d * (8 + e), 0),
+        "centre_kernel": Work(blocks * d * (8 + 2 * e), 0),
+        "first_order_kernel": Work(2 * rows + 4 * spans * d * d, 2 * n * d * d),
+        "order_kernel": Work(4 * spans * d * d, 0),
+        # Two passes of two products over sub-tiles; scores and mass terms written once.
+        "score_kernel": Work(rows + 6 * pairs, 8 * (n / SUB_TILE) * blocks * d),
+        "route_kernel": Work(pairs * (4 + 1 + 6 * p.density), 0),
+        # Queries by keys, and weights by values twice: what is served exactly, and what is not.
+        "probe_kernel": Work(2 * rows, 6 * p.probes * n * d),
+        "estimate_kernel": Work(6 * p.probes * blocks, 2 * p.probes * blocks * d),
+        "fit_kernel": Work(6 * p.probes * blocks, 2 * p.probes * blocks * d),
+        "attend": Work(4 * rows + 4 * p.density * pairs, 4 * n * attended * d + 2 * n * d * d),
+    }
+    return {k: Work(p.heads * w.bytes, p.heads * w.flops) for k, w in per_head.items()}
+
+
+def floor_ms(work: Work, tflops: float, tbs: float) -> tuple[float, str]:
+    """The floor in milliseconds, and what sets it: memory or products."""
+    memory, products = work.bytes / tbs / 1e9, work.flops / tflops / 1e9
+    return (memory, "memory") if memory >= products else (products, "products")
+
+
+def data_sheet(name: str) -> tuple[float, float] | None:
+    """(TFLOP/s, TB/s) of a GPU by its name, or None."""
+    return next((rates for part, rates in DATA_SHEET.items() if part in name), None)
+
+
+def kernel_times(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the GPU of every kernel of a call, by its name, mean of a few calls."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / CALLS / 1e3 for e in profile.key_averages()}
+
+
+def rows_of(
+    times: dict[str, float], work: dict[str, Work], tflops: float, tbs: float
+) -> list[dict[str, Any]]:
+    """One row per kernel, slowest first; kernels of others count together as the rest."""
+    rows, rest = [], 0.0
+    for kernel, ms in times.items():
+        name = "attend" if kernel.startswith("attend") else kernel
+        if name not in work:
+            rest += ms
+            continue
+        floor, bound = floor_ms(work[name], tflops, tbs)
+        rows.append(
+            {
+                "kernel": kernel, "ms": ms, "floor_ms": floor, "bound": bound,
+                "bytes": work[name].bytes, "flops": work[name].flops, "of_floor": floor / ms,
+            }
+        )  # fmt: skip
+    rows.sort(key=lambda row: -row["ms"])
+    rows.append({"kernel": "everything else", "ms": rest, "floor_ms": None})
+    return rows
+
+
+def plot(problems: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Time and floor of each kernel as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(problems), figsize=(6 * len(problems), 4), squeeze=False)
+    for ax, problem in zip(axes[0], problems, strict=True):
+        rows = problem["rows"][::-1]
+        names = [row["kernel"].removesuffix("_kernel") for row in rows]
+        ax.barh(names, [row["ms"] for row in rows], color="#c6d8f3", label="time")
+        floors = [row["floor_ms"] or 0.0 for row in rows]
+        ax.barh(names, floors, height=0.4, color="#1f6feb", label="floor")
+        ax.set(xlabel="ms", title=f"{problem['tokens']:,} tokens, {problem['density']:.0%} density")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, Any]:
+    """All kernels of one call on the zoo DiT's tensors, and the call's error."""
+    import torch.nn.functional as F
+
+    import freqopt
+
+    a = zoo_attention(GRIDS[size])
+    threshold = threshold_for(a, density)
+
+    def call() -> Any:
+        return freqopt.split_attention(
+            a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True
+        )
+
+    out, stats = call()
+    l1, l2 = relative_errors(out, F.scaled_dot_product_attention(a.query, a.key, a.value))
+    reached = float(stats.density.mean())
+    _, heads, tokens, dim = a.query.shape
+    problem = Problem(heads, tokens, dim, a.query.element_size(), reached)
+    rows = rows_of(kernel_times(call), work_of(problem), tflops, tbs)
+    print(f"{heads} heads x {tokens:,} tokens, density {reached:.3f}, L1 {l1:.4f}, L2 {l2:.4f}")
+    for row in rows:
+        floor = f"floor {row['floor_ms']:.3f} ms ({row['bound']})" if row["floor_ms"] else ""
+        print(f"  {row['kernel']:24} {row['ms']:8.3f} ms  {floor}")
+    return {"tokens": tokens, "heads": heads, "density": reached, "l1": l1, "l2": l2, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; `arguments` as on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--tflops", type=float, help="dense half-precision TFLOP/s of the GPU")
+    parser.add_argument("--tbs", type=float, help="TB/s of its memory")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this measures kernels, so it needs an NVIDIA GPU and none is visible")
+    name = torch.cuda.get_device_name()
+    known = data_sheet(name) or (given.tflops, given.tbs)
+    tflops, tbs = given.tflops or known[0], given.tbs or known[1]
+    if tflops is None or tbs is None:
+        parser.error(f"the rates of a {name} are not known here: give --tflops and --tbs")
+    problems = [measure(size, given.density, tflops, tbs) for size in given.sizes]
+    result = {
+        "environment": environment(), "tflops": tflops, "tbs": tbs, "problems": problems,
+    }  # fmt: skip
+    path = write("roofline", result, given.out)
+    plot(problems, f"freqopt on {name}", path.with_suffix(".png"))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The roofline's arithmetic, and how kernels' times are matched with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import roofline
+from benchmarks.roofline import Problem, Work
+
+
+def test_attention_alone_is_dense_work_at_density_one() -> None:
+    work = roofline.work_of(Problem(heads=2, tokens=6400, dim=64, element=2, density=1.0))["attend"]
+    dense = 2 * 4 * 6400 * 6400 * 64
+    low_band_and_first_order = 2 * (4 * 6400 * 100 * 64 + 2 * 6400 * 64 * 64)
+    assert work.flops == dense + low_band_and_first_order
+
+
+def test_every_kernel_that_a_call_launches_has_a_floor() -> None:
+    pytest.importorskip("triton")
+    from freqopt.kernels.specialise import specialisations
+    from freqopt.kernels.variant import Variant
+
+    known = set(roofline.work_of(Problem(1, 6400, 64, 2, 0.1)))
+    launched = {
+        s.function.__name__ for s in specialisations(Variant(90, "float16", 64, False, False))
+    }
+    small = {"limits_kernel", "merge_kernel", "text_kernel"}
+    assert launched - small == (known - {"attend"}) | {"attend_kernel"}
+
+
+def test_floor_is_set_by_the_slower_of_memory_and_products() -> None:
+    assert roofline.floor_ms(Work(4.8e9, 1e9), 989.0, 4.8) == (pytest.approx(1.0), "memory")
+    assert roofline.floor_ms(Work(1e6, 989e9), 989.0, 4.8) == (pytest.approx(1.0), "products")
+
+
+def test_rows_pair_times_with_floors_and_sum_the_rest(tmp_path: Path) -> None:
+    work = roofline.work_of(Problem(24, 32_760, 128, 2, 0.1))
+    times = {"attend_hopper_kernel": 2.5, "score_kernel": 0.3, "a reduction": 0.1, "a cast": 0.2}
+    rows = roofline.rows_of(times, work, 989.0, 4.8)
+    assert [row["kernel"] for row in rows] == [
+        "attend_hopper_kernel", "score_kernel", "everything else"
+    ]  # fmt: skip
+    assert 0 < rows[0]["of_floor"] < 1 and rows[0]["bound"] == "products"
+    assert rows[2]["ms"] == pytest.approx(0.3)
+    roofline.plot([{"tokens": 32_760, "density": 0.1, "rows": rows}], "test", tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_devices_by_name() -> None:
+    assert roofline.data_sheet("NVIDIA H200") == (989.0, 4.8)
+    assert roofline.data_sheet("NVIDIA GeForce RTX 4090") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        roofline.main([])
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
