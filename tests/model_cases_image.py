@@ -87,7 +87,7 @@ def cogview4(grid: Grid, batch: int) -> Made:
     )
 
 
-@case("HunyuanDiT2DModel", dense=2, others=2, image=True)
+@case("HunyuanDiT2DModel", dense=2, others=3, image=True)
 def hunyuan_dit(grid: Grid, batch: int) -> Made:
     model = build(
         "HunyuanDiT2DModel", sample_size=16, patch_size=2, in_channels=4, num_layers=2,
