@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.7 renamed it.
+# The barrier of the warps that run a function together; Triton 3.7 renamed it.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 BLOCK = gl.constexpr(64)  # freqopt.config.KEY_BLOCK
