@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -91,9 +92,9 @@ def _token_order_cpu(grid: Grid) -> Tensor:
     return torch.argsort(hilbert_index(points, bits)).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def token_order(grid: Grid, device: torch.device) -> Tensor:
-    """Hilbert order of a grid's tokens, cached per grid and device.
+    """Hilbert order of a grid's tokens, kept for good per grid and device.
 
     The order is that of the smallest enclosing power-of-two cube with the points outside the grid
     left out, so aligned cubes stay contiguous. Extents of 1 are dropped first: an image gets a
@@ -104,6 +105,21 @@ def token_order(grid: Grid, device: torch.device) -> Tensor:
         device: where the result lives.
 
     Returns:
-        (t*h*w,) int32; element p is the raster index of the p-th token in token order.
+        (t*h*w,) int32; element p is the raster index of the p-th token in token order. Never
+        dropped: a CUDA graph that was recorded with it goes on reading that memory.
+
+    Raises:
+        InputError: a grid that is new to the device comes up while a CUDA graph is being captured.
     """
-    return _token_order_cpu(grid).to(device)
+    order = _token_order_cpu(grid)
+    if device.type != "cuda":
+        return order.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"the token order of grid {grid} is not on {device} yet, and nothing can be copied "
+            "there while a CUDA graph is captured: run the model once before the capture"
+        )
+    # Another thread allocates outside the pool of the CUDA graph that may be warming up in this
+    # one, whose memory is taken back after each replay.
+    with ThreadPoolExecutor(max_workers=1) as other:
+        return other.submit(order.to, device).result()
