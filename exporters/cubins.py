@@ -118,9 +118,15 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
 
 
 def _compile(variant: Variant, folder: Path) -> Iterator[Compiled]:
-    from freqopt.kernels.specialise import compile_specialised, specialisations
+    from freqopt.exporters.launch_arguments import launch_arguments
+    from freqopt.kernels.specialise import (
+        compile_specialised,
+        hopper_specialisation,
+        specialisations,
+    )
 
-    for given in specialisations(variant):
+    fast = hopper_specialisation(variant)
+    for given in [*specialisations(variant), *([fast] if fast else [])]:
         made = compile_specialised(given, variant)
         flags = f"{'m' if variant.mid_band else ''}{'k' if variant.masked else ''}"
         stem = f"{given.name}_sm{variant.capability}_{variant.dtype}_d{variant.head_dim}{flags}"
@@ -129,7 +135,7 @@ def _compile(variant: Variant, folder: Path) -> Iterator[Compiled]:
             kernel=given.name,
             symbol=made.metadata.name,
             variant=variant,
-            arguments=tuple(a for a in given.function.arg_names if a not in given.constants),
+            arguments=launch_arguments(given, made),
             tile=given.tile,
             warps=made.metadata.num_warps,
             shared=made.metadata.shared,

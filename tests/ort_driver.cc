@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "cuda_driver.h"
+
 namespace {
 std::map<void*, std::string> g_names;
 int capability() { return std::atoi(std::getenv("FAKE_CAPABILITY")); }
@@ -34,6 +36,21 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuMemsetD32Async(unsigned long long to, unsigned value, size_t n, void*) {
   return std::printf("fill %llu %u %zu\n", to, value, n), 0;
 }
+#ifndef WITHOUT_TENSOR_MAPS
+int cuTensorMapEncodeTiled(freqopt::TensorMap* map, int type, uint32_t rank, void* data,
+                           const uint64_t* extents, const uint64_t* strides, const uint32_t* box,
+                           const uint32_t* every, int interleave, int swizzle, int promotion, int fill) {
+  if (reinterpret_cast<uintptr_t>(map) % 64 || rank != 2) return 1;
+  const auto at = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(data));
+  std::memset(map, 0, sizeof *map);
+  std::memcpy(map, &at, sizeof at);  // so that a launch shows which map it was given
+  std::printf("map %llu %d %llu %llu %llu %u %u %u %u %d %d %d %d\n", at, type,
+              static_cast<unsigned long long>(extents[0]), static_cast<unsigned long long>(extents[1]),
+              static_cast<unsigned long long>(strides[0]), box[0], box[1], every[0], every[1],
+              interleave, swizzle, promotion, fill);
+  return std::getenv("FAKE_MAP_FAILURE") ? 1 : 0;
+}
+#endif
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned,
                    unsigned, unsigned shared, void* stream, void** arguments, void** extra) {
   const std::string& name = g_names[function];

@@ -22,6 +22,9 @@ int main(int argc, char** argv) {
     for (const auto& [name, offset] : plan.offset) std::printf("buffer %s %zu\n", name.c_str(), offset);
     std::printf("bytes %zu\n", plan.workspace_bytes);
     freqopt::launch_cuda(call, plan, address(0x100000));
+    const freqopt::AttendCounts n_attend = freqopt::attend_counts();
+    std::printf("counts %lld %lld %lld\n", static_cast<long long>(n_attend.hopper),
+                static_cast<long long>(n_attend.portable), static_cast<long long>(n_attend.unmapped));
   } catch (const std::exception& failed) {
     std::printf("error %s\n", failed.what());
   }

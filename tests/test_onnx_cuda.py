@@ -5,8 +5,6 @@ A made-up driver records every launch. What only a GPU can show is marked gpu.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,16 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("onnx")
 
-from freqopt.exporters import ort_library
+from ort_programs import Programs, build_programs
+
 from freqopt.exporters.cubins import Compiled, compile_table, write_sources
-from freqopt.exporters.ort_library import SOURCES, build_library
+from freqopt.exporters.ort_library import build_library
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
 
 HOPPER = Variant(90, "float16", 64, True, True)
 AMPERE = Variant(80, "float16", 64, False, False)
-FLAGS = ("-std=c++17", "-O1", f"-I{SOURCES}")
 PLAIN = {"text_key": 0x2000, "text_value": 0x3000, "query": 0x1000, "order": 0x6000}
 
 
@@ -38,32 +36,8 @@ def table(folder: Path) -> list[Compiled]:
 
 
 @pytest.fixture(scope="module")
-def programs(folder: Path, table: list[Compiled]) -> tuple[Path, Path]:
-    """(a program that launches, the made-up driver)."""
-    here, compiler = Path(__file__).parent, ort_library.compiler()
-    driver, program = folder / "driver.so", folder / "launch"
-    built = [compiler, *FLAGS, "-shared", "-fPIC", str(here / "ort_driver.cc"), "-o", str(driver)]
-    subprocess.run(built, check=True)
-    sources = [here / "ort_launch.cc", SOURCES / "split_cuda.cc", *write_sources(table, folder)]
-    built = [compiler, *FLAGS, *map(str, sources), "-ldl", "-o", str(program)]
-    subprocess.run(built, check=True)
-    return program, driver
-
-
-def run(
-    programs: tuple[Path, Path], table: list[Compiled], *arguments: float, capability: int = 90,
-    **environment: str,
-) -> list[list[str]]:  # fmt: skip
-    counts = ";".join(f"{row.symbol}:{len(row.arguments)}" for row in table)
-    given = {
-        **os.environ, "FREQOPT_LIBCUDA": str(programs[1]), "FAKE_COUNTS": counts,
-        "FAKE_CAPABILITY": str(capability), **environment,
-    }  # fmt: skip
-    done = subprocess.run(
-        [str(programs[0]), *map(str, arguments)], env=given, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    return [line.split(" ") for line in done.stdout.splitlines()]
+def programs(folder: Path, table: list[Compiled]) -> Programs:
+    return build_programs(table, folder)
 
 
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
@@ -73,12 +47,10 @@ def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
 
 
-def test_launches(programs: tuple[Path, Path], table: list[Compiled]) -> None:
+def test_launches(programs: Programs, table: list[Compiled]) -> None:
     """Batch 2, 4 heads over 2 key heads, 5 x 7 x 9 tokens after 3 text tokens, 2 behind."""
     batch, heads, kv_heads, length, dim, tokens, before = 2, 4, 2, 320, 64, 315, 3
-    lines = run(
-        programs, table, batch, heads, kv_heads, length, dim, tokens, before, 0.0, 1, 64, 1, 1
-    )
+    lines = programs.run(batch, heads, kv_heads, length, dim, tokens, before, 0.0, 1, 64, 1, 1)
     assert not [line for line in lines if line[0] == "error"], lines
     rows: dict[str, list[Compiled]] = {}
     for row in table:
@@ -140,10 +112,8 @@ def test_launches(programs: tuple[Path, Path], table: list[Compiled]) -> None:
     assert raised == large
 
 
-def test_workspace_holds_what_is_written(
-    programs: tuple[Path, Path], table: list[Compiled]
-) -> None:
-    lines = run(programs, table, 2, 4, 2, 320, 64, 315, 3, 0.0, 1, 64, 1, 1)
+def test_workspace_holds_what_is_written(programs: Programs) -> None:
+    lines = programs.run(2, 4, 2, 320, 64, 315, 3, 0.0, 1, 64, 1, 1)
     offsets = sorted((int(line[2]), line[1]) for line in lines if line[0] == "buffer")
     end = next(int(line[1]) for line in lines if line[0] == "bytes")
     room = {
@@ -164,24 +134,22 @@ def test_workspace_holds_what_is_written(
         assert size <= room[name] < size + 256, name
 
 
-def test_without_probes_the_coefficients_are_one(
-    programs: tuple[Path, Path], table: list[Compiled]
-) -> None:
-    lines = run(programs, table, 1, 2, 2, 315, 64, 315, 0, 0.0, 0, 0, 1, 0, capability=86)
+def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:
+    lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.0, 0, 0, 1, 0, capability=86)
     assert [line[2:] for line in lines if line[0] == "fill"] == [[str(0x3F800000), "4"]]
     names = [line[1] for line in lines if line[0] == "launch"]
     assert "fit_kernel" not in names and "text_kernel" not in names and "attend_kernel" in names
 
 
-def test_failures_have_messages(programs: tuple[Path, Path], table: list[Compiled]) -> None:
+def test_failures_have_messages(programs: Programs) -> None:
     good = (1, 2, 2, 315, 64, 315, 0, 0.0, 0, 64, 1, 0)
 
     def message(arguments: tuple[float, ...], **more: str) -> str:
         capability = int(more.pop("capability", "80"))
-        lines = run(programs, table, *arguments, capability=capability, **more)
+        lines = programs.run(*arguments, capability=capability, **more)
         return " ".join(lines[-1])
 
-    assert message(good).startswith("launch")
+    assert message(good) == "counts 0 1 0"
     assert "no attend kernel for sm_90, float16, head_dim 64" in message(good, capability="90")
     assert "bfloat16" in message((*good[:-2], 2, 0))
     assert "head_dim 72" in message((*good[:4], 72, *good[5:]))

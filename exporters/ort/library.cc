@@ -319,3 +319,13 @@ EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::A
 
 // What this file was built for, so that a runner can refuse a library of another version.
 EXPORT const char* freqopt_ort_version() { return FREQOPT_ORT_VERSION; }
+
+// Which kernel attended so far in this process: {hopper, portable, unmapped} as in AttendCounts.
+EXPORT void freqopt_ort_attend_counts(int64_t* counts) {
+#ifdef FREQOPT_CUDA
+  const freqopt::AttendCounts found = freqopt::attend_counts();
+  counts[0] = found.hopper, counts[1] = found.portable, counts[2] = found.unmapped;
+#else
+  counts[0] = counts[1] = counts[2] = 0;
+#endif
+}

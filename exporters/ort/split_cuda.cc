@@ -1,13 +1,14 @@
 #include "split_cuda.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
+
+#include "cuda_driver.h"
 
 namespace freqopt {
 namespace {
@@ -17,76 +18,10 @@ constexpr int64_t kProbePrograms = 512, kMaxParts = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The few driver functions used, with their documented C signatures.
-struct Driver {
-  int (*GetErrorString)(int, const char**);
-  int (*CtxGetDevice)(int*);
-  int (*DeviceGetAttribute)(int*, int, int);
-  int (*ModuleLoadData)(void**, const void*);
-  int (*ModuleGetFunction)(void**, void*, const char*);
-  int (*FuncSetAttribute)(void*, int, int);
-  int (*MemsetD32Async)(unsigned long long, unsigned, size_t, void*);
-  int (*LaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                      void*, void**, void**);
-
-  static const Driver& get() {
-    static const Driver driver = open();
-    return driver;
-  }
-
-  void check(int code, const std::string& doing) const {
-    if (code == 0) return;
-    const char* text = nullptr;
-    GetErrorString(code, &text);
-    throw std::runtime_error(doing + " failed: " + (text ? text : "unknown CUDA error") + " (" +
-                             std::to_string(code) + ")");
-  }
-
- private:
-  static Driver open() {
-    const char* path = std::getenv("FREQOPT_LIBCUDA");
-    void* handle = dlopen(path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (!handle) throw std::runtime_error(std::string("the CUDA driver cannot be opened: ") + dlerror());
-    auto find = [handle](const char* name) {
-      void* symbol = dlsym(handle, name);
-      if (!symbol) throw std::runtime_error(std::string("the CUDA driver has no ") + name);
-      return symbol;
-    };
-    Driver d;
-    auto set = [&](auto& slot, const char* name) {
-      slot = reinterpret_cast<std::decay_t<decltype(slot)>>(find(name));
-    };
-    set(d.GetErrorString, "cuGetErrorString");
-    set(d.CtxGetDevice, "cuCtxGetDevice");
-    set(d.DeviceGetAttribute, "cuDeviceGetAttribute");
-    set(d.ModuleLoadData, "cuModuleLoadData");
-    set(d.ModuleGetFunction, "cuModuleGetFunction");
-    set(d.FuncSetAttribute, "cuFuncSetAttribute");
-    set(d.MemsetD32Async, "cuMemsetD32Async");
-    set(d.LaunchKernel, "cuLaunchKernel");
-    return d;
-  }
-};
-
-struct Device {
-  int ordinal = 0, capability = 0;
-};
-
-Device current_device() {
-  const Driver& driver = Driver::get();
-  Device device;
-  int major = 0, minor = 0;
-  driver.check(driver.CtxGetDevice(&device.ordinal), "finding the current GPU");
-  driver.check(driver.DeviceGetAttribute(&major, 75, device.ordinal), "asking the GPU's capability");
-  driver.check(driver.DeviceGetAttribute(&minor, 76, device.ordinal), "asking the GPU's capability");
-  device.capability = major * 10 + minor;
-  return device;
-}
-
 bool masked(const CudaCall& call) { return call.mask_length != 1; }
 
-// The best entry for a kernel: code runs on later chips of its own generation.
-const Cubin& choose(const CudaCall& call, const std::string& kernel, int capability) {
+// The best entry for a kernel, or null: code runs on later chips of its own generation.
+const Cubin* find(const CudaCall& call, const std::string& kernel, int capability) {
   const Cubin* best = nullptr;
   for (int i = 0; i < kCubinCount; ++i) {
     const Cubin& c = kCubins[i];
@@ -97,7 +32,11 @@ const Cubin& choose(const CudaCall& call, const std::string& kernel, int capabil
     }
     if (!best || c.capability > best->capability) best = &c;
   }
-  if (best) return *best;
+  return best;
+}
+
+const Cubin& choose(const CudaCall& call, const std::string& kernel, int capability) {
+  if (const Cubin* best = find(call, kernel, capability)) return *best;
   static const char* const types[] = {"float32", "float16", "bfloat16"};
   throw std::runtime_error(
       "this library has no " + kernel + " kernel for sm_" + std::to_string(capability) + ", " +
@@ -137,9 +76,11 @@ const Loaded& load(const Cubin& cubin, const Device& device) {
   return cache.emplace(key, std::move(loaded)).first->second;
 }
 
-struct Argument {  // eight bytes that hold a pointer, an int32 or a float
+struct Argument {  // a tensor map, or eight bytes that hold a pointer, an integer or a float
   uint64_t bits = 0;
+  const TensorMap* map = nullptr;
   Argument() = default;
+  Argument(const TensorMap* m) : map(m) {}
   Argument(void* p) { std::memcpy(&bits, &p, sizeof p); }
   Argument(int64_t v) {
     if (v > INT32_MAX) throw std::runtime_error("an extent of the tensors exceeds 2^31");
@@ -147,6 +88,7 @@ struct Argument {  // eight bytes that hold a pointer, an int32 or a float
     std::memcpy(&bits, &small, 4);
   }
   Argument(float v) { std::memcpy(&bits, &v, 4); }
+  void* address() { return map ? const_cast<TensorMap*>(map) : static_cast<void*>(&bits); }
 };
 using Arguments = std::map<std::string, Argument>;
 
@@ -180,7 +122,7 @@ void launch(const CudaCall& call, const Device& device, const std::string& kerne
   }
   values.resize(values.size() + 2);  // Triton's two scratch pointers, unused
   std::vector<void*> pointers;
-  for (Argument& value : values) pointers.push_back(&value.bits);
+  for (Argument& value : values) pointers.push_back(value.address());
   const Driver& driver = Driver::get();
   driver.check(driver.LaunchKernel(loaded.function, unsigned(x), unsigned(y), unsigned(z),
                                    unsigned(cubin.warps * 32), 1, 1, unsigned(cubin.shared),
@@ -188,7 +130,42 @@ void launch(const CudaCall& call, const Device& device, const std::string& kerne
                "launching the " + kernel + " kernel");
 }
 
+std::atomic<int64_t> g_hopper{0}, g_portable{0}, g_unmapped{0};
+
+// The fused attention. Its kernel for Hopper is in the table for the variants that it serves, and
+// takes calls without text: together what freqopt.kernels.hopper.applies says.
+void launch_attend(const CudaCall& call, const Device& device, const Sizes& s, Arguments& a) {
+  const Cubin* hopper = find(call, "attend_hopper", device.capability);
+  const bool wanted = hopper && device.capability == 90 && s.text == 0;
+  if (!wanted || !Driver::get().TensorMapEncodeTiled) {
+    const int64_t rows = choose(call, "attend", device.capability).tile;
+    launch(call, device, "attend", a, {}, ceil_div(call.extents.tokens, rows), s.pairs);
+    ++g_portable;
+    g_unmapped += wanted;
+    return;
+  }
+  const int64_t d = call.extents.dim, means = s.kv * s.blocks;
+  std::deque<TensorMap> maps;  // the driver copies them at launch
+  Arguments own;
+  auto map = [&](const std::string& name, const char* data, int64_t rows) {
+    void* at = nullptr;
+    std::memcpy(&at, &a[data].bits, sizeof at);
+    own[name + ".map"] = &maps.emplace_back(map_rows(at, rows, d, call.type == 2));
+    own[name + ".extent0"] = rows, own[name + ".extent1"] = d;
+    own[name + ".stride0"] = d, own[name + ".stride1"] = int64_t(1);
+  };
+  map("key", "key_out", means * kKeyBlock), map("value", "value_out", means * kKeyBlock);
+  map("low_key", "low_key", means), map("low_value", "low_value", means);
+  map("low_order", "low_order", s.kv * d);
+  // Without text these are not read.
+  map("text_key", "key_out", means * kKeyBlock), map("text_value", "value_out", means * kKeyBlock);
+  launch(call, device, "attend_hopper", a, own, ceil_div(call.extents.tokens, hopper->tile), s.pairs);
+  ++g_hopper;
+}
+
 }  // namespace
+
+AttendCounts attend_counts() { return {g_hopper, g_portable, g_unmapped}; }
 
 CudaPlan plan_cuda(const CudaCall& call) {
   const Sizes s(call);
@@ -287,7 +264,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
     driver.check(driver.MemsetD32Async(address, kOne, size_t(s.pairs * 2), call.stream),
                  "filling the coefficients");
   }
-  go("attend", {}, ceil_div(e.tokens, tile_of("attend")), s.pairs);
+  launch_attend(call, device, s, a);
   if (s.text > 0) go("text", {}, ceil_div(s.text, tile_of("text")), s.pairs);
 }
 

@@ -13,7 +13,9 @@
 namespace freqopt {
 
 struct Cubin {  // one row of the generated table
-  const char *kernel, *symbol, *arguments;  // arguments: names, comma-separated, in launch order
+  // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
+  // its extents and strides in elements, which Triton passes once more.
+  const char *kernel, *symbol, *arguments;
   int capability, dtype, head_dim, mid_band, masked;
   int tile, warps, shared;
   const unsigned char* image;
@@ -37,5 +39,11 @@ struct CudaPlan {  // where each intermediate tensor lies in the workspace
 // Both throw std::runtime_error with a message for the user.
 CudaPlan plan_cuda(const CudaCall& call);
 void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace);
+
+struct AttendCounts {  // launches of the fused attention in this process, by kernel
+  // unmapped: those of `portable` that `hopper` would have served if the driver made tensor maps.
+  int64_t hopper, portable, unmapped;
+};
+AttendCounts attend_counts();
 
 }  // namespace freqopt
