@@ -36,6 +36,12 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuMemsetD32Async(unsigned long long to, unsigned value, size_t n, void*) {
   return std::printf("fill %llu %u %zu\n", to, value, n), 0;
 }
+int cuMemcpy2DAsync_v2(const freqopt::Copy2D* copy, void*) {
+  std::printf("copy %zu %zu %zu %zu %zu %zu\n", reinterpret_cast<uintptr_t>(copy->source),
+              reinterpret_cast<uintptr_t>(copy->target), copy->source_pitch, copy->target_pitch,
+              copy->width, copy->height);
+  return copy->source_type == 2 && copy->target_type == 2 && sizeof *copy == 128 ? 0 : 1;
+}
 #ifndef WITHOUT_TENSOR_MAPS
 int cuTensorMapEncodeTiled(freqopt::TensorMap* map, int type, uint32_t rank, void* data,
                            const uint64_t* extents, const uint64_t* strides, const uint32_t* box,

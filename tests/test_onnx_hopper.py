@@ -23,7 +23,7 @@ SERVED = Variant(90, "bfloat16", 128, False, False)
 HALF, BFLOAT16 = 1, 2
 # batch, heads, kv_heads, length, dim, tokens, text_before, density, mid, probes, type, masked
 GOOD = (2, 4, 2, 315, 128, 315, 0, 0.0, 0, 64, BFLOAT16, 0)
-MAPPED = ("key", "value", "low_key", "low_value", "low_order", "text_key", "text_value")
+MAPPED = ("key", "value", "low_key", "low_value", "low_order")
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,10 @@ def test_maps_and_arguments_are_those_of_the_pytorch_launch(
     assert symbol == row.symbol
     assert [int(v) for v in (x, y, z, threads, shared, stream)] == [3, 8, 1, 384, row.shared, 0x77]
     at = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
-    at |= {name: at["key_out"] for name in ("key", "text_key")}  # as hopper.attend without text
-    at |= {name: at["value_out"] for name in ("value", "text_value")}
+    at |= {"key": at["key_out"], "value": at["value_out"]}
     kv, blocks, dim = 4, 5, 128
     whole, means = kv * blocks * 64, kv * blocks
-    sizes = (whole, whole, means, means, kv * dim, whole, whole)
-    rows = dict(zip(MAPPED, sizes, strict=True))
+    rows = dict(zip(MAPPED, (whole, whole, means, means, kv * dim), strict=True))
     maps = [line[1:] for line in lines if line[0] == "map"]
     host_bfloat16, swizzle_128, promote_128 = 9, 3, 2
     assert [[int(v) for v in line] for line in maps] == [
@@ -84,23 +82,46 @@ def test_maps_and_arguments_are_those_of_the_pytorch_launch(
         "stride_mb": 0, "key_mask": at["route"], "heads": 4, "group_size": 2, "tokens": 315,
         "tiles": 3, "blocks": 5, "text": 0, "text_before": 0, "scale": 0x3E000000,
     }  # fmt: skip
-    for n in MAPPED:
-        expected |= {f"{n}.map": at[n], f"{n}.extent0": rows[n], f"{n}.extent1": dim}
-        expected |= {f"{n}.stride0": dim, f"{n}.stride1": 1}
+    for name in (*MAPPED, "text_key", "text_value"):
+        n = name.removeprefix("text_")  # as hopper.attend without text
+        expected |= {f"{name}.map": at[n], f"{name}.extent0": rows[n], f"{name}.extent1": dim}
+        expected |= {f"{name}.stride0": dim, f"{name}.stride1": 1}
     assert dict(zip(row.arguments, map(int, values), strict=False)) == expected
     assert values[len(row.arguments) :] == ["0", "0"]
     assert lines[-1] == ["counts", "1", "0", "0"]
     assert ["shared", symbol, "8", str(row.shared)] in lines
 
 
-@pytest.mark.parametrize(
-    "change", [{3: 320}, {3: 318, 6: 3}], ids=["text behind the video", "text before it"]
-)
-def test_text_goes_to_the_portable_kernel(programs: Programs, change: dict[int, int]) -> None:
-    lines = programs.run(*(change.get(i, v) for i, v in enumerate(GOOD)))
-    assert attend_of(lines)[1] == "attend_kernel"
-    assert not [line for line in lines if line[0] == "map"]
-    assert lines[-1] == ["counts", "0", "1", "0"]
+def test_text_is_gathered_into_whole_tiles(programs: Programs, table: list[Compiled]) -> None:
+    """3 text tokens before the video and 130 behind it: 256 rows per key head, zeros at the end."""
+    before, after, kv, row = 3, 130, 4, 256
+    length = before + 315 + after
+    given = (*GOOD[:3], length, 128, 315, before, *GOOD[7:])
+    lines = programs.run(*given)
+    at = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
+    expected = []
+    for source, target in ((0x2000, at["text_key_rows"]), (0x3000, at["text_value_rows"])):
+        pitches = [length * row, 256 * row]
+        words = kv * 256 * row // 4
+        expected += [["fill", target, 0, words], ["copy", source, target, *pitches, 3 * row, kv]]
+        far = source + (before + 315) * row
+        expected += [["copy", far, target + 3 * row, *pitches, after * row, kv]]
+    moved = [[line[0], *map(int, line[1:])] for line in lines if line[0] in ("fill", "copy")]
+    assert moved == expected
+    maps = [[int(v) for v in line[1:]] for line in lines if line[0] == "map"]
+    assert [m[3] for m in maps if m[0] == at["text_key_rows"]] == [kv * 256]
+    (row_of,) = [row for row in table if row.kernel == "attend_hopper"]
+    values = dict(zip(row_of.arguments, map(int, attend_of(lines)[8:]), strict=False))
+    assert values["text_value.map"] == at["text_value_rows"] and values["text"] == 133
+    assert values["text_value.extent0"] == kv * 256 and values["text_before"] == 3
+    end = next(int(line[1]) for line in lines if line[0] == "bytes") + 0x100000
+    assert at["text_value_rows"] + kv * 256 * row <= end
+    assert lines[-1] == ["counts", "1", "0", "0"]
+
+
+def test_whole_tiles_of_text_need_no_zeros(programs: Programs) -> None:
+    lines = programs.run(*GOOD[:3], 315 + 128, *GOOD[4:])
+    assert [line[0] for line in lines if line[0] in ("fill", "copy")] == ["copy", "copy"]
 
 
 def test_a_driver_without_tensor_maps_is_served_and_counted(

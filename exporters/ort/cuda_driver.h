@@ -15,6 +15,20 @@ struct alignas(64) TensorMap {
   unsigned char opaque[128];
 };
 
+struct Copy2D {  // CUDA_MEMCPY2D, between device addresses
+  size_t source_x = 0, source_y = 0;
+  int source_type = 2;
+  const void* source_host = nullptr;
+  const void* source = nullptr;
+  void* source_array = nullptr;
+  size_t source_pitch = 0, target_x = 0, target_y = 0;
+  int target_type = 2;
+  void* target_host = nullptr;
+  void* target = nullptr;
+  void* target_array = nullptr;
+  size_t target_pitch = 0, width = 0, height = 0;
+};
+
 // The few driver functions used, with their documented C signatures.
 struct Driver {
   int (*GetErrorString)(int, const char**);
@@ -24,6 +38,7 @@ struct Driver {
   int (*ModuleGetFunction)(void**, void*, const char*);
   int (*FuncSetAttribute)(void*, int, int);
   int (*MemsetD32Async)(unsigned long long, unsigned, size_t, void*);
+  int (*Memcpy2DAsync)(const Copy2D*, void*);
   int (*LaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                       void*, void**, void**);
   // Null in drivers older than CUDA 12.0.
@@ -63,6 +78,7 @@ struct Driver {
     set(d.ModuleGetFunction, "cuModuleGetFunction");
     set(d.FuncSetAttribute, "cuFuncSetAttribute");
     set(d.MemsetD32Async, "cuMemsetD32Async");
+    set(d.Memcpy2DAsync, "cuMemcpy2DAsync_v2");
     set(d.LaunchKernel, "cuLaunchKernel");
     find(d.TensorMapEncodeTiled, "cuTensorMapEncodeTiled");
     return d;

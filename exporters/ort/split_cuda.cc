@@ -88,6 +88,11 @@ struct Argument {  // a tensor map, or eight bytes that hold a pointer, an integ
     std::memcpy(&bits, &small, 4);
   }
   Argument(float v) { std::memcpy(&bits, &v, 4); }
+  void* pointer() const {
+    void* p = nullptr;
+    std::memcpy(&p, &bits, sizeof p);
+    return p;
+  }
   void* address() { return map ? const_cast<TensorMap*>(map) : static_cast<void*>(&bits); }
 };
 using Arguments = std::map<std::string, Argument>;
@@ -132,35 +137,79 @@ void launch(const CudaCall& call, const Device& device, const std::string& kerne
 
 std::atomic<int64_t> g_hopper{0}, g_portable{0}, g_unmapped{0};
 
-// The fused attention. Its kernel for Hopper is in the table for the variants that it serves, and
-// takes calls without text: together what freqopt.kernels.hopper.applies says.
-void launch_attend(const CudaCall& call, const Device& device, const Sizes& s, Arguments& a) {
-  const Cubin* hopper = find(call, "attend_hopper", device.capability);
-  const bool wanted = hopper && device.capability == 90 && s.text == 0;
-  if (!wanted || !Driver::get().TensorMapEncodeTiled) {
-    const int64_t rows = choose(call, "attend", device.capability).tile;
-    launch(call, device, "attend", a, {}, ceil_div(call.extents.tokens, rows), s.pairs);
-    ++g_portable;
-    g_unmapped += wanted;
-    return;
+// The Hopper kernel, or null where freqopt.kernels.hopper.applies() is false: the table has it for
+// the variants that it serves.
+const Cubin* find_hopper(const CudaCall& call, const Device& device) {
+  return device.capability == 90 ? find(call, "attend_hopper", 90) : nullptr;
+}
+
+int64_t whole_tiles(int64_t rows) { return ceil_div(rows, kQueryTile) * kQueryTile; }
+
+void fill(const Argument& to, unsigned word, int64_t words, const CudaCall& call) {
+  const Driver& driver = Driver::get();
+  driver.check(driver.MemsetD32Async(to.bits, word, size_t(words), call.stream), "filling a buffer");
+}
+
+// The text tokens of (kv, N, D) `from`, with zeros up to whole tiles: the kernel weighs the rows
+// behind the text with 0, so they must be numbers.
+void gather_text(const CudaCall& call, const Sizes& s, void* from, const Argument& to) {
+  const Extents& e = call.extents;
+  const int64_t row = e.dim * 2, padded = whole_tiles(s.text);
+  if (padded > s.text) fill(to, 0, s.kv * padded * row / 4, call);
+  const std::pair<int64_t, int64_t> before{0, e.text_before};
+  const std::pair<int64_t, int64_t> after{e.text_before + e.tokens, s.text - e.text_before};
+  int64_t at = 0;
+  for (const auto& [start, count] : {before, after}) {
+    if (count == 0) continue;
+    Copy2D copy;
+    copy.source = static_cast<const char*>(from) + start * row;
+    copy.target = static_cast<char*>(to.pointer()) + at * row;
+    copy.source_pitch = size_t(e.length * row), copy.target_pitch = size_t(padded * row);
+    copy.width = size_t(count * row), copy.height = size_t(s.kv);
+    Driver::get().check(Driver::get().Memcpy2DAsync(&copy, call.stream), "copying text tokens");
+    at += count;
   }
+}
+
+void launch_hopper(const CudaCall& call, const Device& device, const Sizes& s, const Cubin& cubin,
+                   const Arguments& a) {
   const int64_t d = call.extents.dim, means = s.kv * s.blocks;
   std::deque<TensorMap> maps;  // the driver copies them at launch
   Arguments own;
   auto map = [&](const std::string& name, const char* data, int64_t rows) {
-    void* at = nullptr;
-    std::memcpy(&at, &a[data].bits, sizeof at);
-    own[name + ".map"] = &maps.emplace_back(map_rows(at, rows, d, call.type == 2));
+    own[name + ".map"] = &maps.emplace_back(map_rows(a.at(data).pointer(), rows, d, call.type == 2));
     own[name + ".extent0"] = rows, own[name + ".extent1"] = d;
     own[name + ".stride0"] = d, own[name + ".stride1"] = int64_t(1);
   };
   map("key", "key_out", means * kKeyBlock), map("value", "value_out", means * kKeyBlock);
   map("low_key", "low_key", means), map("low_value", "low_value", means);
   map("low_order", "low_order", s.kv * d);
-  // Without text these are not read.
-  map("text_key", "key_out", means * kKeyBlock), map("text_value", "value_out", means * kKeyBlock);
-  launch(call, device, "attend_hopper", a, own, ceil_div(call.extents.tokens, hopper->tile), s.pairs);
-  ++g_hopper;
+  if (s.text > 0) {
+    gather_text(call, s, call.key, a.at("text_key_rows"));
+    gather_text(call, s, call.value, a.at("text_value_rows"));
+    const int64_t rows = s.kv * whole_tiles(s.text);
+    map("text_key", "text_key_rows", rows), map("text_value", "text_value_rows", rows);
+  } else {  // never read
+    for (const char* part : {".map", ".extent0", ".extent1", ".stride0", ".stride1"}) {
+      own[std::string("text_key") + part] = own[std::string("key") + part];
+      own[std::string("text_value") + part] = own[std::string("value") + part];
+    }
+  }
+  launch(call, device, "attend_hopper", a, own, ceil_div(call.extents.tokens, cubin.tile), s.pairs);
+}
+
+// The fused attention, by the fastest kernel that serves the call.
+void launch_attend(const CudaCall& call, const Device& device, const Sizes& s, const Arguments& a) {
+  const Cubin* hopper = find_hopper(call, device);
+  if (hopper && Driver::get().TensorMapEncodeTiled) {
+    launch_hopper(call, device, s, *hopper, a);
+    ++g_hopper;
+    return;
+  }
+  const int64_t rows = choose(call, "attend", device.capability).tile;
+  launch(call, device, "attend", a, {}, ceil_div(call.extents.tokens, rows), s.pairs);
+  ++g_portable;
+  if (hopper) ++g_unmapped;
 }
 
 }  // namespace
@@ -179,7 +228,8 @@ CudaPlan plan_cuda(const CudaCall& call) {
   if (call.mask_length == 1 && call.mask_batch != 1) {
     throw std::runtime_error("a key_mask of shape (batch, 1) is not supported on the GPU");
   }
-  choose(call, "attend", current_device().capability);  // say early that nothing fits
+  const Device device = current_device();
+  choose(call, "attend", device.capability);  // say early that nothing fits
   CudaPlan plan;
   size_t at = 0;
   auto add = [&](const char* name, int64_t elements, int64_t bytes) {
@@ -204,6 +254,10 @@ CudaPlan plan_cuda(const CudaCall& call) {
   add("pooled", mid ? s.pairs * s.probes * d : 0, 4), add("coefficients", s.pairs * 2, 4);
   add("logit", s.pairs * s.probes * s.columns, 4), add("term", s.pairs * s.probes * s.columns, 2);
   add("probe_error", s.pairs, 4);
+  if (s.text > 0 && find_hopper(call, device)) {
+    const int64_t text = s.kv * whole_tiles(s.text) * d;
+    add("text_key_rows", text, own), add("text_value_rows", text, own);
+  }
   plan.workspace_bytes = at;
   return plan;
 }
@@ -257,12 +311,8 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
        ceil_div(s.probes, tile_of("fit")));
     go("fit", {}, s.pairs, 1);
   } else {
-    const Driver& driver = Driver::get();
-    unsigned long long address = 0;
-    std::memcpy(&address, &a["coefficients"].bits, 8);
     constexpr unsigned kOne = 0x3f800000;  // 1.0f
-    driver.check(driver.MemsetD32Async(address, kOne, size_t(s.pairs * 2), call.stream),
-                 "filling the coefficients");
+    fill(a["coefficients"], kOne, s.pairs * 2, call);
   }
   launch_attend(call, device, s, a);
   if (s.text > 0) go("text", {}, ceil_div(s.text, tile_of("text")), s.pairs);
