@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGES = 3
-"""Buffers of 128 keys and of 128 values in shared memory; three fill it."""
+from freqopt.config import QUERY_TILE
+from freqopt.kernels.layout import Sequence
+
+STAGES = {64: 6, 128: 3}
+"""Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -17,16 +20,14 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def applies(query: Tensor, *, mid_band: bool, text: int) -> bool:
+def applies(query: Tensor, *, mid_band: bool) -> bool:
     """Whether `attend` serves this call."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return (
-        half and query.shape[-1] == 128 and not mid_band and text == 0 and _is_hopper(query.device)
-    )
+    return half and query.shape[-1] in STAGES and not mid_band and _is_hopper(query.device)
 
 
 def _descriptor(x: Tensor) -> Any:
-    """Rows of 128 channels, loaded in boxes of 64 by 64."""
+    """Rows of D channels, loaded in boxes of 64 by 64."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from freqopt.kernels.gluon_attend import OPERAND
@@ -34,22 +35,39 @@ def _descriptor(x: Tensor) -> Any:
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [64, 64], OPERAND.value)
 
 
+def _text_rows(x: Tensor, sequence: Sequence) -> Tensor:
+    """Text tokens of (B, Hkv, N, D) with zeros up to whole tiles, (B, Hkv, X rounded up, D)."""
+    before, after = sequence.text_before, sequence.text_before + sequence.tokens
+    missing = -sequence.text % QUERY_TILE
+    zeros = x.new_zeros(1, 1, 1, 1).expand(*x.shape[:2], missing, x.shape[-1])
+    return torch.cat([x[:, :, :before], x[:, :, after:], zeros], 2)
+
+
 def attend(
-    query: Tensor, order: Tensor, key: Tensor, value: Tensor, low_key: Tensor, low_value: Tensor,
-    low_order: Tensor, key_shift: Tensor, mass_term: Tensor, coefficients: Tensor,
-    exact_list: Tensor, counts: Tensor, out: Tensor, *, text_before: int, tokens: int, scale: float,
+    query: Tensor, order: Tensor, key: Tensor, value: Tensor, text_key: Tensor, text_value: Tensor,
+    key_mask: Tensor | None, low_key: Tensor, low_value: Tensor, low_order: Tensor,
+    key_shift: Tensor, mass_term: Tensor, coefficients: Tensor, exact_list: Tensor, counts: Tensor,
+    out: Tensor, sequence: Sequence, scale: float,
 ) -> None:  # fmt: skip
-    """The fused low-band and exact attention of the video queries, into `out` (B, H, N, D)."""
+    """The fused low-band, text and exact attention of the video queries, into `out` (B, H, N, D).
+
+    key, value: in token order; text_key, text_value: (B, Hkv, N, D) as the model gave them.
+    """
     from freqopt.kernels.gluon_attend import attend_hopper_kernel
 
-    batch, heads = query.shape[:2]
+    batch, heads, _, dim = query.shape
     kv_heads, blocks = low_key.shape[1:3]
     tiles = mass_term.shape[2]
+    texts = [key, value]
+    if sequence.text:
+        texts = [_text_rows(x, sequence) for x in (text_key, text_value)]
     attend_hopper_kernel[(tiles, batch * heads)](
-        query, order, _descriptor(key), _descriptor(value), _descriptor(low_key),
-        _descriptor(low_value), _descriptor(low_order), key_shift,
+        query, order, *map(_descriptor, (key, value, *texts)),
+        counts if key_mask is None else key_mask,
+        *map(_descriptor, (low_key, low_value, low_order)), key_shift,
         mass_term, coefficients, exact_list, counts, out,
-        *query.stride()[:3], *out.stride()[:3],
-        heads, heads // kv_heads, tokens, tiles, blocks, text_before, scale,
-        STAGES=STAGES, num_warps=4,
+        *query.stride()[:3], 0 if key_mask is None else key_mask.stride(0), *out.stride()[:3],
+        heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text,
+        sequence.text_before, scale,
+        D=dim, HAS_MASK=key_mask is not None, STAGES=STAGES[dim], num_warps=4,
     )  # fmt: skip

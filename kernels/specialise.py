@@ -32,7 +32,9 @@ POINTERS = {
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own."""
 
-DESCRIPTORS = ("key", "value", "low_key", "low_value", "low_order")
+DESCRIPTORS = (
+    "key", "value", "text_key", "text_value", "low_key", "low_value", "low_order"
+)  # fmt: skip
 """Arguments of the Hopper kernel that are tensor descriptors instead of pointers."""
 
 
@@ -107,15 +109,16 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
 
 
 def hopper_specialisation(variant: Variant) -> Specialised | None:
-    """The Gluon kernel, where calls of this variant without text are served by it."""
+    """The Gluon kernel, where it serves calls of this variant; see hopper.applies."""
+    dim = variant.head_dim
     if variant.capability != 90 or variant.dtype == "float32":
         return None
-    if variant.head_dim != 128 or variant.mid_band:
+    if dim not in hopper.STAGES or variant.mid_band:
         return None
+    constants = {"D": dim, "HAS_MASK": variant.masked, "STAGES": hopper.STAGES[dim]}
     return Specialised(
-        "attend_hopper", gluon_attend.attend_hopper_kernel, {"STAGES": hopper.STAGES},
-        {"num_warps": 4}, 128,
-    )  # fmt: skip
+        "attend_hopper", gluon_attend.attend_hopper_kernel, constants, {"num_warps": 4}, 128
+    )
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:

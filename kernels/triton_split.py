@@ -341,12 +341,12 @@ def attend(
     batch, heads, _, dim = query.shape
     tiles, blocks = route.route.shape[2:]
     tokens = sequence.tokens
-    if hopper.applies(query, mid_band=mid_band, text=sequence.text):
+    if hopper.applies(query, mid_band=mid_band):
         hopper.attend(
             query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
-            summaries.low_key, summaries.low_value, summaries.low_order, summaries.key_shift,
-            route.mass_term, coefficients, route.exact_list, route.counts, out,
-            text_before=sequence.text_before, tokens=tokens, scale=scale,
+            key, value, key_mask, summaries.low_key, summaries.low_value, summaries.low_order,
+            summaries.key_shift, route.mass_term, coefficients, route.exact_list, route.counts,
+            out, sequence, scale,
         )  # fmt: skip
         return
     attend_kernel[(triton.cdiv(tokens, launch.rows), batch * heads)](

@@ -53,7 +53,7 @@ def test_show_prints_stages_of_compilation(form: str, word: str) -> None:
     [
         (("show", "atend"), "there are limits, summarise"),
         (("show", "attend", "--form", "llvm"), ", ".join(FORMS)),
-        (("show", "attend_hopper", "--head-dim", "64", "--capability", "90"), "no kernel"),
+        (("show", "attend_hopper", "--head-dim", "96", "--capability", "90"), "no kernel"),
         (("list", "--capability", "75"), "compute capability 75"),
         (("list", "--dtype", "float64"), "no kernels for float64"),
     ],

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import scaling
-from benchmarks.natural import natural_attention, natural_field
+from benchmarks.natural import POWER, natural_attention, natural_field
 
 
-def test_power_of_natural_fields_falls_with_the_square_of_frequency() -> None:
+def test_power_of_natural_fields_falls_as_that_of_natural_video() -> None:
     field = natural_field((8, 32, 32), 24, torch.Generator().manual_seed(0))
     assert torch.allclose(field.mean(0), torch.zeros(24), atol=1e-5)
     assert torch.allclose(field.std(0), torch.ones(24), atol=1e-4)
     power = torch.fft.fftn(field.T.unflatten(1, (8, 32, 32)), dim=(1, 2, 3)).abs().square().mean(0)
     ratio = power[0, 0, 2] / power[0, 0, 8]
-    assert 8 < float(ratio) < 32  # 16, but for the noise of 24 channels
+    expected = 4**POWER
+    assert expected / 2 < float(ratio) < expected * 2  # but for the noise of 24 channels
 
 
 def test_sampled_error_is_that_of_all_queries_where_all_are_sampled() -> None:

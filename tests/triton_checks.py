@@ -94,22 +94,27 @@ def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
         assert relative(out, expected) < TOLERANCE[dtype]
 
 
+HOPPER_CASES = [
+    Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
+    Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
+    Case((5, 9, 11), dim=64, heads=4, kv_heads=2),
+    Case((1, 1, 333), dim=128),
+    Case((1, 1, 60), dim=128),
+    Case((1, 1, 60), dim=64, after=1),
+    Case((11, 13, 17), dim=128, batch=1),
+    Case((11, 13, 17), dim=64, heads=4, kv_heads=2, before=5, after=130, masked=True),
+    Case((7, 8, 9), dim=128, heads=4, kv_heads=2, before=256, masked=True),
+    Case((7, 8, 9), dim=128, after=77),
+    Case((7, 8, 9), dim=64, before=128),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
-        Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
-        Case((1, 1, 333), dim=128),
-        Case((1, 1, 60), dim=128),
-        Case((11, 13, 17), dim=128, batch=1),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
     tensors = cast(make_tensors(case), dtype)
-    if not hopper.applies(tensors[0].cuda(), mid_band=False, text=0):
+    if not hopper.applies(tensors[0].cuda(), mid_band=False):
         pytest.skip("the Gluon kernel is for compute capability 9.0")
     for density in (0.05, 0.3):
         budget = budget_for(case, tensors, density)
