@@ -7,6 +7,7 @@ most, and verifies the result on samples that were not fitted. The method is in 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +22,10 @@ from freqopt.calibration_allocation import (
     join_curves,
     make_choices,
     solve,
+    with_dense,
 )
 from freqopt.calibration_cost import cost_model
-from freqopt.calibration_evidence import build_plan
+from freqopt.calibration_evidence import build_plan, slower_reason
 from freqopt.calibration_gains import Array, measure_gains
 from freqopt.calibration_journal import Entry, Journal, identity_of, open_journal
 from freqopt.calibration_measure import THRESHOLDS, Session
@@ -42,7 +44,8 @@ from freqopt.calibration_search import (
 from freqopt.calibration_video import GeneratedVideo, decibels_of, weigh_timesteps
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
-from freqopt.plan import Plan, SiteTiming
+from freqopt.plan import Plan
+from freqopt.plan_records import SiteTiming
 
 logger = logging.getLogger(__name__)
 
@@ -262,14 +265,18 @@ class Calibration:
         cost = cost_model(list(self.session.timings.values()))
         search = Search(sites, cost, criterion, self.progress)
         found = search.run() or self._everything_dense(sites, search, criterion)
+        self._time(budgets(sites, found.allocation))
+        reasons = self._slow_sites()
+        if reasons:
+            found = search.try_out(with_dense(sites, found.allocation, reasons, cost), found.notes)
         error = found.trial
         if target_psnr is not None:
             held_out = HeldOutError(self.runner, self.references, 1.0, self.journal)
             error = Search(sites, cost, held_out, self.progress).try_out(found.allocation).trial
-        self._time(budgets(sites, found.allocation))
         return build_plan(
             self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
-            search.trials, cost=cost, error=error, target=target_error, target_psnr=target_psnr,
+            search.trials, cost=cost, reasons=reasons, error=error, target=target_error,
+            target_psnr=target_psnr,
             measured_psnr=None if target_psnr is None else decibels_of(found.trial.measured_error),
             seed=self.runner.seed, notes=[*self.notes, *found.notes], rounding=self.rounding,
         )  # fmt: skip
@@ -287,6 +294,17 @@ class Calibration:
             entry = self.journal.keep(key, session.times)
         session.times = {name: (dense, split) for name, (dense, split) in entry.facts.items()}
 
+    def _slow_sites(self) -> dict[str, str]:
+        """Sites whose split, as timed at its budgets, is no faster than dense; with the reason.
+
+        Allocation goes by a line through a few times, which a short call may miss.
+        """
+        return {
+            name: slower_reason(dense, split, "at its budgets")
+            for name, (dense, split) in self.session.times.items()
+            if split >= dense
+        }
+
     def _everything_dense(
         self, sites: list[SiteChoices], search: Search, criterion: Criterion
     ) -> Found:
@@ -300,7 +318,9 @@ class Calibration:
                 "amplified by the model; ask for more than that"
             )
         found = search.try_out(solve(sites, 0.0, search.cost))
-        found.notes.append("no split met the target, so every site stays dense")
+        pays = not all(choice.dense for choice in solve(sites, math.inf, search.cost).choices)
+        why = "no split met the target" if pays else "splitting is no faster anywhere"
+        found.notes.append(f"{why}, so every site stays dense")
         return found
 
 

@@ -7,7 +7,7 @@ picks the point where another unit of error is worth the same everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,9 @@ REFINEMENT = 4
 
 SPLIT_EFFICIENCY = 0.6
 """Rate of the split's exact band over that of the best dense attention (docs/calibration.md)."""
+
+MID_EFFICIENCY = 0.3
+"""The same of a call with the mid band, which the fastest kernel does not serve."""
 
 _TINY = 1e-30
 
@@ -41,8 +44,12 @@ class CostModel(Protocol):
     def dense(self, shape: AttentionShape) -> float:
         """Cost of one head of dense attention."""
 
-    def split(self, shape: AttentionShape, density: Array) -> Array:
-        """Cost of one head of split attention at the given densities (any shape)."""
+    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
+        """Cost of one head of split attention at the given densities (any shape).
+
+        mid_band: whether any head of the call has a mid band, which puts all of them on the kernel
+        that serves it. Pairs in the band count an eighth in the density, as the op reports it.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,16 @@ class ProductCost:
     """Cost in multiply-adds at dense attention's rate: what is true of a kernel near its peak."""
 
     efficiency: float = SPLIT_EFFICIENCY
+    mid_efficiency: float = MID_EFFICIENCY
 
     def dense(self, shape: AttentionShape) -> float:
         """See `CostModel`."""
         return 2.0 * shape.tokens * shape.tokens * shape.head_dim
 
-    def split(self, shape: AttentionShape, density: Array) -> Array:
+    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
         """See `CostModel`; the low band costs one product per key block."""
-        return self.dense(shape) * (density / self.efficiency + 1.0 / KEY_BLOCK)
+        efficiency = self.mid_efficiency if mid_band else self.efficiency
+        return self.dense(shape) * (density / efficiency + 1.0 / KEY_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,9 @@ class SiteChoices:
 
     A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
     of the model's calls in each bucket, sum 1. threshold (C,), mid (C,) bool: the choices. density,
-    error, damage (R, C): share of pairs attended exactly; squared relative error that the row
-    brings to the model's output, mean over all calls; the same with bias weighed up, which is what
-    allocation minimises.
+    error, damage (R, C): share of pairs attended exactly, those of the mid band counted by their
+    cost, an eighth; squared relative error that the row brings to the model's output, mean over all
+    calls; the same with bias weighed up, which is what allocation minimises.
     """
 
     name: str
@@ -193,26 +202,68 @@ def make_choices(
     )
 
 
+def _split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
+    """Cost of a site's calls with a choice for every row, weighted by the rows' shares."""
+    density = site.density[np.arange(len(index)), index]
+    paid = cost.split(site.shape, density, bool(site.mid[index].any()))
+    return float((site.weight * paid).sum())
+
+
+def _best_split(
+    site: SiteChoices, multiplier: float, cost: CostModel
+) -> tuple[NDArray[np.int64], float]:
+    """The choices that minimise cost + multiplier * damage, and that minimum.
+
+    The mid band is a property of a site's calls at all timesteps: it is open to all rows, which
+    then all pay for the kernel that has it, or to none.
+    """
+    row, found = np.arange(len(site.density)), []
+    everything = [np.arange(len(site.mid))] if site.mid.any() else []
+    for columns in [np.flatnonzero(~site.mid), *everything]:
+        mid_band = bool(site.mid[columns].any())
+        paid = site.weight[:, None] * cost.split(site.shape, site.density[:, columns], mid_band)
+        index = columns[np.argmin(paid + multiplier * site.damage[:, columns], axis=1)]
+        damage = float(site.damage[row, index].sum())
+        found.append((index, _split_cost(site, index, cost) + multiplier * damage))
+    return min(found, key=lambda choice: choice[1])
+
+
 def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -> Allocation:
     """The choices that minimise cost + multiplier * damage, exactly, over heads and dense sites."""
     choices = []
-    spent = damage = error = pairs = dense_total = 0.0
     for site in sites:
-        split_cost = site.weight[:, None] * cost.split(site.shape, site.density)
+        index, least = _best_split(site, multiplier, cost)
+        choices.append(SiteChoice(index, cost.dense(site.shape) * site.heads <= least))
+    return _total(sites, choices, multiplier, cost)
+
+
+def with_dense(
+    sites: Sequence[SiteChoices], allocation: Allocation, names: Container[str], cost: CostModel
+) -> Allocation:
+    """The same allocation with the named sites dense."""
+    choices = [
+        replace(choice, dense=choice.dense or site.name in names)
+        for site, choice in zip(sites, allocation.choices, strict=True)
+    ]
+    return _total(sites, choices, allocation.multiplier, cost)
+
+
+def _total(
+    sites: Sequence[SiteChoices], choices: list[SiteChoice], multiplier: float, cost: CostModel
+) -> Allocation:
+    spent = damage = error = pairs = dense_total = 0.0
+    for site, choice in zip(sites, choices, strict=True):
         dense_cost = cost.dense(site.shape) * site.heads
-        index = np.argmin(split_cost + multiplier * site.damage, axis=1)
-        row = np.arange(len(index))
-        chosen_cost, chosen_damage = split_cost[row, index].sum(), site.damage[row, index].sum()
-        dense = bool(dense_cost <= chosen_cost + multiplier * chosen_damage)
-        choices.append(SiteChoice(index, dense))
         dense_total += dense_cost
-        spent += dense_cost if dense else chosen_cost
-        if dense:
+        if choice.dense:
+            spent += dense_cost
             pairs += dense_cost
-        else:
-            damage += chosen_damage
-            error += site.error[row, index].sum()
-            pairs += dense_cost * site.mean_density(index)
+            continue
+        row, index = np.arange(len(choice.index)), choice.index
+        spent += _split_cost(site, index, cost)
+        damage += site.damage[row, index].sum()
+        error += site.error[row, index].sum()
+        pairs += dense_cost * site.mean_density(index)
     density = pairs / dense_total if dense_total else 1.0
     return Allocation(multiplier, choices, spent, damage, math.sqrt(error), density)
 

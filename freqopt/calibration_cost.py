@@ -1,10 +1,13 @@
-"""The cost model of the device at hand: attention timed at a few densities, and a line through it.
+"""The cost model of the device at hand: attention timed at a few densities, and lines through it.
 
-What a choice saves depends on the kernel, the GPU and the site's shape, not on products alone.
+What a choice saves depends on the kernel, the GPU and the site's shape, not on products alone. The
+mid band has a line of its own, as a call that has one runs in another kernel than one that has not.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +17,21 @@ from torch import Tensor
 
 from freqopt.calibration_allocation import Array, AttentionShape, CostModel, ProductCost
 from freqopt.calibration_call import Call
-from freqopt.plan import SiteTiming
+from freqopt.config import MID_RATIO
+from freqopt.plan_records import SiteTiming, TimedLine
 
-TIMED_DENSITIES = (0.03, 0.1, 0.3)
-"""Densities near which the op is timed."""
+TIMED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Densities near which the op is timed; also at threshold 0, which is density 1 for any input."""
+
+APART = 1.25
+"""Least ratio of two densities that are both worth timing."""
 
 REPEATS = 7
-HEAD_START = 20_000_000
-"""Clock cycles, some 10 ms, that the GPU waits while calls to be timed are queued."""
+LEAST_HEAD_START = 5e-3
+"""Seconds that the GPU waits, at least, while calls to be timed are queued."""
+
+CLOCK_HZ = 2e9
+"""Rate of the clock that the wait is counted in; a slower one makes the wait longer."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,11 @@ class MeasuredCost:
         """See `CostModel`."""
         return self.timings[shape].dense_ms / shape.heads
 
-    def split(self, shape: AttentionShape, density: Array) -> Array:
+    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
         """See `CostModel`."""
-        found = self.timings[shape]
-        return (found.base_ms + found.density_ms * density) / shape.heads
+        timing = self.timings[shape]
+        line = (timing.mid or timing) if mid_band else timing
+        return (line.base_ms + line.density_ms * density) / shape.heads
 
 
 def cost_model(timings: Sequence[SiteTiming]) -> CostModel:
@@ -48,29 +59,53 @@ def cost_model(timings: Sequence[SiteTiming]) -> CostModel:
 
 
 def time_call(call: Call, thresholds: Sequence[float], density: Tensor, probes: int) -> SiteTiming:
-    """Time an attention on its GPU: dense, and split at thresholds near TIMED_DENSITIES.
+    """Time an attention on its GPU: dense, and split with and without mid band.
 
-    density: (rungs, H), of the thresholds, without mid band.
+    thresholds, density (rungs, H): a ladder, ascending, and what it led to. Thresholds are
+    interpolated where densities are TIMED_DENSITIES; the density that counts is that of the call.
     """
-    heads = call.query.shape[1]
-    means = density.mean(1)
-    rungs = sorted({int((means - target).abs().argmin()) for target in TIMED_DENSITIES})
-    points = []
-    for rung in rungs:
-        budget = torch.full((2, heads), thresholds[rung])
-        ms = milliseconds(lambda budget=budget: call.split(budget, probes))  # type: ignore[misc]
-        points.append((float(means[rung]), ms))
-    base, slope = fit_line(points)
+    chosen = spread_thresholds(thresholds, density.mean(1).tolist())
+    plain, mid = (_time_line(call, chosen, probes, band) for band in (False, True))
+    _, heads, tokens, head_dim = call.query.shape
     return SiteTiming(
-        heads=heads, tokens=call.query.shape[2], head_dim=call.query.shape[3],
-        dense_ms=milliseconds(call.dense), base_ms=base, density_ms=slope, points=points,
+        heads=heads, tokens=tokens, head_dim=head_dim, dense_ms=milliseconds(call.dense),
+        mid=mid, **plain.model_dump(),
     )  # fmt: skip
+
+
+def spread_thresholds(thresholds: Sequence[float], density: Sequence[float]) -> list[float]:
+    """Thresholds whose densities are near TIMED_DENSITIES, by interpolation; 0 comes first."""
+    falling, steps = -np.log(np.maximum(density, 1e-9)), np.log(np.array(thresholds))
+    falling = np.maximum.accumulate(falling)
+    wanted = -np.log(np.array(TIMED_DENSITIES))
+    inside = wanted[(falling[0] < wanted) & (wanted < falling[-1])]
+    ends = falling[-1:] if falling[-1] > 0.0 else falling[:0]
+    found = np.interp(np.concatenate([np.sort(inside), ends]), falling, steps)
+    return [0.0, *np.exp(found).tolist()]
+
+
+def _time_line(call: Call, thresholds: Sequence[float], probes: int, mid_band: bool) -> TimedLine:
+    """Times at thresholds, those of almost the same density left out, and the line through them."""
+    heads, device = call.query.shape[1], call.query.device
+    points: list[tuple[float, float]] = []
+    for threshold in thresholds:
+        lower = threshold * MID_RATIO if mid_band else threshold
+        budget = torch.tensor([[threshold], [lower]], device=device).repeat(1, heads)
+        density = float(call.split(budget, 0, mid_band=mid_band)[1].mean())
+        if all(abs(math.log(density / known)) > math.log(APART) for known, _ in points):
+            ms = milliseconds(
+                lambda budget=budget: call.split(budget, probes, mid_band=mid_band)  # type: ignore[misc]
+            )
+            points.append((density, ms))
+    base, slope = fit_line(points)
+    return TimedLine(base_ms=base, density_ms=slope, points=sorted(points))
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Least-squares (base, slope) through (density, ms) points, neither of them negative.
 
     Relative errors count, so that the cheap end, where plans live, is fitted as well as the other.
+    A single point is at density 1, the only one that the input allows, and gives a constant.
     """
     densities, times = np.array(points).T
     if len(points) == 1:
@@ -91,14 +126,20 @@ def has_clock(x: Tensor) -> bool:
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Mean time of a call on the GPU.
+    """Mean time of a call on the GPU, all of whose inputs must be there.
 
     The calls are queued behind a kernel that does nothing for a while, so that they run back to
-    back and the time that Python needs for launching them does not count.
+    back and the time that Python needs for launching them does not count. A call that waits for the
+    GPU, as a copy from ordinary memory does, would undo that.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    launch = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(CLOCK_HZ * max(2.0 * repeats * launch, LEAST_HEAD_START)))
     start.record()
     for _ in range(repeats):
         run()

@@ -21,25 +21,26 @@ from freqopt.calibration_allocation import (
     join_curves,
     make_choices,
 )
+from freqopt.calibration_cost import MeasuredCost
 from freqopt.calibration_gains import Array
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_readings import Measured, SpectrumSums, Sums
 from freqopt.calibration_samples import SampleSet
 from freqopt.calibration_search import Found
-from freqopt.plan import (
+from freqopt.plan import Plan, model_fingerprint
+from freqopt.plan_records import (
     BucketCurves,
     Budget,
     Curve,
     Evidence,
     ModelIdentity,
-    Plan,
     SiteEvidence,
     SitePlan,
     SiteTiming,
     Spectrum,
+    TimedLine,
     Trial,
     Versions,
-    model_fingerprint,
 )
 
 DIGITS = 5
@@ -60,6 +61,7 @@ def build_plan(
     trials: list[Trial],
     *,
     cost: CostModel,
+    reasons: Mapping[str, str],
     error: Trial,
     target: float | None,
     target_psnr: float | None,
@@ -70,15 +72,16 @@ def build_plan(
 ) -> Plan:
     """The plan of a finished calibration.
 
-    found: what the search ended with. error: the trial of it on the held-out samples. rounding:
-    output error at threshold 0.
+    found: what the search ended with. reasons: why sites stay dense that allocation would split.
+    error: the trial of it on the held-out samples. rounding: output error at threshold 0.
     """
     measured = session.measurable()
     plans: dict[str, SitePlan] = {}
     for site, choice in zip(sites, found.allocation.choices, strict=True):
         known = measured[site.name]
         if choice.dense:
-            plans[site.name] = _dense_site(known, dense_reason(site, choice, cost), gains)
+            reason = reasons.get(site.name) or dense_reason(site, choice, cost)
+            plans[site.name] = _dense_site(known, reason, gains)
         else:
             density = found.densities.get(site.name)
             plans[site.name] = _split_site(site, choice, known, gains, density)
@@ -120,13 +123,24 @@ def build_plan(
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
     """Why allocation left a site dense."""
     density = site.mean_density(choice.index)
-    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1))).sum())
-    if cheapest >= cost.dense(site.shape) * site.heads:
-        return (
-            f"too short to gain: at {site.tokens} tokens the local blocks alone are "
-            f"{site.density.min():.0%} of all pairs"
-        )
-    return f"splitting it would save nothing: its heads need a density of {density:.0%} here"
+    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1), False)).sum())
+    dense = cost.dense(site.shape) * site.heads
+    if cheapest < dense:
+        return f"splitting it would save nothing: its heads need a density of {density:.0%} here"
+    if isinstance(cost, MeasuredCost):
+        return slower_reason(dense, cheapest, "at the least density")
+    return (
+        f"too short to gain: at {site.tokens} tokens the local blocks alone are "
+        f"{site.density.min():.0%} of all pairs"
+    )
+
+
+def slower_reason(dense_ms: float, split_ms: float, when: str) -> str:
+    """Why a site stays dense whose split takes as long as dense attention, or longer."""
+    return (
+        f"the split is no faster here: as timed, it takes {split_ms:.3g} ms {when} "
+        f"and dense attention {dense_ms:.3g} ms"
+    )
 
 
 def _dense_site(found: Measured, reason: str, gains: Mapping[str, Array]) -> SitePlan:
@@ -233,11 +247,18 @@ def _spectrum(sums: SpectrumSums) -> Spectrum:
 
 
 def _rounded_timing(timing: SiteTiming) -> SiteTiming:
-    rounded = {
-        name: _round(getattr(timing, name)) for name in ("dense_ms", "base_ms", "density_ms")
+    mid = timing.mid and TimedLine.model_validate(_rounded_line(timing.mid))
+    return timing.model_copy(
+        update={**_rounded_line(timing), "dense_ms": _round(timing.dense_ms), "mid": mid}
+    )
+
+
+def _rounded_line(line: TimedLine) -> dict[str, Any]:
+    return {
+        "base_ms": _round(line.base_ms),
+        "density_ms": _round(line.density_ms),
+        "points": [(_round(density), _round(ms)) for density, ms in line.points],
     }
-    points = [(_round(density), _round(ms)) for density, ms in timing.points]
-    return timing.model_copy(update={**rounded, "points": points})
 
 
 def _rounded_trial(trial: Trial) -> Trial:

@@ -22,7 +22,7 @@ from freqopt.calibration_readings import CURVES, Measured, Reading
 from freqopt.calibration_spectrum import key_spectrum
 from freqopt.config import DEFAULT_PROBES, MID_RATIO
 from freqopt.grid import Grid
-from freqopt.plan import SiteTiming
+from freqopt.plan_records import SiteTiming
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,16 @@ class Session:
         """Budget (2, H) of a site in the timestep bucket of the pass under way."""
         found = self.budgets[name]
         return found if found.dim() == 2 else found[self.bucket]
+
+    def uses_mid_band(self, name: str) -> bool:
+        """Whether a site's calls have a mid band: those of a compiled model have it at all
+        timesteps or at none, as `Plan.uses_mid_band` says."""
+        exact, middle = self.budgets[name].unbind(-2)
+        return not torch.equal(exact, middle)
+
+    def split(self, call: Call, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A site's call, split at its budget; see `Call.split`."""
+        return call.split(self.budget(name), self.probes, mid_band=self.uses_mid_band(name))
 
     def absorb(self, readings: Sequence[Reading], bucket: int) -> None:
         """Add readings of a pass over a sample in a timestep bucket to their sites."""
@@ -113,15 +123,11 @@ class Recorder:
             if session.mode == "probe" and session.probed == site.name:
                 return self._probe(call)
             if session.mode == "split" and site.name in session.budgets:
-                out, density, _ = call.split(session.budget(site.name), session.probes)
+                out, density, _ = session.split(call, site.name)
                 session.densities.setdefault(site.name, []).append(density.mean(0))
                 return out
             if session.mode == "time" and site.name in session.budgets:
-                budget, probes = session.budget(site.name), session.probes
-                session.times[site.name] = (
-                    milliseconds(call.dense, TIMED_REPEATS),
-                    milliseconds(lambda: call.split(budget, probes), TIMED_REPEATS),
-                )
+                session.times[site.name] = self._time(call)
         except Exception as error:
             if session.mode in ("split", "time"):
                 raise
@@ -143,7 +149,7 @@ class Recorder:
                 same = (threshold, lower) if routes is None else (routes(threshold), routes(lower))
                 if same not in done:
                     budget = torch.tensor([[threshold], [lower]]).expand(2, heads).contiguous()
-                    out, density, probe = call.split(budget, session.probes)
+                    out, density, probe = call.split(budget, session.probes, mid_band=mid)
                     error, along = head_error(out, dense)
                     bias = along / energy.clamp(min=1e-30)
                     done[same] = {
@@ -173,9 +179,19 @@ class Recorder:
         session.readings.append(reading)
         return dense
 
+    def _time(self, call: Call) -> tuple[float, float]:
+        """Milliseconds of dense attention and of the split at the site's budget."""
+        session, name = self.session, self.site.name
+        budget, probes = session.budget(name).to(call.query.device), session.probes
+        mid_band = session.uses_mid_band(name)
+        return (
+            milliseconds(call.dense, TIMED_REPEATS),
+            milliseconds(lambda: call.split(budget, probes, mid_band=mid_band), TIMED_REPEATS),
+        )
+
     def _probe(self, call: Call) -> Tensor:
         dense = call.dense()
-        out, _, _ = call.split(self.session.budget(self.site.name), self.session.probes)
+        out, _, _ = self.session.split(call, self.site.name)
         error, _ = head_error(out, dense)
         self.session.probe_error = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
         return out

@@ -23,7 +23,7 @@ from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner, relative_error
 from freqopt.config import MID_RATIO
-from freqopt.plan import Trial
+from freqopt.plan_records import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class Search:
             best[1].notes.append(f"the error is well below the target: {why}")
         return best[1]
 
-    def try_out(self, allocation: Allocation) -> Found:
+    def try_out(self, allocation: Allocation, notes: Sequence[str] = ()) -> Found:
         """Run the model with an allocation's budgets; the trial is added to `trials`."""
         verdict = self.criterion.measure(budgets(self.sites, allocation))
         density = dense = 0.0
@@ -212,7 +212,7 @@ class Search:
         )
         self.trials.append(trial)
         logger.info("trial %s", trial)
-        return Found(allocation, trial, verdict.densities, [])
+        return Found(allocation, trial, verdict.densities, list(notes))
 
 
 def budgets(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:

@@ -11,22 +11,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
+from freqopt.plan_records import Evidence, ModelIdentity, Record, SitePlan, Versions
 
 PLAN_VERSION = 2
 """Version of the file format; raised when a reader of the old one could misread a new file."""
-
-MAX_THRESHOLD = 1e30
-"""Largest threshold in a plan: no score comes near it, and float32 holds it."""
 
 FORMAT = "freqopt-plan"
 MAX_FILE_BYTES = 256 * 2**20
@@ -38,190 +36,7 @@ SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ModelIdentity(_Record):
-    """Which model a plan belongs to: class name and `model_fingerprint`."""
-
-    class_name: str
-    fingerprint: str
-
-
-class Versions(_Record):
-    """Library versions the plan was calibrated with."""
-
-    freqopt: str
-    torch: str
-    triton: str | None = None
-
-
-class Budget(_Record):
-    """Budgets of one site in one timestep bucket, one entry per head.
-
-    threshold: routing scores at or above it are attended exactly; 0 is dense. mid: whether pairs
-    just below the threshold are served from means of 8 tokens.
-    """
-
-    threshold: list[float]
-    mid: list[bool]
-
-    @model_validator(mode="after")
-    def _check(self) -> Budget:
-        if len(self.threshold) != len(self.mid):
-            raise ValueError("threshold and mid must have one entry per head")
-        if any(not 0 <= value <= MAX_THRESHOLD for value in self.threshold):
-            raise ValueError("a threshold is negative or too large")
-        return self
-
-
-class SitePlan(_Record):
-    """What the plan says about one site.
-
-    budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
-    head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
-    head's output. bounds: [bucket][head], error of a call above which the backend's
-    option `adapt` tightens the head's budget. gains: [bucket][head], relative error of the model's
-    output over that of the site which caused it.
-    """
-
-    heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    decision: Literal["split", "dense"]
-    reason: str
-    budgets: list[Budget] = []
-    density: list[float] = []
-    error: list[float] = []
-    bounds: list[list[float]] = []
-    gains: list[list[float]] = []
-
-    @model_validator(mode="after")
-    def _check(self) -> SitePlan:
-        if (self.decision == "split") != bool(self.budgets):
-            raise ValueError("a split site needs budgets and a dense site has none")
-        rows = [budget.threshold for budget in self.budgets]
-        rows += [self.density, self.error, *self.gains, *self.bounds]
-        if self.bounds and len(self.bounds) != len(self.budgets):
-            raise ValueError("bounds are not one list for each timestep bucket")
-        if any(bound <= 0 for row in self.bounds for bound in row):
-            raise ValueError("a bound is not positive")
-        if any(row and len(row) != self.heads for row in rows):
-            raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
-        return self
-
-    @property
-    def mid_heads(self) -> int:
-        """Heads that use the mid band at some timestep."""
-        return sum(any(mids) for mids in zip(*(b.mid for b in self.budgets), strict=True))
-
-
-class Curve(_Record):
-    """Error and cost of a ladder of thresholds at one site, [rung][head] throughout.
-
-    density: share of pairs attended exactly. error: relative L2 error of the head's output. bias:
-    signed part of it along the head's own output. probe_error: what the op's probes reported.
-    """
-
-    mid_band: bool
-    density: list[list[float]]
-    error: list[list[float]]
-    bias: list[list[float]]
-    probe_error: list[list[float]]
-
-
-class BucketCurves(_Record):
-    """Curves of one site over the samples of one timestep bucket.
-
-    energy: each head's share of the site's output energy in these samples.
-    """
-
-    bucket: int
-    samples: int
-    energy: list[float]
-    curves: list[Curve]
-
-
-class Spectrum(_Record):
-    """Power of the keys over the token lattice, per head, as shares that sum to 1 over the bins.
-
-    edges: upper edges of the radial bins, in cycles per token. low, mid: share of the power that
-    means of 64 and of 8 tokens can carry, [head]; cutoffs: the two frequencies, cycles per token.
-    """
-
-    edges: list[float]
-    power: list[list[float]]
-    cutoffs: tuple[float, float]
-    low: list[float]
-    mid: list[float]
-
-
-class SiteEvidence(_Record):
-    """Measurements of one site.
-
-    energy, curves: over all samples; energy is each head's share of the site's output energy.
-    buckets: the same for each timestep bucket that has samples, empty if there is only one.
-    times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
-    """
-
-    thresholds: list[float]
-    energy: list[float]
-    curves: list[Curve]
-    buckets: list[BucketCurves] = []
-    spectrum: Spectrum | None = None
-    times_ms: tuple[float, float] | None = None
-
-
-class SiteTiming(_Record):
-    """Times of attention of one shape on the device of the calibration, in ms for all heads.
-
-    dense_ms: `scaled_dot_product_attention`. points: (mean density, ms) of the op as timed.
-    base_ms, density_ms: the line through them, ms = base_ms + density_ms * density.
-    """
-
-    heads: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    dense_ms: float = Field(ge=0)
-    base_ms: float = Field(ge=0)
-    density_ms: float = Field(ge=0)
-    points: list[tuple[float, float]]
-
-
-class Trial(_Record):
-    """One verification: the model run with candidate budgets on held-out samples."""
-
-    multiplier: float
-    predicted_error: float
-    measured_error: float
-    worst_error: float
-    mean_density: float
-    sample_errors: list[float]
-
-
-class Evidence(_Record):
-    """Why the plan is what it is; read by the report, not by the backend.
-
-    timings: what the cost model was made from, one entry for each shape of attention; empty where
-    costs were counted in multiply-adds, as on a CPU.
-    bucket_samples: fitted samples in each timestep bucket. dense_sites: attention that cannot be
-    split at all, with the reason. rounding_error: output error with every pair attended exactly by
-    the op: a floor for all plans.
-    """
-
-    samples: int
-    held_out: int
-    notes: list[str] = []
-    rounding_error: float | None = None
-    bucket_samples: list[int] = []
-    timings: list[SiteTiming] = []
-    trials: list[Trial] = []
-    dense_sites: dict[str, str] = {}
-    sites: dict[str, SiteEvidence] = {}
-
-
-class Plan(_Record):
+class Plan(Record):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     timestep_edges: boundaries between the timestep buckets of every site's budgets, ascending, in
@@ -247,7 +62,7 @@ class Plan(_Record):
     measured_psnr: float | None = None
     mean_density: float = Field(ge=0, le=1)
     timestep_name: str | None = None
-    timestep_edges: list[float] = []
+    timestep_edges: list[float] = Field(default=[])
     sites: dict[str, SitePlan]
     evidence: Evidence
 
@@ -419,40 +234,9 @@ class Plan(_Record):
             raise PlanError(f"{origin}: {where}: {first['msg']}") from error
 
     def __str__(self) -> str:
-        target = f"target {self.target_error:g}"
-        if self.target_psnr is not None and self.measured_psnr is not None:
-            target = f"PSNR {self.measured_psnr:.1f} dB, target {self.target_psnr:g} dB"
-        lines = [
-            f"plan for {self.model.class_name}: output error {self.measured_error:.4f} "
-            f"({target}) at {self.mean_density:.1%} mean density",
-            f"grids {', '.join('x'.join(map(str, grid)) for grid in self.grids)}; {self.device}; "
-            f"torch {self.versions.torch}; "
-            f"{self.evidence.samples} samples + {self.evidence.held_out} held out; "
-            f"{self._costs()}",
-            *(f"note: {note}" for note in self.evidence.notes),
-            "",
-        ]
-        rows = [("site", "heads", "tokens", "decision", "density", "error", "mid", "reason")]
-        for name, site in self.sites.items():
-            mids = site.mid_heads
-            rows.append(
-                (
-                    name,
-                    str(site.heads),
-                    str(site.tokens),
-                    site.decision,
-                    _spread(site.density, 100, "%"),
-                    _spread(site.error, 1, ""),
-                    f"{mids}/{site.heads}",
-                    site.reason,
-                )
-            )
-        return "\n".join(lines + _table(rows, right=(1, 2, 4, 5, 6)))
+        from freqopt.plan_text import describe
 
-    def _costs(self) -> str:
-        if not self.evidence.timings:
-            return f"costs counted in multiply-adds, not measured on this {self.device}"
-        return f"costs measured at {len(self.evidence.timings)} shapes"
+        return describe(self)
 
     def _site(self, name: str) -> SitePlan:
         if name in self.sites:
@@ -465,8 +249,8 @@ class Plan(_Record):
         shared = [name for name in sites if name in self.sites]
         if sites and not shared:
             raise PlanError(
-                f"none of the {len(sites)} sites of this graph ({_some(sites)}) is among the "
-                f"{len(self.sites)} ({_some(self.sites)}) of this plan for "
+                f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
+                f"{len(self.sites)} ({some_of(self.sites)}) of this plan for "
                 f"{self.model.class_name}: it was made for another model"
             )
         for name in shared:
@@ -519,25 +303,6 @@ def _write_json(value: Any, indent: str = "") -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _spread(values: Sequence[float], factor: float, unit: str) -> str:
-    if not values:
-        return "-"
-    digits = 1 if unit else 3
-    low, high, mean = min(values), max(values), math.fsum(values) / len(values)
-    cells = [f"{factor * x:.{digits}f}" for x in (mean, low, high)]
-    return f"{cells[0]}{unit} ({cells[1]}-{cells[2]})"
-
-
-def _some(names: Mapping[str, Any]) -> str:
+def some_of(names: Mapping[str, Any]) -> str:
+    """The first names, for a message."""
     return ", ".join(list(names)[:2]) + (", ..." if len(names) > 2 else "")
-
-
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate(row)
-        ).rstrip()
-        for row in rows
-    ]

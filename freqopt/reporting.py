@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 
 from freqopt import reporting_figures as figures
 from freqopt import reporting_maps, reporting_speed
-from freqopt.plan import Plan, SitePlan
+from freqopt.plan import Plan
+from freqopt.plan_records import SitePlan
+from freqopt.plan_text import slow_notes
 from freqopt.reporting_figures import figure_html
 
 __all__ = ["Section", "figure_html", "report", "table_html"]
@@ -181,7 +183,8 @@ def _speed(plan: Plan) -> Section | None:
         return None
     html = (
         "<p>Attention was timed on this device at a few densities, and the line through the times "
-        "is what allocation takes for the cost of a choice.</p>"
+        "is what allocation takes for the cost of a choice. Calls with a mid band have a line of "
+        "their own.</p>"
     )
     found = reporting_speed.site_times(plan)
     if found:
@@ -191,12 +194,14 @@ def _speed(plan: Plan) -> Section | None:
             f"dense, {split:.1f} ms with this plan ({dense / split:.1f} times faster); the model "
             f"of costs says {modelled:.1f} ms.</p>"
         )
+    for note in slow_notes(plan):
+        html += f"<p><strong>Note: {escape(note)}.</strong></p>"
     return Section(
         "Speed",
         html
         + figure_html(
             reporting_speed.speed(plan),
-            "Left: times by shape, the model's line and dense attention (dashed). Right: every "
+            "Left: times by shape, the model's lines and dense attention (dashed). Right: every "
             "site at its own budgets, as timed in one call of the model.",
         ),
     )

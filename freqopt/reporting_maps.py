@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from freqopt.plan import Curve, Plan
+from freqopt.plan import Plan
+from freqopt.plan_records import Curve
 from freqopt.reporting_figures import Array, short, styled
 
 

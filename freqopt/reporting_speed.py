@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from freqopt.calibration_allocation import AttentionShape
 from freqopt.calibration_cost import cost_model
 from freqopt.plan import Plan
+from freqopt.plan_records import TimedLine
 from freqopt.reporting_figures import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
 
 COLOURS = (BLUE, GREEN, ORANGE, GREY)
@@ -24,7 +28,8 @@ def site_times(plan: Plan) -> dict[str, tuple[float, float, float]]:
         if evidence.times_ms is None or site.decision == "dense":
             continue
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
-        modelled = float(cost.split(shape, np.array(site.density)).sum())
+        mid_band = site.mid_heads > 0
+        modelled = float(cost.split(shape, np.array(site.density), mid_band).sum())
         found[name] = (*evidence.times_ms, modelled)
     return found
 
@@ -35,15 +40,13 @@ def speed(plan: Plan) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     for timing, colour in zip(plan.evidence.timings, COLOURS, strict=False):
-        density, ms = np.array(timing.points).T
-        line = np.geomspace(max(density.min() / 2, 1e-3), min(density.max() * 2, 1.0), 50)
         label = f"{timing.heads} x {timing.tokens:,} x {timing.head_dim}"
-        left.plot(line, timing.base_ms + timing.density_ms * line, color=colour, label=label)
-        left.scatter(density, ms, s=28, color=colour, zorder=3)
+        _draw_line(left, timing, color=colour, marker="o", label=label)
+        if timing.mid is not None:
+            _draw_line(left, timing.mid, color=colour, marker="s", ls=":", label="with mid band")
         left.axhline(timing.dense_ms, color=colour, lw=1.2, ls=(0, (4, 3)))
     left.set(xlabel="density (share of pairs attended exactly)", ylabel="ms, all heads")
-    left.set(xscale="log", title="Heads x tokens x head dim")
-    left.set_ylim(bottom=0)
+    left.set(xscale="log", yscale="log", title="Heads x tokens x head dim")
     percent_axis(left)
     left.legend(loc="center left")
     times = list(site_times(plan).values())
@@ -57,3 +60,10 @@ def speed(plan: Plan) -> Figure:
     right.set(xlim=(0, top), ylim=(0, top), xlabel="ms by the model of costs")
     right.set(ylabel="ms measured", title=f"Sites ({dense.mean():.2f} ms dense, mean)")
     return figure
+
+
+def _draw_line(ax: Axes, line: TimedLine, *, marker: str, color: str, **style: Any) -> None:
+    density, ms = np.array(line.points).T
+    at = np.geomspace(max(density.min() / 2, 1e-3), min(density.max() * 2, 1.0), 50)
+    ax.plot(at, line.base_ms + line.density_ms * at, color=color, **style)
+    ax.scatter(density, ms, s=28, color=color, marker=marker, zorder=3)

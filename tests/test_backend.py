@@ -18,7 +18,8 @@ import freqopt.backend
 from freqopt.backend import default_min_tokens, freqopt_backend, parse_options
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import OptionError, PlanError, SiteError
-from freqopt.plan import Budget, Evidence, ModelIdentity, Plan, SitePlan, Versions
+from freqopt.plan import Plan
+from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 
 GRID = (6, 8, 16)
 TOKENS = 6 * 8 * 16

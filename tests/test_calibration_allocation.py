@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
     options = []
     for site in sites:
         shares = [share for share in site.shares for _ in range(site.heads)]
-        cost = np.array(shares)[:, None] * COST.split(site.shape, site.density)
+        cost = np.array(shares)[:, None] * COST.split(site.shape, site.density, False)
         rows = [(COST.dense(site.shape) * site.heads, 0.0)]
         for index in itertools.product(range(site.density.shape[1]), repeat=len(shares)):
             each = range(len(shares))
@@ -85,7 +86,7 @@ def test_solve_meets_the_target_and_stays_near_the_best(seed: int) -> None:
         assert found.error <= target
         best = min(cost for cost, damage in everything if damage <= target**2)
         # the gap of a Lagrangian relaxation is at most one head's dearest choice
-        slack = max(COST.split(s.shape, s.density).max() for s in sites)
+        slack = max(COST.split(s.shape, s.density, False).max() for s in sites)
         assert best * (1 - 1e-12) <= found.cost <= best + 2 * slack
 
 
@@ -94,7 +95,7 @@ def test_totals_weigh_timesteps_by_their_calls() -> None:
     found = allocate([site], 0.0, COST)
     early, late = site.density[:2, 3].mean(), site.density[2:, 3].mean()
     assert found.density == pytest.approx(0.25 * early + 0.75 * late)
-    assert found.cost == pytest.approx(2 * (COST.split(site.shape, found.density)))
+    assert found.cost == pytest.approx(2 * (COST.split(site.shape, np.array(found.density), False)))
 
 
 def test_ends_of_the_path() -> None:
@@ -117,7 +118,7 @@ def test_heads_with_little_effect_get_little() -> None:
     site = random_site(np.random.default_rng(3), "a", choices=20)
     density = np.repeat(site.density[:1], 2, 0)
     damage = np.stack([site.damage[0], 1e-4 * site.damage[0]])
-    same = SiteChoices("a", 1024, 64, site.threshold, site.mid, density, damage, damage)
+    same = replace(site, tokens=1024, density=density, error=damage, damage=damage)
     index = allocate([same], 3e10, COST).choices[0].index
     assert density[0, index[0]] > density[1, index[1]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from freqopt.calibration_allocation import (
 )
 from freqopt.calibration_call import Call
 from freqopt.calibration_cost import MeasuredCost, cost_model, fit_line, time_call
-from freqopt.plan import Plan, SiteTiming
+from freqopt.plan import Plan
+from freqopt.plan_records import SiteTiming, TimedLine
+from freqopt.plan_text import slow_sites
 from freqopt.reporting_speed import site_times
 
 LADDER = np.array([0.01, 0.1, 1.0, 10.0])
@@ -60,7 +63,7 @@ def test_costs_are_milliseconds_per_head() -> None:
     cost = MeasuredCost({AttentionShape(2, 1024, 64): timing(1024, dense=8, base=1, slope=10)})
     shape = AttentionShape(2, 1024, 64)
     assert cost.dense(shape) == 4.0
-    np.testing.assert_allclose(cost.split(shape, np.array([0.0, 0.1, 0.5])), [0.5, 1.0, 3.0])
+    np.testing.assert_allclose(cost.split(shape, np.array([0.0, 0.1, 0.5]), False), [0.5, 1.0, 3.0])
 
 
 def test_without_timings_products_are_counted() -> None:
@@ -87,41 +90,128 @@ def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
     assert all(choice.dense for choice in exact.choices) and exact.cost == pytest.approx(9.0)
 
 
-def test_timing_covers_distinct_densities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is replaced, as the real one needs a GPU; everything else is the real thing."""
-    ran: list[str] = []
+class SimulatedGpu:
+    """A device whose clock is replaced, as the real one needs a GPU; the rest is the real thing.
 
-    def clock(run: object) -> float:
-        assert callable(run)
+    Dense attention takes `dense` ms, and a split call 0.5 + 10 * density, times `mid` if it has a
+    mid band. slow: sites (by the order in which they are timed last) that take ten times as long
+    when they are timed one by one.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0, mid: float = 1.0):
+        self.dense, self.mid, self.slow, self.timed = dense, mid, set[int](), 0
+        self.calls: list[str] = []
+        real, device = Call.split, self
+
+        def split(call: Call, budget: Any, probes: int, *, mid_band: bool = False) -> Any:
+            device.kind = "mid" if mid_band else "split"
+            return real(call, budget, probes, mid_band=mid_band)
+
+        monkeypatch.setattr(Call, "split", split)
+        for module in (calibration_cost, calibration_measure):
+            monkeypatch.setattr(module, "milliseconds", self.clock)
+        monkeypatch.setattr(calibration_measure, "has_clock", lambda x: True)
+
+    def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
+        self.kind = "dense"
         out = run()
-        ran.append("dense" if isinstance(out, torch.Tensor) else "split")
-        return 5.0 if ran[-1] == "dense" else 1.0 + 10.0 * float(out[1].mean())
+        self.calls.append(self.kind)
+        if self.kind == "dense":
+            return self.dense
+        ms = (0.5 + 10.0 * float(out[1].mean())) * (self.mid if self.kind == "mid" else 1.0)
+        if repeats:  # a site at its budgets
+            self.timed += 1
+            ms *= 10.0 if self.timed - 1 in self.slow else 1.0
+        return ms
 
-    monkeypatch.setattr(calibration_cost, "milliseconds", clock)
+
+def white_noise() -> Call:
+    """All of its scores are alike, so that densities jump from one step of a ladder to the next."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 1024, 16).unbind(0)
-    call = Call(query * 2, key * 2, value, None, (4, 16, 16), 0, 0, 0.25)
-    ladder = (0.01, 0.1, 0.5, 2.0, 30.0)
-    density = torch.stack([call.split(torch.full((2, 2), t), 0)[1].mean(0) for t in ladder])
-    found = time_call(call, ladder, density, 0)
-    assert ran.count("dense") == 1 and 1 <= ran.count("split") <= 3
-    assert found.dense_ms == 5.0 and (found.heads, found.tokens, found.head_dim) == (2, 1024, 16)
-    if len(found.points) > 1:
-        assert found.base_ms == pytest.approx(1.0, abs=1e-3)
-        assert found.density_ms == pytest.approx(10.0, abs=1e-2)
+    return Call(query * 2, key * 2, value, None, (4, 16, 16), 0, 0, 0.25)
+
+
+def densities(call: Call, ladder: tuple[float, ...]) -> torch.Tensor:
+    heads = call.query.shape[1]
+    budgets = [torch.full((2, heads), threshold) for threshold in ladder]
+    return torch.stack([call.split(budget, 0)[1].mean(0) for budget in budgets])
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        (0.01, 0.1, 0.5, 2.0, 30.0),
+        (0.003, 0.01, 30.0),  # from everything to the local blocks in one step, as white noise does
+        (300.0, 3000.0),  # nothing but local blocks
+        (0.0001, 0.001),  # nothing but everything
+    ],
+)
+def test_timing_spans_densities_whatever_the_ladder(
+    ladder: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, call = SimulatedGpu(monkeypatch, mid=3.0), white_noise()
+    found = time_call(call, ladder, densities(call, ladder), 0)
+    assert found.dense_ms == 8.0 and (found.heads, found.tokens, found.head_dim) == (2, 1024, 16)
+    reached = [density for density, _ in found.points]
+    assert reached == sorted(reached) and reached[-1] == 1.0
+    assert all(b > calibration_cost.APART * a for a, b in pairwise(reached))
+    assert gpu.calls.count("dense") == 1 and gpu.calls.count("split") == len(reached)
+    if ladder[-1] < 1.0:
+        assert found.points == [(1.0, 10.5)] and (found.base_ms, found.density_ms) == (10.5, 0.0)
+        return
+    assert len(reached) >= 2 and reached[0] <= 0.2
+    assert found.base_ms == pytest.approx(0.5, abs=1e-3)
+    assert found.density_ms == pytest.approx(10.0, abs=1e-2)
+    assert found.mid is not None and gpu.calls.count("mid") == len(found.mid.points)
+    assert found.mid.points[-1] == (1.0, pytest.approx(31.5))
+
+
+def test_a_call_with_mid_band_is_priced_by_its_own_line() -> None:
+    shape, density = AttentionShape(2, 1024, 64), np.array([0.1, 0.2])
+    plain = timing(1024, dense=8, base=1, slope=10)
+    line = TimedLine(base_ms=3.0, density_ms=20.0, points=[(1.0, 23.0)])
+    cost = cost_model([plain.model_copy(update={"mid": line})])
+    np.testing.assert_allclose(cost.split(shape, density, False), [1.0, 1.5])
+    np.testing.assert_allclose(cost.split(shape, density, True), [2.5, 3.5])
+    unknown = cost_model([plain])  # a plan from before the band was timed
+    np.testing.assert_allclose(unknown.split(shape, density, True), [1.0, 1.5])
+    products = ProductCost()
+    assert (products.split(shape, density, True) > products.split(shape, density, False)).all()
+
+
+def test_the_mid_band_is_chosen_for_a_site_and_not_for_a_head() -> None:
+    """The band helps one head of "a" and both of "b"; where it is, all heads pay for it."""
+    density = np.array([[0.9, 0.5, 0.3, 0.2]] * 2)
+    plain = np.array([[1e-5, 1e-4, 1e-3, 1e-2]] * 2)
+    helped = {"a": np.array([[0.05], [1.0]]), "b": np.array([[0.05], [0.05]])}
+    sites = [
+        make_choices(
+            name, 4096, 64, LADDER,
+            [HeadCurves(False, density, plain, plain),
+             HeadCurves(True, density, plain * factor, plain * factor)],
+        )
+        for name, factor in helped.items()
+    ]  # fmt: skip
+
+    def bands(extra: float) -> list[list[bool]]:
+        line = timing(4096, dense=40.0, base=0.5, slope=10.0)
+        mid = TimedLine(base_ms=0.5 + extra, density_ms=10.0, points=[(1.0, 10.5 + extra)])
+        cost = cost_model([line.model_copy(update={"mid": mid})])
+        choices = allocate(sites, 5e2, cost).choices
+        return [s.mid[c.index].tolist() for s, c in zip(sites, choices, strict=True)]
+
+    assert bands(0.0) == [[True, False], [True, True]]
+    flipped = [extra for extra in np.linspace(0.0, 6.0, 61) if not any(bands(extra)[0])]
+    later = [extra for extra in np.linspace(0.0, 6.0, 61) if not any(bands(extra)[1])]
+    assert 0.0 < flipped[0] < later[0] < 6.0
+    for extra in (flipped[0], later[0]):  # never one head for free
+        assert all(any(row) or not any(row) for row in bands(extra))
 
 
 @pytest.fixture
-def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device on which dense attention takes 8 ms and split attention 0.5 + 10 * density."""
-
-    def clock(run: Callable[[], Any], repeats: int = 0) -> float:
-        out = run()
-        return 8.0 if isinstance(out, torch.Tensor) else 0.5 + 10.0 * float(out[1].mean())
-
-    for module in (calibration_cost, calibration_measure):
-        monkeypatch.setattr(module, "milliseconds", clock)
-    monkeypatch.setattr(calibration_measure, "has_clock", lambda x: True)
+def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    return SimulatedGpu(monkeypatch)
 
 
 @pytest.mark.usefixtures("simulated_clock")
@@ -134,7 +224,8 @@ def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
     assert found.density_ms == pytest.approx(10.0, rel=1e-3)
     for name, (dense, split, modelled) in site_times(plan).items():
         assert dense == 8.0 and 0.5 < split < 8.0
-        assert modelled == pytest.approx(0.5 + 10 * float(np.mean(plan.sites[name].density)))
+        density = float(np.mean(plan.sites[name].density))
+        assert modelled == pytest.approx(0.5 + 10 * density, rel=1e-4)
     assert site_times(plan).keys() == {n for n, s in plan.sites.items() if s.decision == "split"}
     assert "costs measured at 1 shapes" in str(plan)
     plan.save(tmp_path / "plan.json")
@@ -142,6 +233,50 @@ def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
     freqopt.report(plan, tmp_path / "report.html")
     split = len(site_times(plan))
     assert f"{8 * split}.0 ms dense" in (tmp_path / "report.html").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("factor, used", [(1.0, True), (3.0, False)])
+def test_a_plan_has_a_mid_band_only_where_it_is_worth_its_time(
+    factor: float, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SimulatedGpu(monkeypatch, mid=factor)
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.1, progress=False)
+    assert plan.measured_error <= 0.1
+    split = [site for site in plan.sites.values() if site.decision == "split"]
+    assert split and any(site.mid_heads for site in split) == used
+    times = [e.times_ms for e in plan.evidence.sites.values() if e.times_ms]
+    assert len(times) == len(split) and all(ms < dense for dense, ms in times)
+
+
+def test_sites_where_no_split_is_faster_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch, dense=1.0)
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert [site.decision for site in plan.sites.values()] == ["dense", "dense"]
+    for site in plan.sites.values():
+        assert "the split is no faster here: as timed" in site.reason
+        assert "dense attention 1 ms" in site.reason
+    assert plan.evidence.notes[-1] == "splitting is no faster anywhere, so every site stays dense"
+    assert (plan.measured_error, plan.mean_density) == (0.0, 1.0)
+
+
+def test_a_site_that_is_slower_at_its_budgets_goes_back_to_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The line promised less than the site then took; the plan is verified again without it."""
+    gpu = SimulatedGpu(monkeypatch)
+    gpu.slow = {0}
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    first, second = plan.sites.values()
+    assert (first.decision, second.decision) == ("dense", "split")
+    assert first.reason.startswith("the split is no faster here: as timed, it takes ")
+    last, before = plan.evidence.trials[-1], plan.evidence.trials[-2]
+    assert plan.measured_error == last.measured_error < before.measured_error <= 0.2
+    assert plan.mean_density == last.mean_density > before.mean_density
+    assert list(site_times(plan)) == [list(plan.sites)[1]]
+    assert slow_sites(plan) == {}
 
 
 def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
@@ -153,10 +288,14 @@ def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
 
 @pytest.mark.gpu
 def test_times_on_a_gpu_grow_with_density() -> None:
+    """White noise goes from all blocks to the local ones within a step of the ladder."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 8, 8192, 64, device="cuda").bfloat16().unbind(0)
     call = Call(query * 2, key * 2, value, None, (8, 32, 32), 0, 0, 0.125)
     ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
-    density = torch.stack([call.split(torch.full((2, 8), t), 64)[1].mean(0) for t in ladder])
-    found = time_call(call, ladder, density.cpu(), 64)
-    assert found.dense_ms > 0 and found.base_ms + found.density_ms > found.base_ms
+    found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
+    for line in (found, found.mid):
+        assert line is not None and len(line.points) >= 2
+        assert line.points[0][0] < 0.1 and line.points[-1][0] == pytest.approx(1.0)
+        assert line.density_ms > 0.0 and line.points[-1][1] > line.points[0][1]
+    assert found.dense_ms > 0.0

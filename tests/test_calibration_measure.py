@@ -90,9 +90,12 @@ def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> Non
 def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = Call.split
-    monkeypatch.setattr(
-        Call, "split", lambda self, b, n: (calls.append(b), original(self, b, n))[1]
-    )
+
+    def split(self: Call, budget: torch.Tensor, probes: int, *, mid_band: bool = False) -> Any:
+        calls.append(budget)
+        return original(self, budget, probes, mid_band=mid_band)
+
+    monkeypatch.setattr(Call, "split", split)
     call = make_call()
     call["query"] = call["query"] * 0.01  # so flat that most thresholds lift nothing
     Recorder(Session(mode="measure"), "a")(**call)

@@ -16,15 +16,8 @@ from freqopt.errors import CalibrationError, OptionError, PlanError, SiteError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.passes.find import find_sites
 from freqopt.passes.timestep import find_timestep
-from freqopt.plan import (
-    Budget,
-    Evidence,
-    ModelIdentity,
-    Plan,
-    SitePlan,
-    Versions,
-    model_fingerprint,
-)
+from freqopt.plan import Plan, model_fingerprint
+from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 from freqopt.regional import budget_at
 
 GRID = (4, 9, 11)

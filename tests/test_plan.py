@@ -14,18 +14,8 @@ from torch import nn
 
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.plan import (
-    PLAN_VERSION,
-    Budget,
-    Evidence,
-    ModelIdentity,
-    Plan,
-    SitePlan,
-    Trial,
-    Versions,
-    _content_hash,
-    model_fingerprint,
-)
+from freqopt.plan import PLAN_VERSION, Plan, _content_hash, model_fingerprint
+from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Trial, Versions
 
 
 class Tiny(nn.Module):

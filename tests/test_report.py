@@ -16,23 +16,25 @@ from matplotlib.figure import Figure
 from freqopt.calibration_measure import THRESHOLDS
 from freqopt.calibration_spectrum import band_cutoffs
 from freqopt.errors import PlanError
-from freqopt.plan import (
+from freqopt.plan import Plan
+from freqopt.plan_records import (
     BucketCurves,
     Budget,
     Curve,
     Evidence,
     ModelIdentity,
-    Plan,
     SiteEvidence,
     SitePlan,
     SiteTiming,
     Spectrum,
+    TimedLine,
     Trial,
     Versions,
 )
 from freqopt.reporting import Section, figure_html, report, table_html
 from freqopt.reporting_figures import frontier, probe_scatter, thin
 from freqopt.reporting_maps import heat_maps, timestep_maps
+from freqopt.reporting_speed import site_times
 
 HEADS = 3
 
@@ -98,6 +100,7 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
                 SiteTiming(
                     heads=HEADS, tokens=32760, head_dim=64, dense_ms=22.9, base_ms=0.5,
                     density_ms=24.0, points=[(0.03, 1.3), (0.1, 2.8), (0.3, 7.8)],
+                    mid=TimedLine(base_ms=1.0, density_ms=48.0, points=[(0.05, 3.4), (0.2, 11.0)]),
                 )
             ],
             trials=[trial],
@@ -136,6 +139,27 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text()
 
 
+def test_modelled_times_are_those_of_the_kernel_that_serves_the_site() -> None:
+    """Head 1 has a mid band: 8 ms per unit of density become 16 for all heads."""
+    plan = make_plan(buckets=False)
+    site = plan.sites["blocks.0.attn"]
+    with_band = site_times(plan)["blocks.0.attn"]
+    assert with_band == (22.9, 4.4, pytest.approx(1.0 + 16.0 * sum(site.density)))
+    without = [budget.model_copy(update={"mid": [False] * 3}) for budget in site.budgets]
+    plan.sites["blocks.0.attn"] = site.model_copy(update={"budgets": without})
+    assert site_times(plan)["blocks.0.attn"][2] == pytest.approx(0.5 + 8.0 * sum(site.density))
+
+
+def test_split_sites_slower_than_dense_are_named(tmp_path: Path) -> None:
+    plan = make_plan()
+    assert "no faster" not in str(plan)
+    evidence = plan.evidence.sites["blocks.0.attn"]
+    plan.evidence.sites["blocks.0.attn"] = evidence.model_copy(update={"times_ms": (4.0, 6.5)})
+    words = "1 split sites (blocks.0.attn) are no faster than dense attention as timed: 6.5 ms"
+    assert words in str(plan)
+    assert words in report(plan, tmp_path / "slow.html").read_text()
+
+
 def test_page_is_complete(html: str) -> None:
     page = Page(html)
     assert page.open == []
@@ -145,7 +169,7 @@ def test_page_is_complete(html: str) -> None:
         "Density and error per layer and head", "What reaches the output", "cross-attention",
         "blocks.1.<attn>", "saves nothing & so on", "0123456789abcdef", "32,760", "1 of 3",
         "0.0276", "the videos", "50 %",
-        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)", "costs says 4.0 ms",
+        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)", "costs says 8.0 ms",
     ):  # fmt: skip
         assert words in page.text, words
 

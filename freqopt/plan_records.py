@@ -1,0 +1,207 @@
+"""What a plan is made of: records checked field by field, and what was measured for them.
+
+The backend reads identity, budgets and bounds; the evidence is for the report and for people.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_THRESHOLD = 1e30
+"""Largest threshold in a plan: no score comes near it, and float32 holds it."""
+
+
+class Record(BaseModel):
+    """Base of all: fields are checked strictly, unknown ones refused, and nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelIdentity(Record):
+    """Which model a plan belongs to: class name and `model_fingerprint`."""
+
+    class_name: str
+    fingerprint: str
+
+
+class Versions(Record):
+    """Library versions the plan was calibrated with."""
+
+    freqopt: str
+    torch: str
+    triton: str | None = None
+
+
+class Budget(Record):
+    """Budgets of one site in one timestep bucket, one entry per head.
+
+    threshold: routing scores at or above it are attended exactly; 0 is dense. mid: whether pairs
+    just below the threshold are served from means of 8 tokens.
+    """
+
+    threshold: list[float]
+    mid: list[bool]
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if len(self.threshold) != len(self.mid):
+            raise ValueError("threshold and mid must have one entry per head")
+        if any(not 0 <= value <= MAX_THRESHOLD for value in self.threshold):
+            raise ValueError("a threshold is negative or too large")
+        return self
+
+
+class SitePlan(Record):
+    """What the plan says about one site.
+
+    budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
+    head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
+    head's output. bounds: [bucket][head], error of a call above which the backend's
+    option `adapt` tightens the head's budget. gains: [bucket][head], relative error of the model's
+    output over that of the site which caused it.
+    """
+
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    decision: Literal["split", "dense"]
+    reason: str
+    budgets: list[Budget] = []
+    density: list[float] = []
+    error: list[float] = []
+    bounds: list[list[float]] = []
+    gains: list[list[float]] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> SitePlan:
+        if (self.decision == "split") != bool(self.budgets):
+            raise ValueError("a split site needs budgets and a dense site has none")
+        rows = [budget.threshold for budget in self.budgets]
+        rows += [self.density, self.error, *self.gains, *self.bounds]
+        if self.bounds and len(self.bounds) != len(self.budgets):
+            raise ValueError("bounds are not one list for each timestep bucket")
+        if any(bound <= 0 for row in self.bounds for bound in row):
+            raise ValueError("a bound is not positive")
+        if any(row and len(row) != self.heads for row in rows):
+            raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
+        return self
+
+    @property
+    def mid_heads(self) -> int:
+        """Heads that use the mid band at some timestep."""
+        return sum(any(mids) for mids in zip(*(b.mid for b in self.budgets), strict=True))
+
+
+class Curve(Record):
+    """Error and cost of a ladder of thresholds at one site, [rung][head] throughout.
+
+    density: share of pairs attended exactly. error: relative L2 error of the head's output. bias:
+    signed part of it along the head's own output. probe_error: what the op's probes reported.
+    """
+
+    mid_band: bool
+    density: list[list[float]]
+    error: list[list[float]]
+    bias: list[list[float]]
+    probe_error: list[list[float]]
+
+
+class BucketCurves(Record):
+    """Curves of one site over the samples of one timestep bucket.
+
+    energy: each head's share of the site's output energy in these samples.
+    """
+
+    bucket: int
+    samples: int
+    energy: list[float]
+    curves: list[Curve]
+
+
+class Spectrum(Record):
+    """Power of the keys over the token lattice, per head, as shares that sum to 1 over the bins.
+
+    edges: upper edges of the radial bins, in cycles per token. low, mid: share of the power that
+    means of 64 and of 8 tokens can carry, [head]; cutoffs: the two frequencies, cycles per token.
+    """
+
+    edges: list[float]
+    power: list[list[float]]
+    cutoffs: tuple[float, float]
+    low: list[float]
+    mid: list[float]
+
+
+class SiteEvidence(Record):
+    """Measurements of one site.
+
+    energy, curves: over all samples; energy is each head's share of the site's output energy.
+    buckets: the same for each timestep bucket that has samples, empty if there is only one.
+    times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
+    """
+
+    thresholds: list[float]
+    energy: list[float]
+    curves: list[Curve]
+    buckets: list[BucketCurves] = []
+    spectrum: Spectrum | None = None
+    times_ms: tuple[float, float] | None = None
+
+
+class TimedLine(Record):
+    """Times of split attention of one shape, in ms for all heads, and the line through them.
+
+    points: (mean density, ms) as timed. base_ms, density_ms: ms = base_ms + density_ms * density.
+    """
+
+    base_ms: float = Field(ge=0)
+    density_ms: float = Field(ge=0)
+    points: list[tuple[float, float]]
+
+
+class SiteTiming(TimedLine):
+    """Times of attention of one shape on the device of the calibration, in ms for all heads.
+
+    dense_ms: `scaled_dot_product_attention`. The line is that of calls without the mid band; mid:
+    of calls with it, which another kernel may serve. None in plans from before it was timed.
+    """
+
+    heads: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    dense_ms: float = Field(ge=0)
+    mid: TimedLine | None = None
+
+
+class Trial(Record):
+    """One verification: the model run with candidate budgets on held-out samples."""
+
+    multiplier: float
+    predicted_error: float
+    measured_error: float
+    worst_error: float
+    mean_density: float
+    sample_errors: list[float]
+
+
+class Evidence(Record):
+    """Why the plan is what it is; read by the report, not by the backend.
+
+    timings: what the cost model was made from, one entry for each shape of attention; empty where
+    costs were counted in multiply-adds, as on a CPU.
+    bucket_samples: fitted samples in each timestep bucket. dense_sites: attention that cannot be
+    split at all, with the reason. rounding_error: output error with every pair attended exactly by
+    the op: a floor for all plans.
+    """
+
+    samples: int
+    held_out: int
+    notes: list[str] = []
+    rounding_error: float | None = None
+    bucket_samples: list[int] = []
+    timings: list[SiteTiming] = []
+    trials: list[Trial] = []
+    dense_sites: dict[str, str] = {}
+    sites: dict[str, SiteEvidence] = {}
