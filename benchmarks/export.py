@@ -3,144 +3,307 @@
     python -m benchmarks.export prepare FOLDER [--capability 90]  (needs onnx and g++, no GPU)
     python -m benchmarks.export measure FOLDER [--out FOLDER]     (needs onnxruntime-gpu and a GPU)
 
-One file, run with the library and with its function body; outputs are compared with the PyTorch op
-before any time is reported, and onnxruntime's profile must show where the node ran.
+Each case is one node, run from the same file with the library and with its function body, on the
+same tensors as the op in PyTorch. A row whose output is wrong or whose node ran elsewhere says so,
+has no times, and makes the command fail.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import freqopt.kernels.op  # noqa: F401  registers the operator
 from benchmarks.common import environment, milliseconds, write
-from freqopt.exporters.ort_library import LIBRARY_NAME, build_library
+from benchmarks.natural import natural_attention
+from freqopt.exporters.ort_library import LIBRARY_NAME, attend_counts, build_library
+from freqopt.exporters.runner import PROVIDERS, nodes_by_provider
 from freqopt.grid import token_order
 from freqopt.kernels.variant import Variant
 
-GRID, HEADS, DIM, PROBES = (13, 30, 52), 24, 128, 64
-THRESHOLD = 1.0
-TOLERANCE = 1e-2  # relative L2, half precision
-KINDS = {torch.float16: 10, torch.float32: 1, torch.bool: 9, torch.int64: 7}
+PROBES, DENSITY = 64, 0.1
+TOLERANCES = {"float16": 1e-2, "bfloat16": 2e-2}
+"""Relative L2 distance from the op in PyTorch: rounding to the type, and blocks that tie."""
+
+KINDS = {
+    torch.float16: 10, torch.bfloat16: 16, torch.float32: 1, torch.bool: 9, torch.int64: 7
+}  # fmt: skip
+OP = "SplitAttention"
 
 
-def prepare(folder: Path, capability: int) -> None:
-    """Write split.onnx, one node with its body, and the library with kernels for one GPU."""
+@dataclass(frozen=True)
+class Case:
+    """One call. before, after: text tokens around the video; masked: the last text is padding.
+
+    attend: the kernel of the library that must serve it on Hopper.
+    """
+
+    name: str
+    dtype: str
+    head_dim: int
+    grid: tuple[int, int, int]
+    heads: int
+    attend: str
+    batch: int = 1
+    kv_heads: int | None = None
+    before: int = 0
+    after: int = 0
+    masked: bool = False
+    mid_band: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def model(self) -> str:
+        """The ONNX file: types and attributes are fixed in it, extents are free."""
+        return f"split_{self.dtype}_{self.head_dim}{'_mid' if self.mid_band else ''}.onnx"
+
+    def variant(self, capability: int) -> Variant:
+        return Variant(capability, self.dtype, self.head_dim, self.mid_band, self.masked)
+
+
+HOPPER, PORTABLE = "attend_hopper", "attend"
+CASES = (
+    Case("Wan, 81 frames at 480p", "bfloat16", 128, (21, 30, 52), 24, HOPPER),
+    Case("half precision", "float16", 128, (13, 30, 52), 24, HOPPER),
+    Case("CogVideoX", "bfloat16", 64, (13, 30, 45), 30, HOPPER, before=226),
+    Case("HunyuanVideo", "bfloat16", 128, (13, 30, 52), 24, HOPPER, after=256, masked=True),
+    Case("mid band", "float16", 128, (13, 30, 52), 24, PORTABLE, mid_band=True),
+    Case(
+        "odd sizes", "bfloat16", 128, (5, 7, 9), 4, HOPPER,
+        batch=2, kv_heads=2, before=3, after=130, masked=True,
+    ),
+)  # fmt: skip
+
+
+def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> None:
+    """Write the cases' ONNX files, and the library with kernels for one GPU."""
     import onnx
-    from onnx import TensorProto, helper
 
     from freqopt.exporters.cubins import compile_table, write_sources
-    from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, split_function
 
     folder.mkdir(parents=True, exist_ok=True)
+    for case in {case.model: case for case in cases}.values():
+        onnx.save(_one_node(case), folder / case.model)
+    variants = list(dict.fromkeys(case.variant(capability) for case in cases))
+    with tempfile.TemporaryDirectory() as scratch:
+        table = compile_table(variants, Path(scratch))
+        sources = tuple(write_sources(table, Path(scratch)))
+        build_library(folder, extra_sources=sources, defines=("FREQOPT_CUDA",))
+
+
+def _one_node(case: Case) -> Any:
+    from onnx import TensorProto, helper
+
+    from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, split_function
+
+    own = TensorProto.FLOAT16 if case.dtype == "float16" else TensorProto.BFLOAT16
     shapes: dict[str, tuple[int, list[Any]]] = {
-        **{name: (TensorProto.FLOAT16, [None] * 4) for name in INPUTS[:3]},
+        **{name: (own, [None] * 4) for name in INPUTS[:3]},
         "budget": (TensorProto.FLOAT, [2, None]), "key_mask": (TensorProto.BOOL, [None, None]),
         "order": (TensorProto.INT64, [None]), "text_before": (TensorProto.INT64, [1]),
     }  # fmt: skip
     node = helper.make_node(
-        OP_NAME, list(INPUTS), ["out"], domain=DOMAIN,
-        scale=DIM**-0.5, density=0.0, mid_band=0, probes=PROBES,
+        OP_NAME, list(INPUTS), ["out"], domain=DOMAIN, scale=case.head_dim**-0.5, density=0.0,
+        mid_band=int(case.mid_band), probes=PROBES,
     )  # fmt: skip
     inputs = [helper.make_tensor_value_info(n, *shapes[n]) for n in INPUTS]
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT16, [None] * 4)
-    model = helper.make_model(
+    out = helper.make_tensor_value_info("out", own, [None] * 4)
+    return helper.make_model(
         helper.make_graph([node], "split", inputs, [out]),
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)],
         functions=[split_function(20, ("out",))],
         ir_version=10,
     )
-    onnx.save(model, folder / "split.onnx")
-    with tempfile.TemporaryDirectory() as scratch:
-        table = compile_table([Variant(capability, "float16", DIM, False, False)], Path(scratch))
-        sources = tuple(write_sources(table, Path(scratch)))
-        build_library(folder, extra_sources=sources, defines=("FREQOPT_CUDA",))
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Milliseconds of the op in PyTorch, in the library and in the body; raises if one is wrong."""
-    tokens = GRID[0] * GRID[1] * GRID[2]
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, HEADS, tokens, DIM)
-    query, key, value = (
-        torch.randn(shape, device="cuda", generator=generator).half() for _ in range(3)
-    )
-    budget = torch.full((2, HEADS), THRESHOLD, device="cuda")
-    tensors = {
-        "query": query, "key": key, "value": value, "budget": budget,
-        "key_mask": torch.ones(1, 1, dtype=torch.bool, device="cuda"),
-        "order": token_order(GRID, query.device).long(),
-        "text_before": torch.zeros(1, dtype=torch.int64),
+def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
+    """The node's inputs: video tokens like those of natural video, text tokens of noise."""
+    made = [
+        natural_attention(
+            case.grid, heads=case.heads, dim=case.head_dim, dtype=getattr(torch, case.dtype),
+            device=device, seed=100 * i,
+        )
+        for i in range(case.batch)
+    ]  # fmt: skip
+    generator = torch.Generator(device).manual_seed(1)
+
+    def sequence(videos: list[Tensor], heads: int) -> Tensor:
+        video = torch.cat([x[:, :heads] for x in videos])
+        parts = [
+            torch.randn(case.batch, heads, count, case.head_dim, device=device,
+                        generator=generator).to(video.dtype)
+            for count in (case.before, case.after)
+        ]  # fmt: skip
+        return torch.cat([parts[0], video, parts[1]], 2).contiguous()
+
+    kv_heads = case.kv_heads or case.heads
+    threshold = 1.0
+    if device == "cuda":
+        from benchmarks.attention import threshold_for
+
+        threshold = threshold_for(made[0], DENSITY)
+    budget = torch.full((2, case.heads), threshold, device=device)
+    if case.mid_band:
+        budget[1] /= 4
+    query = sequence([m.query for m in made], case.heads)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+    if case.masked:
+        mask = mask.expand(case.batch, query.shape[2]).contiguous()
+        mask[:, -(case.after // 3) :] = False
+    return {
+        "query": query, "key": sequence([m.key for m in made], kv_heads),
+        "value": sequence([m.value for m in made], kv_heads),
+        "budget": budget, "key_mask": mask, "order": token_order(case.grid, query.device).long(),
+        "text_before": torch.tensor([case.before]),
     }  # fmt: skip
 
-    def in_torch() -> torch.Tensor:
-        out: torch.Tensor = torch.ops.freqopt.split_attention(
-            query, key, value, budget, None, list(GRID), 0, 0, DIM**-0.5, 0.0, False, PROBES
-        )[0]
-        return out
 
-    expected = in_torch()
-    torch.cuda.synchronize()  # the sessions launch on streams of their own
-    times, errors = {"pytorch": milliseconds(in_torch)}, {}
+def in_torch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    """The op in PyTorch on a case's inputs."""
+    out: Tensor = torch.ops.freqopt.split_attention(
+        tensors["query"], tensors["key"], tensors["value"], tensors["budget"],
+        tensors["key_mask"] if case.masked else None, list(case.grid), case.before, case.after,
+        case.head_dim**-0.5, 0.0, case.mid_band, PROBES,
+    )[0]  # fmt: skip
+    return out
+
+
+def measure_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """A row: times in ms, errors, where every node ran, and what is wrong with it."""
+    tensors = inputs_of(case, device)
+    expected = in_torch(case, tensors)
+    if device == "cuda":
+        torch.cuda.synchronize()  # the sessions launch on streams of their own
+    times = {"pytorch": _time(partial(in_torch, case, tensors), device)}
+    row: dict[str, Any] = {**asdict(case), "tokens": case.tokens, "l2": {}, "nodes": {}}
+    wrong = []
     for name, library in (("library", folder / LIBRARY_NAME), ("body", None)):
-        out = torch.full(shape, torch.nan, dtype=torch.float16, device="cuda")
-        session, stream = open_session(folder, library)
-        binding = bind(session, tensors, out)
-        with torch.cuda.stream(stream):
-            session.run_with_iobinding(binding)
+        ran = _run(case, folder, library, tensors, device)
+        error = (ran["out"].float() - expected.float()).norm() / expected.float().norm()
+        row["l2"][name], row["nodes"][name], times[name] = float(error), ran["nodes"], ran["ms"]
+        if not float(error) < TOLERANCES[case.dtype]:  # a NaN too
+            wrong.append(f"{name} is off by {float(error):.3g}")
+        split_on = [p for p, ops in ran["nodes"].items() if OP in ops]
+        if split_on != ([PROVIDERS[device]] if library else []):
+            wrong.append(f"{name}: {OP} ran on {split_on or 'nothing'}")
+        if library and device == "cuda":
+            row["attended_by"] = ran["attended_by"]
+            if set(ran["attended_by"]) != {case.attend}:
+                wrong.append(f"attended by {ran['attended_by']}, not {case.attend}")
+    return {**row, "wrong": wrong} if wrong else {**row, "ms": times}
+
+
+def _run(
+    case: Case, folder: Path, library: Path | None, tensors: dict[str, Tensor], device: str
+) -> dict[str, Any]:
+    """Output, time and evidence of one session."""
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    session, options = open_session(folder / case.model, library, device, stream)
+    out = torch.full_like(tensors["query"], torch.nan)
+    binding = bind(session, tensors, out)
+    before = attend_counts(library) if library else {}
+    call = partial(session.run_with_iobinding, binding, options)
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        call()
+        if stream:
             stream.synchronize()
-            times[name] = milliseconds(partial(session.run_with_iobinding, binding))
-        error = (out.float() - expected.float()).norm() / expected.float().norm()
-        errors[name] = float(error)
-        if not errors[name] < TOLERANCE:  # a NaN too
-            raise RuntimeError(f"{name} is off by {errors[name]:.3g}; no time reported")
-        ran = where_ran(Path(session.end_profiling()))
-        if ran != ({"CUDAExecutionProvider"} if library else set()):
-            raise RuntimeError(f"{name}: SplitAttention ran on {ran or 'nothing'}")
-    return {"tokens": tokens, "heads": HEADS, "head_dim": DIM, "ms": times, "l2": errors}
+        found = out.clone()
+        ms = _time(call, device)
+    profile = Path(session.end_profiling())
+    nodes = nodes_by_provider(profile)
+    profile.unlink()
+    after = attend_counts(library) if library else {}
+    attended_by = {k: n - before[k] for k, n in after.items() if n > before[k]}
+    return {"out": found, "ms": ms, "nodes": nodes, "attended_by": attended_by}
 
 
-def open_session(folder: Path, library: Path | None) -> tuple[Any, torch.cuda.Stream]:
-    """A profiled session on the CUDA provider, and the stream that it launches on."""
+def _time(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        return milliseconds(call)
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def open_session(
+    model: Path, library: Path | None, device: str, stream: torch.cuda.Stream | None
+) -> tuple[Any, Any]:
+    """A profiled session on the device's provider, and run options that do not wait for a GPU."""
     import onnxruntime
 
-    onnxruntime.preload_dlls()
-    stream = torch.cuda.Stream()
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
+    options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "freqopt_export")
     if library is not None:
         options.register_custom_ops_library(str(library))
-    provider = ("CUDAExecutionProvider", {"user_compute_stream": str(stream.cuda_stream)})
-    session = onnxruntime.InferenceSession(
-        str(folder / "split.onnx"), options, providers=[provider]
-    )
-    if session.get_providers()[0] != provider[0]:
+    provider: Any = PROVIDERS[device]
+    run_options = onnxruntime.RunOptions()
+    if stream is not None:
+        onnxruntime.preload_dlls()
+        provider = (provider, {"user_compute_stream": str(stream.cuda_stream)})
+        run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+    if session.get_providers()[0] != PROVIDERS[device]:
         raise RuntimeError(f"onnxruntime fell back to {session.get_providers()}")
-    return session, stream
+    return session, run_options
 
 
-def bind(session: Any, tensors: dict[str, torch.Tensor], out: torch.Tensor) -> Any:
+def bind(session: Any, tensors: dict[str, Tensor], out: Tensor) -> Any:
+    """Inputs and output as they lie in memory."""
     binding = session.io_binding()
     for name, x in tensors.items():
         kind = KINDS[x.dtype]
         binding.bind_input(name, x.device.type, 0, kind, tuple(x.shape), x.data_ptr())
-    binding.bind_output("out", "cuda", 0, KINDS[out.dtype], tuple(out.shape), out.data_ptr())
+    binding.bind_output(
+        "out", out.device.type, 0, KINDS[out.dtype], tuple(out.shape), out.data_ptr()
+    )
     return binding
 
 
-def where_ran(profile: Path) -> set[str]:
-    """Providers on which a SplitAttention node ran, from onnxruntime's profile."""
-    events = json.loads(profile.read_text())
-    profile.unlink()
-    details = [e["args"] for e in events if e.get("args", {}).get("op_name") == "SplitAttention"]
-    return {str(d["provider"]) for d in details if "provider" in d}
+def measure(folder: Path, device: str = "cuda", cases: Sequence[Case] = CASES) -> dict[str, Any]:
+    """All rows, each printed as it is done; one that raises is a wrong row."""
+    rows = []
+    for case in cases:
+        try:
+            row = measure_case(case, folder, device)
+        except Exception as error:  # the other rows are still worth having
+            row = {**asdict(case), "wrong": [f"{type(error).__name__}: {error}"]}
+        print(describe(row), flush=True)
+        rows.append(row)
+    return {"density": DENSITY, "probes": PROBES, "rows": rows}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One row, for people."""
+    head = f"{row['name']}: {row['dtype']}, head dim {row['head_dim']}, grid {row['grid']}"
+    if "wrong" in row:
+        return f"{head}\n  WRONG: {'; '.join(row['wrong'])}"
+    ms = row["ms"]
+    where = "; ".join(
+        f"{name} " + ", ".join(f"{p} {sum(ops.values())}" for p, ops in nodes.items())
+        for name, nodes in row["nodes"].items()
+    )
+    return (
+        f"{head}\n  library {ms['library']:.3f} ms = {ms['library'] / ms['pytorch']:.3f} x PyTorch "
+        f"({ms['pytorch']:.3f} ms), 1/{ms['body'] / ms['library']:.1f} of the body "
+        f"({ms['body']:.1f} ms); L2 {row['l2']['library']:.1e}, body {row['l2']['body']:.1e}\n"
+        f"  attended by {row.get('attended_by', 'the CPU')}; nodes: {where}"
+    )
 
 
 def main() -> None:
@@ -157,8 +320,9 @@ def main() -> None:
 
     head = {**environment(), "onnxruntime": onnxruntime.__version__}
     result = {"environment": head, **measure(given.folder)}
-    print(json.dumps(result, indent=1))
+    print(json.dumps(head))
     write("export", result, given.out)
+    sys.exit(any("wrong" in row for row in result["rows"]))
 
 
 if __name__ == "__main__":

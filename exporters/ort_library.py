@@ -6,6 +6,7 @@ and none of CUDA.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -22,8 +23,9 @@ OLDEST_ONNXRUNTIME = (1, 17)
 SOURCES = Path(__file__).parent / "ort"
 FLAGS = (
     "-std=c++17", "-O3", "-fopenmp-simd", "-fPIC", "-shared", "-fvisibility=hidden",
-    "-static-libstdc++", "-static-libgcc", "-Wall", "-Wextra",
+    "-Wall", "-Wextra", "-include", str(SOURCES / "old_systems.h"),
 )  # fmt: skip
+UNMAPPED = "attend (attend_hopper needs a driver of CUDA 12.0 or newer)"
 ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
@@ -105,3 +107,25 @@ def check_library(path: Path) -> None:
             f"{path} was built for {built_for} and this machine is {platform.machine()}; build it "
             "here by exporting again, or run without the library"
         )
+
+
+def attend_counts(library: Path) -> dict[str, int]:
+    """How often each kernel of a library has attended on a GPU, in this process.
+
+    Keys: "attend_hopper"; "attend", the portable one; and UNMAPPED, the portable one where that for
+    Hopper would have served.
+
+    Raises:
+        ArtifactError: the library was built by a version of freqopt that does not count.
+    """
+    counts = (ctypes.c_int64 * 3)()
+    try:
+        ctypes.CDLL(str(library)).freqopt_ort_attend_counts(counts)
+    except (OSError, AttributeError) as error:
+        raise ArtifactError(
+            f"{library} cannot be asked what it ran ({error}); export again with this freqopt"
+        ) from error
+    hopper, portable, unmapped = counts
+    return {
+        "attend_hopper": hopper, "attend": portable - unmapped, UNMAPPED: unmapped
+    }  # fmt: skip

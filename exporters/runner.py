@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from freqopt.errors import InputError, OptionError
 from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx_body import OP_NAME
-from freqopt.exporters.ort_library import OLDEST_ONNXRUNTIME, check_library
+from freqopt.exporters.ort_library import OLDEST_ONNXRUNTIME, attend_counts, check_library
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -40,7 +41,7 @@ class RunResult:
 
     provider: the one that was wanted and ran. nodes: provider -> operator -> how many nodes ran
     there. split: "library", "plugin" or "function body": what computed the split sites. seconds:
-    one run.
+    one run. kernels: which of the library's GPU kernels attended -> how often.
     """
 
     outputs: dict[str, Tensor]
@@ -48,9 +49,11 @@ class RunResult:
     nodes: dict[str, dict[str, int]]
     split: str
     seconds: float
+    kernels: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"ran on {self.provider} in {self.seconds:.3f} s; split sites by {self.split}"]
+        lines += [f"  {count} attended by {kernel}" for kernel, count in self.kernels.items()]
         for provider, nodes in self.nodes.items():
             total, most = sum(nodes.values()), Counter(nodes).most_common(6)
             if OP_NAME in nodes and OP_NAME not in dict(most):
@@ -95,14 +98,19 @@ def run_artifact(
         library_path = None  # its CPU kernel would drag every site off the GPU
     session = _open_session(artifact, wanted, library_path, threads)
     values = _bind_inputs(session, inputs)
+    attended = attend_counts(library_path) if library_path else {}
     start = time.perf_counter()
     results = session.run_with_ort_values(None, values)
     seconds = time.perf_counter() - start
     names = [output.name for output in session.get_outputs()]
     outputs = {name: _to_tensor(v) for name, v in zip(names, results, strict=True)}
-    nodes = _nodes_by_provider(Path(session.end_profiling()))
+    profile = Path(session.end_profiling())
+    nodes = nodes_by_provider(profile)
+    shutil.rmtree(profile.parent)
     split = _verify(nodes, wanted, artifact, library_path)
-    return RunResult(outputs, wanted, nodes, split, seconds)
+    now = attend_counts(library_path) if library_path else {}
+    kernels = {name: now[name] - n for name, n in attended.items() if now[name] > n}
+    return RunResult(outputs, wanted, nodes, split, seconds, kernels)
 
 
 def _onnxruntime() -> Any:
@@ -203,11 +211,9 @@ def _to_tensor(value: Any) -> Tensor:
     return torch.from_numpy(value.numpy())
 
 
-def _nodes_by_provider(profile: Path) -> dict[str, dict[str, int]]:
-    """Count the distinct nodes of each operator that ran on each provider."""
+def nodes_by_provider(profile: Path) -> dict[str, dict[str, int]]:
+    """Count the distinct nodes of each operator that ran on each provider, in a profile."""
     events = json.loads(profile.read_text(encoding="utf-8"))
-    profile.unlink()
-    profile.parent.rmdir()
     seen: dict[str, dict[str, set[str]]] = {}
     for event in events:
         details = event.get("args", {})

@@ -1,48 +1,58 @@
-"""What benchmarks/export.py prepares runs on the CPU too."""
+"""benchmarks/export.py on the CPU: what it prepares is the op, and what is wrong is a wrong row."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("triton")
 
-from attention_cases import relative
+from benchmarks import export
+from benchmarks.export import CASES, Case, describe, measure, prepare
+from freqopt.kernels.specialise import hopper_specialisation
 
-from benchmarks.export import DIM, PROBES, prepare, where_ran
-from freqopt.grid import token_order
+PLAIN = Case("plain", "float16", 128, (4, 8, 9), 2, "attend_hopper")
+TEXT = Case(
+    "text", "bfloat16", 64, (3, 5, 7), 4, "attend_hopper",
+    batch=2, kv_heads=2, before=3, after=6, masked=True,
+)  # fmt: skip
 
 
-def test_prepared_file_is_the_op_with_and_without_the_library(tmp_path: Path) -> None:
-    prepare(tmp_path, 90)
-    grid = (4, 8, 9)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 288, DIM, generator=generator).half() for _ in range(3))
-    budget = torch.full((2, 2), 1.0)
-    given = {
-        "query": query, "key": key, "value": value, "budget": budget,
-        "key_mask": torch.ones(1, 1, dtype=torch.bool),
-        "order": token_order(grid, query.device).long(), "text_before": torch.zeros(1).long(),
-    }  # fmt: skip
-    expected = torch.ops.freqopt.split_attention(
-        query, key, value, budget, None, list(grid), 0, 0, DIM**-0.5, 0.0, False, PROBES
-    )[0]
-    for library in (tmp_path / "libfreqopt_ort.so", None):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.enable_profiling = True
-        options.profile_file_prefix = str(tmp_path / "profile")
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        session = onnxruntime.InferenceSession(
-            str(tmp_path / "split.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        out: np.ndarray = session.run(None, {k: v.numpy() for k, v in given.items()})[0]
-        assert relative(torch.from_numpy(out), expected) < 1e-2
-        ran = where_ran(Path(session.end_profiling()))
-        assert ran == ({"CPUExecutionProvider"} if library else set())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("prepared")
+    prepare(made, 90, [PLAIN, TEXT])
+    return made
+
+
+def test_library_and_body_are_the_op(folder: Path) -> None:
+    rows = measure(folder, "cpu", [PLAIN, TEXT])["rows"]
+    for row in rows:
+        assert "wrong" not in row, row["wrong"]
+        assert set(row["ms"]) == {"pytorch", "library", "body"}
+        assert row["nodes"]["library"] == {"CPUExecutionProvider": {"SplitAttention": 1}}
+        assert row["nodes"]["body"]["CPUExecutionProvider"]["Scan"] >= 1
+        assert "x PyTorch" in describe(row) and "CPUExecutionProvider 1" in describe(row)
+
+
+def test_a_wrong_output_has_no_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = export.in_torch
+    monkeypatch.setattr(export, "in_torch", lambda case, tensors: right(case, tensors) * 1.05)
+    (row,) = measure(folder, "cpu", [PLAIN])["rows"]
+    assert "ms" not in row and "library is off by 0.0" in row["wrong"][0]
+    assert describe(row).splitlines()[1].startswith("  WRONG: library is off by")
+
+
+def test_a_row_that_raises_leaves_the_others(folder: Path) -> None:
+    absent = Case("absent", "float16", 72, (3, 3, 3), 2, "attend")
+    rows = measure(folder, "cpu", [absent, PLAIN])["rows"]
+    assert "split_float16_72.onnx" in rows[0]["wrong"][0] and "ms" in rows[1]
+
+
+def test_cases_name_the_kernel_that_the_table_has() -> None:
+    for case in CASES:
+        served = hopper_specialisation(case.variant(90)) is not None
+        assert case.attend == ("attend_hopper" if served else "attend"), case.name

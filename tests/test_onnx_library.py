@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -162,6 +164,35 @@ def test_an_old_onnxruntime_is_told_so(library: str) -> None:
     register.restype = ctypes.c_void_p
     assert register(None, ctypes.byref(base)) == 1
     assert b"needs onnxruntime 1.17" in messages[0] and b"1.9.0" in messages[0]
+
+
+def newest(*libraries: Path) -> dict[str, tuple[int, ...]]:
+    """The newest version of each system library that the files ask for, by objdump."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in libraries:
+        listing = subprocess.run(
+            ["objdump", "-T", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        for name, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)\b", listing):
+            found[name] = max(found.get(name, ()), tuple(map(int, version.split("."))))
+    return found
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs x86_64 and objdump"
+)
+def test_library_loads_wherever_onnxruntime_does(tmp_path: Path) -> None:
+    """Built with the GPU side, it asks for no newer system than onnxruntime's wheel itself."""
+    empty = tmp_path / "cubins.cc"
+    empty.write_text(
+        '#include "split_cuda.h"\nnamespace freqopt {\n'
+        "const Cubin kCubins[] = {{}};\nconst int kCubinCount = 0;\n}\n"
+    )
+    ours = newest(build_library(tmp_path, extra_sources=(empty,), defines=("FREQOPT_CUDA",)))
+    theirs = newest(*Path(onnxruntime.__file__).parent.glob("capi/*.so*"))
+    assert set(ours) <= set(theirs)
+    for name, version in ours.items():
+        assert version <= theirs[name], f"{name} {version} is newer than onnxruntime's"
 
 
 def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
