@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_sa
 from freqopt.calibration_search import (
     Criterion,
     Found,
+    Goal,
     HeldOutError,
     Search,
     budget_key,
@@ -59,6 +61,7 @@ def calibrate(
     *,
     target_error: float = 0.03,
     target_psnr: float | None = None,
+    target_density: float | None = None,
     grid: Grid | None = None,
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
@@ -82,6 +85,9 @@ def calibrate(
             against what it generates with the dense model. `samples` must then be a callable that
             returns it (tensors, arrays or PIL images) and does the same every time: PyTorch's
             generators are seeded before each run.
+        target_density: instead of either, the share of pairs to attend exactly, in (0, 1]; the plan
+            has the least error within it, splits sites where dense attention is faster too (and
+            says so), and states the error that was measured.
         grid: extents (t, h, w) of the video tokens where the graph does not tell them. Not needed
             where all samples hold the positions of the same grid (img_ids and the like).
         timestep: name of the model's timestep argument, where it is not found by a usual name
@@ -100,14 +106,21 @@ def calibrate(
         CalibrationError: unusable samples (none, NaN, of another form), no site that can be split,
             a target below what even exact attention in another order of summation gives, or a
             checkpoint of another calibration.
-        OptionError: a target_error outside (0, 1), a target_psnr without a pipeline, or fewer than
-            one timestep bucket.
+        OptionError: a target outside its range, two of them, a density that the loosest budgets do
+            not reach, a target_psnr without a pipeline, or fewer than one timestep bucket.
     """
     if not 0.0 < target_error < 1.0:
         raise OptionError(
             f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "
             "model's output; 0.01 is very close, 0.03 the default, 0.1 visible"
         )
+    if target_density is not None and not 0.0 < target_density <= 1.0:
+        raise OptionError(
+            f"target_density {target_density} is outside (0, 1]: it is the share of pairs to "
+            "attend exactly; 0.1 is typical for long sequences"
+        )
+    if target_density is not None and target_psnr is not None:
+        raise OptionError("target_density and target_psnr were both given; pass one of them")
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
     inner = getattr(model, "_orig_mod", model)
@@ -122,9 +135,11 @@ def calibrate(
         open_progress(progress) as bars,
     ):
         calibration = Calibration(runner, bars, journal)
-        if pipeline is None or target_psnr is None:
-            return calibration.for_error(target_error)
-        return calibration.for_psnr(target_psnr, pipeline)
+        if target_density is not None:
+            return calibration.for_density(target_density)
+        if pipeline is not None and target_psnr is not None:
+            return calibration.for_psnr(target_psnr, pipeline)
+        return calibration.for_error(target_error)
 
 
 def _pipeline(model: nn.Module, samples: Samples, target_psnr: float) -> Callable[[], Any]:
@@ -160,7 +175,13 @@ class Calibration:
         """The plan that holds a relative error of the model's output."""
         sites = self.choices()
         criterion = HeldOutError(self.runner, self.dense_references(), target, self.journal)
-        return self._plan(sites, criterion, target, None)
+        return self._plan(sites, criterion, Goal(error=target))
+
+    def for_density(self, target: float) -> Plan:
+        """The plan with the least error whose density is within a target."""
+        sites = [replace(site, forced=True) for site in self.choices()]
+        criterion = HeldOutError(self.runner, self.dense_references(), 1.0, self.journal)
+        return self._plan(sites, criterion, Goal(density=target))
 
     def for_psnr(self, target: float, pipeline: Callable[[], Any]) -> Plan:
         """The plan that holds a PSNR, in dB, of what a pipeline generates."""
@@ -170,7 +191,7 @@ class Calibration:
             criterion = GeneratedVideo(self.runner, pipeline, target, self.journal)
             step(2)
         sites = weigh_timesteps(criterion, sites, self.progress)
-        return self._plan(sites, criterion, None, target)
+        return self._plan(sites, criterion, Goal(psnr=target))
 
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and gains: what there is to choose from at each of them."""
@@ -254,30 +275,28 @@ class Calibration:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         return f"none of the {len(reasons)} attention sites can be split ({listed})"
 
-    def _plan(
-        self,
-        sites: list[SiteChoices],
-        criterion: Criterion,
-        target_error: float | None,
-        target_psnr: float | None,
-    ) -> Plan:
-        """Search for the criterion, and write down what was found."""
+    def _plan(self, sites: list[SiteChoices], criterion: Criterion, goal: Goal) -> Plan:
+        """Search for the goal, and write down what was found."""
         cost = cost_model(list(self.session.timings.values()))
         search = Search(sites, cost, criterion, self.progress)
-        found = search.run() or self._everything_dense(sites, search, criterion)
-        self._time(budgets(sites, found.allocation))
-        reasons = self._slow_sites()
+        reasons: dict[str, str] = {}
+        if goal.density is not None:
+            found = search.run_density(goal.density)
+            self._time(budgets(sites, found.allocation))
+        else:
+            found = search.run() or self._everything_dense(sites, search, criterion)
+            self._time(budgets(sites, found.allocation))
+            reasons = self._slow_sites()
         if reasons:
             found = search.try_out(with_dense(sites, found.allocation, reasons, cost), found.notes)
         error = found.trial
-        if target_psnr is not None:
+        if goal.psnr is not None:
             held_out = HeldOutError(self.runner, self.references, 1.0, self.journal)
             error = Search(sites, cost, held_out, self.progress).try_out(found.allocation).trial
         return build_plan(
             self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
-            search.trials, cost=cost, reasons=reasons, error=error, target=target_error,
-            target_psnr=target_psnr,
-            measured_psnr=None if target_psnr is None else decibels_of(found.trial.measured_error),
+            search.trials, cost=cost, reasons=reasons, error=error, goal=goal,
+            measured_psnr=None if goal.psnr is None else decibels_of(found.trial.measured_error),
             seed=self.runner.seed, notes=[*self.notes, *found.notes], rounding=self.rounding,
         )  # fmt: skip
 

@@ -77,7 +77,8 @@ class SiteChoices:
     of the model's calls in each bucket, sum 1. threshold (C,), mid (C,) bool: the choices. density,
     error, damage (R, C): share of pairs attended exactly, those of the mid band counted by their
     cost, an eighth; squared relative error that the row brings to the model's output, mean over all
-    calls; the same with bias weighed up, which is what allocation minimises.
+    calls; the same with bias weighed up, which is what allocation minimises. forced: split it even
+    where dense attention is cheaper, unless everything would be exact anyway.
     """
 
     name: str
@@ -89,6 +90,7 @@ class SiteChoices:
     error: Array
     damage: Array
     shares: tuple[float, ...] = (1.0,)
+    forced: bool = False
 
     @property
     def heads(self) -> int:
@@ -233,7 +235,8 @@ def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -
     choices = []
     for site in sites:
         index, least = _best_split(site, multiplier, cost)
-        choices.append(SiteChoice(index, cost.dense(site.shape) * site.heads <= least))
+        cheaper = cost.dense(site.shape) * site.heads <= least
+        choices.append(SiteChoice(index, not index.any() if site.forced else bool(cheaper)))
     return _total(sites, choices, multiplier, cost)
 
 
@@ -301,4 +304,24 @@ def solve(
             best, high = trial, middle
         else:
             low = middle
+    return best
+
+
+def solve_density(
+    sites: Sequence[SiteChoices], density: float, cost: CostModel, *, steps: int = 60
+) -> Allocation:
+    """The allocation of the least damage on the Lagrangian's path within a predicted density.
+
+    Where even the loosest allocation needs more, that one.
+    """
+    scale = math.log(sum(cost.dense(site.shape) * site.heads for site in sites))
+    low, high = scale + math.log(1e-9), scale + math.log(1e24)
+    best = allocate(sites, math.exp(low), cost)
+    for _ in range(steps):
+        middle = 0.5 * (low + high)
+        trial = allocate(sites, math.exp(middle), cost)
+        if trial.density <= density:
+            best, low = trial, middle
+        else:
+            high = middle
     return best

@@ -6,6 +6,7 @@ Numbers are rounded to five significant digits, so that a plan stays readable an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from freqopt.calibration_gains import Array
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_readings import Measured, SpectrumSums, Sums
 from freqopt.calibration_samples import SampleSet
-from freqopt.calibration_search import Found
+from freqopt.calibration_search import Found, Goal
 from freqopt.plan import Plan, model_fingerprint
 from freqopt.plan_records import (
     BucketCurves,
@@ -63,8 +64,7 @@ def build_plan(
     cost: CostModel,
     reasons: Mapping[str, str],
     error: Trial,
-    target: float | None,
-    target_psnr: float | None,
+    goal: Goal,
     measured_psnr: float | None,
     seed: int,
     notes: list[str],
@@ -94,10 +94,11 @@ def build_plan(
         device=_device_name(model),
         versions=_versions(),
         seed=seed,
-        target_error=target or max(_round(error.measured_error), 1e-9),
+        target_error=goal.error or max(_round(error.measured_error), 1e-9),
         measured_error=_round(error.measured_error),
         worst_error=_round(error.worst_error),
-        target_psnr=target_psnr,
+        target_psnr=goal.psnr,
+        target_density=goal.density,
         measured_psnr=None if measured_psnr is None else _round(min(measured_psnr, MAX_PSNR)),
         mean_density=_round(found.trial.mean_density),
         timestep_name=samples.timestep_name,
@@ -313,7 +314,8 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
             rows.append([_head_curves(curve, scale[:, None]) for curve in source.curves])
         curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
         ladder = np.array(evidence.thresholds)
-        found.append(make_choices(name, site.tokens, site.head_dim, ladder, curves, shares))
+        choices = make_choices(name, site.tokens, site.head_dim, ladder, curves, shares)
+        found.append(replace(choices, forced=plan.target_density is not None))
     return found
 
 

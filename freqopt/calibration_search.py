@@ -18,11 +18,13 @@ from freqopt.calibration_allocation import (
     SiteChoices,
     same_choices,
     solve,
+    solve_density,
 )
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner, relative_error
 from freqopt.config import MID_RATIO
+from freqopt.errors import OptionError
 from freqopt.plan_records import Trial
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,25 @@ AIM = 0.93
 ACCEPT = 0.8
 MAX_TRIALS = 8
 
+NEAR = 0.95
+"""A density between this share of the target and the target is near enough; trials aim between."""
+
 DISBELIEF = 2.0
 """A trial this much worse than predicted has a site whose errors were taken too lightly: all sites
 that it split are then believed to be worse than it was, by CAUTION, and dense ones keep their
 chance. Below it, errors that add up instead of averaging out explain the difference."""
 
 CAUTION = 1.3
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a plan is for, one of: relative L2 error of the model's output; PSNR in dB of what a
+    pipeline generates; share of pairs attended exactly."""
+
+    error: float | None = None
+    psnr: float | None = None
+    density: float | None = None
 
 
 class Criterion(Protocol):
@@ -192,6 +207,36 @@ class Search:
                 why = "even the loosest budgets do not reach it"
             best[1].notes.append(f"the error is well below the target: {why}")
         return best[1]
+
+    def run_density(self, target: float) -> Found:
+        """The allocation of the least predicted damage whose measured density is within a target.
+
+        Raises:
+            OptionError: even the loosest budgets need more.
+        """
+        predicted, best, lowest = target, None, math.inf
+        previous: Allocation | None = None
+        with self.progress.phase("verifying", MAX_TRIALS) as step:
+            for _ in range(MAX_TRIALS):
+                allocation = solve_density(self.sites, predicted, self.cost)
+                if previous is not None and same_choices(allocation, previous):
+                    break
+                previous = allocation
+                found = self.try_out(allocation)
+                measured = found.trial.mean_density
+                lowest = min(lowest, measured)
+                step()
+                if measured <= target and (best is None or measured > best.trial.mean_density):
+                    best = found
+                if NEAR * target <= measured <= target:
+                    break
+                predicted = min(predicted * math.sqrt(NEAR) * target / measured, 1.0)
+        if best is None:
+            raise OptionError(
+                f"a mean density of {target:g} cannot be reached: with the loosest budgets it is "
+                f"{lowest:.3f} at this size; ask for more, or for longer sequences"
+            )
+        return best
 
     def try_out(self, allocation: Allocation, notes: Sequence[str] = ()) -> Found:
         """Run the model with an allocation's budgets; the trial is added to `trials`."""

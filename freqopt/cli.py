@@ -121,6 +121,9 @@ def calibrate(
     target_error: Annotated[
         float, typer.Option(help="Relative L2 error of the model's output against dense.")
     ] = 0.03,
+    target_density: Annotated[
+        float | None, typer.Option(help="Share of pairs to attend exactly, instead of an error.")
+    ] = None,
     grid: GridText = None,
     timestep: Annotated[
         str | None, typer.Option(help="Name of the model's timestep argument, if it is unusual.")
@@ -146,6 +149,7 @@ def calibrate(
             load_model(model).to(where),
             calls,
             target_error=target_error,
+            target_density=target_density,
             grid=None if grid is None else parse_grid(grid),
             timestep=timestep,
             timestep_buckets=timestep_buckets,

@@ -25,15 +25,10 @@ from freqopt import demo_foreign, demo_video
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.demo_page import Sampled, write_page
 from freqopt.demo_settings import DTYPES, Settings, load_model
-from freqopt.demo_target import next_target
 from freqopt.doctor import environment
 from freqopt.models_zoo.sampling import denoising_samples, sample
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan import Plan
-
-MAX_RETRIES = 4
-NEAR = 0.8
-"""A density between this share of the wanted one and the wanted one is not improved further."""
 
 
 def run_demo(settings: Settings, console: Console | None = None) -> dict[str, Any]:
@@ -143,24 +138,10 @@ def denoising_inputs(
 
 def calibrate(model: VideoDiT, inputs: list[dict[str, Tensor]], settings: Settings) -> Plan:
     """A plan for the target error, or for the density if one is set."""
-
-    def plan_for(target: float) -> Plan:
-        return freqopt.calibrate(
-            model, inputs, target_error=target, progress=settings.progress, seed=settings.seed
-        )
-
-    plans = [plan_for(settings.target_error)]
-    wanted = settings.density
-    if wanted is None:
-        return plans[0]
-    for _ in range(MAX_RETRIES):
-        if NEAR * wanted <= plans[-1].mean_density <= wanted:
-            break
-        plans.append(plan_for(next_target(plans, wanted)))
-    within = [plan for plan in plans if plan.mean_density <= wanted]
-    if within:
-        return max(within, key=lambda plan: plan.mean_density)
-    return min(plans, key=lambda plan: plan.mean_density)
+    return freqopt.calibrate(
+        model, inputs, target_error=settings.target_error, target_density=settings.density,
+        progress=settings.progress, seed=settings.seed,
+    )  # fmt: skip
 
 
 def compiled(

@@ -44,7 +44,8 @@ class Plan(Record):
     measured_error: relative L2 error of the model's output, the latter on held-out samples
     (worst_error: the worst of them). mean_density: share of pairs attended exactly, weighted by the
     sites' dense cost. target_psnr, measured_psnr: in dB, of what the user's pipeline generated, if
-    that was the criterion; target_error is then the measured error.
+    that was the criterion; target_density: the share of pairs asked for, if that was. In both cases
+    target_error is the measured error.
     """
 
     format: Literal["freqopt-plan"] = "freqopt-plan"
@@ -60,6 +61,7 @@ class Plan(Record):
     worst_error: float = Field(ge=0)
     target_psnr: float | None = None
     measured_psnr: float | None = None
+    target_density: float | None = Field(default=None, gt=0, le=1)
     mean_density: float = Field(ge=0, le=1)
     timestep_name: str | None = None
     timestep_edges: list[float] = Field(default=[])

@@ -13,6 +13,8 @@ def describe(plan: Plan) -> str:
     target = f"target {plan.target_error:g}"
     if plan.target_psnr is not None and plan.measured_psnr is not None:
         target = f"PSNR {plan.measured_psnr:.1f} dB, target {plan.target_psnr:g} dB"
+    if plan.target_density is not None:
+        target = f"density {plan.target_density:.3g} was asked for"
     lines = [
         f"plan for {plan.model.class_name}: output error {plan.measured_error:.4f} "
         f"({target}) at {plan.mean_density:.1%} mean density",

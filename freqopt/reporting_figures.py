@@ -113,7 +113,9 @@ def frontier(plan: Plan) -> Figure:
     ax.scatter(
         [plan.mean_density], [plan.measured_error], s=110, color=ORANGE, zorder=4, label="this plan"
     )
-    if plan.target_psnr is None:
+    if plan.target_density is not None:
+        ax.axvline(plan.target_density, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
+    elif plan.target_psnr is None:
         ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
         ax.annotate(
             "target", (1.0, plan.target_error), xycoords=("axes fraction", "data"), ha="right",
@@ -135,24 +137,33 @@ def verification(plan: Plan) -> Figure:
     trials = plan.evidence.trials
     figure, ax = _single(7.4, 3.2)
     at = np.arange(1, len(trials) + 1)
+    ax.set(xlabel="trial", xticks=at, xlim=(0.5, len(trials) + 0.5))
     if plan.target_psnr is not None:
-        ax.axhspan(plan.target_psnr, plan.target_psnr + 1.94, color="#fcebdd", lw=0)
-        ax.axhline(plan.target_psnr, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
+        _band(ax, plan.target_psnr, plan.target_psnr, plan.target_psnr + 1.94)
         found = [min(decibels_of(t.measured_error), 100.0) for t in trials]
         ax.plot(at, found, "o-", color=BLUE, label="measured")
-        ax.set(xlabel="trial", ylabel="PSNR of the video (dB)", xticks=at)
-        ax.set_xlim(0.5, len(trials) + 0.5)
+        ax.set_ylabel("PSNR of the video (dB)")
         return figure
-    ax.axhspan(0.8 * plan.target_error, plan.target_error, color="#fcebdd", lw=0)
-    ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
+    if plan.target_density is not None:
+        _band(ax, 100 * plan.target_density, 95 * plan.target_density, 100 * plan.target_density)
+        ax.plot(at, [100 * t.mean_density for t in trials], "o-", color=BLUE, label="measured")
+        ax.set_ylabel("mean density (%)")
+        return figure
+    _band(ax, plan.target_error, 0.8 * plan.target_error, plan.target_error)
     ax.plot(at, [t.predicted_error for t in trials], "o--", color=GREY, label="predicted")
     ax.plot(at, [t.measured_error for t in trials], "o-", color=BLUE, label="measured")
     for i, trial in zip(at, trials, strict=True):
         ax.scatter([i] * len(trial.sample_errors), trial.sample_errors, s=10, color=BLUE, alpha=0.4)
-    ax.set(xlabel="trial", ylabel="relative L2 error", xticks=at, xlim=(0.5, len(trials) + 0.5))
+    ax.set_ylabel("relative L2 error")
     ax.set_ylim(bottom=0)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _band(ax: Axes, target: float, low: float, high: float) -> None:
+    """What verification accepts, and the target."""
+    ax.axhspan(low, high, color="#fcebdd", lw=0)
+    ax.axhline(target, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
 
 
 @styled

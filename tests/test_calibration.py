@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calibration_models import GRID, make_model, make_sample
@@ -274,3 +276,40 @@ def test_spectrum_of_a_pure_wave_sits_in_its_bin() -> None:
 def test_band_cutoffs_ignore_flat_axes() -> None:
     assert band_cutoffs((1, 30, 52)) == pytest.approx((0.0625, 0.5 / 8**0.5))
     assert band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)
+
+
+def test_a_density_is_met_with_the_least_error(tmp_path: Path) -> None:
+    samples = [make_sample(i) for i in range(6)]
+    plans = [
+        freqopt.calibrate(make_model(), samples, target_density=density, progress=False)
+        for density in (0.35, 0.6)
+    ]
+    for plan, wanted in zip(plans, (0.35, 0.6), strict=True):
+        assert 0.9 * wanted <= plan.mean_density <= wanted == plan.target_density
+        assert plan.target_error == plan.measured_error > 0
+        assert f"density {wanted} was asked for" in str(plan)
+        densities = [d for site in plan.sites.values() for d in site.density]
+        assert np.mean(densities) == pytest.approx(plan.mean_density, rel=1e-3)
+    assert plans[1].measured_error < plans[0].measured_error
+    plans[0].save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plans[0]
+    assert "target: mean density" in freqopt.report(plans[0], tmp_path / "a.html").read_text()
+    # a plan for the error that was reached is no cheaper than this one
+    same = freqopt.calibrate(
+        make_model(), samples, target_error=plans[0].measured_error, progress=False
+    )
+    assert same.mean_density > 0.85 * plans[0].mean_density
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"target_density": 0.0}, "outside"),
+        ({"target_density": 0.05}, "cannot be reached: with the loosest budgets it is 0.2"),
+        ({"target_density": 0.5, "target_psnr": 30.0}, "both given"),
+    ],
+)
+def test_densities_that_cannot_be(wrong: dict[str, float], said: str) -> None:
+    samples = [make_sample(i) for i in range(2)]
+    with pytest.raises(OptionError, match=said):
+        freqopt.calibrate(make_model(), samples, progress=False, **wrong)

@@ -279,6 +279,16 @@ def test_a_site_that_is_slower_at_its_budgets_goes_back_to_dense(
     assert slow_sites(plan) == {}
 
 
+def test_a_density_asked_for_rules_over_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites are split although that is slower, and the plan and its report say so."""
+    SimulatedGpu(monkeypatch, dense=1.0)
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_density=0.5, progress=False)
+    assert [site.decision for site in plan.sites.values()] == ["split", "split"]
+    assert list(slow_sites(plan)) == list(plan.sites)
+    assert "2 split sites" in str(plan) and "no faster than dense attention as timed" in str(plan)
+
+
 def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
     samples = [make_sample(i) for i in range(2)]
     plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
