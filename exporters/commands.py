@@ -34,6 +34,14 @@ Dynamic = Annotated[
         "--dynamic", help="Free extents of an input, NAME:DIM,DIM as in video:0,2,3,4; repeatable."
     ),
 ]
+Capability = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--capability",
+        help="Compile GPU kernels for this compute capability, as 90 for Hopper, GPU or not; "
+        "repeatable. By default those of the GPUs here.",
+    ),
+]
 Grid = Annotated[str | None, typer.Option("--grid", help="Extents t,h,w of the video tokens.")]
 
 
@@ -49,12 +57,13 @@ def onnx(
     library: Annotated[
         bool, typer.Option(help="Also build libfreqopt_ort.so for ONNX Runtime.")
     ] = True,
+    capability: Capability = None,
 ) -> None:
     """Write model.onnx, the operator library and a manifest."""
     from freqopt.exporters.onnx_export import export_onnx
 
     print(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
-                      **_options(samples, plan, dynamic, grid)))  # fmt: skip
+                      **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 
 @export_app.command()
@@ -66,12 +75,25 @@ def tensorrt(
     dynamic: Dynamic = None,
     grid: Grid = None,
     build: Annotated[str, typer.Option(help="auto, never or always: the engine.")] = "auto",
+    capability: Capability = None,
 ) -> None:
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt_export import export_tensorrt
 
     print(export_tensorrt(*_call(model, samples), folder, build=build,
-                          **_options(samples, plan, dynamic, grid)))  # fmt: skip
+                          **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
+
+
+@export_app.command(name="plan")
+def exchange(
+    artifact: Annotated[Path, typer.Argument(help="A folder written by freqopt export onnx.")],
+    plan: Annotated[Path, typer.Option("--plan", help="The plan whose budgets it gets.")],
+) -> None:
+    """Give an exported folder another plan's budgets, without the model."""
+    from freqopt.exporters.exchange import exchange_plan
+    from freqopt.plan import Plan
+
+    print(exchange_plan(artifact, Plan.load(plan)))
 
 
 def run(
@@ -120,7 +142,11 @@ def _call(model: str, samples: Path) -> tuple[Any, tuple[Any, ...], dict[str, An
 
 
 def _options(
-    samples: Path, plan: Path | None, dynamic: list[str] | None, grid: str | None
+    samples: Path,
+    plan: Path | None,
+    dynamic: list[str] | None,
+    grid: str | None,
+    capabilities: list[int] | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -138,6 +164,7 @@ def _options(
         "plan": None if plan is None else Plan.load(plan),
         "dynamic_shapes": shapes,
         "grid": None if grid is None else parse_grid(grid),
+        "capabilities": capabilities or None,
     }
 
 

@@ -5,6 +5,7 @@ A made-up driver records every launch. What only a GPU can show is marked gpu.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("onnx")
 from ort_programs import Programs, build_programs
 
 from freqopt.exporters.cubins import Compiled, compile_table, write_sources
-from freqopt.exporters.ort_library import build_library
+from freqopt.exporters.ort_library import SOURCES, build_library
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
@@ -110,6 +111,21 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
     raised = {line[1] for line in lines if line[0] == "shared"}
     large = {r.symbol for r in table if r.variant == HOPPER and r.shared > 48 * 1024}
     assert raised == large
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    """The launches are written twice, in Python and in C++; sizes that both choose must agree."""
+    from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+    from freqopt.kernels import triton_split as split
+
+    source = (SOURCES / "split_cuda.cc").read_text()
+    lines = "".join(re.findall(r"^constexpr int64_t (.*);$", source, re.MULTILINE))
+    found = {name: int(value) for name, value in re.findall(r"(k\w+) = (\d+)", lines)}
+    assert found == {
+        "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE, "kFine": KEY_BLOCK // SUB_BLOCK,
+        "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
+        "kProbePrograms": split.PROBE_PROGRAMS, "kMaxParts": split.MAX_PARTS,
+    }  # fmt: skip
 
 
 def test_workspace_holds_what_is_written(programs: Programs) -> None:

@@ -301,6 +301,26 @@ def test_commands(artifact: Artifact, tmp_path: Path) -> None:
     assert isinstance(done.exception, OptionError)
 
 
+def test_capabilities_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda *a, **k: seen.append(k["capabilities"]))
+    (tmp_path / "maker.py").write_text("import torch\nmake = torch.nn.Linear(3, 3)\n")
+    save_file({"0/input": torch.randn(2, 3)}, tmp_path / "samples.safetensors")
+    arguments = ["onnx", f"{tmp_path / 'maker.py'}:make", str(tmp_path / "out")]
+    arguments += ["--samples", str(tmp_path / "samples.safetensors")]
+    for more in ([], ["--capability", "80", "--capability", "90"]):
+        done = CliRunner().invoke(export_app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+    assert seen == [None, [80, 90]]
+
+
+def test_runner_tells_which_kernel_attended() -> None:
+    result = runner.RunResult({}, "CUDAExecutionProvider", {}, "library", 0.5, {"attend_hopper": 2})
+    assert "2 attended by attend_hopper" in str(result)
+
+
 def test_runner_module_is_lazy() -> None:
     """Reading an artifact must not need onnxruntime."""
     assert not any(name.startswith("onnxruntime") for name in vars(runner))

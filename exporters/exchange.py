@@ -1,0 +1,110 @@
+"""Gives an exported file another plan's budgets, without the model and without another export.
+
+Budgets are initialisers named freqopt.budget.<site>, so a deployment can be made more exact or
+faster where it lies. What the plan decides beyond thresholds is fixed in the file's nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from freqopt.errors import PlanError
+from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
+from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.exporters.program import plan_budget
+
+if TYPE_CHECKING:
+    from freqopt.plan import Plan
+
+
+def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifact:
+    """Overwrite the budgets of an ONNX artifact by those of another plan, and its manifest.
+
+    A site that is split in the file and dense in the plan attends every pair exactly from then on;
+    one that is dense in the file stays so. Both are noted.
+
+    Raises:
+        ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
+        NotAvailableError: onnx is not installed.
+        PlanError: a plan of another model, or one that uses the mid band at a site that was
+            exported without it.
+    """
+    artifact = path if isinstance(path, Artifact) else Artifact.load(path)
+    if artifact.kind != "onnx":
+        raise ArtifactError(
+            f"{artifact.path} is for TensorRT, whose engines hold their budgets; export again"
+        )
+    made_for = artifact.manifest.get("plan")
+    if made_for is None:
+        raise ArtifactError(
+            f"{artifact.path} was exported without a plan: its sites resolve a density in every "
+            "call and read no budgets; export again with the plan"
+        )
+    if plan.model.fingerprint != made_for["model_fingerprint"]:
+        raise PlanError(
+            f"this plan is for {plan.model.class_name} with fingerprint {plan.model.fingerprint}; "
+            f"the file is of {made_for['model']} with {made_for['model_fingerprint']}"
+        )
+    notes = _check_sites(artifact, plan)
+    _write_budgets(artifact, plan)
+    return write_manifest(
+        artifact.path, kind=artifact.kind, model=str(artifact.manifest["model"]),
+        files=list(artifact.manifest["files"]),
+        content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
+    )  # fmt: skip
+
+
+def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
+    """Raise PlanError where the nodes cannot do what the plan says; the notes about the others."""
+    for name, site in artifact.sites.items():
+        if name not in plan.sites:
+            raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
+        if plan.uses_mid_band(name) and not site["mid_band"]:
+            raise PlanError(
+                f"this plan uses the mid band at {name!r} and the file was exported without it; "
+                "export again with this plan"
+            )
+    notes = [
+        f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
+        for name in artifact.sites
+        if plan.sites[name].decision == "dense"
+    ]
+    notes += [
+        f"the plan splits {name}, which is not split here"
+        for name, site in plan.sites.items()
+        if site.decision == "split" and name not in artifact.sites
+    ]
+    if plan.timestep_edges:
+        notes.append("the plan has timestep buckets; the file holds the most exact budget of each")
+    return notes
+
+
+def _write_budgets(artifact: Artifact, plan: Plan) -> None:
+    try:
+        import onnx
+    except ImportError as error:
+        raise NotAvailableError(
+            f"exchanging a plan needs onnx ({error}); pip install 'freqopt[onnx]'"
+        ) from error
+    proto = onnx.load(artifact.model_path, load_external_data=False)
+    held = {initializer.name: initializer for initializer in proto.graph.initializer}
+    for name, site in artifact.sites.items():
+        if site["budget"] not in held:
+            raise ArtifactError(
+                f"{artifact.model_path} has no initializer {site['budget']}; export again"
+            )
+        budget = plan_budget(plan, name).to(torch.float32).numpy()
+        held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
+    partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
+    onnx.save(proto, partial)
+    os.replace(partial, artifact.model_path)
+
+
+def _kept(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What of a manifest does not depend on the plan or the files."""
+    written_anew = ("format", "version", "kind", "model", "files", "plan", "notes")
+    return {key: value for key, value in manifest.items() if key not in written_anew}
