@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration_allocation import (
+    CostModel,
     HeadCurves,
     SiteChoices,
     join_curves,
@@ -195,13 +196,17 @@ class Calibration:
 
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and gains: what there is to choose from at each of them."""
-        self._measure()
+        self.measure()
         self.gains, self.rounding = measure_gains(self.runner, self.progress, self.journal)
         counts = self.runner.samples.bucket_samples
         return [
             site_choices(site, self.gains[name], counts)
             for name, site in self.session.measurable().items()
         ]
+
+    def cost(self) -> CostModel:
+        """What choices cost on this device, as far as it was timed while measuring."""
+        return cost_model(list(self.session.timings.values()))
 
     def dense_references(self) -> list[list[Tensor]]:
         """The dense model's outputs for the held-out samples."""
@@ -212,7 +217,8 @@ class Calibration:
                 step()
         return self.references
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Run the fitted samples, those that the journal knows excepted."""
         fit, session = self.runner.samples.fit, self.session
         known = len(session.sites)
         with self.progress.phase("measuring sites", None) as step:
@@ -277,7 +283,7 @@ class Calibration:
 
     def _plan(self, sites: list[SiteChoices], criterion: Criterion, goal: Goal) -> Plan:
         """Search for the goal, and write down what was found."""
-        cost = cost_model(list(self.session.timings.values()))
+        cost = self.cost()
         search = Search(sites, cost, criterion, self.progress)
         reasons: dict[str, str] = {}
         if goal.density is not None:

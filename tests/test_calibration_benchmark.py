@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_calibration_allocation import random_site
 
-from benchmarks.calibration import (
+from benchmarks.calibration import density_ratio
+from benchmarks.calibration_variants import (
+    FreeMidBand,
     allocated,
-    density_ratio,
     heads_tied,
     timesteps_tied,
     uniform,
@@ -40,7 +41,8 @@ def test_tied_rows_choose_alike_and_totals_stay() -> None:
 def test_allocated_and_uniform_reach_the_density() -> None:
     sites = make_sites(40)
     for density in (0.2, 0.4, 0.6):
-        cost, chosen = ProductCost(), allocated(sites, density)
+        cost = ProductCost()
+        chosen = allocated(sites, cost, density)
         assert set(chosen) <= {"a", "b", "c"}
         assert all(budget.shape == (2, 2, 2) for budget in chosen.values())
         threshold = {
@@ -63,3 +65,12 @@ def test_density_ratio_is_read_at_equal_error() -> None:
     ours = [(d / 2, error) for d, error in other]
     assert density_ratio(ours, other) == pytest.approx(0.5)
     assert density_ratio([(0.1, 99.0)], other) is None
+
+
+def test_a_free_mid_band_costs_what_the_split_does() -> None:
+    cost, density = ProductCost(), np.array([0.1, 0.2])
+    shape = make_sites()[0].shape
+    for band in (False, True):
+        found = FreeMidBand(cost).split(shape, density, band)
+        np.testing.assert_array_equal(found, cost.split(shape, density, False))
+    assert FreeMidBand(cost).dense(shape) == cost.dense(shape)

@@ -1,0 +1,148 @@
+"""Ways to choose budgets: with all ingredients of calibration, with all but one, with none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+import freqopt
+from benchmarks.calibration_bench import Bench, Budgets
+from freqopt.calibration import Calibration, site_choices
+from freqopt.calibration_allocation import (
+    Array,
+    AttentionShape,
+    CostModel,
+    SiteChoices,
+    solve_density,
+)
+from freqopt.calibration_journal import Journal
+from freqopt.calibration_progress import Progress
+from freqopt.calibration_run import opened
+from freqopt.calibration_search import budgets
+from freqopt.calibration_video import GeneratedVideo, weigh_timesteps
+
+ALL, UNIFORM, NO_PROBES = "calibrated", "one threshold for all", "without probes"
+BY_VIDEO = "timesteps weighed by the video"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to choose budgets: from a predicted mean density to them. probes: of the op's calls."""
+
+    name: str
+    budgets_at: Callable[[float], Budgets]
+    probes: int = freqopt.config.DEFAULT_PROBES
+
+
+@dataclass(frozen=True)
+class FreeMidBand:
+    """A cost model in which the mid band needs no other kernel."""
+
+    cost: CostModel
+
+    def dense(self, shape: AttentionShape) -> float:
+        """See `CostModel`."""
+        return self.cost.dense(shape)
+
+    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
+        """See `CostModel`."""
+        return self.cost.split(shape, density, False)
+
+
+def allocated(sites: Sequence[SiteChoices], cost: CostModel, density: float) -> Budgets:
+    """The allocation with a predicted density; every site is split, as with `target_density`."""
+    forced = [replace(site, forced=True) for site in sites]
+    return budgets(forced, solve_density(forced, density, cost))
+
+
+def uniform(sites: Sequence[SiteChoices], density: float) -> Budgets:
+    """One threshold for every head, site and timestep, without the mid band."""
+    plain = np.flatnonzero(~sites[0].mid)[1:]
+    thresholds = sites[0].threshold[plain]
+    means = np.mean(
+        [(s.weight[:, None] * s.density[:, plain]).sum(0) / s.heads for s in sites], axis=0
+    )
+    at = np.interp(-math.log(density), -np.log(means), np.log(thresholds))
+    return {s.name: torch.full((len(s.shares), 2, s.heads), math.exp(at)) for s in sites}
+
+
+def tied(site: SiteChoices, group: Array) -> SiteChoices:
+    """The same site where rows of one group must make the same choice. group: (R,) labels."""
+    density, error, damage = site.density.copy(), site.error.copy(), site.damage.copy()
+    for label in np.unique(group):
+        rows = group == label
+        share = site.weight[rows] / site.weight[rows].sum()
+        density[rows] = share @ site.density[rows]
+        error[rows] = np.outer(share, site.error[rows].sum(0))
+        damage[rows] = np.outer(share, site.damage[rows].sum(0))
+    return replace(site, density=density, error=error, damage=damage)
+
+
+def heads_tied(site: SiteChoices) -> SiteChoices:
+    """One choice for all heads of a site."""
+    return tied(site, np.repeat(np.arange(len(site.shares)), site.heads))
+
+
+def timesteps_tied(site: SiteChoices) -> SiteChoices:
+    """One choice for all timesteps of a head."""
+    return tied(site, np.tile(np.arange(site.heads), len(site.shares)))
+
+
+def without_mid_band(site: SiteChoices) -> SiteChoices:
+    """The same site without the choices that use the mid band."""
+    keep = ~site.mid
+    return replace(
+        site, threshold=site.threshold[keep], mid=site.mid[keep], density=site.density[:, keep],
+        error=site.error[:, keep], damage=site.damage[:, keep],
+    )  # fmt: skip
+
+
+def without_bias_weight(site: SiteChoices) -> SiteChoices:
+    """The same site where a bias counts no more than noise."""
+    return replace(site, damage=site.error)
+
+
+def make_variants(
+    bench: Bench, calibration: Calibration, sites: list[SiteChoices], bars: Progress
+) -> list[Variant]:
+    """All ways to choose budgets, those to compare with first. sites: of the calibration."""
+    runner, cost = calibration.runner, bench.cost
+    counts = runner.samples.bucket_samples
+    measured = runner.session.measurable()
+    level = {name: np.ones_like(gains) for name, gains in calibration.gains.items()}
+    unweighted = [site_choices(site, level[name], counts) for name, site in measured.items()]
+    seed = next(iter(bench.videos))
+    video = GeneratedVideo(bench.runner, bench.pipeline(seed), 20.0, Journal(None, ""))
+    changed = {
+        BY_VIDEO: weigh_timesteps(video, sites, bars),
+        "without budgets per head": [heads_tied(site) for site in sites],
+        "without budgets per timestep": [timesteps_tied(site) for site in sites],
+        "without downstream gains": unweighted,
+        "without mid band": [without_mid_band(site) for site in sites],
+        "without bias weight": [without_bias_weight(site) for site in sites],
+    }
+    return [
+        Variant(ALL, partial(allocated, sites, cost)),
+        Variant(UNIFORM, partial(uniform, sites)),
+        *(Variant(name, partial(allocated, chosen, cost)) for name, chosen in changed.items()),
+        Variant("mid band wherever it helps", partial(allocated, sites, FreeMidBand(cost))),
+    ]
+
+
+def variant_without_probes(bench: Bench, calibration: Calibration, bars: Progress) -> Variant:
+    """The op without its probes, its curves measured anew; the gains are those of `calibration`."""
+    samples = calibration.runner.samples
+    with opened(bench.model, samples, None, 0) as runner:
+        runner.session.probes = 0
+        bare = Calibration(runner, bars, Journal(None, ""))
+        bare.measure()
+        sites = [
+            site_choices(site, calibration.gains[name], samples.bucket_samples)
+            for name, site in runner.session.measurable().items()
+        ]
+    return Variant(NO_PROBES, partial(allocated, sites, bench.cost), probes=0)
