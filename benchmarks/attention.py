@@ -2,7 +2,8 @@
 
 Every row is one call on the trained DiT's own Q, K and V: its relative error against dense
 attention in the same run, the density reached, the time of the whole call and of its parts. A row
-whose correctness gate fails prints no time.
+whose correctness gate fails prints no time. Rivals that run here (`benchmarks.rivals`) are measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import rivals
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
 
@@ -74,8 +76,8 @@ def threshold_for(a: Attention, density: float) -> float:
     return 10.0**low
 
 
-def part_times(a: Attention, threshold: float) -> dict[str, float]:
-    """Milliseconds of each part of one call."""
+def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
+    """Milliseconds of each part of one call, and its route."""
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.layout import Sequence
 
@@ -108,7 +110,29 @@ def part_times(a: Attention, threshold: float) -> dict[str, float]:
         )  # fmt: skip
 
     steps: list[Callable[[], None]] = [summarise, route, probe, attend]
-    return {step.__name__: milliseconds(step, repeat=50) for step in steps}
+    return {step.__name__: milliseconds(step, repeat=50) for step in steps}, made["route"]
+
+
+def rival_row(rival: rivals.Rival, reference: Tensor, best: float) -> dict[str, Any] | None:
+    """Error and time of a rival, None if it does not run here."""
+    try:
+        out = rival.run()
+        time = milliseconds(rival.run)
+    except Exception as error:  # whatever another package raises: the benchmark goes on
+        print(f"  {rival.name} does not run here: {type(error).__name__}: {error}"[:200])
+        return None
+    l1, l2 = relative_errors(
+        out, reference if rival.order is None else reference[:, :, rival.order]
+    )
+    print(
+        f"density {rival.density:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}  {'':12}  {time:7.3f} ms"
+        f"  {best / time:5.2f}x  {rival.name}",
+        flush=True,
+    )
+    return {
+        "name": rival.name, "density": rival.density, "l1": l1, "l2": l2, "ms": time,
+        "speedup": best / time,
+    }  # fmt: skip
 
 
 def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
@@ -122,7 +146,8 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         reference = F.scaled_dot_product_attention(a.query, a.key, a.value)
     floor = relative_errors(reference[:, :2], truth)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    others = [rival_row(rival, reference, best) for rival in rivals.installed(a)]
     flops = 4 * a.query.shape[1] * a.query.shape[2] ** 2 * a.query.shape[3]
     for density in densities:
         threshold = threshold_for(a, density)
@@ -137,7 +162,8 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
         if not torch.isfinite(out).all() or (density >= 1.0 and l2 > 1e-2):
             print(f"density {density}: FAILED its gate (relative L2 {l2:.3g}); no time reported")
             continue
-        total, parts = milliseconds(call), part_times(a, threshold)
+        total = milliseconds(call)
+        parts, route = part_times(a, threshold)
         reached = float(stats.density.mean())
         rows.append(
             {
@@ -154,10 +180,13 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
             + f"  {rows[-1]['attend_tflops']:.0f} TFLOP/s useful",
             flush=True,
         )
+        if density < 1.0:
+            found = rivals.at_density(a, reached, route.exact_list, route.counts)
+            others += [rival_row(rival, reference, best) for rival in found]
     return {
         "tokens": a.query.shape[2], "grid": a.grid, "heads": a.query.shape[1],
         "head_dim": a.query.shape[3], "dtype": str(a.query.dtype), "dense_ms": dense,
-        "dense_bf16_l1": floor[0], "rows": rows,
+        "dense_bf16_l1": floor[0], "rows": rows, "rivals": [row for row in others if row],
     }  # fmt: skip
 
 
@@ -179,6 +208,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 f"{100 * r['density']:.0f} %  {r['speedup']:.1f}x", (r["ms"], r["l1"]),
                 textcoords="offset points", xytext=(6, 4), fontsize=8,
             )  # fmt: skip
+        for name in sorted({r["name"] for r in problem.get("rivals", [])}):
+            other = [r for r in problem["rivals"] if r["name"] == name]
+            ax.plot([r["ms"] for r in other], [r["l1"] for r in other], "s--", label=name,
+                    markersize=4, linewidth=1)  # fmt: skip
+            ax.legend(fontsize=8, frameon=False)
         best = min(problem["dense_ms"].values())
         ax.axvline(best, color="#888", linestyle="--")
         ax.annotate(f"dense {best:.1f} ms", (best, ax.get_ylim()[1]), rotation=90, va="top",

@@ -1,0 +1,28 @@
+"""FlexAttention on the op's route, which the benchmark sets beside the op."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import rivals
+from benchmarks.natural import natural_attention
+from freqopt.config import KEY_BLOCK, QUERY_TILE
+
+
+def test_flex_is_given_the_listed_blocks_and_nothing_else() -> None:
+    tokens = 297
+    tiles, blocks = -(-tokens // QUERY_TILE), -(-tokens // KEY_BLOCK)
+    exact = torch.rand(1, 2, tiles, blocks, generator=torch.Generator().manual_seed(0)) < 0.4
+    column = torch.arange(blocks)
+    listed = torch.where(exact, column, blocks).sort(-1).values.to(torch.int32)
+    listed[listed == blocks] = 77  # past the count there may be anything
+    counts = torch.stack([exact.sum(-1), torch.full((1, 2, tiles), 9)], -1).to(torch.int32)
+    mask = rivals.block_mask(tokens, listed, counts)
+    assert torch.equal(mask.to_dense().bool(), exact)
+    assert mask.BLOCK_SIZE == (QUERY_TILE, KEY_BLOCK) and mask.seq_lengths == (tokens, tokens)
+
+
+def test_packages_that_are_missing_are_not_measured() -> None:
+    a = natural_attention((2, 4, 4), heads=1, dim=16, dtype=torch.float32, device="cpu")
+    names = {rival.name for rival in rivals.installed(a)}
+    assert names <= {"sageattention"}
