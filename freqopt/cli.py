@@ -205,6 +205,9 @@ def demo(
     inner: Annotated[
         str | None, typer.Option(help="Backend that compiles the rewritten graph.")
     ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Its mode (on a GPU reduce-overhead: CUDA graphs).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write into (demo).")] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="A tiny untrained model, to try things out.")
@@ -225,7 +228,7 @@ def demo(
     settings = default_settings(
         device, frames=frames, height=height, width=width, steps=steps, target_error=target_error,
         density=density, seed=seed, samples=samples, repeats=repeats, dtype=dtype, inner=inner,
-        out=out, random_weights=random_weights, progress=not quiet,
+        mode=mode, out=out, random_weights=random_weights, progress=not quiet,
     )  # fmt: skip
     run_demo(settings, Console(quiet=quiet))
 

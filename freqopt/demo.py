@@ -61,16 +61,18 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
 
     say("[bold]4  compile and sample[/]")
     options = {"plan": plan, "min_tokens": 1, "strict": True, "inner": settings.inner}
+    if settings.mode is not None:
+        options["mode"] = settings.mode
     with open_progress(settings.progress) as bars:
         dense_model: Callable[..., Tensor] = model
         if settings.inner != "eager":
-            dense_model = compiled(model, settings.inner)
+            dense_model = compiled(model, settings.inner, mode=settings.mode)
         dense = sampled(dense_model, settings, bars, "dense video")
         floor = None
         if settings.inner != "eager":
             floor = sampled(model, settings, bars, "dense, uncompiled").video
         torch._dynamo.reset()
-        rewritten = compiled(model, "freqopt", options)
+        rewritten = compiled(model, "freqopt", options=options)
         split = sampled(rewritten, settings, bars, "rewritten video")
     with torch.no_grad():
         _, calls = demo_foreign.counted(rewritten, dict(inputs[0]))
@@ -145,11 +147,15 @@ def calibrate(model: VideoDiT, inputs: list[dict[str, Tensor]], settings: Settin
 
 
 def compiled(
-    model: nn.Module, backend: str, options: dict[str, Any] | None = None
+    model: nn.Module,
+    backend: str,
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Tensor]:
     """The model compiled for one fixed shape."""
     result: Callable[..., Tensor] = torch.compile(
-        model, backend=backend, options=options, dynamic=False
+        model, backend=backend, options=options, mode=mode, dynamic=False
     )
     return result
 

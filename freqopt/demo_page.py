@@ -62,6 +62,8 @@ def _times(result: dict[str, Any], settings: Settings) -> Section:
         numbers=range(1, 4),
     )
     how = "neither is compiled" if settings.inner == "eager" else f"both by {settings.inner}"
+    if settings.mode is not None:
+        how += f" in mode {settings.mode}"
     note = f"Warmed up, the fastest of {settings.repeats}, {how}."
     if torch.device(settings.device).type == "cpu":
         note += " On a CPU the split is there to be correct, not fast: speed needs an NVIDIA GPU."

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.kernels import gluon_attend, hopper, triton_attend, triton_glue, triton_prepare
+from freqopt.kernels import (
+    gluon_attend,
+    hopper,
+    triton_attend,
+    triton_density,
+    triton_glue,
+    triton_prepare,
+)
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
@@ -38,6 +45,10 @@ DESCRIPTORS = (
 """Arguments of the Hopper kernel that are tensor descriptors instead of pointers."""
 
 
+DENSITY_CELLS = 8192
+"""Scores per step of the search for a density's threshold: 16 to a thread."""
+
+
 class Specialised(NamedTuple):
     """One kernel with its compile-time constants.
 
@@ -55,7 +66,8 @@ class Specialised(NamedTuple):
 def specialisations(variant: Variant) -> Iterator[Specialised]:
     """Every kernel that one call launches, in no particular order; portable ones only.
 
-    The text kernel is launched by onnxruntime's library alone: PyTorch has its own attention.
+    Those for text and for a density are launched by onnxruntime's library alone: PyTorch has its
+    own.
     """
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
@@ -67,20 +79,20 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     prepare, glue = triton_prepare, triton_glue
     few = {"num_warps": 4, "num_stages": 1}
     many = {"num_warps": 8, "num_stages": 1}
-    streamed = {"num_warps": 8, "num_stages": launch.summary_stages}
+    streamed = {"num_warps": 8, "num_stages": launch.order_stages}
 
     yield Specialised(
         "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
     )  # fmt: skip
     yield Specialised(
-        "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": split.GROUP}, streamed,
-        split.GROUP,
+        "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": split.GROUP},
+        {"num_warps": launch.summary_warps, "num_stages": 1}, split.GROUP,
     )  # fmt: skip
     for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
         constants = {**size, "GROUP": split.ORDER_GROUP, "FINE": fine}
         yield Specialised(name, prepare.first_order_kernel, constants, streamed, split.ORDER_GROUP)
-    blocks = split.CENTRE_BLOCKS
-    yield Specialised("centre", glue.centre_kernel, {**size, "BJ": blocks}, many, blocks)
+    centre = {**size, "BJ": split.CENTRE_ROWS, "SPAN": split.CENTRE_BLOCKS}
+    yield Specialised("centre", glue.centre_kernel, centre, many, split.CENTRE_BLOCKS)
     cells = split.ORDER_CELLS
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
     yield Specialised(
@@ -104,6 +116,10 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
         {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
          "WIDE": launch.wide},
         {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
+    )  # fmt: skip
+    yield Specialised(
+        "density", triton_density.density_kernel, {**mid, "CELLS": DENSITY_CELLS},
+        {"num_warps": 16, "num_stages": 1}, 0,
     )  # fmt: skip
     yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": 64}, few, 64)
 

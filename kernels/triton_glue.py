@@ -37,9 +37,9 @@ def limits_kernel(budget, limits, heads, MID: tl.constexpr):
 @triton.jit
 def centre_kernel(
     key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-    D: tl.constexpr, DP: tl.constexpr, BJ: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BJ: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BJ key blocks of one key head, centred on the head's mean key and cast.
+    """One program: SPAN key blocks of one key head, centred on the head's mean key and cast.
 
     Every program adds up the head's sums anew, which is cheaper than to wait for another kernel.
     Rewrites spread in place, as a root and relative to the head's.
@@ -48,31 +48,32 @@ def centre_kernel(
     pair = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, DP)
     in_dim = col < D
-    k_total = tl.zeros((DP,), tl.float32)
-    v_total = tl.zeros((DP,), tl.float32)
-    squares = tl.zeros((DP,), tl.float32)
+    k_totals = tl.zeros((BJ, DP), tl.float32)
+    v_totals = tl.zeros((BJ, DP), tl.float32)
+    squares = tl.zeros((BJ, DP), tl.float32)
     for start in range(0, groups, BJ):
         other = start + tl.arange(0, BJ)
         at = (pair * groups + other)[:, None] * 3 * D + col[None, :]
         mask = (other < groups)[:, None] & in_dim[None, :]
-        k_total += tl.sum(tl.load(sums + at, mask=mask, other=0.0), 0)
-        v_total += tl.sum(tl.load(sums + at + D, mask=mask, other=0.0), 0)
-        squares += tl.sum(tl.load(sums + at + 2 * D, mask=mask, other=0.0), 0)
-    shift = k_total / tokens
-    centre = v_total / tokens
-    head = tl.maximum(tl.sum(squares / tokens - centre * centre, 0), 1e-30)
+        k_totals += tl.load(sums + at, mask=mask, other=0.0)
+        v_totals += tl.load(sums + at + D, mask=mask, other=0.0)
+        squares += tl.load(sums + at + 2 * D, mask=mask, other=0.0)
+    shift = tl.sum(k_totals, 0) / tokens
+    centre = tl.sum(v_totals, 0) / tokens
+    head = tl.maximum(tl.sum(tl.sum(squares, 0) / tokens - centre * centre, 0), 1e-30)
 
-    block = part * BJ + tl.arange(0, BJ)
-    inside = block < blocks
-    row = pair * blocks + block
-    where = row[:, None] * D + col[None, :]
-    mask = inside[:, None] & in_dim[None, :]
-    k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
-    v = tl.load(value_mean + where, mask=mask, other=0.0)
-    tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
-    tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
-    own = tl.load(spread + row, mask=inside, other=0.0)
-    tl.store(spread + row, tl.sqrt(own / head), mask=inside)
+    for start in range(part * SPAN, tl.minimum((part + 1) * SPAN, blocks), BJ):
+        block = start + tl.arange(0, BJ)
+        inside = block < blocks
+        row = pair * blocks + block
+        where = row[:, None] * D + col[None, :]
+        mask = inside[:, None] & in_dim[None, :]
+        k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
+        v = tl.load(value_mean + where, mask=mask, other=0.0)
+        tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
+        tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
+        own = tl.load(spread + row, mask=inside, other=0.0)
+        tl.store(spread + row, tl.sqrt(own / head), mask=inside)
     if part == 0:
         tl.store(key_shift + pair * D + col, shift, mask=in_dim)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK and SUB_TILE
+LOG2_BLOCK = tl.constexpr(6.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -30,8 +31,10 @@ def _add_two(a0, a1, b0, b1):
 
 
 @triton.jit
-def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+def _off_mean(x, mean, valid, divisor):
+    """Variance (DP,) of the valid rows of x (SUB, DP) around their mean."""
+    off = tl.where(valid[:, None], x - mean[None, :], 0.0)
+    return tl.sum(off * off, 0) / divisor
 
 
 @triton.jit
@@ -48,41 +51,67 @@ def summarise_kernel(
     Writes the keys and values in token order, each block's means, key variance (in the keys' type:
     routing needs no more) and squared value spread, and the group's sums of k, v and v * v (three
     rows); with MID also means and key variance of sub-blocks of 8.
+
+    Meant for one warp: rows are added up in registers, 8 at a time, and only lanes exchange sums.
+    Exchanging them between warps, through shared memory, took twice the time of the copies.
     """
+    # Rows that one load of a warp spans in half precision: those below add up within a thread.
+    ROWS: tl.constexpr = min(max(256 // DP, 1), SUB)
     # Heads run fastest: rows of different heads lie side by side in the model's memory.
     group = tl.program_id(1)
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key += batch * stride_kb + head * stride_kh
     value += batch * stride_vb + head * stride_vh
-    row = tl.arange(0, BLOCK)
+    row = tl.arange(0, SUB)
     col = tl.arange(0, DP)
     in_dim = col < D
     k_total = tl.zeros((DP,), tl.float32)
     v_total = tl.zeros((DP,), tl.float32)
     square_total = tl.zeros((DP,), tl.float32)
     for i in range(GROUP):
-        # A block past the end reads and writes nothing: a branch would stop the loads' pipeline.
+        # A block past the end reads and writes nothing.
         block = group * GROUP + i
-        position = block * BLOCK + row
-        valid = position < tokens
-        source = tl.load(order + position, mask=valid, other=0).to(tl.int64) + text_before
-        mask = valid[:, None] & in_dim[None, :]
-        k_raw = tl.load(key + source[:, None] * stride_kn + col[None, :], mask=mask, other=0.0)
-        v_raw = tl.load(value + source[:, None] * stride_vn + col[None, :], mask=mask, other=0.0)
         base = pair * blocks + block
         there = in_dim & (block < blocks)
-        ordered = (base * BLOCK + row)[:, None] * D + col[None, :]
-        tl.store(key_out + ordered, k_raw, mask=there[None, :])
-        tl.store(value_out + ordered, v_raw, mask=there[None, :])
+        k_sums = tl.zeros((ROWS, DP), tl.float32)
+        k_squares = tl.zeros((ROWS, DP), tl.float32)
+        v_sums = tl.zeros((ROWS, DP), tl.float32)
+        v_squares = tl.zeros((ROWS, DP), tl.float32)
+        for part in range(BLOCK // SUB):
+            position = block * BLOCK + part * SUB + row
+            valid = position < tokens
+            source = tl.load(order + position, mask=valid, other=0).to(tl.int64) + text_before
+            mask = valid[:, None] & in_dim[None, :]
+            k_raw = tl.load(key + source[:, None] * stride_kn + col[None, :], mask=mask, other=0.0)
+            v_raw = tl.load(
+                value + source[:, None] * stride_vn + col[None, :], mask=mask, other=0.0
+            )
+            ordered = (base * BLOCK + part * SUB + row)[:, None] * D + col[None, :]
+            tl.store(key_out + ordered, k_raw, mask=there[None, :])
+            tl.store(value_out + ordered, v_raw, mask=there[None, :])
+            k, v = k_raw.to(tl.float32), v_raw.to(tl.float32)
+            k_sums += tl.sum(tl.reshape(k, (SUB // ROWS, ROWS, DP)), 0)
+            k_squares += tl.sum(tl.reshape(k * k, (SUB // ROWS, ROWS, DP)), 0)
+            v_sums += tl.sum(tl.reshape(v, (SUB // ROWS, ROWS, DP)), 0)
+            v_squares += tl.sum(tl.reshape(v * v, (SUB // ROWS, ROWS, DP)), 0)
+            if MID:
+                size = tl.minimum(tl.maximum(tokens - block * BLOCK - part * SUB, 1), SUB)
+                divisor = size.to(tl.float32)
+                k_fine = tl.sum(k, 0) / divisor
+                v_fine = tl.sum(v, 0) / divisor
+                f_var = _off_mean(k, k_fine, valid, divisor)
+                target = (base * (BLOCK // SUB) + part) * D + col
+                tl.store(fine_key + target, k_fine.to(fine_key.dtype.element_ty), mask=there)
+                tl.store(fine_value + target, v_fine.to(fine_value.dtype.element_ty), mask=there)
+                tl.store(fine_var + target, f_var.to(fine_var.dtype.element_ty), mask=there)
 
-        k, v = k_raw.to(tl.float32), v_raw.to(tl.float32)
         count = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
-        # One exchange between warps for all four sums; float32 leaves room for the subtraction.
-        k_sum, k_square, v_sum, v_square = tl.reduce((k, k * k, v, v * v), 0, _add_four)
+        k_sum, v_sum, v_square = tl.sum(k_sums, 0), tl.sum(v_sums, 0), tl.sum(v_squares, 0)
         k_mean = k_sum / count
         v_mean = v_sum / count
-        k_var = tl.maximum(k_square / count - k_mean * k_mean, 0.0)
+        # float32 leaves room for the subtraction.
+        k_var = tl.maximum(tl.sum(k_squares, 0) / count - k_mean * k_mean, 0.0)
         v_var = tl.maximum(v_square / count - v_mean * v_mean, 0.0)
         k_total += k_sum
         v_total += v_sum
@@ -91,23 +120,6 @@ def summarise_kernel(
         tl.store(value_mean + base * D + col, v_mean, mask=there)
         tl.store(key_var + base * D + col, _saturated(k_var, key_var.dtype.element_ty), mask=there)
         tl.store(spread + base, tl.sum(v_var, 0), mask=block < blocks)
-        if MID:
-            fine = tl.arange(0, BLOCK // SUB)
-            fine_count = tl.minimum(tl.maximum(tokens - block * BLOCK - fine * SUB, 0), SUB)
-            divisor = tl.maximum(fine_count.to(tl.float32), 1.0)[:, None]
-            k_sub = tl.reshape(k, (BLOCK // SUB, SUB, DP))
-            v_sub = tl.reshape(v, (BLOCK // SUB, SUB, DP))
-            k_fine = tl.sum(k_sub, 1) / divisor
-            v_fine = tl.sum(v_sub, 1) / divisor
-            spread_out = tl.broadcast_to(k_fine[:, None, :], (BLOCK // SUB, SUB, DP))
-            k_fine_off = tl.where(mask, k - tl.reshape(spread_out, (BLOCK, DP)), 0.0)
-            square = tl.reshape(k_fine_off * k_fine_off, (BLOCK // SUB, SUB, DP))
-            target = (base * (BLOCK // SUB) + fine)[:, None] * D + col[None, :]
-            own = there[None, :]
-            tl.store(fine_key + target, k_fine.to(fine_key.dtype.element_ty), mask=own)
-            tl.store(fine_value + target, v_fine.to(fine_value.dtype.element_ty), mask=own)
-            f_var = (tl.sum(square, 1) / divisor).to(fine_var.dtype.element_ty)
-            tl.store(fine_var + target, f_var, mask=own)
     groups = tl.num_programs(1)
     at = (pair * groups + group) * 3 * D + col
     tl.store(sums + at, k_total, mask=in_dim)
@@ -157,20 +169,19 @@ def first_order_kernel(
 
 
 @triton.jit
-def _load_blocks(
-    low_key, key_var, block, blocks, tokens, col, D: tl.constexpr
-):  # fmt: skip
+def _load_blocks(low_key, key_var, block, blocks, ragged, col, D: tl.constexpr):
     """Centred means and variances (BJ, DP) of key blocks, and the base-2 logs of their counts.
 
-    The log is -inf past the last block, which makes every logit there -inf without a mask.
+    ragged: that of the last block. The log is -inf past it, which makes every logit there -inf
+    without a mask.
     """
     inside = block < blocks
     mask = inside[:, None] & (col < D)[None, :]
     offset = block[:, None] * D + col[None, :]
     k = tl.load(low_key + offset, mask=mask, other=0.0)
     var = tl.load(key_var + offset, mask=mask, other=0.0)
-    size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
-    return k, var, tl.where(inside, tl.log2(size), -float("inf"))
+    capacity = tl.where(block < blocks - 1, LOG2_BLOCK, tl.where(inside, ragged, -float("inf")))
+    return k, var, capacity
 
 
 @triton.jit
@@ -219,15 +230,17 @@ def score_kernel(
     square = _saturated(pooled_square / divisor, low_key.dtype.element_ty)
 
     # Logits and mass terms are in base 2: half the dispersion times log2(e) is a mass term.
+    # A term saturates at the log of its block's count; the sums below add that log once more.
     slope = scale * LOG2E
     half_spread = 0.5 * scale * scale * LOG2E
+    ragged = tl.log2((tokens - (blocks - 1) * BLOCK).to(tl.float32))
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
-        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, tokens, col, D)
-        term = tl.dot(square, tl.trans(var), input_precision=PRECISION) * half_spread
-        term = tl.minimum(term, capacity[None, :]) + capacity[None, :]
+        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, ragged, col, D)
+        half = tl.dot(square, tl.trans(var), input_precision=PRECISION)
+        term = tl.minimum(half * half_spread + capacity[None, :], 2.0 * capacity[None, :])
         logit = tl.dot(mean, tl.trans(k), input_precision=PRECISION) * slope + term
         new_peak = tl.maximum(peak, tl.max(logit, 1))
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logit - new_peak[:, None]), 1)
@@ -245,9 +258,9 @@ def score_kernel(
         block = start + tl.arange(0, BJ)
         inside = block < blocks
         value_spread = tl.load(spread + block, mask=inside, other=0.0)
-        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, tokens, col, D)
+        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, ragged, col, D)
         half = tl.dot(var, tl.trans(square), input_precision=PRECISION) * half_spread
-        term = tl.minimum(half, capacity[:, None]) + capacity[:, None]
+        term = tl.minimum(half + capacity[:, None], 2.0 * capacity[:, None])
         twice = tl.dot(k, tl.trans(mean), input_precision=PRECISION) * (2.0 * slope)
         error = tl.exp2(twice + 2.0 * term + offset[None, :]) * half
         error, pooled_half = tl.reduce(

@@ -40,8 +40,9 @@ from freqopt.kernels.triton_prepare import (
 GROUP = 4
 """Key blocks per program of the summaries."""
 
-CENTRE_BLOCKS = 64
-"""Key blocks per program of the centring, each of which adds up the whole head's sums."""
+CENTRE_ROWS = 32
+CENTRE_BLOCKS = 256
+"""Key blocks per program of the centring, each of which adds up the whole head's sums first."""
 
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
@@ -64,7 +65,8 @@ class Launch(NamedTuple):
     wide: int
     warps: int
     stages: int
-    summary_stages: int
+    summary_warps: int
+    order_stages: int
     score_tiles: int
     score_blocks: int
     score_warps: int
@@ -99,7 +101,8 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         wide=1,
         warps=8 if rows >= 64 else 4,
         stages=1 if single else stages,
-        summary_stages=2 if ample else 1,
+        summary_warps=max(padded // 128, 1),
+        order_stages=2 if ample else 1,
         score_tiles=8 if ample else (1 if wide or not roomy else 4),
         score_blocks=64 if ample else 32,
         score_warps=8 if ample else 4,
@@ -108,7 +111,7 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         fit_rows=64 if ample else (16 if wide else 32),
         fit_columns=64 if ample else 32,
         precision="tf32x3" if single else "tf32",
-        fit_precision="tf32x3",
+        fit_precision="tf32x3" if single else "tf32",
     )
 
 
@@ -168,12 +171,12 @@ def summarise(
         fine_key, fine_value, fine_var,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
-        **size, GROUP=GROUP, MID=mid_band, num_warps=8, num_stages=launch.summary_stages,
+        **size, GROUP=GROUP, MID=mid_band, num_warps=launch.summary_warps, num_stages=1,
     )  # fmt: skip
     key_shift, low_key, low_value = single(dim), native(blocks, dim), native(blocks, dim)
     centre_kernel[(triton.cdiv(blocks, CENTRE_BLOCKS), batch * heads)](
         key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-        **size, BJ=CENTRE_BLOCKS, num_warps=8,
+        **size, BJ=CENTRE_ROWS, SPAN=CENTRE_BLOCKS, num_warps=8,
     )  # fmt: skip
     low_order, fine_order = native(dim, dim), native(dim, dim)
     spans = triton.cdiv(blocks, ORDER_GROUP)
@@ -181,7 +184,7 @@ def summarise(
     for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
         first_order_kernel[(spans, batch * heads)](
             key_out, value_out, key_mean, first_order, tokens, blocks,
-            **size, GROUP=ORDER_GROUP, FINE=fine, num_warps=8, num_stages=launch.summary_stages,
+            **size, GROUP=ORDER_GROUP, FINE=fine, num_warps=8, num_stages=launch.order_stages,
         )  # fmt: skip
         order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
             first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
