@@ -227,16 +227,9 @@ def _add_library(
     from freqopt.exporters.ort_library import build_library
 
     wanted = local_capabilities() if capabilities is None else tuple(capabilities)
-    served = [site for site in program.split.values() if site.density == 0.0]
-    if not wanted or not served:
+    if not wanted:
         content["notes"].append(
-            "the library has no GPU kernels: "
-            + (
-                "no GPU is here and no capabilities were named"
-                if not wanted
-                else "without a plan the density is resolved on the CPU; on a GPU the function "
-                "body runs"
-            )
+            "the library has no GPU kernels: no GPU is here and no capabilities were named"
         )
         return build_library(folder).name
     variants = needed_variants(program, wanted)
@@ -256,13 +249,12 @@ def _add_library(
 
 
 def needed_variants(program: Program, capabilities: Sequence[int]) -> list[Variant]:
-    """The kernels' variants that a program's sites need; those with a density need none."""
+    """The kernels' variants that a program's sites need."""
     return sorted(
         {
             Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
             for capability in capabilities
             for site in program.split.values()
-            if site.density == 0.0
         },
         key=str,
     )

@@ -38,8 +38,6 @@ def fit_nodes(model: ir.Model) -> list[str]:
         before = _constant(given["text_before"])
         mask = _constant(given["key_mask"])
         reasons = []
-        if node.attributes["density"].as_float() > 0:
-            reasons.append("a density is resolved on the CPU only; export with a plan")
         if mask is None or mask.shape != (1, 1):
             reasons.append("it takes a key mask, which the plugin does not")
         if before is None:

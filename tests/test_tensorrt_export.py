@@ -72,7 +72,7 @@ def test_nodes_are_what_the_plugin_takes(artifact: Artifact) -> None:
     assert attributes["text_before"] == 0 and attributes["mid_band"] == 0
     assert attributes["scale"] == pytest.approx(32**-0.5)
     source = (FOLDER / "split_tensorrt.cc").read_text()
-    for field in ("scale", "mid_band", "probes", "text_before"):
+    for field in ("scale", "density", "mid_band", "probes", "text_before"):
         assert f'fill("{field}"' in source and field in attributes
 
 
@@ -122,9 +122,14 @@ def test_without_tensorrt_it_says_so(
     with pytest.raises(OptionError, match="auto, never, always"):
         export_tensorrt(model, args, None, tmp_path, build="maybe")
     assert "as asked" in artifact.notes[-1]
-    unplanned = export_tensorrt(model, args, None, tmp_path)
-    assert "export with a plan" in unplanned.notes[-1]
-    assert not (tmp_path / "plugin").exists() and (tmp_path / "build_engine.py").is_file()
+    unplanned = export_tensorrt(model, args, None, tmp_path, capabilities=[90])
+    assert "TensorRT is not installed" in unplanned.notes[-1]
+    assert (tmp_path / "plugin" / "split_tensorrt.cc").is_file()
+    (node,) = (n for n in onnx.load(unplanned.model_path).graph.node if n.domain == "freqopt")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes["density"] == 0.25
+    dense = export_tensorrt(torch.nn.Linear(3, 3), (torch.randn(2, 3),), None, tmp_path / "dense")
+    assert not (dense.path / "plugin").exists() and (dense.path / "build_engine.py").is_file()
 
 
 def test_build_engine_says_what_is_missing(artifact: Artifact, tmp_path: Path) -> None:

@@ -189,10 +189,7 @@ class Head {
       for (int64_t p = 0; p < tiles_ * blocks_; ++p) {
         if (own(p / blocks_, p % blocks_)) sorted[p] = kInfinity;
       }
-      const int64_t pairs = int64_t(sorted.size());
-      const double share = double(a_.density) * pairs;
-      const int64_t kept =
-          std::min(std::max<int64_t>(int64_t(std::ceil(share - share * 1e-7)), 1), pairs);
+      const int64_t kept = exact_pairs(a_.density, int64_t(sorted.size()));
       std::nth_element(sorted.begin(), sorted.begin() + (kept - 1), sorted.end(),
                        std::greater<float>());
       exact_from = sorted[kept - 1], mid_from = exact_from * kMidRatio;

@@ -220,11 +220,6 @@ CudaPlan plan_cuda(const CudaCall& call) {
   const Sizes s(call);
   const int64_t d = call.extents.dim, own = call.type == 0 ? 4 : 2;
   const bool mid = call.attributes.mid_band;
-  if (call.attributes.density > 0) {
-    throw std::runtime_error(
-        "a density (an export without a plan) is resolved on the CPU only; calibrate and export "
-        "with the plan, or run without the library");
-  }
   if (call.mask_length == 1 && call.mask_batch != 1) {
     throw std::runtime_error("a key_mask of shape (batch, 1) is not supported on the GPU");
   }
@@ -290,7 +285,6 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   auto go = [&](const char* kernel, Arguments own, int64_t x, int64_t y, int64_t z = 1) {
     launch(call, device, kernel, a, std::move(own), x, y, z);
   };
-  go("limits", {}, s.pairs, 1);
   go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.kv, s.groups);
   go("centre", {}, ceil_div(s.blocks, tile_of("centre")), s.kv);
   const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
@@ -301,6 +295,12 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   sum_products("first", "low_order");
   if (mid) sum_products("fine_first", "fine_order");
   go("score", {}, s.pairs, ceil_div(s.tiles, tile_of("score")));
+  const float density = call.attributes.density;
+  if (density > 0) {
+    go("density", {{"kept", exact_pairs(density, s.tiles * s.blocks)}}, s.pairs, 1);
+  } else {
+    go("limits", {}, s.pairs, 1);
+  }
   go("route", {}, s.tiles, s.pairs);
   if (s.probes > 0) {
     go("probe", {}, s.parts, s.pairs, ceil_div(s.probes, tile_of("probe")));
