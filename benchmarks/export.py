@@ -47,7 +47,8 @@ OP = "SplitAttention"
 class Case:
     """One call. before, after: text tokens around the video; masked: the last text is padding.
 
-    attend: the kernel of the library that must serve it on Hopper.
+    attend: the kernel of the library that must serve it on Hopper. density: as of an export without
+    a plan; 0 for thresholds.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     after: int = 0
     masked: bool = False
     mid_band: bool = False
+    density: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -70,7 +72,8 @@ class Case:
     @property
     def model(self) -> str:
         """The ONNX file: types and attributes are fixed in it, extents are free."""
-        return f"split_{self.dtype}_{self.head_dim}{'_mid' if self.mid_band else ''}.onnx"
+        name = f"split_{self.dtype}_{self.head_dim}{'_mid' if self.mid_band else ''}"
+        return f"{name}{f'_{self.density}' if self.density else ''}.onnx"
 
     def variant(self, capability: int) -> Variant:
         return Variant(capability, self.dtype, self.head_dim, self.mid_band, self.masked)
@@ -82,6 +85,7 @@ CASES = (
     Case("half precision", "float16", 128, (13, 30, 52), 24, HOPPER),
     Case("CogVideoX", "bfloat16", 64, (13, 30, 45), 30, HOPPER, before=226),
     Case("HunyuanVideo", "bfloat16", 128, (13, 30, 52), 24, HOPPER, after=256, masked=True),
+    Case("no plan", "float16", 128, (13, 30, 52), 24, HOPPER, density=0.25),
     Case("mid band", "float16", 128, (13, 30, 52), 24, PORTABLE, mid_band=True),
     Case(
         "odd sizes", "bfloat16", 128, (5, 7, 9), 4, HOPPER,
@@ -118,8 +122,8 @@ def _one_node(case: Case) -> Any:
         "order": (TensorProto.INT64, [None]), "text_before": (TensorProto.INT64, [1]),
     }  # fmt: skip
     node = helper.make_node(
-        OP_NAME, list(INPUTS), ["out"], domain=DOMAIN, scale=case.head_dim**-0.5, density=0.0,
-        mid_band=int(case.mid_band), probes=PROBES,
+        OP_NAME, list(INPUTS), ["out"], domain=DOMAIN, scale=case.head_dim**-0.5,
+        density=case.density, mid_band=int(case.mid_band), probes=PROBES,
     )  # fmt: skip
     inputs = [helper.make_tensor_value_info(n, *shapes[n]) for n in INPUTS]
     out = helper.make_tensor_value_info("out", own, [None] * 4)
@@ -153,7 +157,7 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
 
     kv_heads = case.kv_heads or case.heads
     threshold = 1.0
-    if device == "cuda":
+    if device == "cuda" and not case.density:
         from benchmarks.attention import threshold_for
 
         threshold = threshold_for(made[0], DENSITY)
@@ -178,7 +182,7 @@ def in_torch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     out: Tensor = torch.ops.freqopt.split_attention(
         tensors["query"], tensors["key"], tensors["value"], tensors["budget"],
         tensors["key_mask"] if case.masked else None, list(case.grid), case.before, case.after,
-        case.head_dim**-0.5, 0.0, case.mid_band, PROBES,
+        case.head_dim**-0.5, case.density, case.mid_band, PROBES,
     )[0]  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from benchmarks import export
 from benchmarks.export import CASES, Case, describe, measure, prepare
 from freqopt.kernels.specialise import hopper_specialisation
 
-PLAIN = Case("plain", "float16", 128, (4, 8, 9), 2, "attend_hopper")
+PLAIN = Case("plain", "float16", 128, (4, 8, 9), 2, "attend_hopper", density=0.25)
 TEXT = Case(
     "text", "bfloat16", 64, (3, 5, 7), 4, "attend_hopper",
     batch=2, kv_heads=2, before=3, after=6, masked=True,
