@@ -59,6 +59,8 @@ def work_of(p: Problem) -> dict[str, Work]:
         # Two passes of two products over sub-tiles; scores and mass terms written once.
         "score_kernel": Work(rows + 6 * pairs, 8 * (n / SUB_TILE) * blocks * d),
         "route_kernel": Work(pairs * (4 + 1 + 6 * p.density), 0),
+        # Only in calls that resolve a density outside PyTorch, which has a sort for it.
+        "density_kernel": Work(4 * pairs, 0),
         # Queries by keys, and weights by values twice: what is served exactly, and what is not.
         "probe_kernel": Work(2 * rows, 6 * p.probes * n * d),
         "estimate_kernel": Work(6 * p.probes * blocks, 2 * p.probes * blocks * d),

@@ -86,7 +86,7 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     )  # fmt: skip
     yield Specialised(
         "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": split.GROUP},
-        {"num_warps": launch.summary_warps, "num_stages": 1}, split.GROUP,
+        {"num_warps": split.SUMMARY_WARPS, "num_stages": 1}, split.GROUP,
     )  # fmt: skip
     for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
         constants = {**size, "GROUP": split.ORDER_GROUP, "FINE": fine}

@@ -40,6 +40,10 @@ from freqopt.kernels.triton_prepare import (
 GROUP = 4
 """Key blocks per program of the summaries."""
 
+SUMMARY_WARPS = 1
+"""A block's sums then stay inside a warp: between warps they go through shared memory, and waiting
+for that took more time than the reading."""
+
 CENTRE_ROWS = 32
 CENTRE_BLOCKS = 256
 """Key blocks per program of the centring, each of which adds up the whole head's sums first."""
@@ -65,7 +69,6 @@ class Launch(NamedTuple):
     wide: int
     warps: int
     stages: int
-    summary_warps: int
     order_stages: int
     score_tiles: int
     score_blocks: int
@@ -101,7 +104,6 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         wide=1,
         warps=8 if rows >= 64 else 4,
         stages=1 if single else stages,
-        summary_warps=max(padded // 128, 1),
         order_stages=2 if ample else 1,
         score_tiles=8 if ample else (1 if wide or not roomy else 4),
         score_blocks=64 if ample else 32,
@@ -171,7 +173,7 @@ def summarise(
         fine_key, fine_value, fine_var,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
-        **size, GROUP=GROUP, MID=mid_band, num_warps=launch.summary_warps, num_stages=1,
+        **size, GROUP=GROUP, MID=mid_band, num_warps=SUMMARY_WARPS, num_stages=1,
     )  # fmt: skip
     key_shift, low_key, low_value = single(dim), native(blocks, dim), native(blocks, dim)
     centre_kernel[(triton.cdiv(blocks, CENTRE_BLOCKS), batch * heads)](
