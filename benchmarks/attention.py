@@ -48,32 +48,22 @@ def relative_errors(out: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def launch_of(a: Attention) -> Any:
     """Tile choices of the op for this problem."""
-    from freqopt.kernels.device import shared_memory
-    from freqopt.kernels.triton_split import launch_for
+    from freqopt.kernels.tuned import launch_on
 
-    return launch_for(a.query.dtype, a.query.shape[-1], shared_memory(a.query.device))
+    return launch_on(a.query.device, a.query.dtype, a.query.shape[-1], a.query.shape[2])
 
 
 def threshold_for(a: Attention, density: float) -> float:
     """One threshold for all heads whose mean density is the given one (0 for density 1)."""
     from freqopt.kernels import triton_split as split
+    from freqopt.kernels.autotune import threshold_at
     from freqopt.kernels.layout import Sequence
 
     if density >= 1.0:
         return 0.0
-    low, high = -6.0, 6.0
     sequence, launch = Sequence(a.grid, 0, 0), launch_of(a)
-    for _ in range(24):
-        middle = (low + high) / 2
-        budget = torch.full((2, a.query.shape[1]), 10.0**middle, device=a.query.device)
-        summaries = split.summarise(a.key, a.value, sequence, False, launch)
-        route = split.make_route(
-            a.query, summaries, budget, sequence, scale=a.query.shape[-1] ** -0.5, density=0.0,
-            mid_band=False, launch=launch,
-        )  # fmt: skip
-        reached = float((route.route == 2).float().mean())
-        low, high = (middle, high) if reached > density else (low, middle)
-    return 10.0**low
+    summaries = split.summarise(a.key, a.value, sequence, False, launch)
+    return threshold_at(a.query, summaries, sequence, density, launch)
 
 
 def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:

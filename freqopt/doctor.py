@@ -112,6 +112,17 @@ def _devices() -> Iterator[Finding]:
             "devices", f"cuda:{index}", "broken" if old else "ok",
             detail + ("; older than sm_80, for which there are no kernels" if old else ""),
         )  # fmt: skip
+        yield _attempt("devices", f"launches on cuda:{index}", partial(_launches, index))
+
+
+def _launches(index: int) -> str:
+    from freqopt.kernels.tuned import file_of, read_choices
+
+    device = torch.device("cuda", index)
+    tuned = read_choices(device)
+    if tuned:
+        return f"measured here, in {file_of(device)}: {'; '.join(tuned)}"
+    return "as shipped; `freqopt kernels tune` measures them"
 
 
 def _why_no_cuda() -> str:

@@ -1,6 +1,6 @@
-"""`freqopt kernels list | show`: what runs for a GPU, a type and a head dim, as a person reads it.
+"""`freqopt kernels list | show | tune`: what runs for a GPU, a type and a head dim, and how fast.
 
-Works without a GPU: Triton compiles for any.
+Listing works without a GPU: Triton compiles for any. Tuning measures the one at hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMS = ("source", "ttir", "ttgir", "llir", "ptx", "sass")
 
 kernels_app = typer.Typer(
     name="kernels",
-    help="The kernels of one call: list them, or print what runs.",
+    help="The kernels of one call: list them, print what runs, tune them to this GPU.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -154,3 +154,66 @@ def show(
     if form not in stages and form != "sass":
         raise OptionError(f"{name} has no {form}: Gluon is lowered from ttgir; ask for that")
     print(stages[form])
+
+
+def problem_of(head_dim: int, dtype: str, heads: int, grid: str) -> Any:
+    """Check the options of `tune`.
+
+    Raises:
+        OptionError: something there are no kernels for, or no NVIDIA GPU.
+    """
+    import torch
+
+    from freqopt.kernels.autotune import Problem
+
+    variant = chosen_variant(head_dim, dtype, None, False, False)
+    extents = [int(part) if part.strip().isdigit() else 0 for part in grid.split(",")]
+    if len(extents) != 3 or min(extents) < 1:
+        raise OptionError(f"grid {grid!r} is not three positive extents, like 21,30,52")
+    if heads < 1:
+        raise OptionError(f"heads is {heads}; at least 1 is supported")
+    if not torch.cuda.is_available():
+        raise OptionError("this measures kernels, so it needs an NVIDIA GPU and none is visible")
+    t, h, w = extents
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Problem((t, h, w), heads, variant.head_dim, getattr(torch, dtype), device)
+
+
+@kernels_app.command()
+def tune(
+    head_dim: HeadDim = 128,
+    dtype: Dtype = "bfloat16",
+    heads: Annotated[int, typer.Option(help="Heads of one call, over the batch.")] = 24,
+    grid: Annotated[str, typer.Option(help="Extents t,h,w of the video tokens.")] = "21,30,52",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Measure tile shapes on this GPU and keep what is faster; calls take it from then on.
+
+    Takes about a minute. Each part is kept as soon as it is measured, so an interrupted run loses
+    one part at most.
+    """
+    from triton.testing import do_bench
+
+    from freqopt.calibration_progress import open_progress
+    from freqopt.kernels import tuned
+    from freqopt.kernels.autotune import choose, parts_of
+
+    problem = problem_of(head_dim, dtype, heads, grid)
+    start = (problem.device, problem.dtype, problem.head_dim)
+    launch, path = tuned.launch_on(*start, problem.tokens), tuned.file_of(problem.device)
+    table = Table("part", "before", "now", "choice", "tried", "do not run", "wrong")
+    with open_progress(not quiet) as bars:
+        for part in parts_of(problem, launch):
+            with bars.phase(part.name, len(part.candidates)) as step:
+                found = choose(part, launch, lambda f: do_bench(f, return_mode="median"), step)
+            tuned.keep_choice(*start, tuned.bucket_of(problem.tokens), found.fields)
+            choice = " ".join(f"{k}={v}" for k, v in found.fields.items()) or "as it was"
+            table.add_row(
+                part.name, f"{found.shipped_ms:.3f} ms", f"{found.ms:.3f} ms", choice,
+                str(found.tried), str(found.failed), str(found.wrong),
+            )  # fmt: skip
+    Console().print(table)
+    print(
+        f"kept in {path}, for {dtype}, head dim {head_dim}, {tuned.bucket_of(problem.tokens)} "
+        "tokens"
+    )

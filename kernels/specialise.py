@@ -21,6 +21,7 @@ from freqopt.kernels import (
     triton_prepare,
 )
 from freqopt.kernels import triton_split as split
+from freqopt.kernels.launch import launch_for, padded_dim
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (
@@ -71,8 +72,8 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     """
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
-    launch = split.launch_for(getattr(torch, variant.dtype), dim, shared)
-    size = {"D": dim, "DP": split.padded_dim(dim)}
+    launch = launch_for(getattr(torch, variant.dtype), dim, shared)
+    size = {"D": dim, "DP": padded_dim(dim)}
     mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
     precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
     fit = {**size, **mid, **precise, "BP": launch.fit_rows, "BJ": launch.fit_columns}

@@ -6,7 +6,6 @@ call can be captured in a CUDA graph and replayed with other content.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.grid import token_order
 from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
-from freqopt.kernels.device import HOPPER_SHARED, shared_memory
+from freqopt.kernels.launch import Launch, padded_dim
 from freqopt.kernels.layout import Sequence, Settings
 from freqopt.kernels.triton_attend import attend_kernel, probe_kernel
 from freqopt.kernels.triton_glue import (
@@ -36,6 +35,7 @@ from freqopt.kernels.triton_prepare import (
     score_kernel,
     summarise_kernel,
 )
+from freqopt.kernels.tuned import launch_on
 
 GROUP = 4
 """Key blocks per program of the summaries."""
@@ -51,7 +51,6 @@ CENTRE_BLOCKS = 256
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
 
-PROBE_ROWS = 64
 PROBE_PROGRAMS = 512
 """Programs that the probe's exact pass is spread over, by cutting the keys into ranges."""
 
@@ -60,61 +59,6 @@ MERGE_ROWS = 4
 
 MAX_PARTS = 64
 """Most key ranges of one head: their partial sums have to be merged."""
-
-
-class Launch(NamedTuple):
-    """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md."""
-
-    rows: int
-    wide: int
-    warps: int
-    stages: int
-    order_stages: int
-    score_tiles: int
-    score_blocks: int
-    score_warps: int
-    score_stages: int
-    probe_rows: int
-    fit_rows: int
-    fit_columns: int
-    precision: str
-    fit_precision: str
-
-
-@functools.lru_cache(maxsize=64)
-def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -> Launch:
-    """Tile shapes that fit registers and `shared` bytes of shared memory per program.
-
-    Hopper has 227 KiB, sm_80 163 KiB, consumer cards 99 KiB.
-    """
-    padded = padded_dim(head_dim)
-    wide, roomy = padded > 128, shared >= 220 * 1024
-    single = dtype == torch.float32
-    bytes_per_row = padded * dtype.itemsize
-    rows = QUERY_TILE
-    while rows > 16 and rows * bytes_per_row > 32 * 1024:
-        rows //= 2
-    if single and not roomy:
-        rows = max(rows // 2, 16)
-    key_tile = 2 * KEY_BLOCK * bytes_per_row
-    stages = max(1, min(3, (shared - rows * bytes_per_row) // key_tile - 1))
-    ample = roomy and not wide and not single
-    return Launch(
-        rows=rows,
-        wide=1,
-        warps=8 if rows >= 64 else 4,
-        stages=1 if single else stages,
-        order_stages=2 if ample else 1,
-        score_tiles=8 if ample else (1 if wide or not roomy else 4),
-        score_blocks=64 if ample else 32,
-        score_warps=8 if ample else 4,
-        score_stages=3 if ample else (1 if wide or not roomy else 2),
-        probe_rows=16 if single and padded >= 128 else (32 if wide else PROBE_ROWS),
-        fit_rows=64 if ample else (16 if wide else 32),
-        fit_columns=64 if ample else 32,
-        precision="tf32x3" if single else "tf32",
-        fit_precision="tf32x3" if single else "tf32",
-    )
 
 
 class Summaries(NamedTuple):
@@ -136,11 +80,6 @@ class Summaries(NamedTuple):
     fine_value: Tensor
     fine_var: Tensor
     fine_order: Tensor
-
-
-def padded_dim(head_dim: int) -> int:
-    """Head dim of the kernels' tiles: the next power of two, at least 16."""
-    return max(int(triton.next_power_of_2(head_dim)), 16)
 
 
 def summarise(
@@ -406,7 +345,7 @@ def split_forward(
     batch, heads, length, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     with _on_device(query):
-        launch = launch_for(query.dtype, dim, shared_memory(query.device))
+        launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
         summaries = summarise(key, value, sequence, mid_band, launch)
         route = make_route(
             query, summaries, budget, sequence, density=density, launch=launch, **options

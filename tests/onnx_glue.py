@@ -21,6 +21,7 @@ from attention_cases import CASES, Case, dense, make_tensors, relative
 
 from freqopt.kernels import triton_glue as glue
 from freqopt.kernels import triton_split as split
+from freqopt.kernels.launch import launch_for, padded_dim
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -29,7 +30,7 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
     """(B, H, N, D) whose text rows the kernel wrote; NaN elsewhere."""
     query, key, value, mask = tensors
     sequence, heads, tokens = case.sequence, query.shape[1], case.sequence.tokens
-    launch = split.launch_for(query.dtype, query.shape[-1])
+    launch = launch_for(query.dtype, query.shape[-1])
     summaries = split.summarise(key, value, sequence, False, launch)
     blocks = triton.cdiv(tokens, 64)
     out = torch.full_like(query, torch.nan)
@@ -40,7 +41,7 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
         mask.stride(0) if mask is not None else 0, *out.stride()[:3],
         heads, heads // key.shape[1], tokens, blocks, sequence.text, sequence.text_before,
         query.shape[-1] ** -0.5,
-        D=query.shape[-1], DP=split.padded_dim(query.shape[-1]), BM=64, HAS_MASK=mask is not None,
+        D=query.shape[-1], DP=padded_dim(query.shape[-1]), BM=64, HAS_MASK=mask is not None,
         PRECISION=launch.precision,
     )  # fmt: skip
     return out

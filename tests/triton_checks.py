@@ -12,7 +12,8 @@ import pytest
 import torch
 from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
 
-from freqopt.kernels import hopper, triton_split
+from freqopt.kernels import autotune, hopper, triton_split, tuned
+from freqopt.kernels.launch import launch_for
 from freqopt.kernels.layout import Settings
 
 ON_GPU = torch.cuda.is_available()
@@ -76,6 +77,19 @@ def test_same_input_same_bits() -> None:
     budget = budget_for(case, tensors, 0.3)
     first, second = run(case, tensors, budget), run(case, tensors, budget)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_launch_candidate_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "applies", lambda query, *, mid_band: False)
+    problem = autotune.Problem((3, 7, 13), 1, 32, torch.float16, torch.device(DEVICE))
+    shipped, tried = launch_for(problem.dtype, problem.head_dim), 0
+    for part in autotune.parts_of(problem, shipped):
+        wanted = part.run(shipped)
+        for candidate in part.candidates:
+            assert all(value in tuned.ALLOWED[name] for name, value in candidate.items())
+            assert autotune.agrees(part.run(shipped.changed(candidate)), wanted), candidate
+            tried += 1
+    assert tried > 40
 
 
 @pytest.mark.gpu

@@ -1,0 +1,189 @@
+"""Measures launch choices, one part of a call after the other, and keeps what is faster.
+
+Nothing is tuned behind the user's back: a call takes what `freqopt.kernels.tuned` has on disk or
+the shipped choice. A candidate counts only if its results are those of the shipped one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from freqopt.config import DEFAULT_PROBES
+from freqopt.kernels import hopper
+from freqopt.kernels import triton_split as split
+from freqopt.kernels.launch import Launch
+from freqopt.kernels.layout import Sequence
+from freqopt.kernels.reference import EXACT
+
+logger = logging.getLogger(__name__)
+
+DENSITY = 0.1
+"""At which the attention kernel is measured."""
+
+TOLERANCE = 1e-2
+"""Largest relative L2 difference between a candidate's results and the shipped choice's."""
+
+WORTH = 0.97
+"""A candidate replaces the choice so far only where its time is below this share of it."""
+
+
+class Problem(NamedTuple):
+    """The call that choices are measured on: random (1, heads, t*h*w, head_dim) tensors."""
+
+    grid: tuple[int, int, int]
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+class Part(NamedTuple):
+    """A part of a call: what may be chosen, and how it is run with a choice."""
+
+    name: str
+    candidates: list[dict[str, int]]
+    run: Callable[[Launch], tuple[Tensor, ...]]
+
+
+class Chosen(NamedTuple):
+    """Outcome for one part. ms: with `fields`; shipped_ms: with the launch it began with.
+
+    failed: candidates that do not compile or launch here; wrong: those whose results differ.
+    """
+
+    part: str
+    fields: dict[str, int]
+    ms: float
+    shipped_ms: float
+    tried: int
+    failed: int
+    wrong: int
+
+
+def _every(**values: tuple[int, ...]) -> list[dict[str, int]]:
+    """All combinations of the values of some fields."""
+    return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
+
+
+def threshold_at(
+    query: Tensor, summaries: split.Summaries, sequence: Sequence, density: float, launch: Launch
+) -> float:
+    """One threshold for all heads at which their mean density is the given one, by bisection."""
+    low, high = -6.0, 6.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        budget = torch.full((2, query.shape[1]), 10.0**middle, device=query.device)
+        route = split.make_route(
+            query, summaries, budget, sequence, scale=query.shape[-1] ** -0.5, density=0.0,
+            mid_band=False, launch=launch,
+        )  # fmt: skip
+        reached = float((route.route == EXACT).float().mean())
+        low, high = (middle, high) if reached > density else (low, middle)
+    return float(10.0**low)
+
+
+def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
+    """Parts of a call on random tensors, in its order; each is run on what `shipped` makes."""
+    shape = (1, problem.heads, problem.tokens, problem.head_dim)
+    generator = torch.Generator(problem.device).manual_seed(0)
+    query, key, value = (
+        torch.randn(shape, generator=generator, device=problem.device, dtype=problem.dtype)
+        for _ in range(3)
+    )
+    sequence, scale = Sequence(problem.grid, 0, 0), problem.head_dim**-0.5
+    options: dict[str, Any] = {"scale": scale, "mid_band": False}
+    summaries = split.summarise(key, value, sequence, False, shipped)
+    threshold = threshold_at(query, summaries, sequence, DENSITY, shipped)
+    budget = torch.full((2, problem.heads), threshold, device=problem.device)
+
+    def routed(launch: Launch) -> split.Route:
+        return split.make_route(
+            query, summaries, budget, sequence, density=0.0, launch=launch, **options
+        )
+
+    route = routed(shipped)
+
+    def fitted(launch: Launch) -> tuple[Tensor, ...]:
+        return split.fit_probes(
+            query, key, value, None, summaries, route, sequence, probes=DEFAULT_PROBES,
+            launch=launch, **options,
+        )  # fmt: skip
+
+    coefficients = fitted(shipped)[0]
+
+    def attended(launch: Launch) -> tuple[Tensor, ...]:
+        out = torch.empty_like(query)
+        split.attend(
+            query, key, value, None, summaries, route, coefficients, out, sequence,
+            launch=launch, **options,
+        )  # fmt: skip
+        return (out,)
+
+    def summarised(launch: Launch) -> tuple[Tensor, ...]:
+        return (split.summarise(key, value, sequence, False, launch).low_order,)
+
+    def scored(launch: Launch) -> tuple[Tensor, ...]:
+        found = routed(launch)
+        return found.mass_term, found.route
+
+    yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
+    score = _every(score_tiles=(4, 8), score_blocks=(32, 64), score_warps=(4, 8))
+    score += _every(score_tiles=(1, 2), score_blocks=(32, 64), score_warps=(4,))
+    score += _every(score_tiles=(4, 8), score_blocks=(64,), score_stages=(1, 2, 3))
+    yield Part("scores", score, scored)
+    probe = _every(probe_rows=(16, 32, 64))
+    yield Part("probe", probe + _every(fit_rows=(16, 32, 64), fit_columns=(32, 64)), fitted)
+    if not hopper.applies(query, mid_band=False):
+        attend = _every(rows=(64, 128), warps=(4, 8), stages=(1, 2, 3, 4))
+        yield Part("attention", attend + _every(wide=(2,), stages=(1, 2), warps=(8,)), attended)
+
+
+def agrees(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+    """Whether results are finite and the same to rounding."""
+    for x, y in zip(found, wanted, strict=True):
+        off = (x.float() - y.float()).norm()
+        if not off <= TOLERANCE * y.float().norm():
+            return False
+    return True
+
+
+def choose(
+    part: Part,
+    shipped: Launch,
+    timer: Callable[[Callable[[], object]], float],
+    step: Callable[[], object],
+) -> Chosen:
+    """Try a part's candidates on top of each other: each changes the best launch so far.
+
+    timer: from a call to its time in ms. step: called after every candidate.
+    """
+    wanted = part.run(shipped)
+    best = start = timer(lambda: part.run(shipped))
+    fields: dict[str, int] = {}
+    failed = wrong = 0
+    for candidate in part.candidates:
+        launch = shipped.changed({**fields, **candidate})
+        try:
+            if agrees(part.run(launch), wanted):
+                time = timer(lambda launch=launch: part.run(launch))  # type: ignore[misc]
+                if time < WORTH * best:
+                    best, fields = time, {**fields, **candidate}
+            else:
+                wrong += 1
+                logger.warning("%s: results with %s differ from the shipped", part.name, candidate)
+        except TritonError as error:  # more registers or shared memory than there is
+            failed += 1
+            logger.info("%s: %s does not run here: %s", part.name, candidate, error)
+        step()
+    return Chosen(part.name, fields, best, start, len(part.candidates), failed, wrong)

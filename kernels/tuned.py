@@ -1,0 +1,152 @@
+"""Launch choices measured on this machine, kept on disk; `freqopt kernels tune` writes them.
+
+One JSON file for each kind of GPU: choices by dtype, head dim and bucket of lengths. They are of
+one version of the kernels and of Triton; others' are ignored, and a log line says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freqopt.kernels.device import shared_memory
+from freqopt.kernels.launch import Launch, launch_for
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (8_192, 32_768, 131_072, 524_288)
+"""Lengths up to which a measured choice serves, in tokens; what is longer has a bucket too."""
+
+ALLOWED = {
+    "rows": (16, 32, 64, 128),
+    "wide": (1, 2),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4, 5),
+    "order_stages": (1, 2, 3),
+    "score_tiles": (1, 2, 4, 8),
+    "score_blocks": (32, 64, 128),
+    "score_warps": (4, 8),
+    "score_stages": (1, 2, 3, 4),
+    "probe_rows": (16, 32, 64),
+    "fit_rows": (16, 32, 64),
+    "fit_columns": (32, 64),
+}
+"""Values that a choice may have. Precisions are not among them: they change results."""
+
+SOURCES = ("triton_prepare.py", "triton_glue.py", "triton_attend.py", "triton_split.py")
+
+
+def cache_folder() -> Path:
+    """$FREQOPT_CACHE_DIR, or `freqopt` in the user's cache folder."""
+    given = os.environ.get("FREQOPT_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freqopt"
+
+
+def bucket_of(tokens: int) -> str:
+    """Name of the bucket that a length falls into."""
+    for limit in BUCKETS:
+        if tokens <= limit:
+            return f"up to {limit}"
+    return f"over {BUCKETS[-1]}"
+
+
+def choice_name(dtype: torch.dtype, head_dim: int, bucket: str) -> str:
+    """Under which a choice is kept."""
+    return f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}, {bucket} tokens"
+
+
+def made_for(device: torch.device) -> dict[str, str]:
+    """What a file's choices hold for: GPU, Triton and the kernels' own text."""
+    import triton
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    text = b"".join((Path(__file__).parent / source).read_bytes() for source in SOURCES)
+    return {
+        "device": name,
+        "triton": triton.__version__,
+        "kernels": hashlib.sha256(text).hexdigest()[:16],
+    }
+
+
+def file_of(device: torch.device) -> Path:
+    """The file of this kind of GPU; it need not exist."""
+    slug = re.sub(r"[^a-z0-9]+", "-", made_for(device)["device"].lower()).strip("-")
+    return cache_folder() / f"launches-{slug}.json"
+
+
+def read_choices(device: torch.device) -> dict[str, dict[str, int]]:
+    """Choices kept for this GPU, its kernels and its Triton.
+
+    A file that cannot be used is ignored with a warning: launches then are the shipped ones.
+    """
+    path = file_of(device)
+    try:
+        held = json.loads(path.read_text())
+        choices = {name: _checked(fields) for name, fields in held["choices"].items()}
+        owner = held["made_for"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(
+            "%s cannot be used (%s); launches are the shipped ones. Delete it, or run "
+            "`freqopt kernels tune` again", path, error,
+        )  # fmt: skip
+        return {}
+    if owner != made_for(device):
+        logger.warning(
+            "%s was measured for %s and this is %s; launches are the shipped ones. Run "
+            "`freqopt kernels tune` again", path, owner, made_for(device),
+        )  # fmt: skip
+        return {}
+    return choices
+
+
+def _checked(fields: Any) -> dict[str, int]:
+    for name, value in fields.items():
+        if name not in ALLOWED or isinstance(value, bool) or value not in ALLOWED[name]:
+            raise ValueError(f"{name} is {value!r}; allowed: {ALLOWED.get(name, 'no such field')}")
+    return dict(fields)
+
+
+def keep_choice(
+    device: torch.device, dtype: torch.dtype, head_dim: int, bucket: str, fields: dict[str, int]
+) -> Path:
+    """Add fields of a choice to this GPU's file, and use them from here on.
+
+    Raises:
+        ValueError: a field or a value that no launch has.
+    """
+    choices = read_choices(device)
+    name = choice_name(dtype, head_dim, bucket)
+    choices[name] = {**choices.get(name, {}), **_checked(fields)}
+    path = file_of(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Replaced as a whole: a process that reads meanwhile sees the old file or the new one.
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps({"made_for": made_for(device), "choices": choices}, indent=1))
+    fresh.replace(path)
+    _launch_of.cache_clear()
+    return path
+
+
+def launch_on(device: torch.device | str, dtype: torch.dtype, head_dim: int, tokens: int) -> Launch:
+    """Tile choices of one call: the shipped ones with those measured on this machine in place."""
+    return _launch_of(torch.device(device), dtype, head_dim, bucket_of(tokens))
+
+
+@functools.lru_cache(maxsize=256)
+def _launch_of(device: torch.device, dtype: torch.dtype, head_dim: int, bucket: str) -> Launch:
+    shipped = launch_for(dtype, head_dim, shared_memory(device))
+    if device.type != "cuda":
+        return shipped
+    return shipped.changed(read_choices(device).get(choice_name(dtype, head_dim, bucket), {}))
