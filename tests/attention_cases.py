@@ -88,6 +88,8 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
 
     def near(share: float) -> Tensor:
         per_head = score.transpose(0, 1).flatten(1).sort(-1).values.clamp(min=1e-20)
+        if per_head.shape[1] == 1:
+            return 0.5 * per_head[:, 0]
         at = min(int((1 - share) * per_head.shape[1]), per_head.shape[1] - 2)
         window = per_head[:, max(at - 3, 0) : at + 5]
         gaps = window[:, 1:] / window[:, :-1]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from freqopt.kernels import autotune, hopper, triton_split, tuned
 from freqopt.kernels.launch import launch_for
@@ -77,6 +79,59 @@ def test_same_input_same_bits() -> None:
     budget = budget_for(case, tensors, 0.3)
     first, second = run(case, tensors, budget), run(case, tensors, budget)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Small on the interpreter; on a GPU of several tiles and blocks, with every head dim."""
+    longest = 18 if ON_GPU else 8
+    dim = draw(st.sampled_from(range(32, 257, 8) if ON_GPU else [24, 32, 40]))
+    kv_heads = draw(st.integers(1, 2))
+    return Case(
+        (draw(st.integers(1, longest)), draw(st.integers(1, 12)), draw(st.integers(4, 13))),
+        dim=dim, kv_heads=kv_heads, heads=kv_heads * draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, 2)), before=draw(st.sampled_from([0, 0, 1, 70])),
+        after=draw(st.sampled_from([0, 0, 3, 130])), masked=draw(st.booleans()),
+        mid=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same (B, H, N, D) values with other strides."""
+    if layout == "B,H,N,D":
+        return x.contiguous()
+    if layout == "a slice of B,N,3,H,D":
+        fused = torch.zeros(x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3], dtype=x.dtype)
+        fused[:, :, 1] = x.transpose(1, 2)
+        return fused[:, :, 1].transpose(1, 2)
+    if layout == "last stride 2":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x
+
+
+LAYOUTS = ["B,N,H,D", "B,H,N,D", "a slice of B,N,3,H,D", "last stride 2"]
+
+
+@settings(
+    max_examples=60 if ON_GPU else 6, deadline=None, derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(
+    case=random_cases(), seed=st.integers(0, 99), density=st.floats(0.05, 0.95),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3),
+    dtype=st.sampled_from(DTYPES), probes=st.sampled_from([0, 1, 16, 64]),
+)  # fmt: skip
+def test_random_calls_are_the_reference(
+    case: Case, seed: int, density: float, layouts: list[str], dtype: torch.dtype, probes: int
+) -> None:
+    tensors = cast(make_tensors(case, seed), dtype)
+    budget = budget_for(case, tensors, density)
+    expected, split = reference_split(case, tensors, budget, probes)
+    moved = tuple(laid_out(x, layout) for x, layout in zip(tensors[:3], layouts, strict=True))
+    out, reached, _, route, _ = run(case, (*moved, tensors[3]), budget, probes)
+    assert torch.equal(route, split.route)
+    assert torch.allclose(reached, split.density, atol=1e-6)
+    assert relative(out, expected) < TOLERANCE[dtype]
 
 
 def test_every_launch_candidate_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
