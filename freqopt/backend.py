@@ -13,17 +13,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from freqopt.break_even import default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.counting import counted
 from freqopt.errors import FreqoptError, OptionError, SiteError
 from freqopt.passes.manager import Decision, run_passes
+from freqopt.passes.nodes import shape
 from freqopt.passes.site import Extent, Site
 from freqopt.passes.timestep import Timestep
 
@@ -43,9 +45,10 @@ class Options:
     does not tell them. threshold: one budget for all sites instead of a plan; 0 is exact.
     adapt: tighten a head's budget for the next call where the error measured in this one is above
     the plan's bound; outputs then depend on the calls before (`reset_counters` starts anew).
-    min_tokens: shorter sites stay dense (default: `default_min_tokens`). strict: raise where a site
-    cannot be rewritten. inner: the backend that compiles the rewritten graph. mode: its mode, such
-    as "reduce-overhead" (torch.compile does not take options and a mode at once).
+    min_tokens: shorter sites stay dense (default: by `freqopt.break_even`, from the site's heads).
+    strict: raise where a site cannot be rewritten. inner: the backend that compiles the rewritten
+    graph. mode: its mode, such as "reduce-overhead" (torch.compile does not take options and a
+    mode at once).
     """
 
     plan: Plan | str | os.PathLike[str] | None = None
@@ -56,12 +59,6 @@ class Options:
     strict: bool = False
     inner: str | Callable[..., Compiled] = "inductor"
     mode: str | None = None
-
-
-def default_min_tokens(device: torch.device) -> int:
-    """Length from which splitting pays on a device, in tokens."""
-    del device  # the same guess everywhere until it has been measured
-    return 4096
 
 
 def freqopt_backend(
@@ -79,7 +76,7 @@ def freqopt_backend(
         SiteError: under ``strict``, a site that should be split and cannot be.
     """
     settings = parse_options(options)
-    mode = mode or settings.mode
+    settings = replace(settings, mode=mode or settings.mode)
     start = time.perf_counter()
     decisions: list[Decision] = []
     try:
@@ -96,7 +93,7 @@ def freqopt_backend(
             raise SiteError(f"the passes failed on this graph: {error}") from error
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
-    compiled: Compiled = inner_backend(settings.inner, mode)(gm, example_inputs)
+    compiled: Compiled = inner_backend(settings.inner, settings.mode)(gm, example_inputs)
     return counted(compiled, decisions)
 
 
@@ -285,12 +282,30 @@ def why_dense(settings: Options, site: Site, *, guard: bool = True) -> str | Non
     problem = check_site(site.heads, site.kv_heads, site.head_dim, site.dtype, site.device)
     if problem is not None:
         return problem
-    least = settings.min_tokens
-    if least is None:
-        least = default_min_tokens(site.device)
+    least = least_tokens(settings, site)
     if is_shorter(site.query_length, least, guard=guard):
         return f"{site.query_length} tokens are fewer than min_tokens = {least}"
     return None
+
+
+def least_tokens(settings: Options, site: Site) -> int:
+    """The option `min_tokens`, or the length from which splitting this site pays."""
+    if settings.min_tokens is not None:
+        return settings.min_tokens
+    batch = shape(site.attention.query)[0] if len(shape(site.attention.query)) == 4 else 1
+    heads = site.heads * (batch if isinstance(batch, int) else 1)
+    graphs = records_cuda_graphs(settings)
+    return default_min_tokens(site.device, heads, site.head_dim, cuda_graphs=graphs)
+
+
+def records_cuda_graphs(settings: Options) -> bool:
+    """Whether the inner backend is inductor in a mode that records CUDA graphs."""
+    if settings.inner != "inductor":
+        return False
+    from torch._inductor import config, list_mode_options
+
+    chosen = list_mode_options(settings.mode) if settings.mode is not None else {}
+    return bool(chosen.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def is_shorter(length: Extent, least: int, *, guard: bool) -> bool:
@@ -311,7 +326,7 @@ def _report(settings: Options, plan: Plan | None, decisions: Sequence[Decision])
     for decision in decisions:
         site = decision.site
         expected = site.kind in ("self", "joint") and site.grid is not None
-        too_short = decision.reason.endswith(_least(settings, site))
+        too_short = decision.reason.endswith(f"min_tokens = {least_tokens(settings, site)}")
         if decision.split or not expected or too_short or (plan and site.eligible):
             continue
         message = f"attention at {site.name} stays dense: {decision.reason}"
@@ -328,11 +343,6 @@ def _report(settings: Options, plan: Plan | None, decisions: Sequence[Decision])
     own = [d for d in decisions if d.split and d.site.mark is None]
     if plan is None and settings.threshold is None and own:
         _warn_of_no_plan()
-
-
-def _least(settings: Options, site: Site) -> str:
-    least = settings.min_tokens
-    return f"min_tokens = {default_min_tokens(site.device) if least is None else least}"
 
 
 @functools.lru_cache(maxsize=1)

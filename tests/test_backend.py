@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import freqopt.backend
-from freqopt.backend import default_min_tokens, freqopt_backend, parse_options
+from freqopt.backend import freqopt_backend, parse_options, records_cuda_graphs
+from freqopt.break_even import CPU_TOKENS, default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import OptionError, PlanError, SiteError
 from freqopt.plan import Plan
@@ -95,10 +96,50 @@ def test_threshold_zero_is_exact_and_a_threshold_is_not() -> None:
 
 def test_short_sequences_stay_dense() -> None:
     model, inputs = Toy(), (video(GRID),)
-    assert default_min_tokens(torch.device("cpu")) > TOKENS
+    assert CPU_TOKENS > TOKENS
     assert not run(model, inputs, threshold=0.0)[1].calls()
     assert not run(model, inputs, threshold=0.0, min_tokens=TOKENS + 1)[1].calls()
     assert len(run(model, inputs, threshold=0.0, min_tokens=TOKENS)[1].calls()) == 2
+
+
+def test_the_default_length_agrees_with_what_was_measured() -> None:
+    """Split where that was faster on the GPU, dense where it was not."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    recorded = {
+        heads: default_min_tokens(gpu, heads, 128, cuda_graphs=True) for heads in (2, 24, 40)
+    }
+    assert recorded[40] <= 4096 < recorded[24] <= 8192 < recorded[2] <= 32768
+    launched = default_min_tokens(gpu, 24, 128)
+    assert 7000 < launched < 8500
+    assert default_min_tokens(gpu, 24, 64) > launched > default_min_tokens(gpu, 48, 128)
+    assert default_min_tokens(cpu, 2, 8) == default_min_tokens(cpu, 48, 128) == CPU_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({}, False),
+        ({"mode": "default"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "reduce-overhead", "inner": "eager"}, False),
+    ],
+)
+def test_modes_that_record_cuda_graphs_are_known(options: dict[str, Any], recorded: bool) -> None:
+    assert records_cuda_graphs(parse_options(options)) is recorded
+
+
+def test_the_default_length_counts_the_heads_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, bool]] = []
+
+    def answer(device: torch.device, heads: int, head_dim: int, *, cuda_graphs: bool) -> int:
+        asked.append((heads, head_dim, cuda_graphs))
+        return 1
+
+    monkeypatch.setattr(freqopt.backend, "default_min_tokens", answer)
+    assert len(run(Toy(), (video(GRID, 3),), threshold=0.0)[1].calls()) == 2
+    assert set(asked) == {(3 * HEADS, DIM, False)}
 
 
 def test_without_a_plan_a_cautious_density_and_one_warning(

@@ -21,7 +21,7 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"config", "errors", "grid", "positions"}
+BASE = {"break_even", "config", "errors", "grid", "positions"}
 CORE = {"backend", "calibration", "counting", "inspection", "plan", "regional"}
 
 LAYERS = {
