@@ -14,6 +14,7 @@ from torch import fx
 
 from freqopt.passes.dimensions import at_most, product, same
 from freqopt.passes.nodes import (
+    VIEWS,
     argument,
     known_int,
     operation,
@@ -57,6 +58,10 @@ def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) ->
     return None
 
 
+EVERY = -1
+"""In the place of a row: all of them."""
+
+
 class Range:
     """Proves things about entries start..stop of the last axis of tensors."""
 
@@ -67,20 +72,22 @@ class Range:
         """Whether all entries in the range are provably True."""
         if item is True:
             return True
-        if not isinstance(item, fx.Node) or _is_written(item):
+        if not isinstance(item, fx.Node):
             return False
+        if _is_written(item):
+            return self._written(item)
         name = operation(item)
         source = item.args[0] if item.args else item.kwargs.get("input")
         if name in ("ones", "ones_like", "new_ones"):
             return True
         if name in ("full", "new_full", "full_like"):
-            return argument(item, 2 if name == "new_full" else 1, "fill_value") is True
+            return _is_one(argument(item, 2 if name == "new_full" else 1, "fill_value"))
         if name in PASS or adds_dimensions(item):
             return self._keeps_last(item, source) and self.true(source)
         if name == "masked_fill":
             fill = argument(item, 2, "value")
             hidden = argument(item, 1, "mask")
-            return self.true(source) and (fill is True or self._false_at(item, hidden))
+            return self.true(source) and (_is_one(fill) or self._false_at(item, hidden))
         if name in ("bitwise_and", "logical_and", "mul"):
             return all(self._true_at(item, operand) for operand in item.args[:2])
         if name in ("bitwise_or", "logical_or"):
@@ -111,11 +118,45 @@ class Range:
             return any(self._false_at(item, operand) for operand in item.args[:2])
         if name in ("bitwise_or", "logical_or"):
             return all(self._false_at(item, operand) for operand in item.args[:2])
-        if name in ("bitwise_not", "logical_not"):
+        if name == "logical_not" or (name == "bitwise_not" and value(item).dtype == torch.bool):
             return self.true(source)
         if name in ("lt", "le", "gt", "ge"):
             return self._compares(item, False)
         return False
+
+    def _written(self, item: fx.Node) -> bool:
+        """Whether writes of True into (rows, entries) cover the range in every row.
+
+        All writes have to come before the tensor is read for anything else.
+        """
+        sizes, position = shape(item), {node: i for i, node in enumerate(item.graph.nodes)}
+        writes = [user for user in item.users if writes_in_place(user)]
+        others = [position[user] for user in item.users if user not in writes]
+        if len(sizes) != 2 or not writes or not others:
+            return False
+        if max(position[write] for write in writes) > min(others):
+            return False
+        rows = [self._covered_row(write) for write in writes]
+        if None in rows or any(user not in writes and _is_written(user) for user in item.users):
+            return False
+        return EVERY in rows or (isinstance(sizes[0], int) and set(range(sizes[0])) <= set(rows))
+
+    def _covered_row(self, write: fx.Node) -> int | None:
+        """The row, or EVERY, in which a write makes the whole range True; None if it does not."""
+        if operation(write) != "setitem" or not _is_one(write.args[2]):
+            return None
+        index = write.args[1]
+        row, entries = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
+        if not isinstance(entries, slice) or value(entries.step) not in (None, 1):
+            return None
+        start, stop = value(entries.start), value(entries.stop)
+        inside = start is None or (at_most(0, start) and at_most(start, self.start))
+        if not inside or not (stop is None or at_most(self.stop, stop)):
+            return None
+        if row == slice(None):
+            return EVERY
+        place = known_int(row)
+        return place if place is not None and place >= 0 else None
 
     def _true_at(self, node: fx.Node, operand: Any) -> bool:
         return self._aligned(node, operand) and self.true(operand)
@@ -252,6 +293,15 @@ def lower_bound(item: Any) -> Extent | None:
     return None
 
 
+def _is_one(item: Any) -> bool:
+    """Whether a constant is True, in a mask of bools or of numbers that become bools."""
+    return isinstance(item, (bool, int, float)) and item == 1
+
+
 def _is_written(node: fx.Node) -> bool:
-    """Whether something is written into a tensor, so that what made it does not tell its values."""
-    return any(writes_in_place(user) and user.args and user.args[0] is node for user in node.users)
+    """Whether something is written into a tensor or a view of it, whatever its maker says."""
+    return any(
+        writes_in_place(user) or (operation(user) in VIEWS and _is_written(user))
+        for user in node.users
+        if user.args and user.args[0] is node
+    )

@@ -107,23 +107,29 @@ class Dimensions:
         return ((Atom(shape(node)[dim], origin, (node.name, dim), node, dim),),)
 
     def broadcast(self, node: fx.Node) -> list[Axis | None]:
-        """Axes of an elementwise operation: per dimension, the operand that tells most."""
+        """Axes of an elementwise operation: per dimension, the operand that tells most.
+
+        Of axes that tell as much, that of the tensor with more axes of data (tokens have all those
+        of a video, a time step per frame only one), then that of the input which came first: tokens
+        are projected before the tables of positions that are multiplied with them come in.
+        """
         rank_out = len(shape(node))
         result: list[Axis | None] = [None] * rank_out
+        believed = [((0, 0, 0), 0, 0)] * rank_out
         for operand in node.all_input_nodes:
             axes, sizes = self.of(operand), shape(operand)
             if axes is None:
                 continue
+            whole = data_extents(axes)
             for back in range(1, min(rank_out, len(axes)) + 1):
                 axis, known, out = axes[-back], result[-back], shape(node)[-back]
-                if same(sizes[-back], 1) and not same(out, 1):
+                if axis is known or (same(sizes[-back], 1) and not same(out, 1)):
                     continue
-                if known is None:
-                    result[-back] = axis
-                elif axis is not known:
+                if known is not None:
                     self._note_positions(axis, known)
-                    if self._precedes(axis, known):
-                        result[-back] = axis
+                told = rank(axis), whole, -self._arrival(axis)
+                if known is None or told > believed[-back]:
+                    result[-back], believed[-back] = axis, told
         return result
 
     def _note_positions(self, first: Axis, second: Axis) -> None:
@@ -139,18 +145,14 @@ class Dimensions:
                     if same(tokens[0].size, axis_size((table,))):
                         self.positions.setdefault(tokens[0], []).append(table)
 
-    def _precedes(self, axis: Axis, known: Axis) -> bool:
-        """Whether an axis tells more than another that is aligned with it.
-
-        Of equals, that of the input which came first: tokens are projected before the tables of
-        positions that are multiplied with them come in.
-        """
-        first, second = rank(axis), rank(known)
-        return first > second or (first == second and self._arrival(axis) < self._arrival(known))
-
     def _arrival(self, axis: Axis) -> int:
         names = [atom.root[0] for segment in axis for atom in segment if atom.origin == "data"]
         return min((self.arrival.get(name, 0) for name in names), default=0)
+
+
+def data_extents(axes: Shape) -> int:
+    """How many dimensions of inputs a tensor has, over all its axes."""
+    return len({a.root for axis in axes for segment in axis for a in segment if a.origin == "data"})
 
 
 def is_table(segment: Segment) -> bool:

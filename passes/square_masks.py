@@ -31,15 +31,16 @@ def key_mask_of(mask: fx.Node) -> fx.Node | None:
         if not (isinstance(keys, fx.Node) and isinstance(queries, fx.Node)):
             return None
         source = _single_row(keys)
-        if source is not None and _is_column_of(queries, keys, source):
+        if source is not None and _is_bool(source) and _is_column_of(queries, keys, source):
             return source
     return None
 
 
 def repeated_row_of(mask: fx.Node) -> fx.Node | None:
-    """The (B or 1, 1, 1, S) mask that a bool mask repeats for every head and query, or None."""
+    """The bool (B or 1, 1, 1, S) mask that a mask repeats for every head and query, or None."""
     node = _unconverted(mask)
-    return _single_row(node) if node is not None and _is_bool(mask) else None
+    row = _single_row(node) if node is not None and _is_bool(mask) else None
+    return row if row is not None and _is_bool(row) else None
 
 
 def _is_bool(mask: fx.Node) -> bool:

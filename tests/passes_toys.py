@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from freqopt.passes.find import find_sites
+from freqopt.passes.rewrite import replace_site
 from freqopt.passes.site import Site
 
 HEADS, DIM = 2, 8
 WIDTH = HEADS * DIM
+TEXT = 7
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -120,6 +123,11 @@ def video(grid: tuple[int, int, int] = (3, 6, 10), batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, t, 2 * h, 2 * w)
 
 
+def text(length: int = TEXT, batch: int = 1) -> Tensor:
+    """Embedded text, (B, L, C)."""
+    return torch.randn(batch, length, WIDTH)
+
+
 def sites_of(
     model: nn.Module | Callable[..., Any],
     *inputs: Any,
@@ -138,3 +146,33 @@ def sites_of(
     with torch.no_grad():
         torch.compile(model, backend=look, dynamic=dynamic)(*inputs, **named)
     return found
+
+
+def rewritten(
+    model: nn.Module, target: Callable[..., Any], inputs: Sequence[Any], **options: Any
+) -> Any:
+    """The output of a model with `target` in place of every eligible attention."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites = [site for site in find_sites(gm) if site.eligible]
+        assert sites
+        for site in sites:
+            replace_site(gm, site, target)
+        gm.graph.lint()
+        gm.recompile()
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(model, backend=backend, **options)(*inputs)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    """Dense attention in the place of a split, checking what it is told about its tokens."""
+    allowed = None if mask is None else mask[:, None, None]
+    grid, before, after, scale = rest
+    assert math.prod(grid) + before + after == q.shape[2]
+    assert q.dim() == k.dim() == v.dim() == 4 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

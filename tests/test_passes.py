@@ -1,4 +1,4 @@
-"""Sites of small graphs: kind, grid, text, masks, and why some stay dense."""
+"""Sites of small graphs: kind, grid, text, and why some stay dense."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import passes_toys as toys
 import pytest
 import torch
 import torch.nn.functional as F
-from passes_toys import DIM, HEADS, WIDTH, Attention, Toy, heads, merged, sites_of, video
+from passes_toys import (
+    DIM,
+    HEADS,
+    TEXT,
+    WIDTH,
+    Attention,
+    Toy,
+    dense,
+    heads,
+    merged,
+    rewritten,
+    sites_of,
+    text,
+    video,
+)  # fmt: skip
 from torch import Tensor, fx, nn
 
 from freqopt.errors import SiteError
@@ -18,11 +32,6 @@ from freqopt.passes.find import find_sites, readable_path
 from freqopt.passes.rewrite import replace_site
 
 GRIDS = [(3, 6, 10), (5, 7, 9), (1, 6, 10), (4, 4, 16), (2, 1, 8)]
-TEXT = 7
-
-
-def text(length: int = TEXT, batch: int = 1) -> Tensor:
-    return torch.randn(batch, length, WIDTH)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -120,35 +129,6 @@ class InPlaceRope(nn.Module):
         out[..., 1::2] = k[..., 0::2]
         q[:, :, 5:] = q[:, :, 5:] * 3
         return self.attend(q, out, v)
-
-
-def rewritten(
-    model: nn.Module, target: Callable[..., Any], inputs: Sequence[Any], **options: Any
-) -> Any:
-    """The output of a model with `target` in place of every eligible attention."""
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        sites = [site for site in find_sites(gm) if site.eligible]
-        assert sites
-        for site in sites:
-            replace_site(gm, site, target)
-        gm.graph.lint()
-        gm.recompile()
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        return torch.compile(model, backend=backend, **options)(*inputs)
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
-    allowed = None if mask is None else mask[:, None, None]
-    grid, before, after, scale = rest
-    assert math.prod(grid) + before + after == q.shape[2]
-    assert q.dim() == k.dim() == v.dim() == 4 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
 
 
 def test_replacement_comes_after_in_place_writes() -> None:
@@ -335,6 +315,30 @@ def test_the_largest_of_several_grids_is_split_and_the_others_are_exact() -> Non
     assert (site.grid, site.text_before, site.text_after) == ((3, 6, 10), 0, 120)
 
 
+class PerFrame(nn.Module):
+    """Tokens scaled frame by frame, by what was made of time steps that came in before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.weight = Attention(), nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        scale = torch.sin(steps)[..., None].transpose(1, 2)
+        tokens = toys.conv3d_tokens(x, self.weight)
+        frames = tokens.reshape(tokens.shape[0], x.shape[2], -1, WIDTH)
+        return self.attention((frames * scale).reshape(tokens.shape))
+
+
+@pytest.mark.parametrize("grid", [(3, 6, 10), (5, 7, 9)])
+def test_a_time_step_per_frame_does_not_take_the_place_of_the_frames(
+    grid: tuple[int, int, int],
+) -> None:
+    """Both have one axis of as many entries: that of the tensor with the others is the video's."""
+    (site,) = sites_of(PerFrame(), video(grid, 2), torch.rand(2, 1, grid[0]))
+    assert site.eligible, site.reason
+    assert (site.kind, site.grid) == ("self", grid)
+
+
 def test_an_unknown_reordering_loses_the_grid() -> None:
     attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
 
@@ -361,93 +365,6 @@ def test_users_grid_goes_before_the_graphs_and_finds_the_video_beside_text() -> 
     assert found[0].grid == (6, 3, 10) and found[0].text_after == TEXT
     found = sites_of(Toy(text="after"), video((3, 6, 10)), text(), grid=(7, 1, 1))
     assert found[0].eligible and (found[0].text_before, found[0].text_after) == (180, 0)
-
-
-def length_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    """As HunyuanVideo makes it: text after the video, padded at its end."""
-    tokens, length = x.shape[1], x.shape[1] + context.shape[1]
-    allowed = torch.ones(x.shape[0], length, dtype=torch.bool)
-    lengths = tokens + kept.sum(dim=1, dtype=torch.int)
-    hidden = torch.arange(length)[None] >= lengths.unsqueeze(1)
-    return allowed.masked_fill(hidden, False)[:, None, None]
-
-
-def compared_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    length = x.shape[1] + context.shape[1]
-    lengths = x.shape[1] + kept.sum(1)
-    return (torch.arange(length) < lengths[:, None]).view(x.shape[0], 1, 1, length)
-
-
-def joined_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    seen = torch.ones(x.shape[:2], dtype=torch.bool)
-    return torch.cat([seen, kept.bool()], 1)[:, None, None, :]
-
-
-def written_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    mask = torch.cat([torch.ones(x.shape[:2], dtype=torch.bool), kept.bool()], 1)
-    mask[:, 3] = False
-    return mask[:, None, None, :]
-
-
-def short_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    length = x.shape[1] + context.shape[1]
-    lengths = x.shape[1] - 1 + kept.sum(1)
-    return (torch.arange(length) < lengths[:, None])[:, None, None]
-
-
-def negative_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-    length = x.shape[1] + context.shape[1]
-    lengths = x.shape[1] + (kept - 2).sum(1)
-    return (torch.arange(length) < lengths[:, None])[:, None, None]
-
-
-class Masked(nn.Module):
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.make = make
-        self.weight = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, video: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-        x = toys.conv3d_tokens(video, self.weight)
-        mask = self.make(x, context, kept)
-        q, k, v = (heads(y) for y in self.qkv(torch.cat([x, context], 1)).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-@pytest.mark.parametrize("make", [length_mask, compared_mask, joined_mask])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
-def test_masks_over_text_are_honoured(make: Any, dtype: torch.dtype) -> None:
-    kept = torch.ones(2, TEXT)
-    kept[0, 4:] = kept[1, 6:] = 0
-    inputs = (video(batch=2), text(batch=2), kept.to(dtype))
-    model = Masked(make)
-    (site,) = sites_of(model, *inputs)
-    assert site.eligible, site.reason
-    with torch.no_grad():
-        expected = model(*inputs)
-    torch.testing.assert_close(rewritten(model, dense, inputs), expected)
-    unmasked = rewritten(model, lambda q, k, v, mask, *rest: dense(q, k, v, None, *rest), inputs)
-    assert not torch.allclose(unmasked, expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("make", [written_mask, short_mask, negative_mask])
-def test_masks_that_may_hide_video_stay_dense(make: Any) -> None:
-    (site,) = sites_of(Masked(make), video(), text(), torch.ones(1, TEXT, dtype=torch.int64))
-    assert not site.eligible and "may hide video tokens" in site.reason
-    assert site.grid == (3, 6, 10)
-
-
-def test_one_mask_for_the_whole_batch() -> None:
-    def make(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
-        return joined_mask(x[:1], context[:1], kept[:1])
-
-    inputs = (video(batch=2), text(batch=2), torch.tensor([[1, 1, 1, 0, 0, 0, 0]] * 2))
-    model = Masked(make)
-    with torch.no_grad():
-        expected = model(*inputs)
-    for dynamic in (False, True):
-        torch.testing.assert_close(rewritten(model, dense, inputs, dynamic=dynamic), expected)
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
