@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from freqopt.passes.flex import match_flex
-from freqopt.passes.nodes import operation, value
+from freqopt.passes.nodes import constant, operation
 from freqopt.passes.packed import FORWARD, is_opened, packed_problem
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_anchor import match_softmax
@@ -37,7 +37,7 @@ def match_sdpa(node: fx.Node) -> Attention | None:
     ):
         return None
     mask = given.get("attn_mask")
-    scale, objection = value(given.get("scale")), None
+    scale, objection = constant(given.get("scale")), None
     if is_set(given.get("is_causal", False)):
         objection = "it is causal (is_causal=True)"
     elif is_set(given.get("dropout_p", 0.0)):
@@ -58,7 +58,7 @@ def match_sdpa(node: fx.Node) -> Attention | None:
 
 def is_set(item: Any) -> bool:
     """Whether a flag or a probability is, or may be at run time, other than False or 0."""
-    found = value(item)
+    found = constant(item)
     if isinstance(found, (bool, int, float)):
         return bool(found)
     return found is not None

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import Atom, Axis, Shape, distribute, regroup, same, take
+from freqopt.passes.divisions import learn_divisions
 from freqopt.passes.nodes import argument, known_int, numbers, operation, shape, value
 from freqopt.passes.site import Extent
 
@@ -67,6 +68,7 @@ def _reshape(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         return None
     source, axes = known
     before, after = shape(source), shape(node)
+    learn_divisions(before, after, _asked(node, after))
     pairs = _pinned(node, before, after)
     result: list[Axis | None] = [None] * len(after)
     for left, right in pairs:
@@ -78,6 +80,20 @@ def _reshape(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
             if new is not None:
                 result[start:stop] = new
     return result
+
+
+def _asked(node: fx.Node, after: Sequence[Extent]) -> Sequence[Extent]:
+    """Sizes as the call names them, where it does."""
+    if operation(node) not in ("view", "reshape"):
+        return after
+    given = [value(size) for size in numbers(node, 1)]
+    if len(given) != len(after):
+        return after
+    known = (int, torch.SymInt)
+    return [
+        a if isinstance(a, known) and not (isinstance(a, int) and a < 0) else b
+        for a, b in zip(given, after, strict=True)
+    ]
 
 
 def _pinned(

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from freqopt.passes.divisions import equal_by_divisions
 from freqopt.passes.site import Extent
 
 Origin = Literal["data", "parameter", "made"]
@@ -62,7 +63,7 @@ def same(a: Extent | bool, b: Extent | bool) -> bool:
     first, second = hint(a), hint(b)
     if first is not None and second is not None and first != second:
         return False
-    return bool(statically_known_true(a == b))
+    return bool(statically_known_true(a == b)) or equal_by_divisions(a, b)
 
 
 def hint(size: Extent | bool) -> int | None:

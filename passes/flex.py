@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import fx
 
 from freqopt.passes.dimensions import at_most
-from freqopt.passes.nodes import operation, shape, value
+from freqopt.passes.nodes import constant, operation, shape
 from freqopt.passes.site import Attention, Extent
 
 NAMES: Final = ("flex_attention", "flex_attention_hop")
@@ -29,6 +29,7 @@ def match_flex(node: fx.Node) -> Attention | None:
         isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(values, fx.Node)
     ):
         return None
+    scale = constant(scale)
     outputs = [user for user in node.users if operation(user) == "getitem"]
     first = next((user for user in outputs if user.args[1] == 0), None)
     unused = [user for user in outputs if user is not first and not user.users]
@@ -39,7 +40,7 @@ def match_flex(node: fx.Node) -> Attention | None:
         objection = "it is FlexAttention with a score function (score_mod)"
     elif not _hides_nothing(node, block_mask, shape(query)[-2], shape(key)[-2]):
         objection = "it is FlexAttention with a block mask, which makes it sparse already"
-    elif not isinstance(value(scale), (int, float)):
+    elif not isinstance(scale, (int, float)):
         objection = "its scale is computed at run time"
     return Attention(
         node=node if first is None else first,

@@ -51,6 +51,20 @@ def value(node: Any) -> Any:
     return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
+def constant(item: Any) -> Any:
+    """The value of an argument that is a number in the model's code, such as a scale or dropout.
+
+    Under dynamic=True a float of a module is an input of the graph. It is then guarded to be the
+    number it is now: it hardly ever changes, and what becomes of an attention depends on it. A
+    float that the graph computes, of sizes say, is not: its symbol is returned.
+    """
+    found = value(item)
+    if isinstance(found, torch.SymFloat) and found.node.has_hint():
+        if found.node.expr.is_Symbol or found.node.expr.is_number:
+            return float(found)
+    return found
+
+
 def tensor(node: Any) -> torch.Tensor | None:
     """The example tensor of a node, None for all else."""
     found = value(node)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import argument, operation, shape, value
+from freqopt.passes.nodes import argument, constant, operation, shape
 from freqopt.passes.site import Attention
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
@@ -99,8 +99,10 @@ def follow_weights(
 
 
 def _drops(node: fx.Node) -> bool:
-    probability = argument(node, 1, "p", default=0.5)
-    return bool(probability) and bool(argument(node, 2, "training", "train", default=True))
+    probability = constant(argument(node, 1, "p", default=0.5))
+    if isinstance(probability, (int, float)) and not probability:
+        return False
+    return bool(argument(node, 2, "training", "train", default=True))
 
 
 def values_of(user: fx.Node, weights: fx.Node) -> fx.Node | None:
@@ -200,7 +202,7 @@ def _filled(node: fx.Node) -> Logits | None:
 def scaled_by(node: fx.Node) -> tuple[fx.Node, float] | None:
     """The tensor and the constant of a product with, or quotient by, a number."""
     first, second = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-    numbers = value(first), value(second)
+    numbers = constant(first), constant(second)
     if isinstance(first, fx.Node) and isinstance(numbers[1], (int, float)):
         if operation(node) == "div":
             return (first, 1.0 / numbers[1]) if numbers[1] else None

@@ -12,7 +12,7 @@ from model_cases import Case, Grid, load_all
 from torch import Tensor, fx
 
 import freqopt.kernels.op  # noqa: F401  registers the op
-from freqopt.passes.dimensions import same
+from freqopt.passes.dimensions import hint
 from freqopt.passes.find import find_sites
 from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import insert_split
@@ -37,7 +37,7 @@ class Seen:
     expected: list[Tensor] = field(default_factory=list)
 
 
-def look(case: Case, grid: Grid, batch: int) -> Seen:
+def look(case: Case, grid: Grid, batch: int, *, dynamic: bool = False) -> Seen:
     """Build, run eagerly, compile with every eligible site split at threshold 0, and run."""
     torch.manual_seed(0)
     model, inputs = case.make(grid, batch)
@@ -46,7 +46,7 @@ def look(case: Case, grid: Grid, batch: int) -> Seen:
     torch._dynamo.reset()
     with torch.no_grad():
         seen.expected = tensors(model(**inputs))
-        compiled = torch.compile(model, backend=backend, dynamic=False, fullgraph=case.fullgraph)
+        compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=case.fullgraph)
         seen.got = tensors(compiled(**inputs))
     return seen
 
@@ -126,7 +126,7 @@ def problems(case: Case, grid: Grid, seen: Seen) -> list[str]:
         text = (site.text_before, site.text_after)
         if site.kind != kind:
             found.append(f"{site.name}: kind {site.kind}")
-        if site.grid is None or not all(map(same, site.grid, (grid[i] for i in case.order))):
+        if site.grid is None or [hint(e) for e in site.grid] != [grid[i] for i in case.order]:
             found.append(f"{site.name}: grid {site.grid}")
         if not all(
             isinstance(a, torch.SymInt) or a == b for a, b in zip(text, around, strict=True)
