@@ -127,7 +127,7 @@ def positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-FAMILIES = ("video", "packed", "image", "encoder", "more")
+FAMILIES = ("video", "packed", "image", "encoder", "more", "further")
 """Modules of cases; each is tried in a test file of its own, `test_models_<family>.py`."""
 
 
