@@ -213,11 +213,13 @@ def atoms_of(axis: Axis) -> list[Atom]:
 def rank(axis: Axis) -> tuple[int, int, int]:
     """How much an axis tells: which of several broadcast operands to believe.
 
-    Extents of 1 do not count, as they are no more than a way to write the others.
+    Extents of 1 do not count, as they are no more than a way to write the others; but a piece cut
+    out of something tells less than a whole, be it of size 1.
     """
-    atoms = [a for segment in axis for a in segment if not same(a.size, 1)]
-    data = sum(a.origin == "data" for a in atoms)
-    return data, len(atoms), sum(a.cut is None for a in atoms)
+    atoms = [a for segment in axis for a in segment]
+    wide = [a for a in atoms if not same(a.size, 1)]
+    data = sum(a.origin == "data" for a in wide)
+    return data, len(wide), -sum(a.cut is not None for a in atoms)
 
 
 def regroup(before: Sequence[Extent], after: Sequence[Extent]) -> list[tuple[range, range]] | None:

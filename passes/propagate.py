@@ -109,9 +109,10 @@ class Dimensions:
     def broadcast(self, node: fx.Node) -> list[Axis | None]:
         """Axes of an elementwise operation: per dimension, the operand that tells most.
 
-        Of axes that tell as much, that of the tensor with more axes of data (tokens have all those
-        of a video, a time step per frame only one), then that of the input which came first: tokens
-        are projected before the tables of positions that are multiplied with them come in.
+        Of axes that tell as much, that of the tensor with more axes of data before its channels
+        (tokens have all those of a video, a time step per frame only one), then that of the input
+        which came first: tokens are projected before the tables of positions that are multiplied
+        with them come in.
         """
         rank_out = len(shape(node))
         result: list[Axis | None] = [None] * rank_out
@@ -120,7 +121,7 @@ class Dimensions:
             axes, sizes = self.of(operand), shape(operand)
             if axes is None:
                 continue
-            whole = data_extents(axes)
+            whole = data_extents(axes[:-1])
             for back in range(1, min(rank_out, len(axes)) + 1):
                 axis, known, out = axes[-back], result[-back], shape(node)[-back]
                 if axis is known or (same(sizes[-back], 1) and not same(out, 1)):
@@ -151,7 +152,7 @@ class Dimensions:
 
 
 def data_extents(axes: Shape) -> int:
-    """How many dimensions of inputs a tensor has, over all its axes."""
+    """How many dimensions of inputs these axes are made of."""
     return len({a.root for axis in axes for segment in axis for a in segment if a.origin == "data"})
 
 

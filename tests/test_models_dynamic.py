@@ -24,8 +24,6 @@ FLOATS = ("flux", "vit", "videomae_eager", "lumina_next")
 KNOWN_TO_STAY = {
     "framepack": "numbers of text tokens that depend on data are not read",
     "hunyuan15": "each of its blocks gets a graph of its own",
-    "lumina2": "tokens are lost where the graph breaks",
-    "timesformer_joint": "its frames and its channels are as many, and one symbol",
 }
 
 
