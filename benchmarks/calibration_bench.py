@@ -81,7 +81,8 @@ class Bench:
 
     def choose(self, chosen: Budgets) -> None:
         """Budgets of the runs that follow; their densities are collected from here on."""
-        self.runner.session.budgets, self.runner.session.densities = chosen, {}
+        session = self.runner.session
+        session.budgets, session.densities, session.errors = chosen, {}, {}
 
     def density(self) -> float:
         """Of the runs since budgets were chosen, over all attentions; dense ones count as 1."""

@@ -101,7 +101,7 @@ class HeldOutError:
 
     def _run(self, budgets: dict[str, Tensor]) -> Verdict:
         session = self.runner.session
-        session.budgets, session.densities = budgets, {}
+        session.budgets, session.densities, session.errors = budgets, {}, {}
         errors = [
             relative_error(self.runner.run(sample, "split"), reference)
             for sample, reference in zip(self.runner.samples.held_out, self.references, strict=True)

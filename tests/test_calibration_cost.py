@@ -298,10 +298,14 @@ def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
 
 @pytest.mark.gpu
 def test_times_on_a_gpu_grow_with_density() -> None:
-    """White noise goes from all blocks to the local ones within a step of the ladder."""
+    """White noise goes from all blocks to the local ones within a step of the ladder.
+
+    The size makes all blocks take several times as long as the local ones, so that a busy device
+    does not turn their order around.
+    """
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 8, 8192, 64, device="cuda").bfloat16().unbind(0)
-    call = Call(query * 2, key * 2, value, None, (8, 32, 32), 0, 0, 0.125)
+    query, key, value = torch.randn(3, 1, 16, 16384, 64, device="cuda").bfloat16().unbind(0)
+    call = Call(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
     ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
     found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
     for line in (found, found.mid):
