@@ -11,13 +11,14 @@ import inspect
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from freqopt.passes.einsums import einsums_in_order
 from freqopt.passes.nodes import argument, operation, shape, tensor
 from freqopt.passes.rewrite import add_function, add_method
 
@@ -65,7 +66,8 @@ def packed_opened(gm: fx.GraphModule) -> Iterator[None]:
     """Open every packed node of a graph for as long as sites are found and replaced.
 
     Its attention stands beside it, without users. Where that was replaced in the meantime it takes
-    the node's place; elsewhere it is taken out again. Call `gm.recompile()` afterwards only.
+    the node's place; elsewhere it is taken out again. Einsums are in order as long, see `einsums`.
+    Call `gm.recompile()` afterwards only.
     """
     for graph in _graphs(gm):
         for node in list(graph.nodes):
@@ -74,7 +76,10 @@ def packed_opened(gm: fx.GraphModule) -> Iterator[None]:
                     with graph.inserting_before(node):
                         node.meta[OPENED] = _open(node)
     try:
-        yield
+        with ExitStack() as stack:
+            for graph in _graphs(gm):
+                stack.enter_context(einsums_in_order(graph))
+            yield
     finally:
         for graph in _graphs(gm):
             _settle(graph)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from freqopt.passes.find import find_sites
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import replace_site
 from freqopt.passes.site import Site
 
@@ -139,7 +140,8 @@ def sites_of(
     found: list[Site] = []
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(find_sites(gm, grid=grid))
+        with packed_opened(gm):
+            found.extend(find_sites(gm, grid=grid))
         return gm.forward
 
     torch._dynamo.reset()

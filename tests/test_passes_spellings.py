@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqopt.passes.find import find_sites
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
 
@@ -72,6 +73,28 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
+def einsum_of_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As it is written where heads stay behind the tokens."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * DIM**-0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def einsum_with_ellipsis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (torch.einsum("... i d, ... j d -> ... i j", q, k) * DIM**-0.5).softmax(-1)
+    return torch.einsum("...ij,...jd->...id", weights, v)
+
+
+def einsum_of_key_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhjd,bhid->bhij", k, q).mul(DIM**-0.5).softmax(-1)
+    return torch.einsum("bhjd,bhij->bhid", v, weights)
+
+
+def einsum_and_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bnhd,bmhd->bhnm", q.transpose(1, 2), k.transpose(1, 2)).softmax(-1)
+    return weights @ v
+
+
 def no_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
@@ -92,7 +115,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 SPELLINGS = [
     plain, divided, scaled_query, both_scaled, key_kept_transposed, float_softmax, by_einsum,
-    no_scale, fused,
+    no_scale, fused, einsum_of_tokens_first, einsum_with_ellipsis, einsum_of_key_first,
+    einsum_and_product,
 ]  # fmt: skip
 FOLDED = [batched_products, legacy_baddbmm]
 
@@ -102,11 +126,14 @@ def capture(model: nn.Module, video: Tensor, *, split: bool) -> tuple[Tensor, li
     found: list[Site] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        found.extend(find_sites(gm))
-        for site in found if split else []:
-            if site.eligible:
-                insert_split(gm, site, torch.zeros(2, site.heads), mid_band=False, density=0.0,
-                             probes=8)  # fmt: skip
+        before = str(gm.graph)
+        with packed_opened(gm):
+            found.extend(find_sites(gm))
+            for site in found if split else []:
+                if site.eligible:
+                    insert_split(gm, site, torch.zeros(2, site.heads), mid_band=False, density=0.0,
+                                 probes=8)  # fmt: skip
+        assert split or str(gm.graph) == before
         gm.graph.lint()
         gm.recompile()
         names = [str(node.target) for node in gm.graph.nodes]
@@ -167,8 +194,21 @@ def reversed_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (v.mT @ weights).mT
 
 
-LOOK_ALIKES = [over_queries, over_heads, not_values, no_softmax, gated, scaled_by_data,
-               reversed_product]  # fmt: skip
+def einsum_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhid,bgid->bihg", q, k).softmax(-1)
+    return torch.einsum("bihg,bgid->bhid", weights, v)
+
+
+def einsum_with_other_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The weights meet the tokens of the query."""
+    weights = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+    return torch.einsum("bhij,bhid->bhjd", weights, v)
+
+
+LOOK_ALIKES = [
+    einsum_over_heads, einsum_with_other_values, over_queries, over_heads, not_values, no_softmax,
+    gated, scaled_by_data, reversed_product,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mix", LOOK_ALIKES, ids=lambda m: m.__name__)
