@@ -195,7 +195,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 values = [100 * row[prefix + name] for row in rows]
                 ax.plot(at, values, "o-", ms=4, color=colour, label=title)
             ax.set(xlabel="call", ylabel=label, xlim=(0.5, len(rows) + 0.5))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.12 * max(100 * row[prefix + name] for row in rows for prefix in ways))
             ax.grid(axis="x", visible=False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
         figure.savefig(path, dpi=150)
@@ -230,8 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if not split_budgets(plan):
             raise SystemExit(
-                f"calibration left every site dense at {plan.grids[0]} tokens and error "
-                f"{plan.target_error:g}, so there is nothing to adapt: take a larger video or target"
+                f"calibration left every site dense at {plan.grids[0]} tokens and an error of "
+                f"{plan.target_error:g}; nothing is left to adapt: take a larger video or target"
             )
         with open_bench(model, settings, samples, 0, bars) as bench:
             rows = measure(bench, plan, given.each, bars)

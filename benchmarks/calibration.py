@@ -208,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--densities", type=float, nargs="+", help="default: 0.1 0.05, on a CPU 0.4 0.25"
     )
+    parser.add_argument(
+        "--targets-only", action="store_true", help="only the variants that targets are about"
+    )
     parser.add_argument("--random-weights", action="store_true", help="to try the benchmark out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -221,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     densities = given.densities or ((0.1, 0.05) if on_gpu else (0.4, 0.25))
     results = Results(given.out)
     with open_progress(not given.quiet) as bars:
-        measure(settings, densities, given.seeds, results, bars)
+        measure(settings, densities, given.seeds, results, bars, ablate=not given.targets_only)
     result = results.found
     path = results.add(summary=summary(result, densities))
     draw(result, path.with_suffix(".png"))
@@ -233,9 +236,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    settings: Settings, densities: Sequence[float], seeds: int, results: Results, bars: Progress
+    settings: Settings,
+    densities: Sequence[float],
+    seeds: int,
+    results: Results,
+    bars: Progress,
+    *,
+    ablate: bool,
 ) -> None:
-    """All numbers of the benchmark, into `results` as they are found."""
+    """All numbers of the benchmark, into `results` as they are found.
+
+    ablate: whether also budgets without one ingredient each.
+    """
     model = load_model(settings)
     results.add(
         environment=environment(),
@@ -276,8 +288,10 @@ def measure(
         ratio = density_ratio(curves[ALL], curves[UNIFORM])
         results.add(curves=curves, density_ratio=ratio, probe=probe_agreement(bench, plan))
         for variant in others:
-            run(variant)
-        run(variant_without_probes(bench, calibration, bars))
+            if ablate or variant.name == BY_VIDEO:
+                run(variant)
+        if ablate:
+            run(variant_without_probes(bench, calibration, bars))
 
 
 def judge(bench: Bench, plan: Plan, seconds: float) -> dict[str, Any]:

@@ -93,17 +93,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from freqopt.reporting_figures import BLUE, GREY, STYLE
 
     panels = {
-        "rank_correlation": "rank correlation with the true error",
-        "mean_ratio": "reported / true error, mean",
-        "true_error": "true relative L2 error, rms",
+        "rank_correlation": ("rank correlation with the true error", (0.8, 1.0)),
+        "mean_ratio": ("reported / true error, mean", (0.9, 1.1)),
+        "true_error": ("true relative L2 error, rms", (0.0, None)),
     }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 3.6), layout="constrained")
-        for ax, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes = figure.subplots(1, 3)
+        for ax, (name, (title, limits)) in zip(axes, panels.items(), strict=True):
             for placement, colour in zip(PLACEMENTS, (BLUE, GREY), strict=True):
                 points = [(r["probes"], r[name]) for r in rows if r["placement"] == placement]
                 ax.plot(*zip(*points, strict=True), "o-", color=colour, label=placement)
-            ax.set(title=title, xlabel="probes per head", xscale="log")
+            ax.set(title=title, xlabel="probes per head", xscale="log", ylim=limits)
             ax.set_xticks(COUNTS, [str(count) for count in COUNTS])
             ax.minorticks_off()
         figure.axes[0].legend(loc="lower right")
