@@ -18,13 +18,19 @@ from freqopt.passes.dimensions import axis_size, product, same
 from freqopt.passes.grid_inference import Layout, infer_layout
 from freqopt.passes.layout import heads_of, length_of_keys, operands_of
 from freqopt.passes.masks import mask_problem
-from freqopt.passes.nodes import shape, tensor
+from freqopt.passes.nodes import VIEWS, operation, shape, tensor
 from freqopt.passes.propagate import Dimensions
 from freqopt.passes.provenance import alike, is_lost, kind_of_axes, same_lattices, split_batch
 from freqopt.passes.site import Attention, Extent, Kind, Site
 from freqopt.passes.square_masks import key_mask_of, repeated_row_of
 
 logger = logging.getLogger(__name__)
+
+
+READY_MADE = (
+    "its queries and keys come into this graph ready-made, after a graph break, so that what they "
+    "are of cannot be told: compile with fullgraph=True, which says where the break is"
+)
 
 
 def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) -> list[Site]:
@@ -147,6 +153,13 @@ def _scale(attention: Attention, head_dim: int) -> float:
     return float(head_dim) ** -0.5 if head_dim else 1.0
 
 
+def came_ready_made(node: fx.Node) -> bool:
+    """Whether a tensor is an input of the graph, or a view of one: it was projected elsewhere."""
+    while operation(node) in VIEWS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
 def classify(
     attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
 ) -> tuple[Kind, Layout, str | None]:
@@ -161,6 +174,8 @@ def classify(
     else:
         kind = kind_of_axes(tokens, key[-2])
     if kind == "cross":
+        if all(came_ready_made(node) for node in (attention.query, attention.key)):
+            return "other", Layout(), READY_MADE
         return kind, Layout(), "its queries and its keys are of different tokens"
     slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
     if slices:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import argument, constant, operation, shape
+from freqopt.passes.nodes import argument, constant, is_pointwise, operation, shape
 from freqopt.passes.site import Attention
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
@@ -23,7 +23,10 @@ ELSEWHERE = "its attention weights are used elsewhere too"
 
 @dataclass(frozen=True)
 class Logits:
-    """Walked back: factor * query @ key^T (+ mask); key is (.., D, N) if `transposed`."""
+    """Walked back: factor * query @ key^T (+ mask); key is (.., D, N) if `transposed`.
+
+    objection: what else happens to the scores, on account of which they are not those of attention.
+    """
 
     query: fx.Node
     key: fx.Node
@@ -31,6 +34,7 @@ class Logits:
     factor: float
     mask: fx.Node | None
     nodes: tuple[fx.Node, ...]
+    objection: str | None = None
 
 
 def match_softmax(node: fx.Node) -> Attention | None:
@@ -55,7 +59,7 @@ def match_softmax(node: fx.Node) -> Attention | None:
         value=values,
         mask=walked.mask,
         scale=walked.factor,
-        objection=objection,
+        objection=objection or walked.objection,
         nodes=(*reversed(walked.nodes), node, *between, product),
         key_transposed=walked.transposed,
     )
@@ -170,7 +174,24 @@ def walk_logits(node: Any) -> Logits | None:
         query, first = unscaled(operands[0])
         key, second = unscaled(operands[1])
         return Logits(query, key, False, first * second, None, (node,))
+    return _altered(node) if is_pointwise(name) else None
+
+
+def _altered(node: fx.Node) -> Logits | None:
+    """Logits that go through something else elementwise, such as tanh or a learned temperature."""
+    for source in node.all_input_nodes:
+        same_form = len(shape(source)) == len(shape(node))
+        inner = walk_logits(source) if same_form and not _alters(source) else None
+        if inner is not None and inner.objection is None:
+            why = f"its scores go through {operation(node)} before the softmax"
+            return _through(node, replace(inner, objection=why))
     return None
+
+
+def _alters(node: fx.Node) -> bool:
+    """Whether a node would be altered itself; one such step is followed, not chains of them."""
+    known = (*CASTS, "mul", "div", "add", "masked_fill", "where")
+    return is_pointwise(operation(node)) and operation(node) not in known
 
 
 def _through(node: fx.Node, inner: Logits | None) -> Logits | None:

@@ -246,6 +246,24 @@ def test_cross_attention_is_told_by_origin_even_at_equal_lengths() -> None:
     assert (site.kind, site.eligible) == ("cross", False)
 
 
+def test_queries_that_come_ready_made_are_not_called_cross_attention() -> None:
+    """A break before the attention gives it a graph of its own, in which nothing is known of it."""
+
+    class Broken(Toy):
+        def forward(self, video: Tensor, text: Tensor | None = None) -> Tensor:
+            x = self.tokens(video, self.weight)
+            block = self.blocks[0]
+            q, k, v = heads(block.q(x)), heads(block.k(x)), heads(block.v(x))
+            torch._dynamo.graph_break()
+            return merged(block.attend(q, k, v))
+
+    (site,) = sites_of(Broken(), video())
+    assert (site.kind, site.eligible) == ("other", False)
+    assert "ready-made" in site.reason and "fullgraph=True" in site.reason
+    (given,) = sites_of(Broken(), video(), grid=(3, 6, 10))
+    assert not given.eligible
+
+
 def test_text_in_keys_only_is_neither_self_nor_cross() -> None:
     attention, weight = Attention(), torch.randn(WIDTH, 3, 1, 2, 2)
 

@@ -245,9 +245,16 @@ def with_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout((q @ k.mT * 0.25).softmax(-1), p=0.1, training=True) @ v
 
 
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (20 * torch.tanh(q @ k.mT / 20)).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     ("mix", "said"),
     [
+        (capped, "tanh"),
+        (gated, "sigmoid"),
+        (scaled_by_data, "mul"),
         (weights_used_twice, "used elsewhere"),
         (causal_by_mask, "mask"),
         (biased, "mask"),
