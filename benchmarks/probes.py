@@ -95,7 +95,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels = {
         "rank_correlation": ("rank correlation with the true error", (0.8, 1.0)),
         "mean_ratio": ("reported / true error, mean", (0.9, 1.1)),
-        "true_error": ("true relative L2 error, rms", (0.0, None)),
+        "true_error": ("true relative L2 error, rms", (0.0, 0.2)),
     }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 3.6), layout="constrained")
