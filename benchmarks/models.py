@@ -71,6 +71,8 @@ REASONS = {
     "has no grid": "no grid (text or audio)",
     "none has that many": "other length than the grid given (text or audio)",
     "cannot be followed": "tokens cannot be followed",
+    "before the softmax": "scores altered before the softmax",
+    "ready-made": "tokens cannot be followed after a break",
     "may hide video tokens": "mask may hide video tokens",
 }
 

@@ -200,8 +200,8 @@ def siglip(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "Swinv2Model", LIBRARY, dense=0, source="", grids=((1, 16, 16),),
-    note="cosine scores in windows: no attention as freqopt knows it",
+    "Swinv2Model", LIBRARY, dense=0, others=1, source="", grids=((1, 16, 16),),
+    note="cosine scores with a learned temperature, in windows",
 )  # fmt: skip
 def swin(grid: Grid, batch: int) -> Made:
     model = encoder(

@@ -109,3 +109,24 @@ def test_a_plan_serves_other_resolutions_without_calibration() -> None:
         assert freqopt.counters().split == split
         error = float((out - dense).norm() / dense.norm())
         assert 0 < error < 0.15
+
+
+@pytest.mark.parametrize("name", ["flux", "cogvideox", "sd3"])
+def test_projections_that_diffusers_fused(name: str) -> None:
+    from dataclasses import replace
+
+    from model_cases import Grid, Made, load_all
+    from model_checks import look, problems
+
+    case = load_all()[name]
+    grid, batch = case.variant(0)
+
+    def fused(grid: Grid, batch: int) -> Made:
+        model, inputs = case.make(grid, batch)
+        model.fuse_qkv_projections()
+        assert any(
+            key.endswith(("to_qkv.weight", "to_added_qkv.weight")) for key in model.state_dict()
+        )
+        return model, inputs
+
+    assert not problems(case, grid, look(replace(case, make=fused), grid, batch))
