@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from freqopt.passes.find import find_sites
+from freqopt.passes.packed import packed_opened
 from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
 
@@ -51,7 +52,9 @@ STYLES = st.builds(
     text=st.sampled_from(["none", "before", "after"]),
     streams=st.sampled_from(["single", "dual"]),
     normalise=st.booleans(),
-    attention=st.sampled_from(["sdpa", "keywords", "matmul", "einsum", "float_softmax"]),
+    attention=st.sampled_from(
+        ["sdpa", "keywords", "matmul", "einsum", "tokens_first", "float_softmax"]
+    ),
 )
 
 
@@ -110,6 +113,10 @@ class Layer(nn.Module):
         if name == "einsum":
             weights = F.softmax(torch.einsum("bhid,bhjd->bhij", q * scale, k), dim=-1)
             return torch.einsum("bhij,bhjd->bhid", weights, v)
+        if name == "tokens_first":
+            query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+            weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(scale).softmax(-1)
+            return torch.einsum("bhqk,bkhd->bqhd", weights, value).transpose(1, 2)
         weights = F.softmax((q / 2) @ (k / 2).mT, dim=-1, dtype=torch.float32)
         return weights.to(v.dtype) @ v
 
@@ -180,12 +187,13 @@ def test_any_way_of_writing_a_transformer_is_found_and_rewritten(style: Style) -
     found: list[Site] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        sites = find_sites(gm)
-        found.extend(sites)
-        for site in sites:
-            if site.eligible:
-                zero = torch.zeros(2, site.heads)
-                insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
+        with packed_opened(gm):
+            sites = find_sites(gm)
+            found.extend(sites)
+            for site in sites:
+                if site.eligible:
+                    zero = torch.zeros(2, site.heads)
+                    insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
         gm.graph.lint()
         gm.recompile()
         return gm.forward
