@@ -102,18 +102,19 @@ def _split_attention_fake(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, _, key_mask, grid, before, after, scale, _, mid_band, _ = inputs
-    ctx.save_for_backward(query, key, value, key_mask, output[3], output[4])
+    ctx.save_for_backward(query, key, value, key_mask, output[0], output[3], output[4])
     ctx.extents, ctx.constants = (grid, before, after), (scale, mid_band)
     ctx.mark_non_differentiable(*output[1:])
 
 
-@torch.library.custom_op("freqopt::split_attention_backward", mutates_args=())
+@torch.library.custom_op("freqopt::split_attention_backward", mutates_args=(), device_types="cpu")
 def split_attention_backward_op(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    out: Tensor,
     route: Tensor,
     coefficients: Tensor,
     grid: Extents[int],
@@ -122,11 +123,41 @@ def split_attention_backward_op(
     scale: float,
     mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; route and coefficients are those the forward returned."""
-    grads = chunked.split_backward(
+    """Gradients of query, key and value; out, route and coefficients are the forward's own."""
+    return _chunked_backward(
         grad, query, key, value, key_mask, route, coefficients,
-        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
+        _sequence(grid, text_before, text_after), scale, mid_band,
     )  # fmt: skip
+
+
+def _chunked_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
+    route: Tensor, coefficients: Tensor, sequence: Sequence, scale: float, mid_band: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = chunked.split_backward(
+        grad, query, key, value, key_mask, route, coefficients, sequence, scale=scale,
+        mid_band=mid_band,
+    )  # fmt: skip
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@split_attention_backward_op.register_kernel("cuda")
+def _split_attention_backward_cuda(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, out: Tensor,
+    route: Tensor, coefficients: Tensor, grid: Extents[int], text_before: int, text_after: int,
+    scale: float, mid_band: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Triton without a mid band; with one, plain PyTorch as on the CPU (docs/kernels.md)."""
+    sequence = _sequence(grid, text_before, text_after)
+    if mid_band:
+        return _chunked_backward(
+            grad, query, key, value, key_mask, route, coefficients, sequence, scale, mid_band
+        )
+    from freqopt.kernels.triton_backward_launch import split_backward
+
+    grads = split_backward(
+        grad, query, key, value, key_mask, out, route, coefficients, sequence, scale=scale
+    )
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
