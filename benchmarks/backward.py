@@ -1,0 +1,100 @@
+"""Forward and backward of the op beside dense attention: `python -m benchmarks.backward`.
+
+The gradients are compared with those of plain PyTorch in float32 on one head, route and
+coefficients equal, before a time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.attention import DENSE, GRIDS, threshold_for
+from benchmarks.common import environment, milliseconds, write
+from benchmarks.tensors import Attention, zoo_attention
+
+GATE = 2e-2
+"""Largest relative L2 error of a gradient for which a time is printed."""
+
+
+def gradient_errors(a: Attention, grad: Tensor, threshold: float) -> dict[str, float]:
+    """Relative L2 error of each gradient of the first head, against float32."""
+    from freqopt.kernels import chunked, triton_backward_launch
+    from freqopt.kernels.layout import Sequence
+    from freqopt.kernels.op import split_attention_op
+
+    q, k, v, g = (x[:, :1].detach() for x in (a.query, a.key, a.value, grad))
+    sequence, scale = Sequence(a.grid, 0, 0), q.shape[-1] ** -0.5
+    budget = torch.full((2, 1), threshold, device=q.device)
+    out, _, _, route, coefficients = split_attention_op(
+        q, k, v, budget, None, list(a.grid), 0, 0, scale, 0.0, False, 64
+    )
+    found = triton_backward_launch.split_backward(
+        g, q, k, v, None, out, route, coefficients, sequence, scale=scale
+    )
+    truth = chunked.split_backward(
+        g.float(), q.float(), k.float(), v.float(), None, route, coefficients, sequence,
+        scale=scale, mid_band=False,
+    )  # fmt: skip
+    return {
+        name: float((mine.float() - true).norm() / true.norm())
+        for name, mine, true in zip(("query", "key", "value"), found, truth, strict=True)
+    }
+
+
+def times_of(a: Attention, grad: Tensor, threshold: float) -> tuple[float, dict[str, float]]:
+    """Milliseconds of forward + backward: ours, and of each dense backend."""
+    import freqopt
+
+    leaves = [x.detach().requires_grad_() for x in a[:3]]
+
+    def split() -> object:
+        out = freqopt.split_attention(*leaves, grid=a.grid, threshold=threshold)
+        return torch.autograd.grad(out, leaves, grad)
+
+    def dense() -> object:
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+
+    def timed(backend: SDPBackend) -> float:
+        with sdpa_kernel(backend):
+            return milliseconds(dense)
+
+    return milliseconds(split), {name: timed(backend) for name, backend in DENSE.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="32K", choices=GRIDS)
+    parser.add_argument("--density", type=float, default=0.10)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here: this benchmark needs an NVIDIA GPU")
+    a = zoo_attention(GRIDS[arguments.size])
+    grad = torch.randn_like(a.query)
+    threshold = threshold_for(a, arguments.density)
+    errors = gradient_errors(a, grad, threshold)
+    shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
+    if not all(error <= GATE for error in errors.values()):
+        raise SystemExit(f"FAILED its gate (relative L2 {shown}, at most {GATE}); no time reported")
+    ours, dense = times_of(a, grad, threshold)
+    speedup = min(dense.values()) / ours
+    result: dict[str, Any] = {
+        "environment": environment(), "tokens": a.query.shape[2], "heads": a.query.shape[1],
+        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold,
+        "gradient_l2": errors, "ms": ours, "dense_ms": dense, "speedup": speedup,
+    }  # fmt: skip
+    print(f"{a.query.shape[1]} heads x {a.query.shape[2]} tokens, density {arguments.density}")
+    print(f"forward + backward {ours:.2f} ms, {speedup:.2f}x dense; gradients' L2 error: {shown}")
+    print("dense: " + ", ".join(f"{name} {time:.2f} ms" for name, time in dense.items()))
+    print(f"wrote {write('backward', result, arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()
