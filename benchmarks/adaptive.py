@@ -123,7 +123,8 @@ def pinned(run: Callable[[float], tuple[float, float]], density: float) -> tuple
 
 def measure(bench: Bench, plan: Plan, each: int, bars: Progress) -> list[dict[str, Any]]:
     """A row for each call of the stream."""
-    chosen, loop, rows = split_budgets(plan), Loop(plan, bench), []
+    chosen, loop = split_budgets(plan), Loop(plan, bench)
+    rows: list[dict[str, Any]] = []
     with bars.phase("calls", len(CONTENTS) * each) as step:
         for content, call in stream(bench.settings, each):
             reference = bench.runner.run(call, "dense")
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         with open_bench(model, settings, samples, 0, bars) as bench:
             rows = measure(bench, plan, given.each, bars)
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(), "grid": list(plan.grids[0]), "target": plan.target_error,
         "timestep": TIME, "rows": rows, "summary": summary(rows),
         "seconds": time.perf_counter() - started,
