@@ -135,13 +135,13 @@ def key_gradient_kernel(
     query, grad, key, value, valid, bias, log_sum, offset, delta, turned, tile_list, counts,
     key_grad, value_grad,
     heads, group_size, tokens, tiles, columns, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, LOW: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: 64 columns of one key head, over the tiles of all query heads that share it.
+    """One program: BN columns of one key head, over the tiles of all query heads that share it.
 
-    Columns are the tokens of an exact block, over the tiles listed for it, or with LOW the means of
-    64 key blocks, over all tiles. `columns`: keys (a multiple of 64) or low blocks per head.
+    Columns are tokens of one exact block, over the tiles listed for it, or with LOW the means of
+    BN key blocks, over all tiles. `columns`: keys (a multiple of 64) or low blocks per head.
     """
     group = tl.program_id(0)
     key_pair = tl.program_id(1).to(tl.int64)
@@ -149,7 +149,7 @@ def key_gradient_kernel(
     batch, key_head = key_pair // kv_heads, key_pair % kv_heads
     col = tl.arange(0, DP)
     in_dim = (col < D)[None, :]
-    column = group * BLOCK + tl.arange(0, BLOCK)
+    column = group * BN + tl.arange(0, BN)
     inside = column < columns
     cells = (key_pair * columns + column)[:, None] * D + col[None, :]
     k = tl.load(key + cells, mask=inside[:, None] & in_dim, other=0.0)
@@ -157,15 +157,15 @@ def key_gradient_kernel(
     scale_log2 = scale * LOG2E
     if not LOW:
         there = tl.load(valid + batch * columns + column) != 0
-    k_acc = tl.zeros((BLOCK, DP), tl.float32)
-    v_acc = tl.zeros((BLOCK, DP), tl.float32)
+    k_acc = tl.zeros((BN, DP), tl.float32)
+    v_acc = tl.zeros((BN, DP), tl.float32)
     PARTS: tl.constexpr = 128 // BM
     for member in range(0, group_size):
         pair = batch * heads + key_head * group_size + member
         n_tiles = tiles
         if not LOW:
-            n_tiles = tl.load(counts + pair * tl.num_programs(0) + group)
-        listed = tile_list + (pair * tl.num_programs(0) + group) * tiles
+            n_tiles = tl.load(counts + pair * (columns // BLOCK) + group * BN // BLOCK)
+        listed = tile_list + (pair * (columns // BLOCK) + group * BN // BLOCK) * tiles
         for i in range(0, n_tiles * PARTS):
             tile = i // PARTS
             if not LOW:

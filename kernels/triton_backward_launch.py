@@ -92,7 +92,7 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def query_rows(dtype: torch.dtype, padded: int) -> int:
-    """Queries per program or step that fit registers and shared memory."""
+    """Queries, and columns, per program that fit registers and shared memory."""
     return 64 if padded * dtype.itemsize <= 256 else 32 if padded * dtype.itemsize <= 512 else 16
 
 
@@ -110,7 +110,7 @@ def attend_gradients(rows: Rows, blocks: Blocks, low: Low, route: Tensor, *, sca
     parts = tiles * (QUERY_TILE // step)
     device = rows.query.device
     options: dict[str, Any] = {
-        "D": dim, "DP": padded, "BM": step, "num_stages": 1, "num_warps": 4 if step < 64 else 8,
+        "D": dim, "DP": padded, "BM": step, "num_stages": 1, "num_warps": 8,
         "PRECISION": "tf32x3" if rows.query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
@@ -132,10 +132,10 @@ def attend_gradients(rows: Rows, blocks: Blocks, low: Low, route: Tensor, *, sca
     for key, value, is_low in ((blocks.key, blocks.value, False), (low.key, low.value, True)):
         grads += [single(*key.shape), single(*key.shape)]
         columns = key.shape[2]
-        key_gradient_kernel[(-(-columns // KEY_BLOCK), batch * kv_heads)](
+        key_gradient_kernel[(-(-columns // step), batch * kv_heads)](
             rows.query, rows.grad, key, value, blocks.valid, low.bias, log_sum, offset,
             rows.delta, rows.turned, tile_list, tile_counts, *grads[-2:],
-            heads, heads // kv_heads, tokens, tiles, columns, scale, LOW=is_low, **options,
+            heads, heads // kv_heads, tokens, tiles, columns, scale, BN=step, LOW=is_low, **options,
         )  # fmt: skip
     bias_grad = bias_grad.unflatten(2, (tiles, -1)).sum(3)
     return Found(query_grad, bias_grad, low_share, *grads)
@@ -206,7 +206,7 @@ def split_backward(
     if sequence.text:
 
         def dense(*tensors: Tensor) -> Tensor:
-            return attend_text(*tensors, key_mask, sequence, scale)
+            return attend_text(tensors[0], tensors[1], tensors[2], key_mask, sequence, scale)
 
         _, text_vjp, *_ = torch.func.vjp(dense, query, key, value)
         results = [x + y for x, y in zip(results, text_vjp(sequence.text_of(grad)), strict=True)]
