@@ -36,6 +36,7 @@ from freqopt.kernels.triton_prepare import (
     summarise_kernel,
 )
 from freqopt.kernels.tuned import launch_on
+from freqopt.kernels.workspace import bytes_per_key_head, turns
 
 GROUP = 4
 """Key blocks per program of the summaries."""
@@ -328,6 +329,15 @@ def with_unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+class Findings(NamedTuple):
+    """What the op returns beside its output: density and probe error (B, H), route, coefficients."""
+
+    density: Tensor
+    probe_error: Tensor
+    route: Tensor
+    coefficients: Tensor
+
+
 def split_forward(
     query: Tensor,
     key: Tensor,
@@ -338,41 +348,78 @@ def split_forward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
-    scale, density, mid_band, probes = settings
     query, key, value = (with_unit_last_stride(x) for x in (query, key, value))
     if key_mask is not None:
         key_mask = with_unit_last_stride(key_mask)
     batch, heads, length, dim = query.shape
-    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
+    kv_heads = key.shape[1]
+    shared = heads // kv_heads
+    per_head = bytes_per_key_head(sequence.tokens, dim, query.element_size(), shared)
+    out = torch.empty(batch, length, heads, dim, device=query.device, dtype=query.dtype)
+    out = out.transpose(1, 2)
+    found = []
     with _on_device(query):
-        launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
-        summaries = summarise(key, value, sequence, mid_band, launch)
-        route = make_route(
-            query, summaries, budget, sequence, density=density, launch=launch, **options
-        )
-        probes = min(probes, sequence.tokens)
-        if probes:
-            coefficients, error = fit_probes(
-                query, key, value, key_mask, summaries, route, sequence,
-                probes=probes, launch=launch, **options,
-            )  # fmt: skip
-        else:
-            coefficients = torch.ones(batch, heads, 2, device=query.device)
-            error = torch.full((batch, heads), torch.nan, device=query.device)
-        out = torch.empty(
-            batch, length, heads, dim, device=query.device, dtype=query.dtype
-        ).transpose(1, 2)
-        attend(
-            query, key, value, key_mask, summaries, route, coefficients, out, sequence,
-            launch=launch, **options,
+        for row in turns(batch, kv_heads, per_head):
+            parts = []
+            for items, kv in row:
+                own = slice(kv.start * shared, kv.stop * shared)
+                parts.append(
+                    split_heads(
+                        query[items, own], key[items, kv], value[items, kv], budget[:, own],
+                        None if key_mask is None else key_mask[items], sequence, settings,
+                        out[items, own],
+                    )
+                )  # fmt: skip
+            found.append(_joined(parts, 1))
+    return out, *_joined(found, 0)
+
+
+def _joined(parts: list[Findings], dim: int) -> Findings:
+    """Findings of heads (dim 1) or batch items (dim 0) that went in turns."""
+    if len(parts) == 1:
+        return parts[0]
+    return Findings(*(torch.cat(found, dim) for found in zip(*parts, strict=True)))
+
+
+def split_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    key_mask: Tensor | None,
+    sequence: Sequence,
+    settings: Settings,
+    out: Tensor,
+) -> Findings:
+    """The forward pass of heads that go together, into `out` (B, H, N, D)."""
+    scale, density, mid_band, probes = settings
+    batch, heads, _, dim = query.shape
+    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
+    summaries = summarise(key, value, sequence, mid_band, launch)
+    route = make_route(
+        query, summaries, budget, sequence, density=density, launch=launch, **options
+    )
+    probes = min(probes, sequence.tokens)
+    if probes:
+        coefficients, error = fit_probes(
+            query, key, value, key_mask, summaries, route, sequence,
+            probes=probes, launch=launch, **options,
         )  # fmt: skip
-        if sequence.text:
-            text = attend_text(query, key, value, key_mask, sequence, scale)
-            out[:, :, : sequence.text_before] = text[:, :, : sequence.text_before]
-            out[:, :, sequence.text_before + sequence.tokens :] = text[:, :, sequence.text_before :]
-        counts = route.counts.float().mean(2) / route.route.shape[-1]
-        reached = counts[..., 0] + counts[..., 1] / SUB_BLOCK
-    return out, reached, error, route.route, coefficients
+    else:
+        coefficients = torch.ones(batch, heads, 2, device=query.device)
+        error = torch.full((batch, heads), torch.nan, device=query.device)
+    attend(
+        query, key, value, key_mask, summaries, route, coefficients, out, sequence,
+        launch=launch, **options,
+    )  # fmt: skip
+    if sequence.text:
+        text = attend_text(query, key, value, key_mask, sequence, scale)
+        out[:, :, : sequence.text_before] = text[:, :, : sequence.text_before]
+        out[:, :, sequence.text_before + sequence.tokens :] = text[:, :, sequence.text_before :]
+    counts = route.counts.float().mean(2) / route.route.shape[-1]
+    reached = counts[..., 0] + counts[..., 1] / SUB_BLOCK
+    return Findings(reached, error, route.route, coefficients)
 
 
 def _on_device(x: Tensor) -> Any:

@@ -34,6 +34,7 @@ else:
             ("test_kernels_are_the_reference", 14),
             ("test_threshold_zero_is_dense_attention", 4),
             ("test_same_input_same_bits", 1),
+            ("test_heads_in_turns_are_heads_together", 3),
             ("test_random_calls_are_the_reference", 1),
             ("test_every_launch_candidate_gives_the_same_results", 1),
         ],

@@ -14,7 +14,7 @@ from attention_cases import CASES, Case, budget_for, dense, make_tensors, refere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from freqopt.kernels import autotune, hopper, triton_split, tuned
+from freqopt.kernels import autotune, hopper, triton_split, tuned, workspace
 from freqopt.kernels.launch import launch_for
 from freqopt.kernels.layout import Settings
 
@@ -71,6 +71,32 @@ def test_threshold_zero_is_dense_attention(case: Case, dtype: torch.dtype) -> No
     out, reached, *_ = run(case, tensors, torch.zeros(2, case.heads))
     assert relative(out, dense(case, tensors)) < TOLERANCE[dtype]
     assert torch.equal(reached, torch.ones_like(reached))
+
+
+@pytest.mark.parametrize(("items", "heads"), [(1, 1), (1, 2), (2, 2)])
+def test_heads_in_turns_are_heads_together(
+    items: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case((2, 7, 13), heads=6, kv_heads=3, batch=3, before=3, after=2, masked=True)
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    together = run(case, tensors, budget)
+    per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
+    fitting = heads if items == 1 else items * case.kv_heads
+    monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
+    calls = []
+    forward = triton_split.split_heads
+
+    def counted(query: torch.Tensor, *rest: Any) -> tuple:
+        calls.append(tuple(query.shape[:2]))
+        return forward(query, *rest)
+
+    monkeypatch.setattr(triton_split, "split_heads", counted)
+    in_turns = run(case, tensors, budget)
+    assert calls == {
+        (1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)],
+    }[items, heads]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(in_turns, together, strict=True))
 
 
 def test_same_input_same_bits() -> None:
