@@ -330,7 +330,7 @@ def with_unit_last_stride(x: Tensor) -> Tensor:
 
 
 class Findings(NamedTuple):
-    """What the op returns beside its output: density and probe error (B, H), route, coefficients."""
+    """What the op returns beside its output; shapes as in `split_attention_op`."""
 
     density: Tensor
     probe_error: Tensor
