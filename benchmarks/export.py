@@ -216,7 +216,9 @@ def _run(
     case: Case, folder: Path, library: Path | None, tensors: dict[str, Tensor], device: str
 ) -> dict[str, Any]:
     """Output, time and evidence of one session."""
-    stream = torch.cuda.Stream() if device == "cuda" else None
+    # The body copies through pinned memory, which onnxruntime frees in a callback of the stream; on
+    # a stream of ours that aborts the process ("operation not permitted" from cudaFreeHost).
+    stream = torch.cuda.Stream() if device == "cuda" and library else None
     session, options = open_session(folder / case.model, library, device, stream)
     out = torch.full_like(tensors["query"], torch.nan)
     binding = bind(session, tensors, out)
@@ -279,9 +281,18 @@ def bind(session: Any, tensors: dict[str, Tensor], out: Tensor) -> Any:
     return binding
 
 
-def measure(folder: Path, device: str = "cuda", cases: Sequence[Case] = CASES) -> dict[str, Any]:
-    """All rows, each printed as it is done; one that raises is a wrong row."""
-    rows = []
+def measure(
+    folder: Path,
+    device: str = "cuda",
+    cases: Sequence[Case] = CASES,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """All rows, each printed as it is done; one that raises is a wrong row.
+
+    keep: called after each with the result so far.
+    """
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"density": DENSITY, "probes": PROBES, "rows": rows}
     for case in cases:
         try:
             row = measure_case(case, folder, device)
@@ -289,7 +300,8 @@ def measure(folder: Path, device: str = "cuda", cases: Sequence[Case] = CASES) -
             row = {**asdict(case), "wrong": [f"{type(error).__name__}: {error}"]}
         print(describe(row), flush=True)
         rows.append(row)
-    return {"density": DENSITY, "probes": PROBES, "rows": rows}
+        keep(result)
+    return result
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -323,9 +335,10 @@ def main() -> None:
     import onnxruntime
 
     head = {**environment(), "onnxruntime": onnxruntime.__version__}
-    result = {"environment": head, **measure(given.folder)}
     print(json.dumps(head))
-    write("export", result, given.out)
+    result = measure(
+        given.folder, keep=lambda rows: write("export", {"environment": head, **rows}, given.out)
+    )
     sys.exit(any("wrong" in row for row in result["rows"]))
 
 

@@ -134,8 +134,9 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         return (split.summarise(key, value, sequence, False, launch).low_order,)
 
     def scored(launch: Launch) -> tuple[Tensor, ...]:
+        # Means: a pair whose score is the threshold itself may fall on either side.
         found = routed(launch)
-        return found.mass_term, found.route
+        return found.counts.float().mean((1, 2)), found.mass_term.float().mean((1, 2))
 
     yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
     score = _every(score_tiles=(4, 8), score_blocks=(32, 64), score_warps=(4, 8))

@@ -109,9 +109,9 @@ def test_same_input_same_bits() -> None:
 
 @st.composite
 def random_cases(draw: st.DrawFn) -> Case:
-    """Small on the interpreter; on a GPU of several tiles and blocks, with every head dim."""
+    """Small in the interpreter; on a GPU of several tiles and blocks."""
     longest = 18 if ON_GPU else 8
-    dim = draw(st.sampled_from(range(32, 257, 8) if ON_GPU else [24, 32, 40]))
+    dim = draw(st.sampled_from([40, 64, 128, 168] if ON_GPU else [24, 32, 40]))
     kv_heads = draw(st.integers(1, 2))
     return Case(
         (draw(st.integers(1, longest)), draw(st.integers(1, 12)), draw(st.integers(4, 13))),
@@ -139,7 +139,7 @@ LAYOUTS = ["B,N,H,D", "B,H,N,D", "a slice of B,N,3,H,D", "last stride 2"]
 
 
 @settings(
-    max_examples=60 if ON_GPU else 6, deadline=None, derandomize=True,
+    max_examples=16 if ON_GPU else 6, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(
