@@ -82,7 +82,7 @@ def judge(attention: Attention, density: float) -> dict[str, Tensor]:
 def equal_cost(head_dim: int) -> float:
     """Density at which attending costs what the groups' products with every query tile do.
 
-    A group is one product of a tile with a D x D matrix; a pair of tile and block has two of D x 64.
+    A group is one product of a tile with a D x D matrix, a pair of tile and block two of D x 64.
     """
     return head_dim / (2 * KEY_BLOCK) / GROUP
 
@@ -134,8 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for density, rows in found.items():
         for name, row in rows.items():
             print(
-                f"density {float(density):4.0%}  a matrix for each {name:10} error {row['error']:.4f}, "
-                f"{row['relative']:.3f} of one per head's, median {row['median over heads']:.3f}"
+                f"density {float(density):4.0%}  a matrix for each {name:10} error "
+                f"{row['error']:.4f}, {row['relative']:.3f} of one per head's, median "
+                f"{row['median over heads']:.3f}"
             )
     print(f"wrote {path} in {result['seconds']:.0f} s")
 
