@@ -70,12 +70,12 @@ def judge(attention: Attention, density: float) -> dict[str, Tensor]:
     counts = ref.block_counts(case.tokens, KEY_BLOCK, case.query.device)
     at = ref.probe_positions(case.tokens, DEFAULT_PROBES, case.query.device)
     found = {}
-    for name, size in (("head", len(counts)), (f"{GROUP} blocks", GROUP), ("block", 1)):
+    for name, size in (("per head", len(counts)), (f"per {GROUP} blocks", GROUP), ("per block", 1)):
         tried = with_matrices(case, grouped(matrices, counts, size), size)
         found[name] = squared_errors(tried.attend(tried.probe(at)), case.truth)
     bare = case.probe(at)
     out = case.attend(bare._replace(g=torch.zeros_like(bare.g)))
-    found["nothing"] = squared_errors(out, case.truth)
+    found["none"] = squared_errors(out, case.truth)
     return found
 
 
@@ -101,7 +101,7 @@ def measure(grid: tuple[int, int, int], densities: Sequence[float]) -> dict[str,
 
 def summary(rows: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
     """Errors, also relative to one matrix per head, and how many heads gain by more than 1 %."""
-    base = torch.stack(rows["head"])
+    base = torch.stack(rows["per head"])
     result = {}
     for name, errors in rows.items():
         square = torch.stack(errors)
@@ -134,9 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for density, rows in found.items():
         for name, row in rows.items():
             print(
-                f"density {float(density):4.0%}  a matrix for each {name:10} error "
-                f"{row['error']:.4f}, {row['relative']:.3f} of one per head's, median "
-                f"{row['median over heads']:.3f}"
+                f"density {float(density):4.0%}  {name:13} error {row['error']:.4f}, "
+                f"{row['relative']:.3f} of one matrix's, median {row['median over heads']:.3f}"
             )
     print(f"wrote {path} in {result['seconds']:.0f} s")
 
