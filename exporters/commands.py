@@ -75,12 +75,13 @@ def tensorrt(
     dynamic: Dynamic = None,
     grid: Grid = None,
     build: Annotated[str, typer.Option(help="auto, never or always: the engine.")] = "auto",
+    plugin: Annotated[str, typer.Option(help="cpp, or aot: chains of nodes with PTX.")] = "cpp",
     capability: Capability = None,
 ) -> None:
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt_export import export_tensorrt
 
-    print(export_tensorrt(*_call(model, samples), folder, build=build,
+    print(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
                           **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""`export_tensorrt`: model.trt.onnx without function bodies, the plugin's sources, build_engine.py.
+"""`export_tensorrt`: model.trt.onnx without function bodies, the plugin, build_engine.py.
 
 NVIDIA's parser prefers a function body to a plugin of the same name, so TensorRT gets its own file
 of bare nodes. The plugin is one IPluginV3 per site over the launches and the table of cubins that
-the onnxruntime library has (exporters/trt); it is compiled where TensorRT's headers are.
+the onnxruntime library has (exporters/trt); it is compiled where TensorRT's headers are. With
+plugin="aot" each site is a chain of one-kernel nodes instead, which needs no compiler there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILDS = ("auto", "never", "always")
+PLUGINS = ("cpp", "aot")
 OPSET = 20
+BUILD_SCRIPT = Path(__file__).parent / "trt" / "build_engine.py"
 NOT_INSTALLED = (
     "TensorRT is not installed here, so no engine was built: everything up to it is in this "
     "folder. Where TensorRT is, run `python build_engine.py`"
@@ -56,6 +60,7 @@ def export_tensorrt(
     plan: Plan | None = None,
     dynamic_shapes: Any = None,
     build: str = "auto",
+    plugin: str = "cpp",
     grid: Grid | None = None,
     probes: int = DEFAULT_PROBES,
     capabilities: Sequence[int] | None = None,
@@ -65,8 +70,12 @@ def export_tensorrt(
     Args:
         build: "auto" also builds the engine where TensorRT is installed and no extent is free,
             "never" does not, "always" insists. Free extents need profiles: run build_engine.py.
+        plugin: "cpp" for the C++ plugin, which carries every kernel; "aot" for chains of nodes with
+            PTX, portable kernels only: no compiler and no headers are needed, and the batch alone
+            may be free.
         capabilities: compute capabilities the plugin gets kernels for; by default those of the
-            GPUs here, else 80 and 90 (each serves the later chips of its generation).
+            GPUs here, else 80 and 90 (each serves the later chips of its generation); with "aot"
+            one, by default 80, whose PTX runs on every later GPU.
 
     Other arguments are as in `export_onnx`.
 
@@ -76,18 +85,22 @@ def export_tensorrt(
     Raises:
         NotAvailableError: build="always" and TensorRT is missing, a site is not one the plugin
             serves, or the engine could not be built.
-        OptionError: another value of build.
+        OptionError: another value of build or plugin.
         ExportError, PlanError: as for `export_onnx`.
     """
     if build not in BUILDS:
         raise OptionError(f"build {build!r} is unknown; supported: {', '.join(BUILDS)}")
+    if plugin not in PLUGINS:
+        raise OptionError(f"plugin {plugin!r} is unknown; supported: {', '.join(PLUGINS)}")
     if build == "always" and not is_installed():
         raise NotAvailableError(f"build='always', but {NOT_INSTALLED}")
     folder = prepare_folder(out_dir)
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
     )
-    return write_tensorrt(program, folder, plan=plan, build=build, capabilities=capabilities)
+    return write_tensorrt(
+        program, folder, plan=plan, build=build, plugin=plugin, capabilities=capabilities
+    )
 
 
 def is_installed() -> bool:
@@ -101,41 +114,66 @@ def write_tensorrt(
     *,
     plan: Plan | None = None,
     build: str = "auto",
+    plugin: str = "cpp",
     capabilities: Sequence[int] | None = None,
 ) -> Artifact:
     """Write a rewritten program as a TensorRT artifact; arguments as in `export_tensorrt`."""
-    from freqopt.exporters.tensorrt_plugin import DEFAULT_CAPABILITIES, fit_nodes, write_plugin
+    from freqopt.exporters.tensorrt_plugin import fit_nodes
 
     folder = prepare_folder(out_dir)
     (folder / ENGINE).unlink(missing_ok=True)  # of an export before this one
     onnx_model = translate(program, OPSET, bodies=False)
     problems = fit_nodes(onnx_model)
-    files = save_model(onnx_model, folder / MODEL)
+    shutil.rmtree(folder / "plugin", ignore_errors=True)
+    shutil.rmtree(folder / "aot", ignore_errors=True)
     content = describe(program, onnx_model, plan)
-    content["notes"] += [f"no plugin for {problem}" for problem in problems]
-    wanted = tuple(capabilities or local_capabilities() or DEFAULT_CAPABILITIES)
-    variants = needed_variants(program, wanted)
+    write = _add_chains if plugin == "aot" else _add_plugin
+    files: list[str] = []
+    failed: list[str] = []
     try:
-        plugin_files, table = write_plugin(folder, variants)
+        files, content["kernels"] = write(program, onnx_model, folder, problems, capabilities)
     except (ExportError, NotAvailableError) as error:
         if capabilities is not None:
             raise
-        problems.append(str(error))
         content["notes"].append(f"no plugin: {error}")
-    else:
-        files += plugin_files
-        content["kernels"] = [row.describe() for row in table]
+        failed = [str(error)]
+    content["notes"] += [f"no plugin for {problem}" for problem in problems]
+    problems += failed
+    files += save_model(onnx_model, folder / MODEL)
     reason = _why_no_engine(program, onnx_model, problems, build)
     if reason is None:
         reason = _build_engine(folder)
     if reason is None:
-        files += [ENGINE, "plugin/libfreqopt_trt.so"]
+        files += [ENGINE, *(["plugin/libfreqopt_trt.so"] if plugin == "cpp" else [])]
     elif build == "always":
         raise NotAvailableError(reason)
     else:
         content["notes"].append(reason)
         logger.info("%s", reason)
     return write_manifest(folder, kind="tensorrt", model=MODEL, files=files, content=content)
+
+
+def _add_plugin(
+    program: Program, model: Any, folder: Path, problems: list[str], named: Sequence[int] | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The C++ plugin's sources; their names and what a manifest says about the kernels."""
+    from freqopt.exporters.tensorrt_plugin import DEFAULT_CAPABILITIES, write_plugin
+
+    wanted = tuple(named or local_capabilities() or DEFAULT_CAPABILITIES)
+    files, table = write_plugin(folder, needed_variants(program, wanted))
+    return files, [row.describe() for row in table]
+
+
+def _add_chains(
+    program: Program, model: Any, folder: Path, problems: list[str], named: Sequence[int] | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Chains of one-kernel nodes in place of the model's split nodes; as `_add_plugin`."""
+    from freqopt.exporters.tensorrt_aot import DEFAULT_CAPABILITY, write_chains
+
+    shutil.copyfile(BUILD_SCRIPT, folder / BUILD_SCRIPT.name)
+    files, rows, more = write_chains(model, folder, tuple(named or (DEFAULT_CAPABILITY,)))
+    problems += more
+    return [BUILD_SCRIPT.name, *files], rows
 
 
 def _why_no_engine(

@@ -35,14 +35,14 @@ def fit_nodes(model: ir.Model) -> list[str]:
         if (node.domain, node.op_type) != (DOMAIN, OP_NAME):
             continue
         given = dict(zip(INPUTS, node.inputs, strict=True))
-        before = _constant(given["text_before"])
-        mask = _constant(given["key_mask"])
+        before = constant(given["text_before"])
+        mask = constant(given["key_mask"])
         reasons = []
         if mask is None or mask.shape != (1, 1):
             reasons.append("it takes a key mask, which the plugin does not")
         if before is None:
             reasons.append("the number of text tokens before the video is known at run time only")
-        if _constant(given["order"]) is None:
+        if constant(given["order"]) is None:
             reasons.append("its grid is known at run time only; export with fixed extents")
         if reasons:
             problems.append(f"{node.name}: {'; '.join(reasons)}")
@@ -56,7 +56,8 @@ def fit_nodes(model: ir.Model) -> list[str]:
     return problems
 
 
-def _constant(value: Any) -> Any:
+def constant(value: Any) -> Any:
+    """The numbers of a value that is known at export, else None."""
     import onnx_ir as ir
 
     tensor = None if value is None else ir.convenience.get_const_tensor(value)

@@ -2,7 +2,8 @@
 
     python build_engine.py [--shape NAME=MIN:OPT:MAX] [--include DIR] [--workspace-gib N]
 
-It stands on its own: only the tensorrt package and a C++ compiler are needed, freqopt is not.
+It stands on its own: only the tensorrt package is needed, and a C++ compiler where the folder holds
+a plugin's sources; freqopt is not.
 Shapes are written 1x3x5x24x32; every input with a free extent needs one --shape.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MODEL, ENGINE, PLUGIN = "model.trt.onnx", "model.engine", "libfreqopt_trt.so"
+MODEL, ENGINE, PLUGIN, AOT = "model.trt.onnx", "model.engine", "libfreqopt_trt.so", "aot"
 HEADERS = ("NvInferRuntime.h", "cuda_runtime_api.h", "crt/host_defines.h")
 PLACES = (
     "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include",
@@ -57,6 +58,21 @@ def build_plugin(folder: Path, includes: Sequence[str]) -> Path:
     return folder / PLUGIN
 
 
+def register_nodes(folder: Path) -> bool:
+    """Register the nodes that were compiled ahead of time; whether there are any."""
+    if not folder.is_dir():
+        return False
+    sys.path.insert(0, str(folder))
+    try:
+        module = importlib.import_module("aot_plugin")
+        module.register(folder)
+    except (ImportError, AttributeError) as error:
+        sys.exit(f"TensorRT has no usable tensorrt.plugin ({error}); export with plugin='cpp'")
+    finally:
+        sys.path.remove(str(folder))
+    return True
+
+
 def parse_profile(text: str) -> tuple[str, Profile]:
     """NAME=MIN:OPT:MAX; one shape alone stands for all three."""
     name, _, shapes = text.partition("=")
@@ -72,9 +88,17 @@ def parse_profile(text: str) -> tuple[str, Profile]:
 
 
 def build_engine(
-    tensorrt: Any, model: Path, plugin: Path | None, profiles: dict[str, Profile], workspace: int
+    tensorrt: Any,
+    model: Path,
+    plugin: Path | None,
+    profiles: dict[str, Profile],
+    workspace: int,
+    ahead_of_time: bool = False,
 ) -> bytes:
-    """Parse, optimise and serialise; exits with TensorRT's words. workspace: bytes."""
+    """Parse, optimise and serialise; exits with TensorRT's words. workspace: bytes.
+
+    ahead_of_time: the nodes were registered by aot_plugin.py, and bring their kernels as PTX.
+    """
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
     builder = tensorrt.Builder(logger)
     registry = builder.get_plugin_registry()
@@ -83,6 +107,8 @@ def build_engine(
     flags = tensorrt.NetworkDefinitionCreationFlag
     # Strongly typed, as the file says; from TensorRT 11 on there is nothing else and no flag.
     typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    if ahead_of_time:
+        typed |= 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
     network = builder.create_network(typed)
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model)):
@@ -90,6 +116,8 @@ def build_engine(
         sys.exit(f"TensorRT's parser refused {model}:\n{errors}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, workspace)
+    if ahead_of_time:  # some kernels rewrite an input, which is then an output as well
+        config.set_preview_feature(tensorrt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -119,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sources = given.folder / "plugin"
     plugin = build_plugin(sources, find_includes(given.include)) if sources.is_dir() else None
     workspace = int(given.workspace_gib * 2**30)
-    engine = build_engine(tensorrt, given.folder / MODEL, plugin, profiles, workspace)
+    ahead = register_nodes(given.folder / AOT)
+    engine = build_engine(tensorrt, given.folder / MODEL, plugin, profiles, workspace, ahead)
     (given.folder / ENGINE).write_bytes(engine)
     print(f"wrote {given.folder / ENGINE} ({len(engine) / 2**20:.1f} MiB)")
 

@@ -1,0 +1,225 @@
+"""The split as a chain of one-kernel nodes: which tensors and integers each kernel takes and makes.
+
+What a plugin compiled ahead of time can carry: one launch per node, workspace as node outputs.
+Everything but the batch is known when a file with a constant token order is exported, so extents
+are integers here, or `Batch(n)` for n times the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import NamedTuple
+
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.kernels.specialise import NATIVE, POINTERS
+from freqopt.kernels.triton_split import GROUP, MAX_PARTS, ORDER_GROUP, PROBE_PROGRAMS
+
+RATIO = KEY_BLOCK // SUB_BLOCK
+
+
+class Batch(NamedTuple):
+    """`times` * the batch, which alone may be free."""
+
+    times: int
+
+
+Extent = int | Batch
+
+
+@dataclass(frozen=True)
+class Call:
+    """One site's extents and attributes, but for the batch. tokens: of the video."""
+
+    heads: int
+    kv_heads: int
+    length: int
+    dim: int
+    tokens: int
+    text_before: int
+    density: float
+    mid_band: bool
+    probes: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.tokens // KEY_BLOCK)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.tokens // QUERY_TILE)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a node makes: (B, *shape). rewrites: the input whose memory it is, if any."""
+
+    name: str
+    argument: str
+    shape: tuple[int, ...]
+    rewrites: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node. inputs: kernel argument -> tensor; grid: per axis, an extent or its (count, tile).
+
+    A grid axis ("BM", n, times) is ceil(n / the kernel's constant BM) * times; several such add up.
+    unread: tensors that are inputs for their shape only.
+    """
+
+    kernel: str
+    inputs: dict[str, str]
+    outputs: tuple[Output, ...]
+    integers: dict[str, int]
+    grid: tuple[Extent | tuple[tuple[str, int], ...], ...]
+    unread: tuple[str, ...] = field(default=())
+
+
+def exact_pairs(density: float, pairs: int) -> int:
+    """How many of a head's pairs a density makes exact; as in exporters/ort/split_cpu.h."""
+    share = density * pairs
+    return min(max(ceil(share - share * 1e-7), 1), pairs)
+
+
+def chain(call: Call) -> list[Step]:
+    """The launches of one call in order; the first to last `out` is the attention's output.
+
+    Names of tensors are those of the kernels' arguments; the site's own are query, key, value,
+    budget and order.
+    """
+    c, heads, kv, dim = call, call.heads, call.kv_heads, call.dim
+    blocks, tiles, tokens = call.blocks, call.tiles, call.tokens
+    groups, spans = -(-blocks // GROUP), -(-blocks // ORDER_GROUP)
+    text, probes = call.length - tokens, min(call.probes, tokens)
+    columns = blocks * (1 + RATIO * call.mid_band)
+    parts = max(min(PROBE_PROGRAMS // heads, MAX_PARTS, blocks), 1)
+    per_kv, per_head = Batch(kv), Batch(heads)
+    sizes = {
+        "heads": heads, "group_size": heads // kv, "tokens": tokens, "tiles": tiles,
+        "blocks": blocks, "groups": groups, "text": text, "text_before": call.text_before,
+        "probes": probes, "parts": parts, "columns": columns, "cells": dim * dim,
+        "kept": exact_pairs(call.density, tiles * blocks), "stride_mb": 0,
+    }  # fmt: skip
+    for letter, count in (("q", heads), ("k", kv), ("v", kv), ("o", heads)):
+        sizes[f"stride_{letter}n"] = dim
+        sizes[f"stride_{letter}h"] = call.length * dim
+        sizes[f"stride_{letter}b"] = count * call.length * dim
+    steps: list[Step] = []
+
+    def step(
+        kernel: str,
+        inputs: str,
+        outputs: dict[str, tuple[int, ...]],
+        grid: tuple[Extent | tuple[tuple[str, int], ...], ...],
+        rewrites: str = "",
+        renamed: dict[str, str] | None = None,
+        unread: str = "",
+        **integers: int,
+    ) -> None:
+        """outputs: tensor -> shape; rewrites: inputs that are outputs too; renamed: by tensor."""
+        argument = renamed or {}
+        own = [
+            *(Output(name, argument.get(name, name), shape) for name, shape in outputs.items()),
+            *(Output(name, argument.get(name, name), shapes[name], name)
+              for name in rewrites.split()),
+        ]  # fmt: skip
+        shapes.update(outputs)
+        tensors = {argument.get(name, name): name for name in inputs.split()}
+        steps.append(
+            Step(kernel, tensors, tuple(own), {**sizes, **integers}, grid, tuple(unread.split()))
+        )
+
+    shapes: dict[str, tuple[int, ...]] = {"out": (heads, call.length, dim)}
+    rows, fine = blocks * KEY_BLOCK, blocks * RATIO
+    mid = {
+        "fine_key": (kv, fine, dim), "fine_value": (kv, fine, dim), "fine_var": (kv, fine, dim)
+    } if c.mid_band else {}  # fmt: skip
+    step(
+        "summarise", "key value order",
+        {"key_out": (kv, rows, dim), "value_out": (kv, rows, dim), "key_mean": (kv, blocks, dim),
+         "value_mean": (kv, blocks, dim), "key_var": (kv, blocks, dim), "spread": (kv, blocks),
+         "sums": (kv, groups, 3, dim), **mid},
+        (per_kv, groups), heads=kv,
+    )  # fmt: skip
+    step(
+        "centre", "key_mean value_mean spread sums",
+        {"key_shift": (kv, dim), "low_key": (kv, blocks, dim), "low_value": (kv, blocks, dim)},
+        ((("SPAN", blocks),), per_kv), rewrites="spread",
+    )  # fmt: skip
+    for fine_too in (False, True)[: 1 + c.mid_band]:
+        products, total = ("fine_products", "fine_order") if fine_too else ("products", "low_order")
+        step(
+            "fine_first" if fine_too else "first", "key_out value_out key_mean",
+            {products: (kv, spans, dim, dim)}, (spans, per_kv),
+            renamed={"key_out": "key", "value_out": "value", products: "first_order"},
+        )  # fmt: skip
+        step(
+            "order", products, {total: (kv, dim, dim)}, ((("CELLS", dim * dim),), per_kv),
+            renamed={products: "first_order", total: "out"}, groups=spans,
+        )  # fmt: skip
+    cells = (heads, tiles, blocks)
+    step(
+        "score", "query order low_key key_var spread", {"score": cells, "mass_term": cells},
+        (per_head, (("TILES", tiles),)),
+    )  # fmt: skip
+    if c.density > 0:
+        step("density", "score", {"limits": (heads, 2)}, (per_head,))
+    else:
+        step("limits", "budget", {"limits": (heads, 2)}, (per_head,), unread="query")
+    step(
+        "route", "score limits mass_term",
+        {"route": cells, "exact_list": cells, **({"mid_list": cells} if c.mid_band else {}),
+         "counts": (heads, tiles, 2)},
+        (tiles, per_head), rewrites="mass_term", renamed={"limits": "threshold"},
+    )  # fmt: skip
+    found = (heads, parts, probes)
+    step(
+        "probe", "query order key_out value_out key value route key_shift",
+        {"peak": found, "mass": (*found, 2), "exact_out": (*found, dim),
+         "missing_out": (*found, dim)},
+        (parts, per_head, (("BP", probes),)),
+        renamed={"key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value",
+                 "peak": "peak_out", "mass": "mass_out"},
+    )  # fmt: skip
+    step(
+        "merge", "peak mass exact_out missing_out", {}, ((("BP", probes),), per_head),
+        rewrites="peak mass exact_out missing_out",
+    )  # fmt: skip
+    approximate = "low_key key_shift mass_term route peak"
+    if c.mid_band:
+        step("pool", "query order", {"pooled": (heads, probes, dim)}, (probes, per_head))
+        approximate += " fine_key fine_var pooled"
+    step(
+        "estimate", f"query order {approximate}",
+        {"logit": (heads, probes, columns), "term": (heads, probes, columns)},
+        ((("BJ", blocks), ("BJ", columns - blocks)), per_head, (("BP", probes),)),
+        renamed={"logit": "logit_out", "term": "term_out"},
+    )  # fmt: skip
+    values = " fine_value fine_order" if c.mid_band else ""
+    step(
+        "fit",
+        f"query order low_value low_order logit term mass exact_out missing_out{values}",
+        {"coefficients": (heads, 2), "probe_error": (heads,)}, (per_head,),
+    )  # fmt: skip
+    lists = " fine_key fine_value fine_var fine_order mid_list" if c.mid_band else ""
+    ordered = {
+        "key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value"
+    }  # fmt: skip
+    step(
+        "attend",
+        "query order key_out value_out key value key_shift low_key low_value low_order mass_term "
+        f"coefficients exact_list counts{lists}",
+        {"out": (heads, call.length, dim)}, ((("BM", tokens),), per_head), renamed=ordered,
+    )  # fmt: skip
+    if text:
+        step(
+            "text", "query key_out value_out key value out", {}, ((("BM", text),), per_head),
+            rewrites="out", renamed=ordered,
+        )  # fmt: skip
+    return steps
+
+
+def element_type(argument: str) -> str:
+    """Triton's pointer type of a kernel argument, or "own" for that of the attended tensors."""
+    return "own" if argument in NATIVE else POINTERS[argument].removeprefix("*")
