@@ -99,7 +99,7 @@ def test_one_file_at_two_token_counts(dynamic: Program, artifact: Artifact, libr
         assert ours == (2 if library else 0)
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [18, 20, 23])
 def test_opsets(dynamic: Program, tmp_path: Path, opset: int) -> None:
     made = write_onnx(dynamic, tmp_path, opset=opset, library=False)
     model = onnx.load(made.model_path)
@@ -112,15 +112,16 @@ def test_opsets(dynamic: Program, tmp_path: Path, opset: int) -> None:
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    args = tuple(x.half() for x in call(4, 24, 24))
-    program = make_program(small_dit(torch.float16), args)
+    example = tuple(x.half() for x in call(5, 24, 32, batch=2))
+    program = make_program(small_dit(torch.float16), example, dynamic_shapes=DYNAMIC)
     made = write_onnx(program, tmp_path)
-    with torch.no_grad():
-        expected = program.exported.module()(*args)
-    for library in (True, False):
-        found = run_artifact(made, inputs(args), library=library, threads=1).outputs["output"]
-        assert found.dtype == torch.float16
-        assert relative(found, expected) < 1e-2
+    for args in (example, tuple(x.half() for x in call(4, 36, 40, seed=1))):
+        with torch.no_grad():
+            expected = program.exported.module()(*args)
+        for library in (True, False):
+            found = run_artifact(made, inputs(args), library=library, threads=1).outputs["output"]
+            assert found.dtype == torch.float16
+            assert relative(found, expected) < 1e-2
 
 
 def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
@@ -187,6 +188,23 @@ def test_external_data(dynamic: Program, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(ArtifactError, match="missing"):
         run_artifact(made.path, inputs(args))
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(tmp_path: Path) -> None:
+    """What protobuf cannot hold goes beside the file, at the size that decides by itself."""
+    width = 23_500
+    model = nn.Linear(width, width, bias=False)
+    assert model.weight.nbytes > 2**31
+    args = (torch.randn(1, width),)
+    made = export_onnx(model, args, None, tmp_path)
+    assert set(made.manifest["files"]) == {"model.onnx", "model.onnx.data"}
+    assert (tmp_path / "model.onnx.data").stat().st_size > 2**31
+    assert made.model_path.stat().st_size < 2**20
+    (name,) = (i["name"] for i in made.manifest["inputs"])
+    found = run_artifact(made, {name: args[0]}, threads=1).outputs["output"]
+    with torch.no_grad():
+        assert relative(found, model(*args)) < 1e-5
 
 
 def test_tampered_files(dynamic: Program, tmp_path: Path) -> None:
