@@ -33,7 +33,7 @@ SMALL: dict[str, list[dict[str, int]]] = {
     "estimate": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],
     "fit": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],
     "attend": [{"BM": 64, "num_warps": 4}, {"BM": 32, "num_warps": 4}, {"BM": 16, "num_warps": 4}],
-    "text": [{"BM": 32}, {"BM": 16}],
+    "text": [{"BM": 64}, {"BM": 32}, {"BM": 16}],
 }
 """Tiles to try, widest first, for a tactic within PLAIN_SHARED; all with one stage."""
 

@@ -6,6 +6,8 @@ A made-up driver records every launch. What only a GPU can show is marked gpu.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,28 @@ def test_unsupported_variants(tmp_path: Path) -> None:
         compile_table([Variant(75, "float16", 64, False, False)], tmp_path)
     with pytest.raises(ExportError, match="head_dim 20"):
         compile_table([Variant(90, "float16", 20, False, False)], tmp_path)
+
+
+WIDEST = """
+import json
+from freqopt.kernels.specialise import compile_specialised, specialisations
+from freqopt.kernels.variant import CAPABILITIES, Variant
+found = {}
+for capability in (80, 90):
+    variant = Variant(capability, "float32", 256, False, True)
+    for given in specialisations(variant):
+        if given.name in ("probe", "attend", "text"):
+            shared = compile_specialised(given, variant).metadata.shared
+            found[f"{given.name} {capability}"] = [shared, CAPABILITIES[capability]]
+print(json.dumps(found))
+"""
+
+
+def test_the_widest_heads_in_float32_fit() -> None:
+    done = subprocess.run([sys.executable, "-c", WIDEST], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 6 and all(shared <= room for shared, room in found.values()), found
 
 
 def test_kernels_that_do_not_fit_are_refused(
