@@ -78,7 +78,6 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
     fit = {**size, **mid, **precise, "BP": launch.fit_rows, "BJ": launch.fit_columns}
     prepare, glue = triton_prepare, triton_glue
-    large = variant.dtype == "float32" and padded_dim(dim) > 128  # tiles that fill shared memory
     few = {"num_warps": 4, "num_stages": 1}
     many = {"num_warps": 8, "num_stages": 1}
     streamed = {"num_warps": 8, "num_stages": launch.order_stages}
@@ -105,7 +104,7 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("route", prepare.route_kernel, {**mid, "BJ": 1024}, few, 0)
     yield Specialised(
         "probe", triton_attend.probe_kernel, {**size, **mask, **fast, "BP": launch.probe_rows},
-        {"num_warps": 4, "num_stages": 1 if large else 2}, launch.probe_rows,
+        {"num_warps": 4, "num_stages": 2}, launch.probe_rows,
     )  # fmt: skip
     if variant.mid_band:
         yield Specialised("pool", glue.pool_kernel, size, few, 0)
@@ -124,7 +123,7 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
         {"num_warps": 16, "num_stages": 1}, 0,
     )  # fmt: skip
     dense = {"num_warps": 4, "num_stages": launch.stages}
-    rows = 32 if large else 64
+    rows = 32 if variant.dtype == "float32" and padded_dim(dim) > 128 else 64
     yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": rows}, dense, rows)
 
 
