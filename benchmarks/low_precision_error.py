@@ -223,17 +223,31 @@ def measure(
     }  # fmt: skip
 
 
+def tensors_of(grid: tuple[int, int, int], kept: Path | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V of all layers' heads, (1, H, N, D) bfloat16; read from `kept` if that exists."""
+    if kept and kept.exists():
+        query, key, value, known = torch.load(kept, weights_only=True)
+        if tuple(known) != grid:
+            raise SystemExit(f"{kept} holds tensors of grid {known}, not {grid}; name another file")
+        return query, key, value
+    with torch.no_grad():
+        layers = noised_attention(load_pretrained(), grid, timestep=0.6, seed=0)
+    query, key, value = (torch.cat([x[i] for x in layers], 1).bfloat16() for i in range(3))
+    if kept:
+        torch.save((query, key, value, grid), kept)
+    return query, key, value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52))
     parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     parser.add_argument("--stride", type=int, default=64, help="of query tiles that are compared")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    parser.add_argument("--tensors", type=Path, help="file that keeps Q, K and V for the next run")
     arguments = parser.parse_args()
     grid = tuple(arguments.grid)
-    with torch.no_grad():
-        layers = noised_attention(load_pretrained(), grid, timestep=0.6, seed=0)
-    query, key, value = (torch.cat([x[i] for x in layers], 1).bfloat16() for i in range(3))
+    query, key, value = tensors_of(grid, arguments.tensors)
     found = []
     for density in arguments.densities:
         found.append(measure((query, key, value), grid, density, arguments.stride))
