@@ -20,9 +20,9 @@ class Launch(NamedTuple):
     """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md.
 
     rows, wide, warps, stages: of the portable attention kernel (queries per program, key blocks per
-    step is 2 where wide). order_stages: of the first-order products. score_*: query tiles per
-    program and key blocks per step of the scores. probe_rows: queries per program of the probe's
-    exact pass. fit_*: probes and key blocks per step of its fit. *precision: of float32 products.
+    step is 2 where wide). order_*: of the first-order products. score_*: query tiles per
+    program and key blocks per step of the scores. probe_*: queries per program of the probe's
+    exact pass, and its stages. fit_*: probes and key blocks per step of its fit. *precision: of float32 products.
     """
 
     rows: int
@@ -30,11 +30,13 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     order_stages: int
+    order_warps: int
     score_tiles: int
     score_blocks: int
     score_warps: int
     score_stages: int
     probe_rows: int
+    probe_stages: int
     fit_rows: int
     fit_columns: int
     precision: str
@@ -73,12 +75,14 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         wide=1,
         warps=8 if rows >= 64 else 4,
         stages=1 if single else stages,
-        order_stages=2 if ample else 1,
+        order_stages=3 if ample else 1,
+        order_warps=4 if ample else 8,
         score_tiles=8 if ample else (1 if wide or not roomy else 4),
         score_blocks=64 if ample else 32,
         score_warps=8 if ample else 4,
         score_stages=3 if ample else (1 if wide or not roomy else 2),
         probe_rows=16 if single and padded >= 128 else (32 if wide else PROBE_ROWS),
+        probe_stages=3 if ample else 2,
         fit_rows=64 if ample else (16 if wide else 32),
         fit_columns=64 if ample else 32,
         precision="tf32x3" if single else "tf32",

@@ -25,7 +25,7 @@ from freqopt.kernels.launch import launch_for, padded_dim
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (
-    "budget limits threshold key_mean value_mean spread sums first_order fine_var "
+    "budget limits threshold key_mean spread head_spread sums first_order fine_var "
     "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
     "coefficients probe_error"
 ).split()
@@ -80,7 +80,7 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     prepare, glue = triton_prepare, triton_glue
     few = {"num_warps": 4, "num_stages": 1}
     many = {"num_warps": 8, "num_stages": 1}
-    streamed = {"num_warps": 8, "num_stages": launch.order_stages}
+    streamed = {"num_warps": launch.order_warps, "num_stages": launch.order_stages}
 
     yield Specialised(
         "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
@@ -92,8 +92,11 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
         constants = {**size, "GROUP": split.ORDER_GROUP, "FINE": fine}
         yield Specialised(name, prepare.first_order_kernel, constants, streamed, split.ORDER_GROUP)
-    centre = {**size, "BJ": split.CENTRE_ROWS, "SPAN": split.CENTRE_BLOCKS}
-    yield Specialised("centre", glue.centre_kernel, centre, many, split.CENTRE_BLOCKS)
+    cols = min(split.TOTAL_COLS, padded_dim(dim))
+    total = {**size, "COLS": cols, "ROWS": split.TOTAL_ROWS}
+    yield Specialised("total", glue.total_kernel, total, few, cols)
+    centre = {**size, "COLS": cols, "BJ": split.CENTRE_BLOCKS}
+    yield Specialised("centre", glue.centre_kernel, centre, few, split.CENTRE_BLOCKS)
     cells = split.ORDER_CELLS
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
     yield Specialised(
@@ -101,17 +104,20 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
         {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks},
         {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
     )  # fmt: skip
-    yield Specialised("route", prepare.route_kernel, {**mid, "BJ": 1024}, few, 0)
+    routing = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
+    constants = {**mid, "BJ": split.ROUTE_BLOCKS}
+    yield Specialised("route", prepare.route_kernel, constants, routing, 0)
     yield Specialised(
         "probe", triton_attend.probe_kernel, {**size, **mask, **fast, "BP": launch.probe_rows},
-        {"num_warps": 4, "num_stages": 2}, launch.probe_rows,
+        {"num_warps": 4, "num_stages": launch.probe_stages}, launch.probe_rows,
     )  # fmt: skip
     if variant.mid_band:
         yield Specialised("pool", glue.pool_kernel, size, few, 0)
     rows = split.MERGE_ROWS
     yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
     yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
-    yield Specialised("fit", glue.fit_kernel, fit, many, launch.fit_rows)
+    fitting = {**fit, "CELLS": split.FIT_CELLS}
+    yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
     yield Specialised(
         "attend", triton_attend.attend_kernel,
         {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,

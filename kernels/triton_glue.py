@@ -35,47 +35,58 @@ def limits_kernel(budget, limits, heads, MID: tl.constexpr):
 
 
 @triton.jit
-def centre_kernel(
-    key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-    D: tl.constexpr, DP: tl.constexpr, BJ: tl.constexpr, SPAN: tl.constexpr,
+def total_kernel(
+    sums, key_shift, head_spread, tokens, groups,
+    D: tl.constexpr, DP: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: SPAN key blocks of one key head, centred on the head's mean key and cast.
+    """One program: COLS channels of one key head: its mean key, and their share of its spread.
 
-    Every program adds up the head's sums anew, which is cheaper than to wait for another kernel.
-    Rewrites spread in place, as a root and relative to the head's.
+    sums: (pairs, groups, 3, D) as summarise_kernel leaves them. head_spread: (pairs, DP / COLS)
+    squared distance of the values from their mean, summed over a program's channels.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
-    col = tl.arange(0, DP)
+    col = part * COLS + tl.arange(0, COLS)
     in_dim = col < D
-    k_totals = tl.zeros((BJ, DP), tl.float32)
-    v_totals = tl.zeros((BJ, DP), tl.float32)
-    squares = tl.zeros((BJ, DP), tl.float32)
-    for start in range(0, groups, BJ):
-        other = start + tl.arange(0, BJ)
-        at = (pair * groups + other)[:, None] * 3 * D + col[None, :]
-        mask = (other < groups)[:, None] & in_dim[None, :]
+    k_totals = tl.zeros((ROWS, COLS), tl.float32)
+    v_totals = tl.zeros((ROWS, COLS), tl.float32)
+    squares = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, groups, ROWS):
+        group = start + tl.arange(0, ROWS)
+        at = (pair * groups + group)[:, None] * 3 * D + col[None, :]
+        mask = (group < groups)[:, None] & in_dim[None, :]
         k_totals += tl.load(sums + at, mask=mask, other=0.0)
         v_totals += tl.load(sums + at + D, mask=mask, other=0.0)
         squares += tl.load(sums + at + 2 * D, mask=mask, other=0.0)
-    shift = tl.sum(k_totals, 0) / tokens
     centre = tl.sum(v_totals, 0) / tokens
-    head = tl.maximum(tl.sum(tl.sum(squares, 0) / tokens - centre * centre, 0), 1e-30)
+    spread = tl.sum(tl.sum(squares, 0) / tokens - centre * centre, 0)
+    tl.store(key_shift + pair * D + col, tl.sum(k_totals, 0) / tokens, mask=in_dim)
+    tl.store(head_spread + pair * (DP // COLS) + part, spread)
 
-    for start in range(part * SPAN, tl.minimum((part + 1) * SPAN, blocks), BJ):
-        block = start + tl.arange(0, BJ)
-        inside = block < blocks
-        row = pair * blocks + block
-        where = row[:, None] * D + col[None, :]
-        mask = inside[:, None] & in_dim[None, :]
-        k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
-        v = tl.load(value_mean + where, mask=mask, other=0.0)
-        tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
-        tl.store(low_value + where, v.to(low_value.dtype.element_ty), mask=mask)
-        own = tl.load(spread + row, mask=inside, other=0.0)
-        tl.store(spread + row, tl.sqrt(own / head), mask=inside)
-    if part == 0:
-        tl.store(key_shift + pair * D + col, shift, mask=in_dim)
+
+@triton.jit
+def centre_kernel(
+    key_mean, spread, key_shift, head_spread, low_key, blocks,
+    D: tl.constexpr, DP: tl.constexpr, COLS: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """One program: means of BJ key blocks of one key head, centred on its mean key and cast.
+
+    Rewrites spread in place, as a root and relative to the head's.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    col = tl.arange(0, DP)
+    block = tl.program_id(0) * BJ + tl.arange(0, BJ)
+    inside = block < blocks
+    row = pair * blocks + block
+    where = row[:, None] * D + col[None, :]
+    mask = inside[:, None] & (col < D)[None, :]
+    shift = tl.load(key_shift + pair * D + col, mask=col < D, other=0.0)
+    k = tl.load(key_mean + where, mask=mask, other=0.0) - shift[None, :]
+    tl.store(low_key + where, k.to(low_key.dtype.element_ty), mask=mask)
+    PARTS: tl.constexpr = DP // COLS
+    head = tl.sum(tl.load(head_spread + pair * PARTS + tl.arange(0, PARTS)), 0)
+    own = tl.load(spread + row, mask=inside, other=0.0)
+    tl.store(spread + row, tl.sqrt(own / tl.maximum(head, 1e-30)), mask=inside)
 
 
 @triton.jit
@@ -259,8 +270,8 @@ def fit_kernel(
     missing_out, coefficients, probe_error,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, CELLS: tl.constexpr,
+    MID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
 
@@ -283,17 +294,19 @@ def fit_kernel(
         probe = first + tl.arange(0, BP)
         target += tl.sum(tl.load(mass + probe * 2 + 1, mask=probe < probes, other=0.0), 0)
     c = 1.0
+    # Probes do not matter to c: their columns are one long row, read in pieces of CELLS.
+    cells = probes * columns
     for _step in range(STEPS):
-        total = tl.zeros((BP,), tl.float32)
-        slope = tl.zeros((BP,), tl.float32)
-        for first in range(0, probes, BP):
-            probe = first + tl.arange(0, BP)
-            for start in range(0, columns, BJ):
-                share, given = _shares(
-                    logit, term, pair, probe, probes, start + tl.arange(0, BJ), columns, c
-                )
-                total += tl.sum(share, 1)
-                slope += tl.sum(share * given, 1)
+        total = tl.zeros((CELLS,), tl.float32)
+        slope = tl.zeros((CELLS,), tl.float32)
+        for start in tl.range(0, cells, CELLS, num_stages=3):
+            cell = start + tl.arange(0, CELLS)
+            at = pair * cells + cell
+            given = tl.load(term + at, mask=cell < cells, other=0.0).to(tl.float32)
+            share = tl.load(logit + at, mask=cell < cells, other=-float("inf"))
+            share = tl.exp(share + c * given)
+            total += share
+            slope += share * given
         found, steep = tl.sum(total, 0), tl.sum(slope, 0)
         if (steep > 1e-12) & (target > 1e-12):
             change = tl.log(tl.maximum(found, 1e-30) / tl.maximum(target, 1e-30)) * found

@@ -40,7 +40,7 @@ def _off_mean(x, mean, valid, divisor):
 @triton.jit
 def summarise_kernel(
     key, value, order,
-    key_out, value_out, key_mean, value_mean, key_var, spread, sums,
+    key_out, value_out, key_mean, low_value, key_var, spread, sums,
     fine_key, fine_value, fine_var,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
@@ -117,7 +117,7 @@ def summarise_kernel(
         v_total += v_sum
         square_total += v_square
         tl.store(key_mean + base * D + col, k_mean, mask=there)
-        tl.store(value_mean + base * D + col, v_mean, mask=there)
+        tl.store(low_value + base * D + col, v_mean.to(low_value.dtype.element_ty), mask=there)
         tl.store(key_var + base * D + col, _saturated(k_var, key_var.dtype.element_ty), mask=there)
         tl.store(spread + base, tl.sum(v_var, 0), mask=block < blocks)
     groups = tl.num_programs(1)

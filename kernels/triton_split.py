@@ -28,6 +28,7 @@ from freqopt.kernels.triton_glue import (
     merge_kernel,
     order_kernel,
     pool_kernel,
+    total_kernel,
 )
 from freqopt.kernels.triton_prepare import (
     first_order_kernel,
@@ -45,15 +46,28 @@ SUMMARY_WARPS = 1
 """A block's sums then stay inside a warp: between warps they go through shared memory, and waiting
 for that took more time than the reading."""
 
-CENTRE_ROWS = 32
-CENTRE_BLOCKS = 256
-"""Key blocks per program of the centring, each of which adds up the whole head's sums first."""
+TOTAL_COLS = 32
+TOTAL_ROWS = 128
+"""Channels per program of a head's sums, which so spread over more of the GPU, and groups per
+step."""
+
+CENTRE_BLOCKS = 32
+"""Key blocks per program of the centring."""
+
+FIT_CELLS = 4096
+"""Cells per step of the fit of c: 16 to a thread, whose loads overlap."""
 
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
 
-PROBE_PROGRAMS = 512
-"""Programs that the probe's exact pass is spread over, by cutting the keys into ranges."""
+PROBE_PROGRAMS = 264
+"""Programs that the probe's exact pass is spread over, by cutting the keys into ranges: twice the
+processors of an H200, where 132, 396, 512 and 1,056 were slower."""
+
+ROUTE_BLOCKS = 512
+ROUTE_WARPS = 2
+"""Key blocks per step of the routing, and its warps: 0.06 ms of 24 heads x 75,600 tokens, where
+1,024 and 4 took 0.08."""
 
 ORDER_CELLS = 1024
 MERGE_ROWS = 4
@@ -101,7 +115,8 @@ def summarise(
         return torch.empty(*per_head, *shape, device=key.device, dtype=key.dtype)
 
     key_out, value_out = native(blocks * KEY_BLOCK, dim), native(blocks * KEY_BLOCK, dim)
-    key_mean, value_mean, key_var = single(blocks, dim), single(blocks, dim), native(blocks, dim)
+    key_mean, key_var = single(blocks, dim), native(blocks, dim)
+    low_key, low_value = native(blocks, dim), native(blocks, dim)
     spread, sums = single(blocks), single(groups, 3, dim)
     fine_rows = blocks * ratio if mid_band else 0
     fine_key, fine_value = native(fine_rows, dim), native(fine_rows, dim)
@@ -109,16 +124,22 @@ def summarise(
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     summarise_kernel[(batch * heads, groups)](
         key, value, token_order(sequence.grid, key.device),
-        key_out, value_out, key_mean, value_mean, key_var, spread, sums,
+        key_out, value_out, key_mean, low_value, key_var, spread, sums,
         fine_key, fine_value, fine_var,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
         **size, GROUP=GROUP, MID=mid_band, num_warps=SUMMARY_WARPS, num_stages=1,
     )  # fmt: skip
-    key_shift, low_key, low_value = single(dim), native(blocks, dim), native(blocks, dim)
+    cols = min(TOTAL_COLS, padded_dim(dim))
+    parts = padded_dim(dim) // cols
+    key_shift, head_spread = single(dim), single(parts)
+    total_kernel[(parts, batch * heads)](
+        sums, key_shift, head_spread, tokens, groups,
+        **size, COLS=cols, ROWS=TOTAL_ROWS, num_warps=4,
+    )  # fmt: skip
     centre_kernel[(triton.cdiv(blocks, CENTRE_BLOCKS), batch * heads)](
-        key_mean, value_mean, spread, sums, key_shift, low_key, low_value, tokens, blocks, groups,
-        **size, BJ=CENTRE_ROWS, SPAN=CENTRE_BLOCKS, num_warps=8,
+        key_mean, spread, key_shift, head_spread, low_key, blocks,
+        **size, COLS=cols, BJ=CENTRE_BLOCKS, num_warps=4,
     )  # fmt: skip
     low_order, fine_order = native(dim, dim), native(dim, dim)
     spans = triton.cdiv(blocks, ORDER_GROUP)
@@ -126,7 +147,8 @@ def summarise(
     for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
         first_order_kernel[(spans, batch * heads)](
             key_out, value_out, key_mean, first_order, tokens, blocks,
-            **size, GROUP=ORDER_GROUP, FINE=fine, num_warps=8, num_stages=launch.order_stages,
+            **size, GROUP=ORDER_GROUP, FINE=fine,
+            num_warps=launch.order_warps, num_stages=launch.order_stages,
         )  # fmt: skip
         order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
             first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
@@ -186,7 +208,7 @@ def make_route(
     counts = torch.empty(batch, heads, tiles, 2, device=query.device, dtype=torch.int32)
     route_kernel[(tiles, batch * heads)](
         score, limits, mass_term, route, exact_list, mid_list, counts, tiles, blocks,
-        BJ=min(triton.next_power_of_2(blocks), 1024), MID=mid_band, num_warps=4,
+        BJ=min(triton.next_power_of_2(blocks), ROUTE_BLOCKS), MID=mid_band, num_warps=ROUTE_WARPS,
     )  # fmt: skip
     return Route(route, exact_list, mid_list, counts, mass_term)
 
@@ -232,7 +254,7 @@ def fit_probes(
         key_mask.stride(0) if key_mask is not None else 0,
         heads, group_size, tokens, tiles, blocks, probes, sequence.text, text_before, scale,
         **size, BP=launch.probe_rows, HAS_MASK=key_mask is not None,
-        PRECISION=launch.precision, num_warps=4, num_stages=2,
+        PRECISION=launch.precision, num_warps=4, num_stages=launch.probe_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
         peak, mass, exact, missing, probes, parts, **size, BP=MERGE_ROWS, num_warps=4
@@ -261,7 +283,7 @@ def fit_probes(
         summaries.fine_order, logit, term, mass, exact, missing, coefficients, error,
         *query.stride()[:3],
         heads, group_size, tokens, blocks, probes, parts, blocks + fine, text_before, scale,
-        **size, BP=rows, BJ=columns, MID=mid_band, PRECISION=launch.fit_precision,
+        **size, BP=rows, BJ=columns, CELLS=FIT_CELLS, MID=mid_band, PRECISION=launch.fit_precision,
         num_warps=8, num_stages=1,
     )  # fmt: skip
     return coefficients, error

@@ -14,9 +14,16 @@ namespace freqopt {
 namespace {
 
 constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 4, kOrderGroup = 32;
-constexpr int64_t kProbePrograms = 512, kMaxParts = 64;
+constexpr int64_t kProbePrograms = 264, kMaxParts = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Channels of the kernels' tiles, as freqopt.kernels.launch.padded_dim.
+int64_t padded_dim(int64_t dim) {
+  int64_t padded = 16;
+  while (padded < dim) padded *= 2;
+  return padded;
+}
 
 bool masked(const CudaCall& call) { return call.mask_length != 1; }
 
@@ -234,8 +241,9 @@ CudaPlan plan_cuda(const CudaCall& call) {
   const int64_t rows = s.kv * s.blocks, fine = mid ? rows * kFine : 0, cells = s.pairs * s.tiles * s.blocks;
   add("limits", s.pairs * 2, 4);
   add("key_out", rows * kKeyBlock * d, own), add("value_out", rows * kKeyBlock * d, own);
-  add("key_mean", rows * d, 4), add("value_mean", rows * d, 4), add("key_var", rows * d, own);
-  add("spread", rows, 4), add("sums", s.kv * s.groups * 3 * d, 4);
+  add("key_mean", rows * d, 4), add("key_var", rows * d, own), add("spread", rows, 4);
+  // The head's spread is in parts; there are at most as many as channels.
+  add("sums", s.kv * s.groups * 3 * d, 4), add("head_spread", s.kv * d, 4);
   add("first_order", s.kv * s.spans * d * d, 4);
   add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
   add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
@@ -286,6 +294,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
     launch(call, device, kernel, a, std::move(own), x, y, z);
   };
   go("summarise", {{"key", call.key}, {"value", call.value}, {"heads", e.kv_heads}}, s.kv, s.groups);
+  go("total", {}, ceil_div(padded_dim(e.dim), tile_of("total")), s.kv);
   go("centre", {}, ceil_div(s.blocks, tile_of("centre")), s.kv);
   const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
   auto sum_products = [&](const char* products, const char* sum) {
