@@ -12,12 +12,16 @@ from math import ceil
 from typing import NamedTuple
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
-from freqopt.kernels import triton_glue
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.specialise import NATIVE, POINTERS
-from freqopt.kernels.triton_split import GROUP, MAX_PARTS, ORDER_GROUP, PROBE_PROGRAMS
+from freqopt.kernels.triton_split import (
+    GROUP,
+    MAX_PARTS,
+    ORDER_GROUP,
+    PROBE_PROGRAMS,
+    TOTAL_COLS,
+)
 
-TOTAL_COLS = 32
 RATIO = KEY_BLOCK // SUB_BLOCK
 
 
@@ -135,35 +139,26 @@ def chain(call: Call) -> list[Step]:
 
     shapes: dict[str, tuple[int, ...]] = {"out": (heads, call.length, dim)}
     rows, fine = blocks * KEY_BLOCK, blocks * RATIO
-    apart = hasattr(triton_glue, "total_kernel")  # else centring adds up the sums itself
-    means = "low_value" if apart else "value_mean"
     mid = {
         "fine_key": (kv, fine, dim), "fine_value": (kv, fine, dim), "fine_var": (kv, fine, dim)
     } if c.mid_band else {}  # fmt: skip
     step(
         "summarise", "key value order",
         {"key_out": (kv, rows, dim), "value_out": (kv, rows, dim), "key_mean": (kv, blocks, dim),
-         means: (kv, blocks, dim), "key_var": (kv, blocks, dim), "spread": (kv, blocks),
+         "low_value": (kv, blocks, dim), "key_var": (kv, blocks, dim), "spread": (kv, blocks),
          "sums": (kv, groups, 3, dim), **mid},
         (per_kv, groups), heads=kv,
     )  # fmt: skip
-    if apart:
-        step(
-            "total", "sums",
-            {"key_shift": (kv, dim),
-             "head_spread": (kv, padded_dim(dim) // min(TOTAL_COLS, padded_dim(dim)))},
-            ((("COLS", padded_dim(dim)),), per_kv),
-        )  # fmt: skip
-        step(
-            "centre", "key_mean spread key_shift head_spread", {"low_key": (kv, blocks, dim)},
-            ((("BJ", blocks),), per_kv), rewrites="spread",
-        )  # fmt: skip
-    else:
-        step(
-            "centre", "key_mean value_mean spread sums",
-            {"key_shift": (kv, dim), "low_key": (kv, blocks, dim), "low_value": (kv, blocks, dim)},
-            ((("SPAN", blocks),), per_kv), rewrites="spread",
-        )  # fmt: skip
+    padded = padded_dim(dim)
+    step(
+        "total", "sums",
+        {"key_shift": (kv, dim), "head_spread": (kv, padded // min(TOTAL_COLS, padded))},
+        ((("COLS", padded),), per_kv),
+    )  # fmt: skip
+    step(
+        "centre", "key_mean spread key_shift head_spread", {"low_key": (kv, blocks, dim)},
+        ((("BJ", blocks),), per_kv), rewrites="spread",
+    )  # fmt: skip
     for fine_too in (False, True)[: 1 + c.mid_band]:
         products, total = ("fine_products", "fine_order") if fine_too else ("products", "low_order")
         step(

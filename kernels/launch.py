@@ -22,7 +22,8 @@ class Launch(NamedTuple):
     rows, wide, warps, stages: of the portable attention kernel (queries per program, key blocks per
     step is 2 where wide). order_*: of the first-order products. score_*: query tiles per
     program and key blocks per step of the scores. probe_*: queries per program of the probe's
-    exact pass, and its stages. fit_*: probes and key blocks per step of its fit. *precision: of float32 products.
+    exact pass, and its stages. fit_*: probes and key blocks per step of its fit. *precision: of
+    float32 products.
     """
 
     rows: int
