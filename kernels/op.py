@@ -124,21 +124,16 @@ def split_attention_backward_op(
     mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; out, route and coefficients are the forward's own."""
-    return _chunked_backward(
-        grad, query, key, value, key_mask, route, coefficients,
-        _sequence(grid, text_before, text_after), scale, mid_band,
-    )  # fmt: skip
-
-
-def _chunked_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
-    route: Tensor, coefficients: Tensor, sequence: Sequence, scale: float, mid_band: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = chunked.split_backward(
-        grad, query, key, value, key_mask, route, coefficients, sequence, scale=scale,
-        mid_band=mid_band,
+        grad, query, key, value, key_mask, route, coefficients,
+        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
     )  # fmt: skip
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    return _by_tokens(grads[0]), _by_tokens(grads[1]), _by_tokens(grads[2])
+
+
+def _by_tokens(x: Tensor) -> Tensor:
+    """(B, H, N, D) laid out as (B, N, H, D), the gradients' layout on every device."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @split_attention_backward_op.register_kernel("cuda")
@@ -147,25 +142,23 @@ def _split_attention_backward_cuda(
     route: Tensor, coefficients: Tensor, grid: Extents[int], text_before: int, text_after: int,
     scale: float, mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Triton without a mid band; with one, plain PyTorch as on the CPU (docs/kernels.md)."""
-    sequence = _sequence(grid, text_before, text_after)
-    if mid_band:
-        return _chunked_backward(
-            grad, query, key, value, key_mask, route, coefficients, sequence, scale, mid_band
-        )
     from freqopt.kernels.triton_backward_launch import split_backward
 
-    grads = split_backward(
-        grad, query, key, value, key_mask, out, route, coefficients, sequence, scale=scale
-    )
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    return split_backward(
+        grad, query, key, value, key_mask, out, route, coefficients,
+        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
+    )  # fmt: skip
 
 
 @split_attention_backward_op.register_fake
 def _split_attention_backward_fake(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    batch, _, length, dim = query.shape
+    query_grad, key_grad, value_grad = (
+        x.new_empty((batch, length, x.shape[1], dim)).transpose(1, 2) for x in (query, key, value)
+    )
+    return query_grad, key_grad, value_grad
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

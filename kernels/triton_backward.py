@@ -1,9 +1,12 @@
-"""Triton kernels of the backward pass: queries' gradients by rows, keys' and values' by columns.
+"""Triton kernels of the backward pass that walk exact blocks: softmax sums, then gradients.
 
 Weights are computed again from the softmax's sums, as in FlashAttention's backward
-(arXiv 2205.14135), along the forward's own lists of blocks. Each result has one program that adds
-it up in a fixed order: no atomics, so the same input gives the same bits. Text keys are further
-blocks, exact for every tile. Logits are in base 2 and in the frame of centred keys, as forward.
+(arXiv 2205.14135), along the route's lists of blocks. Each result has one program that adds it up
+in a fixed order: no atomics, so the same input gives the same bits. Logits are in base 2.
+
+Queries and output gradients are copies in token order, (pairs, R, D) with R = tiles * 128 and rows
+of zeros past the last token; keys and values (key pairs, all_blocks * 64, D), text blocks behind
+those of the video. Most of the time is spent here; `triton_backward_bands` holds the rest.
 """
 
 from __future__ import annotations
@@ -12,186 +15,235 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
+TILE = tl.constexpr(128)  # freqopt.config.QUERY_TILE
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _logits(q, k, offset, bias, scale_log2, PRECISION: tl.constexpr):
-    """q k^T * scale - offset + bias, in base 2: (rows of q, rows of k)."""
-    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + (bias - offset[:, None])
+def _load_rows(x, rows, col, D: tl.constexpr, DP: tl.constexpr):
+    """Whole rows of x (.., D) as (rows, DP); masked only where D is padded."""
+    if D == DP:
+        return tl.load(x + rows[:, None] * D + col[None, :])
+    return tl.load(x + rows[:, None] * D + col[None, :], mask=(col < D)[None, :], other=0.0)
 
 
 @triton.jit
 def _grown(logit, peak, mass):
-    """The online softmax's peak and mass after some more logits, and what the old mass fades by."""
+    """The online softmax's peak and mass after some more logits."""
     new_peak = tl.maximum(peak, tl.max(logit, 1))
-    fade = tl.exp2(peak - new_peak)
-    return new_peak, mass * fade + tl.sum(tl.exp2(logit - new_peak[:, None]), 1), fade
+    weight = tl.exp2(logit - new_peak[:, None])
+    return new_peak, mass * tl.exp2(peak - new_peak) + tl.sum(weight, 1)
 
 
 @triton.jit
-def query_gradient_kernel(
-    query, grad, key, value, valid, low_key, low_value, bias, key_shift, delta, turned,
-    exact_list, counts, log_sum, offset_out, low_share, query_grad, bias_grad,
-    heads, group_size, tokens, tiles, blocks, all_blocks, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+def _grown_by_means(
+    q, key, bias, columns, offset, scale_log2, peak, mass, col,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one tile of one head, twice over everything they attend to.
+    """The same over all means of the low or the mid band; bias: base 2, -inf where unused."""
+    lane = tl.arange(0, BLOCK)
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        inside = column < columns
+        k = tl.load(
+            key + column[:, None] * D + col[None, :],
+            mask=inside[:, None] & (col < D)[None, :],
+            other=0.0,
+        )
+        b = tl.load(bias + column, mask=inside, other=-float("inf"))
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        peak, mass = _grown(logit + b[None, :] - offset[:, None], peak, mass)
+    return peak, mass
 
-    The first walk finds the softmax's sum, the second the gradients of the queries, and of each low
-    block's bias (one row per program). Video in token order; `all_blocks` counts text blocks too.
+
+@triton.jit
+def _full_blocks(exact_list, n_exact, blocks, tokens):
+    """How many of a tile's listed blocks need no mask: a ragged one comes last in the list."""
+    last = tl.load(exact_list + n_exact - 1)
+    return n_exact - ((last == blocks - 1) & (tokens % BLOCK != 0)).to(tl.int32)
+
+
+@triton.jit
+def _masked_block(exact_list, i, n_exact, blocks):
+    """The ragged block at the end of a tile's list, then the text's blocks."""
+    listed = tl.load(exact_list + i, mask=i < n_exact, other=0)
+    return tl.where(i < n_exact, listed, blocks + i - n_exact)
+
+
+@triton.jit
+def sum_kernel(
+    query, offset, key, valid, low_key, low_bias, fine_key, fine_bias, exact_list, counts,
+    centred_sum, log_sum,
+    heads, group_size, tokens, tiles, blocks, all_blocks, fine, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM queries of one tile of one head, over everything they attend to.
+
+    BN: exact keys per step, 64 or 128. Writes the logarithm of the softmax's sum in the frame of
+    centred keys and in that of the keys themselves, `offset` apart; inf past the last token, which
+    makes every weight there zero.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key_pair = batch * (heads // group_size) + head // group_size
-    row = pair * tiles + part * BM // 128
+    row = pair * tiles + part * BM // TILE
     col = tl.arange(0, DP)
-    in_dim = (col < D)[None, :]
     position = part * BM + tl.arange(0, BM)
-    real = position < tokens
-    at = pair * tokens + position
-    cells = at[:, None] * D + col[None, :]
-    q = tl.load(query + cells, mask=real[:, None] & in_dim, other=0.0)
-    d_out = tl.load(grad + cells, mask=real[:, None] & in_dim, other=0.0)
-    d_sum = tl.load(delta + at, mask=real, other=0.0)
-    d_order = tl.load(turned + at, mask=real, other=0.0)
+    at = pair * tiles * TILE + position
+    q = _load_rows(query + pair * tiles * TILE * D, position, col, D, DP)
+    shift = tl.load(offset + at)
     scale_log2 = scale * LOG2E
-    shift = tl.load(key_shift + key_pair * D + col, mask=col < D, other=0.0)
-    offset = tl.sum(q.to(tl.float32) * shift[None, :], 1) * scale_log2
-    none = tl.zeros((BM,), tl.float32)
-    lane = tl.arange(0, BLOCK)
-    low_key += key_pair * blocks * D
-    low_value += key_pair * blocks * D
-    bias += row * blocks
-    exact_list += row * all_blocks
-    valid += batch * all_blocks * BLOCK
-    key += key_pair * all_blocks * BLOCK * D
-    value += key_pair * all_blocks * BLOCK * D
-    n_exact = tl.load(counts + row)
-
     peak = tl.full((BM,), -1e30, tl.float32)
     mass = tl.zeros((BM,), tl.float32)
-    for start in range(0, blocks, BLOCK):
-        block = start + lane
-        inside = block < blocks
-        k = tl.load(
-            low_key + block[:, None] * D + col[None, :], mask=inside[:, None] & in_dim, other=0.0
-        )
-        b = tl.load(bias + block, mask=inside, other=-float("inf")) * LOG2E
-        logit = _logits(q, k, none, b[None, :], scale_log2, PRECISION)
-        peak, mass, fade = _grown(logit, peak, mass)
-    low = mass
-    for i in range(0, n_exact):
-        rows = tl.load(exact_list + i).to(tl.int64) * BLOCK + lane
-        k = tl.load(key + rows[:, None] * D + col[None, :], mask=in_dim, other=0.0)
+    peak, mass = _grown_by_means(
+        q, low_key + key_pair * blocks * D, low_bias + row * blocks, blocks,
+        tl.zeros((BM,), tl.float32), scale_log2, peak, mass, col, D, DP, PRECISION,
+    )  # fmt: skip
+    if MID:
+        peak, mass = _grown_by_means(
+            q, fine_key + key_pair * fine * D, fine_bias + row * fine, fine, shift, scale_log2,
+            peak, mass, col, D, DP, PRECISION,
+        )  # fmt: skip
+    exact_list += row * blocks
+    key += key_pair * all_blocks * BLOCK * D
+    valid += batch * all_blocks * BLOCK
+    n_exact = tl.load(counts + row)
+    WIDE: tl.constexpr = BN // 64
+    n_wide = _full_blocks(exact_list, n_exact, blocks, tokens) // WIDE * WIDE
+    lane = tl.arange(0, BN)
+    for i in range(0, n_wide, WIDE):
+        if WIDE == 1:
+            rows = tl.load(exact_list + i) * BLOCK + lane
+        else:
+            rows = tl.load(exact_list + i + lane // BLOCK) * BLOCK + lane % BLOCK
+        k = _load_rows(key, rows, col, D, DP)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        new_peak = tl.maximum(peak, tl.max(logit, 1) * scale_log2 - shift)
+        weight = tl.exp2(logit * scale_log2 - (new_peak + shift)[:, None])
+        mass = mass * tl.exp2(peak - new_peak) + tl.sum(weight, 1)
+        peak = new_peak
+    for i in range(n_wide, n_exact + all_blocks - blocks):
+        rows = _masked_block(exact_list, i, n_exact, blocks) * BLOCK + tl.arange(0, BLOCK)
+        k = _load_rows(key, rows, col, D, DP)
         b = tl.where(tl.load(valid + rows) != 0, 0.0, -float("inf"))
-        logit = _logits(q, k, offset, b[None, :], scale_log2, PRECISION)
-        peak, mass, fade = _grown(logit, peak, mass)
-        low = low * fade
-    log_total = peak + tl.log2(mass)
-    tl.store(log_sum + at, log_total, mask=real)
-    tl.store(offset_out + at, offset, mask=real)
-    tl.store(low_share + at, low / mass, mask=real)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        peak, mass = _grown(logit + b[None, :] - shift[:, None], peak, mass)
+    total = tl.where(position < tokens, peak + tl.log2(mass), float("inf"))
+    tl.store(centred_sum + at, total)
+    tl.store(log_sum + at, total + shift)
 
+
+@triton.jit
+def query_gradient_kernel(
+    query, grad, key, value, valid, log_sum, delta, exact_list, counts, banded, pooled_grad, order,
+    query_grad,
+    stride_gb, stride_gh, stride_gn,
+    heads, group_size, tokens, tiles, blocks, all_blocks, text_before, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BM queries of one tile of one head, in the model's order.
+
+    Adds the exact blocks' share to `banded` (pairs, R, D), what came through the bands, and to that
+    of the tile's mean squared query, `pooled_grad` (pairs, tiles, D).
+    """
+    part = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_pair = batch * (heads // group_size) + head // group_size
+    tile = part * BM // TILE
+    row = pair * tiles + tile
+    col = tl.arange(0, DP)
+    position = part * BM + tl.arange(0, BM)
+    first_row = pair * tiles * TILE
+    q = _load_rows(query + first_row * D, position, col, D, DP)
+    d_out = _load_rows(grad + first_row * D, position, col, D, DP)
+    log_total = tl.load(log_sum + first_row + position)
+    d_sum = tl.load(delta + first_row + position)
+    scale_log2 = scale * LOG2E
+    lane = tl.arange(0, BLOCK)
+    exact_list += row * blocks
+    key += key_pair * all_blocks * BLOCK * D
+    value += key_pair * all_blocks * BLOCK * D
+    valid += batch * all_blocks * BLOCK
+    n_exact = tl.load(counts + row)
+    n_full = _full_blocks(exact_list, n_exact, blocks, tokens)
     acc = tl.zeros((BM, DP), tl.float32)
-    exact_sum = tl.zeros((BM,), tl.float32)
-    bias_grad += (pair * tl.num_programs(0) + part) * blocks
-    for start in range(0, blocks, BLOCK):
-        block = start + lane
-        inside = block < blocks
-        where = block[:, None] * D + col[None, :]
-        k = tl.load(low_key + where, mask=inside[:, None] & in_dim, other=0.0)
-        v = tl.load(low_value + where, mask=inside[:, None] & in_dim, other=0.0)
-        b = tl.load(bias + block, mask=inside, other=-float("inf")) * LOG2E
-        weight = tl.exp2(
-            _logits(q, k, none, b[None, :], scale_log2, PRECISION) - log_total[:, None]
-        )
+    for i in range(0, n_full):
+        rows = tl.load(exact_list + i) * BLOCK + lane
+        k = _load_rows(key, rows, col, D, DP)
+        v = _load_rows(value, rows, col, D, DP)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         slope = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-        d_logit = weight * (slope + (d_order - d_sum)[:, None])
-        # Rows past the end have weights too, of zero queries.
-        d_logit = tl.where(real[:, None], d_logit, 0.0)
-        tl.store(bias_grad + block, tl.sum(d_logit, 0), mask=inside)
-        acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
-    for i in range(0, n_exact):
-        rows = tl.load(exact_list + i).to(tl.int64) * BLOCK + lane
-        where = rows[:, None] * D + col[None, :]
-        k = tl.load(key + where, mask=in_dim, other=0.0)
-        v = tl.load(value + where, mask=in_dim, other=0.0)
-        b = tl.where(tl.load(valid + rows) != 0, 0.0, -float("inf"))
-        weight = tl.exp2(
-            _logits(q, k, offset, b[None, :], scale_log2, PRECISION) - log_total[:, None]
-        )
-        slope = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        weight = tl.exp2(logit * scale_log2 - log_total[:, None])
         d_logit = weight * (slope - d_sum[:, None])
-        exact_sum += tl.sum(d_logit, 1)
         acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
-    acc = (acc - exact_sum[:, None] * shift[None, :]) * scale
-    tl.store(query_grad + cells, acc, mask=real[:, None] & in_dim)
+    for i in range(n_full, n_exact + all_blocks - blocks):
+        rows = _masked_block(exact_list, i, n_exact, blocks) * BLOCK + lane
+        k = _load_rows(key, rows, col, D, DP)
+        v = _load_rows(value, rows, col, D, DP)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        slope = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        weight = tl.exp2(logit * scale_log2 - log_total[:, None])
+        weight = tl.where((tl.load(valid + rows) != 0)[None, :], weight, 0.0)
+        d_logit = weight * (slope - d_sum[:, None])
+        acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
+    inside = (position < tokens)[:, None] & (col < D)[None, :]
+    source = tl.load(order + position, mask=position < tokens, other=0).to(tl.int64) + text_before
+    pooled = tl.load(pooled_grad + row * D + col, mask=col < D, other=0.0)
+    count = tl.minimum(tokens - tile * TILE, TILE).to(tl.float32)
+    before = _load_rows(banded + first_row * D, position, col, D, DP)
+    q = _load_rows(query + first_row * D, position, col, D, DP)
+    total = acc * scale + before + q.to(tl.float32) * (pooled * (2.0 / count))[None, :]
+    query_grad += batch * stride_gb + head * stride_gh
+    out = query_grad + source[:, None] * stride_gn + col[None, :]
+    tl.store(out, total.to(query_grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def key_gradient_kernel(
-    query, grad, key, value, valid, bias, log_sum, offset, delta, turned, tile_list, counts,
-    key_grad, value_grad,
-    heads, group_size, tokens, tiles, columns, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr,
+    query, grad, key, value, log_sum, delta, tile_list, counts, key_grad, value_grad,
+    heads, group_size, tiles, all_blocks, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN columns of one key head, over the tiles of all query heads that share it.
+    """One program: BN keys of one block, over the tiles that list it, of all heads that share it.
 
-    Columns are tokens of one exact block, over the tiles listed for it, or with LOW the means of
-    BN key blocks, over all tiles. `columns`: keys (a multiple of 64) or low blocks per head.
+    BM: queries per step, up to 128; BN: up to 64. Writes float32 sums in token order. Rows of keys
+    that are not there, or masked, hold anything.
     """
-    group = tl.program_id(0)
+    part = tl.program_id(0)
+    block = part * BN // BLOCK
     key_pair = tl.program_id(1).to(tl.int64)
     kv_heads = heads // group_size
-    batch, key_head = key_pair // kv_heads, key_pair % kv_heads
     col = tl.arange(0, DP)
-    in_dim = (col < D)[None, :]
-    column = group * BN + tl.arange(0, BN)
-    inside = column < columns
-    cells = (key_pair * columns + column)[:, None] * D + col[None, :]
-    k = tl.load(key + cells, mask=inside[:, None] & in_dim, other=0.0)
-    v = tl.load(value + cells, mask=inside[:, None] & in_dim, other=0.0)
+    rows = part * BN + tl.arange(0, BN)
+    first_key = key_pair * all_blocks * BLOCK * D
+    k = _load_rows(key + first_key, rows, col, D, DP)
+    v = _load_rows(value + first_key, rows, col, D, DP)
     scale_log2 = scale * LOG2E
-    if not LOW:
-        there = tl.load(valid + batch * columns + column) != 0
     k_acc = tl.zeros((BN, DP), tl.float32)
     v_acc = tl.zeros((BN, DP), tl.float32)
     PARTS: tl.constexpr = 128 // BM
-    for member in range(0, group_size):
-        pair = batch * heads + key_head * group_size + member
-        n_tiles = tiles
-        if not LOW:
-            n_tiles = tl.load(counts + pair * (columns // BLOCK) + group * BN // BLOCK)
-        listed = tile_list + (pair * (columns // BLOCK) + group * BN // BLOCK) * tiles
+    lane = tl.arange(0, BM)
+    first_pair = key_pair // kv_heads * heads + key_pair % kv_heads * group_size
+    for pair in range(first_pair, first_pair + group_size):
+        first_row = pair * tiles * TILE
+        listed = tile_list + (pair * all_blocks + block) * tiles
+        n_tiles = tl.load(counts + pair * all_blocks + block)
         for i in range(0, n_tiles * PARTS):
-            tile = i // PARTS
-            if not LOW:
-                tile = tl.load(listed + i // PARTS)
-            position = tile * 128 + i % PARTS * BM + tl.arange(0, BM)
-            real = position < tokens
-            at = pair * tokens + position
-            rows = at[:, None] * D + col[None, :]
-            q = tl.load(query + rows, mask=real[:, None] & in_dim, other=0.0)
-            d_out = tl.load(grad + rows, mask=real[:, None] & in_dim, other=0.0)
-            # No weight remains of a row past the end.
-            log_total = tl.load(log_sum + at, mask=real, other=float("inf"))
-            d_sum = tl.load(delta + at, mask=real, other=0.0)
-            logit = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            if LOW:
-                d_sum -= tl.load(turned + at, mask=real, other=0.0)
-                own = bias + (pair * tiles + tile) * columns + column
-                b = tl.load(own, mask=inside, other=-float("inf")) * LOG2E
-                logit += b[:, None]
-            else:
-                logit -= tl.load(offset + at, mask=real, other=0.0)[None, :]
-                logit = tl.where(there[:, None], logit, -float("inf"))
-            weight = tl.exp2(logit - log_total[None, :])
-            v_acc = tl.dot(weight.to(d_out.dtype), d_out, v_acc, input_precision=PRECISION)
+            at = tl.load(listed + i // PARTS) * TILE + i % PARTS * BM + lane
+            q = _load_rows(query + first_row * D, at, col, D, DP)
+            d_out = _load_rows(grad + first_row * D, at, col, D, DP)
+            log_total = tl.load(log_sum + first_row + at)
+            d_sum = tl.load(delta + first_row + at)
+            logit = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             slope = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+            weight = tl.exp2(logit * scale_log2 - log_total[None, :])
+            v_acc = tl.dot(weight.to(q.dtype), d_out, v_acc, input_precision=PRECISION)
             d_logit = weight * (slope - d_sum[None, :])
             k_acc = tl.dot(d_logit.to(q.dtype), q, k_acc, input_precision=PRECISION)
-    tl.store(key_grad + cells, k_acc * scale, mask=inside[:, None] & in_dim)
-    tl.store(value_grad + cells, v_acc, mask=inside[:, None] & in_dim)
+    cells = rows[:, None] * D + col[None, :]
+    tl.store(key_grad + first_key + cells, k_acc * scale, mask=(col < D)[None, :])
+    tl.store(value_grad + first_key + cells, v_acc, mask=(col < D)[None, :])

@@ -1,144 +1,211 @@
-"""The backward pass on the GPU: launches `triton_backward` inside the gradients of the summaries.
+"""The backward pass on the GPU: launches `triton_backward` and `triton_backward_bands`.
 
-What grows with tokens x tokens is done by the kernels; means, variances, mass terms and H-bar are
-differentiated by PyTorch, in float32. Nothing waits for the device.
+Kernels do whatever touches tokens; the gradients of mass terms, one number for a pair of tile and
+mean, are matrix products by PyTorch in float32. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE
-from freqopt.kernels import reference as ref
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.kernels.launch import padded_dim
-from freqopt.kernels.layout import Sequence, repeat_heads
+from freqopt.kernels.layout import Sequence
 from freqopt.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
-from freqopt.kernels.triton_split import attend_text
+from freqopt.kernels.triton_backward_bands import (
+    band_gradient_kernel,
+    finish_kernel,
+    mean_gradient_kernel,
+    order_gradient_kernel,
+)
+from freqopt.kernels.triton_backward_parts import (
+    Band,
+    Blocks,
+    Call,
+    Lists,
+    Rows,
+    Sums,
+    by_key_head,
+    copy_rows,
+    make_bands,
+    make_lists,
+    shapes_for,
+    softmax_sums,
+    with_text,
+)
+from freqopt.kernels.triton_split import attend_text, summarise, with_unit_last_stride
+from freqopt.kernels.tuned import launch_on
+from freqopt.kernels.workspace import turns
+
+WORKSPACE = 4 << 30
+"""Bytes of copies and partial sums that one turn of heads may hold."""
+
+PAIR_BYTES = 40
+"""Of one (query tile, key block) pair: lists, bias and its gradient, and PyTorch's temporaries."""
+
+MEAN_PROGRAMS = 1024
+"""Programs that a band's means are spread over, by cutting the tiles into ranges."""
+
+ORDER_TILES = 16
+"""Query tiles per program of the first-order matrix's gradient: amortises its (D, D) sum."""
+
+ORDER_COLUMNS = 64
+"""Value channels per program of the same."""
 
 
-class Blocks(NamedTuple):
-    """Keys and values (B, Hkv, blocks * 64, D), video in token order, then text; both padded.
+class BandGradients(NamedTuple):
+    """Gradients of a band's means, variances (B, Hkv, columns, D) and H-bar (B, Hkv, D, D).
 
-    valid: (B, blocks * 64) int8, 0 where there is no key or where it is masked.
+    float32 but for that of H-bar, which is in the keys' type and scaled to at most 1: to be
+    multiplied by order_factor (B, Hkv). pooled (B, H, I, D): of the mean squared queries.
     """
 
     key: Tensor
     value: Tensor
-    valid: Tensor
+    var: Tensor
+    order: Tensor
+    order_factor: Tensor
+    pooled: Tensor
 
 
-class Rows(NamedTuple):
-    """Queries and output gradients (B, H, T, D) in token order, and what a query's row adds.
-
-    delta: (B, H, T) float32, output times its gradient; turned: first-order term times gradient.
-    """
-
-    query: Tensor
-    grad: Tensor
-    delta: Tensor
-    turned: Tensor
-
-
-class Low(NamedTuple):
-    """Centred means and mean values (B, Hkv, J, D) in the keys' type; key_shift (B, Hkv, D).
-
-    bias: (B, H, I, J) float32, what is added to the logits: -inf where a pair is not low.
-    """
-
-    key: Tensor
-    value: Tensor
-    key_shift: Tensor
-    bias: Tensor
-
-
-class Found(NamedTuple):
-    """Gradients of the kernels' inputs, float32; low_share (B, H, T): mass of the low band."""
-
-    query: Tensor
-    bias: Tensor
-    low_share: Tensor
-    key: Tensor
-    value: Tensor
-    low_key: Tensor
-    low_value: Tensor
-
-
-def make_blocks(key: Tensor, value: Tensor, key_mask: Tensor | None, sequence: Sequence) -> Blocks:
-    """Put text behind the video's last block."""
-    text = sequence.text
-
-    def padded(x: Tensor) -> Tensor:
-        video = F.pad(sequence.video_of(x), (0, 0, 0, -sequence.tokens % KEY_BLOCK))
-        return torch.cat([video, F.pad(sequence.text_of(x), (0, 0, 0, -text % KEY_BLOCK))], 2)
-
-    batch = key.shape[0]
-    video = torch.ones(batch, sequence.tokens, device=key.device, dtype=torch.int8)
-    mask = sequence.text_mask(key_mask)
-    seen = video.new_ones(batch, text) if mask is None else mask.to(torch.int8)
-    valid = [F.pad(x, (0, -x.shape[1] % KEY_BLOCK)) for x in (video, seen)]
-    return Blocks(padded(key), padded(value), torch.cat(valid, 1))
-
-
-def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending indices of the true entries of each row, int32, and their number."""
-    # A sort keeps the strides it finds, and the kernels read rows.
-    chosen = chosen.contiguous()
-    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
-    return order.to(torch.int32), chosen.sum(-1, dtype=torch.int32)
-
-
-def query_rows(dtype: torch.dtype, padded: int) -> int:
-    """Queries, and columns, per program that fit registers and shared memory."""
-    return 64 if padded * dtype.itemsize <= 256 else 32 if padded * dtype.itemsize <= 512 else 16
-
-
-def attend_gradients(rows: Rows, blocks: Blocks, low: Low, route: Tensor, *, scale: float) -> Found:
-    """Launch the kernels over the exact lists and the low band."""
-    batch, heads, tokens, dim = rows.query.shape
-    kv_heads, n_low = low.key.shape[1:3]
-    n_all = blocks.key.shape[2] // KEY_BLOCK
-    tiles = route.shape[2]
-    exact = F.pad(route == ref.EXACT, (0, n_all - n_low), value=True)
-    exact_list, block_counts = listed(exact)
-    tile_list, tile_counts = listed(exact.mT)
-    padded = padded_dim(dim)
-    step = query_rows(rows.query.dtype, padded)
-    parts = tiles * (QUERY_TILE // step)
-    device = rows.query.device
-    options: dict[str, Any] = {
-        "D": dim, "DP": padded, "BM": step, "num_stages": 1, "num_warps": 8,
-        "PRECISION": "tf32x3" if rows.query.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
-
-    def single(*shape: int) -> Tensor:
-        return torch.empty(*shape, device=device, dtype=torch.float32)
-
-    def per_row() -> Tensor:
-        return single(batch, heads, tokens)
-
-    log_sum, offset, low_share = per_row(), per_row(), per_row()
-    query_grad, bias_grad = single(*rows.query.shape), single(batch, heads, parts, n_low)
-    query_gradient_kernel[(parts, batch * heads)](
-        rows.query, rows.grad, blocks.key, blocks.value, blocks.valid, low.key, low.value,
-        low.bias, low.key_shift, rows.delta, rows.turned, exact_list, block_counts, log_sum,
-        offset, low_share, query_grad, bias_grad,
-        heads, heads // kv_heads, tokens, tiles, n_low, n_all, scale, **options,
+def order_gradient(
+    call: Call, rows: Rows, share: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a band's H-bar over the number of tokens: scaled to at most 1, and by what."""
+    columns, spans = min(padded_dim(call.dim), ORDER_COLUMNS), triton.cdiv(call.tiles, ORDER_TILES)
+    parts = call.single(call.batch, call.heads, spans, call.dim, call.dim)
+    order_gradient_kernel[(spans, call.pairs, triton.cdiv(call.dim, columns))](
+        rows.query, rows.grad, share, parts, call.tiles,
+        D=call.dim, DP=padded_dim(call.dim), BV=columns, GROUP=ORDER_TILES,
+        PRECISION=call.shapes.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
-    grads = []
-    for key, value, is_low in ((blocks.key, blocks.value, False), (low.key, low.value, True)):
-        grads += [single(*key.shape), single(*key.shape)]
-        columns = key.shape[2]
-        key_gradient_kernel[(-(-columns // step), batch * kv_heads)](
-            rows.query, rows.grad, key, value, blocks.valid, low.bias, log_sum, offset,
-            rows.delta, rows.turned, tile_list, tile_counts, *grads[-2:],
-            heads, heads // kv_heads, tokens, tiles, columns, scale, BN=step, LOW=is_low, **options,
+    factor = coefficients[..., 1] * (call.scale / call.sequence.tokens)
+    order = (parts.sum(2) * factor[..., None, None]).unflatten(1, (call.kv_heads, -1)).sum(2)
+    largest = order.abs().amax((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (order / largest[..., None, None]).to(rows.query.dtype), largest
+
+
+def mean_gradients(
+    call: Call, rows: Rows, band: Band, log_sum: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a band's mean keys and values; log_sum: in the frame of its keys."""
+    columns, shape = band.key.shape[2], call.shapes.means
+    groups = triton.cdiv(columns, call.shapes.keys)
+    ranges = max(min(MEAN_PROGRAMS // (groups * call.key_pairs), call.tiles), 1)
+    span = triton.cdiv(call.tiles, ranges)
+    ranges = triton.cdiv(call.tiles, span)
+    grads = [call.single(ranges, *band.key.shape) for _ in range(2)]
+    mean_gradient_kernel[(groups, call.key_pairs, ranges)](
+        rows.query, rows.grad, log_sum, delta, band.key, band.value, band.bias, *grads,
+        call.heads, call.group_size, call.tiles, columns, span, call.scale,
+        BN=call.shapes.keys, **call.options(shape),
+    )  # fmt: skip
+    return grads[0].sum(0), grads[1].sum(0)
+
+
+def band_gradients(
+    call: Call, rows: Rows, band: Band, sums: Sums, key_shift: Tensor, coefficients: Tensor,
+    banded: Tensor, *, mid: bool,
+) -> BandGradients:  # fmt: skip
+    """Gradients through one band; that of the queries is written, or with `mid` added, to banded.
+
+    banded: (B, H, R, D) float32.
+    """
+    columns, shape = band.key.shape[2], call.shapes.bands
+    parts = call.rows // shape.rows
+    bias_grad = call.single(call.batch, call.heads, parts, columns)
+    share = call.single(call.batch, call.heads, call.rows)
+    delta = rows.mid_delta if mid else rows.low_delta
+    band_gradient_kernel[(parts, call.pairs)](
+        rows.query, rows.grad, rows.offset, sums.centred, delta, band.key, band.value, band.bias,
+        key_shift, coefficients, band.order, banded, bias_grad, share,
+        call.heads, call.group_size, call.tiles, columns, call.scale, MID=mid,
+        **call.options(shape),
+    )  # fmt: skip
+    bias_grad = bias_grad.unflatten(2, (call.tiles, -1)).sum(3)
+    spread_grad = bias_grad * band.slope * (0.5 * call.scale**2)
+    spread_grad = by_key_head(spread_grad, call.kv_heads)
+    key_grad, value_grad = mean_gradients(
+        call, rows, band, sums.plain if mid else sums.centred, delta
+    )
+    return BandGradients(
+        key_grad,
+        value_grad,
+        spread_grad.mT @ by_key_head(rows.pooled, call.kv_heads),
+        *order_gradient(call, rows, share, coefficients),
+        (spread_grad @ band.var).view_as(rows.pooled),
+    )
+
+
+class Results(NamedTuple):
+    """Gradients of queries, keys and values in the model's order, any strides: written into."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def exact_gradients(
+    call: Call, rows: Rows, blocks: Blocks, lists: Lists, sums: Sums, banded: Tensor,
+    through: list[BandGradients], results: Results,
+) -> None:  # fmt: skip
+    """Gradients through the exact pairs, with those through the bands added, into `results`."""
+    tokens, text, before = call.sequence.tokens, call.sequence.text, call.sequence.text_before
+    pooled_grad = through[0].pooled
+    for gradients in through[1:]:
+        pooled_grad = pooled_grad + gradients.pooled
+    sizes = (call.heads, call.group_size)
+    query_gradient_kernel[(call.rows // call.shapes.query.rows, call.pairs)](
+        rows.query, rows.grad, *blocks, sums.plain, rows.delta, lists.blocks, lists.block_counts,
+        banded, pooled_grad, call.order, results.query, *results.query.stride()[:3],
+        *sizes, tokens, call.tiles, call.blocks, call.all_blocks, before, call.scale,
+        **call.options(call.shapes.query),
+    )  # fmt: skip
+    key_grad, value_grad = (call.single(*blocks.key.shape) for _ in range(2))
+    key_gradient_kernel[(call.all_blocks * KEY_BLOCK // call.shapes.keys, call.key_pairs)](
+        rows.query, rows.grad, blocks.key, blocks.value, sums.plain, rows.delta, lists.tiles,
+        lists.tile_counts, key_grad, value_grad, *sizes, call.tiles, call.all_blocks, call.scale,
+        BN=call.shapes.keys, **call.options(call.shapes.key),
+    )  # fmt: skip
+    for keys in (True, False):
+        own, other, exact, result = (
+            (blocks.key, blocks.value, key_grad, results.key) if keys
+            else (blocks.value, blocks.key, value_grad, results.value)
         )  # fmt: skip
-    bias_grad = bias_grad.unflatten(2, (tiles, -1)).sum(3)
-    return Found(query_grad, bias_grad, low_share, *grads)
+        bands = [[x.key if keys else x.value, x.var, x.order, x.order_factor] for x in through]
+        finish_kernel[(call.all_blocks, call.key_pairs)](
+            own, other, blocks.valid, exact, call.order, result, *bands[0], *bands[-1],
+            *result.stride()[:3],
+            call.kv_heads, tokens, call.blocks, call.all_blocks, text, before,
+            D=call.dim, DP=padded_dim(call.dim), SLICE=call.shapes.slice, KEYS=keys,
+            MID=call.mid_band, PRECISION=call.shapes.precision, num_warps=8, num_stages=1,
+        )  # fmt: skip
+
+
+def heads_backward(
+    call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
+    out: Tensor, route: Tensor, coefficients: Tensor, results: Results,
+) -> None:  # fmt: skip
+    """The backward pass of heads that go together, into `results`; text queries apart."""
+    launch = launch_on(query.device, query.dtype, call.dim, call.sequence.tokens)
+    summaries = summarise(key, value, call.sequence, call.mid_band, launch)
+    blocks = with_text(summaries, key, value, key_mask, call.sequence)
+    lists = make_lists(route, call.all_blocks)
+    rows = copy_rows(call, query, grad, out, summaries, coefficients)
+    bands = make_bands(call, summaries, route, rows.pooled, coefficients[..., 0, None, None])
+    sums = softmax_sums(call, rows, blocks, bands, lists)
+    banded = call.single(call.batch, call.heads, call.rows, call.dim)
+    through = [
+        band_gradients(
+            call, rows, band, sums, summaries.key_shift, coefficients, banded, mid=i > 0
+        )
+        for i, band in enumerate(bands)
+    ]  # fmt: skip
+    exact_gradients(call, rows, blocks, lists, sums, banded, through, results)
 
 
 def split_backward(
@@ -153,61 +220,59 @@ def split_backward(
     sequence: Sequence,
     *,
     scale: float,
+    mid_band: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value (B, H or Hkv, N, D), as chunked.split_backward.
 
-    out: what the forward returned. For calls without a mid band.
+    out: what the forward returned.
     """
-    heads, kv_heads = query.shape[1], key.shape[1]
-    c, g = coefficients[..., None, None].unbind(2)
-    queries, grads, outs = (sequence.video_of(x).contiguous() for x in (query, grad, out))
-    q32, grad32 = queries.float(), grads.float()
-    k32, v32 = sequence.video_of(key).float(), sequence.video_of(value).float()
+    grad, query, key, value, out = (
+        with_unit_last_stride(x) for x in (grad, query, key, value, out)
+    )
+    batch, heads, length, dim = query.shape
+    kv_heads, shared = key.shape[1], heads // key.shape[1]
+    tiles, blocks = route.shape[2:]
+    query_grad, key_grad, value_grad = (
+        torch.empty(batch, length, x.shape[1], dim, device=x.device, dtype=x.dtype).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    copies = 2 * (query.element_size() + 4) * tiles * QUERY_TILE * dim
+    means = 1 + (KEY_BLOCK // SUB_BLOCK if mid_band else 0)
+    per_head = (1 + shared) * copies + shared * means * tiles * blocks * PAIR_BYTES
+    with torch.cuda.device_of(query):
+        for row in turns(batch, kv_heads, per_head, WORKSPACE):
+            for items, kv in row:
+                own = slice(kv.start * shared, kv.stop * shared)
+                call = Call(
+                    items.stop - items.start, own.stop - own.start, kv.stop - kv.start, dim, tiles,
+                    blocks, sequence, scale, mid_band, shapes_for(query.dtype, dim), query.device,
+                )  # fmt: skip
+                heads_backward(
+                    call, grad[items, own], query[items, own], key[items, kv], value[items, kv],
+                    None if key_mask is None else key_mask[items], out[items, own],
+                    route[items, own], coefficients[items, own],
+                    Results(query_grad[items, own], key_grad[items, kv], value_grad[items, kv]),
+                )  # fmt: skip
+        results = Results(query_grad, key_grad, value_grad)
+        if sequence.text:
+            _add_text(grad, query, key, value, key_mask, sequence, scale, results)
+    return results
 
-    def summarised(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        found = ref.summarise(keys, values, KEY_BLOCK)
-        return found.key_mean, found.value_mean, found.key_var, found.first_order
 
-    def biased(tokens: Tensor, key_var: Tensor) -> Tensor:
-        capacity = ref.block_counts(sequence.tokens, KEY_BLOCK, tokens.device).log()
-        spread = ref.tile_mean_square(tokens) @ repeat_heads(key_var, heads).mT
-        term = torch.minimum(0.5 * scale**2 * spread, capacity)
-        return torch.where(route == ref.LOW, capacity + c * term, -torch.inf)
+def _add_text(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
+    sequence: Sequence, scale: float, results: Results,
+) -> None:  # fmt: skip
+    """Gradients of the dense text queries, by PyTorch's own attention."""
+
+    def dense(*tensors: Tensor) -> Tensor:
+        return attend_text(tensors[0], tensors[1], tensors[2], key_mask, sequence, scale)
 
     # torch.func, not torch.autograd: inside an op's kernel the autograd keys are switched off.
-    summaries, summary_vjp, *_ = torch.func.vjp(summarised, k32, v32)
-    key_mean, value_mean, key_var, first_order = summaries
-    bias, bias_vjp, *_ = torch.func.vjp(biased, q32, key_var)
-    shift = k32.mean(2, keepdim=True)
-    order = repeat_heads(first_order, heads)
-    turned = g[..., 0] * scale * ((q32 @ order.mT) * grad32).sum(-1)
-    rows = Rows(queries, grads, (grad32 * outs.float()).sum(-1), turned.contiguous())
-    low = Low(
-        (key_mean - shift).to(key.dtype), value_mean.to(key.dtype), shift.contiguous(),
-        bias.contiguous(),
-    )  # fmt: skip
-    blocks = make_blocks(key, value, key_mask, sequence)
-    with torch.cuda.device_of(query):
-        found = attend_gradients(rows, blocks, low, route, scale=scale)
-
-    weighted = g * scale * found.low_share[..., None] * grad32
-    order_grad = (weighted.mT @ q32).unflatten(1, (kv_heads, -1)).sum(2)
-    term_grad, var_grad = bias_vjp(found.bias)
-    query_grad = found.query + weighted @ order + term_grad
-    key_grad, value_grad = summary_vjp((found.low_key, found.low_value, var_grad, order_grad))
-    tokens, behind = sequence.tokens, low.key.shape[2] * KEY_BLOCK
-    text = slice(behind, behind + sequence.text)
-    results = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
-    sequence.store(results[0], query_grad, None)
-    for result, summary, exact in zip(
-        results[1:], (key_grad, value_grad), (found.key, found.value), strict=True
-    ):
-        sequence.store(result, summary + exact[:, :, :tokens], exact[:, :, text])
-    if sequence.text:
-
-        def dense(*tensors: Tensor) -> Tensor:
-            return attend_text(tensors[0], tensors[1], tensors[2], key_mask, sequence, scale)
-
-        _, text_vjp, *_ = torch.func.vjp(dense, query, key, value)
-        results = [x + y for x, y in zip(results, text_vjp(sequence.text_of(grad)), strict=True)]
-    return results[0].to(query.dtype), results[1].to(key.dtype), results[2].to(value.dtype)
+    _, text_vjp, *_ = torch.func.vjp(dense, query, key, value)
+    grads = text_vjp(sequence.text_of(grad))
+    before, after = sequence.text_before, sequence.text_before + sequence.tokens
+    for part in (slice(0, before), slice(after, None)):
+        results.query[:, :, part] = grads[0][:, :, part]
+    results.key.add_(grads[1])
+    results.value.add_(grads[2])

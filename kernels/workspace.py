@@ -23,12 +23,14 @@ def bytes_per_key_head(tokens: int, head_dim: int, itemsize: int, group_size: in
     return ordered + group_size * tiles * blocks * PAIR_BYTES
 
 
-def turns(batch: int, kv_heads: int, per_head: int) -> Iterator[list[tuple[slice, slice]]]:
+def turns(
+    batch: int, kv_heads: int, per_head: int, workspace: int = WORKSPACE
+) -> Iterator[list[tuple[slice, slice]]]:
     """Slices of the batch and of its key heads that fit the workspace, at least one head each.
 
     One list for each slice of the batch.
     """
-    heads = max(WORKSPACE // per_head, 1)
+    heads = max(workspace // per_head, 1)
     items, heads = max(heads // kv_heads, 1), min(heads, kv_heads)
     for item in range(0, batch, items):
         rows = slice(item, min(item + items, batch))
