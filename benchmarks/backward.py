@@ -7,6 +7,7 @@ coefficients equal, before a time is printed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,51 @@ def gradient_errors(a: Attention, grad: Tensor, threshold: float) -> dict[str, f
     }
 
 
+def prepared(a: Attention, grad: Tensor, threshold: float, mid_band: bool) -> Callable[[], object]:
+    """The backward pass alone, of a forward that has run."""
+    from freqopt.config import MID_RATIO
+    from freqopt.kernels import triton_backward_launch
+    from freqopt.kernels.layout import Sequence
+    from freqopt.kernels.op import split_attention_op
+
+    sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
+    budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
+    budget[1] *= MID_RATIO if mid_band else 1.0
+    out, _, _, route, coefficients = split_attention_op(
+        *a[:3], budget, None, list(a.grid), 0, 0, scale, 0.0, mid_band, 64
+    )
+    return lambda: triton_backward_launch.split_backward(
+        grad, *a[:3], None, out, route, coefficients, sequence, scale=scale, mid_band=mid_band
+    )
+
+
+def kernel_times(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the GPU of each of our kernels, and of PyTorch's together, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        ours = event.key.endswith("_kernel") and "::" not in event.key
+        name = event.key if ours else "PyTorch"
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / 1000
+    return dict(sorted(times.items(), key=lambda entry: -entry[1]))
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    """Most memory that a call holds beside what was there before, its results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def times_of(a: Attention, grad: Tensor, threshold: float) -> tuple[float, dict[str, float]]:
     """Milliseconds of forward + backward: ours, and of each dense backend."""
     import freqopt
@@ -85,13 +131,20 @@ def main() -> None:
         raise SystemExit(f"FAILED its gate (relative L2 {shown}, at most {GATE}); no time reported")
     ours, dense = times_of(a, grad, threshold)
     speedup = min(dense.values()) / ours
+    low_only, with_mid = (prepared(a, grad, threshold, mid) for mid in (False, True))
+    parts, extra = kernel_times(low_only), extra_bytes(low_only)
+    backward = {"low band only": milliseconds(low_only), "with a mid band": milliseconds(with_mid)}
     result: dict[str, Any] = {
         "environment": environment(), "tokens": a.query.shape[2], "heads": a.query.shape[1],
         "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold,
         "gradient_l2": errors, "ms": ours, "dense_ms": dense, "speedup": speedup,
+        "backward_ms": backward, "backward_parts_ms": parts, "backward_extra_bytes": extra,
     }  # fmt: skip
     print(f"{a.query.shape[1]} heads x {a.query.shape[2]} tokens, density {arguments.density}")
     print(f"forward + backward {ours:.2f} ms, {speedup:.2f}x dense; gradients' L2 error: {shown}")
+    print("backward: " + ", ".join(f"{name} {time:.2f} ms" for name, time in backward.items()))
+    print("of it: " + ", ".join(f"{name} {time:.2f}" for name, time in parts.items()))
+    print(f"memory beside inputs {extra / 2**30:.2f} GiB")
     print("dense: " + ", ".join(f"{name} {time:.2f} ms" for name, time in dense.items()))
     print(f"wrote {write('backward', result, arguments.out)}")
 

@@ -1,8 +1,8 @@
 """Split attention in plain PyTorch that never builds a (tokens x keys) tensor.
 
-Serves CPU tensors, and the backward pass on every device: each chunk of query tiles gathers only
-the key blocks its route made exact, so time and memory follow the density. Summaries,
-scores, route and probe are those of `freqopt.kernels.reference`.
+Serves CPU tensors: each chunk of query tiles gathers only the key blocks its route made exact, so
+time and memory follow the density. Summaries, scores, route and probe are those of
+`freqopt.kernels.reference`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from freqopt.kernels.triton_backward_launch import split_backward
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+HALVES = [torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 ODD = [
@@ -23,6 +23,9 @@ ODD = [
     Case((5, 9, 11), dim=40, heads=4, kv_heads=2, batch=1, before=9, after=70, masked=True),
     Case((1, 1, 60), dim=32, heads=3, kv_heads=1),
 ]
+# The interpreter is slow, and a type changes little in it.
+PROBLEMS = [(case, torch.float32) for case in ODD]
+PROBLEMS += [(case, dtype) for dtype in HALVES for case in (ODD if ON_GPU else ODD[3:4])]
 
 
 @pytest.fixture(autouse=True)
@@ -73,20 +76,19 @@ def compare(case: Case, dtype: torch.dtype, budget: torch.Tensor | None = None) 
         assert relative(mine.float(), truth) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ODD, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS, ids=str)
 def test_gradients_are_those_of_the_reference(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
 
 
 @pytest.mark.parametrize("threshold", [0.0, torch.inf])
 def test_gradients_of_dense_and_of_local_routes(threshold: float) -> None:
-    case = ODD[1]
+    case = ODD[0]
     compare(case, torch.float32, torch.full((2, case.heads), threshold))
 
 
 def test_same_input_same_bits() -> None:
-    case = ODD[1]
+    case = ODD[-1]
     tensors = make_tensors(case)
     budget = budget_for(case, tensors, 0.3)
     first, second = (gradients(case, tensors, budget)[0] for _ in range(2))
