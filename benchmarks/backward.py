@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +19,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention import DENSE, GRIDS, threshold_for
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
+from freqopt.config import MID_RATIO
+from freqopt.kernels.layout import Sequence
 
 GATE = 2e-2
 """Largest relative L2 error of a gradient for which a time is printed."""
 
 
-def gradient_errors(a: Attention, grad: Tensor, threshold: float) -> dict[str, float]:
-    """Relative L2 error of each gradient of the first head, against float32."""
-    from freqopt.kernels import chunked, triton_backward_launch
-    from freqopt.kernels.layout import Sequence
-    from freqopt.kernels.op import split_attention_op
+class Prepared(NamedTuple):
+    """A forward that has run, and its backward pass alone."""
 
-    q, k, v, g = (x[:, :1].detach() for x in (a.query, a.key, a.value, grad))
-    sequence, scale = Sequence(a.grid, 0, 0), q.shape[-1] ** -0.5
-    budget = torch.full((2, 1), threshold, device=q.device)
-    out, _, _, route, coefficients = split_attention_op(
-        q, k, v, budget, None, list(a.grid), 0, 0, scale, 0.0, False, 64
-    )
-    found = triton_backward_launch.split_backward(
-        g, q, k, v, None, out, route, coefficients, sequence, scale=scale
-    )
-    truth = chunked.split_backward(
-        g.float(), q.float(), k.float(), v.float(), None, route, coefficients, sequence,
-        scale=scale, mid_band=False,
-    )  # fmt: skip
-    return {
-        name: float((mine.float() - true).norm() / true.norm())
-        for name, mine, true in zip(("query", "key", "value"), found, truth, strict=True)
-    }
+    route: Tensor
+    coefficients: Tensor
+    backward: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
-def prepared(a: Attention, grad: Tensor, threshold: float, mid_band: bool) -> Callable[[], object]:
-    """The backward pass alone, of a forward that has run."""
-    from freqopt.config import MID_RATIO
+def prepare(a: Attention, grad: Tensor, threshold: float, *, mid_band: bool = False) -> Prepared:
+    """Run the forward."""
     from freqopt.kernels import triton_backward_launch
-    from freqopt.kernels.layout import Sequence
     from freqopt.kernels.op import split_attention_op
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
@@ -62,9 +45,32 @@ def prepared(a: Attention, grad: Tensor, threshold: float, mid_band: bool) -> Ca
     out, _, _, route, coefficients = split_attention_op(
         *a[:3], budget, None, list(a.grid), 0, 0, scale, 0.0, mid_band, 64
     )
-    return lambda: triton_backward_launch.split_backward(
-        grad, *a[:3], None, out, route, coefficients, sequence, scale=scale, mid_band=mid_band
-    )
+
+    def backward() -> tuple[Tensor, Tensor, Tensor]:
+        return triton_backward_launch.split_backward(
+            grad, *a[:3], None, out, route, coefficients, sequence, scale=scale, mid_band=mid_band
+        )
+
+    return Prepared(route, coefficients, backward)
+
+
+def gradient_errors(
+    a: Attention, grad: Tensor, prepared: Prepared, *, mid_band: bool = False
+) -> dict[str, float]:
+    """Relative L2 error of each gradient of the first head, against float32."""
+    from freqopt.kernels import chunked
+
+    q, k, v, g = (x[:, :1].float() for x in (a.query, a.key, a.value, grad))
+    truth = chunked.split_backward(
+        g, q, k, v, None, prepared.route[:, :1], prepared.coefficients[:, :1],
+        Sequence(a.grid, 0, 0), scale=q.shape[-1] ** -0.5, mid_band=mid_band,
+    )  # fmt: skip
+    return {
+        name: float((mine[:, :1].float() - true).norm() / true.norm())
+        for name, mine, true in zip(
+            ("query", "key", "value"), prepared.backward(), truth, strict=True
+        )
+    }
 
 
 def kernel_times(call: Callable[[], object]) -> dict[str, float]:
@@ -73,11 +79,13 @@ def kernel_times(call: Callable[[], object]) -> dict[str, float]:
 
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     times: dict[str, float] = {}
     for event in profiler.key_averages():
+        if event.device_type.name != "CUDA":
+            continue
         ours = event.key.endswith("_kernel") and "::" not in event.key
         name = event.key if ours else "PyTorch"
         times[name] = times.get(name, 0.0) + event.self_device_time_total / 1000
@@ -94,14 +102,16 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def times_of(a: Attention, grad: Tensor, threshold: float) -> tuple[float, dict[str, float]]:
+def times_of(
+    a: Attention, grad: Tensor, threshold: float, *, mid_band: bool = False
+) -> tuple[float, dict[str, float]]:
     """Milliseconds of forward + backward: ours, and of each dense backend."""
     import freqopt
 
     leaves = [x.detach().requires_grad_() for x in a[:3]]
 
     def split() -> object:
-        out = freqopt.split_attention(*leaves, grid=a.grid, threshold=threshold)
+        out = freqopt.split_attention(*leaves, grid=a.grid, threshold=threshold, mid_band=mid_band)
         return torch.autograd.grad(out, leaves, grad)
 
     def dense() -> object:
@@ -118,35 +128,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="32K", choices=GRIDS)
     parser.add_argument("--density", type=float, default=0.10)
+    parser.add_argument("--mid-band", action="store_true", help="serve pairs near the threshold so")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here: this benchmark needs an NVIDIA GPU")
+    mid: dict[str, bool] = {"mid_band": arguments.mid_band}
     a = zoo_attention(GRIDS[arguments.size])
     grad = torch.randn_like(a.query)
     threshold = threshold_for(a, arguments.density)
-    errors = gradient_errors(a, grad, threshold)
+    prepared = prepare(a, grad, threshold, **mid)
+    errors = gradient_errors(a, grad, prepared, **mid)
     shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
     if not all(error <= GATE for error in errors.values()):
         raise SystemExit(f"FAILED its gate (relative L2 {shown}, at most {GATE}); no time reported")
-    ours, dense = times_of(a, grad, threshold)
+    ours, dense = times_of(a, grad, threshold, **mid)
     speedup = min(dense.values()) / ours
-    low_only, with_mid = (prepared(a, grad, threshold, mid) for mid in (False, True))
-    parts, extra = kernel_times(low_only), extra_bytes(low_only)
-    backward = {"low band only": milliseconds(low_only), "with a mid band": milliseconds(with_mid)}
+    alone, parts = milliseconds(prepared.backward), kernel_times(prepared.backward)
+    extra = extra_bytes(prepared.backward)
     result: dict[str, Any] = {
         "environment": environment(), "tokens": a.query.shape[2], "heads": a.query.shape[1],
-        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold,
+        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold, **mid,
         "gradient_l2": errors, "ms": ours, "dense_ms": dense, "speedup": speedup,
-        "backward_ms": backward, "backward_parts_ms": parts, "backward_extra_bytes": extra,
+        "backward_ms": alone, "backward_parts_ms": parts, "backward_extra_bytes": extra,
     }  # fmt: skip
     print(f"{a.query.shape[1]} heads x {a.query.shape[2]} tokens, density {arguments.density}")
     print(f"forward + backward {ours:.2f} ms, {speedup:.2f}x dense; gradients' L2 error: {shown}")
-    print("backward: " + ", ".join(f"{name} {time:.2f} ms" for name, time in backward.items()))
-    print("of it: " + ", ".join(f"{name} {time:.2f}" for name, time in parts.items()))
-    print(f"memory beside inputs {extra / 2**30:.2f} GiB")
     print("dense: " + ", ".join(f"{name} {time:.2f} ms" for name, time in dense.items()))
-    print(f"wrote {write('backward', result, arguments.out)}")
+    print(f"backward {alone:.2f} ms, {extra / 2**30:.2f} GiB beside its inputs; of it:")
+    print(", ".join(f"{name} {time:.2f}" for name, time in parts.items()))
+    name = "backward_mid" if arguments.mid_band else "backward"
+    print(f"wrote {write(name, result, arguments.out)}")
 
 
 if __name__ == "__main__":

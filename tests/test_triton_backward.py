@@ -48,8 +48,9 @@ print(json.dumps({{n: k.metadata.shared for n, k in found.items()}}))
 if torch.cuda.is_available():
     from triton_backward_checks import *  # noqa: F403
 else:
-    from triton_backward_checks import (
-        test_gradients_of_every_head_dim_on_the_gpu,  # noqa: F401
+    from triton_backward_checks import (  # noqa: F401
+        test_a_graph_of_forward_and_backward_replays_with_other_content,
+        test_gradients_of_every_head_dim_on_the_gpu,
     )
 
     def test_in_the_interpreter() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from attention_cases import CASES, Case, budget_for, make_tensors, reference_split, relative
 
+import freqopt
 from freqopt.kernels import chunked
 from freqopt.kernels.layout import Settings
 from freqopt.kernels.triton_backward_launch import split_backward
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-HALVES = [torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 ODD = [
@@ -23,9 +23,11 @@ ODD = [
     Case((5, 9, 11), dim=40, heads=4, kv_heads=2, batch=1, before=9, after=70, masked=True),
     Case((1, 1, 60), dim=32, heads=3, kv_heads=1),
 ]
-# The interpreter is slow, and a type changes little in it.
-PROBLEMS = [(case, torch.float32) for case in ODD]
-PROBLEMS += [(case, dtype) for dtype in HALVES for case in (ODD if ON_GPU else ODD[3:4])]
+# All cases in one type, one in the others: every type and head dim is compiled or interpreted anew.
+FIRST, *OTHERS = (
+    [torch.bfloat16, torch.float32, torch.float16] if ON_GPU else [torch.float32, torch.float16]
+)
+PROBLEMS = [*((case, FIRST) for case in ODD), *((ODD[3], dtype) for dtype in OTHERS)]
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +98,41 @@ def test_same_input_same_bits() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradients_of_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
-    compare(Case((7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True), dtype)
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16), (128, torch.float32),
+     (256, torch.bfloat16), (256, torch.float32)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mid", [False, True])
+def test_gradients_of_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype, mid: bool) -> None:
+    compare(
+        Case((7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True, mid=mid),
+        dtype,
+    )
+
+
+@pytest.mark.gpu
+def test_a_graph_of_forward_and_backward_replays_with_other_content() -> None:
+    case = Case((7, 13, 17), dim=64)
+    held = [x.cuda().half().requires_grad_() for x in make_tensors(case)[:3]]
+
+    def both(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = freqopt.split_attention(*leaves, grid=case.grid, threshold=0.7)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(*held)
+    other = [x.cuda().half().requires_grad_() for x in make_tensors(case, 1)[:3]]
+    with torch.no_grad():
+        for mine, new in zip(held, other, strict=True):
+            mine.copy_(new)
+    graph.replay()
+    for mine, expected in zip(captured, both(*other), strict=True):
+        assert torch.equal(mine, expected)
