@@ -61,7 +61,7 @@ else:
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
-        assert "13 passed" in done.stdout and "skipped" not in done.stdout
+        assert "15 passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize(

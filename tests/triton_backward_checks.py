@@ -10,6 +10,8 @@ import torch
 from attention_cases import CASES, Case, budget_for, make_tensors, reference_split, relative
 
 import freqopt
+from benchmarks.backward import gradient_errors, prepare
+from benchmarks.tensors import Attention
 from freqopt.kernels import chunked
 from freqopt.kernels.layout import Settings
 from freqopt.kernels.triton_backward_launch import split_backward
@@ -95,6 +97,16 @@ def test_same_input_same_bits() -> None:
     budget = budget_for(case, tensors, 0.3)
     first, second = (gradients(case, tensors, budget)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mid", [False, True])
+def test_the_benchmark_compares_both_bands_with_the_definition(mid: bool) -> None:
+    given = torch.randn(4, 1, 2, 180, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    attention = Attention(given[0], given[1], given[2], (3, 6, 10))
+    prepared = prepare(attention, given[3], 3.0, mid_band=mid)
+    assert set(prepared.route.unique().tolist()) == {1 if mid else 0, 2}
+    errors = gradient_errors(attention, given[3], prepared, mid_band=mid)
+    assert max(errors.values()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu
