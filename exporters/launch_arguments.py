@@ -34,8 +34,9 @@ def launch_arguments(given: Specialised, made: Any) -> tuple[str, ...]:
     names: list[str] = []
     sizes: list[int] = []
     maps = 0
+    constants = given.all_constants()
     for argument in given.function.arg_names:
-        if argument in given.constants:
+        if argument in constants:
             continue
         if given.function.is_gluon() and argument in DESCRIPTORS:
             maps += 1

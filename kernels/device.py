@@ -16,3 +16,11 @@ def shared_memory(device: torch.device | str) -> int:
         return HOPPER_SHARED
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
+
+
+def processors(device: torch.device | str) -> int:
+    """Streaming multiprocessors of a GPU; 1 where there is none."""
+    if torch.device(device).type != "cuda":
+        return 1
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)

@@ -47,27 +47,42 @@ def attend(
     query: Tensor, order: Tensor, key: Tensor, value: Tensor, text_key: Tensor, text_value: Tensor,
     key_mask: Tensor | None, low_key: Tensor, low_value: Tensor, low_order: Tensor,
     key_shift: Tensor, mass_term: Tensor, coefficients: Tensor, exact_list: Tensor, counts: Tensor,
-    out: Tensor, sequence: Sequence, scale: float,
+    out: Tensor, sequence: Sequence, scale: float, tile_list: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The fused low-band, text and exact attention of the video queries, into `out` (B, H, N, D).
 
     key, value: in token order; text_key, text_value: (B, Hkv, N, D) as the model gave them.
+    tile_list: (tiles,) int32, which tiles the rows of mass terms, lists and counts are; with it
+    key and value are read as the model gave them, too.
     """
-    from freqopt.kernels.gluon_attend import attend_hopper_kernel
-
     batch, heads, _, dim = query.shape
     kv_heads, blocks = low_key.shape[1:3]
     tiles = mass_term.shape[2]
-    texts = [key, value]
+    texts = [low_key, low_value]  # not read
     if sequence.text:
         texts = [_text_rows(x, sequence) for x in (text_key, text_value)]
-    attend_hopper_kernel[(tiles, batch * heads)](
-        query, order, *map(_descriptor, (key, value, *texts)),
+    # What both kernels take, in front of the keys' own strides and behind.
+    common = (
         counts if key_mask is None else key_mask,
         *map(_descriptor, (low_key, low_value, low_order)), key_shift,
         mass_term, coefficients, exact_list, counts, out,
         *query.stride()[:3], 0 if key_mask is None else key_mask.stride(0), *out.stride()[:3],
         heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text,
         sequence.text_before, scale,
-        D=dim, HAS_MASK=key_mask is not None, STAGES=STAGES[dim], num_warps=4,
     )  # fmt: skip
+    options = {
+        "D": dim, "HAS_MASK": key_mask is not None, "STAGES": STAGES[dim], "num_warps": 4
+    }  # fmt: skip
+    if tile_list is None:
+        from freqopt.kernels.gluon_attend import attend_hopper_kernel
+
+        attend_hopper_kernel[(tiles, batch * heads)](
+            query, order, *map(_descriptor, (key, value, *texts)), *common, **options
+        )
+    else:
+        from freqopt.kernels.gluon_gather import gather_hopper_kernel
+
+        gather_hopper_kernel[(tiles, batch * heads)](
+            query, order, key, value, *map(_descriptor, texts), *common,
+            *key.stride()[:3], *value.stride()[:3], tile_list, **options,
+        )  # fmt: skip

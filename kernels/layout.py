@@ -9,9 +9,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from freqopt.config import KEY_BLOCK
 from freqopt.grid import Grid, token_order
+
+PER_BYTE = 4
+"""Pairs of a packed route to a byte, two bits each."""
 
 
 class Settings(NamedTuple):
@@ -90,3 +95,24 @@ def text_bias(mask: Tensor | None, text_key: Tensor) -> Tensor:
     if mask is None:
         return bias
     return bias.masked_fill(~mask[:, None, None, :], -torch.inf)
+
+
+def pack_route(route: Tensor) -> Tensor:
+    """(B, H, tiles, blocks) int8 -> (B, H, tiles, ceil(blocks / 4)) uint8.
+
+    The first of four blocks is in a byte's lowest bits.
+    """
+    missing = -route.shape[-1] % PER_BYTE
+    fours = F.pad(route, (0, missing)).to(torch.uint8).unflatten(-1, (-1, PER_BYTE))
+    packed = torch.zeros_like(fours[..., 0])
+    for i in range(PER_BYTE):
+        packed |= fours[..., i] << (2 * i)
+    return packed
+
+
+def unpack_route(route: Tensor, tokens: int) -> Tensor:
+    """The (B, H, tiles, blocks) int8 route of so many video tokens, from either form."""
+    if route.dtype == torch.int8:
+        return route
+    bands = torch.stack([(route >> (2 * i)) & 3 for i in range(PER_BYTE)], -1).flatten(-2)
+    return bands[..., : -(-tokens // KEY_BLOCK)].to(torch.int8)

@@ -18,7 +18,8 @@ from freqopt.errors import InputError
 from freqopt.grid import check_grid
 from freqopt.kernels import chunked
 from freqopt.kernels.device import shared_memory
-from freqopt.kernels.layout import Sequence, Settings
+from freqopt.kernels.layout import PER_BYTE, Sequence, Settings, pack_route, unpack_route
+from freqopt.kernels.workspace import is_long
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -59,14 +60,16 @@ def split_attention_op(
 
     Returns:
         out (B, H, N, D); density (B, H); probe_error (B, H); route (B, H, tiles, blocks) int8
-        (0 low, 1 mid, 2 exact); coefficients (B, H, 2) float32, the probe's c and g.
+        (0 low, 1 mid, 2 exact), of long sequences (`workspace.is_long`) as layout.pack_route packs
+        it; coefficients (B, H, 2) float32, the probe's c and g.
     """
+    sequence = _sequence(grid, text_before, text_after)
     out, split = chunked.split_forward(
-        query, key, value, budget, key_mask, _sequence(grid, text_before, text_after),
-        Settings(scale, density, mid_band, probes),
-    )  # fmt: skip
+        query, key, value, budget, key_mask, sequence, Settings(scale, density, mid_band, probes)
+    )
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
-    return out, split.density, split.probe.error, split.route, coefficients
+    route = pack_route(split.route) if is_long(sequence.tokens) else split.route
+    return out, split.density, split.probe.error, route, coefficients
 
 
 @split_attention_op.register_kernel("cuda")
@@ -91,11 +94,15 @@ def _split_attention_fake(
     tiles = (tokens + QUERY_TILE - 1) // QUERY_TILE
     blocks = (tokens + KEY_BLOCK - 1) // KEY_BLOCK
     per_head = query.new_empty((batch, heads), dtype=torch.float32)
+    route = query.new_empty((batch, heads, tiles, blocks), dtype=torch.int8)
+    if is_long(tokens):
+        packed = (batch, heads, tiles, (blocks + PER_BYTE - 1) // PER_BYTE)
+        route = query.new_empty(packed, dtype=torch.uint8)
     return (
         query.new_empty((batch, length, heads, dim)).transpose(1, 2),
         per_head,
         torch.empty_like(per_head),
-        query.new_empty((batch, heads, tiles, blocks), dtype=torch.int8),
+        route,
         query.new_empty((batch, heads, 2), dtype=torch.float32),
     )
 
@@ -124,9 +131,10 @@ def split_attention_backward_op(
     mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; out, route and coefficients are the forward's own."""
+    sequence = _sequence(grid, text_before, text_after)
     grads = chunked.split_backward(
-        grad, query, key, value, key_mask, route, coefficients,
-        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
+        grad, query, key, value, key_mask, unpack_route(route, sequence.tokens), coefficients,
+        sequence, scale=scale, mid_band=mid_band,
     )  # fmt: skip
     return _by_tokens(grads[0]), _by_tokens(grads[1]), _by_tokens(grads[2])
 
@@ -144,9 +152,10 @@ def _split_attention_backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from freqopt.kernels.triton_backward_launch import split_backward
 
+    sequence = _sequence(grid, text_before, text_after)
     return split_backward(
-        grad, query, key, value, key_mask, out, route, coefficients,
-        _sequence(grid, text_before, text_after), scale=scale, mid_band=mid_band,
+        grad, query, key, value, key_mask, out, unpack_route(route, sequence.tokens),
+        coefficients, sequence, scale=scale, mid_band=mid_band,
     )  # fmt: skip
 
 

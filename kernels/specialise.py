@@ -63,6 +63,11 @@ class Specialised(NamedTuple):
     options: dict[str, int]
     tile: int
 
+    def all_constants(self) -> dict[str, Any]:
+        """With what the kernel does by default: only long sequences have it do otherwise."""
+        defaults = {p.name: p.default for p in self.function.params if p.has_default}
+        return {**defaults, **self.constants}
+
 
 def specialisations(variant: Variant) -> Iterator[Specialised]:
     """Every kernel that one call launches, in no particular order; portable ones only.
@@ -163,12 +168,13 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
             "Triton runs in its interpreter, which compiles nothing; unset TRITON_INTERPRET"
         )
     own = DTYPES[variant.dtype]
+    constants = given.all_constants()
     gluon = given.function.is_gluon()
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, argument in enumerate(given.function.arg_names):
         aligned = False
-        if argument in given.constants:
+        if argument in constants:
             signature[argument] = "constexpr"
         elif gluon and argument in DESCRIPTORS:
             signature[argument] = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
@@ -183,7 +189,7 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if gluon else ASTSource)(
-        given.function, signature, given.constants, attributes
+        given.function, signature, constants, attributes
     )
     target = GPUTarget("cuda", variant.capability, 32)
     made = triton.compile(source, target=target, options=given.options)

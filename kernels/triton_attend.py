@@ -35,6 +35,16 @@ def _text_logits(
 
 
 @triton.jit
+def _source_rows(order, position, tokens, text_before):
+    """Rows of the model's tensors that hold tokens of the given positions; past the end, the last.
+
+    Whoever reads a row past the end masks its logit, so that its weight is zero.
+    """
+    last = tokens - 1
+    return tl.load(order + tl.minimum(position, last)).to(tl.int64) + text_before
+
+
+@triton.jit
 def probe_kernel(
     query, order, key, value, text_key, text_value, key_mask, route, key_shift,
     peak_out, mass_out, exact_out, missing_out,
@@ -42,9 +52,12 @@ def probe_kernel(
     stride_vn, stride_mb,
     heads, group_size, tokens, tiles, blocks, probes, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IN_PLACE: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BP probes of one head against one range of key blocks (text in the last range).
+
+    IN_PLACE: key and value are the model's own, as text_key and text_value, and the route has a row
+    for each probe, not for each tile.
 
     Keeps apart what the route serves exactly and what it misses: for each probe the running peak,
     the two masses and the two weighted value sums, merged by the host over ranges.
@@ -68,8 +81,11 @@ def probe_kernel(
     scale_log2 = scale * LOG2E
     shift_key = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
     shift = tl.sum(q.to(tl.float32) * shift_key[None, :], 1) * scale_log2
-    routes = route + (pair * tiles + position // 128) * blocks
+    routes = route + (pair * tiles + (probe if IN_PLACE else position // 128)) * blocks
     row = tl.arange(0, BLOCK)
+    if IN_PLACE:
+        key += batch * stride_kb + key_head * stride_kh
+        value += batch * stride_vb + key_head * stride_vh
 
     peak = tl.full((BP,), -1e30, tl.float32)
     exact_mass = tl.zeros((BP,), tl.float32)
@@ -78,9 +94,14 @@ def probe_kernel(
     missing_acc = tl.zeros((BP, DP), tl.float32)
     span = tl.cdiv(blocks, parts)
     for block in range(part * span, tl.minimum((part + 1) * span, blocks)):
-        where = (row + (key_pair * blocks + block) * BLOCK)[:, None] * D + col[None, :]
-        k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
-        v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
+        if IN_PLACE:
+            rows = _source_rows(order, row + block * BLOCK, tokens, text_before)[:, None]
+            k = tl.load(key + rows * stride_kn + col[None, :], mask=in_dim[None, :], other=0.0)
+            v = tl.load(value + rows * stride_vn + col[None, :], mask=in_dim[None, :], other=0.0)
+        else:
+            where = (row + (key_pair * blocks + block) * BLOCK)[:, None] * D + col[None, :]
+            k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
+            v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - shift[:, None]
         logit = tl.where((row + block * BLOCK < tokens)[None, :], logit, -float("inf"))
         is_exact = tl.load(routes + block, mask=real, other=0) == 2
@@ -147,17 +168,18 @@ def _online_step(q, k, v, bias, shift, scale_log2, peak, mass, acc, PRECISION: t
 
 @triton.jit
 def _exact_step(
-    q, key, value, rows, col, shift, scale_log2, peak, mass, acc,
+    q, key, value, rows, stride_kn, stride_vn, col, shift, scale_log2, peak, mass, acc,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of exact keys, whole blocks at `rows` of the ordered buffers: nothing is masked."""
-    where = rows[:, None] * D + col[None, :]
+    """One tile of exact keys, whole blocks at `rows` of key and value: nothing is masked."""
+    k_where = rows[:, None] * stride_kn + col[None, :]
+    v_where = rows[:, None] * stride_vn + col[None, :]
     if D == DP:
-        k = tl.load(key + where)
-        v = tl.load(value + where)
+        k = tl.load(key + k_where)
+        v = tl.load(value + v_where)
     else:
-        k = tl.load(key + where, mask=(col < D)[None, :], other=0.0)
-        v = tl.load(value + where, mask=(col < D)[None, :], other=0.0)
+        k = tl.load(key + k_where, mask=(col < D)[None, :], other=0.0)
+        v = tl.load(value + v_where, mask=(col < D)[None, :], other=0.0)
     logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     new_peak = tl.maximum(peak, tl.max(logit, 1) * scale_log2 - shift)
     weight = tl.exp2(logit * scale_log2 - (new_peak + shift)[:, None])
@@ -201,12 +223,14 @@ def attend_kernel(
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr, TEXT: tl.constexpr,
     HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    IN_PLACE: tl.constexpr = False, tile_list=None,
 ):  # fmt: skip
     """One program: BM queries of one tile, through low band, mid band, text and exact blocks.
 
-    WIDE: key blocks per step of the exact loop. The low band comes first: its first-order term is
-    then one product with the running mass, and the exact loop is a plain list-driven flash loop
-    whose peak is already close to final.
+    WIDE: key blocks per step of the exact loop. IN_PLACE: key and value are the model's own, as
+    text_key and text_value. tile_list: as in score_kernel, of mass terms, lists and counts. The low
+    band comes first: its first-order term is then one product with the running mass, and the exact
+    loop is a plain list-driven flash loop whose peak is already close to final.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -215,6 +239,9 @@ def attend_kernel(
     key_pair = batch * (heads // group_size) + key_head
     tile = part * BM // 128
     row = pair * tiles + tile
+    if tile_list is not None:
+        tile = tl.load(tile_list + tile)
+        part = tile * (128 // BM) + part % (128 // BM)
     col = tl.arange(0, DP)
     in_dim = col < D
     position = part * BM + tl.arange(0, BM)
@@ -322,6 +349,9 @@ def attend_kernel(
     n_exact = tl.load(counts + row * 2)
     exact_list += row * blocks
     base = key_pair * blocks * BLOCK
+    if IN_PLACE:
+        key += batch * stride_kb + key_head * stride_kh
+        value += batch * stride_vb + key_head * stride_vh
     n_full = n_exact
     if RAGGED:
         last = tl.load(exact_list + n_exact - 1)
@@ -333,21 +363,31 @@ def attend_kernel(
             rows = tl.load(exact_list + i) * BLOCK + lane
         else:
             rows = tl.load(exact_list + i + lane // BLOCK) * BLOCK + lane % BLOCK
+        rows = _source_rows(order, rows, tokens, text_before) if IN_PLACE else base + rows
         peak, mass, acc = _exact_step(
-            q, key, value, base + rows, col, shift, scale_log2, peak, mass, acc, D, DP, PRECISION
-        )
+            q, key, value, rows, stride_kn if IN_PLACE else D, stride_vn if IN_PLACE else D, col,
+            shift, scale_log2, peak, mass, acc, D, DP, PRECISION,
+        )  # fmt: skip
     if WIDE > 1:
         for i in range(n_wide, n_full):
             rows = tl.load(exact_list + i) * BLOCK + column
+            rows = _source_rows(order, rows, tokens, text_before) if IN_PLACE else base + rows
             peak, mass, acc = _exact_step(
-                q, key, value, base + rows, col, shift, scale_log2, peak, mass, acc, D, DP,
-                PRECISION,
+                q, key, value, rows, stride_kn if IN_PLACE else D, stride_vn if IN_PLACE else D,
+                col, shift, scale_log2, peak, mass, acc, D, DP, PRECISION,
             )  # fmt: skip
     if RAGGED:
         if n_full < n_exact:
-            where = (base + (blocks - 1) * BLOCK + column)[:, None] * D + col[None, :]
-            k = tl.load(key + where, mask=in_dim[None, :], other=0.0)
-            v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
+            if IN_PLACE:
+                rows = (blocks - 1) * BLOCK + column
+                rows = _source_rows(order, rows, tokens, text_before)[:, None]
+                k_where = rows * stride_kn + col[None, :]
+                v_where = rows * stride_vn + col[None, :]
+            else:
+                k_where = (base + (blocks - 1) * BLOCK + column)[:, None] * D + col[None, :]
+                v_where = k_where
+            k = tl.load(key + k_where, mask=in_dim[None, :], other=0.0)
+            v = tl.load(value + v_where, mask=in_dim[None, :], other=0.0)
             inside = (blocks - 1) * BLOCK + column < tokens
             bias = tl.where(inside, 0.0, -float("inf"))
             peak, mass, acc, fade = _online_step(

@@ -186,9 +186,11 @@ def estimate_kernel(
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BY_PROBE: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BP probes of one head against BJ columns of the approximate bands.
+
+    BY_PROBE: mass_term and route have a row for each probe, not for each tile.
 
     Columns are the key blocks, then (with MID) the sub-blocks. Writes (pairs, probes, columns):
     logits less the probe's softmax sum, float32, -inf where another band serves the pair; and what
@@ -205,7 +207,7 @@ def estimate_kernel(
         query + batch * stride_qb + head * stride_qh, order, probe, probes, tokens, text_before,
         stride_qn, col, D,
     )  # fmt: skip
-    row = (pair * tiles + tile)[:, None] * blocks
+    row = (pair * tiles + (probe if BY_PROBE else tile))[:, None] * blocks
     log_total = tl.load(peak + pair * parts * probes + probe, mask=real, other=0.0)
     low_steps = tl.cdiv(blocks, BJ)
     step = tl.program_id(0)

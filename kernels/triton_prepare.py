@@ -45,12 +45,13 @@ def summarise_kernel(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, MID: tl.constexpr,
+    COPY: tl.constexpr = True,
 ):  # fmt: skip
     """One program: GROUP consecutive key blocks of one key head.
 
-    Writes the keys and values in token order, each block's means, key variance (in the keys' type:
-    routing needs no more) and squared value spread, and the group's sums of k, v and v * v (three
-    rows); with MID also means and key variance of sub-blocks of 8.
+    Writes the keys and values in token order (with COPY), each block's means, key variance (in the
+    keys' type: routing needs no more) and squared value spread, and the group's sums of k, v and
+    v * v (three rows); with MID also means and key variance of sub-blocks of 8.
 
     Meant for one warp: rows are added up in registers, 8 at a time, and only lanes exchange sums.
     Exchanging them between warps, through shared memory, took twice the time of the copies.
@@ -87,9 +88,10 @@ def summarise_kernel(
             v_raw = tl.load(
                 value + source[:, None] * stride_vn + col[None, :], mask=mask, other=0.0
             )
-            ordered = (base * BLOCK + part * SUB + row)[:, None] * D + col[None, :]
-            tl.store(key_out + ordered, k_raw, mask=there[None, :])
-            tl.store(value_out + ordered, v_raw, mask=there[None, :])
+            if COPY:
+                ordered = (base * BLOCK + part * SUB + row)[:, None] * D + col[None, :]
+                tl.store(key_out + ordered, k_raw, mask=there[None, :])
+                tl.store(value_out + ordered, v_raw, mask=there[None, :])
             k, v = k_raw.to(tl.float32), v_raw.to(tl.float32)
             k_sums += tl.sum(tl.reshape(k, (SUB // ROWS, ROWS, DP)), 0)
             k_squares += tl.sum(tl.reshape(k * k, (SUB // ROWS, ROWS, DP)), 0)
@@ -131,11 +133,14 @@ def summarise_kernel(
 def first_order_kernel(
     key, value, key_mean, first_order, tokens, blocks,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, FINE: tl.constexpr,
+    order=None, stride_kb=0, stride_kh=0, stride_kn=0, stride_vb=0, stride_vh=0, stride_vn=0,
+    heads=1, text_before=0,
 ):  # fmt: skip
     """One program: sum of v (k - mean)^T over GROUP consecutive key blocks of one key head.
 
-    key, value: in token order, (pairs, blocks * 64, D). The mean is the block's, or with FINE that
-    of the key's sub-block of 8.
+    key, value: in token order, (pairs, blocks * 64, D); with an order, as the model gave them, and
+    the arguments after it are theirs. The mean is the block's, or with FINE that of the key's
+    sub-block of 8.
     """
     group = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -147,9 +152,19 @@ def first_order_kernel(
         block = group * GROUP + i
         mask = (block * BLOCK + row < tokens)[:, None] & in_dim[None, :]
         base = pair * blocks + block
-        where = (base * BLOCK + row)[:, None] * D + col[None, :]
-        k = tl.load(key + where, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(value + where, mask=mask, other=0.0)
+        if order is None:
+            where = (base * BLOCK + row)[:, None] * D + col[None, :]
+            k = tl.load(key + where, mask=mask, other=0.0).to(tl.float32)
+            v = tl.load(value + where, mask=mask, other=0.0)
+        else:
+            position = block * BLOCK + row
+            source = tl.load(order + position, mask=position < tokens, other=0).to(tl.int64)
+            source = (source + text_before)[:, None]
+            k_head = key + pair // heads * stride_kb + pair % heads * stride_kh
+            v_head = value + pair // heads * stride_vb + pair % heads * stride_vh
+            k = tl.load(k_head + source * stride_kn + col[None, :], mask=mask, other=0.0)
+            k = k.to(tl.float32)
+            v = tl.load(v_head + source * stride_vn + col[None, :], mask=mask, other=0.0)
         if FINE:
             size = tl.minimum(
                 tl.maximum(tokens - block * BLOCK - tl.arange(0, BLOCK // SUB) * SUB, 1), SUB
@@ -190,9 +205,11 @@ def score_kernel(
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, tiles, blocks, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, TILES: tl.constexpr, BJ: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, tile_list=None,
 ):  # fmt: skip
     """One program: TILES query tiles of one head against every key block, in two passes.
+
+    tile_list: (tiles,) int32, which tiles the `tiles` rows of the results are; without it, all.
 
     The first pass finds the softmax normaliser of each sub-tile, the second writes the routing
     score (float32) and the second-order mass term (float16) of each (tile, block) pair. Operands
@@ -210,6 +227,11 @@ def score_kernel(
     spread += key_pair * blocks
 
     sub = first * SUBS + tl.arange(0, ROWS)
+    if tile_list is not None:
+        listed = first + tl.arange(0, ROWS) // SUBS
+        past = tl.cdiv(tokens, 128)
+        sub = tl.load(tile_list + listed, mask=listed < tiles, other=past) * SUBS
+        sub += tl.arange(0, ROWS) % SUBS
     col = tl.arange(0, DP)
     count = tl.minimum(tl.maximum(tokens - sub * SUB, 0), SUB).to(tl.float32)
     pooled = tl.zeros((ROWS, DP), tl.float32)

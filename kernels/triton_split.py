@@ -37,7 +37,7 @@ from freqopt.kernels.triton_prepare import (
     summarise_kernel,
 )
 from freqopt.kernels.tuned import launch_on
-from freqopt.kernels.workspace import bytes_per_key_head, turns
+from freqopt.kernels.workspace import bytes_per_key_head, is_long, turns
 
 GROUP = 4
 """Key blocks per program of the summaries."""
@@ -79,10 +79,12 @@ MAX_PARTS = 64
 class Summaries(NamedTuple):
     """Ordered keys and values (B, Hkv, J * 64, D) and their summaries, per key head.
 
-    key_shift (.., D) float32: the mean key, on which low_key is centred; key_var (.., J, D) in the
-    keys' type; spread (.., J) float32; low_order, fine_order (.., D, D): H-bar before scaling.
+    in_place: key and value are the model's own instead, (B, Hkv, N, D) of any strides. key_shift
+    (.., D) float32: the mean key, on which low_key is centred; key_var (.., J, D) in the keys'
+    type; spread (.., J) float32; low_order, fine_order (.., D, D): H-bar before scaling.
     """
 
+    in_place: bool
     key: Tensor
     value: Tensor
     key_shift: Tensor
@@ -98,9 +100,13 @@ class Summaries(NamedTuple):
 
 
 def summarise(
-    key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool, launch: Launch
-) -> Summaries:
-    """Reorder keys and values and summarise them, in one pass over memory."""
+    key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool, launch: Launch,
+    *, ordered: bool = True,
+) -> Summaries:  # fmt: skip
+    """Reorder keys and values and summarise them, in one pass over memory.
+
+    ordered: without it nothing is reordered, and who needs keys and values reads them in place.
+    """
     batch, heads, _, dim = key.shape
     tokens = sequence.tokens
     blocks = triton.cdiv(tokens, KEY_BLOCK)
@@ -114,7 +120,15 @@ def summarise(
     def native(*shape: int) -> Tensor:
         return torch.empty(*per_head, *shape, device=key.device, dtype=key.dtype)
 
-    key_out, value_out = native(blocks * KEY_BLOCK, dim), native(blocks * KEY_BLOCK, dim)
+    order = token_order(sequence.grid, key.device)
+    key_out, value_out = key, value
+    in_place: dict[str, Any] = {}
+    if ordered:
+        key_out, value_out = native(blocks * KEY_BLOCK, dim), native(blocks * KEY_BLOCK, dim)
+    else:
+        in_place = {"order": order, "heads": heads, "text_before": sequence.text_before}
+        for name, x in (("k", key), ("v", value)):
+            in_place |= {f"stride_{name}{at}": x.stride(i) for i, at in enumerate("bhn")}
     key_mean, key_var = single(blocks, dim), native(blocks, dim)
     low_key, low_value = native(blocks, dim), native(blocks, dim)
     spread, sums = single(blocks), single(groups, 3, dim)
@@ -123,12 +137,11 @@ def summarise(
     fine_var = single(fine_rows, dim)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     summarise_kernel[(batch * heads, groups)](
-        key, value, token_order(sequence.grid, key.device),
-        key_out, value_out, key_mean, low_value, key_var, spread, sums,
+        key, value, order, key_out, value_out, key_mean, low_value, key_var, spread, sums,
         fine_key, fine_value, fine_var,
         *key.stride()[:3], *value.stride()[:3],
         heads, tokens, blocks, sequence.text_before,
-        **size, GROUP=GROUP, MID=mid_band, num_warps=SUMMARY_WARPS, num_stages=1,
+        **size, GROUP=GROUP, MID=mid_band, COPY=ordered, num_warps=SUMMARY_WARPS, num_stages=1,
     )  # fmt: skip
     cols = min(TOTAL_COLS, padded_dim(dim))
     parts = padded_dim(dim) // cols
@@ -147,14 +160,15 @@ def summarise(
     for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
         first_order_kernel[(spans, batch * heads)](
             key_out, value_out, key_mean, first_order, tokens, blocks,
-            **size, GROUP=ORDER_GROUP, FINE=fine,
+            **size, GROUP=ORDER_GROUP, FINE=fine, **in_place,
             num_warps=launch.order_warps, num_stages=launch.order_stages,
         )  # fmt: skip
         order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
             first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
         )
     return Summaries(
-        key=key_out, value=value_out, key_shift=key_shift, key_var=key_var, spread=spread,
+        in_place=not ordered, key=key_out, value=value_out,
+        key_shift=key_shift, key_var=key_var, spread=spread,
         low_key=low_key, low_value=low_value, low_order=low_order,
         fine_key=fine_key, fine_value=fine_value, fine_var=fine_var, fine_order=fine_order,
     )  # fmt: skip
@@ -170,6 +184,37 @@ class Route(NamedTuple):
     mass_term: Tensor
 
 
+def score_tiles(
+    query: Tensor, summaries: Summaries, score: Tensor, mass_term: Tensor, sequence: Sequence,
+    *, scale: float, launch: Launch, tile_list: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write scores (float32) and mass terms (float16) of tiles, both (B, H, tiles, blocks).
+
+    tile_list: (tiles,) int32, which ones; all of them without it.
+    """
+    batch, heads, tiles, blocks = score.shape
+    dim = query.shape[-1]
+    listed = {} if tile_list is None else {"tile_list": tile_list}
+    score_kernel[(batch * heads, triton.cdiv(tiles, launch.score_tiles))](
+        query, token_order(sequence.grid, query.device),
+        summaries.low_key, summaries.key_var, summaries.spread, score, mass_term,
+        *query.stride()[:3],
+        heads, heads // summaries.low_key.shape[1], sequence.tokens, tiles, blocks,
+        sequence.text_before, scale,
+        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=launch.score_blocks,
+        PRECISION=launch.precision, **listed,
+        num_warps=launch.score_warps, num_stages=launch.score_stages,
+    )  # fmt: skip
+
+
+def given_limits(budget: Tensor, batch: int, mid_band: bool) -> Tensor:
+    """Thresholds (B, H, 2) of every head from the budget."""
+    heads = budget.shape[1]
+    limits = torch.empty(batch, heads, 2, device=budget.device, dtype=torch.float32)
+    limits_kernel[(batch * heads,)](budget.float().contiguous(), limits, heads, MID=mid_band)
+    return limits
+
+
 def make_route(
     query: Tensor,
     summaries: Summaries,
@@ -182,26 +227,17 @@ def make_route(
     launch: Launch,
 ) -> Route:
     """Score every (query tile, key block) pair and choose its band."""
-    batch, heads, _, dim = query.shape
-    kv_heads, blocks = summaries.low_key.shape[1:3]
+    batch, heads = query.shape[:2]
+    blocks = summaries.low_key.shape[2]
     tiles = triton.cdiv(sequence.tokens, QUERY_TILE)
     shape = (batch, heads, tiles, blocks)
     score = torch.empty(shape, device=query.device, dtype=torch.float32)
     mass_term = torch.empty(shape, device=query.device, dtype=torch.float16)
-    score_kernel[(batch * heads, triton.cdiv(tiles, launch.score_tiles))](
-        query, token_order(sequence.grid, query.device),
-        summaries.low_key, summaries.key_var, summaries.spread, score, mass_term,
-        *query.stride()[:3],
-        heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=launch.score_blocks,
-        PRECISION=launch.precision, num_warps=launch.score_warps, num_stages=launch.score_stages,
-    )  # fmt: skip
-    limits = torch.empty(batch, heads, 2, device=query.device, dtype=torch.float32)
+    score_tiles(query, summaries, score, mass_term, sequence, scale=scale, launch=launch)
     if density > 0.0:
-        thresholds = ref.resolve_thresholds(score, budget, density, mid_band)
-        torch.stack(thresholds, -1, out=limits)
+        limits = torch.stack(ref.resolve_thresholds(score, budget, density, mid_band), -1)
     else:
-        limits_kernel[(batch * heads,)](budget.float().contiguous(), limits, heads, MID=mid_band)
+        limits = given_limits(budget, batch, mid_band)
     route = torch.empty(shape, device=query.device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=query.device, dtype=torch.int32)
     mid_list = torch.empty(shape if mid_band else (1,), device=query.device, dtype=torch.int32)
@@ -229,6 +265,7 @@ def fit_probes(
 ) -> tuple[Tensor, Tensor]:
     """Attend a few queries exactly, and fit c and g on what the bands would have made of them.
 
+    Where keys are read in place, the route has a row for each probe, not for each tile.
     Returns coefficients (B, H, 2) and the relative L2 error left (B, H), as reference.fit_probe.
     """
     batch, heads, _, dim = query.shape
@@ -254,7 +291,8 @@ def fit_probes(
         key_mask.stride(0) if key_mask is not None else 0,
         heads, group_size, tokens, tiles, blocks, probes, sequence.text, text_before, scale,
         **size, BP=launch.probe_rows, HAS_MASK=key_mask is not None,
-        PRECISION=launch.precision, num_warps=4, num_stages=launch.probe_stages,
+        PRECISION=launch.precision, IN_PLACE=summaries.in_place,
+        num_warps=4, num_stages=launch.probe_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
         peak, mass, exact, missing, probes, parts, **size, BP=MERGE_ROWS, num_warps=4
@@ -275,7 +313,7 @@ def fit_probes(
         *query.stride()[:3],
         heads, group_size, tokens, tiles, blocks, probes, parts, blocks + fine, text_before, scale,
         **size, BP=rows, BJ=columns, MID=mid_band, PRECISION=launch.fit_precision,
-        num_warps=4, num_stages=1,
+        BY_PROBE=summaries.in_place, num_warps=4, num_stages=1,
     )  # fmt: skip
     coefficients, error = single(batch, heads, 2), single(batch, heads)
     fit_kernel[(pairs,)](
@@ -303,22 +341,31 @@ def attend(
     scale: float,
     mid_band: bool,
     launch: Launch,
+    tile_list: Tensor | None = None,
 ) -> None:
-    """The fused three-band attention of the video queries, written into `out` (B, H, N, D)."""
+    """The fused three-band attention of the video queries, written into `out` (B, H, N, D).
+
+    tile_list: (tiles,) int32, which tiles the rows of the route are; all of them without it.
+    """
     batch, heads, _, dim = query.shape
-    tiles, blocks = route.route.shape[2:]
+    tiles, blocks = route.mass_term.shape[2:]
     tokens = sequence.tokens
+    parts = triton.cdiv(tokens, launch.rows)
+    listed = {}
+    if tile_list is not None:
+        parts = tiles * (QUERY_TILE // launch.rows)
+        listed = {"tile_list": tile_list}
     if hopper.applies(query, mid_band=mid_band):
         hopper.attend(
             query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
             key, value, key_mask, summaries.low_key, summaries.low_value, summaries.low_order,
             summaries.key_shift, route.mass_term, coefficients, route.exact_list, route.counts,
-            out, sequence, scale,
+            out, sequence, scale, tile_list,
         )  # fmt: skip
         return
-    attend_kernel[(triton.cdiv(tokens, launch.rows), batch * heads)](
+    attend_kernel[(parts, batch * heads)](
         query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
-        key, value, key_mask if key_mask is not None else route.route, summaries.key_shift,
+        key, value, key_mask if key_mask is not None else route.counts, summaries.key_shift,
         summaries.low_key, summaries.low_value, summaries.low_order,
         summaries.fine_key, summaries.fine_value, summaries.fine_var, summaries.fine_order,
         route.mass_term, coefficients, route.exact_list, route.mid_list, route.counts, out,
@@ -328,7 +375,7 @@ def attend(
         scale,
         D=dim, DP=padded_dim(dim), BM=launch.rows, MID=mid_band, TEXT=sequence.text > 0,
         HAS_MASK=key_mask is not None, RAGGED=tokens % KEY_BLOCK != 0,
-        WIDE=launch.wide, PRECISION=launch.precision,
+        WIDE=launch.wide, PRECISION=launch.precision, IN_PLACE=summaries.in_place, **listed,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
@@ -344,6 +391,23 @@ def attend_text(
         attn_mask=None if mask is None else mask[:, None, None, :],
         scale=scale, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+
+
+def store_text(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, out: Tensor,
+    sequence: Sequence, scale: float,
+) -> None:  # fmt: skip
+    """Write the text queries' attention into `out` (B, H, N, D)."""
+    if sequence.text:
+        text = attend_text(query, key, value, key_mask, sequence, scale)
+        out[:, :, : sequence.text_before] = text[:, :, : sequence.text_before]
+        out[:, :, sequence.text_before + sequence.tokens :] = text[:, :, sequence.text_before :]
+
+
+def reached_density(counts: Tensor, blocks: int) -> Tensor:
+    """Share (B, H) of pairs served exactly, of list lengths (B, H, tiles, 2); mid at its cost."""
+    shares = counts.float().mean(2) / blocks
+    return shares[..., 0] + shares[..., 1] / SUB_BLOCK
 
 
 def with_unit_last_stride(x: Tensor) -> Tensor:
@@ -377,6 +441,11 @@ def split_forward(
     kv_heads = key.shape[1]
     shared = heads // kv_heads
     per_head = bytes_per_key_head(sequence.tokens, dim, query.element_size(), shared)
+    serve = split_heads
+    if is_long(sequence.tokens):
+        from freqopt.kernels import long_split  # which is built on this module
+
+        serve = long_split.split_heads
     out = torch.empty(batch, length, heads, dim, device=query.device, dtype=query.dtype)
     out = out.transpose(1, 2)
     found = []
@@ -386,7 +455,7 @@ def split_forward(
             for items, kv in row:
                 own = slice(kv.start * shared, kv.stop * shared)
                 parts.append(
-                    split_heads(
+                    serve(
                         query[items, own], key[items, kv], value[items, kv], budget[:, own],
                         None if key_mask is None else key_mask[items], sequence, settings,
                         out[items, own],
@@ -435,12 +504,8 @@ def split_heads(
         query, key, value, key_mask, summaries, route, coefficients, out, sequence,
         launch=launch, **options,
     )  # fmt: skip
-    if sequence.text:
-        text = attend_text(query, key, value, key_mask, sequence, scale)
-        out[:, :, : sequence.text_before] = text[:, :, : sequence.text_before]
-        out[:, :, sequence.text_before + sequence.tokens :] = text[:, :, sequence.text_before :]
-    counts = route.counts.float().mean(2) / route.route.shape[-1]
-    reached = counts[..., 0] + counts[..., 1] / SUB_BLOCK
+    store_text(query, key, value, key_mask, out, sequence, scale)
+    reached = reached_density(route.counts, route.route.shape[-1])
     return Findings(reached, error, route.route, coefficients)
 
 

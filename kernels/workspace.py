@@ -1,4 +1,4 @@
-"""Bounds the memory of a call: which heads go through the kernels together."""
+"""Bounds the memory of a call: which heads, and of long sequences which tiles, go together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,49 @@ PAIR_BYTES = 11
 """Of one (query tile, key block) pair: score 4, mass term 2, route 1, exact list 4."""
 
 
+LONG_TOKENS = 262_144
+"""Video tokens from which a sequence is long: its query tiles go through one workspace in chunks,
+its keys and values are read where they are, and its route is returned four pairs to a byte.
+
+Below, pairs of tiles and blocks take less than the keys and values do, and one launch for all
+tiles and keys in order are faster.
+"""
+
+LONG_PAIR_BYTES = 6
+"""Of a pair in a chunk: score, then exact list in its place, 4; mass term 2."""
+
+CHUNK_SHARE = 0.2
+"""Bytes of a chunk's pairs, as a share of those of the keys and values."""
+
+
+def is_long(tokens: int) -> bool:
+    """Whether so many video tokens are a long sequence."""
+    return tokens >= LONG_TOKENS
+
+
 def bytes_per_key_head(tokens: int, head_dim: int, itemsize: int, group_size: int) -> int:
     """Workspace of one key head and the `group_size` query heads that share it."""
     tiles, blocks = -(-tokens // QUERY_TILE), -(-tokens // KEY_BLOCK)
     ordered = 2 * blocks * KEY_BLOCK * head_dim * itemsize
+    if is_long(tokens):
+        return int(CHUNK_SHARE * ordered)
     return ordered + group_size * tiles * blocks * PAIR_BYTES
+
+
+def chunk_tiles(
+    tokens: int, head_dim: int, itemsize: int, group_size: int, processors: int = 1
+) -> int:
+    """Query tiles per head that go together in a long sequence.
+
+    A multiple of the GPU's processors where there are more: the last round of programs is then as
+    full as the others.
+    """
+    tiles, blocks = -(-tokens // QUERY_TILE), -(-tokens // KEY_BLOCK)
+    room = bytes_per_key_head(tokens, head_dim, itemsize, group_size)
+    fitting = max(room // (group_size * blocks * LONG_PAIR_BYTES), 1)
+    if fitting > processors:
+        fitting -= fitting % processors
+    return min(fitting, tiles)
 
 
 def turns(

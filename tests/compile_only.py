@@ -30,8 +30,10 @@ class CompileOnly:
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
             options = {k: kwargs.pop(k) for k in LAUNCH_OPTIONS if k in kwargs}
-            values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            constexprs = {p.name for p in self.kernel.params if p.is_constexpr}
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            unset = {p.name: p.default for p in self.kernel.params if p.name not in given}
+            values = {name: (given | unset)[name] for name in self.kernel.arg_names}
+            constexprs = {p.name for p in self.kernel.params if p.is_constexpr} | set(unset)
             signature, constants, attributes = {}, {}, {}
             for i, (name, value) in enumerate(values.items()):
                 if name in constexprs or (isinstance(value, int) and value == 1):

@@ -14,9 +14,9 @@ from attention_cases import CASES, Case, budget_for, dense, make_tensors, refere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from freqopt.kernels import autotune, hopper, triton_split, tuned, workspace
+from freqopt.kernels import autotune, hopper, long_split, triton_split, tuned, workspace
 from freqopt.kernels.launch import launch_for
-from freqopt.kernels.layout import Settings
+from freqopt.kernels.layout import Settings, pack_route, unpack_route
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -36,11 +36,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def run(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
+def run(
+    case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64, density: float = 0.0
+) -> tuple:
     query, key, value, mask = (x if x is None else x.to(DEVICE) for x in tensors)
     result = triton_split.split_forward(
         query, key, value, budget.to(DEVICE), mask, case.sequence,
-        Settings(case.dim**-0.5, 0.0, case.mid, probes),
+        Settings(case.dim**-0.5, density, case.mid, probes),
     )  # fmt: skip
     return tuple(x.cpu() for x in result)
 
@@ -97,6 +99,59 @@ def test_heads_in_turns_are_heads_together(
         (1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)],
     }[items, heads]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(in_turns, together, strict=True))
+
+
+HOPPER_CASES = [
+    Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
+    Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
+    Case((5, 9, 11), dim=64, heads=4, kv_heads=2),
+    Case((1, 1, 333), dim=128),
+    Case((1, 1, 60), dim=128),
+    Case((1, 1, 60), dim=64, after=1),
+    Case((11, 13, 17), dim=128, batch=1),
+    Case((11, 13, 17), dim=64, heads=4, kv_heads=2, before=5, after=130, masked=True),
+    Case((7, 8, 9), dim=128, heads=4, kv_heads=2, before=256, masked=True),
+    Case((7, 8, 9), dim=128, after=77),
+    Case((7, 8, 9), dim=64, before=128),
+]
+
+
+LONG_CASES = [
+    (Case((5, 7, 9), batch=2, before=3, after=5, masked=True), 0.0),
+    (Case((3, 7, 19), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True, mid=True), 0.0),
+    (Case((2, 9, 17), dim=16, heads=2, kv_heads=1, batch=1, mid=True), 0.3),
+    (Case((1, 1, 600), dim=64, heads=1, kv_heads=1, batch=1), 0.07),
+]
+if ON_GPU:
+    LONG_CASES += [(case, density) for case in HOPPER_CASES for density in (0.0, 0.2)]
+
+
+@pytest.mark.parametrize(("case", "density"), LONG_CASES, ids=str)
+def test_chunks_of_tiles_are_all_tiles_together(
+    case: Case, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long sequences' way through a small workspace, forced onto short ones: the same bits."""
+    tensors = make_tensors(case) if not ON_GPU else cast(make_tensors(case), torch.bfloat16)
+    budget = budget_for(case, tensors, 0.3)
+    together = run(case, tensors, budget, 16, density)
+    monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+    monkeypatch.setattr(long_split, "chunk_tiles", lambda *given: 2)
+    attended = []
+    attend = triton_split.attend
+
+    def counted(*given: Any, **options: Any) -> None:
+        attended.append(len(options["tile_list"]))
+        attend(*given, **options)
+
+    monkeypatch.setattr(triton_split, "attend", counted)
+    in_chunks = list(run(case, tensors, budget, 16, density))
+    tiles, blocks = together[3].shape[2:]
+    assert sum(attended) == tiles and len(attended) == -(-tiles // 2)
+    assert in_chunks[3].shape == (*together[3].shape[:3], -(-blocks // 4))
+    assert torch.equal(pack_route(together[3]), in_chunks[3])
+    in_chunks[3] = unpack_route(in_chunks[3], case.sequence.tokens)
+    for found, wanted in zip(in_chunks, together, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_same_input_same_bits() -> None:
@@ -187,21 +242,6 @@ def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
         out, _, _, route, _ = run(case, tensors, budget)
         assert torch.equal(route, split.route)
         assert relative(out, expected) < TOLERANCE[dtype]
-
-
-HOPPER_CASES = [
-    Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
-    Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
-    Case((5, 9, 11), dim=64, heads=4, kv_heads=2),
-    Case((1, 1, 333), dim=128),
-    Case((1, 1, 60), dim=128),
-    Case((1, 1, 60), dim=64, after=1),
-    Case((11, 13, 17), dim=128, batch=1),
-    Case((11, 13, 17), dim=64, heads=4, kv_heads=2, before=5, after=130, masked=True),
-    Case((7, 8, 9), dim=128, heads=4, kv_heads=2, before=256, masked=True),
-    Case((7, 8, 9), dim=128, after=77),
-    Case((7, 8, 9), dim=64, before=128),
-]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,184 @@
+"""The forward pass of long sequences: query tiles go through one small workspace in chunks.
+
+Scores, lists and mass terms of (tiles x blocks) would take several times the memory of the keys and
+values. c and g need those of the probes' tiles only, so these come first; then each chunk of tiles
+is scored, routed and attended before the next takes its place. Keys and values are read where they
+are, row by row in token order. Results are those of `triton_split.split_heads`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from freqopt.config import KEY_BLOCK, MID_RATIO, QUERY_TILE
+from freqopt.kernels import reference as ref
+from freqopt.kernels import triton_split as split
+from freqopt.kernels.device import processors
+from freqopt.kernels.launch import Launch
+from freqopt.kernels.layout import PER_BYTE, Sequence, Settings
+from freqopt.kernels.triton_long import rank_kernel, route_tiles_kernel
+from freqopt.kernels.tuned import launch_on
+from freqopt.kernels.workspace import chunk_tiles
+
+RANK_BITS = ((11, 20), (10, 10), (10, 0))
+"""Bits of a score that one pass over all scores finds of a density's threshold: how many, and how
+many lower ones are left. The sign is no bit of a score."""
+
+ROUTE_STEP = 1024
+
+
+class Walk:
+    """The workspace of one call, and what is the same for all of its chunks.
+
+    score: float32; lists: the same memory as int32; mass_term: float16; each chunk uses as much as
+    it needs. every: (tiles,) int32, all tiles.
+    """
+
+    def __init__(
+        self, query: Tensor, summaries: split.Summaries, sequence: Sequence, settings: Settings,
+        launch: Launch,
+    ) -> None:  # fmt: skip
+        batch, heads, _, dim = query.shape
+        kv_heads, self.blocks = summaries.low_key.shape[1:3]
+        self.query, self.summaries, self.sequence = query, summaries, sequence
+        self.launch, self.scale, self.mid_band = launch, settings.scale, settings.mid_band
+        self.heads = (batch, heads)
+        self.tiles = triton.cdiv(sequence.tokens, QUERY_TILE)
+        self.chunk = chunk_tiles(
+            sequence.tokens, dim, query.element_size(), heads // kv_heads, processors(query.device)
+        )
+        cells = batch * heads * self.chunk * self.blocks
+        self.score = torch.empty(cells, device=query.device, dtype=torch.float32)
+        self.mass_term = torch.empty(cells, device=query.device, dtype=torch.float16)
+        mid_cells = cells if self.mid_band else 1
+        self.mid_list = torch.empty(mid_cells, device=query.device, dtype=torch.int32)
+        self.every = torch.arange(self.tiles, device=query.device, dtype=torch.int32)
+        self.packed = torch.empty(
+            *self.heads, self.tiles, triton.cdiv(self.blocks, PER_BYTE),
+            device=query.device, dtype=torch.uint8,
+        )  # fmt: skip
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Lists of the tiles that go together."""
+        yield from self.every.split(self.chunk)
+
+    def scored(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and mass terms of listed tiles, (B, H, tiles, blocks) each, in the workspace."""
+        shape = (*self.heads, len(tiles), self.blocks)
+        score, mass_term = (x[: math.prod(shape)].view(shape) for x in (self.score, self.mass_term))
+        split.score_tiles(
+            self.query, self.summaries, score, mass_term, self.sequence,
+            scale=self.scale, launch=self.launch, tile_list=tiles,
+        )  # fmt: skip
+        return score, mass_term
+
+    def routed(self, tiles: Tensor, limits: Tensor) -> split.Route:
+        """Bands of listed tiles; the scores give way to the lists, the route goes to `packed`."""
+        score, mass_term = self.scored(tiles)
+        exact_list = score.view(torch.int32)
+        mid_list = self.mid_list[: score.numel()].view(score.shape) if self.mid_band else exact_list
+        counts = torch.empty(*self.heads, len(tiles), 2, device=score.device, dtype=torch.int32)
+        step = max(min(triton.next_power_of_2(self.blocks), ROUTE_STEP), PER_BYTE)
+        route_tiles_kernel[(len(tiles), math.prod(self.heads))](
+            score, limits, mass_term, self.packed, exact_list, mid_list, counts, tiles,
+            len(tiles), self.tiles, self.blocks, self.packed.shape[-1],
+            BJ=step, MID=self.mid_band, num_warps=4,
+        )  # fmt: skip
+        return split.Route(self.packed, exact_list, mid_list, counts, mass_term)
+
+    def limits_of(self, density: float) -> Tensor:
+        """Thresholds (B, H, 2) of a density, as reference.threshold_for_density finds them.
+
+        The threshold's bits are found from the top, by histograms: three times over all scores.
+        """
+        pairs = self.tiles * self.blocks
+        wanted = min(max(math.ceil(density * pairs), 1), pairs)
+        device = self.score.device
+        heads = math.prod(self.heads)
+        left = torch.full((heads, 1), wanted, device=device, dtype=torch.int32)
+        prefix = torch.zeros(heads, device=device, dtype=torch.int32)
+        step = max(min(triton.next_power_of_2(self.blocks), ROUTE_STEP), PER_BYTE)
+        for bits, below in RANK_BITS:
+            histogram = torch.zeros(heads, 2**bits, device=device, dtype=torch.int32)
+            for tiles in self.chunks():
+                rank_kernel[(len(tiles), heads)](
+                    self.scored(tiles)[0], tiles, prefix, histogram, len(tiles), self.blocks,
+                    BITS=bits, BELOW=below, BJ=step, num_warps=8,
+                )  # fmt: skip
+            reached = histogram.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+            found = (reached >= left).sum(1, keepdim=True, dtype=torch.int64) - 1
+            more = F.pad(reached, (0, 1)).gather(1, found + 1)
+            left = left - more
+            prefix = (prefix << bits) + found[:, 0].to(torch.int32)
+        threshold = prefix.view(torch.float32).view(self.heads)
+        return torch.stack([threshold, threshold * MID_RATIO if self.mid_band else threshold], -1)
+
+
+def probe_route(walk: Walk, tiles: Tensor, limits: Tensor) -> split.Route:
+    """Bands (B, H, probes, blocks) of the probes' tiles, one row for each probe."""
+    shape = (*walk.heads, len(tiles), walk.blocks)
+    device = tiles.device
+    score = torch.empty(shape, device=device, dtype=torch.float32)
+    mass_term = torch.empty(shape, device=device, dtype=torch.float16)
+    split.score_tiles(
+        walk.query, walk.summaries, score, mass_term, walk.sequence,
+        scale=walk.scale, launch=walk.launch, tile_list=tiles,
+    )  # fmt: skip
+    own = torch.arange(walk.blocks, device=device) * KEY_BLOCK // QUERY_TILE == tiles[:, None]
+    exact, middle = limits[..., 0, None, None], limits[..., 1, None, None]
+    band = torch.where(score >= middle, ref.MID, ref.LOW)
+    band = torch.where((score >= exact) | own, ref.EXACT, band)
+    mass_term.masked_fill_(band > 0, -1.0)
+    empty = band.new_empty(0)
+    return split.Route(band.to(torch.int8), empty, empty, empty, mass_term)
+
+
+def split_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    key_mask: Tensor | None,
+    sequence: Sequence,
+    settings: Settings,
+    out: Tensor,
+) -> split.Findings:
+    """The forward pass of heads that go together, into `out` (B, H, N, D)."""
+    scale, density, mid_band, probes = settings
+    batch, heads, _, dim = query.shape
+    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
+    summaries = split.summarise(key, value, sequence, mid_band, launch, ordered=False)
+    walk = Walk(query, summaries, sequence, settings, launch)
+    if density > 0.0:
+        limits = walk.limits_of(density)
+    else:
+        limits = split.given_limits(budget, batch, mid_band)
+    probes = min(probes, sequence.tokens)
+    coefficients = torch.ones(batch, heads, 2, device=query.device)
+    error = torch.full((batch, heads), torch.nan, device=query.device)
+    if probes:
+        positions = ref.probe_positions(sequence.tokens, probes, query.device)
+        tiles = (positions // QUERY_TILE).to(torch.int32)
+        coefficients, error = split.fit_probes(
+            query, key, value, key_mask, summaries, probe_route(walk, tiles, limits), sequence,
+            probes=probes, launch=launch, **options,
+        )  # fmt: skip
+    counts = []
+    for tiles in walk.chunks():
+        route = walk.routed(tiles, limits)
+        split.attend(
+            query, key, value, key_mask, summaries, route, coefficients, out, sequence,
+            launch=launch, tile_list=tiles, **options,
+        )  # fmt: skip
+        counts.append(route.counts)
+    split.store_text(query, key, value, key_mask, out, sequence, scale)
+    reached = split.reached_density(torch.cat(counts, 2), walk.blocks)
+    return split.Findings(reached, error, walk.packed, coefficients)
