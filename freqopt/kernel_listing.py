@@ -35,6 +35,7 @@ Capability = Annotated[
 ]
 MidBand = Annotated[bool, typer.Option("--mid-band", help="With the mid band.")]
 Masked = Annotated[bool, typer.Option("--masked", help="With a key mask over the text.")]
+Long = Annotated[bool, typer.Option("--long", help="Of sequences of 262,144 tokens or more.")]
 
 
 def chosen_variant(
@@ -66,12 +67,13 @@ def _capability_here() -> int:
     return 90
 
 
-def kernels_of(variant: Variant) -> dict[str, Any]:
-    """Specialised kernels by name, in the order of a call."""
-    from freqopt.kernels.specialise import hopper_specialisation, specialisations
+def kernels_of(variant: Variant, *, long: bool = False) -> dict[str, Any]:
+    """Specialised kernels by name, in the order of a call; long: of one on a long sequence."""
+    from freqopt.kernels import specialise
 
-    found = {given.name: given for given in specialisations(variant)}
-    hopper = hopper_specialisation(variant)
+    every = specialise.long_specialisations if long else specialise.specialisations
+    found = {given.name: given for given in every(variant)}
+    hopper = specialise.hopper_specialisation(variant, long=long)
     if hopper is not None:
         found[hopper.name] = hopper
     return found
@@ -112,13 +114,14 @@ def list_kernels(
     capability: Capability = None,
     mid_band: MidBand = False,
     masked: Masked = False,
+    long: Long = False,
 ) -> None:
     """Compile every kernel of a call and say what each needs."""
     from freqopt.kernels.specialise import compile_specialised
 
     variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
     table = Table("kernel", "function", "warps", "shared memory", "constants")
-    for name, given in kernels_of(variant).items():
+    for name, given in kernels_of(variant, long=long).items():
         made = compile_specialised(given, variant)
         constants = " ".join(f"{k}={v}" for k, v in given.constants.items())
         warps, shared = str(made.metadata.num_warps), f"{made.metadata.shared:,} B"
@@ -135,6 +138,7 @@ def show(
     capability: Capability = None,
     mid_band: MidBand = False,
     masked: Masked = False,
+    long: Long = False,
 ) -> None:
     """Print what runs: the source with its constants, or any stage of its compilation."""
     from freqopt.kernels.specialise import compile_specialised
@@ -142,7 +146,7 @@ def show(
     variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
     if form not in FORMS:
         raise OptionError(f"no form {form!r}; there are {', '.join(FORMS)}")
-    found = kernels_of(variant)
+    found = kernels_of(variant, long=long)
     if name not in found:
         raise OptionError(f"no kernel {name!r} in this variant; there are {', '.join(found)}")
     given = found[name]

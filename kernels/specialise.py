@@ -14,14 +14,17 @@ import torch
 
 from freqopt.kernels import (
     gluon_attend,
+    gluon_gather,
     hopper,
     triton_attend,
     triton_density,
     triton_glue,
+    triton_long,
     triton_prepare,
 )
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.launch import launch_for, padded_dim
+from freqopt.kernels.long_split import RANK_BITS, ROUTE_STEP
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (
@@ -36,14 +39,15 @@ NATIVE = (
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
     "order": "*i64", "route": "*i8", "exact_list": "*i32", "mid_list": "*i32", "counts": "*i32",
-    "key_mask": "*i1",
+    "key_mask": "*i1", "tile_list": "*i32", "packed": "*u8", "prefix": "*i32", "histogram": "*i32",
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own."""
 
 DESCRIPTORS = (
     "key", "value", "text_key", "text_value", "low_key", "low_value", "low_order"
 )  # fmt: skip
-"""Arguments of the Hopper kernel that are tensor descriptors instead of pointers."""
+"""Arguments of the Hopper kernel that are tensor descriptors instead of pointers; the one that
+gathers keys and values has pointers to these."""
 
 
 DENSITY_CELLS = 8192
@@ -54,7 +58,7 @@ class Specialised(NamedTuple):
     """One kernel with its compile-time constants.
 
     options: num_warps and num_stages; tile: rows, blocks or columns of one program, where the
-    launch grid depends on them, else 0.
+    launch grid depends on them, else 0; takes: optional arguments that a launch passes, too.
     """
 
     name: str
@@ -62,10 +66,13 @@ class Specialised(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     tile: int
+    takes: tuple[str, ...] = ()
 
     def all_constants(self) -> dict[str, Any]:
-        """With what the kernel does by default: only long sequences have it do otherwise."""
+        """With the defaults of what no launch passes: only those of long sequences do."""
         defaults = {p.name: p.default for p in self.function.params if p.has_default}
+        for name in self.takes:
+            del defaults[name]
         return {**defaults, **self.constants}
 
 
@@ -138,7 +145,34 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": rows}, dense, rows)
 
 
-def hopper_specialisation(variant: Variant) -> Specialised | None:
+LONG = {
+    "summarise": {"COPY": False}, "first": {}, "fine_first": {}, "score": {},
+    "probe": {"IN_PLACE": True}, "estimate": {"BY_PROBE": True}, "attend": {"IN_PLACE": True},
+}  # fmt: skip
+"""Kernels that long sequences launch otherwise, and the constants they change."""
+
+
+def long_specialisations(variant: Variant) -> Iterator[Specialised]:
+    """Every kernel that one call on a long sequence launches through PyTorch; see long_split."""
+    for given in specialisations(variant):
+        if given.name in ("density", "text", "route"):
+            continue
+        if given.name in LONG:
+            params = given.function.params
+            takes = tuple(p.name for p in params if p.has_default and not p.is_constexpr)
+            constants = {**given.constants, **LONG[given.name]}
+            given = given._replace(constants=constants, takes=takes)
+        yield given
+    few = {"num_warps": 4, "num_stages": 3}
+    mid = {"MID": variant.mid_band, "BJ": ROUTE_STEP}
+    yield Specialised("route", triton_long.route_tiles_kernel, mid, few, 0)
+    for bits, below in RANK_BITS:
+        constants = {"BITS": bits, "BELOW": below, "BJ": ROUTE_STEP}
+        name = f"rank_{below}"
+        yield Specialised(name, triton_long.rank_kernel, constants, {**few, "num_warps": 8}, 0)
+
+
+def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialised | None:
     """The Gluon kernel, where it serves calls of this variant; see hopper.applies."""
     dim = variant.head_dim
     if variant.capability != 90 or variant.dtype == "float32":
@@ -146,9 +180,13 @@ def hopper_specialisation(variant: Variant) -> Specialised | None:
     if dim not in hopper.STAGES or variant.mid_band:
         return None
     constants = {"D": dim, "HAS_MASK": variant.masked, "STAGES": hopper.STAGES[dim]}
-    return Specialised(
-        "attend_hopper", gluon_attend.attend_hopper_kernel, constants, {"num_warps": 4}, 128
-    )
+    function = gluon_gather.gather_hopper_kernel if long else gluon_attend.attend_hopper_kernel
+    return Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128)
+
+
+def _gathered(given: Specialised, argument: str) -> bool:
+    """Whether the kernel gathers this argument's rows."""
+    return argument in ("key", "value") and "stride_kn" in given.function.arg_names
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:
@@ -176,7 +214,7 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
         aligned = False
         if argument in constants:
             signature[argument] = "constexpr"
-        elif gluon and argument in DESCRIPTORS:
+        elif gluon and argument in DESCRIPTORS and not _gathered(given, argument):
             signature[argument] = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
         elif argument in NATIVE or argument in POINTERS:
             signature[argument] = POINTERS.get(argument, f"*{own}")

@@ -31,6 +31,13 @@ def test_list_names_every_kernel_with_what_it_needs() -> None:
     assert "STAGES=3" in done.stdout and "232,448" not in done.stdout
 
 
+def test_list_of_long_sequences_has_what_they_launch_otherwise() -> None:
+    done = kernels("list", "--long", "--mid-band", "--head-dim", "64", "--capability", "80")
+    assert done.returncode == 0, done.stderr
+    for word in ("COPY=False", "BY_PROBE=True", "IN_PLACE=True", "route_tiles_kernel", "rank_0"):
+        assert word in done.stdout
+
+
 def test_show_prints_source_with_the_functions_it_calls() -> None:
     done = kernels("show", "attend", "--head-dim", "64", "--dtype", "float16", "--mid-band")
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ if torch.cuda.is_available():
     from triton_checks import *  # noqa: F403
 else:
     from triton_checks import (
+        test_a_million_tokens_need_less_than_their_keys_and_values,  # noqa: F401
         test_cuda_graph_replays_with_other_content,  # noqa: F401
         test_every_head_dim_on_the_gpu,  # noqa: F401
         test_gradients_on_the_gpu_are_those_of_the_cpu,  # noqa: F401
@@ -35,6 +36,7 @@ else:
             ("test_threshold_zero_is_dense_attention", 4),
             ("test_same_input_same_bits", 1),
             ("test_heads_in_turns_are_heads_together", 3),
+            ("test_chunks_of_tiles_are_all_tiles_together", 4),
             ("test_random_calls_are_the_reference", 1),
             ("test_every_launch_candidate_gives_the_same_results", 1),
         ],

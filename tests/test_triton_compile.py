@@ -41,9 +41,11 @@ import json, sys
 from freqopt.kernels.specialise import compile_specialised, hopper_specialisation
 from freqopt.kernels.variant import Variant
 variant = Variant(90, sys.argv[1], int(sys.argv[2]), False, bool(int(sys.argv[3])))
-made = compile_specialised(hopper_specialisation(variant), variant)
+given = hopper_specialisation(variant, long=bool(int(sys.argv[4])))
+made = compile_specialised(given, variant)
 found = {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
-for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
+words = "wgmma.mma_async cp.async.bulk.tensor setmaxnreg cp.async.cg".split()
+for word in words:
     found[word] = made.asm["ptx"].count(word)
 print(json.dumps(found))
 """
@@ -83,19 +85,22 @@ def test_wide_heads_need_what_the_op_says(capability: int, dtype: str, tmp_path:
     assert needed["probe"] == said  # which no tile choice makes smaller
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "dim", "masked"), [("bfloat16", 128, 0), ("float16", 128, 1), ("bfloat16", 64, 1)]
 )
 def test_hopper_kernel_compiles_to_what_it_is_written_for(
-    dtype: str, dim: int, masked: int, tmp_path: Path
+    dtype: str, dim: int, masked: int, long: bool, tmp_path: Path
 ) -> None:
-    found = run(tmp_path, HOPPER_SCRIPT, dtype, str(dim), str(masked))
+    found = run(tmp_path, HOPPER_SCRIPT, dtype, str(dim), str(masked), str(int(long)))
     assert found["shared"] <= 232_448
     assert found["warps"] == 12  # two consumers and a producer, each a group of four
     # Per consumer five times scores and H-bar, 16 channels at a time; five times values, 16 keys.
     assert found["wgmma.mma_async"] == 2 * (6 * dim // 16 + 5 * 8)
-    # Two copies of 64 rows by 64 channels for each of: H-bar, and keys and values of three loops.
-    assert found["cp.async.bulk.tensor"] >= 2 * dim // 64 * 7
+    # Two copies of 64 rows by 64 channels for each of: H-bar, and keys and values of three loops;
+    # a long sequence's third loop gathers, and 128 threads copy a piece's rows in four rounds.
+    assert found["cp.async.bulk.tensor"] >= 2 * dim // 64 * (5 if long else 7)
+    assert found["cp.async.cg"] >= 4 * 2 * dim // 64 * 4 if long else found["cp.async.cg"] == 0
     assert found["setmaxnreg"] > 0
 
 

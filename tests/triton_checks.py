@@ -280,10 +280,43 @@ def test_larger_grids_on_the_gpu(text: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 128])
-def test_cuda_graph_replays_with_other_content(dim: int) -> None:
+def test_a_million_tokens_need_less_than_their_keys_and_values() -> None:
     import freqopt
 
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 1, 2**20, 128, device="cuda", generator=generator, dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    allocated = 3 * query.numel() * query.element_size()
+
+    def call(**budget: float) -> torch.Tensor:
+        return freqopt.split_attention(query, key, value, grid=(64, 128, 128), **budget)
+
+    kept = call(threshold=2.0)
+    for budget in ({"threshold": 2.0}, {"density": 0.01}):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = call(**budget)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+        assert extra <= 0.4 * 2 * allocated / 3
+        assert torch.equal(out, kept) == ("threshold" in budget)
+        assert out.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cuda_graph_replays_with_other_content(
+    dim: int, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import freqopt
+
+    if long:
+        monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
     case = Case((7, 13, 17), dim=dim, batch=1)
     query, key, value, _ = (x if x is None else x.cuda().half() for x in make_tensors(case))
     static = [query.clone(), key.clone(), value.clone()]
