@@ -71,7 +71,8 @@ def _gather(
 ):  # fmt: skip
     """gluon_attend._produce, but for the exact blocks.
 
-    A buffer is announced when the next one's copies are under way.
+    A buffer is announced when the next two's copies are under way: the one after them waits for a
+    buffer that the consumers leave without this one.
     """
     low_tiles = (blocks + TILE - 1) // TILE
     first_block = key_pair * blocks
@@ -97,17 +98,17 @@ def _gather(
     block0 = gl.load(exact_list)
     block1 = gl.load(exact_list + gl.minimum(1, last))
     _gather_tile(key, stride_kn, rows0, rows1, k_pieces, k_empty, step + 1, D, STAGES)
+    _gather_tile(value, stride_vn, rows0, rows1, v_pieces, v_empty, step, D, STAGES)
     for i in range(1, pairs):
-        _gather_tile(value, stride_vn, rows0, rows1, v_pieces, v_empty, step, D, STAGES)
         rows0 = _rows_of(order, block0, tokens, text_before)
         rows1 = _rows_of(order, block1, tokens, text_before)
         block0 = gl.load(exact_list + gl.minimum(i * 2, last))
         block1 = gl.load(exact_list + gl.minimum(i * 2 + 1, last))
-        _announce(k_full, step + 1, 1, STAGES)
         step += 1
         _gather_tile(key, stride_kn, rows0, rows1, k_pieces, k_empty, step + 1, D, STAGES)
-        _announce(v_full, step - 1, 1, STAGES)
-    _gather_tile(value, stride_vn, rows0, rows1, v_pieces, v_empty, step, D, STAGES)
+        _announce(k_full, step, 2, STAGES)
+        _gather_tile(value, stride_vn, rows0, rows1, v_pieces, v_empty, step, D, STAGES)
+        _announce(v_full, step - 1, 2, STAGES)
     _announce(k_full, step + 1, 1, STAGES)
     _announce(v_full, step, 0, STAGES)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,21 @@ many lower ones are left. The sign is no bit of a score."""
 ROUTE_STEP = 1024
 
 
-class Walk:
-    """The workspace of one call, and what is the same for all of its chunks.
+class Space(NamedTuple):
+    """The workspace, flat: each chunk uses as much of it as it needs.
 
-    score: float32; lists: the same memory as int32; mass_term: float16; each chunk uses as much as
-    it needs. every: (tiles,) int32, all tiles.
+    score: float32, and the exact lists as int32; mass_term: float16; mid_list: int32, or empty.
+    """
+
+    score: Tensor
+    mass_term: Tensor
+    mid_list: Tensor
+
+
+class Walk:
+    """What is the same for all chunks of one call.
+
+    every: (tiles,) int32, all tiles; packed: the route, of which each chunk writes its tiles.
     """
 
     def __init__(
@@ -54,44 +64,53 @@ class Walk:
         self.chunk = chunk_tiles(
             sequence.tokens, dim, query.element_size(), heads // kv_heads, processors(query.device)
         )
-        cells = batch * heads * self.chunk * self.blocks
-        self.score = torch.empty(cells, device=query.device, dtype=torch.float32)
-        self.mass_term = torch.empty(cells, device=query.device, dtype=torch.float16)
-        mid_cells = cells if self.mid_band else 1
-        self.mid_list = torch.empty(mid_cells, device=query.device, dtype=torch.int32)
         self.every = torch.arange(self.tiles, device=query.device, dtype=torch.int32)
         self.packed = torch.empty(
             *self.heads, self.tiles, triton.cdiv(self.blocks, PER_BYTE),
             device=query.device, dtype=torch.uint8,
         )  # fmt: skip
 
+    def space(self) -> Space:
+        """A workspace for one chunk after the other."""
+        cells = math.prod(self.heads) * self.chunk * self.blocks
+        sizes = (cells, cells, cells if self.mid_band else 0)
+        types = (torch.float32, torch.float16, torch.int32)
+        return Space(*(
+            torch.empty(size, device=self.query.device, dtype=dtype)
+            for size, dtype in zip(sizes, types, strict=True)
+        ))  # fmt: skip
+
     def chunks(self) -> Iterator[Tensor]:
         """Lists of the tiles that go together."""
         yield from self.every.split(self.chunk)
 
-    def scored(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(self, tiles: Tensor, space: Space) -> tuple[Tensor, Tensor]:
         """Scores and mass terms of listed tiles, (B, H, tiles, blocks) each, in the workspace."""
         shape = (*self.heads, len(tiles), self.blocks)
-        score, mass_term = (x[: math.prod(shape)].view(shape) for x in (self.score, self.mass_term))
+        score, mass_term = (x[: math.prod(shape)].view(shape) for x in space[:2])
         split.score_tiles(
             self.query, self.summaries, score, mass_term, self.sequence,
             scale=self.scale, launch=self.launch, tile_list=tiles,
         )  # fmt: skip
         return score, mass_term
 
-    def routed(self, tiles: Tensor, limits: Tensor) -> split.Route:
+    def routed(self, tiles: Tensor, limits: Tensor, space: Space) -> split.Route:
         """Bands of listed tiles; the scores give way to the lists, the route goes to `packed`."""
-        score, mass_term = self.scored(tiles)
+        score, mass_term = self.scored(tiles, space)
         exact_list = score.view(torch.int32)
-        mid_list = self.mid_list[: score.numel()].view(score.shape) if self.mid_band else exact_list
+        mid_list = space.mid_list[: score.numel()]
         counts = torch.empty(*self.heads, len(tiles), 2, device=score.device, dtype=torch.int32)
-        step = max(min(triton.next_power_of_2(self.blocks), ROUTE_STEP), PER_BYTE)
         route_tiles_kernel[(len(tiles), math.prod(self.heads))](
             score, limits, mass_term, self.packed, exact_list, mid_list, counts, tiles,
             len(tiles), self.tiles, self.blocks, self.packed.shape[-1],
-            BJ=step, MID=self.mid_band, num_warps=4,
+            BJ=self.step, MID=self.mid_band, num_warps=4,
         )  # fmt: skip
         return split.Route(self.packed, exact_list, mid_list, counts, mass_term)
+
+    @property
+    def step(self) -> int:
+        """Blocks that a program of the routes and ranks takes at a time."""
+        return max(min(int(triton.next_power_of_2(self.blocks)), ROUTE_STEP), PER_BYTE)
 
     def limits_of(self, density: float) -> Tensor:
         """Thresholds (B, H, 2) of a density, as reference.threshold_for_density finds them.
@@ -100,17 +119,17 @@ class Walk:
         """
         pairs = self.tiles * self.blocks
         wanted = min(max(math.ceil(density * pairs), 1), pairs)
-        device = self.score.device
+        device = self.query.device
         heads = math.prod(self.heads)
+        space = self.space()
         left = torch.full((heads, 1), wanted, device=device, dtype=torch.int32)
         prefix = torch.zeros(heads, device=device, dtype=torch.int32)
-        step = max(min(triton.next_power_of_2(self.blocks), ROUTE_STEP), PER_BYTE)
         for bits, below in RANK_BITS:
             histogram = torch.zeros(heads, 2**bits, device=device, dtype=torch.int32)
             for tiles in self.chunks():
                 rank_kernel[(len(tiles), heads)](
-                    self.scored(tiles)[0], tiles, prefix, histogram, len(tiles), self.blocks,
-                    BITS=bits, BELOW=below, BJ=step, num_warps=8,
+                    self.scored(tiles, space)[0], tiles, prefix, histogram, len(tiles),
+                    self.blocks, BITS=bits, BELOW=below, BJ=self.step, num_warps=8,
                 )  # fmt: skip
             reached = histogram.flip(1).cumsum(1, dtype=torch.int32).flip(1)
             found = (reached >= left).sum(1, keepdim=True, dtype=torch.int64) - 1
@@ -166,14 +185,15 @@ def split_heads(
     error = torch.full((batch, heads), torch.nan, device=query.device)
     if probes:
         positions = ref.probe_positions(sequence.tokens, probes, query.device)
-        tiles = (positions // QUERY_TILE).to(torch.int32)
         coefficients, error = split.fit_probes(
-            query, key, value, key_mask, summaries, probe_route(walk, tiles, limits), sequence,
+            query, key, value, key_mask, summaries,
+            probe_route(walk, (positions // QUERY_TILE).to(torch.int32), limits), sequence,
             probes=probes, launch=launch, **options,
         )  # fmt: skip
-    counts = []
+    # Not before: what the fit needed is free again.
+    space, counts = walk.space(), []
     for tiles in walk.chunks():
-        route = walk.routed(tiles, limits)
+        route = walk.routed(tiles, limits, space)
         split.attend(
             query, key, value, key_mask, summaries, route, coefficients, out, sequence,
             launch=launch, tile_list=tiles, **options,

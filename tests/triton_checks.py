@@ -123,7 +123,7 @@ LONG_CASES = [
     (Case((1, 1, 600), dim=64, heads=1, kv_heads=1, batch=1), 0.07),
 ]
 if ON_GPU:
-    LONG_CASES += [(case, density) for case in HOPPER_CASES for density in (0.0, 0.2)]
+    LONG_CASES += [(HOPPER_CASES[i], 0.0) for i in (1, 2, 5, 7, 8)]
 
 
 @pytest.mark.parametrize(("case", "density"), LONG_CASES, ids=str)
