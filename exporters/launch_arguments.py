@@ -34,9 +34,8 @@ def launch_arguments(given: Specialised, made: Any) -> tuple[str, ...]:
     names: list[str] = []
     sizes: list[int] = []
     maps = 0
-    constants = given.all_constants()
     for argument in given.function.arg_names:
-        if argument in constants:
+        if argument in given.constants:
             continue
         if given.function.is_gluon() and argument in DESCRIPTORS:
             maps += 1

@@ -99,7 +99,7 @@ def _sources(function: Any, seen: set[Any]) -> Iterator[str]:
 
 def heading(given: Any, variant: Variant) -> str:
     """The constants and launch options of a specialisation, as comment lines."""
-    constants = ", ".join(f"{k}={v}" for k, v in given.constants.items()) or "none"
+    constants = ", ".join(f"{k}={v}" for k, v in given.chosen().items()) or "none"
     options = ", ".join(f"{k}={v}" for k, v in given.options.items())
     return (
         f"# {given.name}: {given.function.__name__} for sm_{variant.capability}, {variant.dtype}, "
@@ -123,7 +123,7 @@ def list_kernels(
     table = Table("kernel", "function", "warps", "shared memory", "constants")
     for name, given in kernels_of(variant, long=long).items():
         made = compile_specialised(given, variant)
-        constants = " ".join(f"{k}={v}" for k, v in given.constants.items())
+        constants = " ".join(f"{k}={v}" for k, v in given.chosen().items())
         warps, shared = str(made.metadata.num_warps), f"{made.metadata.shared:,} B"
         table.add_row(name, given.function.__name__, warps, shared, constants)
     Console().print(table)

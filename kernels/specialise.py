@@ -7,6 +7,7 @@ This module says which constants a variant has and compiles it, without a GPU: f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -54,11 +55,17 @@ DENSITY_CELLS = 8192
 """Scores per step of the search for a density's threshold: 16 to a thread."""
 
 
+def _defaults(function: Any) -> dict[str, Any]:
+    """Optional arguments of a kernel, which only long sequences pass, in the interpreter too."""
+    arguments = inspect.signature(function.fn).parameters.items()
+    return {name: a.default for name, a in arguments if a.default is not inspect.Parameter.empty}
+
+
 class Specialised(NamedTuple):
     """One kernel with its compile-time constants.
 
     options: num_warps and num_stages; tile: rows, blocks or columns of one program, where the
-    launch grid depends on them, else 0; takes: optional arguments that a launch passes, too.
+    launch grid depends on them, else 0.
     """
 
     name: str
@@ -66,14 +73,22 @@ class Specialised(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     tile: int
-    takes: tuple[str, ...] = ()
 
-    def all_constants(self) -> dict[str, Any]:
-        """With the defaults of what no launch passes: only those of long sequences do."""
-        defaults = {p.name: p.default for p in self.function.params if p.has_default}
-        for name in self.takes:
-            del defaults[name]
-        return {**defaults, **self.constants}
+    def with_defaults(self, besides: tuple[str, ...] = ()) -> Specialised:
+        """With the defaults of optional arguments as constants, but for those that are passed."""
+        unset = _defaults(self.function)
+        for name in besides:
+            del unset[name]
+        return self._replace(constants={**unset, **self.constants})
+
+    def chosen(self) -> dict[str, Any]:
+        """Constants that are not defaults."""
+        unset = _defaults(self.function)
+        return {
+            name: value
+            for name, value in self.constants.items()
+            if name not in unset or value != unset[name]
+        }
 
 
 def specialisations(variant: Variant) -> Iterator[Specialised]:
@@ -82,6 +97,12 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     Those for text and for a density are launched by onnxruntime's library alone: PyTorch has its
     own.
     """
+    for given in _chosen(variant):
+        yield given.with_defaults()
+
+
+def _chosen(variant: Variant) -> Iterator[Specialised]:
+    """Those kernels with the constants that a launch chooses."""
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
     launch = launch_for(getattr(torch, variant.dtype), dim, shared)
@@ -154,15 +175,16 @@ LONG = {
 
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
     """Every kernel that one call on a long sequence launches through PyTorch; see long_split."""
-    for given in specialisations(variant):
+    for given in _chosen(variant):
         if given.name in ("density", "text", "route"):
             continue
         if given.name in LONG:
             params = given.function.params
             takes = tuple(p.name for p in params if p.has_default and not p.is_constexpr)
-            constants = {**given.constants, **LONG[given.name]}
-            given = given._replace(constants=constants, takes=takes)
-        yield given
+            given = given._replace(constants={**given.constants, **LONG[given.name]})
+            yield given.with_defaults(besides=takes)
+        else:
+            yield given
     few = {"num_warps": 4, "num_stages": 3}
     mid = {"MID": variant.mid_band, "BJ": ROUTE_STEP}
     yield Specialised("route", triton_long.route_tiles_kernel, mid, few, 0)
@@ -206,13 +228,12 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
             "Triton runs in its interpreter, which compiles nothing; unset TRITON_INTERPRET"
         )
     own = DTYPES[variant.dtype]
-    constants = given.all_constants()
     gluon = given.function.is_gluon()
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, argument in enumerate(given.function.arg_names):
         aligned = False
-        if argument in constants:
+        if argument in given.constants:
             signature[argument] = "constexpr"
         elif gluon and argument in DESCRIPTORS and not _gathered(given, argument):
             signature[argument] = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
@@ -227,7 +248,7 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if gluon else ASTSource)(
-        given.function, signature, constants, attributes
+        given.function, signature, given.constants, attributes
     )
     target = GPUTarget("cuda", variant.capability, 32)
     made = triton.compile(source, target=target, options=given.options)
