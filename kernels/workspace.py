@@ -62,13 +62,13 @@ def chunk_tiles(
 
 
 def turns(
-    batch: int, kv_heads: int, per_head: int, workspace: int = WORKSPACE
+    batch: int, kv_heads: int, per_head: int, workspace: int | None = None
 ) -> Iterator[list[tuple[slice, slice]]]:
     """Slices of the batch and of its key heads that fit the workspace, at least one head each.
 
-    One list for each slice of the batch.
+    One list for each slice of the batch. workspace: in bytes; WORKSPACE without it.
     """
-    heads = max(workspace // per_head, 1)
+    heads = max((WORKSPACE if workspace is None else workspace) // per_head, 1)
     items, heads = max(heads // kv_heads, 1), min(heads, kv_heads)
     for item in range(0, batch, items):
         rows = slice(item, min(item + items, batch))
