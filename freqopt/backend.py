@@ -24,7 +24,7 @@ from freqopt.break_even import default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.counting import counted
 from freqopt.errors import FreqoptError, OptionError, SiteError
-from freqopt.passes.manager import Decision, run_passes
+from freqopt.passes.manager import OURS, Decision, run_passes
 from freqopt.passes.nodes import shape
 from freqopt.passes.site import Extent, Site
 from freqopt.passes.timestep import Timestep
@@ -325,7 +325,7 @@ def _report(settings: Options, plan: Plan | None, decisions: Sequence[Decision])
     """Warn of, or under strict raise for, sites that were meant to be split and are not."""
     for decision in decisions:
         site = decision.site
-        expected = site.kind in ("self", "joint") and site.grid is not None
+        expected = site.kind in OURS and site.grid is not None
         too_short = decision.reason.endswith(f"min_tokens = {least_tokens(settings, site)}")
         if decision.split or not expected or too_short or (plan and site.eligible):
             continue

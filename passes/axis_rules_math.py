@@ -6,14 +6,13 @@ See `axis_rules` for what a rule is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from freqopt.passes.axis_rules import dim_of, known_axes, rule, several
-from freqopt.passes.dimensions import Atom, Axis, Shape, axis_size, join, rank, same
-from freqopt.passes.nodes import argument, known_int, operation, shape, value
-from freqopt.passes.site import Extent
+from freqopt.passes.dimensions import Axis, Shape, axis_size, hint, join, rank, same
+from freqopt.passes.nodes import argument, known_int, operation, shape, tensor, value
 
 if TYPE_CHECKING:
     from freqopt.passes.propagate import Dimensions
@@ -60,14 +59,66 @@ def _cat(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         return None
     if operation(node) == "stack":
         axes: list[Axis | None] = _best(known)
-        axes.insert(
-            dim_of(dim, len(axes) + 1), dimensions.new_axis(node, dim_of(dim, len(axes) + 1))
-        )
+        at = dim_of(dim, len(axes) + 1)
+        axes.insert(at, slices_axis(dimensions, tensors) or dimensions.new_axis(node, at))
         return axes
-    axes = _best(known)
-    at = dim_of(dim, len(axes))
+    at = dim_of(dim, len(known[0]))
+    # Of inputs that tell as much, the largest is the video, and others are frames put to it.
+    known_sizes = [hint(axis_size(s[at])) or 0 for s in known]
+    largest = max(range(len(known)), key=lambda i: known_sizes[i])
+    axes = _best([known[largest], *known[:largest], *known[largest + 1 :]])
     axes[at] = join(s[at] for s in known)
     return axes
+
+
+def slices_axis(dimensions: Dimensions, tensors: Sequence[fx.Node]) -> Axis | None:
+    """The axis that tensors are all slices along, in order: frames that were taken one by one."""
+    origins = [_slice_of(node) for node in tensors]
+    source, dim, _ = origins[0] or (None, 0, 0)
+    axes = dimensions.of(source)
+    wanted = [(source, dim, index) for index in range(len(tensors))]
+    if axes is None or origins != wanted or not same(shape(source)[dim], len(tensors)):
+        return None
+    return axes[dim]
+
+
+def _slice_of(node: Any) -> tuple[fx.Node, int, int] | None:
+    """The tensor that `node` was computed from a slice of, its dimension and the slice's index."""
+    for _ in range(MOST_STEPS):
+        source = node.args[0] if isinstance(node, fx.Node) and node.args else None
+        if not isinstance(source, fx.Node):
+            return None
+        name = operation(node)
+        if name == "getitem" and operation(source) == "unbind":
+            dim, index = argument(source, 1, "dim", default=0), node.args[1]
+            whole = source.args[0]
+            if isinstance(whole, fx.Node) and isinstance(dim, int) and isinstance(index, int):
+                return whole, dim_of(dim, len(shape(whole))), index
+            return None
+        if name in ("getitem", "select") and tensor(source) is not None:
+            place = _place_of(node, len(shape(source)))
+            if place is not None:
+                return source, *place
+        node = source
+    return None
+
+
+def _place_of(node: fx.Node, dims: int) -> tuple[int, int] | None:
+    """Dimension and index of a slice, of x[:, :, i] or x.select(dim, i)."""
+    if operation(node) == "select":
+        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
+        return (
+            (dim_of(dim, dims), index) if isinstance(dim, int) and isinstance(index, int) else None
+        )
+    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if Ellipsis in items or None in items:
+        return None
+    places = [(d, item) for d, item in enumerate(items) if isinstance(item, int)]
+    return places[0] if len(places) == 1 else None
+
+
+MOST_STEPS = 40
+"""Operations between a frame taken out and the frames put together again."""
 
 
 def _best(shapes: Sequence[Shape]) -> list[Axis | None]:
@@ -131,43 +182,6 @@ def _flex_attention(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]
         return [None] * len(value(node))
     others: list[Shape | None] = [query[:-1]] * (len(value(node)) - 1)
     return [(*query[:-1], values[-1]), *others]
-
-
-@rule("conv1d", "conv2d", "conv3d")
-def _conv(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
-    known = known_axes(dimensions, node)
-    if known is None or len(known[1]) != len(shape(node)):
-        return None
-    axes: list[Axis | None] = [known[1][0], None]
-    for dim in range(2, len(known[1])):
-        axes.append(resized(known[1][dim], shape(node)[dim], node, dim))
-    return axes
-
-
-def resized(axis: Axis, size: Extent, node: fx.Node, dim: int) -> Axis | None:
-    """The same axis of an input with another extent: convolved, padded or interpolated."""
-    if len(axis) != 1 or len(axis[0]) != 1:
-        return None
-    atom = axis[0][0]
-    if atom.cut is not None and len(atom.cut[0]) != 1:
-        return None
-    return ((Atom(size, atom.origin, atom.root, node, dim),),)
-
-
-@rule("pad", "constant_pad_nd", "interpolate", "upsample")
-def _resize(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
-    """Dimensions that change stay axes of the same input, with another extent."""
-    known = known_axes(dimensions, node)
-    if known is None or len(known[1]) != len(shape(node)):
-        return None
-    result: list[Axis | None] = []
-    for dim, axis in enumerate(known[1]):
-        size = shape(node)[dim]
-        if same(shape(known[0])[dim], size):
-            result.append(axis)
-        else:
-            result.append(resized(axis, size, node, dim))
-    return result
 
 
 @rule("einsum")

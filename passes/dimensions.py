@@ -265,7 +265,7 @@ def distribute(
         if len(wide_in[0]) > 1:
             return [wide_in[0] if k == wide_out[0] else () for k in range(len(sizes))]
     if any(len(axis) > 1 for axis in axes):
-        return None
+        return _distribute_segments(wide_in, sizes, node, first_dim)
     queue = list(normalise([atom for axis in axes if axis for atom in axis[0]]))
     result: list[Axis] = []
     k = 0
@@ -286,6 +286,33 @@ def distribute(
         last = result[-1][0] if result[-1] else ()
         result[-1] = (normalise([*last, *queue]),)
     return result
+
+
+def _distribute_segments(
+    axes: Sequence[Axis], sizes: Sequence[Extent], node: fx.Node, first_dim: int
+) -> list[Axis] | None:
+    """`distribute` where the slowest axis is a concatenation: frames of two videos, say.
+
+    Merged with faster axes, every segment is merged with them; a merged one is taken apart where
+    all its segments end in the same atoms.
+    """
+    if len(sizes) == 1 and all(len(axis) == 1 for axis in axes[1:]):
+        rest = [atom for axis in axes[1:] for atom in axis[0]]
+        return [tuple(normalise([*segment, *rest]) for segment in axes[0])]
+    if len(axes) != 1:
+        return None
+    heads: list[Segment] = []
+    tails: list[Segment] = []
+    for segment in axes[0]:
+        for at in reversed(range(len(segment))):
+            if same(segment_size(segment[at:]), product(sizes[1:])):
+                heads.append(segment[:at])
+                tails.append(segment[at:])
+                break
+    if len(tails) < len(axes[0]) or any(tail != tails[0] for tail in tails):
+        return None
+    rest_axes = distribute([(tails[0],)], sizes[1:], node, first_dim + 1)
+    return None if rest_axes is None else [tuple(heads), *rest_axes]
 
 
 def _take_atoms(queue: list[Atom], size: Extent) -> list[Atom] | None:

@@ -16,6 +16,7 @@ from torch import fx
 from freqopt.passes.nodes import operation, shape, value
 from freqopt.passes.rewrite import add_method
 from freqopt.passes.softmax_anchor import CASTS, einsum_operands
+from freqopt.passes.softmax_by_hand import softmax_at
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -97,7 +98,7 @@ def _is_softmax(node: fx.Node) -> bool:
         if not (node.args and isinstance(node.args[0], fx.Node)):
             return False
         node = node.args[0]
-    return operation(node) == "softmax"
+    return softmax_at(node) is not None
 
 
 def _permuted(near: fx.Node, node: fx.Node, order: Sequence[int]) -> fx.Node:

@@ -14,23 +14,15 @@ import torch
 from torch import fx
 
 from freqopt.passes.anchors import find_attention
-from freqopt.passes.dimensions import axis_size, product, same
-from freqopt.passes.grid_inference import Layout, infer_layout
+from freqopt.passes.classify import classify
+from freqopt.passes.dimensions import same
+from freqopt.passes.grid_inference import Layout
 from freqopt.passes.layout import heads_of, length_of_keys, operands_of
-from freqopt.passes.masks import mask_problem
-from freqopt.passes.nodes import VIEWS, operation, shape, tensor
+from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.propagate import Dimensions
-from freqopt.passes.provenance import alike, is_lost, kind_of_axes, same_lattices, split_batch
 from freqopt.passes.site import Attention, Extent, Kind, Site
-from freqopt.passes.square_masks import key_mask_of, repeated_row_of
 
 logger = logging.getLogger(__name__)
-
-
-READY_MADE = (
-    "its queries and keys come into this graph ready-made, after a graph break, so that what they "
-    "are of cannot be told: compile with fullgraph=True, which says where the break is"
-)
 
 
 def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) -> list[Site]:
@@ -123,6 +115,8 @@ def _describe(
         grid_arguments=layout.grid_arguments,
         text_before_arguments=layout.text_before_arguments,
         text_after_arguments=layout.text_after_arguments,
+        pad_before_arguments=layout.pad_before_arguments,
+        pad_after_arguments=layout.pad_after_arguments,
     )  # fmt: skip
     return site
 
@@ -151,54 +145,3 @@ def _scale(attention: Attention, head_dim: int) -> float:
     if attention.scale is not None:
         return attention.scale
     return float(head_dim) ** -0.5 if head_dim else 1.0
-
-
-def came_ready_made(node: fx.Node) -> bool:
-    """Whether a tensor is an input of the graph, or a view of one: it was projected elsewhere."""
-    while operation(node) in VIEWS and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "placeholder"
-
-
-def classify(
-    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
-) -> tuple[Kind, Layout, str | None]:
-    """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
-    query, key, values = operands_of(attention, dimensions)
-    if query is None or key is None or values is None:
-        return "other", Layout(), "where its tokens come from cannot be followed in this graph"
-    tokens = query[-2]
-    lost = is_lost(tokens) or is_lost(key[-2])
-    if lost and not alike(tokens, key[-2]):
-        kind = dimensions.provenance().kind(attention.query, attention.key)
-    else:
-        kind = kind_of_axes(tokens, key[-2])
-    if kind == "cross":
-        if all(came_ready_made(node) for node in (attention.query, attention.key)):
-            return "other", Layout(), READY_MADE
-        return kind, Layout(), "its queries and its keys are of different tokens"
-    slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
-    if slices:
-        axes = " x ".join(str(atom.size) for atom in slices)
-        why = f"it attends within {axes} slices of the video (windowed, temporal or spatial)"
-        return "other", Layout(), why
-    if kind == "other":
-        return kind, Layout(), "its keys cover other tokens than its queries"
-    counts = axis_size(tokens), axis_size(key[-2])
-    if not same(*counts):
-        why = f"its {counts[0]} queries and {counts[1]} keys are not provably as many"
-        return "other", Layout(), why
-    if not (alike(values[-2], key[-2]) or is_lost(values[-2])):
-        return "other", Layout(), "its values are of other tokens than its keys"
-    layout = infer_layout(tokens, grid, attention.node.graph, dimensions.positions)
-    if grid is None and not same_lattices(tokens, key[-2]):
-        return "other", Layout(), "its keys are not provably in the order of its queries"
-    if layout.problem is None and layout.grid is not None and attention.mask is not None:
-        batch = shape(attention.query)[0]
-        if (row := key_mask_of(attention.mask)) is not None:
-            attention.mask, attention.masks_queries = row, True
-        elif (row := repeated_row_of(attention.mask)) is not None:
-            attention.mask = row
-        why_not = mask_problem(attention.mask, layout.text_before, product(layout.grid), batch)
-        return kind, layout, why_not
-    return kind, layout, layout.problem

@@ -21,7 +21,14 @@ from freqopt.passes.dimensions import (
     same,
     segment_size,
 )
-from freqopt.passes.site import Argument, Extent, Size
+from freqopt.passes.lattices import (
+    Lattice,
+    LatticeExtent,
+    extent_size,
+    find_lattices,
+    is_lattice,
+)
+from freqopt.passes.site import Argument, Extent, Size, Total
 
 Grid3 = tuple[Extent, Extent, Extent]
 
@@ -30,11 +37,13 @@ Grid3 = tuple[Extent, Extent, Extent]
 class Layout:
     """How a site's tokens lie: grid extents (slowest first) and the text around the video.
 
-    problem: why there is no grid. remark: what else is to say where there is one. The arguments
-    are what the graph computes the extents from.
+    segments: start and stop of those of the axis that are the video. problem: why there is no grid.
+    remark: what else is to say where there is one. The arguments are what the graph computes the
+    extents from; those of the pads as in `Site`.
     """
 
     grid: Grid3 | None = None
+    segments: tuple[int, int] = (0, 1)
     text_before: Extent = 0
     text_after: Extent = 0
     problem: str | None = None
@@ -42,6 +51,8 @@ class Layout:
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
     text_after_arguments: tuple[Argument, ...] = ()
+    pad_before_arguments: tuple[Argument, ...] = ()
+    pad_after_arguments: tuple[Argument, ...] = ()
 
 
 def infer_layout(
@@ -57,96 +68,52 @@ def infer_layout(
     """
     if given is not None:
         return _given_layout(axis, given, graph)
-    video = {i: segment for i, segment in enumerate(axis) if is_lattice(segment)}
-    if not video:
-        video = _by_positions(axis, positions or {})
-    if not video:
+    found = find_lattices(axis, positions or {})
+    if not found:
         return Layout(problem=_why_no_lattice(axis))
-    index = _main(video)
-    shapes = ["x".join(str(atom.size) for atom in video[i]) for i in video if i != index]
-    if index is None:
-        several = ", ".join(shapes)
-        return Layout(problem=f"its tokens are several grids in one sequence ({several})")
-    segment = video[index]
-    extents = lattice_extents(segment)
-    if isinstance(extents, str):
-        return Layout(problem=extents)
-    sizes = [extent.size if isinstance(extent, Atom) else extent for extent in extents]
-    layout = _around(axis, index, (sizes[0], sizes[1], sizes[2]), graph)
-    arguments = [_argument(extent, graph) for extent in extents]
+    chosen = _main(axis, found)
+    others = ", ".join(each.shape() for each in found if each is not chosen)
+    if chosen is None:
+        return Layout(problem=f"its tokens are several grids in one sequence ({others})")
+    if chosen.problem is not None:
+        return Layout(problem=chosen.problem)
+    first, second, third = (extent_size(extent) for extent in chosen.extents)
+    layout = _around(axis, chosen.start, chosen.stop, (first, second, third), graph)
+    arguments = [_extent_argument(extent, graph) for extent in chosen.extents]
     known = tuple(argument for argument in arguments if argument is not None)
     if layout.problem is None and len(known) < 3:
         layout.problem = "an extent of its grid cannot be read where the attention is"
     layout.grid_arguments = known
-    if shapes:
-        others = ", ".join(shapes)
+    if others:
         layout.remark = f"; other grids in its sequence ({others}) stay exact, as text does"
     return layout
 
 
-def _main(video: Mapping[int, Segment]) -> int | None:
+def _main(axis: Axis, lattices: Sequence[Lattice]) -> Lattice | None:
     """The lattice that has more tokens than all others together, such as a video after its history.
 
     The others are left exact. None where no lattice is as large, and for unknown sizes.
     """
-    if len(video) == 1:
-        return next(iter(video))
-    sizes = {i: hint(segment_size(segment)) for i, segment in video.items()}
-    known = {i: size for i, size in sizes.items() if size is not None}
+    if len(lattices) == 1:
+        return lattices[0]
+    sizes = [hint(axis_size(axis[each.start : each.stop])) for each in lattices]
+    known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
         return None
-    largest = max(known, key=lambda i: known[i])
-    return largest if 2 * known[largest] > sum(known.values()) else None
-
-
-def _by_positions(axis: Axis, positions: Mapping[Atom, Sequence[Segment]]) -> dict[int, Segment]:
-    """Lattices of segments by their positions, where all tables agree."""
-    found: dict[int, Segment] = {}
-    for i, segment in enumerate(axis):
-        tables = positions.get(segment[0], ()) if len(segment) == 1 else ()
-        if tables and all(
-            all(same(a.size, b.size) for a, b in zip(tables[0], table, strict=True))
-            for table in tables
-        ):
-            found[i] = tables[0]
-    return found
-
-
-def is_lattice(segment: Segment) -> bool:
-    """Whether a segment is a lattice of data: two axes or more of one of the graph's inputs."""
-    atoms = [a for a in segment if not same(a.size, 1)] or list(segment)
-    if len(segment) < 2 or any(a.origin != "data" for a in atoms):
-        return False
-    return len({a.root[0] for a in atoms}) == 1 and len({a.root[1] for a in segment}) > 1
-
-
-def lattice_extents(segment: Segment) -> list[Atom | int] | str:
-    """Three extents of a lattice, slowest first, or why there are not three."""
-    atoms = list(segment)
-    while len(atoms) > 3:
-        unit = next((i for i, atom in enumerate(atoms) if same(atom.size, 1)), None)
-        if unit is None:
-            shape = "x".join(str(atom.size) for atom in segment)
-            return (
-                f"its tokens lie on more than three axes or in tiles ({shape}), not in raster order"
-            )
-        del atoms[unit]
-    if len({atom.root for atom in atoms}) < len(atoms):
-        return "its tokens lie in tiles, not in raster order"
-    if len(atoms) == 2:
-        # With one frame, or one row of patches, no trace of that axis may be left.
-        return [1, *atoms]
-    return [*atoms]
+    largest = max(range(len(known)), key=lambda i: known[i])
+    return lattices[largest] if 2 * known[largest] > sum(known) else None
 
 
 def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> Layout:
     tokens = product(given)
     fits = [i for i, segment in enumerate(axis) if same(segment_size(segment), tokens)]
-    guarded = not fits
+    runs = [(each.start, each.stop) for each in find_lattices(axis, {})]
+    runs = [run for run in runs if same(axis_size(axis[slice(*run)]), tokens)]
+    guarded = not fits and not runs
     if guarded:
         fits = _guarded(axis, tokens)
-    lattices = [i for i in fits if is_lattice(axis[i])]
-    chosen = lattices or fits
+    lattices = [(i, i + 1) for i in fits if is_lattice(axis[i])]
+    chosen = lattices or runs or [(i, i + 1) for i in fits]
     if len(chosen) != 1:
         shown = "x".join(map(str, given))
         sizes = " + ".join(str(segment_size(segment)) for segment in axis)
@@ -155,7 +122,7 @@ def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> L
             problem=f"grid={given} was given, {shown} = {tokens} tokens, but of its {sizes} tokens "
             f"{why} that many"
         )
-    layout = _around(axis, chosen[0], given, graph)
+    layout = _around(axis, *chosen[0], given, graph)
     layout.grid_arguments = given
     if guarded:
         layout.remark = f"; other numbers of video tokens than the {tokens} of grid= compile anew"
@@ -172,24 +139,36 @@ def _guarded(axis: Axis, tokens: Extent) -> list[int]:
     return [i for i, size in enumerate(sizes) if hint(size) is not None and bool(size == tokens)]
 
 
-def _around(axis: Axis, index: int, grid: Grid3, graph: fx.Graph) -> Layout:
-    """The layout with the segments before and after the video as text, checked against the sum."""
-    before, after = axis[:index], axis[index + 1 :]
+def _around(axis: Axis, start: int, stop: int, grid: Grid3, graph: fx.Graph) -> Layout:
+    """The layout where segments start..stop are the video, and those around it text."""
+    before, after = axis[:start], axis[stop:]
+    video = axis_size(axis[start:stop])
     layout = Layout(
         grid=grid,
+        segments=(start, stop),
         text_before=axis_size(before) if before else 0,
         text_after=axis_size(after) if after else 0,
     )
-    if not same(product(grid), segment_size(axis[index])):
-        layout.problem = (
-            f"grid {grid} does not provably have the {segment_size(axis[index])} video tokens"
-        )
+    if not same(product(grid), video):
+        layout.problem = f"grid {grid} does not provably have the {video} video tokens"
     for name, part in (("text_before_arguments", before), ("text_after_arguments", after)):
         arguments = [_segment_argument(segment, graph) for segment in part]
         if any(argument is None for argument in arguments):
             layout.problem = "the number of its text tokens cannot be read in the graph"
         setattr(layout, name, tuple(a for a in arguments if a is not None))
     return layout
+
+
+def pad_queries(layout: Layout, keys: Axis, start: int, stop: int, graph: fx.Graph) -> None:
+    """Note how many keys lie before and after those of the queries, segments start..stop."""
+    for name, part in (
+        ("pad_before_arguments", keys[:start]),
+        ("pad_after_arguments", keys[stop:]),
+    ):
+        arguments = [_segment_argument(segment, graph) for segment in part]
+        if any(argument is None for argument in arguments):
+            layout.problem = "the number of tokens that only its keys have cannot be read"
+        setattr(layout, name, tuple(a for a in arguments if a is not None))
 
 
 def _segment_argument(segment: Segment, graph: fx.Graph) -> Argument | None:
@@ -199,7 +178,18 @@ def _segment_argument(segment: Segment, graph: fx.Graph) -> Argument | None:
     return _argument(segment[0], graph) if len(segment) == 1 else None
 
 
-def _argument(extent: Atom | int, graph: fx.Graph) -> Argument | None:
+def _extent_argument(extent: LatticeExtent, graph: fx.Graph) -> Argument | None:
+    """How the graph can compute an extent of a lattice, which may be that of several."""
+    if not isinstance(extent, tuple):
+        return _argument(extent, graph)
+    parts = [_argument(part, graph) for part in extent]
+    if all(isinstance(part, int) for part in parts):
+        return sum(part for part in parts if isinstance(part, int))
+    known = tuple(part for part in parts if isinstance(part, (int, Size)))
+    return Total(known) if len(known) == len(parts) else None
+
+
+def _argument(extent: Atom | int, graph: fx.Graph) -> int | Size | None:
     """How the graph can compute an extent."""
     if isinstance(extent, int):
         return extent

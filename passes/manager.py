@@ -117,13 +117,17 @@ def find_marked(
     explains most sites is taken.
     """
     sites = find_sites(gm, grid=grid)
-    if grid is None and any(site.grid is None and site.kind in ("self", "joint") for site in sites):
+    if grid is None and any(site.grid is None and site.kind in OURS for site in sites):
         candidates = dict.fromkeys([*(g for mark in marks.values() for g in mark.grids), *likely])
         found = [sites, *(find_sites(gm, grid=candidate) for candidate in candidates)]
         sites = max(found, key=lambda sites: sum(site.eligible for site in sites))
     for site in sites:
         site.mark = marks.get("" if site.name == "model" else site.name)
     return sites
+
+
+OURS = ("self", "joint", "text in keys")
+"""Kinds of attention that can be split where a grid is known."""
 
 
 def _select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], strict: bool) -> None:

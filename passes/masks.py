@@ -7,6 +7,7 @@ comparisons and concatenation is followed; any other mask leaves the site dense.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,16 @@ def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) ->
     if not Range(before, before + video).true(mask):
         return "its mask may hide video tokens: that it does not cannot be proven from the graph"
     return None
+
+
+def hides_nothing(mask: fx.Node) -> bool:
+    """Whether a mask of any shape is provably true, or adds provably zero, for all pairs."""
+    sizes = shape(mask)
+    found = tensor(mask)
+    if found is None or not sizes:
+        return False
+    everything = Range(0, sizes[-1])
+    return everything.true(mask) if found.dtype == torch.bool else everything.zero(mask)
 
 
 EVERY = -1
@@ -124,6 +135,56 @@ class Range:
             return self._compares(item, False)
         return False
 
+    def zero(self, item: Any) -> bool:
+        """Whether all entries in the range of a tensor of numbers are provably 0."""
+        if isinstance(item, (int, float)):
+            return item == 0
+        if not isinstance(item, fx.Node) or _is_written(item):
+            return False
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if name in ("full", "new_full", "full_like"):
+            fill = argument(item, 2 if name == "new_full" else 1, "fill_value")
+            return isinstance(fill, (int, float)) and fill == 0
+        if name in PASS or adds_dimensions(item):
+            found = tensor(source)
+            if found is not None and found.dtype == torch.bool:
+                return self._keeps_last(item, source) and self.false(source)
+            return self._keeps_last(item, source) and self.zero(source)
+        if name == "masked_fill":
+            return self.zero(source) and self._false_at(item, argument(item, 1, "mask"))
+        if name == "where" and len(item.args) == 3:
+            chosen, yes, no = item.args
+            return (self._true_at(item, chosen) and self._zero_at(item, yes)) or (
+                self._false_at(item, chosen) and self._zero_at(item, no)
+            )
+        if name == "cat":
+            return self._concatenated(item, Range.zero)
+        if name == "mul":
+            return any(self._zero_at(item, operand) for operand in item.args[:2])
+        if name == "sub" and len(item.args) == 2 and _is_one(item.args[0]):
+            return self._true_number(item, item.args[1])
+        if name == "rsub" and len(item.args) == 2 and _is_one(item.args[1]):
+            return self._true_number(item, item.args[0])
+        return False
+
+    def _true_number(self, node: fx.Node, operand: Any) -> bool:
+        """Whether an operand is a bool mask as numbers, all of them 1 in the range."""
+        while isinstance(operand, fx.Node) and operation(operand) in PASS | {"float", "half"}:
+            found = tensor(operand)
+            if found is not None and found.dtype == torch.bool:
+                break
+            source = operand.args[0]
+            if not (isinstance(source, fx.Node) and self._keeps_last(operand, source)):
+                return False
+            operand = source
+        return self._true_at(node, operand)
+
+    def _zero_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.zero(operand)
+
     def _written(self, item: fx.Node) -> bool:
         """Whether writes of True into (rows, entries) cover the range in every row.
 
@@ -189,23 +250,26 @@ class Range:
         inside = at_most(0, start) and at_most(stop, shape(source)[-1])
         return inside and Range(start, stop).true(source)
 
-    def _concatenated(self, node: fx.Node) -> bool:
+    def _concatenated(self, node: fx.Node, holds: Proof | None = None) -> bool:
+        proof = holds or Range.true
         pieces = argument(node, 0, "tensors")
         dim = known_int(argument(node, 1, "dim", "axis", default=0))
-        if dim is None or (dim + len(shape(node))) % len(shape(node)) != len(shape(node)) - 1:
+        if dim is None:
             return False
+        if (dim + len(shape(node))) % len(shape(node)) != len(shape(node)) - 1:
+            return all(proof(self, item) for item in pieces)
         start: Extent = 0
         for index, item in enumerate(pieces):
             if same(start, self.start):
-                return self._covered(pieces[index:])
+                return self._covered(pieces[index:], proof)
             start = start + shape(item)[-1]
         return False
 
-    def _covered(self, pieces: Any) -> bool:
+    def _covered(self, pieces: Any, holds: Proof) -> bool:
         length: Extent = 0
         for item in pieces:
             size = shape(item)[-1]
-            if not Range(0, size).true(item):
+            if not holds(Range(0, size), item):
                 return False
             length = length + size
             if same(length, self.stop - self.start):
@@ -225,6 +289,9 @@ class Range:
         # index < stop <= bound: "index < bound" is always true and "index >= bound" always false.
         lowest = lower_bound(bound)
         return always is wanted and lowest is not None and at_most(self.stop, lowest)
+
+
+Proof = Callable[[Range, Any], bool]
 
 
 def adds_dimensions(node: fx.Node) -> bool:

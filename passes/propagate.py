@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import freqopt.passes.axis_rules_math  # noqa: F401  registers its rules
+import freqopt.passes.axis_rules_math
+import freqopt.passes.axis_rules_pixels  # noqa: F401  these register their rules
 from freqopt.passes.axis_rules import RULES, SEVERAL
 from freqopt.passes.dimensions import (
     Atom,
@@ -33,7 +34,7 @@ SAME_AXES = {
     "batch_norm", "instance_norm", "normalize", "softmax", "log_softmax", "_to_copy", "alias",
     "cuda", "cpu", "pin_memory", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
     "randn_like", "feature_dropout", "cumsum", "nan_to_num", "copy_", "masked_fill_", "fill_",
-    "zero_", "index_put_", "index_fill", "scatter", "alpha_dropout", "roll", "requires_grad",
+    "zero_", "index_put_", "index_fill", "scatter", "alpha_dropout", "requires_grad",
 }  # fmt: skip
 """Operations whose output has the axes of their first argument."""
 

@@ -44,6 +44,15 @@ def same_atom(a: Atom | None, b: Atom | None) -> bool:
     return same_atom(a.parent, b.parent)
 
 
+def place_in(query: Axis, key: Axis) -> int | None:
+    """The segment of `key` where the segments of `query` begin; None if they are not there once."""
+    extra = len(key) - len(query)
+    if extra < 1 or not query:
+        return None
+    found = [i for i in range(extra + 1) if alike(query, key[i : i + len(query)])]
+    return found[0] if len(found) == 1 else None
+
+
 def same_lattices(first: Axis, second: Axis) -> bool:
     """Whether two axes agree in all segments of several atoms; others (text) need not."""
     return len(first) == len(second) and all(

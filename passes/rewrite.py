@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from freqopt.errors import SiteError
 from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import operation, shape, value
-from freqopt.passes.site import Argument, Site, Size
+from freqopt.passes.site import Argument, Site, Size, Total
 
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""
@@ -52,7 +54,7 @@ def replace_site(
     with graph.inserting_before(node):
         operands = site_operands(site)
         new = graph.call_function(target, (*operands, *extra_args))
-        new.meta = dict(node.meta)
+        new.meta = dict(node.meta, example_value=_example_of_result(site, operands[0]))
     _take_over(site, new)
     return new
 
@@ -98,10 +100,9 @@ def insert_split(
         new.meta = dict(node.meta)
         if "example_value" in call.meta:
             new.meta["example_value"] = call.meta["example_value"][0]
-        if any(operation(user) == "view" for user in node.users):
+        if not pads_queries(site) and any(operation(user) == "view" for user in node.users):
             # The op's output is (B, N, H, D) in memory, which not every view can start from.
-            new = graph.call_method("contiguous", (new,))
-            new.meta = dict(node.meta)
+            new = _method(site, "contiguous", new)
     _take_over(site, new)
     return new
 
@@ -161,7 +162,21 @@ def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     if len(shape(query)) == 3:
         query = _method(site, "unflatten", query, 0, (-1, site.heads))
         key, values = (_method(site, "unflatten", n, 0, (-1, site.kv_heads)) for n in (key, values))
+    if pads_queries(site):
+        before, after = _sum(site, site.pad_before_arguments), _sum(site, site.pad_after_arguments)
+        query = add_function(site.node.meta, F.pad, query, (0, 0, before, after))
     return query, key, values
+
+
+def pads_queries(site: Site) -> bool:
+    """Whether there are keys without queries, which the op gets queries of zeros for."""
+    return bool(site.pad_before_arguments or site.pad_after_arguments)
+
+
+def _example_of_result(site: Site, query: fx.Node) -> Any:
+    """What attention over a query (B, H, N, D) makes."""
+    example = value(query)
+    return value(site.node) if example is None else example.to(site.dtype)
 
 
 def _method(site: Site, name: str, node: fx.Node, *arguments: Any) -> fx.Node:
@@ -172,8 +187,7 @@ def add_method(
     meta: Mapping[str, Any], name: str, node: fx.Node, *arguments: Any, **options: Any
 ) -> fx.Node:
     """A call of a tensor method, where the graph inserts, with its example value beside `meta`."""
-    mode = _fake_mode(node.graph)
-    with mode if mode is not None else nullcontext():
+    with _faking(node.graph):
         example = getattr(value(node), name)(*fx.node.map_arg(arguments, value), **options)
     made = node.graph.call_method(name, (node, *arguments), options)
     made.meta = dict(meta, example_value=example)
@@ -185,8 +199,7 @@ def add_function(
 ) -> fx.Node:
     """A call of a function on nodes, where the graph inserts, as `add_method`."""
     graph = next(a for a in arguments if isinstance(a, fx.Node)).graph
-    mode = _fake_mode(graph)
-    with mode if mode is not None else nullcontext():
+    with _faking(graph):
         example = function(*fx.node.map_arg(arguments, value), **fx.node.map_arg(options, value))
     made = graph.call_function(function, arguments, options)
     made.meta = dict(meta, example_value=example)
@@ -204,15 +217,29 @@ def _zero_hidden(site: Site, new: fx.Node) -> fx.Node:
 
 
 def _in_old_form(site: Site, new: fx.Node) -> fx.Node:
-    """The result with heads folded into the batch, where the attention had it so."""
+    """The result without the queries that were added, and with heads folded where they were."""
     if site.attention.masks_queries:
         new = _zero_hidden(site, new)
+    if pads_queries(site):
+        with site.node.graph.inserting_before(new.next):
+            new = _cut(site, new)
     if len(shape(site.node)) != 3:
         return new
     with site.node.graph.inserting_after(new):
         folded = site.node.graph.call_method("flatten", (new, 0, 1))
     folded.meta = dict(site.node.meta)
     return folded
+
+
+def _cut(site: Site, new: fx.Node) -> fx.Node:
+    """The result at the queries of the model, (B, H, N, D)."""
+    length = shape(site.attention.query)[-2]
+    count = length if isinstance(length, int) else _size_of(site, site.attention.query, -2)
+    start = _sum(site, site.pad_before_arguments)
+    cut = _method(site, "narrow", new, 2, start, count)
+    if any(operation(user) == "view" for user in site.node.users):
+        cut = _method(site, "contiguous", cut)
+    return cut
 
 
 def _prepared(site: Site, node: fx.Node) -> fx.Node:
@@ -234,6 +261,8 @@ def _prepared(site: Site, node: fx.Node) -> fx.Node:
 
 def _argument(site: Site, argument: Argument) -> int | fx.Node:
     """An extent as a graph argument; sizes are read where the tensor is made, once."""
+    if isinstance(argument, Total):
+        return _sum(site, argument.parts)
     if not isinstance(argument, Size):
         return argument
     for user in argument.node.users:
@@ -278,15 +307,15 @@ def _key_mask(site: Site) -> fx.Node | None:
     node.meta = dict(site.node.meta, example_value=example)
     if same(example.shape[0], batch):
         return node
-    sizes = (_size_of_batch(site), -1)
+    sizes = (_size_of(site, site.attention.query, 0), -1)
     expanded = graph.call_method("expand", (node, *sizes))
     expanded.meta = dict(site.node.meta, example_value=example.expand(batch, -1))
     return expanded
 
 
-def _size_of_batch(site: Site) -> int | fx.Node:
-    size = shape(site.attention.query)[0]
-    return size if isinstance(size, int) else _argument(site, Size(site.attention.query, 0))
+def _size_of(site: Site, node: fx.Node, dim: int) -> int | fx.Node:
+    size = shape(node)[dim]
+    return size if isinstance(size, int) else _argument(site, Size(node, dim % len(shape(node))))
 
 
 def _take_over(site: Site, new: fx.Node) -> None:
@@ -296,6 +325,17 @@ def _take_over(site: Site, new: fx.Node) -> None:
     for node in reversed(site.attention.nodes):
         if not node.users:
             graph.erase_node(node)
+
+
+@contextmanager
+def _faking(graph: fx.Graph) -> Iterator[None]:
+    """Operations on example values make example values, of symbolic sizes too."""
+    mode = _fake_mode(graph)
+    if mode is None:
+        yield
+        return
+    with enable_python_dispatcher(), mode:
+        yield
 
 
 def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Extent = int | torch.SymInt
 """A size: a number, or a symbol under dynamic shapes. Compare with `dimensions.same` only."""
 
-Kind = Literal["self", "joint", "cross", "other"]
+Kind = Literal["self", "joint", "text in keys", "cross", "other"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,15 @@ class Size:
     dim: int
 
 
-Argument = int | Size
-"""How the graph gets hold of an extent: a constant, or a size read at run time."""
+@dataclass(frozen=True)
+class Total:
+    """The sum of several extents, such as the frames of two videos in one sequence."""
+
+    parts: tuple[int | Size, ...]
+
+
+Argument = int | Size | Total
+"""How the graph gets hold of an extent: a constant, a size read at run time, or a sum of these."""
 
 
 @dataclass
@@ -62,10 +69,12 @@ class Site:
 
     name: path of the module it is in, such as "blocks.3.attn1", with "#1", "#2" for further ones in
     the same module. kind: "self" (video, or one kind of token, alone), "joint" (text and video),
-    "cross", "other". query_length, key_length: tokens. grid: extents of the video tokens from the
-    slowest to the fastest in memory, usually (t, h, w), None if unknown. text_before, text_after:
-    tokens around them. eligible: could be split, whatever its length; reason: why, or why not.
-    mark: the budget that its module brings along, see `freqopt.regional`.
+    "text in keys" (video queries, keys of text and video), "cross", "other". query_length,
+    key_length: tokens. grid: extents of the video tokens from the slowest to the fastest in memory,
+    usually (t, h, w), None if unknown. text_before, text_after: tokens around them, in the keys at
+    least. eligible: could be split, whatever its length; reason: why, or why not.
+    pad_before_arguments, pad_after_arguments: tokens that only the keys have, in whose places the
+    op gets queries of zeros. mark: the budget that its module brings along, see `freqopt.regional`.
     """
 
     name: str
@@ -87,6 +96,8 @@ class Site:
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
     text_after_arguments: tuple[Argument, ...] = ()
+    pad_before_arguments: tuple[Argument, ...] = ()
+    pad_after_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
 
     @property

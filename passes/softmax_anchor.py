@@ -7,14 +7,16 @@ is not attention: softmax over other axes, scores without values, gates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import argument, constant, is_pointwise, operation, shape
+from freqopt.passes.nodes import argument, constant, is_pointwise, operation, shape, tensor
 from freqopt.passes.site import Attention
+from freqopt.passes.softmax_by_hand import Softmax, shifted, softmax_at
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
@@ -39,29 +41,36 @@ class Logits:
 
 def match_softmax(node: fx.Node) -> Attention | None:
     """softmax(factor * q @ k^T + mask) @ v, or None if this softmax is something else."""
-    sizes = shape(node)
-    if operation(node) != "softmax" or len(sizes) not in (3, 4):
+    if len(shape(node)) not in (3, 4) or (softmax := softmax_at(node)) is None:
         return None
-    axis = argument(node, 1, "dim", default=-1)
-    if axis not in (-1, len(sizes) - 1):
-        return None
-    weights = follow_weights(node)
+    weights = follow_weights(softmax)
     if weights is None:
         return None
     product, values, between, objection = weights
-    walked = walk_logits(argument(node, 0, "input", "self"))
+    walked = walk_logits(softmax.scores)
     if walked is None or not _fit(walked, values, product):
         return None
+    last = () if softmax.divided is None else (softmax.divided,)
+    nodes = (*reversed(walked.nodes), *softmax.nodes, *between, product, *last)
+    if objection is None and _is_read_elsewhere(nodes):
+        objection = "its scores are used elsewhere too"
     return Attention(
-        node=product,
+        node=softmax.divided or product,
         query=walked.query,
         key=walked.key,
         value=values,
         mask=walked.mask,
         scale=walked.factor,
         objection=objection or walked.objection,
-        nodes=(*reversed(walked.nodes), node, *between, product),
+        nodes=nodes,
         key_transposed=walked.transposed,
+    )
+
+
+def _is_read_elsewhere(nodes: Sequence[fx.Node]) -> bool:
+    """Whether tensors on the way to the last of some nodes are read by others too."""
+    return any(
+        tensor(user) is not None and user not in nodes for node in nodes[:-1] for user in node.users
     )
 
 
@@ -76,17 +85,17 @@ def _fit(walked: Logits, values: fx.Node, product: fx.Node) -> bool:
 
 
 def follow_weights(
-    softmax: fx.Node,
+    softmax: Softmax,
 ) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...], str | None] | None:
     """Follow attention weights to their product with the values.
 
     Returns the product, the values, the nodes between, and what forbids cutting them out.
     """
-    node, objection = softmax, None
+    node, objection = softmax.weights, None
     between: list[fx.Node] = []
     while True:
         product = next((u for u in node.users if values_of(u, node) is not None), None)
-        others = [u for u in node.users if u is not product]
+        others = [u for u in node.users if u is not product and u not in softmax.nodes]
         if product is not None:
             values = values_of(product, node)
             assert values is not None
@@ -156,6 +165,10 @@ def walk_logits(node: Any) -> Logits | None:
         if inner is None or inner.mask is not None:
             return None
         return _through(node, replace(inner, factor=inner.factor * factor))
+    if (difference := shifted(node)) is not None:
+        scores, made = difference
+        inner = walk_logits(scores)
+        return None if inner is None else replace(inner, nodes=(node, *made[::-1], *inner.nodes))
     if name == "add":
         return _masked_sum(node)
     if name in ("masked_fill", "where"):

@@ -1,0 +1,119 @@
+"""What kind of attention a site is, on which grid, and whether its kind and mask allow a split.
+
+The answer comes from the token axes of queries and keys, never from their lengths.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from freqopt.passes.dimensions import Axis, axis_size, hint, product, same
+from freqopt.passes.grid_inference import Layout, infer_layout, pad_queries
+from freqopt.passes.layout import operands_of
+from freqopt.passes.masks import hides_nothing, mask_problem
+from freqopt.passes.nodes import VIEWS, operation, shape
+from freqopt.passes.propagate import Dimensions
+from freqopt.passes.provenance import (
+    alike,
+    is_lost,
+    kind_of_axes,
+    place_in,
+    same_lattices,
+    split_batch,
+)
+from freqopt.passes.site import Attention, Extent, Kind
+from freqopt.passes.square_masks import key_mask_of, repeated_row_of
+
+READY_MADE = (
+    "its queries and keys come into this graph ready-made, after a graph break, so that what they "
+    "are of cannot be told: compile with fullgraph=True, which says where the break is"
+)
+
+
+def came_ready_made(node: fx.Node) -> bool:
+    """Whether a tensor is an input of the graph, or a view of one: it was projected elsewhere."""
+    while operation(node) in VIEWS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "placeholder"
+
+
+def classify(
+    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
+) -> tuple[Kind, Layout, str | None]:
+    """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
+    query, key, values = operands_of(attention, dimensions)
+    if query is None or key is None or values is None:
+        return "other", Layout(), "where its tokens come from cannot be followed in this graph"
+    tokens = query[-2]
+    lost = is_lost(tokens) or is_lost(key[-2])
+    if lost and not alike(tokens, key[-2]):
+        kind = dimensions.provenance().kind(attention.query, attention.key)
+    else:
+        kind = kind_of_axes(tokens, key[-2])
+    if kind == "cross":
+        if all(came_ready_made(node) for node in (attention.query, attention.key)):
+            return "other", Layout(), READY_MADE
+        return kind, Layout(), "its queries and its keys are of different tokens"
+    slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
+    if slices:
+        axes = " x ".join(str(atom.size) for atom in slices)
+        why = f"it attends within {axes} slices of the video (windowed, temporal or spatial)"
+        return "other", Layout(), why
+    if kind == "other":
+        kind, layout, why_not = _text_in_keys(tokens, key[-2], grid, attention, dimensions)
+    else:
+        layout = infer_layout(tokens, grid, attention.node.graph, dimensions.positions)
+        why_not = layout.problem
+        counts = axis_size(tokens), axis_size(key[-2])
+        if not same(*counts):
+            why = f"its {counts[0]} queries and {counts[1]} keys are not provably as many"
+            return "other", Layout(), why
+        if grid is None and not same_lattices(tokens, key[-2]):
+            return "other", Layout(), "its keys are not provably in the order of its queries"
+        if layout.grid is not None and layout.segments == (0, len(tokens)):
+            kind = "self"
+    if kind != "other" and not (alike(values[-2], key[-2]) or is_lost(values[-2])):
+        return "other", Layout(), "its values are of other tokens than its keys"
+    if why_not is None and layout.grid is not None and attention.mask is not None:
+        why_not = _settle_mask(attention, layout.text_before, product(layout.grid))
+    return kind, layout, why_not
+
+
+def _text_in_keys(
+    tokens: Axis,
+    keys: Axis,
+    grid: tuple[int, int, int] | None,
+    attention: Attention,
+    dimensions: Dimensions,
+) -> tuple[Kind, Layout, str | None]:
+    """Keys that are the queries' tokens and others: the op then gets queries of zeros for these."""
+    start, graph = place_in(tokens, keys), attention.node.graph
+    elsewhere = "its keys cover other tokens than its queries"
+    if start is None:
+        return "other", Layout(), elsewhere
+    layout = infer_layout(keys, grid, graph, dimensions.positions)
+    if layout.problem is not None or layout.grid is None:
+        return "text in keys", layout, layout.problem
+    stop = start + len(tokens)
+    if not start <= layout.segments[0] < layout.segments[1] <= stop:
+        return "other", Layout(), elsewhere
+    pad_queries(layout, keys, start, stop, graph)
+    others = hint(axis_size(keys) - axis_size(tokens))
+    video = hint(product(layout.grid))
+    if layout.problem is None and others is not None and video is not None and 2 * others > video:
+        layout.problem = f"its keys have {others} tokens more than its queries: too many to fill up"
+    return "text in keys", layout, layout.problem
+
+
+def _settle_mask(attention: Attention, before: Extent, video: Extent) -> str | None:
+    """Bring a mask into the form that the op takes, or drop it; why that cannot be done."""
+    mask = attention.mask
+    assert mask is not None
+    if hides_nothing(mask):
+        attention.mask = None
+        return None
+    if (row := key_mask_of(mask)) is not None:
+        attention.mask, attention.masks_queries = row, True
+    elif (row := repeated_row_of(mask)) is not None:
+        attention.mask = row
+    return mask_problem(attention.mask or mask, before, video, shape(attention.query)[0])
