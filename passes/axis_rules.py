@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import Atom, Axis, Shape, distribute, regroup, same, take
-from freqopt.passes.divisions import learn_divisions
+from freqopt.passes.divisions import learn_divisions, learn_length
 from freqopt.passes.nodes import argument, known_int, numbers, operation, shape, value
 from freqopt.passes.site import Extent
 
@@ -257,6 +257,9 @@ def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -
         return None
     if same(length, size):
         return axis
+    unbacked = unbacked_slice(node, axis, size, item, dim)
+    if unbacked is not None:
+        return unbacked
     if start is None:
         start = 0
     elif isinstance(start, int) and start < 0:
@@ -264,6 +267,28 @@ def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -
     elif isinstance(start, torch.SymInt) and (start.node.has_hint() and start.node.hint < 0):
         start = size + start
     return take(axis, start, start + length, node, dim)
+
+
+def unbacked_slice(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -> Axis | None:
+    """Axis of x[:-n] or x[-n:] where n, the text's length say, depends on data.
+
+    PyTorch gives such a slice a length of its own, as it could be of none: x[-0:] is all of x. That
+    n is not 0 is taken for granted, and the length is then that of what is left.
+    """
+    length, start, stop = shape(node)[dim], value(item.start), value(item.stop)
+    if not isinstance(length, torch.SymInt) or length.node.has_hint():
+        return None
+    bounds: list[Extent] = [0, size]
+    for i, bound in enumerate((start, stop)):
+        if bound is None:
+            continue
+        if not isinstance(bound, torch.SymInt) or not bound.node.expr.could_extract_minus_sign():
+            return None
+        bounds[i] = size + bound
+    found = take(axis, bounds[0], bounds[1], node, dim)
+    if found is not None:
+        learn_length(length, bounds[1] - bounds[0])
+    return found
 
 
 @rule("slice", "narrow")

@@ -57,6 +57,8 @@ def _cat(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     known = [s for s in shapes if s]
     if len(known) != len(shapes):
         return None
+    # Beside tensors of any form, `cat` takes empty ones of one dimension, such as a new cache.
+    known = [s for s in known if len(s) > 1 or not same(axis_size(s[0]), 0)] or known
     if operation(node) == "stack":
         axes: list[Axis | None] = _best(known)
         at = dim_of(dim, len(axes) + 1)

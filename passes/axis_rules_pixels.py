@@ -47,7 +47,7 @@ def resized(
     becomes the axis of the one among them, or of the largest.
     """
     atoms = [segment[0] for segment in axis if len(segment) == 1]
-    if not atoms or len(atoms) < len(axis):
+    if not axis or len(atoms) < len(axis):
         return None
     if any(atom.cut is not None and len(atom.cut[0]) != 1 for atom in atoms):
         return None
@@ -68,10 +68,10 @@ def _resize(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         size = shape(node)[dim]
         if same(shape(known[0])[dim], size):
             result.append(axis)
-        elif len(axis) == len(axis[0]) == 1:
-            result.append(resized(axis, size, node, dim))
-        else:
+        elif len(axis) > 1 or (axis and len(axis[0]) > 1):
             result.append(_filled_up(axis, dim - len(known[1]), node))
+        else:
+            result.append(resized(axis, size, node, dim))
     return result
 
 

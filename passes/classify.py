@@ -70,8 +70,8 @@ def classify(
             return "other", Layout(), why
         if grid is None and not same_lattices(tokens, key[-2]):
             return "other", Layout(), "its keys are not provably in the order of its queries"
-        if layout.grid is not None and layout.segments == (0, len(tokens)):
-            kind = "self"
+        if layout.grid is not None:
+            kind = "self" if layout.segments == (0, len(tokens)) else "joint"
     if kind != "other" and not (alike(values[-2], key[-2]) or is_lost(values[-2])):
         return "other", Layout(), "its values are of other tokens than its keys"
     if why_not is None and layout.grid is not None and attention.mask is not None:

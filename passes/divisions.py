@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from sympy import sympify
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 
@@ -47,6 +48,14 @@ def learn_divisions(
         learned |= quotients
     if learned:
         _exact.setdefault(symbolic.node.shape_env, {}).update(learned)
+
+
+def learn_length(length: torch.SymInt, known: Extent) -> None:
+    """Note that a length that depends on data is one that is known."""
+    learned = _exact.setdefault(length.node.shape_env, {})
+    expression, meaning = _expression(length), sympify(_expression(known)).xreplace(learned)
+    if expression.is_Symbol and not meaning.has(expression):
+        learned[expression] = meaning
 
 
 def _expression(size: Extent | bool) -> Any:

@@ -6,6 +6,7 @@ checked against the tensor's real sizes, and one that does not provably fit beco
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,10 @@ from freqopt.passes.dimensions import (
     same,
 )
 from freqopt.passes.nodes import is_pointwise, operation, shape, value
+from freqopt.passes.placements import note_setitem
 from freqopt.passes.provenance import Provenance
+
+logger = logging.getLogger(__name__)
 
 SAME_AXES = {
     "to", "float", "half", "bfloat16", "double", "int", "long", "bool", "type", "type_as", "clone",
@@ -34,7 +38,8 @@ SAME_AXES = {
     "batch_norm", "instance_norm", "normalize", "softmax", "log_softmax", "_to_copy", "alias",
     "cuda", "cpu", "pin_memory", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
     "randn_like", "feature_dropout", "cumsum", "nan_to_num", "copy_", "masked_fill_", "fill_",
-    "zero_", "index_put_", "index_fill", "scatter", "alpha_dropout", "requires_grad",
+    "zero_", "index_put_", "index_fill", "scatter", "scatter_add", "index_add", "alpha_dropout",
+    "requires_grad",
 }  # fmt: skip
 """Operations whose output has the axes of their first argument."""
 
@@ -50,6 +55,7 @@ class Dimensions:
         self.several: dict[fx.Node, list[Shape | None]] = {}
         self.bodies: dict[fx.Node, tuple[fx.GraphModule, Dimensions]] = {}
         self.positions: dict[Atom, list[Segment]] = {}
+        self.placed: dict[fx.Node, tuple[Axis, ...]] = {}
         self.graph = graph
         self._provenance: Provenance | None = None
         self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
@@ -77,13 +83,19 @@ class Dimensions:
         if enter_body(self, node):
             return
         if not isinstance(value(node), torch.Tensor):
+            if operation(node) == "setitem":
+                note_setitem(self, node)
             if isinstance(value(node), (tuple, list)):
                 self.several[node] = SEVERAL.get(operation(node), _unknown)(self, node)
             return
         name = operation(node)
         found = None
         if name in RULES:
-            found = RULES[name](self, node)
+            try:
+                found = RULES[name](self, node)
+            except Exception as error:
+                # Nothing is then known of this tensor; what else is in the graph is not lost.
+                logger.warning("%s: its axes cannot be followed: %r", node.format_node(), error)
         elif name in SAME_AXES:
             found = self.of(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
         elif is_pointwise(name):

@@ -38,8 +38,9 @@ class Case:
     split. kind, before, after: of each of these, text in tokens; or `each` says so one by one.
     others: attentions that must be left alone. source: "graph" if the grid is read there, "given"
     if it has to be, "" if there is nothing to split. order: of the grid's axes in memory. image:
-    the grid is (1, h, w). fullgraph: the model is compiled so. tolerance: of the output. grids,
-    batches: those to try, instead of `VARIANTS`. note: what is special, for docs/models.md.
+    the grid is (1, h, w). frames: further ones on the same grid, from other inputs. fullgraph: the
+    model is compiled so. tolerance: of the output. grids, batches: those to try, instead of
+    `VARIANTS`. note: what is special, for docs/models.md.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     source: str = "graph"
     order: tuple[int, int, int] = (0, 1, 2)
     image: bool = False
+    frames: int = 0
     fullgraph: bool = False
     tolerance: float = 1e-4
     grids: tuple[Grid, ...] = ()
@@ -127,7 +129,7 @@ def positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-FAMILIES = ("video", "packed", "image", "encoder", "more", "further")
+FAMILIES = ("video", "packed", "image", "encoder", "more", "further", "latest")
 """Modules of cases; each is tried in a test file of its own, `test_models_<family>.py`."""
 
 

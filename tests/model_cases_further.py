@@ -172,8 +172,8 @@ def minimax_music(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "MiniMaxH3Transformer3DModel", dense=0, others=3, source="given",
-    note="tokens are put in place by index, so that no graph tells where the video is",
+    "MiniMaxH3Transformer3DModel", dense=2, others=1, kind="joint", before=TEXT, after=5,
+    source="given", note="text, video and audio are put in place by index, as they are written",
 )  # fmt: skip
 def minimax_h3(grid: Grid, batch: int) -> Made:
     model = build(

@@ -42,8 +42,9 @@ def helios(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HeliosTransformer3DModel", dense=2, others=2, kind="joint", before=6 + 15 + 60,
-    grids=((3, 6, 10),), note="history frames come first, on grids of their own, and stay exact",
+    "HeliosTransformer3DModel", dense=2, others=2, kind="joint", before=6 + 15, frames=1,
+    grids=((3, 6, 10),),
+    note="history comes first: two coarser grids stay exact, a frame of the same grid joins it",
 )  # fmt: skip
 def helios_history(grid: Grid, batch: int) -> Made:
     model = build("HeliosTransformer3DModel", **HELIOS, has_multi_term_memory_patch=True)
@@ -144,8 +145,8 @@ def glm_image(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "NucleusMoEImageTransformer2DModel", dense=0, others=2, source="given", image=True,
-    note="image queries, text in the keys only",
+    "NucleusMoEImageTransformer2DModel", dense=2, kind="text in keys", after=TEXT, source="given",
+    image=True, note="image queries, text in the keys only",
 )  # fmt: skip
 def nucleus(grid: Grid, batch: int) -> Made:
     model = build(
@@ -214,7 +215,7 @@ def wan_animate(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "PRXTransformer2DModel", dense=0, others=2, source="", grids=((1, 16, 20),),
+    "PRXTransformer2DModel", dense=2, kind="text in keys", before=TEXT, grids=((1, 16, 20),),
     note="image queries, text in the keys only",
 )  # fmt: skip
 def prx(grid: Grid, batch: int) -> Made:
@@ -231,7 +232,8 @@ def prx(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "Cosmos3OmniTransformer", dense=0, others=4, source="", batches=(1,),
+    "Cosmos3OmniTransformer", dense=2, others=2, kind="text in keys", before=TEXT, source="given",
+    batches=(1,),
     note="video queries, text in the keys only; the text's own attention is causal",
 )  # fmt: skip
 def cosmos3(grid: Grid, batch: int) -> Made:

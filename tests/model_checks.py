@@ -122,11 +122,12 @@ def problems(case: Case, grid: Grid, seen: Seen) -> list[str]:
         found.append(f"{len(dense)} dense, {len(others)} others: {[s.reason for s in others]}")
     if case.source == "given":
         found += [f"{s.name}: split without grid=" for s in seen.plain if s.eligible]
+    extents = [grid[0] + case.frames, *grid[1:]]
     for site, (kind, *around) in zip(dense, case.sites(), strict=False):
         text = (site.text_before, site.text_after)
         if site.kind != kind:
             found.append(f"{site.name}: kind {site.kind}")
-        if site.grid is None or [hint(e) for e in site.grid] != [grid[i] for i in case.order]:
+        if site.grid is None or [hint(e) for e in site.grid] != [extents[i] for i in case.order]:
             found.append(f"{site.name}: grid {site.grid}")
         if not all(
             isinstance(a, torch.SymInt) or a == b for a, b in zip(text, around, strict=True)
