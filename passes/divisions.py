@@ -13,7 +13,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from sympy import sympify
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 
@@ -53,8 +52,10 @@ def learn_divisions(
 def learn_length(length: torch.SymInt, known: Extent) -> None:
     """Note that a length that depends on data is one that is known."""
     learned = _exact.setdefault(length.node.shape_env, {})
-    expression, meaning = _expression(length), sympify(_expression(known)).xreplace(learned)
-    if expression.is_Symbol and not meaning.has(expression):
+    expression, meaning = _expression(length), _expression(known)
+    if not isinstance(meaning, int):
+        meaning = meaning.xreplace(learned)
+    if expression.is_Symbol and not (isinstance(meaning, int) or meaning.has(expression)):
         learned[expression] = meaning
 
 

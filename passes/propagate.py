@@ -175,12 +175,15 @@ def is_table(segment: Segment) -> bool:
 
 
 def origin_of(node: fx.Node) -> Origin:
-    """Whether a graph input is a parameter or buffer, or data of this call."""
+    """Whether a graph input is kept with a module (weights, tables), or data of this call."""
     found = value(node)
     if isinstance(found, torch.nn.Parameter):
         return "parameter"
     argument_of_graph = node.meta.get("grapharg")
     source = getattr(argument_of_graph, "source", None)
+    guard = getattr(source, "guard_source", None)
+    if "NN_MODULE" in getattr(guard() if callable(guard) else guard, "name", ""):
+        return "parameter"
     while source is not None:
         if "ParamBuffer" in type(source).__name__:
             return "parameter"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from model_cases import Grid, Made, build, case, image, latents, refilled, text
