@@ -112,6 +112,15 @@ def writes_in_place(node: fx.Node) -> bool:
     return name in ("iadd", "isub", "imul", "itruediv") and tensor(node.args[0]) is not None
 
 
+def is_idle(node: fx.Node) -> bool:
+    """Whether nothing is lost without a node: nobody uses it, or it asserts what a dtype is."""
+    if node.users or node.op not in ("call_function", "call_method"):
+        return False
+    return operation(node) == "_assert_tensor_metadata" or (
+        tensor(node) is not None and not writes_in_place(node)
+    )
+
+
 def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
     """An argument given by position or by any of its names."""
     for name in names:

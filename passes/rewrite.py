@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from freqopt.errors import SiteError
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import operation, shape, value
+from freqopt.passes.nodes import is_idle, operation, shape, value
 from freqopt.passes.site import Argument, Site, Size, Total
 
 READ_SIZE = "freqopt_read_size"
@@ -323,6 +323,8 @@ def _take_over(site: Site, new: fx.Node) -> None:
     old.replace_all_uses_with(_in_old_form(site, new))
     graph = old.graph
     for node in reversed(site.attention.nodes):
+        for user in [user for user in node.users if is_idle(user)]:
+            graph.erase_node(user)
         if not node.users:
             graph.erase_node(node)
 

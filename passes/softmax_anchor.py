@@ -14,7 +14,15 @@ from typing import Any
 from torch import fx
 
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import argument, constant, is_pointwise, operation, shape, tensor
+from freqopt.passes.nodes import (
+    argument,
+    constant,
+    is_idle,
+    is_pointwise,
+    operation,
+    shape,
+    tensor,
+)
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_by_hand import Softmax, shifted, softmax_at
 
@@ -70,7 +78,9 @@ def match_softmax(node: fx.Node) -> Attention | None:
 def _is_read_elsewhere(nodes: Sequence[fx.Node]) -> bool:
     """Whether tensors on the way to the last of some nodes are read by others too."""
     return any(
-        tensor(user) is not None and user not in nodes for node in nodes[:-1] for user in node.users
+        tensor(user) is not None and user not in nodes and not is_idle(user)
+        for node in nodes[:-1]
+        for user in node.users
     )
 
 
@@ -95,7 +105,9 @@ def follow_weights(
     between: list[fx.Node] = []
     while True:
         product = next((u for u in node.users if values_of(u, node) is not None), None)
-        others = [u for u in node.users if u is not product and u not in softmax.nodes]
+        others = [
+            u for u in node.users if u is not product and u not in softmax.nodes and not is_idle(u)
+        ]
         if product is not None:
             values = values_of(product, node)
             assert values is not None
