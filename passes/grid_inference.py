@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from freqopt.passes.bodies import way_into
 from freqopt.passes.dimensions import (
     Atom,
     Axis,
@@ -195,7 +196,7 @@ def _argument(extent: Atom | int, graph: fx.Graph) -> int | Size | None:
         return extent
     if isinstance(extent.size, int):
         return extent.size
-    if extent.node is None or extent.node.graph is not graph:
+    if extent.node is None or way_into(extent.node.graph, graph) is None:
         return None
     return Size(extent.node, extent.dim)
 

@@ -17,6 +17,7 @@ from torch._logging._internal import trace_structured
 
 from freqopt.errors import SiteError
 from freqopt.passes.adapt import feed_back, open_loop
+from freqopt.passes.bodies import bring, way_into
 from freqopt.passes.find import find_sites
 from freqopt.passes.marks import Mark, take_marks
 from freqopt.passes.packed import packed_opened
@@ -141,12 +142,12 @@ def _select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], stric
         assert timestep is not None
         members = [d for d in timed if (d.timestep, d.site.device) == (timestep, device)]
         source = find_timestep(gm, timestep.name)
-        inside = [d for d in members if source is not None and d.site.node.graph is gm.graph]
+        inside = [d for d in members if source is not None and _is_reached(gm, d)]
         if source is not None and inside:
             tables = [_table(d).to(device) for d in inside]
             nodes = select_budgets(gm, source, timestep.edges, tables)
             for decision, node in zip(inside, nodes, strict=True):
-                decision.budget = node
+                decision.budget = bring(node, decision.site.node.graph)
         others = [d for d in members if d not in inside]
         if not others:
             continue
@@ -161,6 +162,11 @@ def _select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], stric
         logger.warning("%s", message)
         for decision in others:
             decision.budget = _table(decision).amin(0)
+
+
+def _is_reached(gm: fx.GraphModule, decision: Decision) -> bool:
+    """Whether values of the graph can be had where the site is, in it or in a body inside it."""
+    return way_into(gm.graph, decision.site.node.graph) is not None
 
 
 def _table(decision: Decision) -> Tensor:

@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from freqopt.errors import SiteError
+from freqopt.passes.bodies import bring
 from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import is_idle, operation, shape, value
 from freqopt.passes.site import Argument, Site, Size, Total
@@ -267,8 +268,8 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
         return argument
     for user in argument.node.users:
         if user.meta.get(READ_SIZE) == argument.dim:
-            return user
-    graph = site.node.graph
+            return bring(user, site.node.graph)
+    graph = argument.node.graph
     place = argument.node
     while place.next.op == "placeholder":
         place = place.next
@@ -277,7 +278,7 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
     node.meta = {k: v for k, v in place.meta.items() if k in ("stack_trace", "nn_module_stack")}
     node.meta["example_value"] = shape(argument.node)[argument.dim]
     node.meta[READ_SIZE] = argument.dim
-    return node
+    return bring(node, site.node.graph)
 
 
 def _sum(site: Site, parts: Sequence[Argument]) -> int | fx.Node:
