@@ -156,10 +156,11 @@ def rewritten(
     """The output of a model with `target` in place of every eligible attention."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        sites = [site for site in find_sites(gm) if site.eligible]
-        assert sites
-        for site in sites:
-            replace_site(gm, site, target)
+        with packed_opened(gm):
+            sites = [site for site in find_sites(gm) if site.eligible]
+            assert sites
+            for site in sites:
+                replace_site(gm, site, target)
         gm.graph.lint()
         gm.recompile()
         return gm.forward
