@@ -42,17 +42,19 @@ class Options:
     """Options of the backend.
 
     plan: a `Plan` or the path of one. grid: extents (t, h, w) of the video tokens, where the graph
-    does not tell them. threshold: one budget for all sites instead of a plan; 0 is exact.
-    adapt: tighten a head's budget for the next call where the error measured in this one is above
-    the plan's bound; outputs then depend on the calls before (`reset_counters` starts anew).
-    min_tokens: shorter sites stay dense (default: by `freqopt.break_even`, from the site's heads).
-    strict: raise where a site cannot be rewritten. inner: the backend that compiles the rewritten
-    graph. mode: its mode, such as "reduce-overhead" (torch.compile does not take options and a
-    mode at once).
+    does not tell them. grids: several of these, for a model that is called at several resolutions:
+    where a graph tells none, the one that has as many tokens is taken. threshold: one budget for
+    all sites instead of a plan; 0 is exact. adapt: tighten a head's budget for the next call where
+    the error measured in this one is above the plan's bound; outputs then depend on the calls
+    before (`reset_counters` starts anew). min_tokens: shorter sites stay dense (default: by
+    `freqopt.break_even`, from the site's heads). strict: raise where a site cannot be rewritten.
+    inner: the backend that compiles the rewritten graph. mode: its mode, such as "reduce-overhead"
+    (torch.compile does not take options and a mode at once).
     """
 
     plan: Plan | str | os.PathLike[str] | None = None
     grid: tuple[int, int, int] | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
     threshold: float | None = None
     adapt: bool = False
     min_tokens: int | None = None
@@ -82,8 +84,7 @@ def freqopt_backend(
     try:
         rewritten = run_passes(
             gm, functools.partial(decide, settings), grid=settings.grid,
-            likely=load_plan(settings.plan).grids if settings.plan is not None else (),
-            strict=settings.strict,
+            likely=likely_grids(settings), strict=settings.strict,
         )  # fmt: skip
         decisions = rewritten.decisions
     except FreqoptError:
@@ -95,6 +96,12 @@ def freqopt_backend(
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     compiled: Compiled = inner_backend(settings.inner, settings.mode)(gm, example_inputs)
     return counted(compiled, decisions)
+
+
+def likely_grids(settings: Options) -> list[tuple[int, int, int]]:
+    """Grids to try where a graph tells none: the option's, then the plan's."""
+    planned = [] if settings.plan is None else load_plan(settings.plan).grids
+    return [*settings.grids, *planned]
 
 
 def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:
@@ -126,6 +133,11 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     given = {name: item for name, item in given.items() if item is not None}
     if "grid" in given:
         given["grid"] = _parse_grid(given["grid"])
+    if "grids" in given:
+        several = given["grids"]
+        if "grid" in given or not isinstance(several, (tuple, list)):
+            raise OptionError(f"grids {several!r} must be a list of grids, and given without grid")
+        given["grids"] = tuple(_parse_grid(grid) for grid in several)
     threshold = given.get("threshold")
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):

@@ -130,3 +130,23 @@ def test_projections_that_diffusers_fused(name: str) -> None:
         return model, inputs
 
     assert not problems(case, grid, look(replace(case, make=fused), grid, batch))
+
+
+def test_automatic_dynamic_shapes_compile_a_second_time_and_no_more() -> None:
+    """By default the second size makes sizes symbols; two graphs then serve all."""
+    from model_cases import load_all
+
+    case = load_all()["wan"]
+    torch.manual_seed(0)
+    model, _ = case.make((3, 6, 10), 1)
+    compiled = compile_exact(model, "eager")
+    torch._dynamo.utils.counters.clear()
+    for grid in ((3, 6, 10), (5, 7, 9), (4, 8, 6), (6, 5, 11), (7, 6, 9)):
+        torch.manual_seed(1)
+        _, inputs = case.make(grid, 1)
+        freqopt.reset_counters()
+        with torch.no_grad():
+            got, expected = compiled(**inputs), model(**inputs)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert (freqopt.counters().split, freqopt.counters().dense) == (2, 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

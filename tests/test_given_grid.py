@@ -87,3 +87,14 @@ def test_a_length_that_depends_on_data_stays_dense() -> None:
         torch.testing.assert_close(compiled(model, graphs)(x), model(x), rtol=1e-4, atol=1e-5)
     assert graphs.split == [0]
     assert "grid=" in freqopt.counters().sites[0].reason
+
+
+def test_several_grids_serve_several_resolutions() -> None:
+    model, graphs = Packed(), Graphs()
+    run = compiled(model, graphs, grid=None, grids=[(3, 6, 10), GRID])
+    for tokens, split in ((5 * 7 * 9, 1), (180, 1), (200, 0)):
+        inputs = (torch.randn(2, tokens, WIDTH), torch.randn(2, 7, WIDTH))
+        with torch.no_grad():
+            torch.testing.assert_close(run(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+        assert graphs.split[-1] == split
+    assert len(graphs.split) == 3
