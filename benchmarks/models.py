@@ -74,6 +74,7 @@ REASONS = {
     "before the softmax": "scores altered before the softmax",
     "ready-made": "tokens cannot be followed after a break",
     "may hide video tokens": "mask may hide video tokens",
+    "block mask": "FlexAttention with a block mask",
 }
 
 

@@ -6,6 +6,7 @@ comparisons and concatenation is followed; any other mask leaves the site dense.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -163,7 +164,8 @@ class Range:
         if name == "cat":
             return self._concatenated(item, Range.zero)
         if name == "mul":
-            return any(self._zero_at(item, operand) for operand in item.args[:2])
+            pairs = (item.args[:2], item.args[1::-1])
+            return any(_is_finite(factor) and self.zero(other) for other, factor in pairs)
         if name == "sub" and len(item.args) == 2 and _is_one(item.args[0]):
             return self._true_number(item, item.args[1])
         if name == "rsub" and len(item.args) == 2 and _is_one(item.args[1]):
@@ -358,6 +360,10 @@ def lower_bound(item: Any) -> Extent | None:
         known = [part for part in parts if part is not None]
         return operator.add(*known) if len(known) == 2 else None
     return None
+
+
+def _is_finite(item: Any) -> bool:
+    return isinstance(item, (bool, int, float)) and math.isfinite(item)
 
 
 def _is_one(item: Any) -> bool:

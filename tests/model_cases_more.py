@@ -245,10 +245,11 @@ def cosmos3(grid: Grid, batch: int) -> Made:
     )  # fmt: skip
     t, h, w = grid
     vision = torch.arange(TEXT, TEXT + t * h * w)
+    places = TEXT + positions(grid).T.long()
     return model, {
         "input_ids": torch.arange(TEXT),
         "text_indexes": torch.arange(TEXT),
-        "position_ids": torch.zeros(3, TEXT + t * h * w, dtype=torch.int64),
+        "position_ids": torch.cat([torch.arange(TEXT).expand(3, -1), places], 1),
         "und_len": TEXT,
         "sequence_length": TEXT + t * h * w,
         "vision_tokens": [torch.randn(1, 2, t, h, w)],

@@ -194,7 +194,13 @@ def other_half(n: int, batch: int) -> Tensor:
     return torch.where(torch.arange(n) < n - 1, 0.0, -torch.inf).expand(n, n)
 
 
-@pytest.mark.parametrize("make", [causal_zeros, written_zeros, lower_ones, small_bias, other_half])
+def not_a_number(n: int, batch: int) -> Tensor:
+    return torch.zeros(n, n) * -torch.inf
+
+
+@pytest.mark.parametrize(
+    "make", [causal_zeros, written_zeros, lower_ones, small_bias, other_half, not_a_number]
+)
 def test_masks_that_hide_something_do_not(make: Callable[[int, int], Tensor]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = make(q.shape[2], q.shape[0])
