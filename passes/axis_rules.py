@@ -253,6 +253,8 @@ def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -
     """Axis of a slice; its length is read off dimension `dim` of the output, `node`."""
     length = shape(node)[dim]
     start, step = value(item.start), value(item.step)
+    if isinstance(step, int) and step > 1:
+        return every_other(axis, length, node, dim)
     if step not in (None, 1) or not isinstance(start, (int, torch.SymInt, type(None))):
         return None
     if same(length, size):
@@ -267,6 +269,13 @@ def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -
     elif isinstance(start, torch.SymInt) and (start.node.has_hint() and start.node.hint < 0):
         start = size + start
     return take(axis, start, start + length, node, dim)
+
+
+def every_other(axis: Axis, length: Extent, node: fx.Node, dim: int) -> Axis | None:
+    """Axis of x[::n]: every n-th row of an image, as where four patches are merged into one."""
+    if len(axis) != 1 or len(axis[0]) != 1 or axis[0][0].cut or axis[0][0].origin != "data":
+        return None
+    return ((Atom(length, "data", axis[0][0].root, node, dim),),)
 
 
 def unbacked_slice(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -> Axis | None:

@@ -59,6 +59,11 @@ def blocks(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(columns.transpose(1, 2).reshape(b, -1, 12), weight.flatten(1))
 
 
+def four_merged(x: Tensor, weight: Tensor) -> Tensor:
+    pieces = [x[:, :, :, i::2, j::2] for i in range(2) for j in range(2)]
+    return F.linear(torch.cat(pieces, 1).flatten(2).transpose(1, 2), weight.flatten(1))
+
+
 def flipped(x: Tensor, weight: Tensor) -> Tensor:
     return conv3d_tokens(x, weight).flip(1)
 
@@ -67,7 +72,7 @@ def flipped(x: Tensor, weight: Tensor) -> Tensor:
     "tokens",
     [
         frames_in_a_loop, frames_stacked, frames_unbound, pooled, unshuffled, windows, blocks,
-        flipped,
+        four_merged, flipped,
     ],
 )  # fmt: skip
 def test_grid_is_read_however_frames_become_tokens(tokens: Callable[..., Tensor]) -> None:
