@@ -82,6 +82,7 @@ def case(name: str, library: str = "diffusers", **expected: Any) -> Callable[...
     """Register what a function makes, under its name, as an instance of a class."""
 
     def register(make: Callable[[Grid, int], Made]) -> Callable[[Grid, int], Made]:
+        assert make.__name__ not in CASES, f"{make.__name__} is a case already"
         CASES[make.__name__] = Case(name, library, make, **expected)
         return make
 

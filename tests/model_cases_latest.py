@@ -181,7 +181,7 @@ def sam(grid: Grid, batch: int) -> Made:
 
 @case("SwinModel", LIBRARY, dense=0, others=3, source="", grids=((1, 16, 16),),
       note="windows, shifted ones too")  # fmt: skip
-def swin(grid: Grid, batch: int) -> Made:
+def swin_shifted(grid: Grid, batch: int) -> Made:
     model = encoder(
         "SwinModel", "SwinConfig", embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4,
         patch_size=2, image_size=2 * grid[1],
