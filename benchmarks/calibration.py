@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import freqopt
-from benchmarks.calibration_bench import Bench, Budgets, open_bench, sampled_inputs
+from benchmarks.calibration_bench import Bench, Budgets, Generated, open_bench, sampled_inputs
 from benchmarks.calibration_plots import draw
 from benchmarks.calibration_variants import (
     ALL,
@@ -82,24 +82,35 @@ class Results:
         return write("calibration", self.found, self.folder)
 
 
-def at_density(
-    bench: Bench, variant: Variant, density: float, predicted: float
-) -> tuple[Budgets, float]:
-    """Budgets whose density, over the steps of a video, is at most the wanted one and near it.
+class Match(NamedTuple):
+    """Budgets, their videos and mean density, and the density that was predicted for them."""
 
-    predicted: what to predict first. Returns also what was predicted for them.
+    density: float
+    budgets: Budgets
+    videos: list[Generated]
+    predicted: float
+
+
+def at_density(bench: Bench, variant: Variant, density: float, predicted: float) -> Match:
+    """Budgets whose density, over the steps of all videos, is at most the wanted one and near it.
+
+    predicted: what to predict first. Where no trial is within the wanted density, the nearest.
     """
-    seed, reached = next(iter(bench.videos)), 0.0
-    best, asked = variant.budgets_at(predicted), predicted
+    tried: list[Match] = []
     for _ in range(MATCHES):
         chosen = variant.budgets_at(predicted)
-        found = bench.video(chosen, seed).density
-        if reached < found <= density:
-            best, asked, reached = chosen, predicted, found
+        videos = [bench.video(chosen, seed) for seed in bench.videos]
+        found = float(np.mean([video.density for video in videos]))
+        tried.append(Match(found, chosen, videos, predicted))
         if TOLERANCE * density <= found <= density:
             break
         predicted = min(predicted * 0.99 * density / found, 1.0)
-    return best, asked
+    within = [match for match in tried if match.density <= density]
+    return (
+        max(within, key=lambda match: match.density)
+        if within
+        else min(tried, key=lambda match: match.density)
+    )
 
 
 def compare(
@@ -107,26 +118,25 @@ def compare(
 ) -> tuple[dict[str, Any], float]:
     """A row of the comparison, and what was predicted for its budgets."""
     bench.runner.session.probes = variant.probes
-    chosen, asked = at_density(bench, variant, density, predicted)
-    videos = [bench.video(chosen, seed) for seed in bench.videos]
-    error, _ = bench.error(chosen)
+    match = at_density(bench, variant, density, predicted)
+    error, _ = bench.error(match.budgets)
     bench.runner.session.probes = freqopt.config.DEFAULT_PROBES
-    mse = float(np.mean([10 ** (-video.psnr / 10) for video in videos]))
+    mse = float(np.mean([10 ** (-video.psnr / 10) for video in match.videos]))
     row = {
         "variant": variant.name,
         "wanted_density": density,
-        "density": float(np.mean([video.density for video in videos])),
-        "cost": float(np.mean([video.cost for video in videos])),
+        "density": match.density,
+        "cost": float(np.mean([video.cost for video in match.videos])),
         "error": error,
         "psnr": decibels(4.0 * mse),
-        "psnrs": [video.psnr for video in videos],
+        "psnrs": [video.psnr for video in match.videos],
     }
     print(
         f"density {row['density']:6.1%}  cost {row['cost']:6.1%}  error {error:.4f}  "
         f"PSNR {row['psnr']:5.1f} dB  {variant.name}",
         flush=True,
     )
-    return row, asked
+    return row, match.predicted
 
 
 def curve(bench: Bench, variant: Variant, densities: Sequence[float]) -> list[tuple[float, float]]:
@@ -202,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("frames", "height", "width", "steps"):
         parser.add_argument(f"--{name}", type=int, help="of the video (default: the demo's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES))
-    parser.add_argument("--samples", type=int, default=8, help="inputs to calibrate on")
+    parser.add_argument("--samples", type=int, default=16, help="inputs to calibrate on")
     parser.add_argument("--seeds", type=int, default=2, help="videos sampled for each variant")
     parser.add_argument("--target-error", type=float, default=0.03)
     parser.add_argument(

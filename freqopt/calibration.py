@@ -32,7 +32,7 @@ from freqopt.calibration_gains import Array, measure_gains
 from freqopt.calibration_journal import Entry, Journal, identity_of, open_journal
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress, open_progress
-from freqopt.calibration_readings import Measured, pack, unpack
+from freqopt.calibration_readings import FINE, Measured, pack, unpack
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
 from freqopt.calibration_search import (
@@ -362,14 +362,17 @@ def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteCh
     rows: list[list[HeadCurves]] = []
     for bucket, share in enumerate(shares):
         sums, weight = site.buckets.get(bucket, total), np.square(gains[bucket])[:, None]
-        density, error, bias = (
-            sums.mean(name).transpose(1, 2).numpy() for name in ("density", "site", "site_bias")
+        density, error, bias, fine = (
+            sums.mean(name).transpose(1, 2).numpy()
+            for name in ("density", "site", "site_bias", FINE)
         )
         damage = error + (BIAS_WEIGHT - 1.0) * bias
         scale = share * weight
         rows.append(
             [
-                HeadCurves(bool(mid), density[mid], scale * error[mid], scale * damage[mid])
+                HeadCurves(
+                    bool(mid), density[mid], scale * error[mid], scale * damage[mid], fine[mid]
+                )
                 for mid in range(len(density))
             ]
         )

@@ -21,6 +21,9 @@ Array = NDArray[np.float64]
 REFINEMENT = 4
 """Choices per measured rung; between rungs curves are interpolated on logarithmic axes."""
 
+LEVEL = 1e-3
+"""Relative fall of the density between two rungs below which it says nothing about the error."""
+
 SPLIT_EFFICIENCY = 0.6
 """Rate of the split's exact band over that of the best dense attention (docs/calibration.md)."""
 
@@ -119,19 +122,26 @@ class SiteChoices:
 
 
 class HeadCurves(NamedTuple):
-    """Measured curves of a site's rows over the ladder, (R, rungs) each; see `SiteChoices`."""
+    """Measured curves of a site's rows over the ladder, (R, rungs) each; see `SiteChoices`.
+
+    fine: (R, choices) density at each of `ladder_choices`, where that is known.
+    """
 
     mid: bool
     density: Array
     error: Array
     damage: Array
+    fine: Array | None = None
 
 
 def join_curves(buckets: Sequence[HeadCurves]) -> HeadCurves:
     """Curves of one kind in successive timestep buckets as the rows of one."""
-    return HeadCurves(
-        buckets[0].mid, *(np.concatenate(column) for column in list(zip(*buckets, strict=True))[1:])
+    density, error, damage = (
+        np.concatenate(column) for column in list(zip(*buckets, strict=True))[1:4]
     )
+    known = [bucket.fine for bucket in buckets if bucket.fine is not None]
+    fine = np.concatenate(known) if len(known) == len(buckets) else None
+    return HeadCurves(buckets[0].mid, density, error, damage, fine)
 
 
 @dataclass(frozen=True)
@@ -158,18 +168,42 @@ class Allocation:
     density: float
 
 
-def refine(thresholds: Array, *curves: Array) -> tuple[Array, ...]:
-    """Interpolate curves (R, rungs) over a ladder (rungs,) to REFINEMENT choices per rung.
-
-    Both axes are logarithmic; values are kept above zero. Returns the finer ladder and curves.
-    """
+def ladder_choices(thresholds: Array) -> Array:
+    """REFINEMENT thresholds per rung of a ladder (rungs,), evenly spaced on a logarithmic axis."""
     rungs = np.log(thresholds)
     at = np.arange((len(rungs) - 1) * REFINEMENT + 1) / REFINEMENT
-    fine = np.interp(at, np.arange(len(rungs)), rungs)
-    logs = [np.log(np.maximum(curve, _TINY)) for curve in curves]
-    return np.exp(fine), *[
-        np.exp(np.stack([np.interp(fine, rungs, row) for row in curve])) for curve in logs
-    ]
+    found: Array = np.exp(np.interp(at, np.arange(len(rungs)), rungs))
+    return found
+
+
+def refine(
+    thresholds: Array, density: Array, *errors: Array, fine: Array | None = None
+) -> tuple[Array, ...]:
+    """Curves (R, rungs) over a ladder (rungs,) at all of `ladder_choices`: densities, then errors.
+
+    Errors are interpolated over density, both logarithmic; values are kept above zero. Where the
+    densities of the choices are not known (`fine`), they are interpolated over the thresholds.
+    A head whose scores are alike goes from dense to sparse within a hundredth of a threshold, so
+    that guess may be off several times, and an allocation would seek out where it is too low.
+    """
+    steps = np.arange((len(thresholds) - 1) * REFINEMENT + 1)
+    rung = np.minimum(steps // REFINEMENT, len(thresholds) - 2)
+    along = np.broadcast_to(steps / REFINEMENT - rung, (len(density), len(steps)))
+
+    def between(logs: Array, where: Array) -> Array:
+        mixed: Array = logs[:, rung] * (1.0 - where) + logs[:, rung + 1] * where
+        return mixed
+
+    logs = np.log(np.maximum(density, _TINY))
+    if fine is None:
+        found = between(logs, along)
+    else:
+        found = np.log(np.maximum(fine, _TINY)).clip(logs[:, rung + 1], logs[:, rung])
+        found[:, ::REFINEMENT] = logs
+        fall = logs[:, rung] - logs[:, rung + 1]
+        along = np.where(fall > LEVEL, (logs[:, rung] - found) / np.maximum(fall, LEVEL), along)
+    every = [between(np.log(np.maximum(curve, _TINY)), along) for curve in errors]
+    return np.exp(found), *(np.exp(curve) for curve in every)
 
 
 def make_choices(
@@ -185,10 +219,11 @@ def make_choices(
     one, none = np.ones((rows, 1)), np.zeros((rows, 1))
     thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
     density, error, damage = [one], [none], [none]
+    choices = ladder_choices(ladder)
     for curve in curves:
-        fine, *refined = refine(ladder, curve.density, curve.error, curve.damage)
-        thresholds.append(fine)
-        mids.append(np.full(fine.shape, curve.mid))
+        refined = refine(ladder, curve.density, curve.error, curve.damage, fine=curve.fine)
+        thresholds.append(choices)
+        mids.append(np.full(choices.shape, curve.mid))
         for column, values in zip((density, error, damage), refined, strict=True):
             column.append(values)
     return SiteChoices(
@@ -212,29 +247,37 @@ def _split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) ->
 
 
 def _best_split(
-    site: SiteChoices, multiplier: float, cost: CostModel
+    site: SiteChoices, multiplier: float, cost: CostModel, *, loosest: bool = False
 ) -> tuple[NDArray[np.int64], float]:
     """The choices that minimise cost + multiplier * damage, and that minimum.
 
-    The mid band is a property of a site's calls at all timesteps: it is open to all rows, which
-    then all pay for the kernel that has it, or to none.
+    Of choices that are alike on the samples the strictest, or the loosest. The mid band is a
+    property of a site's calls at all timesteps: it is open to all rows, which then all pay for the
+    kernel that has it, or to none.
     """
     row, found = np.arange(len(site.density)), []
     everything = [np.arange(len(site.mid))] if site.mid.any() else []
     for columns in [np.flatnonzero(~site.mid), *everything]:
         mid_band = bool(site.mid[columns].any())
         paid = site.weight[:, None] * cost.split(site.shape, site.density[:, columns], mid_band)
-        index = columns[np.argmin(paid + multiplier * site.damage[:, columns], axis=1)]
+        total = paid + multiplier * site.damage[:, columns]
+        last = total.shape[1] - 1 - np.argmin(total[:, ::-1], axis=1)
+        index = columns[last if loosest else np.argmin(total, axis=1)]
         damage = float(site.damage[row, index].sum())
         found.append((index, _split_cost(site, index, cost) + multiplier * damage))
     return min(found, key=lambda choice: choice[1])
 
 
-def allocate(sites: Sequence[SiteChoices], multiplier: float, cost: CostModel) -> Allocation:
-    """The choices that minimise cost + multiplier * damage, exactly, over heads and dense sites."""
+def allocate(
+    sites: Sequence[SiteChoices], multiplier: float, cost: CostModel, *, loosest: bool = False
+) -> Allocation:
+    """The choices that minimise cost + multiplier * damage, exactly, over heads and dense sites.
+
+    loosest: which of choices to take that are alike on the samples.
+    """
     choices = []
     for site in sites:
-        index, least = _best_split(site, multiplier, cost)
+        index, least = _best_split(site, multiplier, cost, loosest=loosest)
         cheaper = cost.dense(site.shape) * site.heads <= least
         choices.append(SiteChoice(index, not index.any() if site.forced else bool(cheaper)))
     return _total(sites, choices, multiplier, cost)
@@ -293,7 +336,7 @@ def solve(
     """
     scale = sum(cost.dense(site.shape) * site.heads for site in sites)
     low, high = math.log(scale * 1e-9), math.log(scale * 1e24)
-    loosest = allocate(sites, math.exp(low), cost)
+    loosest = allocate(sites, math.exp(low), cost, loosest=True)
     if loosest.error <= target:
         return loosest
     best = allocate(sites, math.exp(high), cost)
@@ -316,7 +359,7 @@ def solve_density(
     """
     scale = math.log(sum(cost.dense(site.shape) * site.heads for site in sites))
     low, high = scale + math.log(1e-9), scale + math.log(1e24)
-    best = allocate(sites, math.exp(low), cost)
+    best = allocate(sites, math.exp(low), cost, loosest=True)
     for _ in range(steps):
         middle = 0.5 * (low + high)
         trial = allocate(sites, math.exp(middle), cost)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,24 +57,31 @@ class Call:
         )  # fmt: skip
         return out, density, probe
 
-    def count_lifted(self) -> Callable[[float], tuple[int, ...]]:
-        """How many pairs of each batch item and head score at least a threshold.
-
-        Thresholds with equal counts give one and the same route, which saves a CPU half its time.
+    def ordered_scores(self) -> Tensor:
+        """(B, H, pairs) scores of all (query tile, key block) pairs, ascending; inf for the local
+        blocks, which are exact at any threshold. Heads in turn: scoring all would need gigabytes.
         """
+        from freqopt.kernels.reference import own_blocks
         from freqopt.kernels.scores import route_scores
 
-        scores = route_scores(
-            self.query, self.key, self.value, grid=self.grid, text_before=self.text_before,
-            text_after=self.text_after, scale=self.scale,
-        )  # fmt: skip
-        ordered = scores.flatten(0, 1).flatten(1).sort(-1).values
+        group, rows = self.query.shape[1] // self.key.shape[1], []
+        for head in range(self.query.shape[1]):
+            of_query, of_key = slice(head, head + 1), slice(head // group, head // group + 1)
+            score = route_scores(
+                self.query[:, of_query], self.key[:, of_key], self.value[:, of_key],
+                grid=self.grid, text_before=self.text_before, text_after=self.text_after,
+                scale=self.scale,
+            )  # fmt: skip
+            own = own_blocks(score.shape[2], score.shape[3], score.device)
+            rows.append(torch.where(own, torch.inf, score).flatten(2).sort(-1).values)
+        return torch.cat(rows, 1)
 
-        def count(threshold: float) -> tuple[int, ...]:
-            least = torch.full((ordered.shape[0], 1), threshold)
-            return tuple(torch.searchsorted(ordered, least).flatten().tolist())
 
-        return count
+def count_lifted(ordered: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """How many pairs of `Call.ordered_scores` score at least each threshold: (T, B, H) int64."""
+    asked = torch.tensor(thresholds, device=ordered.device).expand(*ordered.shape[:2], -1)
+    below = torch.searchsorted(ordered, asked.contiguous())
+    return (ordered.shape[-1] - below).movedim(-1, 0)
 
 
 def head_chunks(x: Tensor) -> Iterator[slice]:

@@ -7,6 +7,7 @@ are injected one at a time, and the model's output is compared.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,11 +30,17 @@ MAX_PROBED_HEADS = 64
 MAX_PROBED_SITES = 16
 """Sites probed in a large model, evenly spaced; between them gains are interpolated over depth."""
 
-MAX_PROBED_SAMPLES = 4
+MAX_PROBED_SAMPLES = 8
 """Samples that gains are measured on, shared out among the timestep buckets (one each at least)."""
 
 PROBE_DENSITY = 0.05
-"""Density at which errors are injected: enough to stand out from rounding."""
+"""Density whose errors are injected."""
+
+TOGETHER = 0.02
+"""Predicted error of the output, about, at which all sites are split at once."""
+
+MOST_COHERENT = 3.0
+"""Most that errors of all sites together are taken to be larger, or smaller, than predicted."""
 
 LEAST_SHARE = 0.1
 """Least share of an observed output error that is ascribed to the injection, not to rounding."""
@@ -45,23 +52,24 @@ def measure_gains(
     """Gain of every head by timestep bucket, and the output error with everything exact (rounding).
 
     A gain is the relative error of the model's output over the relative error of the site's output
-    that caused it; without unit. Returns {site: (buckets, H)} and the rounding error.
+    that caused it; without unit. Squares of the errors that heads cause are taken to add up; where
+    all of them together cause more, as errors that point the same way do, or less, all gains of the
+    timestep bucket are raised or lowered. Returns {site: (buckets, H)} and the rounding error.
     """
     session, sites = runner.session, list(runner.session.measurable().values())
     samples, units = runner.samples, probe_units(sites)
     used = probed_samples(samples)
     squares: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(samples.buckets)]
-    floor = 0.0
-    with progress.phase("probing gains", len(used) * (len(units) + 2)) as step:
-        for number, sample in enumerate(used):
-            reference = Dense(runner, sample)
+    references, roundings = [Dense(runner, sample) for sample in used], []
+    with progress.phase("probing gains", len(used) * (len(units) + 3)) as step:
+        for number, (sample, reference) in enumerate(zip(used, references, strict=True)):
             exact = journal.find(f"rounding/{number}")
             if exact is None:
                 session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
                 output = runner.run(sample, "split")
                 exact = journal.keep(f"rounding/{number}", reference.error_of(output))
             rounding = float(exact.facts)
-            floor = max(floor, rounding)
+            roundings.append(rounding)
             step(2)
             for index, head in units:
                 key = f"gain/{number}/{index}/{head}"
@@ -72,22 +80,62 @@ def measure_gains(
                 injected, error = found.facts
                 if injected < 1e-14:
                     continue
-                reached = error**2
-                caused = max(reached - rounding**2, LEAST_SHARE * reached, 1e-12 * injected)
+                caused = max(above(error, rounding), 1e-12 * injected)
                 known = squares[samples.bucket(sample)]
                 known.setdefault((index, head), []).append(caused / injected)
-    every = [value for bucket in squares for row in bucket.values() for value in row]
-    if every and max(every) <= 1e-12:
-        raise CalibrationError(
-            "errors injected at the attention sites do not change the model's output: it does not "
-            "depend on them. Calibrate with the output that you will use"
-        )
-    # The target is a mean square over samples, so squares are averaged, not logarithms.
-    rows = []
-    for bucket in squares:
-        logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
-        rows.append(spread_gains(sites, logs))
-    return {site.name: np.stack([row[site.name] for row in rows]) for site in sites}, floor
+        every = [value for bucket in squares for row in bucket.values() for value in row]
+        if every and max(every) <= 1e-12:
+            raise CalibrationError(
+                "errors injected at the attention sites do not change the model's output: it does "
+                "not depend on them. Calibrate with the output that you will use"
+            )
+        # The target is a mean square over samples, so squares are averaged, not logarithms.
+        rows = []
+        for bucket in squares:
+            logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
+            rows.append(spread_gains(sites, logs))
+        ratios: list[list[float]] = [[] for _ in rows]
+        for number, reference in enumerate(references):
+            bucket_of = samples.bucket(reference.sample)
+            threshold, predicted = together(sites, rows[bucket_of], bucket_of)
+            key = f"together/{number}/{threshold:.6g}"
+            entry = journal.find(key)
+            if entry is None:
+                session.budgets = {s.name: torch.full((2, s.heads), threshold) for s in sites}
+                entry = journal.keep(key, reference.error_of(runner.run(reference.sample, "split")))
+            step()
+            ratios[bucket_of].append(above(float(entry.facts), roundings[number]) / predicted)
+    bounds = MOST_COHERENT**-2, MOST_COHERENT**2
+    scales = [float(np.sqrt(np.clip(np.mean(x), *bounds))) if x else 1.0 for x in ratios]
+    gains = {
+        site.name: np.stack([s * row[site.name] for s, row in zip(scales, rows, strict=True)])
+        for site in sites
+    }
+    return gains, max(roundings, default=0.0)
+
+
+def above(error: float, rounding: float) -> float:
+    """Squared error of the output that is not rounding."""
+    return max(error**2 - rounding**2, LEAST_SHARE * error**2)
+
+
+def nearest(values: Sequence[float] | Array, wanted: float) -> int:
+    """Index of the value with the ratio nearest to 1."""
+    return int(np.abs(np.log(np.maximum(values, 1e-30)) - math.log(wanted)).argmin())
+
+
+def together(sites: list[Measured], gains: dict[str, Array], bucket: int) -> tuple[float, float]:
+    """One threshold for everything, and the squared error of the output predicted for it.
+
+    gains: (H,) by site, in the timestep bucket. The threshold is the rung whose predicted error is
+    nearest to TOGETHER: about what budgets will be, and not where errors saturate.
+    """
+    predicted = np.zeros(len(THRESHOLDS))
+    for site in sites:
+        curve = site.buckets.get(bucket, site.total()).mean("site")[0].numpy()
+        predicted += curve @ np.square(gains[site.name])
+    rung = nearest(predicted, TOGETHER**2)
+    return THRESHOLDS[rung], max(float(predicted[rung]), 1e-30)
 
 
 class Dense:
@@ -108,8 +156,8 @@ def _inject(
     session: Session, site: Measured, head: int, runner: Runner, reference: Dense
 ) -> tuple[float, float]:
     """Squared relative error put into a site, and the relative error that reaches the output."""
-    session.probed, session.probe_error = site.name, None
-    session.budgets = {site.name: probe_budget(site, head)}
+    session.probed, session.probed_head, session.probe_error = site.name, head, None
+    session.budgets = {site.name: probe_budget(site)}
     output = runner.run(reference.sample, "probe")
     if session.probe_error is None:
         return 0.0, 0.0
@@ -151,11 +199,8 @@ def spread_gains(sites: list[Measured], logs: dict[tuple[int, int], float]) -> d
     }
 
 
-def probe_budget(site: Measured, head: int = -1) -> Tensor:
-    """Budget (2, H) that gives a head (-1: every head) about PROBE_DENSITY and the others all."""
+def probe_budget(site: Measured) -> Tensor:
+    """Budget (2, H) that gives every head about PROBE_DENSITY."""
     density = site.total().mean("density")[0]
-    rung = (density - PROBE_DENSITY).abs().argmin(0)
-    exact = torch.tensor(THRESHOLDS)[rung]
-    if head >= 0:
-        exact = torch.where(torch.arange(site.heads) == head, exact, 0.0)
+    exact = torch.tensor(THRESHOLDS)[(density - PROBE_DENSITY).abs().argmin(0)]
     return torch.stack([exact, exact])

@@ -12,24 +12,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from freqopt.calibration_allocation import AttentionShape
-from freqopt.calibration_call import Call, head_energy, head_error
+from freqopt.calibration_allocation import AttentionShape, ladder_choices
+from freqopt.calibration_call import Call, count_lifted, head_chunks, head_energy, head_error
 from freqopt.calibration_cost import has_clock, milliseconds, time_call
-from freqopt.calibration_readings import CURVES, Measured, Reading
+from freqopt.calibration_readings import CURVES, FINE, Measured, Reading
 from freqopt.calibration_spectrum import key_spectrum
-from freqopt.config import DEFAULT_PROBES, MID_RATIO
+from freqopt.config import DEFAULT_PROBES, MID_RATIO, SUB_BLOCK
 from freqopt.grid import Grid
 from freqopt.plan_records import SiteTiming
 
 logger = logging.getLogger(__name__)
 
-THRESHOLDS = tuple(0.003 * 10 ** (i * 4 / 11) for i in range(12))
-"""The ladder of budgets tried at every head of every sample: four decades from 0.003 to 30."""
+THRESHOLDS = (
+    0.003, 0.015, 0.06, 0.15, 0.3, 0.5, 0.75, 1.05, 1.45, 2.0, 2.8, 4.0, 6.0, 10.0, 17.0, 30.0,
+)  # fmt: skip
+"""The ladder of budgets tried at every head of every sample: four decades, closest around 1, where
+scores lie and densities fall from a half to a few per cent."""
+
+CHOICES = tuple(ladder_choices(np.array(THRESHOLDS)).tolist())
+"""Budgets whose densities are read off the scores, and among which allocation chooses."""
 
 Mode = Literal["dense", "measure", "probe", "split", "time"]
+
+INJECTED, MOST_AMPLIFIED = 0.2, 8.0
+"""Relative error of a site's output that probes of the gain are amplified to, and how much at most.
+One head's own error would drown in the rounding of a bfloat16 model."""
 
 TIMED_REPEATS = 3
 """Repetitions of the times taken at every site, at the plan's budgets."""
@@ -41,15 +52,17 @@ class Session:
 
     budgets: {site: (2, H) budget, or (buckets, 2, H)} used in mode "split" (other sites stay dense)
     and at the one site `probed` in mode "probe". readings: of the pass under way in mode "measure".
+    probed_head: its head that is given an error, -1 for all of them.
     densities, errors: (H,) per call, of passes in mode "split"; errors as the op's probes report
-    them, the worst batch item's. probe_error: in mode "probe" the squared
-    relative error of the site's output. times: of mode "time", (dense, split) in ms. timings: one
+    them, the worst batch item's. probe_error: in mode "probe" the squared relative error that was
+    put into the site's output. times: of mode "time", (dense, split) in ms. timings: one
     for each shape of attention seen on a GPU.
     """
 
     mode: Mode = "dense"
     bucket: int = 0
     probed: str = ""
+    probed_head: int = -1
     mid_bands: tuple[bool, ...] = (False, True)
     probes: int = DEFAULT_PROBES
     sites: dict[str, Measured] = field(default_factory=dict)
@@ -144,12 +157,16 @@ class Recorder:
         energy = head_energy(dense)
         total = energy.sum().clamp(min=1e-30)
         rows: dict[str, list[Tensor]] = {name: [] for name in CURVES}
-        routes = call.count_lifted() if dense.device.type == "cpu" else None
+        ordered = call.ordered_scores()
+        counts = {}
+        if dense.device.type == "cpu":  # equal counts give one and the same route, half of the work
+            asked = sorted({t * ratio for t in THRESHOLDS for ratio in (1.0, MID_RATIO)})
+            counts = dict(zip(asked, count_lifted(ordered, asked).flatten(1).tolist(), strict=True))
         done: dict[Any, dict[str, Tensor]] = {}
         for mid in session.mid_bands:
             for threshold in THRESHOLDS:
                 lower = threshold * MID_RATIO if mid else threshold
-                same = (threshold, lower) if routes is None else (routes(threshold), routes(lower))
+                same = tuple(tuple(counts.get(t, (t,))) for t in (threshold, lower))
                 if same not in done:
                     budget = torch.tensor([[threshold], [lower]]).expand(2, heads).contiguous()
                     out, density, probe = call.split(budget, session.probes, mid_band=mid)
@@ -171,12 +188,14 @@ class Recorder:
             density = curves["density"][: len(THRESHOLDS)]
             session.add_timing(time_call(call, THRESHOLDS, density, session.probes))
         stacked = (len(session.mid_bands), len(THRESHOLDS), heads)
+        shaped = {name: curve.reshape(stacked) for name, curve in curves.items()}
+        fine = torch.stack([fine_densities(ordered, mid) for mid in session.mid_bands])
         reading = Reading(
             self.site.name,
             shape,
             call.grid,
             (energy / total).cpu().double(),
-            {name: curve.reshape(stacked) for name, curve in curves.items()},
+            {**shaped, FINE: fine.cpu().double()},
             key_spectrum(call.key, call.grid, call.text_before),
         )
         session.readings.append(reading)
@@ -193,11 +212,31 @@ class Recorder:
         )
 
     def _probe(self, call: Call) -> Tensor:
-        dense = call.dense()
-        out, _, _ = self.session.split(call, self.site.name)
+        """Dense attention with the split's error, amplified, at the probed head or at all."""
+        dense, session = call.dense(), self.session
+        out, _, _ = session.split(call, self.site.name)
         error, _ = head_error(out, dense)
-        self.session.probe_error = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
+        if session.probed_head >= 0:
+            at = torch.arange(len(error), device=error.device)
+            error = torch.where(at == session.probed_head, error, 0.0)
+        injected = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
+        factor = (INJECTED / injected.sqrt().clamp(min=1e-30)).clamp(1.0, MOST_AMPLIFIED)
+        for part in head_chunks(out):
+            truth, given = dense[:, part].float(), (error[part] > 0.0)[None, :, None, None]
+            moved = truth + factor * (out[:, part].float() - truth) * given
+            out[:, part] = moved.to(out.dtype)
+        session.probe_error = injected * factor.square()
         return out
+
+
+def fine_densities(ordered: Tensor, mid_band: bool) -> Tensor:
+    """(choices, H) density at each of CHOICES, from `Call.ordered_scores`, mean over the batch."""
+    pairs = ordered.shape[-1]
+    exact = count_lifted(ordered, CHOICES).double().mean(1) / pairs
+    if not mid_band:
+        return exact
+    either = count_lifted(ordered, [t * MID_RATIO for t in CHOICES]).double().mean(1) / pairs
+    return exact + (either - exact) / SUB_BLOCK
 
 
 def private_backend(

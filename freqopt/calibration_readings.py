@@ -14,7 +14,10 @@ from freqopt.calibration_spectrum import spectrum_axes
 from freqopt.grid import Grid
 
 CURVES = ("density", "own", "site", "bias", "site_bias", "probe")
-"""Curves of a reading; see `Reading`."""
+"""Curves of a reading over the ladder; see `Reading`."""
+
+FINE = "fine"
+"""The curve of a reading over all choices between the ladder's rungs."""
 
 SPECTRA = ("power", "low", "mid")
 
@@ -26,7 +29,8 @@ class Reading:
     energy: (H,) share of the site's output energy. curves: by name, [mid band off/on][rung][head]:
     density; own: squared error relative to the head's output; site: the same relative to the whole
     site's; bias: signed share of the head's output lost; site_bias: squared bias relative to the
-    site; probe: squared probe error. spectrum: as `key_spectrum` returns it.
+    site; probe: squared probe error; fine: density at each of `ladder_choices` in place of the
+    rungs, read off the routing scores. spectrum: as `key_spectrum` returns it.
     """
 
     site: str
@@ -53,7 +57,7 @@ def unpack(facts: Sequence[Any], tensors: dict[str, Tensor]) -> list[Reading]:
     found = []
     for index, (site, (heads, tokens, head_dim), (t, h, w)) in enumerate(facts):
         power, low, mid = (tensors[f"{index}/{name}"] for name in SPECTRA)
-        curves = {name: tensors[f"{index}/{name}"] for name in CURVES}
+        curves = {name: tensors[f"{index}/{name}"] for name in (*CURVES, FINE)}
         shape, energy = AttentionShape(heads, tokens, head_dim), tensors[f"{index}/energy"]
         found.append(Reading(site, shape, (t, h, w), energy, curves, (power, low, mid)))
     return found

@@ -192,8 +192,8 @@ class Search:
                     ]
                     predicted, low, high = criterion.start, 0.0, math.inf
                     continue
-                else:
-                    high = predicted
+                else:  # nothing looser than this was tried, whatever was allowed
+                    high = min(predicted, allocation.error)
                 scaled = predicted * aim / max(measured, 1e-12)
                 if high < math.inf:
                     inside = math.sqrt(max(low, high * 1e-2) * high)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration_allocation import SiteChoices
+from freqopt.calibration_gains import nearest
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner
@@ -26,8 +27,10 @@ from freqopt.errors import CalibrationError
 START = 0.03
 """Predicted error of the model's output that is tried first."""
 
-COARSE = 0.05
-"""Predicted error, over the calls of a timestep bucket, at which the bucket's effect is probed."""
+COARSE = 0.02
+"""Predicted error, over the calls of a timestep bucket, at which the bucket's effect is probed: of
+the size that plans have. Effects of much larger errors saturate, those of the steps that matter
+most first, and timesteps would seem more alike than they are."""
 
 
 def relative_of(decibels: float) -> float:
@@ -157,7 +160,7 @@ def weigh_timesteps(
 def _coarse_budgets(sites: Sequence[SiteChoices], bucket: int) -> tuple[dict[str, Tensor], float]:
     """Budgets with one threshold in a bucket and exact elsewhere, and the squared error predicted.
 
-    The threshold is the largest whose predicted error over the bucket's calls is below COARSE.
+    The threshold is the one whose predicted error over the bucket's calls is nearest to COARSE.
     """
     plain = np.flatnonzero(~sites[0].mid)
     predicted = []
@@ -167,8 +170,8 @@ def _coarse_budgets(sites: Sequence[SiteChoices], bucket: int) -> tuple[dict[str
             row = slice(bucket * site.heads, (bucket + 1) * site.heads)
             square += float(site.error[row, choice].sum())
         predicted.append(square)
-    allowed = sites[0].shares[bucket] * COARSE**2
-    last = max(i for i, square in enumerate(predicted) if square <= allowed or i <= 1)
+    wanted = sites[0].shares[bucket] * COARSE**2
+    last = nearest(predicted, wanted)
     found = {}
     for site in sites:
         budget = torch.zeros(len(site.shares), 2, site.heads)

@@ -15,6 +15,7 @@ from freqopt.calibration_allocation import (
     ProductCost,
     SiteChoices,
     allocate,
+    ladder_choices,
     make_choices,
     refine,
     solve,
@@ -133,8 +134,36 @@ def test_a_site_that_saves_nothing_stays_dense() -> None:
 
 def test_refine_keeps_the_rungs_and_interpolates_on_log_axes() -> None:
     ladder = np.array([0.01, 0.1, 1.0])
-    fine, curve = refine(ladder, np.array([[1e-4, 1e-2, 1.0], [1.0, 0.5, 0.25]]))
+    fine, rungs = ladder_choices(ladder), slice(None, None, REFINEMENT)
     assert len(fine) == 2 * REFINEMENT + 1
-    np.testing.assert_allclose(fine[::REFINEMENT], ladder)
+    np.testing.assert_allclose(fine[rungs], ladder)
+    density = np.array([[1.0, 0.1, 0.01], [1.0, 0.5, 0.25]])
+    error = np.array([[1e-4, 1e-2, 1.0], [1.0, 0.5, 0.25]])
+    got, curve = refine(ladder, density, error)
+    np.testing.assert_allclose(got[0], 0.01 / fine, rtol=1e-9)
     np.testing.assert_allclose(curve[0], fine**2, rtol=1e-9)
     np.testing.assert_allclose(curve[1, REFINEMENT // 2], 0.5**0.5)
+
+
+def test_known_densities_are_kept_and_errors_follow_them() -> None:
+    ladder = np.array([0.01, 0.1, 1.0])
+    density, error = np.array([[1.0, 0.9, 0.01]]), np.array([[1e-8, 1e-6, 1e-2]])
+    known = np.array([[1.0, 1.0, 0.99, 0.95, 0.9, 0.9, 0.9, 0.02, 0.01]])  # a fall all at once
+    got, curve = refine(ladder, density, error, fine=known)
+    np.testing.assert_allclose(got, known)
+    assert (np.diff(curve[0]) >= 0.0).all()
+    np.testing.assert_allclose(curve[0, 4:7], 1e-6)
+    # An error like density^-2.05 between the last two rungs.
+    np.testing.assert_allclose(
+        np.log(curve[0, 7] / 1e-6) / np.log(0.9 / 0.02), np.log(1e4) / np.log(90.0)
+    )
+    guessed, _ = refine(ladder, density, error)
+    assert guessed[0, 6] < 0.1  # what the rungs alone would make of 0.9
+
+
+def test_equal_densities_of_two_rungs_leave_the_thresholds_to_interpolate_by() -> None:
+    ladder = np.array([0.1, 1.0])
+    density, error = np.full((1, 2), 0.3), np.array([[1e-4, 1e-2]])
+    got, curve = refine(ladder, density, error, fine=np.full((1, REFINEMENT + 1), 0.3))
+    np.testing.assert_allclose(got, 0.3)
+    np.testing.assert_allclose(curve[0], 1e-4 * 100.0 ** np.linspace(0, 1, REFINEMENT + 1))

@@ -12,9 +12,17 @@ from torch import Tensor
 
 import freqopt
 from freqopt import calibration_call
+from freqopt.calibration_allocation import REFINEMENT
 from freqopt.calibration_call import Call, head_chunks, head_energy, head_error
-from freqopt.calibration_measure import THRESHOLDS, Recorder, Session
-from freqopt.calibration_readings import pack, unpack
+from freqopt.calibration_measure import (
+    CHOICES,
+    INJECTED,
+    MOST_AMPLIFIED,
+    THRESHOLDS,
+    Recorder,
+    Session,
+)
+from freqopt.calibration_readings import FINE, pack, unpack
 
 GRID = (3, 8, 10)
 
@@ -115,7 +123,8 @@ def test_buckets_are_kept_apart_and_added_up() -> None:
     total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
     torch.testing.assert_close(site.total().curves["own"], total)
     assert site.total().calls == 3 and site.spectrum is not None and site.spectrum.calls == 3
-    assert site.buckets[0].mean("own")[0, 8].mean() < site.buckets[2].mean("own")[0, 8].mean()
+    flat, peaked = (site.buckets[b].mean("own")[0, -1].mean() for b in (0, 2))
+    assert 0.0 < flat < peaked
 
 
 def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
@@ -132,16 +141,44 @@ def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
     assert "b" not in session.densities
 
 
-def test_probe_mode_injects_one_sites_error() -> None:
-    call = make_call()
-    session = Session(mode="probe", probed="a", budgets={"a": torch.full((2, 2), 3.0)})
-    torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
-    assert session.probe_error is None
-    out, truth = Recorder(session, "a")(**call), dense(call)
-    assert session.probe_error is not None
-    want = (out - truth).square().sum() / truth.square().sum()
-    torch.testing.assert_close(session.probe_error, want)
-    assert want > 1e-4
+def test_densities_between_the_rungs_are_those_of_the_op() -> None:
+    for case in CASES:
+        call, session = make_call(**case), Session(mode="measure")
+        Recorder(session, "a")(**call)
+        fine = session.readings[0].curves[FINE]
+        assert fine.shape == (2, len(CHOICES), 2)
+        for index in (5, 18, 30):
+            for mid in (False, True):
+                _, stats = freqopt.split_attention(
+                    **call, threshold=CHOICES[index], mid_band=mid, return_stats=True
+                )
+                torch.testing.assert_close(
+                    fine[int(mid), index], stats.density.mean(0).double(), atol=1e-6, rtol=1e-5
+                )
+        rungs = fine[:, ::REFINEMENT]
+        torch.testing.assert_close(rungs, session.readings[0].curves["density"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_probe_mode_injects_an_amplified_error(case: dict[str, Any]) -> None:
+    call, truth = make_call(**case), dense(make_call(**case))
+    budget = torch.full((2, 2), 3.0)
+    split, _ = freqopt.split_attention(**call, threshold=budget[0], return_stats=True)
+    for head in (-1, 0, 1):
+        session = Session(mode="probe", probed="a", probed_head=head, budgets={"a": budget})
+        torch.testing.assert_close(Recorder(session, "b")(**call), truth)
+        assert session.probe_error is None
+        out = Recorder(session, "a")(**call)
+        assert session.probe_error is not None
+        moved, own = out - truth, split - truth
+        if head >= 0:
+            assert not moved[:, 1 - head].any()
+            own[:, 1 - head] = 0.0
+        own_error = float(own.norm() / truth.norm())
+        factor = min(max(INJECTED / own_error, 1.0), MOST_AMPLIFIED)
+        torch.testing.assert_close(moved, factor * own, atol=1e-5, rtol=1e-3)
+        assert float(session.probe_error) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
+        assert own_error > 1e-3
 
 
 def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
