@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("frames", "height", "width", "steps"):
         parser.add_argument(f"--{name}", type=int, help="of the video (default: the demo's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES))
-    parser.add_argument("--samples", type=int, default=16, help="inputs to calibrate on")
+    parser.add_argument("--samples", type=int, default=8, help="inputs to calibrate on")
     parser.add_argument("--seeds", type=int, default=2, help="videos sampled for each variant")
     parser.add_argument("--target-error", type=float, default=0.03)
     parser.add_argument(
@@ -279,6 +279,11 @@ def measure(
     unseen = replace(samples, fit=every, held_out=every)
     with open_bench(model, settings, unseen, seeds, bars) as bench:
         results.add(plan=judge(bench, plan, seconds))
+        print(
+            f"calibrated in {seconds:.0f} s; error on unseen samples "
+            f"{results.found['plan']['unseen_error']:.4f}, target {plan.target_error:g}",
+            flush=True,
+        )
         calibration, sites = remembered(bench, samples, journal, bars)
         bench.cost = calibration.cost()
         first, second, *others = make_variants(bench, calibration, sites, bars)
@@ -293,14 +298,19 @@ def measure(
 
         run(first)
         run(second)
+        for variant in others:
+            if variant.name == BY_VIDEO:
+                run(variant)
         wanted_densities = sorted(min(factor * min(densities), 0.9) for factor in CURVE)
         curves = {v.name: curve(bench, v, wanted_densities) for v in (first, second)}
         ratio = density_ratio(curves[ALL], curves[UNIFORM])
-        results.add(curves=curves, density_ratio=ratio, probe=probe_agreement(bench, plan))
-        for variant in others:
-            if ablate or variant.name == BY_VIDEO:
-                run(variant)
+        results.add(curves=curves, density_ratio=ratio)
+        print(f"density at equal error, calibrated / uniform: {ratio}", flush=True)
+        results.add(probe=probe_agreement(bench, plan))
         if ablate:
+            for variant in others:
+                if variant.name != BY_VIDEO:
+                    run(variant)
             run(variant_without_probes(bench, calibration, bars))
 
 

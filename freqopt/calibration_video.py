@@ -33,6 +33,13 @@ the size that plans have. Effects of much larger errors saturate, those of the s
 most first, and timesteps would seem more alike than they are."""
 
 
+TRUST = 0.5
+"""Power of the ratio of two buckets' effects that their weights differ by: halfway, on a
+logarithmic scale, between equal weights and effects measured alone. Buckets together add up to
+less, the early ones most of all: of eleven allocations sampled on an H200 this power predicts the
+PSNR with a deviation of 0.5 dB, whole effects with 0.8 and equal weights with 0.7."""
+
+
 def relative_of(decibels: float) -> float:
     """Root mean square error in units of the range, of a PSNR in dB."""
     return math.pow(10.0, -decibels / 20.0)
@@ -137,7 +144,7 @@ def weigh_timesteps(
     """Errors of the sites rescaled by how much those of each timestep bucket show in the video.
 
     An error at one denoising step is corrected by later ones, or carried on, so equal errors of the
-    model's output do not count equally. One run of the pipeline per bucket tells.
+    model's output do not count equally. One run of the pipeline per bucket tells, as far as TRUST.
     """
     buckets = len(sites[0].shares)
     if buckets == 1:
@@ -149,7 +156,7 @@ def weigh_timesteps(
             effects.append(criterion.measure(trial).error ** 2 / max(predicted, 1e-30))
             step()
     mean = sum(effects) / buckets
-    factor = np.array([max(effect / mean, 1e-3) for effect in effects])
+    factor = np.array([max(effect / mean, 1e-3) ** TRUST for effect in effects])
     weighed = []
     for site in sites:
         rows = np.repeat(factor, site.heads)[:, None]
