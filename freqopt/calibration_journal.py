@@ -26,7 +26,7 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
 from freqopt.plan import model_fingerprint
 
-FORMAT = "freqopt-journal-1"
+FORMAT = "freqopt-journal-2"
 WRITE_EVERY = 10.0
 """Seconds between writes while calibration runs; an interruption writes too."""
 

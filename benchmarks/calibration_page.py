@@ -1,0 +1,97 @@
+"""Writes the measured tables of docs/calibration.md: `python -m benchmarks.calibration_page`.
+
+Every figure in them comes from benchmarks/results/calibration.json, which `benchmarks.calibration`
+wrote; `--check` fails where the page says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = RESULTS.parent.parent / "docs" / "calibration.md"
+BEGIN, END = "<!-- calibration:begin -->", "<!-- calibration:end -->"
+
+WANTED = {
+    "error on unseen samples / target": "at most 1.1 (aim 0.8 to 1.0)",
+    "density at equal error, calibrated / uniform": "at most 0.75 (aim 0.5)",
+    "PSNR at the first density, dB": "at least 36 (aim 42)",
+    "PSNR at the second density, dB": "at least 31 (aim 36)",
+    "calibration, s": "at most 120 (aim 30)",
+    "probe error, rank correlation over calls": "at least 0.9 (aim 0.97)",
+    "probe error / true error": "0.9 to 1.1",
+}
+
+
+def rows(result: dict[str, Any]) -> Iterator[str]:
+    """The targets' table and the variants', in Markdown."""
+    where, settings = result["environment"], result["settings"]
+    grid = f"{settings['frames']} x {settings['height'] // 4} x {settings['width'] // 4}"
+    tokens = settings["frames"] * settings["height"] * settings["width"] // 16
+    yield (
+        f"{where['device']}, torch {where['torch']}, commit {where['commit']}: zoo DiT at {grid} = "
+        f"{tokens:,} tokens, {settings['dtype']}, {settings['steps']} steps, "
+        f"{settings['samples']} samples, {settings['seeds']} seeds "
+        f"([numbers](../benchmarks/results/calibration.json), "
+        f"[picture](../benchmarks/results/calibration.png)):"
+    )
+    yield ""
+    yield "| what | measured | wanted |"
+    yield "|---|---|---|"
+    densities = list(dict.fromkeys(row["wanted_density"] for row in result["variants"]))
+    named = {"first": f"{densities[0]:.0%}", "second": f"{densities[-1]:.0%}"}
+    for name, value in result["summary"].items():
+        shown = "not measured" if value is None else f"{value:.3g}"
+        label = name
+        for word, density in named.items():
+            label = label.replace(f"at the {word} density", f"at {density} density")
+        yield f"| {label} | {shown} | {WANTED.get(name, '')} |"
+    yield ""
+    yield (
+        "| budgets | "
+        + " | ".join(f"density; error; PSNR at {density:.0%}" for density in densities)
+        + " |"
+    )
+    yield "|---|" + "---|" * len(densities)
+    for variant in dict.fromkeys(row["variant"] for row in result["variants"]):
+        found = {r["wanted_density"]: r for r in result["variants"] if r["variant"] == variant}
+        cells = [
+            f"{found[d]['density']:.1%}; {found[d]['error']:.4f}; {found[d]['psnr']:.1f} dB"
+            if d in found
+            else ""
+            for d in densities
+        ]
+        yield f"| {variant} | " + " | ".join(cells) + " |"
+
+
+def measured(path: Path = RESULTS / "calibration.json") -> str:
+    """Everything between the page's markers."""
+    if not path.exists():
+        return "There is no result file yet."
+    return "\n".join(rows(json.loads(path.read_text())))
+
+
+def main() -> None:
+    """Rewrite the page, or check it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    text = PAGE.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    new = f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
+    if check and new != text:
+        sys.exit(
+            "docs/calibration.md differs from benchmarks/results/: run "
+            "`python -m benchmarks.calibration_page`"
+        )
+    PAGE.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
