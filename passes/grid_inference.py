@@ -29,7 +29,7 @@ from freqopt.passes.lattices import (
     find_lattices,
     is_lattice,
 )
-from freqopt.passes.site import Argument, Extent, Size, Total
+from freqopt.passes.site import Argument, Extent, Product, Size, Total
 
 Grid3 = tuple[Extent, Extent, Extent]
 
@@ -123,7 +123,7 @@ def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> L
             problem=f"grid={given} was given, {shown} = {tokens} tokens, but of its {sizes} tokens "
             f"{why} that many"
         )
-    layout = _around(axis, *chosen[0], given, graph)
+    layout = _around(axis, *chosen[0], given, graph, counted=guarded)
     layout.grid_arguments = given
     if guarded:
         layout.remark = f"; other numbers of video tokens than the {tokens} of grid= compile anew"
@@ -140,8 +140,13 @@ def _guarded(axis: Axis, tokens: Extent) -> list[int]:
     return [i for i, size in enumerate(sizes) if hint(size) is not None and bool(size == tokens)]
 
 
-def _around(axis: Axis, start: int, stop: int, grid: Grid3, graph: fx.Graph) -> Layout:
-    """The layout where segments start..stop are the video, and those around it text."""
+def _around(
+    axis: Axis, start: int, stop: int, grid: Grid3, graph: fx.Graph, *, counted: bool = False
+) -> Layout:
+    """The layout where segments start..stop are the video, and those around it text.
+
+    counted: that the grid has as many tokens is known, by a guard.
+    """
     before, after = axis[:start], axis[stop:]
     video = axis_size(axis[start:stop])
     layout = Layout(
@@ -150,7 +155,7 @@ def _around(axis: Axis, start: int, stop: int, grid: Grid3, graph: fx.Graph) -> 
         text_before=axis_size(before) if before else 0,
         text_after=axis_size(after) if after else 0,
     )
-    if not same(product(grid), video):
+    if not counted and not same(product(grid), video):
         layout.problem = f"grid {grid} does not provably have the {video} video tokens"
     for name, part in (("text_before_arguments", before), ("text_after_arguments", after)):
         arguments = [_segment_argument(segment, graph) for segment in part]
@@ -176,7 +181,11 @@ def _segment_argument(segment: Segment, graph: fx.Graph) -> Argument | None:
     size = segment_size(segment)
     if isinstance(size, int):
         return size
-    return _argument(segment[0], graph) if len(segment) == 1 else None
+    parts = [_argument(atom, graph) for atom in segment]
+    known = tuple(part for part in parts if part is not None)
+    if not known or len(known) < len(parts):
+        return None
+    return known[0] if len(known) == 1 else Product(known)
 
 
 def _extent_argument(extent: LatticeExtent, graph: fx.Graph) -> Argument | None:

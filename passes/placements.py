@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from freqopt.passes.axis_rules import dim_of, rule
-from freqopt.passes.dimensions import Atom, Axis, axis_size, join, rank, same
+from freqopt.passes.dimensions import Atom, Axis, axis_size, hint, join, rank, same
 from freqopt.passes.nodes import argument, known_int, operation, shape, tensor
+from freqopt.passes.site import Extent
 
 if TYPE_CHECKING:
     from freqopt.passes.propagate import Dimensions
@@ -70,8 +71,16 @@ def place(
         for a, b in zip(known, written, strict=True)
     ]
     whole = join(pieces)
-    axes[dim] = whole if same(axis_size(whole), shape(base)[dim]) else known[dim]
+    axes[dim] = whole if _fills(axis_size(whole), shape(base)[dim]) else known[dim]
     return axes
+
+
+def _fills(pieces: Extent, whole: Extent) -> bool:
+    """Whether pieces have as many tokens as the sequence; a guard keeps it so where both vary."""
+    if same(pieces, whole):
+        return True
+    first, second = hint(pieces), hint(whole)
+    return first is not None and first == second and bool(pieces == whole)
 
 
 def _as_one(axis: Axis, source: fx.Node, dim: int) -> Axis:

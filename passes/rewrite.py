@@ -22,7 +22,7 @@ from freqopt.errors import SiteError
 from freqopt.passes.bodies import bring
 from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import is_idle, operation, shape, value
-from freqopt.passes.site import Argument, Site, Size, Total
+from freqopt.passes.site import Argument, Product, Site, Size, Total
 
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""
@@ -264,6 +264,8 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
     """An extent as a graph argument; sizes are read where the tensor is made, once."""
     if isinstance(argument, Total):
         return _sum(site, argument.parts)
+    if isinstance(argument, Product):
+        return _combined(site, argument.parts, operator.mul, 1)
     if not isinstance(argument, Size):
         return argument
     for user in argument.node.users:
@@ -282,17 +284,24 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
 
 
 def _sum(site: Site, parts: Sequence[Argument]) -> int | fx.Node:
-    total: int | fx.Node = 0
+    return _combined(site, parts, operator.add, 0)
+
+
+def _combined(
+    site: Site, parts: Sequence[Argument], combine: Callable[[Any, Any], Any], neutral: int
+) -> int | fx.Node:
+    """The sum or the product of extents, constants without nodes of their own."""
+    total: int | fx.Node = neutral
     for part in parts:
         argument = _argument(site, part)
         if isinstance(total, int) and isinstance(argument, int):
-            total += argument
-        elif isinstance(total, int) and total == 0:
+            total = combine(total, argument)
+        elif isinstance(total, int) and total == neutral:
             total = argument
         else:
             graph = site.node.graph
-            example = value(total) + value(argument)
-            total = graph.call_function(operator.add, (total, argument))
+            example = combine(value(total), value(argument))
+            total = graph.call_function(combine, (total, argument))
             total.meta = dict(site.node.meta, example_value=example)
     return total
 

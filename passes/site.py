@@ -36,8 +36,15 @@ class Total:
     parts: tuple[int | Size, ...]
 
 
-Argument = int | Size | Total
-"""How the graph gets hold of an extent: a constant, a size read at run time, or a sum of these."""
+@dataclass(frozen=True)
+class Product:
+    """The product of several extents: the tokens of a lattice that stays exact."""
+
+    parts: tuple[int | Size, ...]
+
+
+Argument = int | Size | Total | Product
+"""How the graph gets an extent: a constant, a size read at run time, a sum or product of these."""
 
 
 @dataclass

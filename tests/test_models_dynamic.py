@@ -20,9 +20,9 @@ from freqopt.passes.divisions import learn_divisions
 
 CASES = load_all()
 PATCHES_BY_RESHAPE = ("cosmos", "cogvideox15", "cogview4", "auraflow")
+HISTORY = ("helios_history",)
 FLOATS = ("flux", "vit", "videomae_eager", "lumina_next")
 KNOWN_TO_STAY = {
-    "framepack": "numbers of text tokens that depend on data are not read",
     "hunyuan15": "each of its blocks gets a graph of its own",
 }
 
@@ -33,7 +33,7 @@ def check(name: str) -> None:
     assert not problems(case, grid, look(case, grid, batch, dynamic=True))
 
 
-@pytest.mark.parametrize("name", [*PATCHES_BY_RESHAPE, *FLOATS])
+@pytest.mark.parametrize("name", [*PATCHES_BY_RESHAPE, *HISTORY, *FLOATS])
 def test_attention_is_found_and_split(name: str) -> None:
     check(name)
 
