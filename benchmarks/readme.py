@@ -58,6 +58,23 @@ def attention_rows(result: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def backward_rows(result: dict[str, Any]) -> Iterator[str]:
+    """Forward and backward together, beside dense attention."""
+    where, l2 = result["environment"], result["gradient_l2"]
+    yield (
+        f"Forward and backward together, {result['heads']} heads x {result['tokens']:,} tokens, "
+        f"{where['device']}, torch {where['torch']}, commit {where['commit']}:"
+    )
+    yield ""
+    yield "| density | gradients' relative L2 (query, key, value) | split | dense | against dense |"
+    yield "|---|---|---|---|---|"
+    yield (
+        f"| {100 * result['density']:.1f} % | {l2['query']:.4f}, {l2['key']:.4f}, "
+        f"{l2['value']:.4f} | {result['ms']:.1f} ms | {min(result['dense_ms'].values()):.1f} ms "
+        f"| {result['speedup']:.2f}x |"
+    )
+
+
 def measured(folder: Path = RESULTS) -> str:
     """Everything between the README's markers."""
     lines: list[str] = []
@@ -70,6 +87,9 @@ def measured(folder: Path = RESULTS) -> str:
             "definition in Triton's interpreter; they have not been run on a GPU.",
             "",
         ]
+    backward = folder / "backward.json"
+    if backward.exists():
+        lines += [*backward_rows(json.loads(backward.read_text())), ""]
     for path in sorted(folder.glob("demo*.json")):
         lines += [*demo_rows(json.loads(path.read_text())), ""]
     return "\n".join(lines).rstrip()
