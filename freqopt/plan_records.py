@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_THRESHOLD = 1e30
 """Largest threshold in a plan: no score comes near it, and float32 holds it."""
 
+MOST_HEADS = 1 << 16
+"""Most heads of a site: a plan from a stranger is given budgets for as many as it says."""
+
 
 class Record(BaseModel):
     """Base of all: fields are checked strictly, unknown ones refused, and nothing changes."""
@@ -63,7 +66,7 @@ class SitePlan(Record):
     output over that of the site which caused it.
     """
 
-    heads: int = Field(ge=1)
+    heads: int = Field(ge=1, le=MOST_HEADS)
     head_dim: int = Field(ge=1)
     tokens: int = Field(ge=1)
     decision: Literal["split", "dense"]
@@ -168,7 +171,7 @@ class SiteTiming(TimedLine):
     of calls with it, which another kernel may serve. None in plans from before it was timed.
     """
 
-    heads: int = Field(ge=1)
+    heads: int = Field(ge=1, le=MOST_HEADS)
     tokens: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dense_ms: float = Field(ge=0)

@@ -234,6 +234,16 @@ def test_any_wrong_value_with_a_right_hash_is_a_plan_error_or_a_plan(
     str(plan)
 
 
+def test_heads_that_would_fill_the_memory_are_refused(path: Path) -> None:
+    """A dense site has no lists that its heads could be compared with."""
+    content = json.loads(path.read_text())
+    content.pop("hash")
+    content["sites"]["blocks.1.attn"]["heads"] = 2**32
+    text = json.dumps({"hash": _content_hash(content), **content})
+    with pytest.raises(PlanError, match="heads"):
+        Plan.parse(text)
+
+
 def test_expected_error_at_other_lengths() -> None:
     plan = make_plan()
     assert plan.expected_error("blocks.0.attn", 256) == plan.measured_error
