@@ -105,7 +105,9 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     """Those kernels with the constants that a launch chooses."""
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
-    launch = launch_for(getattr(torch, variant.dtype), dim, shared)
+    launch = launch_for(
+        getattr(torch, variant.dtype), dim, shared, mid_band=variant.mid_band
+    )
     size = {"D": dim, "DP": padded_dim(dim)}
     mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
     precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
