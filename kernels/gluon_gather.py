@@ -119,16 +119,17 @@ def gather_hopper_kernel(
     key_shift, mass_term, coefficients, exact_list, counts, out,
     stride_qb, stride_qh, stride_qn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, tile_list,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, tile_list, turn,
     D: gl.constexpr, HAS_MASK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program: the 128 queries of one listed tile of one head.
 
     key, value: the model's own; the rest is as in gluon_attend.attend_hopper_kernel, with a row of
-    mass_term, exact_list and counts for each listed tile.
+    mass_term, exact_list and counts for each listed tile. turn: (pairs, tiles) int64, which of
+    these rows each program takes.
     """
-    at = gl.program_id(0)
     pair = gl.program_id(1).to(gl.int64)
+    at = gl.load(turn + pair * tiles + gl.program_id(0)).to(gl.int32)
     batch = pair // heads
     head = pair % heads
     key_head = head // group_size
@@ -196,5 +197,5 @@ def gather_hopper_kernel(
             ),
         ],
         [4, 4],
-        [224, 56],
+        [232, 40],
     )  # fmt: skip

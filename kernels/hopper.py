@@ -82,7 +82,9 @@ def attend(
     else:
         from freqopt.kernels.gluon_gather import gather_hopper_kernel
 
+        # Longest lists first: a chunk has few rounds of programs, and the last then is short.
+        turn = counts[..., 0].argsort(dim=-1, descending=True, stable=True)
         gather_hopper_kernel[(tiles, batch * heads)](
             query, order, key, value, *map(_descriptor, texts), *common,
-            *key.stride()[:3], *value.stride()[:3], tile_list, **options,
+            *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
         )  # fmt: skip

@@ -39,7 +39,8 @@ NATIVE = (
 ).split()
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
-    "order": "*i64", "route": "*i8", "exact_list": "*i32", "mid_list": "*i32", "counts": "*i32",
+    "order": "*i64", "turn": "*i64", "route": "*i8", "exact_list": "*i32", "mid_list": "*i32",
+    "counts": "*i32",
     "key_mask": "*i1", "tile_list": "*i32", "packed": "*u8", "prefix": "*i32", "histogram": "*i32",
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own."""
@@ -105,9 +106,7 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     """Those kernels with the constants that a launch chooses."""
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
-    launch = launch_for(
-        getattr(torch, variant.dtype), dim, shared, mid_band=variant.mid_band
-    )
+    launch = launch_for(getattr(torch, variant.dtype), dim, shared, mid_band=variant.mid_band)
     size = {"D": dim, "DP": padded_dim(dim)}
     mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
     precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
