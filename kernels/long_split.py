@@ -173,9 +173,7 @@ def split_heads(
     scale, density, mid_band, probes = settings
     batch, heads, _, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
-    launch = launch_on(
-        query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band
-    )
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
     summaries = split.summarise(key, value, sequence, mid_band, launch, ordered=False)
     walk = Walk(query, summaries, sequence, settings, launch)
     if density > 0.0:

@@ -486,9 +486,7 @@ def split_heads(
     scale, density, mid_band, probes = settings
     batch, heads, _, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
-    launch = launch_on(
-        query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band
-    )
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
     summaries = summarise(key, value, sequence, mid_band, launch)
     route = make_route(
         query, summaries, budget, sequence, density=density, launch=launch, **options
