@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention import GRIDS, launch_of, part_times, relative_errors, threshold_for
-from benchmarks.common import RESULTS, environment, milliseconds, write
+from benchmarks.common import RESULTS, environment, milliseconds, rewrite, write
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.calibration_cost import fit_line
 from freqopt.grid import token_order
@@ -33,9 +33,6 @@ LOW = {"int8": False, "int8 + e4m3": True}
 
 GATE = 0.03
 """Largest relative L2 distance of an 8-bit kernel's output from the bfloat16 kernel's."""
-
-DOCS = RESULTS.parent.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- low precision:begin -->", "<!-- low precision:end -->"
 
 
 class Quantised:
@@ -235,14 +232,8 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def rewrite_docs(check: bool) -> bool:
     """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-    path = RESULTS / "low_precision.json"
-    text = DOCS.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    new = "\n".join([head + BEGIN, *table(json.loads(path.read_text())), END + tail])
-    if not check:
-        DOCS.write_text(new)
-    return new == text
+    found = json.loads((RESULTS / "low_precision.json").read_text())
+    return rewrite("low precision", table(found), check=check)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import freqopt
-from benchmarks.common import RESULTS, environment, graph_milliseconds, write
+from benchmarks.common import RESULTS, environment, graph_milliseconds, rewrite, write
 from benchmarks.natural import natural_attention
 from benchmarks.tensors import Attention
 
@@ -41,9 +41,6 @@ SEARCH_STEPS = 12
 SAMPLED_QUERIES = 1024
 GATE = 1.5
 """A row whose sampled error exceeds the target by more than this factor reports no time."""
-
-DOCS = RESULTS.parent.parent / "docs" / "kernels.md"
-BEGIN, END = "<!-- scaling:begin -->", "<!-- scaling:end -->"
 
 GROWTH_FROM = 65_000
 """Tokens from which the growth of time is fitted."""
@@ -238,14 +235,8 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def rewrite_docs(check: bool) -> bool:
     """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-    text = DOCS.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
     found = json.loads((RESULTS / "scaling.json").read_text())
-    new = "\n".join([head + BEGIN, *table(found), END + tail])
-    if not check:
-        DOCS.write_text(new)
-    return new == text
+    return rewrite("scaling", table(found), check=check)
 
 
 def main(arguments: list[str] | None = None) -> None:

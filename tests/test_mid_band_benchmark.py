@@ -44,3 +44,7 @@ def test_a_run_writes_rows(tmp_path: Path) -> None:
     assert all(row["error"] <= mid_band.TARGET for row in found["natural"])
     assert [row["mid"] > 0 for row in found["zoo"]] == [ratio < 1 for ratio in mid_band.RATIOS]
     assert all(row["error_chosen_by_head"] <= row["error"] for row in found["zoo"])
+
+
+def test_the_docs_tables_are_those_of_the_result_file() -> None:
+    assert mid_band.rewrite_docs(check=True)
