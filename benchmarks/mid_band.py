@@ -2,13 +2,14 @@
 
 `python -m benchmarks.mid_band`: density at one error on natural fields of several lengths, and
 error at one density on the zoo DiT's own tensors, for several ratios of the mid band's threshold to
-the exact one (the definition has 0.25). Both count a mid pair as an eighth. On sampled tiles, of
-whose queries each block's exact and approximate share is kept: any route is then cheap to judge.
+the exact one (the definition has 0.25), with sub-blocks' mass terms and without. Both count a mid
+pair as an eighth. On sampled tiles, of whose queries each block's exact and approximate share is kept: any route is then cheap to judge.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -62,8 +63,13 @@ class Tile(NamedTuple):
     orders: Tensor
 
 
-def look_at(query: Tensor, key: Tensor, value: Tensor, chosen: Sequence[int]) -> list[Tile]:
-    """Everything about some tiles of one head, (T, D) in token order, that no route changes."""
+def look_at(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Sequence[int], *, bare: bool = False
+) -> list[Tile]:
+    """Everything about some tiles of one head, (T, D) in token order, that no route changes.
+
+    bare: without the mass terms of sub-blocks.
+    """
     scale = key.shape[-1] ** -0.5
     low, fine = (
         ref.summarise(key[None, None], value[None, None], n) for n in (KEY_BLOCK, SUB_BLOCK)
@@ -84,7 +90,7 @@ def look_at(query: Tensor, key: Tensor, value: Tensor, chosen: Sequence[int]) ->
         weight = (logit - total).exp()
         exact = grouped(weight.T, KEY_BLOCK).permute(2, 0, 1)
         spread = rows.square().mean(0) @ fine.key_var[0, 0].T * scale**2
-        term = torch.minimum(0.5 * spread, fine.counts.log())
+        term = torch.minimum(0.5 * spread, fine.counts.log()) * (not bare)
         fine_logit = some @ fine.key_mean[0, 0].T * scale + fine.counts.log() + term - total
         mass = grouped(fine_logit.exp().T, RATIO).permute(2, 0, 1)
         terms = (mass * grouped(term[:, None], RATIO)[..., 0]).sum(2)
@@ -194,14 +200,16 @@ def natural_rows(sizes: Sequence[str], count: int) -> list[dict[str, Any]]:
         grid = GRIDS[size]
         a = natural_attention(grid, heads=1, dim=HEAD_DIM, dtype=torch.bfloat16, device="cpu")
         tokens = a.query.shape[2]
-        tiles = look_at(*in_order(a[:3], grid, 0), spread_over(tokens, count))
-        for ratio in RATIOS:
-            found = search(tiles, ratio, lambda x: x.error <= TARGET)
-            rows.append(
-                {"size": size, "tokens": tokens, "ratio": ratio, **found._asdict(),
-                 "density": found.density}
-            )  # fmt: skip
-            print(f"{size:>5} ratio {ratio:5}: {found}, density {found.density:.4f}", flush=True)
+        for bare in (False, True):
+            tiles = look_at(*in_order(a[:3], grid, 0), spread_over(tokens, count), bare=bare)
+            for ratio in RATIOS[bare:]:
+                found = search(tiles, ratio, lambda x: x.error <= TARGET)
+                rows.append(
+                    {"size": size, "tokens": tokens, "bare": bare, "ratio": ratio,
+                     **found._asdict(), "density": found.density}
+                )  # fmt: skip
+                print(f"{size} {rows[-1]}", flush=True)
+            del tiles
     return rows
 
 
@@ -209,25 +217,25 @@ def zoo_rows(
     grid: tuple[int, int, int], densities: Sequence[float], count: int
 ) -> list[dict[str, Any]]:
     """Error at some densities over the zoo DiT's layers, heads and timesteps."""
-    found: dict[tuple[float, float], list[Judged]] = {}
+    found: dict[tuple[float, bool, float], list[Judged]] = {}
     model = load_pretrained()
     for timestep in TIMES:
         for a in noised_attention(model, grid, timestep=timestep, seed=0):
             chosen = spread_over(a.query.shape[2], count)
-            for head in range(a.query.shape[1]):
-                tiles = look_at(*in_order(a[:3], grid, head), chosen)
+            for head, bare in itertools.product(range(a.query.shape[1]), (False, True)):
+                tiles = look_at(*in_order(a[:3], grid, head), chosen, bare=bare)
                 for density in densities:
-                    for ratio in RATIOS:
+                    for ratio in RATIOS[bare:]:
                         # The lowest error that this density buys.
                         best = search(tiles, ratio, lambda x, d=density: x.density >= d)  # type: ignore[misc]
-                        found.setdefault((density, ratio), []).append(best)
+                        found.setdefault((density, bare, ratio), []).append(best)
     rows = []
-    for (density, ratio), heads in found.items():
+    for (density, bare, ratio), heads in found.items():
         off = torch.tensor([x.error for x in heads])
-        bare = torch.tensor([x.error for x in found[density, 1.0]])
+        bare = torch.tensor([x.error for x in found[density, False, 1.0]])
         rows.append(
             {
-                "at": density, "ratio": ratio, "error": float(off.square().mean().sqrt()),
+                "at": density, "bare": bare, "ratio": ratio, "error": float(off.square().mean().sqrt()),
                 "error_chosen_by_head": float(torch.minimum(off, bare).square().mean().sqrt()),
                 "heads_better": float((off < 0.98 * bare).float().mean()),
                 "median": float((off / bare).median()),
@@ -246,30 +254,33 @@ def table(result: dict[str, Any]) -> list[str]:
         f"One head of a natural field, at relative L2 {result['target']:g}; density, of it exact "
         f"and mid pairs (commit {result['environment']['commit']}):",
         "",
-        "| tokens | no mid band | " + " | ".join(f"from {r:g} x threshold" for r in RATIOS[1:])
-        + " |",
-        "|---" * (1 + len(RATIOS)) + "|",
+        "| tokens | mass terms | no mid band | "
+        + " | ".join(f"from {r:g} x threshold" for r in RATIOS[1:]) + " |",
+        "|---" * (2 + len(RATIOS)) + "|",
     ]  # fmt: skip
     natural = result["natural"]
-    for tokens in dict.fromkeys(row["tokens"] for row in natural):
+    for tokens, bare in dict.fromkeys((row["tokens"], row["bare"]) for row in natural):
         cells = [
             f"**{100 * row['density']:.1f} %**: {100 * row['exact']:.1f}, {100 * row['mid']:.1f}"
             for row in natural
-            if row["tokens"] == tokens
+            if (row["tokens"], row["bare"]) == (tokens, bare)
         ]
-        lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
+        cells = [""] * bare + cells
+        lines.append(f"| {tokens:,} | {'no' if bare else 'yes'} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Zoo DiT, {t} x {h} x {w} tokens, all layers and heads at {len(TIMES)} timesteps; root "
         "mean square of the relative L2, and with a mid band only in heads that gain by it:",
         "",
-        "| density | mid band from | error | by head | heads better by 2 % | exact, mid pairs |",
-        "|---|---|---|---|---|---|",
+        "| density | mid band from | mass terms | error | by head | heads better by 2 % | "
+        "exact, mid pairs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["zoo"]:
         since = f"{row['ratio']:g} x threshold" if row["ratio"] < 1 else "none"
         lines.append(
-            f"| {100 * row['at']:.0f} % | {since} | {row['error']:.4f} | "
+            f"| {100 * row['at']:.0f} % | {since} | {'no' if row['bare'] else 'yes'} | "
+            f"{row['error']:.4f} | "
             f"{row['error_chosen_by_head']:.4f} | {100 * row['heads_better']:.0f} % | "
             f"{100 * row['exact']:.1f}, {100 * row['mid']:.1f} % |"
         )

@@ -40,9 +40,12 @@ def test_a_run_writes_rows(tmp_path: Path) -> None:
          "--zoo-tiles", "2", "--out", str(tmp_path)]
     )  # fmt: skip
     found = json.loads((tmp_path / "mid_band.json").read_text())
-    assert [row["ratio"] for row in found["natural"]] == list(mid_band.RATIOS)
+    tried = [(row["bare"], row["ratio"]) for row in found["natural"]]
+    with_terms, without = list(mid_band.RATIOS), list(mid_band.RATIOS[1:])
+    assert tried == [(False, r) for r in with_terms] + [(True, r) for r in without]
     assert all(row["error"] <= mid_band.TARGET for row in found["natural"])
-    assert [row["mid"] > 0 for row in found["zoo"]] == [ratio < 1 for ratio in mid_band.RATIOS]
+    assert [(row["bare"], row["ratio"]) for row in found["zoo"]] == tried
+    assert all((row["mid"] > 0) == (row["ratio"] < 1) for row in found["zoo"])
     assert all(row["error_chosen_by_head"] <= row["error"] for row in found["zoo"])
 
 
