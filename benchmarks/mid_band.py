@@ -3,7 +3,8 @@
 `python -m benchmarks.mid_band`: density at one error on natural fields of several lengths, and
 error at one density on the zoo DiT's own tensors, for several ratios of the mid band's threshold to
 the exact one (the definition has 0.25), with sub-blocks' mass terms and without. Both count a mid
-pair as an eighth. On sampled tiles, of whose queries each block's exact and approximate share is kept: any route is then cheap to judge.
+pair as an eighth. On sampled tiles, of whose queries each block's exact and approximate share is
+kept: any route is then cheap to judge.
 """
 
 from __future__ import annotations
@@ -232,13 +233,14 @@ def zoo_rows(
     rows = []
     for (density, bare, ratio), heads in found.items():
         off = torch.tensor([x.error for x in heads])
-        bare = torch.tensor([x.error for x in found[density, False, 1.0]])
+        without = torch.tensor([x.error for x in found[density, False, 1.0]])
         rows.append(
             {
-                "at": density, "bare": bare, "ratio": ratio, "error": float(off.square().mean().sqrt()),
-                "error_chosen_by_head": float(torch.minimum(off, bare).square().mean().sqrt()),
-                "heads_better": float((off < 0.98 * bare).float().mean()),
-                "median": float((off / bare).median()),
+                "at": density, "bare": bare, "ratio": ratio,
+                "error": float(off.square().mean().sqrt()),
+                "error_chosen_by_head": float(torch.minimum(off, without).square().mean().sqrt()),
+                "heads_better": float((off < 0.98 * without).float().mean()),
+                "median": float((off / without).median()),
                 "exact": sum(x.exact for x in heads) / len(heads),
                 "mid": sum(x.mid for x in heads) / len(heads),
             }
