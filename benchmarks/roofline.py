@@ -18,10 +18,13 @@ from benchmarks.attention import GRIDS, relative_errors, threshold_for
 from benchmarks.common import environment, write
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
+from freqopt.kernels.hopper import range_length
 from freqopt.kernels.triton_split import GROUP, ORDER_GROUP
 
 DATA_SHEET = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
 """Dense half-precision TFLOP/s and memory TB/s by part of the GPU's name."""
+
+HOPPER_PROCESSORS = 132
 
 CALLS = 5
 
@@ -50,13 +53,17 @@ def work_of(p: Problem) -> dict[str, Work]:
     blocks, tiles = -(-n // KEY_BLOCK), -(-n // QUERY_TILE)
     pairs, rows = blocks * tiles, n * d * e
     spans, groups = -(-blocks // ORDER_GROUP), -(-blocks // GROUP)
+    ranges = -(-blocks // range_length(p.heads, blocks, HOPPER_PROCESSORS))
+    summaries = 4 * rows + 4 * n + blocks * d * (4 + 2 * e)
     attended = p.density * n + blocks
     per_head = {
-        "summarise_kernel": Work(4 * rows + 4 * n + blocks * d * (4 + 2 * e), 0),
+        "summarise_kernel": Work(summaries, 0),
+        # Does what the one above and first_order_kernel do, on Hopper.
+        "prepare_hopper_kernel": Work(summaries + 4 * ranges * d * d, 2 * n * d * d),
         "total_kernel": Work(12 * groups * d, 0),
         "centre_kernel": Work(blocks * d * (4 + e), 0),
         "first_order_kernel": Work(2 * rows + 4 * spans * d * d, 2 * n * d * d),
-        "order_kernel": Work(4 * spans * d * d, 0),
+        "order_kernel": Work(4 * min(spans, ranges) * d * d, 0),
         # Two passes of two products over sub-tiles; scores and mass terms written once.
         "score_kernel": Work(rows + 6 * pairs, 8 * (n / SUB_TILE) * blocks * d),
         "route_kernel": Work(pairs * (4 + 1 + 6 * p.density), 0),

@@ -73,9 +73,10 @@ def kernels_of(variant: Variant, *, long: bool = False) -> dict[str, Any]:
 
     every = specialise.long_specialisations if long else specialise.specialisations
     found = {given.name: given for given in every(variant)}
-    hopper = specialise.hopper_specialisation(variant, long=long)
-    if hopper is not None:
-        found[hopper.name] = hopper
+    for of_hopper in (specialise.hopper_preparation, specialise.hopper_specialisation):
+        given = of_hopper(variant, long=long)
+        if given is not None:
+            found[given.name] = given
     return found
 
 

@@ -138,7 +138,8 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         found = routed(launch)
         return found.counts.float().mean((1, 2)), found.mass_term.float().mean((1, 2))
 
-    yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
+    if not hopper.prepares(key, value, mid_band=False):
+        yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
     score = _every(score_tiles=(4, 8), score_blocks=(32, 64), score_warps=(4, 8))
     score += _every(score_tiles=(1, 2), score_blocks=(32, 64), score_warps=(4,))
     score += _every(score_tiles=(4, 8), score_blocks=(64,), score_stages=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""Launches the Gluon attention kernel where it applies: NVIDIA GPUs of compute capability 9.0."""
+"""Launches the Gluon kernels where they apply: NVIDIA GPUs of compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from freqopt.config import QUERY_TILE
+from freqopt.kernels.device import processors
 from freqopt.kernels.layout import Sequence
 
 STAGES = {64: 6, 128: 3}
 """Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
+
+PREPARE_STAGES = {64: 10, 128: 5}
+PREPARE_LAG = {64: 6, 128: 3}
+"""Buffers of a block's keys and values in shared memory of the preparation, by head dim, and how
+many blocks' copies stay under way behind the one that the consumers wait for."""
+
+RANGE_START = 4
+"""What a program of the preparation costs beside its blocks, in blocks: filling the ring, and the
+(D, D) sum at its end."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -88,3 +98,60 @@ def attend(
             query, order, key, value, *map(_descriptor, texts), *common,
             *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
         )  # fmt: skip
+
+
+def prepares(key: Tensor, value: Tensor, *, mid_band: bool) -> bool:
+    """Whether `prepare` serves these (B, Hkv, N, D) keys and values.
+
+    Their rows are copied 16 bytes a thread, and Triton takes only strides that are multiples of 16
+    for aligned.
+    """
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+        for x in (key, value)
+    )
+    return aligned and applies(key, mid_band=mid_band)
+
+
+@functools.lru_cache(maxsize=256)
+def range_length(pairs: int, blocks: int, processors: int) -> int:
+    """Key blocks per program of the preparation, so that the last round of programs is full, too.
+
+    pairs: key heads over the batch; a processor has room for one program.
+    """
+
+    def rounds(length: int) -> int:
+        return -(-pairs * -(-blocks // length) // processors)
+
+    lengths = {-(-blocks // ranges) for ranges in range(1, min(blocks, processors) + 1)}
+    return min(lengths, key=lambda length: (rounds(length) * (length + RANGE_START), length))
+
+
+def prepare(
+    key: Tensor, value: Tensor, order: Tensor, copies: tuple[Tensor, Tensor] | None,
+    key_mean: Tensor, low_value: Tensor, key_var: Tensor, spread: Tensor, sequence: Sequence,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Summaries of every key block and, where there are tensors for them, copies in token order.
+
+    Returns float32 sums (B, Hkv, ranges, 3, D) of k, v and v * v and (B, Hkv, ranges, D, D) of
+    v (k - mean)^T over ranges of blocks.
+    """
+    from freqopt.kernels.gluon_prepare import prepare_hopper_kernel
+
+    batch, heads, _, dim = key.shape
+    blocks = key_mean.shape[2]
+    length = range_length(batch * heads, blocks, processors(key.device))
+    ranges = -(-blocks // length)
+    per_range = (batch, heads, ranges)
+    sums = torch.empty(*per_range, 3, dim, device=key.device, dtype=torch.float32)
+    first_order = torch.empty(*per_range, dim, dim, device=key.device, dtype=torch.float32)
+    # Without copies these descriptors are not read.
+    targets = map(_descriptor, copies or (low_value, low_value))
+    prepare_hopper_kernel[(batch * heads, ranges)](
+        key, value, order, *targets, key_mean, low_value, key_var, spread, sums, first_order,
+        *key.stride()[:3], *value.stride()[:3],
+        heads, sequence.tokens, blocks, length, sequence.text_before,
+        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], LAG=PREPARE_LAG[dim],
+        num_warps=4,
+    )  # fmt: skip
+    return sums, first_order

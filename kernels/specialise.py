@@ -16,6 +16,7 @@ import torch
 from freqopt.kernels import (
     gluon_attend,
     gluon_gather,
+    gluon_prepare,
     hopper,
     triton_attend,
     triton_density,
@@ -48,8 +49,16 @@ POINTERS = {
 DESCRIPTORS = (
     "key", "value", "text_key", "text_value", "low_key", "low_value", "low_order"
 )  # fmt: skip
-"""Arguments of the Hopper kernel that are tensor descriptors instead of pointers; the one that
-gathers keys and values has pointers to these."""
+"""Arguments of the Hopper attention kernel that are tensor descriptors instead of pointers."""
+
+
+def _descriptors_of(function: Any) -> tuple[str, ...]:
+    """The same of any Gluon kernel."""
+    if function is gluon_prepare.prepare_hopper_kernel:
+        return ("key_out", "value_out")
+    if function is gluon_gather.gather_hopper_kernel:
+        return tuple(name for name in DESCRIPTORS if name not in ("key", "value"))
+    return DESCRIPTORS
 
 
 DENSITY_CELLS = 8192
@@ -195,21 +204,34 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         yield Specialised(name, triton_long.rank_kernel, constants, {**few, "num_warps": 8}, 0)
 
 
-def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialised | None:
-    """The Gluon kernel, where it serves calls of this variant; see hopper.applies."""
-    dim = variant.head_dim
+def _has_gluon(variant: Variant) -> bool:
+    """Whether Gluon kernels serve calls of this variant; see hopper.applies."""
     if variant.capability != 90 or variant.dtype == "float32":
+        return False
+    return variant.head_dim in hopper.STAGES and not variant.mid_band
+
+
+def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialised | None:
+    """The Gluon attention kernel, where it serves calls of this variant."""
+    if not _has_gluon(variant):
         return None
-    if dim not in hopper.STAGES or variant.mid_band:
-        return None
+    dim = variant.head_dim
     constants = {"D": dim, "HAS_MASK": variant.masked, "STAGES": hopper.STAGES[dim]}
     function = gluon_gather.gather_hopper_kernel if long else gluon_attend.attend_hopper_kernel
     return Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128)
 
 
-def _gathered(given: Specialised, argument: str) -> bool:
-    """Whether the kernel gathers this argument's rows."""
-    return argument in ("key", "value") and "stride_kn" in given.function.arg_names
+def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised | None:
+    """The Gluon kernel of summaries and first-order products, which PyTorch alone launches."""
+    if not _has_gluon(variant):
+        return None
+    dim = variant.head_dim
+    constants = {
+        "D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim],
+        "LAG": hopper.PREPARE_LAG[dim],
+    }  # fmt: skip
+    function = gluon_prepare.prepare_hopper_kernel
+    return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0)
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:
@@ -236,7 +258,7 @@ def compile_specialised(given: Specialised, variant: Variant) -> Any:
         aligned = False
         if argument in given.constants:
             signature[argument] = "constexpr"
-        elif gluon and argument in DESCRIPTORS and not _gathered(given, argument):
+        elif gluon and argument in _descriptors_of(given.function):
             signature[argument] = f"tensordesc<{own}[64, 64],{gluon_attend.OPERAND.value!r}>"
         elif argument in NATIVE or argument in POINTERS:
             signature[argument] = POINTERS.get(argument, f"*{own}")

@@ -110,7 +110,6 @@ def summarise(
     batch, heads, _, dim = key.shape
     tokens = sequence.tokens
     blocks = triton.cdiv(tokens, KEY_BLOCK)
-    groups = triton.cdiv(blocks, GROUP)
     ratio = KEY_BLOCK // SUB_BLOCK
     per_head = (batch, heads)
 
@@ -131,23 +130,32 @@ def summarise(
             in_place |= {f"stride_{name}{at}": x.stride(i) for i, at in enumerate("bhn")}
     key_mean, key_var = single(blocks, dim), native(blocks, dim)
     low_key, low_value = native(blocks, dim), native(blocks, dim)
-    spread, sums = single(blocks), single(groups, 3, dim)
+    spread = single(blocks)
     fine_rows = blocks * ratio if mid_band else 0
     fine_key, fine_value = native(fine_rows, dim), native(fine_rows, dim)
     fine_var = single(fine_rows, dim)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
-    summarise_kernel[(batch * heads, groups)](
-        key, value, order, key_out, value_out, key_mean, low_value, key_var, spread, sums,
-        fine_key, fine_value, fine_var,
-        *key.stride()[:3], *value.stride()[:3],
-        heads, tokens, blocks, sequence.text_before,
-        **size, GROUP=GROUP, MID=mid_band, COPY=ordered, num_warps=SUMMARY_WARPS, num_stages=1,
-    )  # fmt: skip
+    at_once = hopper.prepares(key, value, mid_band=mid_band)
+    if at_once:
+        copies = (key_out, value_out) if ordered else None
+        sums, first_order = hopper.prepare(
+            key, value, order, copies, key_mean, low_value, key_var, spread, sequence
+        )
+    else:
+        sums = single(triton.cdiv(blocks, GROUP), 3, dim)
+        summarise_kernel[(batch * heads, sums.shape[2])](
+            key, value, order, key_out, value_out, key_mean, low_value, key_var, spread, sums,
+            fine_key, fine_value, fine_var,
+            *key.stride()[:3], *value.stride()[:3],
+            heads, tokens, blocks, sequence.text_before,
+            **size, GROUP=GROUP, MID=mid_band, COPY=ordered, num_warps=SUMMARY_WARPS, num_stages=1,
+        )  # fmt: skip
+        first_order = single(triton.cdiv(blocks, ORDER_GROUP), dim, dim)
     cols = min(TOTAL_COLS, padded_dim(dim))
     parts = padded_dim(dim) // cols
     key_shift, head_spread = single(dim), single(parts)
     total_kernel[(parts, batch * heads)](
-        sums, key_shift, head_spread, tokens, groups,
+        sums, key_shift, head_spread, tokens, sums.shape[2],
         **size, COLS=cols, ROWS=TOTAL_ROWS, num_warps=4,
     )  # fmt: skip
     centre_kernel[(triton.cdiv(blocks, CENTRE_BLOCKS), batch * heads)](
@@ -155,14 +163,14 @@ def summarise(
         **size, COLS=cols, BJ=CENTRE_BLOCKS, num_warps=4,
     )  # fmt: skip
     low_order, fine_order = native(dim, dim), native(dim, dim)
-    spans = triton.cdiv(blocks, ORDER_GROUP)
-    first_order = single(spans, dim, dim)
+    spans = first_order.shape[2]
     for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
-        first_order_kernel[(spans, batch * heads)](
-            key_out, value_out, key_mean, first_order, tokens, blocks,
-            **size, GROUP=ORDER_GROUP, FINE=fine, **in_place,
-            num_warps=launch.order_warps, num_stages=launch.order_stages,
-        )  # fmt: skip
+        if not at_once:
+            first_order_kernel[(spans, batch * heads)](
+                key_out, value_out, key_mean, first_order, tokens, blocks,
+                **size, GROUP=ORDER_GROUP, FINE=fine, **in_place,
+                num_warps=launch.order_warps, num_stages=launch.order_stages,
+            )  # fmt: skip
         order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
             first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
         )

@@ -26,7 +26,9 @@ else:
         test_every_head_dim_on_the_gpu,  # noqa: F401
         test_gradients_on_the_gpu_are_those_of_the_cpu,  # noqa: F401
         test_hopper_kernel_is_the_reference,  # noqa: F401
+        test_hopper_preparation_is_the_portable_one,  # noqa: F401
         test_larger_grids_on_the_gpu,  # noqa: F401
+        test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels,  # noqa: F401
     )
 
     @pytest.mark.parametrize(

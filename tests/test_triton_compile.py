@@ -38,13 +38,15 @@ print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found
 
 HOPPER_SCRIPT = """
 import json, sys
-from freqopt.kernels.specialise import compile_specialised, hopper_specialisation
+from freqopt.kernels import specialise
+from freqopt.kernels.specialise import compile_specialised
 from freqopt.kernels.variant import Variant
 variant = Variant(90, sys.argv[1], int(sys.argv[2]), False, bool(int(sys.argv[3])))
-given = hopper_specialisation(variant, long=bool(int(sys.argv[4])))
+of_hopper = getattr(specialise, "hopper_" + (sys.argv[5:] or ["specialisation"])[0])
+given = of_hopper(variant, long=bool(int(sys.argv[4])))
 made = compile_specialised(given, variant)
 found = {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
-words = "wgmma.mma_async cp.async.bulk.tensor setmaxnreg cp.async.cg".split()
+words = "wgmma.mma_async cp.async.bulk.tensor setmaxnreg cp.async.cg st.local".split()
 for word in words:
     found[word] = made.asm["ptx"].count(word)
 print(json.dumps(found))
@@ -102,6 +104,23 @@ def test_hopper_kernel_compiles_to_what_it_is_written_for(
     assert found["cp.async.bulk.tensor"] >= 2 * dim // 64 * (5 if long else 7)
     assert found["cp.async.cg"] >= 4 * 2 * dim // 64 * 4 if long else found["cp.async.cg"] == 0
     assert found["setmaxnreg"] > 0
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("float16", 64)])
+def test_hopper_preparation_compiles_to_what_it_is_written_for(
+    dtype: str, dim: int, long: bool, tmp_path: Path
+) -> None:
+    found = run(tmp_path, HOPPER_SCRIPT, dtype, str(dim), "0", str(int(long)), "preparation")
+    assert found["shared"] <= 232_448
+    assert found["warps"] == 12  # values, keys and a producer, each a group of four
+    # 64 rows of values by all channels of keys, 16 tokens at a time.
+    assert found["wgmma.mma_async"] == dim // 64 * 4
+    # 128 threads copy 64 rows of keys and of values, 16 bytes each.
+    assert found["cp.async.cg"] == 2 * dim // 16
+    # Both leave in boxes of 64 channels; keys and values pass no register on their way.
+    assert found["cp.async.bulk.tensor"] == (0 if long else 2 * dim // 64)
+    assert found["setmaxnreg"] > 0 and found["st.local"] == 0
 
 
 @pytest.mark.parametrize(

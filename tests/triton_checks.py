@@ -182,7 +182,7 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "B,H,N,D":
         return x.contiguous()
     if layout == "a slice of B,N,3,H,D":
-        fused = torch.zeros(x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3], dtype=x.dtype)
+        fused = x.new_zeros(x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3])
         fused[:, :, 1] = x.transpose(1, 2)
         return fused[:, :, 1].transpose(1, 2)
     if layout == "last stride 2":
@@ -261,6 +261,58 @@ def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert relative(out, dense(case, tensors)) < TOLERANCE[dtype]
     again, *_ = run(case, tensors, torch.zeros(2, case.heads))
     assert torch.equal(out, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("case", "layout", "dtype"),
+    [
+        (HOPPER_CASES[0], "B,N,H,D", torch.bfloat16),
+        (HOPPER_CASES[5], "B,H,N,D", torch.float16),
+        (HOPPER_CASES[6], "a slice of B,N,3,H,D", torch.float16),
+        (HOPPER_CASES[7], "a slice of B,N,3,H,D", torch.bfloat16),
+        (HOPPER_CASES[7], "B,N,H,D", torch.float16),
+        (Case((11, 13, 17), dim=128, heads=6, kv_heads=3, before=5), "B,N,H,D", torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hopper_preparation_is_the_portable_one(
+    case: Case, layout: str, dtype: torch.dtype, length: int, ordered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Keys and values of a large mean, in ranges of one block, several and all."""
+    tensors = (3 * x.cuda() + 5 for x in make_tensors(case)[1:3])
+    key, value = (laid_out(x.to(dtype), layout) for x in tensors)
+    if not hopper.prepares(key, value, mid_band=False):
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    monkeypatch.setattr(hopper, "range_length", lambda *given: length)
+    given = (key, value, case.sequence, False, launch_for(dtype, case.dim))
+    found, again = (triton_split.summarise(*given, ordered=ordered) for _ in range(2))
+    monkeypatch.setattr(hopper, "prepares", lambda *given, mid_band: False)
+    wanted = triton_split.summarise(*given, ordered=ordered)
+    assert torch.equal(found.key, wanted.key) and torch.equal(found.value, wanted.value)
+    for name, most in (
+        ("key_shift", 1e-6), ("spread", 1e-4), ("key_var", 1e-3), ("low_key", 1e-3),
+        ("low_value", 1e-3), ("low_order", 1e-2),
+    ):  # fmt: skip
+        x, y = getattr(found, name), getattr(wanted, name)
+        assert x.dtype == y.dtype and relative(x, y) < most, name
+        assert torch.equal(x, getattr(again, name)), name
+
+
+@pytest.mark.gpu
+def test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels() -> None:
+    case = HOPPER_CASES[0]
+    key = make_tensors(case)[1].cuda().half()
+    odd = torch.cat([key, key[..., :8]], -1)[..., :128]
+    assert not hopper.prepares(odd, odd, mid_band=False)
+    assert not hopper.prepares(key, key, mid_band=True)
+    given = (case.sequence, False, launch_for(key.dtype, case.dim))
+    found, wanted = (triton_split.summarise(x, x, *given) for x in (odd, key))
+    assert torch.equal(found.key, wanted.key)
+    assert relative(found.low_order, wanted.low_order) < 1e-2
 
 
 @pytest.mark.gpu
