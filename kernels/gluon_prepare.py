@@ -49,8 +49,7 @@ def _gather(
 ):  # fmt: skip
     """Streams `count` blocks from the first one on.
 
-    A block is announced when the copies of LAG < STAGES - 1 later ones are under way: those of one
-    more wait for a buffer that is left when the next block has come.
+    A block is announced when the copies of LAG < STAGES later ones are under way.
     """
     # As many threads on a row as copy it 16 bytes each.
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -82,6 +81,14 @@ def _copy_out(target, row, pieces, stage, D: gl.constexpr):
     for i in gl.static_range(D // HALF):
         piece = pieces.index(stage * (D // HALF) + i)
         tma.async_copy_shared_to_global(target, [row, i * HALF], piece)
+
+
+@gluon.jit
+def _leave(empty, stage):
+    """Tell the producer that these warps have read a buffer, their copies included."""
+    tma.store_wait(0)
+    barrier()
+    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -122,12 +129,8 @@ def _prepare_keys(
         mbarrier.wait(used.index(i % 2), (i // 2 + 1) & 1)
         centred.index(i % 2).store(off)
         fence_async_shared()
-        # All copies but this block's have read their buffer.
-        tma.store_wait(D // HALF)
         barrier()
         mbarrier.arrive(made.index(i % 2), count=1)
-        if i > 0:
-            mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
         total += k_sum
         # float32 leaves room for the subtraction.
         var = gl.maximum(k_square / size - mean * mean, 0.0)
@@ -136,35 +139,8 @@ def _prepare_keys(
         at = row.to(gl.int64) * D + col
         gl.store(key_mean + at, mean)
         gl.store(key_var + at, var.to(dtype))
+        _leave(empty, stage)
     gl.store(sums + col, total)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _sum_values(
-    value_out, low_value, spread, row, size, ring, pieces, full, i,
-    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
-):  # fmt: skip
-    """Copies a block's values and stores their mean and spread; returns what _sums does of them."""
-    stage = i % STAGES
-    mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-    if COPY:
-        _copy_out(value_out, row * BLOCK, pieces, stage, D)
-    _, v_sum, v_square = _sums(ring.index(stage), COLS)
-    mean = v_sum / size
-    var = gl.maximum(v_square / size - mean * mean, 0.0)
-    col = gl.arange(0, D, layout=gl.SliceLayout(0, COLS))
-    gl.store(low_value + row.to(gl.int64) * D + col, mean.to(low_value.dtype.element_ty))
-    gl.store(spread + row, gl.sum(var, 0))
-    return v_sum, v_square
-
-
-@gluon.jit
-def _start_product(ring, centred, made, i, acc, STAGES: gl.constexpr):
-    """Issue acc + v^T (k - mean) of a block."""
-    mbarrier.wait(made.index(i % 2), (i // 2) & 1)
-    turned = ring.index(i % STAGES).permute([1, 0])
-    return warpgroup_mma(turned, centred.index(i % 2), acc, is_async=True)
 
 
 @gluon.jit
@@ -173,40 +149,41 @@ def _prepare_values(
     ring, pieces, full, empty, centred, made, used,
     D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
 ):  # fmt: skip
-    """Copies and sums up the values; a block's product with the keys runs beside the next's sums."""
+    """Copies and sums up the values, and their products with the centred keys."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
     )
+    col = gl.arange(0, D, layout=gl.SliceLayout(0, COLS))
     acc = gl.zeros([D, D], gl.float32, layout=ACC)
-    block = first
-    total, squares = _sum_values(
-        value_out, low_value, spread, first_block + block, _size(block, tokens), ring, pieces,
-        full, 0, D, COPY, STAGES, COLS,
-    )  # fmt: skip
-    for i in range(1, count):
-        pending = _start_product(ring, centred, made, i - 1, acc, STAGES)
+    total = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, COLS))
+    squares = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, COLS))
+    for i in range(count):
+        stage = i % STAGES
         block = first + i
-        v_sum, v_square = _sum_values(
-            value_out, low_value, spread, first_block + block, _size(block, tokens), ring, pieces,
-            full, i, D, COPY, STAGES, COLS,
-        )  # fmt: skip
+        row = first_block + block
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        if COPY:
+            _copy_out(value_out, row * BLOCK, pieces, stage, D)
+        _, v_sum, v_square = _sums(ring.index(stage), COLS)
+        size = _size(block, tokens)
+        mean = v_sum / size
+        var = gl.maximum(v_square / size - mean * mean, 0.0)
+        at = row.to(gl.int64) * D + col
+        gl.store(low_value + at, mean.to(low_value.dtype.element_ty))
+        gl.store(spread + row, gl.sum(var, 0))
         total += v_sum
         squares += v_square
-        acc = warpgroup_mma_wait(0, deps=[pending])
-        # All copies but this block's have read their buffer.
-        tma.store_wait(D // HALF)
-        barrier()
-        mbarrier.arrive(used.index((i - 1) % 2), count=1)
-        mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
-    pending = _start_product(ring, centred, made, count - 1, acc, STAGES)
-    acc = warpgroup_mma_wait(0, deps=[pending])
-    col = gl.arange(0, D, layout=gl.SliceLayout(0, COLS))
+        mbarrier.wait(made.index(i % 2), (i // 2) & 1)
+        turned = ring.index(stage).permute([1, 0])
+        acc = warpgroup_mma(turned, centred.index(i % 2), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _leave(empty, stage)
+        mbarrier.arrive(used.index(i % 2), count=1)
     gl.store(sums + D + col, total)
     gl.store(sums + 2 * D + col, squares)
     cell_row = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(1, ACC)), 1)
     cell_col = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, ACC)), 0)
     gl.store(first_order + cell_row * D + cell_col, acc)
-    tma.store_wait(0)
 
 
 @gluon.jit
