@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import rivals
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
+from freqopt.config import DEFAULT_PROBES, KEY_BLOCK
 
 GRIDS = {"32K": (21, 30, 52), "75K": (21, 45, 80)}
 DENSITIES = (0.02, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 1.0)
@@ -70,10 +71,13 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     """Milliseconds of each part of one call, and its route."""
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.layout import Sequence
+    from freqopt.kernels.triton_probe import fit_probes, probe_space
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
     launch = launch_of(a)
     budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
+    blocks = -(-a.query.shape[2] // KEY_BLOCK)
+    space = probe_space(a.query, blocks, DEFAULT_PROBES, False)
     made: dict[str, Any] = {}
 
     def summarise() -> None:
@@ -86,9 +90,9 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
         )  # fmt: skip
 
     def probe() -> None:
-        made["coefficients"], _ = split.fit_probes(
-            a.query, a.key, a.value, None, made["summaries"], made["route"], sequence,
-            scale=scale, probes=64, mid_band=False, launch=launch,
+        fit_probes(
+            a.query, a.key, a.value, None, made["summaries"], made["route"], sequence, space,
+            scale=scale, mid_band=False, launch=launch,
         )  # fmt: skip
 
     out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
@@ -96,7 +100,7 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     def attend() -> None:
         split.attend(
             a.query, a.key, a.value, None, made["summaries"], made["route"],
-            made["coefficients"], out, sequence, scale=scale, mid_band=False, launch=launch,
+            space.coefficients, out, sequence, scale=scale, mid_band=False, launch=launch,
         )  # fmt: skip
 
     steps: list[Callable[[], None]] = [summarise, route, probe, attend]

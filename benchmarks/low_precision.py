@@ -102,6 +102,7 @@ def head_errors(out: Tensor, truth: Tensor) -> list[float]:
 def measure(a: Attention, densities: Sequence[float]) -> dict[str, Any]:
     """Errors and times of the three kernels at each density, and times of what they share."""
     from freqopt.kernels import triton_split as split
+    from freqopt.kernels.triton_probe import fit_probes, probe_space
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         truth = F.scaled_dot_product_attention(a.query, a.key, a.value)
@@ -119,9 +120,9 @@ def measure(a: Attention, densities: Sequence[float]) -> dict[str, Any]:
         threshold = threshold_for(a, density)
         budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
         route = split.make_route(a.query, summaries, budget, sequence, density=0.0, **options)
-        coefficients, _ = split.fit_probes(
-            a.query, a.key, a.value, None, summaries, route, sequence, probes=64, **options
-        )
+        space = probe_space(a.query, summaries.low_key.shape[2], 64, False)
+        fit_probes(a.query, a.key, a.value, None, summaries, route, sequence, space, **options)
+        coefficients = space.coefficients
         out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
         runs: dict[str, Callable[[], None]] = {
             "bf16": lambda r=route, c=coefficients, o=out: split.attend(

@@ -14,13 +14,8 @@ from typing import NamedTuple
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.specialise import NATIVE, POINTERS
-from freqopt.kernels.triton_split import (
-    GROUP,
-    MAX_PARTS,
-    ORDER_GROUP,
-    PROBE_PROGRAMS,
-    TOTAL_COLS,
-)
+from freqopt.kernels.triton_probe import MAX_PARTS, PROBE_PROGRAMS
+from freqopt.kernels.triton_split import GROUP, ORDER_GROUP, TOTAL_COLS
 
 RATIO = KEY_BLOCK // SUB_BLOCK
 

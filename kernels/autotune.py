@@ -21,6 +21,7 @@ from freqopt.kernels import triton_split as split
 from freqopt.kernels.launch import Launch
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.reference import EXACT
+from freqopt.kernels.triton_probe import fit_probes, probe_space
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,11 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
     route = routed(shipped)
 
     def fitted(launch: Launch) -> tuple[Tensor, ...]:
-        return split.fit_probes(
-            query, key, value, None, summaries, route, sequence, probes=DEFAULT_PROBES,
-            launch=launch, **options,
-        )  # fmt: skip
+        space = probe_space(query, summaries.low_key.shape[2], DEFAULT_PROBES, False)
+        fit_probes(
+            query, key, value, None, summaries, route, sequence, space, launch=launch, **options
+        )
+        return space.coefficients, space.error
 
     coefficients = fitted(shipped)[0]
 

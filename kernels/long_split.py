@@ -17,13 +17,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, MID_RATIO, QUERY_TILE
-from freqopt.kernels import reference as ref
+from freqopt.config import MID_RATIO, QUERY_TILE
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.device import processors
 from freqopt.kernels.launch import Launch
 from freqopt.kernels.layout import PER_BYTE, Sequence, Settings
 from freqopt.kernels.triton_long import rank_kernel, route_tiles_kernel
+from freqopt.kernels.triton_probe import fit_probes, probe_space
 from freqopt.kernels.tuned import launch_on
 from freqopt.kernels.workspace import chunk_tiles
 
@@ -140,25 +140,6 @@ class Walk:
         return torch.stack([threshold, threshold * MID_RATIO if self.mid_band else threshold], -1)
 
 
-def probe_route(walk: Walk, tiles: Tensor, limits: Tensor) -> split.Route:
-    """Bands (B, H, probes, blocks) of the probes' tiles, one row for each probe."""
-    shape = (*walk.heads, len(tiles), walk.blocks)
-    device = tiles.device
-    score = torch.empty(shape, device=device, dtype=torch.float32)
-    mass_term = torch.empty(shape, device=device, dtype=torch.float16)
-    split.score_tiles(
-        walk.query, walk.summaries, score, mass_term, walk.sequence,
-        scale=walk.scale, launch=walk.launch, tile_list=tiles,
-    )  # fmt: skip
-    own = torch.arange(walk.blocks, device=device) * KEY_BLOCK // QUERY_TILE == tiles[:, None]
-    exact, middle = limits[..., 0, None, None], limits[..., 1, None, None]
-    band = torch.where(score >= middle, ref.MID, ref.LOW)
-    band = torch.where((score >= exact) | own, ref.EXACT, band)
-    mass_term.masked_fill_(band > 0, -1.0)
-    empty = band.new_empty(0)
-    return split.Route(band.to(torch.int8), empty, empty, empty, mass_term)
-
-
 def split_heads(
     query: Tensor,
     key: Tensor,
@@ -184,16 +165,19 @@ def split_heads(
     coefficients = torch.ones(batch, heads, 2, device=query.device)
     error = torch.full((batch, heads), torch.nan, device=query.device)
     if probes:
-        positions = ref.probe_positions(sequence.tokens, probes, query.device)
-        coefficients, error = split.fit_probes(
+        space = probe_space(query, walk.blocks, probes, mid_band)
+        rows = split.probe_rows(query, walk.blocks, probes)
+        fit_probes(
             query, key, value, key_mask, summaries,
-            probe_route(walk, (positions // QUERY_TILE).to(torch.int32), limits), sequence,
-            probes=probes, launch=launch, **options,
+            split.route_probes(query, summaries, limits, sequence, rows, launch=launch, **options),
+            sequence, space, launch=launch, by_probe=True, **options,
         )  # fmt: skip
+        coefficients, error = space.coefficients, space.error
+        del space, rows
     # Not before: what the fit needed is free again.
-    space, counts = walk.space(), []
+    chunk, counts = walk.space(), []
     for tiles in walk.chunks():
-        route = walk.routed(tiles, limits, space)
+        route = walk.routed(tiles, limits, chunk)
         split.attend(
             query, key, value, key_mask, summaries, route, coefficients, out, sequence,
             launch=launch, tile_list=tiles, **options,

@@ -24,6 +24,7 @@ from freqopt.kernels import (
     triton_long,
     triton_prepare,
 )
+from freqopt.kernels import triton_probe as probe
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.launch import launch_for, padded_dim
 from freqopt.kernels.long_split import RANK_BITS, ROUTE_STEP
@@ -156,10 +157,10 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     )  # fmt: skip
     if variant.mid_band:
         yield Specialised("pool", glue.pool_kernel, size, few, 0)
-    rows = split.MERGE_ROWS
+    rows = probe.MERGE_ROWS
     yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
     yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
-    fitting = {**fit, "CELLS": split.FIT_CELLS}
+    fitting = {**fit, "CELLS": probe.FIT_CELLS}
     yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
     yield Specialised(
         "attend", triton_attend.attend_kernel,
@@ -178,9 +179,11 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
 
 LONG = {
     "summarise": {"COPY": False}, "first": {}, "fine_first": {}, "score": {},
-    "probe": {"IN_PLACE": True}, "estimate": {"BY_PROBE": True}, "attend": {"IN_PLACE": True},
+    "probe": {"IN_PLACE": True, "BY_PROBE": True}, "estimate": {"BY_PROBE": True},
+    "attend": {"IN_PLACE": True},
 }  # fmt: skip
-"""Kernels that long sequences launch otherwise, and the constants they change."""
+"""Kernels that long sequences launch otherwise, and the constants they change. Calls whose probes
+run beside the scores (`freqopt.kernels.overlap`) change those of BY_PROBE."""
 
 
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
@@ -195,6 +198,14 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
             yield given.with_defaults(besides=takes)
         else:
             yield given
+    yield Specialised(
+        "probe_tiles", triton_glue.probe_tiles_kernel, {"ROWS": split.PROBE_TILES},
+        {"num_warps": 1, "num_stages": 1}, 0,
+    )  # fmt: skip
+    rows = {"MID": variant.mid_band, "BJ": split.ROUTE_BLOCKS, "LISTS": False}
+    options = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
+    given = Specialised("probe_route", triton_prepare.route_kernel, rows, options, 0)
+    yield given.with_defaults(besides=("tile_list",))
     few = {"num_warps": 4, "num_stages": 3}
     mid = {"MID": variant.mid_band, "BJ": ROUTE_STEP}
     yield Specialised("route", triton_long.route_tiles_kernel, mid, few, 0)

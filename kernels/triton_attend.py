@@ -52,12 +52,12 @@ def probe_kernel(
     stride_vn, stride_mb,
     heads, group_size, tokens, tiles, blocks, probes, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr, IN_PLACE: tl.constexpr = False,
+    PRECISION: tl.constexpr, IN_PLACE: tl.constexpr = False, BY_PROBE: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BP probes of one head against one range of key blocks (text in the last range).
 
-    IN_PLACE: key and value are the model's own, as text_key and text_value, and the route has a row
-    for each probe, not for each tile.
+    IN_PLACE: key and value are the model's own, as text_key and text_value. BY_PROBE: the route has
+    a row for each probe, not for each tile.
 
     Keeps apart what the route serves exactly and what it misses: for each probe the running peak,
     the two masses and the two weighted value sums, merged by the host over ranges.
@@ -81,7 +81,7 @@ def probe_kernel(
     scale_log2 = scale * LOG2E
     shift_key = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
     shift = tl.sum(q.to(tl.float32) * shift_key[None, :], 1) * scale_log2
-    routes = route + (pair * tiles + (probe if IN_PLACE else position // 128)) * blocks
+    routes = route + (pair * tiles + (probe if BY_PROBE else position // 128)) * blocks
     row = tl.arange(0, BLOCK)
     if IN_PLACE:
         key += batch * stride_kb + key_head * stride_kh

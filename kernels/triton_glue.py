@@ -1,7 +1,7 @@
-"""Triton kernels for the glue between the others, where there is no PyTorch to run it.
+"""Triton kernels for what comes between the large ones: sums, centring, the probes' fit.
 
-Inside onnxruntime a call is kernels only: what `triton_split` does between launches with PyTorch
-(centring, summing, the probe's fit, dense text) is done here, and tested against it.
+Every call launches them, but for the dense attention of text queries: PyTorch has its own, and
+onnxruntime and TensorRT, where a call is kernels only, have this one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def limits_kernel(budget, limits, heads, MID: tl.constexpr):
         middle = tl.load(budget + heads + head)
     tl.store(limits + pair * 2, exact)
     tl.store(limits + pair * 2 + 1, middle)
+
+
+@triton.jit
+def probe_tiles_kernel(tile_list, tokens, probes, ROWS: tl.constexpr):
+    """One program: the tile of each probe, tile_list (probes,) int32, as `_probe_rows` finds it."""
+    for start in range(0, probes, ROWS):
+        probe = start + tl.arange(0, ROWS)
+        position = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes)
+        tl.store(tile_list + probe, (position // 128).to(tl.int32), mask=probe < probes)
 
 
 @triton.jit

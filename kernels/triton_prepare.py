@@ -304,16 +304,19 @@ def score_kernel(
 @triton.jit
 def route_kernel(
     score, threshold, mass_term, route, exact_list, mid_list, counts,
-    tiles, blocks, BJ: tl.constexpr, MID: tl.constexpr,
+    tiles, blocks, BJ: tl.constexpr, MID: tl.constexpr, LISTS: tl.constexpr = True, tile_list=None,
 ):  # fmt: skip
     """One program: the route of one query tile.
 
     threshold: (pairs, 2), exact and mid. Writes the route, the ascending lists of exact and mid
     blocks with their lengths, and marks in `mass_term` (by -1) the pairs that left the low band.
+    Without LISTS it writes neither lists nor lengths. tile_list: as in score_kernel.
     """
     tile = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     row = pair * tiles + tile
+    if tile_list is not None:
+        tile = tl.load(tile_list + tile)
     exact_from = tl.load(threshold + pair * 2)
     mid_from = tl.load(threshold + pair * 2 + 1)
     exact_count = tl.zeros((), tl.int32)
@@ -323,19 +326,22 @@ def route_kernel(
         inside = block < blocks
         s = tl.load(score + row * blocks + block, mask=inside, other=-1.0)
         exact = ((s >= exact_from) | (block * BLOCK // 128 == tile)) & inside
-        place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
-        tl.store(exact_list + row * blocks + place, block, mask=exact)
-        exact_count += tl.sum(exact.to(tl.int32), 0)
+        if LISTS:
+            place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
+            tl.store(exact_list + row * blocks + place, block, mask=exact)
+            exact_count += tl.sum(exact.to(tl.int32), 0)
         band = tl.where(exact, 2, 0)
         if MID:
             mid = (s >= mid_from) & inside & (band == 0)
-            place = tl.cumsum(mid.to(tl.int32), 0) - 1 + mid_count
-            tl.store(mid_list + row * blocks + place, block, mask=mid)
-            mid_count += tl.sum(mid.to(tl.int32), 0)
+            if LISTS:
+                place = tl.cumsum(mid.to(tl.int32), 0) - 1 + mid_count
+                tl.store(mid_list + row * blocks + place, block, mask=mid)
+                mid_count += tl.sum(mid.to(tl.int32), 0)
             band = tl.where(mid, 1, band)
         tl.store(route + row * blocks + block, band.to(tl.int8), mask=inside)
         left = inside & (band > 0)
         minus = tl.full((BJ,), -1.0, mass_term.dtype.element_ty)
         tl.store(mass_term + row * blocks + block, minus, mask=left)
-    tl.store(counts + row * 2, exact_count)
-    tl.store(counts + row * 2 + 1, mid_count)
+    if LISTS:
+        tl.store(counts + row * 2, exact_count)
+        tl.store(counts + row * 2 + 1, mid_count)

@@ -19,15 +19,13 @@ from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
 from freqopt.kernels.launch import Launch, padded_dim
 from freqopt.kernels.layout import Sequence, Settings
-from freqopt.kernels.triton_attend import attend_kernel, probe_kernel
+from freqopt.kernels.overlap import forked, pays
+from freqopt.kernels.triton_attend import attend_kernel
 from freqopt.kernels.triton_glue import (
     centre_kernel,
-    estimate_kernel,
-    fit_kernel,
     limits_kernel,
-    merge_kernel,
     order_kernel,
-    pool_kernel,
+    probe_tiles_kernel,
     total_kernel,
 )
 from freqopt.kernels.triton_prepare import (
@@ -36,6 +34,7 @@ from freqopt.kernels.triton_prepare import (
     score_kernel,
     summarise_kernel,
 )
+from freqopt.kernels.triton_probe import fit_probes, probe_space
 from freqopt.kernels.tuned import launch_on
 from freqopt.kernels.workspace import bytes_per_key_head, is_long, turns
 
@@ -54,15 +53,8 @@ step."""
 CENTRE_BLOCKS = 32
 """Key blocks per program of the centring."""
 
-FIT_CELLS = 4096
-"""Cells per step of the fit of c: 16 to a thread, whose loads overlap."""
-
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
-
-PROBE_PROGRAMS = 264
-"""Programs that the probe's exact pass is spread over, by cutting the keys into ranges: twice the
-processors of an H200, where 132, 396, 512 and 1,056 were slower."""
 
 ROUTE_BLOCKS = 512
 ROUTE_WARPS = 2
@@ -70,10 +62,7 @@ ROUTE_WARPS = 2
 1,024 and 4 took 0.08."""
 
 ORDER_CELLS = 1024
-MERGE_ROWS = 4
-
-MAX_PARTS = 64
-"""Most key ranges of one head: their partial sums have to be merged."""
+PROBE_TILES = 64
 
 
 class Summaries(NamedTuple):
@@ -233,8 +222,12 @@ def make_route(
     density: float,
     mid_band: bool,
     launch: Launch,
+    limits: Tensor | None = None,
 ) -> Route:
-    """Score every (query tile, key block) pair and choose its band."""
+    """Score every (query tile, key block) pair and choose its band.
+
+    limits: the thresholds (B, H, 2), where they are in hand already.
+    """
     batch, heads = query.shape[:2]
     blocks = summaries.low_key.shape[2]
     tiles = triton.cdiv(sequence.tokens, QUERY_TILE)
@@ -242,9 +235,9 @@ def make_route(
     score = torch.empty(shape, device=query.device, dtype=torch.float32)
     mass_term = torch.empty(shape, device=query.device, dtype=torch.float16)
     score_tiles(query, summaries, score, mass_term, sequence, scale=scale, launch=launch)
-    if density > 0.0:
+    if limits is None and density > 0.0:
         limits = torch.stack(ref.resolve_thresholds(score, budget, density, mid_band), -1)
-    else:
+    elif limits is None:
         limits = given_limits(budget, batch, mid_band)
     route = torch.empty(shape, device=query.device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=query.device, dtype=torch.int32)
@@ -252,87 +245,59 @@ def make_route(
     counts = torch.empty(batch, heads, tiles, 2, device=query.device, dtype=torch.int32)
     route_kernel[(tiles, batch * heads)](
         score, limits, mass_term, route, exact_list, mid_list, counts, tiles, blocks,
-        BJ=min(triton.next_power_of_2(blocks), ROUTE_BLOCKS), MID=mid_band, num_warps=ROUTE_WARPS,
+        BJ=route_step(blocks), MID=mid_band, num_warps=ROUTE_WARPS,
     )  # fmt: skip
     return Route(route, exact_list, mid_list, counts, mass_term)
 
 
-def fit_probes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    summaries: Summaries,
-    route: Route,
-    sequence: Sequence,
-    *,
-    scale: float,
-    probes: int,
-    mid_band: bool,
-    launch: Launch,
-) -> tuple[Tensor, Tensor]:
-    """Attend a few queries exactly, and fit c and g on what the bands would have made of them.
+def route_step(blocks: int) -> int:
+    """Key blocks that a program of the routing takes at a time."""
+    return min(int(triton.next_power_of_2(blocks)), ROUTE_BLOCKS)
 
-    Where keys are read in place, the route has a row for each probe, not for each tile.
-    Returns coefficients (B, H, 2) and the relative L2 error left (B, H), as reference.fit_probe.
+
+class ProbeRows(NamedTuple):
+    """Memory for the bands of the probes alone, a row (B, H, probes, blocks) for each.
+
+    tile_list: (probes,) int32, their tiles; score float32, route int8, mass_term float16.
     """
-    batch, heads, _, dim = query.shape
-    pairs, group_size = batch * heads, heads // key.shape[1]
-    tokens, text_before = sequence.tokens, sequence.text_before
-    tiles, blocks = route.route.shape[2:]
-    parts = max(min(PROBE_PROGRAMS // pairs, MAX_PARTS, blocks), 1)
-    order = token_order(sequence.grid, query.device)
-    size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
 
-    def single(*shape: int) -> Tensor:
-        return torch.empty(*shape, device=query.device, dtype=torch.float32)
+    tile_list: Tensor
+    score: Tensor
+    route: Tensor
+    mass_term: Tensor
 
-    def several(*shape: int) -> Tensor:
-        return single(pairs, parts, probes, *shape)
 
-    peak, mass, exact, missing = several(), several(2), several(dim), several(dim)
-    probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
-        query, order, summaries.key, summaries.value,
-        key, value, key_mask if key_mask is not None else route.route, route.route,
-        summaries.key_shift, peak, mass, exact, missing,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        key_mask.stride(0) if key_mask is not None else 0,
-        heads, group_size, tokens, tiles, blocks, probes, sequence.text, text_before, scale,
-        **size, BP=launch.probe_rows, HAS_MASK=key_mask is not None,
-        PRECISION=launch.precision, IN_PLACE=summaries.in_place,
-        num_warps=4, num_stages=launch.probe_stages,
-    )  # fmt: skip
-    merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
-        peak, mass, exact, missing, probes, parts, **size, BP=MERGE_ROWS, num_warps=4
+def probe_rows(query: Tensor, blocks: int, probes: int) -> ProbeRows:
+    """Memory for `route_probes`."""
+    shape = (*query.shape[:2], probes, blocks)
+    return ProbeRows(
+        torch.empty(probes, device=query.device, dtype=torch.int32),
+        torch.empty(shape, device=query.device, dtype=torch.float32),
+        torch.empty(shape, device=query.device, dtype=torch.int8),
+        torch.empty(shape, device=query.device, dtype=torch.float16),
     )
-    pooled = single(pairs, probes, dim) if mid_band else single(0)
-    if mid_band:
-        pool_kernel[(probes, pairs)](
-            query, order, pooled, *query.stride()[:3], heads, tokens, probes, text_before, **size
-        )
-    fine = blocks * (KEY_BLOCK // SUB_BLOCK) if mid_band else 0
-    logit = single(pairs, probes, blocks + fine)
-    term = torch.empty(logit.shape, device=query.device, dtype=torch.float16)
-    rows, columns = launch.fit_rows, launch.fit_columns
-    steps = triton.cdiv(blocks, columns) + triton.cdiv(fine, columns)
-    estimate_kernel[(steps, pairs, triton.cdiv(probes, rows))](
-        query, order, summaries.low_key, summaries.fine_key, summaries.fine_var,
-        summaries.key_shift, route.mass_term, route.route, pooled, peak, logit, term,
-        *query.stride()[:3],
-        heads, group_size, tokens, tiles, blocks, probes, parts, blocks + fine, text_before, scale,
-        **size, BP=rows, BJ=columns, MID=mid_band, PRECISION=launch.fit_precision,
-        BY_PROBE=summaries.in_place, num_warps=4, num_stages=1,
+
+
+def route_probes(
+    query: Tensor, summaries: Summaries, limits: Tensor, sequence: Sequence, rows: ProbeRows,
+    *, scale: float, mid_band: bool, launch: Launch,
+) -> Route:  # fmt: skip
+    """Bands of the probes' tiles, without lists: those that `make_route` finds. Allocates nothing.
+
+    limits: thresholds (B, H, 2).
+    """
+    batch, heads, probes, blocks = rows.score.shape
+    tiles = rows.tile_list
+    probe_tiles_kernel[(1,)](tiles, sequence.tokens, probes, ROWS=PROBE_TILES, num_warps=1)
+    score_tiles(
+        query, summaries, rows.score, rows.mass_term, sequence,
+        scale=scale, launch=launch, tile_list=tiles,
     )  # fmt: skip
-    coefficients, error = single(batch, heads, 2), single(batch, heads)
-    fit_kernel[(pairs,)](
-        query, order, summaries.low_value, summaries.low_order, summaries.fine_value,
-        summaries.fine_order, logit, term, mass, exact, missing, coefficients, error,
-        *query.stride()[:3],
-        heads, group_size, tokens, blocks, probes, parts, blocks + fine, text_before, scale,
-        **size, BP=rows, BJ=columns, CELLS=FIT_CELLS, MID=mid_band, PRECISION=launch.fit_precision,
-        num_warps=8, num_stages=1,
+    route_kernel[(probes, batch * heads)](
+        rows.score, limits, rows.mass_term, rows.route, tiles, tiles, tiles, probes, blocks,
+        BJ=route_step(blocks), MID=mid_band, LISTS=False, tile_list=tiles, num_warps=ROUTE_WARPS,
     )  # fmt: skip
-    return coefficients, error
+    return Route(rows.route, tiles, tiles, tiles, rows.mass_term)
 
 
 def attend(
@@ -493,27 +458,35 @@ def split_heads(
     """The forward pass of heads that go together, into `out` (B, H, N, D)."""
     scale, density, mid_band, probes = settings
     batch, heads, _, dim = query.shape
-    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
+    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band, "launch": launch}
     summaries = summarise(key, value, sequence, mid_band, launch)
-    route = make_route(
-        query, summaries, budget, sequence, density=density, launch=launch, **options
-    )
-    probes = min(probes, sequence.tokens)
-    if probes:
-        coefficients, error = fit_probes(
-            query, key, value, key_mask, summaries, route, sequence,
-            probes=probes, launch=launch, **options,
-        )  # fmt: skip
-    else:
+    blocks, probes = summaries.low_key.shape[2], min(probes, sequence.tokens)
+    inputs = (query, key, value, key_mask, summaries)
+    if not probes:
+        route = make_route(query, summaries, budget, sequence, density=density, **options)
         coefficients = torch.ones(batch, heads, 2, device=query.device)
         error = torch.full((batch, heads), torch.nan, device=query.device)
-    attend(
-        query, key, value, key_mask, summaries, route, coefficients, out, sequence,
-        launch=launch, **options,
-    )  # fmt: skip
+    else:
+        space = probe_space(query, blocks, probes, mid_band)
+        coefficients, error = space.coefficients, space.error
+        # A density's threshold is known when everything is scored: nothing is left to overlap.
+        if density == 0.0 and pays(batch * heads, sequence.tokens):
+            limits = given_limits(budget, batch, mid_band)
+            rows = probe_rows(query, blocks, probes)
+            with forked(query.device) as beside:
+                with beside:
+                    own = route_probes(query, summaries, limits, sequence, rows, **options)
+                    fit_probes(*inputs, own, sequence, space, by_probe=True, **options)
+                route = make_route(
+                    query, summaries, budget, sequence, density=density, limits=limits, **options
+                )
+        else:
+            route = make_route(query, summaries, budget, sequence, density=density, **options)
+            fit_probes(*inputs, route, sequence, space, **options)
+    attend(*inputs, route, coefficients, out, sequence, **options)
     store_text(query, key, value, key_mask, out, sequence, scale)
-    reached = reached_density(route.counts, route.route.shape[-1])
+    reached = reached_density(route.counts, blocks)
     return Findings(reached, error, route.route, coefficients)
 
 

@@ -44,7 +44,9 @@ ALLOWED = {
 ATTENTION = ("rows", "wide", "warps", "stages")
 """Those of the attention kernel."""
 
-SOURCES = ("triton_prepare.py", "triton_glue.py", "triton_attend.py", "triton_split.py")
+SOURCES = (
+    "triton_prepare.py", "triton_glue.py", "triton_attend.py", "triton_probe.py", "triton_split.py"
+)  # fmt: skip
 
 
 def cache_folder() -> Path:

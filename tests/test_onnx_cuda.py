@@ -120,6 +120,7 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
 def test_constants_are_those_of_the_kernels() -> None:
     """The launches are written twice, in Python and in C++; sizes that both choose must agree."""
     from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+    from freqopt.kernels import triton_probe as probe
     from freqopt.kernels import triton_split as split
 
     source = (SOURCES / "split_cuda.cc").read_text()
@@ -128,7 +129,7 @@ def test_constants_are_those_of_the_kernels() -> None:
     assert found == {
         "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE, "kFine": KEY_BLOCK // SUB_BLOCK,
         "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
-        "kProbePrograms": split.PROBE_PROGRAMS, "kMaxParts": split.MAX_PARTS,
+        "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ else:
             ("test_same_input_same_bits", 1),
             ("test_heads_in_turns_are_heads_together", 3),
             ("test_chunks_of_tiles_are_all_tiles_together", 4),
+            ("test_probes_beside_the_scores_are_probes_after_them", 6),
             ("test_random_calls_are_the_reference", 1),
             ("test_every_launch_candidate_gives_the_same_results", 1),
         ],

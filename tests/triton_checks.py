@@ -14,7 +14,17 @@ from attention_cases import CASES, Case, budget_for, dense, make_tensors, refere
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from freqopt.kernels import autotune, hopper, long_split, triton_split, tuned, workspace
+from freqopt.config import QUERY_TILE
+from freqopt.kernels import (
+    autotune,
+    hopper,
+    long_split,
+    overlap,
+    reference,
+    triton_split,
+    tuned,
+    workspace,
+)
 from freqopt.kernels.launch import launch_for
 from freqopt.kernels.layout import Settings, pack_route, unpack_route
 
@@ -152,6 +162,40 @@ def test_chunks_of_tiles_are_all_tiles_together(
     in_chunks[3] = unpack_route(in_chunks[3], case.sequence.tokens)
     for found, wanted in zip(in_chunks, together, strict=True):
         assert torch.equal(found, wanted)
+
+
+BESIDE_CASES = [LONG_CASES[0][0], LONG_CASES[1][0], Case((1, 1, 60), dim=16, heads=2, kv_heads=1)]
+if ON_GPU:
+    BESIDE_CASES += [Case((11, 13, 17), dim=128, batch=1), Case((9, 30, 52), heads=24, dim=128)]
+
+
+@pytest.mark.parametrize("probes", [16, 64])
+@pytest.mark.parametrize("case", BESIDE_CASES, ids=str)
+def test_probes_beside_the_scores_are_probes_after_them(
+    case: Case, probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probes' chain on a stream of its own, from their own tiles' scores: the same bits."""
+    tensors = make_tensors(case) if not ON_GPU else cast(make_tensors(case), torch.bfloat16)
+    budget = budget_for(case, tensors, 0.3) if case.sequence.tokens < 5000 else torch.ones(2, 24)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1 << 62)
+    after = run(case, tensors, budget, probes)
+    routed = []
+    own = triton_split.route_probes
+
+    def counted(*given: Any, **options: Any) -> Any:
+        routed.append(own(*given, **options))
+        return routed[-1]
+
+    monkeypatch.setattr(triton_split, "route_probes", counted)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1)
+    for _ in range(3 if ON_GPU else 1):
+        beside = run(case, tensors, budget, probes)
+        for found, wanted in zip(beside, after, strict=True):
+            assert torch.equal(found, wanted)
+    tokens = case.sequence.tokens
+    tile = reference.probe_positions(tokens, probes, routed[-1].route.device) // QUERY_TILE
+    expected = after[3].to(tile.device)[:, :, tile]
+    assert torch.equal(routed[-1].route, expected)
 
 
 def test_same_input_same_bits() -> None:
@@ -364,15 +408,16 @@ def test_a_million_tokens_need_less_than_their_keys_and_values() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("way", ["after", "beside", "long"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_cuda_graph_replays_with_other_content(
-    dim: int, long: bool, monkeypatch: pytest.MonkeyPatch
+    dim: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import freqopt
 
-    if long:
+    if way == "long":
         monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1 if way == "beside" else 1 << 62)
     case = Case((7, 13, 17), dim=dim, batch=1)
     query, key, value, _ = (x if x is None else x.cuda().half() for x in make_tensors(case))
     static = [query.clone(), key.clone(), value.clone()]

@@ -1,0 +1,58 @@
+"""A second stream beside the caller's, for launches that need not wait for one another.
+
+The probes' chain is bound by memory and by waiting, the scores by products: together they take
+less than one after the other. Fork and join are events, so a CUDA graph of the caller's captures
+both streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+OVERLAP_ROWS = 1 << 19
+"""Heads times video tokens from which the probes' chain runs beside the scores."""
+
+PRIORITY = -1
+"""Of the side stream, high: its programs are few, and start as room appears instead of behind all
+that the caller's stream has waiting."""
+
+
+def pays(heads: int, tokens: int) -> bool:
+    """Whether to overlap a call of so many heads, over its batch, and video tokens."""
+    return heads * tokens >= OVERLAP_ROWS
+
+
+@functools.cache
+def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """The side stream of one of the caller's, by its handle; kept, as streams come from a pool.
+
+    Each has its own: a stream that is being captured must not get another thread's launches, and
+    calls on several streams do not wait for each other.
+    """
+    return torch.cuda.Stream(device, priority=PRIORITY)
+
+
+@contextlib.contextmanager
+def forked(device: torch.device) -> Iterator[AbstractContextManager[object]]:
+    """A context to launch in on the side stream, behind all that the current stream has so far.
+
+    When this one ends the current stream waits for both. What both streams use, or what is used
+    afterwards, has to be allocated before and held until then, since the allocator knows it as the
+    current stream's; what is allocated aside has to stay aside. Where there are no streams
+    (Triton's interpreter) everything runs in the order it is called.
+    """
+    if device.type != "cuda":
+        yield contextlib.nullcontext()
+        return
+    here = torch.cuda.current_stream(device)
+    side = _beside(here.device, here.cuda_stream)
+    side.wait_stream(here)
+    try:
+        yield torch.cuda.stream(side)
+    finally:
+        here.wait_stream(side)
