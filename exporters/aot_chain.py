@@ -14,7 +14,8 @@ from typing import NamedTuple
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.specialise import NATIVE, POINTERS
-from freqopt.kernels.triton_probe import MAX_PARTS, PROBE_PROGRAMS
+from freqopt.kernels.triton_glue import MOMENTS
+from freqopt.kernels.triton_probe import MAX_PARTS, PROBE_PROGRAMS, moment_units
 from freqopt.kernels.triton_split import GROUP, ORDER_GROUP, TOTAL_COLS
 
 RATIO = KEY_BLOCK // SUB_BLOCK
@@ -199,14 +200,15 @@ def chain(call: Call) -> list[Step]:
         approximate += " fine_key fine_var pooled"
     step(
         "estimate", f"query order {approximate}",
-        {"logit": (heads, probes, columns), "term": (heads, probes, columns)},
+        {"logit": (heads, probes, columns), "term": (heads, probes, columns),
+         "moments": (heads, moment_units(probes, blocks, columns - blocks), MOMENTS.value)},
         ((("BJ", blocks), ("BJ", columns - blocks)), per_head, (("BP", probes),)),
         renamed={"logit": "logit_out", "term": "term_out"},
     )  # fmt: skip
     values = " fine_value fine_order" if c.mid_band else ""
     step(
         "fit",
-        f"query order low_value low_order logit term mass exact_out missing_out{values}",
+        f"query order low_value low_order logit term moments mass exact_out missing_out{values}",
         {"coefficients": (heads, 2), "probe_error": (heads,)}, (per_head,),
     )  # fmt: skip
     lists = " fine_key fine_value fine_var fine_order mid_list" if c.mid_band else ""

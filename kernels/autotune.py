@@ -116,7 +116,7 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
     route = routed(shipped)
 
     def fitted(launch: Launch) -> tuple[Tensor, ...]:
-        space = probe_space(query, summaries.low_key.shape[2], DEFAULT_PROBES, False)
+        space = probe_space(query, route.route.shape[3], DEFAULT_PROBES, False)
         fit_probes(
             query, key, value, None, summaries, route, sequence, space, launch=launch, **options
         )

@@ -33,7 +33,7 @@ from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 F32 = (
     "budget limits threshold key_mean spread head_spread sums first_order fine_var "
     "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
-    "coefficients probe_error"
+    "moments coefficients probe_error"
 ).split()
 NATIVE = (
     "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
@@ -160,7 +160,7 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     rows = probe.MERGE_ROWS
     yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
     yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
-    fitting = {**fit, "CELLS": probe.FIT_CELLS}
+    fitting = {**fit, "ROWS": probe.FIT_ROWS}
     yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
     yield Specialised(
         "attend", triton_attend.attend_kernel,

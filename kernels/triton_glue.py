@@ -16,6 +16,9 @@ BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MIDDLE = tl.constexpr(2.0794415416798357)  # of what a mass term can be, 0 to log(64)
+MOMENTS = tl.constexpr(16)
+UNIT = tl.constexpr(16)  # least probes and columns of a program
 STEPS = tl.constexpr(NEWTON_STEPS)
 C_TOP = tl.constexpr(C_MAX)
 G_TOP = tl.constexpr(G_MAX)
@@ -189,9 +192,36 @@ def _probe_rows(
 
 
 @triton.jit
+def _store_moments(
+    moments, logit, term, pair, probes, first, unit, units, last, BP: tl.constexpr, BJ: tl.constexpr
+):  # fmt: skip
+    """Sums over cells (BP, BJ) of exp(logit + term) * (term - MIDDLE)^k, k below MOMENTS.
+
+    They are all that c is fitted on: as a function of c, the cells' mass is their power series
+    around c = 1, exact to float32 with so many for c up to 2 (2.08^16 / 16! = 6e-9).
+
+    moments: (pairs, ceil(probes / UNIT), units, MOMENTS), for units of UNIT by UNIT cells, so that
+    who reads them need not know this tile. Its sums are those of its first unit, of probe `first`
+    and columns `unit`; the others get zeros, but for columns from `last` on, which are not its own.
+    """
+    row = tl.arange(0, BP // UNIT)
+    column = tl.arange(0, BJ // UNIT)
+    all_rows = tl.cdiv(probes, UNIT)
+    at = (pair * all_rows + first // UNIT + row)[:, None] * units + unit + column[None, :]
+    inside = (first // UNIT + row < all_rows)[:, None] & (unit + column < last)[None, :]
+    own = (row == 0)[:, None] & (column == 0)[None, :]
+    power = tl.exp(logit + term)
+    off = term - MIDDLE
+    for k in tl.static_range(MOMENTS):
+        total = tl.sum(tl.sum(power, 1), 0)
+        tl.store(moments + at * MOMENTS + k, tl.where(own, total, 0.0), mask=inside)
+        power *= off
+
+
+@triton.jit
 def estimate_kernel(
     query, order, low_key, fine_key, fine_var, key_shift, mass_term, route, pooled, peak,
-    logit_out, term_out,
+    logit_out, term_out, moments,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
@@ -203,7 +233,7 @@ def estimate_kernel(
 
     Columns are the key blocks, then (with MID) the sub-blocks. Writes (pairs, probes, columns):
     logits less the probe's softmax sum, float32, -inf where another band serves the pair; and what
-    the probe's c multiplies, float16.
+    the probe's c multiplies, float16. And moments, as `_store_moments` says.
     """
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -221,6 +251,8 @@ def estimate_kernel(
     low_steps = tl.cdiv(blocks, BJ)
     step = tl.program_id(0)
     out = (pair * probes + probe)[:, None] * columns
+    units = tl.cdiv(blocks, UNIT)
+    last = units + tl.cdiv(columns - blocks, UNIT)
     if step < low_steps:
         block = step * BJ + tl.arange(0, BJ)
         inside = block < blocks
@@ -237,6 +269,10 @@ def estimate_kernel(
         tl.store(logit_out + out + block[None, :], logit, mask=cells)
         term = tl.maximum(term, 0.0).to(term_out.dtype.element_ty)
         tl.store(term_out + out + block[None, :], term, mask=cells)
+        _store_moments(
+            moments, logit, term.to(tl.float32), pair, probes, tl.program_id(2) * BP,
+            step * (BJ // UNIT), last, units, BP, BJ,
+        )  # fmt: skip
     elif MID:
         RATIO: tl.constexpr = BLOCK // SUB
         fine = (step - low_steps) * BJ + tl.arange(0, BJ)
@@ -264,29 +300,34 @@ def estimate_kernel(
         tl.store(logit_out + out + (blocks + fine)[None, :], logit, mask=cells)
         term = tl.minimum(spread, capacity).to(term_out.dtype.element_ty)
         tl.store(term_out + out + (blocks + fine)[None, :], term, mask=cells)
+        _store_moments(
+            moments, logit, term.to(tl.float32), pair, probes, tl.program_id(2) * BP,
+            units + (step - low_steps) * (BJ // UNIT), last, last, BP, BJ,
+        )  # fmt: skip
 
 
 @triton.jit
 def _shares(logit, term, pair, probe, probes, column, columns, c):
-    """Softmax shares of columns with c on their mass terms, (BP, BJ), and the terms."""
+    """Softmax shares of columns with c on their mass terms, (BP, BJ)."""
     cells = (probe < probes)[:, None] & (column < columns)[None, :]
     at = (pair * probes + probe)[:, None] * columns + column[None, :]
     given = tl.load(term + at, mask=cells, other=0.0).to(tl.float32)
-    return tl.exp(tl.load(logit + at, mask=cells, other=-float("inf")) + c * given), given
+    return tl.exp(tl.load(logit + at, mask=cells, other=-float("inf")) + c * given)
 
 
 @triton.jit
 def fit_kernel(
-    query, order, low_value, low_order, fine_value, fine_order, logit, term, mass, exact_out,
-    missing_out, coefficients, probe_error,
+    query, order, low_value, low_order, fine_value, fine_order, logit, term, moments, mass,
+    exact_out, missing_out, coefficients, probe_error,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, CELLS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
     MID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
 
-    Writes (c, g) and the relative L2 error left after them.
+    ROWS: units whose moments are read at a time. Writes (c, g) and the relative L2 error left after
+    them.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -304,21 +345,22 @@ def fit_kernel(
     for first in range(0, probes, BP):
         probe = first + tl.arange(0, BP)
         target += tl.sum(tl.load(mass + probe * 2 + 1, mask=probe < probes, other=0.0), 0)
+    k = tl.arange(0, MOMENTS)
+    moment = tl.zeros((MOMENTS,), tl.float32)
+    units = tl.cdiv(probes, UNIT) * (tl.cdiv(blocks, UNIT) + tl.cdiv(columns - blocks, UNIT))
+    for start in range(0, units, ROWS):
+        unit = start + tl.arange(0, ROWS)
+        at = (pair * units + unit)[:, None] * MOMENTS + k[None, :]
+        moment += tl.sum(tl.load(moments + at, mask=(unit < units)[:, None], other=0.0), 0)
     c = 1.0
-    # Probes do not matter to c: their columns are one long row, read in pieces of CELLS.
-    cells = probes * columns
     for _step in range(STEPS):
-        total = tl.zeros((CELLS,), tl.float32)
-        slope = tl.zeros((CELLS,), tl.float32)
-        for start in tl.range(0, cells, CELLS, num_stages=3):
-            cell = start + tl.arange(0, CELLS)
-            at = pair * cells + cell
-            given = tl.load(term + at, mask=cell < cells, other=0.0).to(tl.float32)
-            share = tl.load(logit + at, mask=cell < cells, other=-float("inf"))
-            share = tl.exp(share + c * given)
-            total += share
-            slope += share * given
-        found, steep = tl.sum(total, 0), tl.sum(slope, 0)
+        # (c - 1)^k / k!, and its derivative by c.
+        power = tl.cumprod(tl.where(k == 0, 1.0, (c - 1.0) / tl.maximum(k, 1)), 0)
+        slope = tl.cumprod(tl.where(k < 2, 1.0, (c - 1.0) / tl.maximum(k - 1, 1)), 0)
+        slope = tl.where(k == 0, 0.0, slope)
+        scaled = tl.exp((c - 1.0) * MIDDLE) * moment
+        found = tl.sum(scaled * power, 0)
+        steep = found * MIDDLE + tl.sum(scaled * slope, 0)
         if (steep > 1e-12) & (target > 1e-12):
             change = tl.log(tl.maximum(found, 1e-30) / tl.maximum(target, 1e-30)) * found
             c = c - change / tl.maximum(steep, 1e-12)
@@ -333,7 +375,7 @@ def fit_kernel(
         plain = tl.zeros((BP, DP), tl.float32)
         for start in range(0, blocks, BJ):
             block = start + tl.arange(0, BJ)
-            share, given = _shares(logit, term, pair, probe, probes, block, columns, c)
+            share = _shares(logit, term, pair, probe, probes, block, columns, c)
             share = tl.where((block < blocks)[None, :], share, 0.0)
             low += tl.sum(share, 1)
             v = tl.load(
@@ -345,7 +387,7 @@ def fit_kernel(
         if MID:
             for start in range(0, columns - blocks, BJ):
                 fine = start + tl.arange(0, BJ)
-                share, given = _shares(logit, term, pair, probe, probes, blocks + fine, columns, c)
+                share = _shares(logit, term, pair, probe, probes, blocks + fine, columns, c)
                 middle += tl.sum(share, 1)
                 v = tl.load(
                     fine_value + fine[:, None] * D + col[None, :],

@@ -17,17 +17,29 @@ from freqopt.grid import token_order
 from freqopt.kernels.launch import Launch, padded_dim
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.triton_attend import probe_kernel
-from freqopt.kernels.triton_glue import estimate_kernel, fit_kernel, merge_kernel, pool_kernel
+from freqopt.kernels.triton_glue import (
+    MOMENTS,
+    UNIT,
+    estimate_kernel,
+    fit_kernel,
+    merge_kernel,
+    pool_kernel,
+)
 
 if TYPE_CHECKING:  # which launches this chain
     from freqopt.kernels.triton_split import Route, Summaries
 
-FIT_CELLS = 4096
-"""Cells per step of the fit of c: 16 to a thread, whose loads overlap."""
+FIT_ROWS = 128
+"""Units of cells whose moments the fit reads at a time."""
 
 PROBE_PROGRAMS = 264
 """Programs that the probe's exact pass is spread over, by cutting the keys into ranges: twice the
 processors of an H200, where 132, 396, 512 and 1,056 were slower."""
+
+PROBE_WARPS = 4
+
+FIT_WARPS = 8
+FIT_STAGES = 1
 
 MERGE_ROWS = 4
 
@@ -40,7 +52,8 @@ class ProbeSpace(NamedTuple):
 
     peak (pairs, parts, probes), mass (.., 2), exact and missing (.., D): the exact pass's sums;
     pooled (pairs, probes, D): mean squared queries, for a mid band; logit float32 and term float16
-    (pairs, probes, columns): the approximate bands. coefficients (B, H, 2) and error (B, H): the
+    (pairs, probes, columns): the approximate bands; moments (pairs, units, MOMENTS): what c is
+    fitted on. coefficients (B, H, 2) and error (B, H): the
     relative L2 error left, as reference.fit_probe. All but term float32.
     """
 
@@ -51,6 +64,7 @@ class ProbeSpace(NamedTuple):
     pooled: Tensor
     logit: Tensor
     term: Tensor
+    moments: Tensor
     coefficients: Tensor
     error: Tensor
 
@@ -60,7 +74,8 @@ def probe_space(query: Tensor, blocks: int, probes: int, mid_band: bool) -> Prob
     batch, heads, _, dim = query.shape
     pairs = batch * heads
     parts = max(min(PROBE_PROGRAMS // pairs, MAX_PARTS, blocks), 1)
-    columns = blocks * (1 + (KEY_BLOCK // SUB_BLOCK if mid_band else 0))
+    fine = blocks * (KEY_BLOCK // SUB_BLOCK) if mid_band else 0
+    columns, units = blocks + fine, moment_units(probes, blocks, fine)
 
     def single(*shape: int) -> Tensor:
         return torch.empty(*shape, device=query.device, dtype=torch.float32)
@@ -70,8 +85,14 @@ def probe_space(query: Tensor, blocks: int, probes: int, mid_band: bool) -> Prob
         single(*found), single(*found, 2), single(*found, dim), single(*found, dim),
         single(pairs, probes, dim) if mid_band else single(0), single(pairs, probes, columns),
         torch.empty(pairs, probes, columns, device=query.device, dtype=torch.float16),
-        single(batch, heads, 2), single(batch, heads),
+        single(pairs, units, MOMENTS.value), single(batch, heads, 2), single(batch, heads),
     )  # fmt: skip
+
+
+def moment_units(probes: int, blocks: int, fine: int) -> int:
+    """Units of cells that a head has moments of; see triton_glue._store_moments."""
+    unit = int(UNIT.value)
+    return -(-probes // unit) * (-(-blocks // unit) + -(-fine // unit))
 
 
 def fit_probes(
@@ -99,7 +120,6 @@ def fit_probes(
     tiles, blocks = route.route.shape[2:]
     pairs, parts, probes = space.peak.shape
     columns = space.logit.shape[-1]
-    fine = columns - blocks
     order = token_order(sequence.grid, query.device)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
@@ -111,7 +131,7 @@ def fit_probes(
         heads, group_size, tokens, tiles, blocks, probes, sequence.text, text_before, scale,
         **size, BP=launch.probe_rows, HAS_MASK=key_mask is not None,
         PRECISION=launch.precision, IN_PLACE=summaries.in_place, BY_PROBE=by_probe,
-        num_warps=4, num_stages=launch.probe_stages,
+        num_warps=PROBE_WARPS, num_stages=launch.probe_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
         space.peak, space.mass, space.exact, space.missing, probes, parts,
@@ -123,11 +143,11 @@ def fit_probes(
             **size,
         )  # fmt: skip
     rows, step = launch.fit_rows, launch.fit_columns
-    steps = triton.cdiv(blocks, step) + triton.cdiv(fine, step)
+    steps = triton.cdiv(blocks, step) + triton.cdiv(columns - blocks, step)
     estimate_kernel[(steps, pairs, triton.cdiv(probes, rows))](
         query, order, summaries.low_key, summaries.fine_key, summaries.fine_var,
         summaries.key_shift, route.mass_term, route.route, space.pooled, space.peak,
-        space.logit, space.term,
+        space.logit, space.term, space.moments,
         *query.stride()[:3],
         heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
         **size, BP=rows, BJ=step, MID=mid_band, PRECISION=launch.fit_precision,
@@ -135,10 +155,10 @@ def fit_probes(
     )  # fmt: skip
     fit_kernel[(pairs,)](
         query, order, summaries.low_value, summaries.low_order, summaries.fine_value,
-        summaries.fine_order, space.logit, space.term, space.mass, space.exact, space.missing,
-        space.coefficients, space.error,
+        summaries.fine_order, space.logit, space.term, space.moments, space.mass, space.exact,
+        space.missing, space.coefficients, space.error,
         *query.stride()[:3],
         heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
-        **size, BP=rows, BJ=step, CELLS=FIT_CELLS, MID=mid_band, PRECISION=launch.fit_precision,
-        num_warps=8, num_stages=1,
+        **size, BP=rows, BJ=step, ROWS=FIT_ROWS, MID=mid_band, PRECISION=launch.fit_precision,
+        num_warps=FIT_WARPS, num_stages=FIT_STAGES,
     )  # fmt: skip

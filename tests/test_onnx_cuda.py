@@ -122,6 +122,7 @@ def test_constants_are_those_of_the_kernels() -> None:
     from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
     from freqopt.kernels import triton_probe as probe
     from freqopt.kernels import triton_split as split
+    from freqopt.kernels.triton_glue import MOMENTS, UNIT
 
     source = (SOURCES / "split_cuda.cc").read_text()
     lines = "".join(re.findall(r"^constexpr int64_t (.*);$", source, re.MULTILINE))
@@ -130,6 +131,7 @@ def test_constants_are_those_of_the_kernels() -> None:
         "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE, "kFine": KEY_BLOCK // SUB_BLOCK,
         "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
         "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
+        "kMoments": MOMENTS.value, "kUnit": UNIT.value,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ namespace freqopt {
 namespace {
 
 constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 4, kOrderGroup = 32;
-constexpr int64_t kProbePrograms = 264, kMaxParts = 64;
+constexpr int64_t kProbePrograms = 264, kMaxParts = 64, kMoments = 16, kUnit = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -256,6 +256,8 @@ CudaPlan plan_cuda(const CudaCall& call) {
   add("missing_out", s.pairs * s.parts * s.probes * d, 4);
   add("pooled", mid ? s.pairs * s.probes * d : 0, 4), add("coefficients", s.pairs * 2, 4);
   add("logit", s.pairs * s.probes * s.columns, 4), add("term", s.pairs * s.probes * s.columns, 2);
+  const int64_t units = ceil_div(s.blocks, kUnit) + ceil_div(s.columns - s.blocks, kUnit);
+  add("moments", s.pairs * ceil_div(s.probes, kUnit) * units * kMoments, 4);
   add("probe_error", s.pairs, 4);
   if (s.text > 0 && find_hopper(call, device)) {
     const int64_t text = s.kv * whole_tiles(s.text) * d;
