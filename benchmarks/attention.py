@@ -1,17 +1,20 @@
 """Error against time of the whole op, beside dense attention: `python -m benchmarks.attention`.
 
 Every row is one call on the trained DiT's own Q, K and V: its relative error against dense
-attention in the same run, the density reached, the time of the whole call and of its parts. A row
-whose correctness gate fails prints no time. Rivals that run here (`benchmarks.rivals`) are measured
+attention in the same run, the density reached, the time of the whole call, of its parts one by one,
+and of everything but the attention kernel together. A row whose correctness gate fails prints no
+time. Rivals that run here (`benchmarks.rivals`) are measured
 in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import rivals
-from benchmarks.common import environment, milliseconds, write
+from benchmarks.common import environment, graph_milliseconds, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK
 
@@ -107,6 +110,23 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     return {step.__name__: milliseconds(step, repeat=50) for step in steps}, made["route"]
 
 
+@contextlib.contextmanager
+def without_attention() -> Iterator[None]:
+    """Calls in here leave out the attention kernel, and give no output: everything else is left."""
+    from freqopt.kernels import triton_split as split
+
+    with mock.patch.object(split, "attend", lambda *given, **options: None):
+        yield
+
+
+def graph_times(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of a whole call as a CUDA graph, of everything but attention, and its share."""
+    whole = graph_milliseconds(call)
+    with without_attention():
+        other = graph_milliseconds(call)
+    return {"graph_ms": whole, "other_ms": other, "other_share": other / whole}
+
+
 def rival_row(rival: rivals.Rival, reference: Tensor, best: float) -> dict[str, Any] | None:
     """Error and time of a rival, None if it does not run here."""
     try:
@@ -163,7 +183,7 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
             {
                 "density": reached, "threshold": threshold, "l1": l1, "l2": l2,
                 "probe_error": float(stats.probe_error.mean()), "ms": total,
-                "speedup": best / total, "parts_ms": parts,
+                "speedup": best / total, "parts_ms": parts, **graph_times(call),
                 "attend_tflops": reached * flops / parts["attend"] / 1e9,
             }
         )  # fmt: skip
@@ -171,7 +191,8 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
             f"density {reached:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}  probe {rows[-1]['probe_error']:.4f}"
             f"  {total:7.3f} ms  {best / total:5.2f}x  "
             + "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
-            + f"  {rows[-1]['attend_tflops']:.0f} TFLOP/s useful",
+            + f"  {rows[-1]['attend_tflops']:.0f} TFLOP/s useful  everything but attention "
+            f"{rows[-1]['other_ms']:.3f} ms, {rows[-1]['other_share']:.1%}",
             flush=True,
         )
         if density < 1.0:

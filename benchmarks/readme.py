@@ -48,12 +48,15 @@ def attention_rows(result: dict[str, Any]) -> Iterator[str]:
             f"{where['torch']}, commit {where['commit']}; dense {best:.1f} ms:"
         )
         yield ""
-        yield "| density | relative L1 | relative L2 | whole call | against dense |"
-        yield "|---|---|---|---|---|"
+        shares = all("other_share" in row for row in problem["rows"])
+        more = (" everything but attention |", "---|") if shares else ("", "")
+        yield f"| density | relative L1 | relative L2 | whole call | against dense |{more[0]}"
+        yield f"|---|---|---|---|---|{more[1]}"
         for row in problem["rows"]:
+            share = f" {100 * row['other_share']:.1f} % |" if shares else ""
             yield (
                 f"| {100 * row['density']:.1f} % | {row['l1']:.4f} | {row['l2']:.4f} "
-                f"| {row['ms']:.2f} ms | {row['speedup']:.2f}x |"
+                f"| {row['ms']:.2f} ms | {row['speedup']:.2f}x |{share}"
             )
         yield ""
 

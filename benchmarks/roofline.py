@@ -3,19 +3,26 @@
 The floor is the larger of the time that the bytes take at the memory's rate and the time that the
 products take on the tensor cores, both as the data sheet has them. Bytes are those that must cross
 the memory bus at least once; a kernel that reads a tensor twice is charged for once.
+
+Kernels are timed one after the other: those that run beside each other (`kernels/overlap.py`) share
+the GPU, and each takes longer. The time of everything but attention is that of a call as it is.
+`--docs` only writes docs/kernels.md's table from the result file.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from benchmarks.attention import GRIDS, relative_errors, threshold_for
-from benchmarks.common import environment, write
+from benchmarks.attention import GRIDS, graph_times, relative_errors, threshold_for
+from benchmarks.common import RESULTS, environment, rewrite, write
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.hopper import range_length
@@ -101,6 +108,15 @@ def kernel_times(call: Callable[[], object]) -> dict[str, float]:
     return {e.key: e.self_device_time_total / CALLS / 1e3 for e in profile.key_averages()}
 
 
+@contextlib.contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """Calls in here launch everything on one stream."""
+    from freqopt.kernels import overlap
+
+    with mock.patch.object(overlap, "OVERLAP_ROWS", 1 << 62):
+        yield
+
+
 def rows_of(
     times: dict[str, float], work: dict[str, Work], tflops: float, tbs: float
 ) -> list[dict[str, Any]]:
@@ -165,12 +181,54 @@ def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, A
     reached = float(stats.density.mean())
     _, heads, tokens, dim = a.query.shape
     problem = Problem(heads, tokens, dim, a.query.element_size(), reached)
-    rows = rows_of(kernel_times(call), work_of(problem), tflops, tbs)
+    with one_after_the_other():
+        rows = rows_of(kernel_times(call), work_of(problem), tflops, tbs)
+    times = graph_times(call)
     print(f"{heads} heads x {tokens:,} tokens, density {reached:.3f}, L1 {l1:.4f}, L2 {l2:.4f}")
     for row in rows:
         floor = f"floor {row['floor_ms']:.3f} ms ({row['bound']})" if row["floor_ms"] else ""
         print(f"  {row['kernel']:24} {row['ms']:8.3f} ms  {floor}")
-    return {"tokens": tokens, "heads": heads, "density": reached, "l1": l1, "l2": l2, "rows": rows}
+    print(
+        f"  everything but attention {times['other_ms']:.3f} of {times['graph_ms']:.3f} ms, "
+        f"{times['other_share']:.1%}"
+    )
+    return {
+        "tokens": tokens, "heads": heads, "density": reached, "l1": l1, "l2": l2, **times,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The documentation's table of the longest problem: every kernel, and the floor it has."""
+    where = result["environment"]
+    problem = max(result["problems"], key=lambda p: int(p["tokens"]))
+    attention = [row for row in problem["rows"] if row["kernel"].startswith("attend")]
+    others = sum(row["ms"] for row in problem["rows"]) - sum(row["ms"] for row in attention)
+    floors = sum(r["floor_ms"] or 0.0 for r in problem["rows"] if r not in attention)
+    lines = [
+        f"{problem['heads']} heads x {problem['tokens']:,} tokens at "
+        f"{100 * problem['density']:.1f} % density, {where['device']}, torch {where['torch']}, "
+        f"Triton {where['triton']}, commit {where['commit']} (`{where['command']}`):",
+        "",
+        "| kernel | ms | floor, ms |",
+        "|---|---|---|",
+    ]
+    for row in problem["rows"]:
+        floor = f"{row['floor_ms']:.2f} ({row['bound']})" if row["floor_ms"] else ""
+        lines.append(f"| `{row['kernel']}` | {row['ms']:.3f} | {floor} |")
+    lines.append(f"| all but attention, one after the other | {others:.3f} | {floors:.2f} |")
+    if "other_ms" in problem:
+        lines.append(
+            f"| all but attention, as a call runs them | {problem['other_ms']:.3f}, "
+            f"{100 * problem['other_share']:.1f} % of {problem['graph_ms']:.2f} ms | |"
+        )
+    return [line.replace("`everything else`", "everything else") for line in lines]
+
+
+def rewrite_docs(check: bool) -> bool:
+    """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
+    found = json.loads((RESULTS / "roofline.json").read_text())
+    return rewrite("roofline", table(found), check=check)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -181,7 +239,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, help="dense half-precision TFLOP/s of the GPU")
     parser.add_argument("--tbs", type=float, help="TB/s of its memory")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    parser.add_argument(
+        "--docs", action="store_true", help="only rewrite the documentation's table"
+    )
     given = parser.parse_args(arguments)
+    if given.docs:
+        rewrite_docs(check=False)
+        return
     if not torch.cuda.is_available():
         parser.error("this measures kernels, so it needs an NVIDIA GPU and none is visible")
     name = torch.cuda.get_device_name()

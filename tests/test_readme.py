@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 # Loaded by its path: putting the root on sys.path would make `kernels` importable from there.
 SPEC = importlib.util.spec_from_file_location(
@@ -22,7 +23,7 @@ def test_readme_says_what_the_result_files_say() -> None:
 
 
 def test_rows_carry_error_and_density_beside_every_time(tmp_path: Path) -> None:
-    problem = {
+    problem: dict[str, Any] = {
         "heads": 24, "tokens": 32760, "dtype": "torch.bfloat16", "dense_ms": {"cudnn": 22.9},
         "rows": [{"density": 0.1, "l1": 0.06, "l2": 0.05, "ms": 4.0, "speedup": 5.7}],
     }  # fmt: skip
@@ -32,4 +33,9 @@ def test_rows_carry_error_and_density_beside_every_time(tmp_path: Path) -> None:
     )
     said = readme.measured(tmp_path)
     assert "| 10.0 % | 0.0600 | 0.0500 | 4.00 ms | 5.70x |" in said and "a GPU" in said
+    problem["rows"][0]["other_share"] = 0.0804
+    (tmp_path / "attention.json").write_text(
+        json.dumps({"environment": where, "problems": [problem]})
+    )
+    assert "| 5.70x | 8.0 % |" in readme.measured(tmp_path)
     assert "No GPU figures" in readme.measured(tmp_path / "empty")
