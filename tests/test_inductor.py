@@ -17,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import freqopt
 from freqopt.backend import freqopt_backend, parse_options
 from freqopt.errors import OptionError
+from freqopt.kernels import overlap
 
 GRID = (6, 8, 16)
 
@@ -61,9 +62,16 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_cuda_graphs_are_replayed_with_changing_content(threshold: float) -> None:
-    """A replay reads each call's tensors and routes anew: nothing of the recording stays."""
+def test_cuda_graphs_are_replayed_with_changing_content(
+    threshold: float, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay reads each call's tensors and routes anew: nothing of the recording stays.
+
+    beside: with the probes' chain on a stream of its own, as in large calls.
+    """
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1 if beside else 1 << 62)
     model = Toy().cuda().eval()
     options = {"threshold": threshold, "min_tokens": 1, "strict": True}
     run = {
