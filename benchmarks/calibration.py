@@ -286,7 +286,9 @@ def measure(
         )
         calibration, sites = remembered(bench, samples, journal, bars)
         bench.cost = calibration.cost()
-        first, second, *others = make_variants(bench, calibration, sites, bars)
+        first, second, third, *others = make_variants(
+            bench, calibration, sites, [*densities, 0.5 * min(densities)], bars
+        )
         rows: list[dict[str, Any]] = []
         predicted = {density: density for density in densities}
 
@@ -296,11 +298,8 @@ def measure(
                 rows.append(row)
                 results.add(variants=rows)
 
-        run(first)
-        run(second)
-        for variant in others:
-            if variant.name == BY_VIDEO:
-                run(variant)
+        for variant in (first, second, third):
+            run(variant)
         wanted_densities = sorted(min(factor * min(densities), 0.9) for factor in CURVE)
         curves = {v.name: curve(bench, v, wanted_densities) for v in (first, second)}
         ratio = density_ratio(curves[ALL], curves[UNIFORM])
@@ -309,8 +308,7 @@ def measure(
         results.add(probe=probe_agreement(bench, plan))
         if ablate:
             for variant in others:
-                if variant.name != BY_VIDEO:
-                    run(variant)
+                run(variant)
             run(variant_without_probes(bench, calibration, bars))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -20,11 +20,14 @@ from freqopt.calibration_allocation import (
     SiteChoices,
     solve_density,
 )
+from freqopt.calibration_gains import Dense, probed_samples
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
+from freqopt.calibration_refine import Refinement, best_at_density
 from freqopt.calibration_run import opened
 from freqopt.calibration_search import budgets
-from freqopt.calibration_video import GeneratedVideo, weigh_timesteps
+from freqopt.calibration_video import GeneratedVideo, weighed_ways
+from freqopt.calibration_ways import Way
 
 ALL, UNIFORM, NO_PROBES = "calibrated", "one threshold for all", "without probes"
 BY_VIDEO = "timesteps weighed by the video"
@@ -110,28 +113,104 @@ def without_bias_weight(site: SiteChoices) -> SiteChoices:
     return replace(site, damage=site.error)
 
 
+@dataclass
+class Refined:
+    """Refinement at each of some densities, as `freqopt.calibrate(target_density=...)` does it, and
+    the way that is best in calls of the model and the one that is best in the video."""
+
+    refinement: Refinement
+    sites: list[SiteChoices]
+    densities: Sequence[float]
+    video: GeneratedVideo
+    known: dict[float, Way] = field(default_factory=dict)
+    known_video: dict[float, Way] = field(default_factory=dict)
+
+    def nearest(self, density: float) -> float:
+        """The density, of those refined at, whose ways serve another."""
+        return min(self.densities, key=lambda known: abs(math.log(known / density)))
+
+    def ways(self, density: float) -> list[Way]:
+        """Ways for a density."""
+        forced = [replace(site, forced=True) for site in self.sites]
+        return self.refinement.ways_at_density(forced, density)
+
+    def way(self, density: float) -> Way:
+        """The way that is best in calls of the model."""
+        at = self.nearest(density)
+        if at not in self.known:
+            r = self.refinement
+            best = best_at_density(self.ways(at), r.fitted(1.0), at, r.cost, r.progress)
+            print(f"at a density of {at:g} in calls: {best.name}", flush=True)
+            self.known[at] = best
+        return self.known[at]
+
+    def way_by_video(self, density: float) -> Way:
+        """The way that is best in the video."""
+        at = self.nearest(density)
+        if at not in self.known_video:
+            r, ways = self.refinement, self.ways(at)
+            allocation = ways[-1].solve_density(at, r.cost)
+            weighed = weighed_ways(r, self.video, ways[-1], allocation)
+            every = [*ways[:2], ways[-1], *weighed]
+            best = best_at_density(every, self.video, at, r.cost, r.progress)
+            print(f"at a density of {at:g} in the video: {best.name}", flush=True)
+            self.known_video[at] = best
+        return self.known_video[at]
+
+
+def of_way(
+    way_at: Callable[[float], Way],
+    cost: CostModel,
+    density: float,
+    change: Callable[[SiteChoices], SiteChoices] | None = None,
+) -> Budgets:
+    """Budgets of a way with a predicted density, its sites changed."""
+    way = way_at(density)
+    if change is not None:
+        way = replace(way, sites=[change(site) for site in way.sites], around=None)
+    return budgets(way.sites, way.solve_density(density, cost))
+
+
 def make_variants(
-    bench: Bench, calibration: Calibration, sites: list[SiteChoices], bars: Progress
+    bench: Bench,
+    calibration: Calibration,
+    sites: list[SiteChoices],
+    densities: Sequence[float],
+    bars: Progress,
 ) -> list[Variant]:
-    """All ways to choose budgets, those to compare with first. sites: of the calibration."""
+    """All ways to choose budgets, those to compare with first. sites: of the calibration.
+
+    densities: those to refine at.
+    """
     runner, cost = calibration.runner, bench.cost
     counts = runner.samples.bucket_samples
     measured = runner.session.measurable()
     level = {name: np.ones_like(gains) for name, gains in calibration.gains.items()}
     unweighted = [site_choices(site, level[name], counts) for name, site in measured.items()]
-    video = GeneratedVideo(bench.runner, bench.pipeline(WEIGHED_SEED), 20.0, Journal(None, ""))
+    journal = Journal(None, "")
+    video = GeneratedVideo(bench.runner, bench.pipeline(WEIGHED_SEED), 20.0, journal)
+    references = [Dense(bench.runner, sample) for sample in probed_samples(runner.samples)]
+    refinement = Refinement(bench.runner, cost, bars, journal, references)
+    refined = Refined(refinement, sites, densities, video)
     changed = {
-        BY_VIDEO: weigh_timesteps(video, sites, bars),
-        "without budgets per head": [heads_tied(site) for site in sites],
-        "without budgets per timestep": [timesteps_tied(site) for site in sites],
-        "without downstream gains": unweighted,
-        "without mid band": [without_mid_band(site) for site in sites],
-        "without bias weight": [without_bias_weight(site) for site in sites],
+        "without budgets per head": heads_tied,
+        "without budgets per timestep": timesteps_tied,
+        "without mid band": without_mid_band,
+    }
+    alone = {
+        "without marginals": sites,
+        "without marginals and downstream gains": unweighted,
+        "without marginals and bias weight": [without_bias_weight(site) for site in sites],
     }
     return [
-        Variant(ALL, partial(allocated, sites, cost)),
+        Variant(ALL, partial(of_way, refined.way, cost)),
         Variant(UNIFORM, partial(uniform, sites)),
-        *(Variant(name, partial(allocated, chosen, cost)) for name, chosen in changed.items()),
+        Variant(BY_VIDEO, partial(of_way, refined.way_by_video, cost)),
+        *(
+            Variant(name, partial(of_way, refined.way, cost, change=change))
+            for name, change in changed.items()
+        ),
+        *(Variant(name, partial(allocated, chosen, cost)) for name, chosen in alone.items()),
         Variant("mid band wherever it helps", partial(allocated, sites, FreeMidBand(cost))),
     ]
 

@@ -28,23 +28,25 @@ from freqopt.calibration_allocation import (
 )
 from freqopt.calibration_cost import cost_model
 from freqopt.calibration_evidence import build_plan, slower_reason
-from freqopt.calibration_gains import Array, measure_gains
+from freqopt.calibration_gains import Array, Dense, measure_gains, probed_samples
 from freqopt.calibration_journal import Entry, Journal, identity_of, open_journal
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_readings import FINE, Measured, pack, unpack
+from freqopt.calibration_refine import Refinement, best_at_density, cheapest
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
 from freqopt.calibration_search import (
     Criterion,
     Found,
     Goal,
-    HeldOutError,
+    OutputError,
     Search,
     budget_key,
     budgets,
 )
-from freqopt.calibration_video import GeneratedVideo, decibels_of, weigh_timesteps
+from freqopt.calibration_video import GeneratedVideo, decibels_of, video_ways
+from freqopt.calibration_ways import Way
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
 from freqopt.plan import Plan
@@ -171,38 +173,56 @@ class Calibration:
         self.gains: dict[str, Array] = {}
         self.rounding = 0.0
         self.references: list[list[Tensor]] = []
+        self.fitted = [Dense(runner, sample) for sample in probed_samples(runner.samples)]
 
     def for_error(self, target: float) -> Plan:
         """The plan that holds a relative error of the model's output."""
         sites = self.choices()
-        criterion = HeldOutError(self.runner, self.dense_references(), target, self.journal)
-        return self._plan(sites, criterion, Goal(error=target))
+        refinement = self.refinement()
+        ways = refinement.ways(sites, target)
+        best = cheapest(ways, refinement.fitted(target), self.cost(), self.progress)
+        return self._plan(ways, best.way, best.predicted, self.held_out(target), Goal(error=target))
 
     def for_density(self, target: float) -> Plan:
         """The plan with the least error whose density is within a target."""
         sites = [replace(site, forced=True) for site in self.choices()]
-        criterion = HeldOutError(self.runner, self.dense_references(), 1.0, self.journal)
-        return self._plan(sites, criterion, Goal(density=target))
+        refinement = self.refinement()
+        ways = refinement.ways_at_density(sites, target)
+        best = best_at_density(ways, refinement.fitted(1.0), target, self.cost(), self.progress)
+        return self._plan(ways, best, None, self.held_out(1.0), Goal(density=target))
 
     def for_psnr(self, target: float, pipeline: Callable[[], Any]) -> Plan:
         """The plan that holds a PSNR, in dB, of what a pipeline generates."""
         sites = self.choices()
-        self.dense_references()
         with self.progress.phase("dense pipeline", 2) as step:
             criterion = GeneratedVideo(self.runner, pipeline, target, self.journal)
             step(2)
-        sites = weigh_timesteps(criterion, sites, self.progress)
-        return self._plan(sites, criterion, Goal(psnr=target))
+        ways = video_ways(self.refinement(), criterion, sites)
+        best = cheapest(ways, criterion, self.cost(), self.progress)
+        return self._plan(ways, best.way, best.predicted, criterion, Goal(psnr=target))
 
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and gains: what there is to choose from at each of them."""
         self.measure()
-        self.gains, self.rounding = measure_gains(self.runner, self.progress, self.journal)
+        self.gains, self.rounding = measure_gains(
+            self.runner, self.fitted, self.progress, self.journal
+        )
         counts = self.runner.samples.bucket_samples
         return [
             site_choices(site, self.gains[name], counts)
             for name, site in self.session.measurable().items()
         ]
+
+    def refinement(self) -> Refinement:
+        """What rounds of refinement need; once all sites are measured."""
+        return Refinement(self.runner, self.cost(), self.progress, self.journal, self.fitted)
+
+    def held_out(self, target: float) -> OutputError:
+        """The criterion that a plan is verified by."""
+        return OutputError(
+            self.runner, self.runner.samples.held_out, self.dense_references(), target,
+            self.journal, "held out",
+        )  # fmt: skip
 
     def cost(self) -> CostModel:
         """What choices cost on this device, as far as it was timed while measuring."""
@@ -211,6 +231,8 @@ class Calibration:
     def dense_references(self) -> list[list[Tensor]]:
         """The dense model's outputs for the held-out samples."""
         held_out = self.runner.samples.held_out
+        if self.references:
+            return self.references
         with self.progress.phase("dense references", len(held_out)) as step:
             for sample in held_out:
                 self.references.append(self.runner.run(sample, "dense"))
@@ -281,24 +303,31 @@ class Calibration:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         return f"none of the {len(reasons)} attention sites can be split ({listed})"
 
-    def _plan(self, sites: list[SiteChoices], criterion: Criterion, goal: Goal) -> Plan:
-        """Search for the goal, and write down what was found."""
-        cost = self.cost()
-        search = Search(sites, cost, criterion, self.progress)
+    def _plan(
+        self, ways: list[Way], way: Way, start: float | None, criterion: Criterion, goal: Goal
+    ) -> Plan:
+        """Search for the goal along a way, and write down what was found.
+
+        start: predicted error to try first.
+        """
+        cost, sites = self.cost(), ways[0].sites
+        search = Search(way, cost, criterion, self.progress)
         reasons: dict[str, str] = {}
         if goal.density is not None:
             found = search.run_density(goal.density)
             self._time(budgets(sites, found.allocation))
         else:
-            found = search.run() or self._everything_dense(sites, search, criterion)
+            found = search.run(start) or self._everything_dense(sites, search, criterion)
             self._time(budgets(sites, found.allocation))
             reasons = self._slow_sites()
         if reasons:
-            found = search.try_out(with_dense(sites, found.allocation, reasons, cost), found.notes)
+            found = search.try_out(
+                with_dense(search.sites, found.allocation, reasons, cost), found.notes
+            )
         error = found.trial
         if goal.psnr is not None:
-            held_out = HeldOutError(self.runner, self.references, 1.0, self.journal)
-            error = Search(sites, cost, held_out, self.progress).try_out(found.allocation).trial
+            held_out = Search(way, cost, self.held_out(1.0), self.progress)
+            error = held_out.try_out(found.allocation).trial
         return build_plan(
             self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
             search.trials, cost=cost, reasons=reasons, error=error, goal=goal,

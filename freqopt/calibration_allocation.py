@@ -31,6 +31,7 @@ MID_EFFICIENCY = 0.3
 """The same of a call with the mid band, which the fastest kernel does not serve."""
 
 _TINY = 1e-30
+_UNWANTED = 1e6  # density of choices that must not be taken; those stay in their columns
 
 
 class AttentionShape(NamedTuple):
@@ -119,6 +120,13 @@ class SiteChoices:
         """The same choices with errors larger by a factor."""
         square = factor * factor
         return replace(self, error=self.error * square, damage=self.damage * square)
+
+    def near(self, index: NDArray[np.int64], factor: float) -> SiteChoices:
+        """The same choices where those are never taken whose density is further than a factor from
+        that of a choice (R,)."""
+        here = self.density[np.arange(len(index)), index]
+        away = np.abs(np.log(self.density / here[:, None])) > math.log(factor) + 1e-9
+        return replace(self, density=np.where(away, _UNWANTED, self.density))
 
 
 class HeadCurves(NamedTuple):
@@ -260,9 +268,9 @@ def _best_split(
     for columns in [np.flatnonzero(~site.mid), *everything]:
         mid_band = bool(site.mid[columns].any())
         paid = site.weight[:, None] * cost.split(site.shape, site.density[:, columns], mid_band)
-        total = paid + multiplier * site.damage[:, columns]
-        last = total.shape[1] - 1 - np.argmin(total[:, ::-1], axis=1)
-        index = columns[last if loosest else np.argmin(total, axis=1)]
+        sums = paid + multiplier * site.damage[:, columns]
+        last = sums.shape[1] - 1 - np.argmin(sums[:, ::-1], axis=1)
+        index = columns[last if loosest else np.argmin(sums, axis=1)]
         damage = float(site.damage[row, index].sum())
         found.append((index, _split_cost(site, index, cost) + multiplier * damage))
     return min(found, key=lambda choice: choice[1])
@@ -280,7 +288,7 @@ def allocate(
         index, least = _best_split(site, multiplier, cost, loosest=loosest)
         cheaper = cost.dense(site.shape) * site.heads <= least
         choices.append(SiteChoice(index, not index.any() if site.forced else bool(cheaper)))
-    return _total(sites, choices, multiplier, cost)
+    return total(sites, choices, multiplier, cost)
 
 
 def with_dense(
@@ -291,12 +299,13 @@ def with_dense(
         replace(choice, dense=choice.dense or site.name in names)
         for site, choice in zip(sites, allocation.choices, strict=True)
     ]
-    return _total(sites, choices, allocation.multiplier, cost)
+    return total(sites, choices, allocation.multiplier, cost)
 
 
-def _total(
+def total(
     sites: Sequence[SiteChoices], choices: list[SiteChoice], multiplier: float, cost: CostModel
 ) -> Allocation:
+    """The allocation of these choices, with its totals."""
     spent = damage = error = pairs = dense_total = 0.0
     for site, choice in zip(sites, choices, strict=True):
         dense_cost = cost.dense(site.shape) * site.heads
@@ -311,7 +320,7 @@ def _total(
         error += site.error[row, index].sum()
         pairs += dense_cost * site.mean_density(index)
     density = pairs / dense_total if dense_total else 1.0
-    return Allocation(multiplier, choices, spent, damage, math.sqrt(error), density)
+    return Allocation(multiplier, choices, spent, damage, math.sqrt(max(error, 0.0)), density)
 
 
 def same_choices(first: Allocation, second: Allocation) -> bool:
@@ -348,6 +357,26 @@ def solve(
         else:
             low = middle
     return best
+
+
+def uniform(
+    sites: Sequence[SiteChoices], column: int, cost: CostModel, *, looser: int = 0
+) -> Allocation:
+    """One choice for all heads and timesteps; the first `looser` sites have the next choice.
+
+    Sites where dense attention is cheaper stay dense. The multiplier is the reciprocal of the
+    threshold, which says no more than which of two is stricter.
+    """
+    choices = []
+    for at, site in enumerate(sites):
+        chosen = column + (at < looser)
+        index = np.full(len(site.density), chosen)
+        cheaper = cost.dense(site.shape) * site.heads <= _split_cost(site, index, cost)
+        choices.append(SiteChoice(index, not chosen if site.forced else bool(cheaper)))
+    strict, loose = sites[0].threshold[[column, column + bool(looser)]]
+    share = looser / len(sites)
+    threshold = float(strict) * (1.0 - share) + float(loose) * share
+    return total(sites, choices, 1.0 / max(threshold, _TINY), cost)
 
 
 def solve_density(

@@ -47,22 +47,23 @@ LEAST_SHARE = 0.1
 
 
 def measure_gains(
-    runner: Runner, progress: Progress, journal: Journal
+    runner: Runner, references: Sequence[Dense], progress: Progress, journal: Journal
 ) -> tuple[dict[str, Array], float]:
     """Gain of every head by timestep bucket, and the output error with everything exact (rounding).
 
     A gain is the relative error of the model's output over the relative error of the site's output
     that caused it; without unit. Squares of the errors that heads cause are taken to add up; where
     all of them together cause more, as errors that point the same way do, or less, all gains of the
-    timestep bucket are raised or lowered. Returns {site: (buckets, H)} and the rounding error.
+    timestep bucket are raised or lowered. references: of `probed_samples`.
+    Returns {site: (buckets, H)} and the rounding error.
     """
     session, sites = runner.session, list(runner.session.measurable().values())
     samples, units = runner.samples, probe_units(sites)
-    used = probed_samples(samples)
     squares: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(samples.buckets)]
-    references, roundings = [Dense(runner, sample) for sample in used], []
-    with progress.phase("probing gains", len(used) * (len(units) + 3)) as step:
-        for number, (sample, reference) in enumerate(zip(used, references, strict=True)):
+    roundings = []
+    with progress.phase("probing gains", len(references) * (len(units) + 3)) as step:
+        for number, reference in enumerate(references):
+            sample = reference.sample
             exact = journal.find(f"rounding/{number}")
             if exact is None:
                 session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
@@ -143,12 +144,17 @@ class Dense:
 
     def __init__(self, runner: Runner, sample: Sample) -> None:
         self.runner, self.sample = runner, sample
-        self.output: list[Tensor] | None = None
+        self._output: list[Tensor] | None = None
+
+    @property
+    def output(self) -> list[Tensor]:
+        """The dense output."""
+        if self._output is None:
+            self._output = self.runner.run(self.sample, "dense")
+        return self._output
 
     def error_of(self, output: list[Tensor]) -> float:
         """Relative L2 error of another output."""
-        if self.output is None:
-            self.output = self.runner.run(self.sample, "dense")
         return relative_error(output, self.output)
 
 

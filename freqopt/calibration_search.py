@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +17,12 @@ from freqopt.calibration_allocation import (
     CostModel,
     SiteChoices,
     same_choices,
-    solve,
-    solve_density,
 )
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner, relative_error
+from freqopt.calibration_samples import Sample
+from freqopt.calibration_ways import Way
 from freqopt.config import MID_RATIO
 from freqopt.errors import OptionError
 from freqopt.plan_records import Trial
@@ -84,27 +84,37 @@ class Verdict:
         return math.sqrt(sum(error * error for error in self.errors) / len(self.errors))
 
 
-class HeldOutError:
-    """Criterion: relative L2 error of the model's output on the held-out samples."""
+class OutputError:
+    """Criterion: relative L2 error of the model's output on samples, those held out in the end.
+
+    kind: which samples, as the journal calls them.
+    """
 
     comparable = True
 
     def __init__(
-        self, runner: Runner, references: list[list[Tensor]], target: float, journal: Journal
+        self,
+        runner: Runner,
+        samples: Sequence[Sample],
+        references: Sequence[list[Tensor]],
+        target: float,
+        journal: Journal,
+        kind: str,
     ) -> None:
-        self.runner, self.references, self.journal = runner, references, journal
+        self.runner, self.samples, self.references = runner, samples, references
+        self.journal, self.kind = journal, kind
         self.target, self.start = target, target * AIM
 
     def measure(self, budgets: dict[str, Tensor]) -> Verdict:
         """See `Criterion`."""
-        return remembered(self.journal, "held out", budgets, self._run)
+        return remembered(self.journal, self.kind, budgets, self._run)
 
     def _run(self, budgets: dict[str, Tensor]) -> Verdict:
         session = self.runner.session
         session.budgets, session.densities, session.errors = budgets, {}, {}
         errors = [
             relative_error(self.runner.run(sample, "split"), reference)
-            for sample, reference in zip(self.runner.samples.held_out, self.references, strict=True)
+            for sample, reference in zip(self.samples, self.references, strict=True)
         ]
         return Verdict(errors, mean_densities(session.densities))
 
@@ -152,26 +162,30 @@ class Search:
 
     def __init__(
         self,
-        sites: Sequence[SiteChoices],
+        way: Way,
         cost: CostModel,
         criterion: Criterion,
         progress: Progress,
     ) -> None:
-        self.sites, self.cost, self.criterion = list(sites), cost, criterion
-        self.progress = progress
+        self.way, self.cost, self.criterion = way, cost, criterion
+        self.sites, self.progress = way.sites, progress
         self.trials: list[Trial] = []
 
-    def run(self) -> Found | None:
-        """The cheapest allocation found that meets the target, None if none does."""
-        criterion, predicted, low, high = self.criterion, self.criterion.start, 0.0, math.inf
+    def run(self, start: float | None = None) -> Found | None:
+        """The cheapest allocation found that meets the target, None if none does.
+
+        start: predicted error to try first, in place of the criterion's.
+        """
+        criterion, low, high = self.criterion, 0.0, math.inf
+        predicted = criterion.start if start is None else start
         target, aim = criterion.target, criterion.target * AIM
         best: tuple[float, Found] | None = None
-        believed = self.sites
-        loosest = solve(self.sites, math.inf, self.cost).multiplier
+        believed = self.way
+        loosest = self.way.solve(math.inf, self.cost).multiplier
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
-                allocation = solve(believed, predicted, self.cost)
+                allocation = believed.solve(predicted, self.cost)
                 if previous is not None and same_choices(allocation, previous):
                     break
                 previous = allocation
@@ -186,10 +200,9 @@ class Search:
                         break
                 elif criterion.comparable and measured > DISBELIEF * allocation.error > 0.0:
                     scale = CAUTION * measured / allocation.error
-                    believed = [
-                        site if choice.dense else site.scaled(scale)
-                        for site, choice in zip(believed, allocation.choices, strict=True)
-                    ]
+                    believed = believed.scaled(
+                        [1.0 if choice.dense else scale for choice in allocation.choices]
+                    )
                     predicted, low, high = criterion.start, 0.0, math.inf
                     continue
                 else:  # nothing looser than this was tried, whatever was allowed
@@ -218,7 +231,7 @@ class Search:
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
-                allocation = solve_density(self.sites, predicted, self.cost)
+                allocation = self.way.solve_density(predicted, self.cost)
                 if previous is not None and same_choices(allocation, previous):
                     break
                 previous = allocation
@@ -241,23 +254,29 @@ class Search:
     def try_out(self, allocation: Allocation, notes: Sequence[str] = ()) -> Found:
         """Run the model with an allocation's budgets; the trial is added to `trials`."""
         verdict = self.criterion.measure(budgets(self.sites, allocation))
-        density = dense = 0.0
-        for site in self.sites:
-            weight = self.cost.dense(site.shape) * site.heads
-            found = verdict.densities.get(site.name)
-            density += weight * (1.0 if found is None else float(found.mean()))
-            dense += weight
         trial = Trial(
             multiplier=allocation.multiplier,
             predicted_error=allocation.error,
             measured_error=verdict.error,
             worst_error=max(verdict.errors),
-            mean_density=density / dense,
+            mean_density=mean_density(self.sites, verdict.densities, self.cost),
             sample_errors=verdict.errors,
         )
         self.trials.append(trial)
         logger.info("trial %s", trial)
         return Found(allocation, trial, verdict.densities, list(notes))
+
+
+def mean_density(
+    sites: Sequence[SiteChoices], found: Mapping[str, Tensor], cost: CostModel
+) -> float:
+    """Density over all sites, weighted by dense cost. found: (H,) by site, of those not dense."""
+    density = dense = 0.0
+    for site in sites:
+        weight = cost.dense(site.shape) * site.heads
+        density += weight * (float(found[site.name].mean()) if site.name in found else 1.0)
+        dense += weight
+    return density / dense
 
 
 def budgets(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:

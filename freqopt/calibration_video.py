@@ -16,28 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqopt.calibration_allocation import SiteChoices
-from freqopt.calibration_gains import nearest
+from freqopt.calibration_allocation import Allocation, SiteChoices, total
 from freqopt.calibration_journal import Journal
-from freqopt.calibration_progress import Progress
+from freqopt.calibration_refine import ALONE, Refinement, settle, simple_ways
 from freqopt.calibration_run import Runner
-from freqopt.calibration_search import Verdict, mean_densities, remembered
+from freqopt.calibration_search import Verdict, budgets, mean_densities, remembered
+from freqopt.calibration_ways import Way
 from freqopt.errors import CalibrationError
 
 START = 0.03
 """Predicted error of the model's output that is tried first."""
 
-COARSE = 0.02
-"""Predicted error, over the calls of a timestep bucket, at which the bucket's effect is probed: of
-the size that plans have. Effects of much larger errors saturate, those of the steps that matter
-most first, and timesteps would seem more alike than they are."""
+POWERS = (0.5, 1.0)
+"""Powers of the ratio of two timestep buckets' effects that their weights are tried to differ by.
+Effects of buckets alone overstate the differences, as errors of neighbouring steps are alike: half
+of them, on a logarithmic scale, is mostly best."""
 
-
-TRUST = 0.5
-"""Power of the ratio of two buckets' effects that their weights differ by: halfway, on a
-logarithmic scale, between equal weights and effects measured alone. Buckets together add up to
-less, the early ones most of all: of eleven allocations sampled on an H200 this power predicts the
-PSNR with a deviation of 0.5 dB, whole effects with 0.8 and equal weights with 0.7."""
+REACH = 3.0
+"""Most that the weights may change a density."""
 
 
 def relative_of(decibels: float) -> float:
@@ -138,50 +134,54 @@ def _pixels(output: Any) -> list[Tensor]:
     return []
 
 
-def weigh_timesteps(
-    criterion: GeneratedVideo, sites: list[SiteChoices], progress: Progress
-) -> list[SiteChoices]:
-    """Errors of the sites rescaled by how much those of each timestep bucket show in the video.
+def video_ways(
+    refinement: Refinement, criterion: GeneratedVideo, sites: list[SiteChoices]
+) -> list[Way]:
+    """Ways to choose budgets for what is generated: those for single calls of the model, at errors
+    that come to the target in the video, and weighed by how much each timestep bucket shows."""
+    first = settle(Way(ALONE, sites), criterion, refinement.cost, criterion.start)
+    level = refinement.fitted(1.0).measure(budgets(sites, first.allocation)).error
+    if level <= 0.0:
+        return simple_ways(sites)
+    ways = refinement.ways(sites, level)
+    believed = replace(ways[-1], start=level)
+    last = settle(believed, criterion, refinement.cost, level)
+    weighed = weighed_ways(refinement, criterion, believed, last.allocation)
+    return [*simple_ways(sites), believed, *weighed]
+
+
+def weighed_ways(
+    refinement: Refinement, criterion: GeneratedVideo, way: Way, allocation: Allocation
+) -> list[Way]:
+    """A way with the errors of each timestep bucket rescaled by how much they show in the video.
 
     An error at one denoising step is corrected by later ones, or carried on, so equal errors of the
-    model's output do not count equally. One run of the pipeline per bucket tells, as far as TRUST.
+    model's output do not count equally. One run of the pipeline per bucket tells, in which that
+    bucket alone has its budgets and the others are exact.
     """
-    buckets = len(sites[0].shares)
-    if buckets == 1:
-        return sites
-    effects = []
-    with progress.phase("probing timesteps", buckets) as step:
-        for bucket in range(buckets):
-            trial, predicted = _coarse_budgets(sites, bucket)
-            effects.append(criterion.measure(trial).error ** 2 / max(predicted, 1e-30))
+    sites, heads = way.sites, [site.heads for site in way.sites]
+    shares = np.array(sites[0].shares)
+    if len(shares) == 1 or all(choice.dense for choice in allocation.choices):
+        return []
+    called = shares * refinement.bucket_errors(sites, allocation)
+    chosen, effects = budgets(sites, allocation), []
+    with refinement.progress.phase("probing timesteps", len(shares)) as step:
+        for bucket in range(len(shares)):
+            alone = {name: torch.zeros_like(budget) for name, budget in chosen.items()}
+            for name, budget in chosen.items():
+                alone[name][bucket] = budget[bucket]
+            effects.append(criterion.measure(alone).error ** 2)
             step()
-    mean = sum(effects) / buckets
-    factor = np.array([max(effect / mean, 1e-3) ** TRUST for effect in effects])
-    weighed = []
-    for site in sites:
-        rows = np.repeat(factor, site.heads)[:, None]
-        weighed.append(replace(site, error=site.error * rows, damage=site.damage * rows))
-    return weighed
-
-
-def _coarse_budgets(sites: Sequence[SiteChoices], bucket: int) -> tuple[dict[str, Tensor], float]:
-    """Budgets with one threshold in a bucket and exact elsewhere, and the squared error predicted.
-
-    The threshold is the one whose predicted error over the bucket's calls is nearest to COARSE.
-    """
-    plain = np.flatnonzero(~sites[0].mid)
-    predicted = []
-    for choice in plain:
-        square = 0.0
-        for site in sites:
-            row = slice(bucket * site.heads, (bucket + 1) * site.heads)
-            square += float(site.error[row, choice].sum())
-        predicted.append(square)
-    wanted = sites[0].shares[bucket] * COARSE**2
-    last = nearest(predicted, wanted)
-    found = {}
-    for site in sites:
-        budget = torch.zeros(len(site.shares), 2, site.heads)
-        budget[bucket] = float(site.threshold[plain[last]])
-        found[site.name] = budget
-    return found, predicted[last]
+    ratio = np.array(effects) / np.maximum(called, 1e-30)
+    ratio = np.maximum(ratio / (ratio * shares).sum(), 1e-3)
+    found = []
+    for power in POWERS:
+        rows = [np.repeat(ratio**power, count)[:, None] for count in heads]
+        weighed = [
+            replace(site, error=site.error * row, damage=site.damage * row)
+            for site, row in zip(sites, rows, strict=True)
+        ]
+        start = total(weighed, allocation.choices, 0.0, refinement.cost).error
+        name = f"{way.name}, timesteps by the video to the power {power:g}"
+        found.append(Way(name, weighed, around=(allocation, REACH), start=start or None))
+    return found

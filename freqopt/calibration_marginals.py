@@ -1,0 +1,191 @@
+"""Marginals: what one head's error adds to the output's among the errors of all other heads.
+
+Errors that heads make one at a time do not tell: some heads' errors point against those of the
+others and undo a part of them, so that more of theirs is better, and some point the same way. So
+from a working point, with everything split, one head at a time is moved and the output compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from freqopt.calibration_allocation import Allocation, Array, SiteChoice, SiteChoices
+from freqopt.calibration_gains import MAX_PROBED_HEADS, MAX_PROBED_SITES, Dense
+from freqopt.calibration_journal import Journal
+from freqopt.calibration_progress import Progress
+from freqopt.calibration_run import Runner
+from freqopt.calibration_search import budget_key, budgets
+
+STEP = 1.6
+"""Factor that the density of a head is divided by, to see what its error adds."""
+
+LEAST_MOVE = 0.01
+"""Least relative change of the error that heads make alone from which a coupling is read."""
+
+BOUNDS = -6.0, 12.0
+"""Bounds of couplings in units of the error that the head makes alone: those of heads with next to
+no error are read from next to no change."""
+
+SHARED = 0.5
+"""How far couplings of a head at different timesteps are drawn towards their mean."""
+
+
+class Unit(NamedTuple):
+    """What is moved at a time: a head of a site, or all of its heads (-1)."""
+
+    site: int
+    head: int
+
+
+def marginal_units(sites: Sequence[SiteChoices], allocation: Allocation) -> list[Unit]:
+    """Every head of the sites that are split, or with many heads some of these sites as a whole."""
+    split = [index for index, choice in enumerate(allocation.choices) if not choice.dense]
+    if sum(sites[index].heads for index in split) <= MAX_PROBED_HEADS:
+        return [Unit(index, head) for index in split for head in range(sites[index].heads)]
+    chosen = {round(x) for x in np.linspace(0, len(split) - 1, MAX_PROBED_SITES)}
+    return [Unit(split[at], -1) for at in sorted(chosen)]
+
+
+def moved(
+    sites: Sequence[SiteChoices], allocation: Allocation, unit: Unit, bucket: int
+) -> Allocation:
+    """The allocation with a unit's density in a bucket divided by STEP, or nearly."""
+    site, choice = sites[unit.site], allocation.choices[unit.site]
+    index = choice.index.copy()
+    for row in np.arange(site.heads)[heads_of(unit)] + bucket * site.heads:
+        index[row] = _neighbour(site, int(row), int(choice.index[row]))
+    choices = list(allocation.choices)
+    choices[unit.site] = SiteChoice(index, choice.dense)
+    return replace(allocation, choices=choices)
+
+
+def _neighbour(site: SiteChoices, row: int, choice: int) -> int:
+    """The choice with the same bands whose density is nearest to that of `choice` over STEP; at the
+    loose end, to that times STEP."""
+    same = np.flatnonzero(site.mid == site.mid[choice])
+    same = same[(same > 0) & (same != choice)]
+    away = np.log(site.density[row, same] / site.density[row, choice])
+    found = same[np.abs(away + np.log(STEP)).argmin()]
+    if away.min() > -0.5 * np.log(STEP):
+        found = same[np.abs(away - np.log(STEP)).argmin()]
+    return int(found)
+
+
+def own_errors(site: SiteChoices, choice: SiteChoice) -> Array:
+    """Relative error of the output that each head makes alone, by timestep bucket: (buckets, H)."""
+    square = site.error[np.arange(len(choice.index)), choice.index] / site.weight
+    return np.sqrt(square).reshape(len(site.shares), site.heads)
+
+
+def working_errors(
+    runner: Runner,
+    sites: Sequence[SiteChoices],
+    allocation: Allocation,
+    references: Sequence[Dense],
+    journal: Journal,
+) -> Array:
+    """Squared relative error of the output for each reference, with an allocation's budgets."""
+    return np.array(
+        [
+            _squared_error(runner, sites, allocation, number, reference, journal)
+            for number, reference in enumerate(references)
+        ]
+    )
+
+
+def _squared_error(
+    runner: Runner,
+    sites: Sequence[SiteChoices],
+    allocation: Allocation,
+    number: int,
+    reference: Dense,
+    journal: Journal,
+) -> float:
+    chosen = budgets(sites, allocation)
+    key = budget_key(f"marginal/{number}", chosen)
+    entry = journal.find(key)
+    if entry is None:
+        runner.session.budgets = chosen
+        entry = journal.keep(key, reference.error_of(runner.run(reference.sample, "split")))
+    return float(entry.facts) ** 2
+
+
+def measure_couplings(
+    runner: Runner,
+    sites: Sequence[SiteChoices],
+    allocation: Allocation,
+    references: Sequence[Dense],
+    progress: Progress,
+    journal: Journal,
+) -> list[Array]:
+    """How the errors of each head go along with those of all others, at an allocation.
+
+    An error a of a head alone changes the squared error of the output by a^2 + coupling x a.
+    Negative couplings are those of heads whose errors undo a part of the others'.
+    sites: as measured one head at a time. Returns (buckets, H) for every site, in units of the
+    relative error of the output.
+    """
+    units, samples = marginal_units(sites, allocation), runner.samples
+    shape = samples.buckets, len(units)
+    change, alone, slope = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    with progress.phase("probing marginals", len(references) * (len(units) + 1)) as step:
+        for number, reference in enumerate(references):
+            bucket = samples.bucket(reference.sample)
+            base = _squared_error(runner, sites, allocation, number, reference, journal)
+            step()
+            for at, unit in enumerate(units):
+                other = moved(sites, allocation, unit, bucket)
+                found = _squared_error(runner, sites, other, number, reference, journal)
+                step()
+                change[bucket, at] += found - base
+                here, then = (
+                    own_errors(sites[unit.site], way.choices[unit.site])[bucket][heads_of(unit)]
+                    for way in (allocation, other)
+                )
+                alone[bucket, at] += float((then**2 - here**2).sum())
+                slope[bucket, at] += float((here * (then - here)).sum())
+    own = [own_errors(sites[unit.site], allocation.choices[unit.site]) for unit in units]
+    energy = [(x[:, heads_of(unit)] ** 2).sum(1) for x, unit in zip(own, units, strict=True)]
+    weight = np.stack(energy, 1)
+    known = np.abs(slope) > LEAST_MOVE * np.maximum(weight, 1e-30)
+    ratio = np.where(known, (change - alone) / np.where(known, slope, 1.0), 0.0).clip(*BOUNDS)
+    total = np.maximum((weight * known).sum(0), 1e-30)
+    ratio += SHARED * ((weight * known * ratio).sum(0) / total - ratio)
+    return _spread(sites, allocation, units, ratio)
+
+
+def heads_of(unit: Unit) -> slice:
+    """The heads of a unit."""
+    return slice(None) if unit.head < 0 else slice(unit.head, unit.head + 1)
+
+
+def _spread(
+    sites: Sequence[SiteChoices], allocation: Allocation, units: Sequence[Unit], ratio: Array
+) -> list[Array]:
+    """Couplings of all heads from the ratios (buckets, units) of some, interpolated over depth."""
+    found, at = [], [unit.site for unit in units]
+    for index, (site, choice) in enumerate(zip(sites, allocation.choices, strict=True)):
+        own = own_errors(site, choice)
+        known = {unit.head: column for column, unit in enumerate(units) if unit.site == index}
+        if choice.dense or not units:
+            ratios = np.zeros_like(own)
+        elif known and -1 not in known:
+            ratios = np.stack([ratio[:, known[head]] for head in range(site.heads)], 1)
+        else:
+            of_site = [np.interp(index, at, row) for row in ratio]
+            ratios = np.repeat(np.array(of_site)[:, None], site.heads, 1)
+        found.append(ratios * own)
+    return found
+
+
+def coupled(site: SiteChoices, coupling: Array) -> SiteChoices:
+    """The site's choices with errors that count what they add among those of other heads.
+
+    Damage is that too: how the signed parts of errors add up was measured along with it.
+    """
+    added = coupling.reshape(-1, 1) * np.sqrt(site.error * site.weight[:, None])
+    return replace(site, error=site.error + added, damage=site.error + added)

@@ -1,0 +1,189 @@
+"""Refinement: rounds of allocation and of marginals measured there, and the best of the ways.
+
+Whatever is believed of errors, what budgets do is measured, on fitted samples or in the video, and
+the way is taken that costs least at the target; one threshold for everything is always among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from freqopt.calibration_allocation import Allocation, CostModel, SiteChoices, total
+from freqopt.calibration_gains import Array, Dense, probe_units
+from freqopt.calibration_journal import Journal
+from freqopt.calibration_marginals import coupled, measure_couplings, working_errors
+from freqopt.calibration_progress import Progress
+from freqopt.calibration_run import Runner
+from freqopt.calibration_search import Criterion, OutputError, Verdict, budgets, mean_density
+from freqopt.calibration_ways import Way
+
+logger = logging.getLogger(__name__)
+
+ALONE, TIED = "heads one at a time", "one threshold for all"
+
+ROUNDS = 3
+"""Rounds of marginals in a model whose heads are moved one by one; one where sites are."""
+
+REACH = (3.0, 2.0, 2.0)
+"""Most that a density may change in each round: further away marginals tell nothing."""
+
+SETTLED = 1.12
+"""A trial whose error is within this factor of the wanted one is a working point."""
+
+TRIES = 3
+
+FALL = 0.53
+"""Power of the density that errors fall with, where two nearly equal densities are compared."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """An allocation of a way near a target. predicted: what it was asked for. cost: by the cost
+    model, at the densities that were measured, and carried to the target exactly."""
+
+    way: Way
+    allocation: Allocation
+    verdict: Verdict
+    predicted: float
+    cost: float
+
+
+def settle(
+    way: Way, criterion: Criterion, cost: CostModel, start: float, tries: int = TRIES
+) -> Settled:
+    """Move the predicted error until the measured one is near the criterion's target."""
+    predicted, target = start, criterion.target
+    while True:
+        allocation = way.solve(predicted, cost)
+        verdict, tries = criterion.measure(budgets(way.sites, allocation)), tries - 1
+        ratio = min(max(target / max(verdict.error, 1e-12), 1 / 16), 16.0)
+        if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
+            break
+        predicted *= ratio
+    there = way.solve(predicted * ratio, cost).cost / allocation.cost
+    spent = spent_cost(way.sites, allocation, verdict, cost) * there
+    if verdict.error > target * SETTLED:  # it does not get there
+        spent = math.inf
+    logger.info("%s: error %.3g at a cost of %.4g", way.name, verdict.error, spent)
+    return Settled(way, allocation, verdict, predicted * ratio, spent)
+
+
+def spent_cost(
+    sites: Sequence[SiteChoices], allocation: Allocation, verdict: Verdict, cost: CostModel
+) -> float:
+    """Cost of an allocation at the densities that were measured."""
+    total = 0.0
+    for site, choice in zip(sites, allocation.choices, strict=True):
+        density = verdict.densities.get(site.name)
+        if density is None:
+            total += cost.dense(site.shape) * site.heads
+        else:
+            mid_band = bool(site.mid[choice.index].any())
+            total += float(cost.split(site.shape, density.numpy(), mid_band).sum())
+    return total
+
+
+@dataclass
+class Refinement:
+    """What rounds of refinement share. references: dense outputs of fitted samples."""
+
+    runner: Runner
+    cost: CostModel
+    progress: Progress
+    journal: Journal
+    references: list[Dense]
+
+    def fitted(self, target: float) -> OutputError:
+        """The criterion that ways are compared by where the model's output counts."""
+        samples = [reference.sample for reference in self.references]
+        outputs = [reference.output for reference in self.references]
+        return OutputError(self.runner, samples, outputs, target, self.journal, "fitted")
+
+    def ways(self, sites: list[SiteChoices], target: float) -> list[Way]:
+        """Ways to choose budgets for a relative error of the output: one threshold for all, as
+        measured one head at a time, and one more with each round of marginals."""
+        criterion, ways = self.fitted(target), simple_ways(sites)
+        for number in range(self._rounds()):
+            settled = settle(ways[-1], criterion, self.cost, ways[-1].start or criterion.start)
+            if not self._add_round(ways, settled.allocation, settled.verdict, number):
+                break
+            ways[-1] = replace(ways[-1], start=target)
+        return ways
+
+    def ways_at_density(self, sites: list[SiteChoices], density: float) -> list[Way]:
+        """The same for a mean density."""
+        criterion, ways = self.fitted(1.0), simple_ways(sites)
+        for number in range(self._rounds()):
+            allocation = ways[-1].solve_density(density, self.cost)
+            verdict = criterion.measure(budgets(sites, allocation))
+            if not self._add_round(ways, allocation, verdict, number):
+                break
+        return ways
+
+    def bucket_errors(self, sites: list[SiteChoices], allocation: Allocation) -> Array:
+        """Squared relative error of the output by timestep bucket, with an allocation's budgets."""
+        samples = self.runner.samples
+        squares = working_errors(self.runner, sites, allocation, self.references, self.journal)
+        of = np.array([samples.bucket(reference.sample) for reference in self.references])
+        return np.array([squares[of == bucket].mean() for bucket in range(samples.buckets)])
+
+    def _rounds(self) -> int:
+        """Rounds that the model's size allows."""
+        measured = list(self.runner.session.measurable().values())
+        return ROUNDS if any(head >= 0 for _, head in probe_units(measured)) else 1
+
+    def _add_round(
+        self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
+    ) -> bool:
+        """Add the way that marginals at an allocation teach; not where nothing is split, or off."""
+        if all(choice.dense for choice in allocation.choices) or verdict.error <= 0.0:
+            return False
+        sites = ways[0].sites
+        couplings = measure_couplings(
+            self.runner, sites, allocation, self.references, self.progress, self.journal
+        )
+        believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
+        there = total(believed, allocation.choices, 0.0, self.cost).error
+        factor = verdict.error / there if there > 0.0 else 1.0
+        name = f"marginals, round {number + 1}"
+        way = Way(name, believed, around=(allocation, REACH[number]))
+        ways.append(way.scaled([factor] * len(believed)))
+        return True
+
+
+def simple_ways(sites: list[SiteChoices]) -> list[Way]:
+    """What needs no more runs: one threshold for all, and errors as heads make them alone."""
+    return [Way(TIED, sites, tied=True), Way(ALONE, sites)]
+
+
+def cheapest(
+    ways: Sequence[Way], criterion: Criterion, cost: CostModel, progress: Progress
+) -> Settled:
+    """The way that costs least where the criterion's target is met, nearly, with its allocation."""
+    found: list[Settled] = []
+    with progress.phase("comparing ways", len(ways)) as step:
+        for way in ways:
+            found.append(settle(way, criterion, cost, way.start or criterion.start))
+            step()
+    return min(found, key=lambda settled: settled.cost)
+
+
+def best_at_density(
+    ways: Sequence[Way], criterion: Criterion, density: float, cost: CostModel, progress: Progress
+) -> Way:
+    """The way with the least error at a mean density."""
+    found: list[tuple[float, Way]] = []
+    with progress.phase("comparing ways", len(ways)) as step:
+        for way in ways:
+            allocation = way.solve_density(density, cost)
+            verdict = criterion.measure(budgets(way.sites, allocation))
+            there = mean_density(way.sites, verdict.densities, cost)
+            found.append((verdict.error * (there / density) ** FALL, way))
+            logger.info("%s: error %.3g at a density of %.4g", way.name, verdict.error, there)
+            step()
+    return min(found, key=lambda one: one[0])[1]
