@@ -33,10 +33,11 @@ from freqopt.calibration_journal import Entry, Journal, identity_of, open_journa
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_readings import FINE, Measured, pack, unpack
-from freqopt.calibration_refine import Refinement, best_at_density, cheapest
+from freqopt.calibration_refine import ALONE, Refinement, best_at_density, cheapest
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
 from freqopt.calibration_search import (
+    ACCEPT,
     Criterion,
     Found,
     Goal,
@@ -318,6 +319,12 @@ class Calibration:
             self._time(budgets(sites, found.allocation))
         else:
             found = search.run(start) or self._everything_dense(sites, search, criterion)
+            if way.name != ALONE and found.trial.measured_error < ACCEPT * criterion.target:
+                alone = next(other for other in ways if other.name == ALONE)
+                other = Search(alone, cost, criterion, self.progress)
+                instead = other.run()
+                if instead and instead.allocation.cost < found.allocation.cost:
+                    search, found = other, instead
             self._time(budgets(sites, found.allocation))
             reasons = self._slow_sites()
         if reasons:

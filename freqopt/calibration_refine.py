@@ -35,7 +35,9 @@ REACH = (3.0, 2.0, 2.0)
 SETTLED = 1.12
 """A trial whose error is within this factor of the wanted one is a working point."""
 
-TRIES = 3
+TRIES = 4
+MOST_MOVED = 16.0
+"""Trials of a way, and the most that one changes the predicted error by."""
 
 FALL = 0.53
 """Power of the density that errors fall with, where two nearly equal densities are compared."""
@@ -57,20 +59,27 @@ def settle(
     way: Way, criterion: Criterion, cost: CostModel, start: float, tries: int = TRIES
 ) -> Settled:
     """Move the predicted error until the measured one is near the criterion's target."""
-    predicted, target = start, criterion.target
+    predicted, target, low, high = start, criterion.target, 0.0, math.inf
     while True:
         allocation = way.solve(predicted, cost)
         verdict, tries = criterion.measure(budgets(way.sites, allocation)), tries - 1
-        ratio = min(max(target / max(verdict.error, 1e-12), 1 / 16), 16.0)
+        ratio = min(max(target / max(verdict.error, 1e-12), 1.0 / MOST_MOVED), MOST_MOVED)
+        if ratio >= 1.0:
+            low = predicted
+        else:
+            high = min(predicted, allocation.error)
+        then = predicted * ratio
+        if not low < then < high:
+            then = math.sqrt(max(low, 1e-2 * high) * high)
         if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
             break
-        predicted *= ratio
-    there = way.solve(predicted * ratio, cost).cost / allocation.cost
+        predicted = then
+    there = way.solve(then, cost).cost / allocation.cost
     spent = spent_cost(way.sites, allocation, verdict, cost) * there
-    if verdict.error > target * SETTLED:  # it does not get there
+    if ratio * SETTLED < 1.0:  # it may not get there
         spent = math.inf
     logger.info("%s: error %.3g at a cost of %.4g", way.name, verdict.error, spent)
-    return Settled(way, allocation, verdict, predicted * ratio, spent)
+    return Settled(way, allocation, verdict, then, spent)
 
 
 def spent_cost(
