@@ -139,7 +139,7 @@ class Refined:
         at = self.nearest(density)
         if at not in self.known:
             r = self.refinement
-            best = best_at_density(self.ways(at), r.fitted(1.0), at, r.cost, r.progress)
+            best = best_at_density(self.ways(at), r.fitted(1.0), at, r.cost, r.progress)[0].way
             print(f"at a density of {at:g} in calls: {best.name}", flush=True)
             self.known[at] = best
         return self.known[at]
@@ -152,7 +152,7 @@ class Refined:
             allocation = ways[-1].solve_density(at, r.cost)
             weighed = weighed_ways(r, self.video, ways[-1], allocation)
             every = [*ways[:2], ways[-1], *weighed]
-            best = best_at_density(every, self.video, at, r.cost, r.progress)
+            best = best_at_density(every, self.video, at, r.cost, r.progress)[0].way
             print(f"at a density of {at:g} in the video: {best.name}", flush=True)
             self.known_video[at] = best
         return self.known_video[at]

@@ -33,7 +33,7 @@ from freqopt.calibration_journal import Entry, Journal, identity_of, open_journa
 from freqopt.calibration_measure import THRESHOLDS, Session
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_readings import FINE, Measured, pack, unpack
-from freqopt.calibration_refine import ALONE, Refinement, best_at_density, cheapest
+from freqopt.calibration_refine import ALONE, Refinement, Settled, best_at_density, cheapest
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
 from freqopt.calibration_search import (
@@ -47,7 +47,6 @@ from freqopt.calibration_search import (
     budgets,
 )
 from freqopt.calibration_video import GeneratedVideo, decibels_of, video_ways
-from freqopt.calibration_ways import Way
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
 from freqopt.plan import Plan
@@ -173,6 +172,7 @@ class Calibration:
         self.notes = list(runner.samples.notes)
         self.gains: dict[str, Array] = {}
         self.rounding = 0.0
+        self.sites: list[SiteChoices] = []
         self.references: list[list[Tensor]] = []
         self.fitted = [Dense(runner, sample) for sample in probed_samples(runner.samples)]
 
@@ -182,15 +182,15 @@ class Calibration:
         refinement = self.refinement()
         ways = refinement.ways(sites, target)
         best = cheapest(ways, refinement.fitted(target), self.cost(), self.progress)
-        return self._plan(ways, best.way, best.predicted, self.held_out(target), Goal(error=target))
+        return self._plan(best, self.held_out(target), Goal(error=target))
 
     def for_density(self, target: float) -> Plan:
         """The plan with the least error whose density is within a target."""
-        sites = [replace(site, forced=True) for site in self.choices()]
+        self.sites = [replace(site, forced=True) for site in self.choices()]
         refinement = self.refinement()
-        ways = refinement.ways_at_density(sites, target)
+        ways = refinement.ways_at_density(self.sites, target)
         best = best_at_density(ways, refinement.fitted(1.0), target, self.cost(), self.progress)
-        return self._plan(ways, best, None, self.held_out(1.0), Goal(density=target))
+        return self._plan(best, self.held_out(1.0), Goal(density=target))
 
     def for_psnr(self, target: float, pipeline: Callable[[], Any]) -> Plan:
         """The plan that holds a PSNR, in dB, of what a pipeline generates."""
@@ -200,7 +200,7 @@ class Calibration:
             step(2)
         ways = video_ways(self.refinement(), criterion, sites)
         best = cheapest(ways, criterion, self.cost(), self.progress)
-        return self._plan(ways, best.way, best.predicted, criterion, Goal(psnr=target))
+        return self._plan(best, criterion, Goal(psnr=target))
 
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and gains: what there is to choose from at each of them."""
@@ -209,10 +209,11 @@ class Calibration:
             self.runner, self.fitted, self.progress, self.journal
         )
         counts = self.runner.samples.bucket_samples
-        return [
+        self.sites = [
             site_choices(site, self.gains[name], counts)
             for name, site in self.session.measurable().items()
         ]
+        return self.sites
 
     def refinement(self) -> Refinement:
         """What rounds of refinement need; once all sites are measured."""
@@ -304,27 +305,16 @@ class Calibration:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         return f"none of the {len(reasons)} attention sites can be split ({listed})"
 
-    def _plan(
-        self, ways: list[Way], way: Way, start: float | None, criterion: Criterion, goal: Goal
-    ) -> Plan:
-        """Search for the goal along a way, and write down what was found.
-
-        start: predicted error to try first.
-        """
-        cost, sites = self.cost(), ways[0].sites
-        search = Search(way, cost, criterion, self.progress)
+    def _plan(self, ways: Sequence[Settled], criterion: Criterion, goal: Goal) -> Plan:
+        """Search for the goal along the best of the ways, and write down what was found."""
+        cost, sites = self.cost(), self.sites
+        search = Search(ways[0].way, cost, criterion, self.progress)
         reasons: dict[str, str] = {}
         if goal.density is not None:
             found = search.run_density(goal.density)
             self._time(budgets(sites, found.allocation))
         else:
-            found = search.run(start) or self._everything_dense(sites, search, criterion)
-            if way.name != ALONE and found.trial.measured_error < ACCEPT * criterion.target:
-                alone = next(other for other in ways if other.name == ALONE)
-                other = Search(alone, cost, criterion, self.progress)
-                instead = other.run()
-                if instead and instead.allocation.cost < found.allocation.cost:
-                    search, found = other, instead
+            search, found = self._search(ways, criterion)
             self._time(budgets(sites, found.allocation))
             reasons = self._slow_sites()
         if reasons:
@@ -333,7 +323,7 @@ class Calibration:
             )
         error = found.trial
         if goal.psnr is not None:
-            held_out = Search(way, cost, self.held_out(1.0), self.progress)
+            held_out = Search(search.way, cost, self.held_out(1.0), self.progress)
             error = held_out.try_out(found.allocation).trial
         return build_plan(
             self.runner.model, self.session, self.runner.samples, sites, self.gains, found,
@@ -341,6 +331,22 @@ class Calibration:
             measured_psnr=None if goal.psnr is None else decibels_of(found.trial.measured_error),
             seed=self.runner.seed, notes=[*self.notes, *found.notes], rounding=self.rounding,
         )  # fmt: skip
+
+    def _search(self, ways: Sequence[Settled], criterion: Criterion) -> tuple[Search, Found]:
+        """The search that met the target, along the first way or where that ends far from it along
+        that of heads alone, which reaches everything that can be reached."""
+        best: tuple[Search, Found] | None = None
+        alone = next(settled for settled in ways if settled.way.name == ALONE)
+        for settled in (ways[0], alone):
+            search = Search(settled.way, self.cost(), criterion, self.progress)
+            found = search.run(settled.predicted)
+            if found and (best is None or found.allocation.cost < best[1].allocation.cost):
+                best = search, found
+            if settled is alone or (
+                found and found.trial.measured_error >= ACCEPT * criterion.target
+            ):
+                break
+        return best or (search, self._everything_dense(self.sites, search, criterion))
 
     def _time(self, chosen: dict[str, Tensor]) -> None:
         """Time every site that is split, at its budgets; only where costs were measured too."""

@@ -31,7 +31,7 @@ MID_EFFICIENCY = 0.3
 """The same of a call with the mid band, which the fastest kernel does not serve."""
 
 _TINY = 1e-30
-_UNWANTED = 1e6  # density of choices that must not be taken; those stay in their columns
+_UNWANTED = 1e9  # density and error of choices that must not be taken; they keep their columns
 
 
 class AttentionShape(NamedTuple):
@@ -126,7 +126,10 @@ class SiteChoices:
         that of a choice (R,)."""
         here = self.density[np.arange(len(index)), index]
         away = np.abs(np.log(self.density / here[:, None])) > math.log(factor) + 1e-9
-        return replace(self, density=np.where(away, _UNWANTED, self.density))
+        density, error, damage = (
+            np.where(away, _UNWANTED, curve) for curve in (self.density, self.error, self.damage)
+        )
+        return replace(self, density=density, error=error, damage=damage)
 
 
 class HeadCurves(NamedTuple):

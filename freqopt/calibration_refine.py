@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from freqopt.calibration_allocation import Allocation, CostModel, SiteChoices, total
+from freqopt.calibration_allocation import (
+    Allocation,
+    CostModel,
+    SiteChoices,
+    same_choices,
+    total,
+)
 from freqopt.calibration_gains import Array, Dense, probe_units
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_marginals import coupled, measure_couplings, working_errors
@@ -64,20 +70,18 @@ def settle(
         allocation = way.solve(predicted, cost)
         verdict, tries = criterion.measure(budgets(way.sites, allocation)), tries - 1
         ratio = min(max(target / max(verdict.error, 1e-12), 1.0 / MOST_MOVED), MOST_MOVED)
+        then = (predicted if ratio >= 1.0 else min(predicted, allocation.error)) * ratio
+        if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
+            break
         if ratio >= 1.0:
             low = predicted
         else:
             high = min(predicted, allocation.error)
-        then = predicted * ratio
-        if not low < then < high:
-            then = math.sqrt(max(low, 1e-2 * high) * high)
-        if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
-            break
-        predicted = then
-    there = way.solve(then, cost).cost / allocation.cost
-    spent = spent_cost(way.sites, allocation, verdict, cost) * there
-    if ratio * SETTLED < 1.0:  # it may not get there
-        spent = math.inf
+        predicted = then if low < then < high else math.sqrt(max(low, 1e-2 * high) * high)
+    there = way.solve(then, cost)
+    spent = spent_cost(way.sites, allocation, verdict, cost) * there.cost / allocation.cost
+    if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
+        spent = math.inf  # it may not get there
     logger.info("%s: error %.3g at a cost of %.4g", way.name, verdict.error, spent)
     return Settled(way, allocation, verdict, then, spent)
 
@@ -119,7 +123,10 @@ class Refinement:
         criterion, ways = self.fitted(target), simple_ways(sites)
         for number in range(self._rounds()):
             settled = settle(ways[-1], criterion, self.cost, ways[-1].start or criterion.start)
-            if not self._add_round(ways, settled.allocation, settled.verdict, number):
+            reached = math.isfinite(settled.cost)
+            if not reached or not self._add_round(
+                ways, settled.allocation, settled.verdict, number
+            ):
                 break
             ways[-1] = replace(ways[-1], start=target)
         return ways
@@ -172,27 +179,29 @@ def simple_ways(sites: list[SiteChoices]) -> list[Way]:
 
 def cheapest(
     ways: Sequence[Way], criterion: Criterion, cost: CostModel, progress: Progress
-) -> Settled:
-    """The way that costs least where the criterion's target is met, nearly, with its allocation."""
+) -> list[Settled]:
+    """Ways near the criterion's target, that which costs least there first."""
     found: list[Settled] = []
     with progress.phase("comparing ways", len(ways)) as step:
         for way in ways:
             found.append(settle(way, criterion, cost, way.start or criterion.start))
             step()
-    return min(found, key=lambda settled: settled.cost)
+    return sorted(found, key=lambda settled: settled.cost)
 
 
 def best_at_density(
     ways: Sequence[Way], criterion: Criterion, density: float, cost: CostModel, progress: Progress
-) -> Way:
-    """The way with the least error at a mean density."""
-    found: list[tuple[float, Way]] = []
+) -> list[Settled]:
+    """Ways at a mean density, that with the least error there first."""
+    found: list[tuple[float, Settled]] = []
     with progress.phase("comparing ways", len(ways)) as step:
         for way in ways:
             allocation = way.solve_density(density, cost)
             verdict = criterion.measure(budgets(way.sites, allocation))
             there = mean_density(way.sites, verdict.densities, cost)
-            found.append((verdict.error * (there / density) ** FALL, way))
+            error = verdict.error * (there / density) ** FALL
+            spent = spent_cost(way.sites, allocation, verdict, cost)
+            found.append((error, Settled(way, allocation, verdict, allocation.error, spent)))
             logger.info("%s: error %.3g at a density of %.4g", way.name, verdict.error, there)
             step()
-    return min(found, key=lambda one: one[0])[1]
+    return [settled for _, settled in sorted(found, key=lambda one: one[0])]
