@@ -12,7 +12,7 @@ import torch
 
 import freqopt
 from benchmarks.calibration_bench import Bench, Budgets
-from freqopt.calibration import Calibration, site_choices
+from freqopt.calibration import Calibration
 from freqopt.calibration_allocation import (
     Array,
     AttentionShape,
@@ -20,6 +20,7 @@ from freqopt.calibration_allocation import (
     SiteChoices,
     solve_density,
 )
+from freqopt.calibration_choices import site_choices
 from freqopt.calibration_gains import Dense, probed_samples
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress

@@ -250,7 +250,7 @@ def make_choices(
     )
 
 
-def _split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
+def split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
     """Cost of a site's calls with a choice for every row, weighted by the rows' shares."""
     density = site.density[np.arange(len(index)), index]
     paid = cost.split(site.shape, density, bool(site.mid[index].any()))
@@ -275,7 +275,7 @@ def _best_split(
         last = sums.shape[1] - 1 - np.argmin(sums[:, ::-1], axis=1)
         index = columns[last if loosest else np.argmin(sums, axis=1)]
         damage = float(site.damage[row, index].sum())
-        found.append((index, _split_cost(site, index, cost) + multiplier * damage))
+        found.append((index, split_cost(site, index, cost) + multiplier * damage))
     return min(found, key=lambda choice: choice[1])
 
 
@@ -318,7 +318,7 @@ def total(
             pairs += dense_cost
             continue
         row, index = np.arange(len(choice.index)), choice.index
-        spent += _split_cost(site, index, cost)
+        spent += split_cost(site, index, cost)
         damage += site.damage[row, index].sum()
         error += site.error[row, index].sum()
         pairs += dense_cost * site.mean_density(index)
@@ -360,26 +360,6 @@ def solve(
         else:
             low = middle
     return best
-
-
-def uniform(
-    sites: Sequence[SiteChoices], column: int, cost: CostModel, *, looser: int = 0
-) -> Allocation:
-    """One choice for all heads and timesteps; the first `looser` sites have the next choice.
-
-    Sites where dense attention is cheaper stay dense. The multiplier is the reciprocal of the
-    threshold, which says no more than which of two is stricter.
-    """
-    choices = []
-    for at, site in enumerate(sites):
-        chosen = column + (at < looser)
-        index = np.full(len(site.density), chosen)
-        cheaper = cost.dense(site.shape) * site.heads <= _split_cost(site, index, cost)
-        choices.append(SiteChoice(index, not chosen if site.forced else bool(cheaper)))
-    strict, loose = sites[0].threshold[[column, column + bool(looser)]]
-    share = looser / len(sites)
-    threshold = float(strict) * (1.0 - share) + float(loose) * share
-    return total(sites, choices, 1.0 / max(threshold, _TINY), cost)
 
 
 def solve_density(

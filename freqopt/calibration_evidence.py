@@ -58,6 +58,7 @@ def build_plan(
     samples: SampleSet,
     sites: list[SiteChoices],
     gains: Mapping[str, Array],
+    marginals: Mapping[str, Array],
     found: Found,
     trials: list[Trial],
     *,
@@ -84,7 +85,7 @@ def build_plan(
             plans[site.name] = _dense_site(known, reason, gains)
         else:
             density = found.densities.get(site.name)
-            plans[site.name] = _split_site(site, choice, known, gains, density)
+            plans[site.name] = _split_site(site, choice, known, gains, marginals, density)
     for name, known in session.sites.items():
         if known.failure:
             plans[name] = _dense_site(known, known.failure, gains)
@@ -156,6 +157,7 @@ def _split_site(
     choice: SiteChoice,
     found: Measured,
     gains: Mapping[str, Array],
+    marginals: Mapping[str, Array],
     density: Tensor | None,
 ) -> SitePlan:
     row = np.arange(len(choice.index))
@@ -180,6 +182,7 @@ def _split_site(
         error=_row(torch.tensor(error)),
         bounds=_rows(torch.tensor(bounds)),
         gains=_gains(gains, site.name),
+        marginals=_gains(marginals, site.name),
     )
 
 

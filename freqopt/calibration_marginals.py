@@ -189,3 +189,10 @@ def coupled(site: SiteChoices, coupling: Array) -> SiteChoices:
     """
     added = coupling.reshape(-1, 1) * np.sqrt(site.error * site.weight[:, None])
     return replace(site, error=site.error + added, damage=site.error + added)
+
+
+def marginal_ratio(site: SiteChoices, choice: SiteChoice, coupling: Array) -> Array:
+    """Change of the output's squared error with that of each head at a choice, over the change that
+    the head's error alone would make, (buckets, H); 1 where the head makes none."""
+    own = own_errors(site, choice)
+    return 1.0 + 0.5 * coupling / np.where(own > 0.0, own, np.inf)

@@ -22,7 +22,12 @@ from freqopt.calibration_allocation import (
 )
 from freqopt.calibration_gains import Array, Dense, probe_units
 from freqopt.calibration_journal import Journal
-from freqopt.calibration_marginals import coupled, measure_couplings, working_errors
+from freqopt.calibration_marginals import (
+    coupled,
+    marginal_ratio,
+    measure_couplings,
+    working_errors,
+)
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner
 from freqopt.calibration_search import Criterion, OutputError, Verdict, budgets, mean_density
@@ -33,7 +38,8 @@ logger = logging.getLogger(__name__)
 ALONE, TIED = "heads one at a time", "one threshold for all"
 
 ROUNDS = 3
-"""Rounds of marginals in a model whose heads are moved one by one; one where sites are."""
+"""Rounds of marginals, each as long as probing gains, in a model that is on a GPU and whose heads
+are moved one by one; elsewhere one."""
 
 REACH = (3.0, 2.0, 2.0)
 """Most that a density may change in each round: further away marginals tell nothing."""
@@ -103,13 +109,15 @@ def spent_cost(
 
 @dataclass
 class Refinement:
-    """What rounds of refinement share. references: dense outputs of fitted samples."""
+    """What rounds of refinement share. references: dense outputs of fitted samples. rounds: how many
+    to make, None: as the model allows."""
 
     runner: Runner
     cost: CostModel
     progress: Progress
     journal: Journal
     references: list[Dense]
+    rounds: int | None = None
 
     def fitted(self, target: float) -> OutputError:
         """The criterion that ways are compared by where the model's output counts."""
@@ -149,9 +157,12 @@ class Refinement:
         return np.array([squares[of == bucket].mean() for bucket in range(samples.buckets)])
 
     def _rounds(self) -> int:
-        """Rounds that the model's size allows."""
+        """Rounds to make: those asked for, or those that the model's size and device allow."""
+        if self.rounds is not None:
+            return self.rounds
         measured = list(self.runner.session.measurable().values())
-        return ROUNDS if any(head >= 0 for _, head in probe_units(measured)) else 1
+        small = any(head >= 0 for _, head in probe_units(measured))
+        return ROUNDS if small and self.runner.on_gpu else 1
 
     def _add_round(
         self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
@@ -167,7 +178,12 @@ class Refinement:
         there = total(believed, allocation.choices, 0.0, self.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0
         name = f"marginals, round {number + 1}"
-        way = Way(name, believed, around=(allocation, REACH[number]))
+        marginals = {
+            site.name: marginal_ratio(site, choice, coupling)
+            for site, choice, coupling in zip(sites, allocation.choices, couplings, strict=True)
+            if not choice.dense
+        }
+        way = Way(name, believed, around=(allocation, REACH[min(number, 2)]), marginals=marginals)
         ways.append(way.scaled([factor] * len(believed)))
         return True
 

@@ -29,6 +29,12 @@ class Runner:
             model, dynamic=False, backend=private_backend(self.session, grid, samples.grids)
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model's parameters are on a GPU."""
+        first = next(self.model.parameters(), None)
+        return first is not None and first.is_cuda
+
     def run(self, sample: Sample, mode: Mode) -> list[Tensor]:
         """Floating-point output tensors of one call of the model."""
         self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)

@@ -183,5 +183,7 @@ def weighed_ways(
         ]
         start = total(weighed, allocation.choices, 0.0, refinement.cost).error
         name = f"{way.name}, timesteps by the video to the power {power:g}"
-        found.append(Way(name, weighed, around=(allocation, REACH), start=start or None))
+        found.append(
+            replace(way, name=name, sites=weighed, around=(allocation, REACH), start=start or None)
+        )
     return found

@@ -6,18 +6,21 @@ threshold for everything is among them: no plan costs more than that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from freqopt.calibration_allocation import (
     Allocation,
+    Array,
     CostModel,
+    SiteChoice,
     SiteChoices,
     solve,
     solve_density,
-    uniform,
+    split_cost,
+    total,
 )
 
 
@@ -27,7 +30,8 @@ class Way:
 
     tied: one threshold for all heads, sites and timesteps. around: the allocation at which errors
     were looked into, and the factor within which densities must stay of its own: further away they
-    are not known. start: predicted error to try first, where that is known.
+    are not known. start: predicted error to try first, where that is known. marginals: by site
+    (buckets, H), see `SitePlan`.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Way:
     tied: bool = False
     around: tuple[Allocation, float] | None = None
     start: float | None = None
+    marginals: Mapping[str, Array] = field(default_factory=dict)
 
     def solve(self, target: float, cost: CostModel) -> Allocation:
         """The cheapest allocation of this way whose predicted error is within a target."""
@@ -84,3 +89,23 @@ class Way:
             else:
                 low = middle + beyond
         return at(low)
+
+
+def uniform(
+    sites: Sequence[SiteChoices], column: int, cost: CostModel, *, looser: int = 0
+) -> Allocation:
+    """One choice for all heads and timesteps; the first `looser` sites have the next choice.
+
+    Sites where dense attention is cheaper stay dense. The multiplier is the reciprocal of the
+    threshold, which says no more than which of two is stricter.
+    """
+    choices = []
+    for at, site in enumerate(sites):
+        chosen = column + (at < looser)
+        index = np.full(len(site.density), chosen)
+        cheaper = cost.dense(site.shape) * site.heads <= split_cost(site, index, cost)
+        choices.append(SiteChoice(index, not chosen if site.forced else bool(cheaper)))
+    strict, loose = sites[0].threshold[[column, column + bool(looser)]]
+    share = looser / len(sites)
+    threshold = float(strict) * (1.0 - share) + float(loose) * share
+    return total(sites, choices, 1.0 / max(threshold, 1e-30), cost)

@@ -76,7 +76,11 @@ class Plan(Record):
             raise ValueError("timestep_edges without a timestep_name")
         buckets = len(self.timestep_edges) + 1
         for name, site in self.sites.items():
-            for what, rows in (("budget", site.budgets), ("row of gains", site.gains)):
+            for what, rows in (
+                ("budget", site.budgets),
+                ("row of gains", site.gains),
+                ("row of marginals", site.marginals),
+            ):
                 if rows and len(rows) != buckets:
                     raise ValueError(f"site {name!r} does not have one {what} per timestep bucket")
         if len(self.evidence.bucket_samples) not in (0, buckets):

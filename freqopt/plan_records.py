@@ -63,7 +63,9 @@ class SitePlan(Record):
     head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
     head's output. bounds: [bucket][head], error of a call above which the backend's
     option `adapt` tightens the head's budget. gains: [bucket][head], relative error of the model's
-    output over that of the site which caused it.
+    output over that of the site which caused it. marginals: [bucket][head], change of the output's
+    squared error with that of the head, all others split too, over what it would be with that error
+    alone; below 0 where the head undoes errors of others. Empty where they decided nothing.
     """
 
     heads: int = Field(ge=1, le=MOST_HEADS)
@@ -76,13 +78,14 @@ class SitePlan(Record):
     error: list[float] = []
     bounds: list[list[float]] = []
     gains: list[list[float]] = []
+    marginals: list[list[float]] = []
 
     @model_validator(mode="after")
     def _check(self) -> SitePlan:
         if (self.decision == "split") != bool(self.budgets):
             raise ValueError("a split site needs budgets and a dense site has none")
         rows = [budget.threshold for budget in self.budgets]
-        rows += [self.density, self.error, *self.gains, *self.bounds]
+        rows += [self.density, self.error, *self.gains, *self.marginals, *self.bounds]
         if self.bounds and len(self.bounds) != len(self.budgets):
             raise ValueError("bounds are not one list for each timestep bucket")
         if any(bound <= 0 for row in self.bounds for bound in row):

@@ -249,8 +249,9 @@ def _gains(plan: Plan) -> Section | None:
         "<p>An error was injected at one place at a time, and the model's output compared.</p>"
         + figure_html(
             figure,
-            "Allocation weighs errors by this gain. Points are heads at each range of the "
-            "timestep, bars their mean.",
+            "Points are heads at each range of the timestep, bars their mean. Orange: the same "
+            "among the errors of all other heads, at the working point, as the plan weighs them; 0 "
+            "where a head's error undoes a part of the others'.",
         ),
     )
 

@@ -104,7 +104,10 @@ def frontier(plan: Plan) -> Figure:
     ax.plot(
         *zip(*_uniform(sites), strict=True), color=GREY, lw=2, label="one threshold for all heads"
     )
-    ax.plot(*zip(*points, strict=True), color=BLUE, lw=2.4, label="budgets per head and timestep")
+    ax.plot(
+        *zip(*points, strict=True), color=BLUE, lw=2.4,
+        label="per head and timestep, errors alone",
+    )  # fmt: skip
     if trials:
         ax.scatter(
             [t.mean_density for t in trials], [t.measured_error for t in trials], s=26, color=INK,
@@ -264,7 +267,10 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
 
 @styled
 def gains(plan: Plan) -> Figure | None:
-    """How much of each site's error reaches the model's output; a point per head and bucket."""
+    """How much of each site's error reaches the model's output; a point per head and bucket.
+
+    Where marginals are known, a second one: the gain that the head's error has among all others.
+    """
     known = [
         (short(name), [gain for row in site.gains for gain in row])
         for name, site in plan.sites.items()
@@ -277,6 +283,10 @@ def gains(plan: Plan) -> Figure | None:
     ax.bar(at, [100 * float(np.mean(values)) for _, values in known], color="#c9dcee", width=0.7)
     for i, (_, values) in enumerate(known):
         ax.scatter([i] * len(values), 100 * np.array(values), s=12, color=BLUE, zorder=3)
+    for i, site in enumerate(site for site in plan.sites.values() if site.gains):
+        gains, ratios = (np.array(rows).ravel() for rows in (site.gains, site.marginals))
+        among = 100 * gains[: len(ratios)] * np.sqrt(ratios.clip(min=0.0))
+        ax.scatter([i + 0.2] * len(among), among, s=12, color=ORANGE, zorder=3)
     shown = at[:: max(1, math.ceil(len(at) / 16))]
     ax.set_xticks(shown, [known[i][0] for i in shown], rotation=35, ha="right")
     ax.set_ylabel("% of the site's error\nseen in the output")

@@ -101,7 +101,8 @@ class SumModel:
 
     def refinement(self) -> Refinement:
         references = [Dense(self, bucket) for bucket in self.samples.fit]  # type: ignore[arg-type]
-        return Refinement(self, COST, Silent(), Journal(None, ""), references)  # type: ignore[arg-type]
+        journal = Journal(None, "")
+        return Refinement(self, COST, Silent(), journal, references, 3)  # type: ignore[arg-type]
 
     def true_error(self, way: Way, allocation: Any) -> float:
         self.session.budgets = budgets(way.sites, allocation)

@@ -90,6 +90,30 @@ def test_interrupted_and_resumed_gives_the_identical_plan(
     assert not path.exists()
 
 
+def test_interrupted_among_the_marginals(
+    whole: tuple[Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved and compared before Ctrl-C is not run again."""
+    expected, modes = whole
+    path = tmp_path / "journal"
+    last = max(i for i, mode in enumerate(modes) if mode == "probe")
+    stop_at = (last + len(modes)) // 2
+    with monkeypatch.context() as patch:
+        Counter(patch, stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(path)
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    assert sum(key.startswith("marginal/") for key in facts) > 5
+    counter = Counter(monkeypatch)
+    assert calibrate(path) == expected
+    assert {"measure", "probe"}.isdisjoint(counter.modes)
+    sites = 2
+    assert counter.modes.count("split") <= len(modes) - stop_at + sites
+
+
 def test_interrupted_many_times(
     whole: tuple[Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
