@@ -109,8 +109,10 @@ def spent_cost(
 
 @dataclass
 class Refinement:
-    """What rounds of refinement share. references: dense outputs of fitted samples. rounds: how many
-    to make, None: as the model allows."""
+    """What rounds of refinement share. references: dense outputs of fitted samples.
+
+    rounds: how many to make; None: as many as the model allows.
+    """
 
     runner: Runner
     cost: CostModel
