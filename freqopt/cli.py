@@ -131,6 +131,12 @@ def calibrate(
     timestep_buckets: Annotated[
         int, typer.Option(help="Ranges of the timestep with budgets of their own, at most.")
     ] = MAX_BUCKETS,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Rounds of marginals, 0 for none (default: 3 on a GPU for small models)."
+        ),
+    ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,
     quiet: Quiet = False,
@@ -153,6 +159,7 @@ def calibrate(
             grid=None if grid is None else parse_grid(grid),
             timestep=timestep,
             timestep_buckets=timestep_buckets,
+            rounds=rounds,
             checkpoint=checkpoint,
             progress=not quiet,
             seed=seed,
