@@ -221,6 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--targets-only", action="store_true", help="only the variants that targets are about"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf,
+        help="after so many no other ablation is begun (default: no limit)",
+    )  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="to try the benchmark out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -234,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     densities = given.densities or ((0.1, 0.05) if on_gpu else (0.4, 0.25))
     results = Results(given.out)
     with open_progress(not given.quiet) as bars:
-        measure(settings, densities, given.seeds, results, bars, ablate=not given.targets_only)
+        until = 0.0 if given.targets_only else given.seconds
+        measure(settings, densities, given.seeds, results, bars, until=until)
     result = results.found
     path = results.add(summary=summary(result, densities))
     draw(result, path.with_suffix(".png"))
@@ -252,11 +257,11 @@ def measure(
     results: Results,
     bars: Progress,
     *,
-    ablate: bool,
+    until: float,
 ) -> None:
     """All numbers of the benchmark, into `results` as they are found.
 
-    ablate: whether also budgets without one ingredient each.
+    until: seconds after which no other budgets without one ingredient are tried.
     """
     model = load_model(settings)
     results.add(
@@ -306,9 +311,11 @@ def measure(
         results.add(curves=curves, density_ratio=ratio)
         print(f"density at equal error, calibrated / uniform: {ratio}", flush=True)
         results.add(probe=probe_agreement(bench, plan))
-        if ablate:
-            for variant in others:
+        results.add(summary=summary(results.found, densities))
+        for variant in others:
+            if time.perf_counter() - results.started < until:
                 run(variant)
+        if time.perf_counter() - results.started < until:
             run(variant_without_probes(bench, calibration, bars))
 
 
