@@ -63,6 +63,8 @@ def work_of(p: Problem) -> dict[str, Work]:
     ranges = -(-blocks // range_length(p.heads, blocks, HOPPER_PROCESSORS))
     summaries = 4 * rows + 4 * n + blocks * d * (4 + 2 * e)
     attended = p.density * n + blocks
+    # Two passes of one product over sub-tiles; half the dispersion gives way to the score.
+    score = Work(rows / SUB_TILE + 8 * pairs, 4 * (n / SUB_TILE) * blocks * d)
     per_head = {
         "summarise_kernel": Work(summaries, 0),
         # Does what the one above and first_order_kernel do, on Hopper.
@@ -71,8 +73,10 @@ def work_of(p: Problem) -> dict[str, Work]:
         "centre_kernel": Work(blocks * d * (4 + e), 0),
         "first_order_kernel": Work(2 * rows + 4 * spans * d * d, 2 * n * d * d),
         "order_kernel": Work(4 * min(spans, ranges) * d * d, 0),
-        # Two passes of two products over sub-tiles; scores and mass terms written once.
-        "score_kernel": Work(rows + 6 * pairs, 8 * (n / SUB_TILE) * blocks * d),
+        "pool_tiles_kernel": Work(rows + (n / SUB_TILE + tiles) * d * e, 0),
+        "disperse_kernel": Work((tiles + blocks) * d * e + 6 * pairs, 2 * tiles * blocks * d),
+        "score_kernel": score,
+        "score_hopper_kernel": score,
         "route_kernel": Work(pairs * (4 + 1 + 6 * p.density), 0),
         # Only in calls that resolve a density outside PyTorch, which has a sort for it.
         "density_kernel": Work(4 * pairs, 0),

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.triton_glue import MOMENTS
 from freqopt.kernels.triton_probe import MAX_PARTS, PROBE_PROGRAMS, moment_units
-from freqopt.kernels.triton_split import GROUP, ORDER_GROUP, TOTAL_COLS
+from freqopt.kernels.triton_split import GROUP, ORDER_GROUP, POOLED_TILES, TOTAL_COLS
 
 RATIO = KEY_BLOCK // SUB_BLOCK
 
@@ -167,9 +167,19 @@ def chain(call: Call) -> list[Step]:
             renamed={products: "first_order", total: "out"}, groups=spans,
         )  # fmt: skip
     cells = (heads, tiles, blocks)
+    pooled_rows = -(-tiles // POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
     step(
-        "score", "query order low_key key_var spread", {"score": cells, "mass_term": cells},
-        (per_head, (("TILES", tiles),)),
+        "pool_tiles", "query order",
+        {"sub_mean": (heads, pooled_rows, dim), "tile_square": (heads, tiles, dim)},
+        (per_head, tiles),
+    )  # fmt: skip
+    step(
+        "disperse", "tile_square key_var", {"score": cells, "mass_term": cells},
+        (per_head, (("BI", tiles),), (("BJ", blocks),)),
+    )  # fmt: skip
+    step(
+        "score", "sub_mean low_key spread score", {}, (per_head, (("TILES", tiles),)),
+        rewrites="score",
     )  # fmt: skip
     if c.density > 0:
         step("density", "score", {"limits": (heads, 2)}, (per_head,))

@@ -28,7 +28,11 @@ PLAIN_SHARED = 48 * 1024
 SMALL: dict[str, list[dict[str, int]]] = {
     "first": [{"num_warps": 4}, {"num_warps": 2}],
     "fine_first": [{"num_warps": 4}, {"num_warps": 2}],
-    "score": [{"TILES": 1, "BJ": 32, "num_warps": 4}, {"TILES": 1, "BJ": 16, "num_warps": 4}],
+    "disperse": [{"BI": 32, "BJ": 32}, {"BI": 16, "BJ": 16}],
+    "score": [
+        {"TILES": tiles, "BJ": blocks, "WIDE": blocks, "num_warps": 4}
+        for tiles, blocks in ((4, 64), (4, 32), (1, 32), (1, 16))
+    ],
     "probe": [{"BP": 32}, {"BP": 16}],
     "estimate": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],
     "fit": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],

@@ -102,32 +102,29 @@ class _Split:
         head = (centred * centred).sum(2, 3) / tokens
         return (block / head.maximum(1e-30).unsqueeze(2)).sqrt()
 
-    def score(self, key_mean: Value, key_var: Value, spread: Value) -> tuple[Value, Value]:
-        """Routing score and second-order mass term, (B, H, I, J) each."""
+    def score(
+        self, key_mean: Value, key_var: Value, spread: Value, square: Value
+    ) -> tuple[Value, Value]:
+        """Routing score and second-order mass term, (B, H, I, J) each.
+
+        square: (B, H, I, D), the tiles' mean squared queries.
+        """
         subs = self.tiles * PER_TILE
         count = self._counts(SUB_TILE, subs)
         queries = self._blocks_of(self.query, SUB_TILE, subs)
-        divisor = count.maximum(1).float().unsqueeze(1)
-        mean, square = queries.sum(3) / divisor, (queries * queries).sum(3) / divisor
+        mean = queries.sum(3) / count.maximum(1).float().unsqueeze(1)
         capacity = self.count.float().log()
         dispersion = square @ key_var.transposed(0, 1, 3, 2) * (self.scale * self.scale)
-        logit = mean @ key_mean.transposed(0, 1, 3, 2) * self.scale + capacity
-        pooled = logit + (dispersion * 0.5).minimum(capacity)
-        mass = self.n.op("Softmax", pooled, axis=-1)
-        present = (count > 0).float()
+        term = (dispersion * 0.5).minimum(capacity)
 
         def by_tile(x: Value) -> Value:
-            shape = (self.batch, self.heads, self.tiles, PER_TILE, self.blocks)
-            return x.reshape(*shape).sum(3)
+            return x.reshape(self.batch, self.heads, self.tiles, PER_TILE, self.blocks)
 
-        def per_tile(x: Value) -> Value:
-            return x.reshape(self.tiles, PER_TILE).sum(1, keep=True)
-
-        error = by_tile(mass * mass * dispersion * present.unsqueeze(1)) / per_tile(present)
-        weight = count.float()
-        tile = by_tile(dispersion * weight.unsqueeze(1)) / per_tile(weight)
-        score = error.sqrt() * spread.unsqueeze(2) * self.blocks.float()
-        return score, (tile * 0.5).minimum(capacity)
+        logit = mean @ key_mean.transposed(0, 1, 3, 2) * self.scale + capacity
+        mass = self.n.op("Softmax", by_tile(logit) + term.unsqueeze(3), axis=-1)
+        present = (count > 0).float().reshape(self.tiles, PER_TILE, 1)
+        error = (mass * mass * present).sum(3) / present.sum(1) * dispersion
+        return error.sqrt() * spread.unsqueeze(2) * self.blocks.float(), term
 
     def thresholds(self, score: Value, own: Value) -> tuple[Value, Value]:
         """Thresholds (B or 1, H, 1, 1) of the exact and the mid band."""
@@ -168,7 +165,10 @@ class _Split:
         fine_count, fine_key, fine_value, fine_var, fine_order = self.summarise(
             SUB_BLOCK, fine_blocks
         )
-        score, low_term = self.score(low_key, low_var, self.value_spread(low_value))
+        tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
+        tile_count = self._counts(QUERY_TILE, self.tiles).float().unsqueeze(1)
+        square = (tiles * tiles).sum(3) / tile_count
+        score, low_term = self.score(low_key, low_var, self.value_spread(low_value), square)
         route = self.route(score)
 
         capacity = low_count.float().log()
@@ -207,10 +207,6 @@ class _Split:
         keys = n.concat(2, self.padded_key, self.text_key).transposed(0, 1, 3, 2)
         values = n.concat(2, self.padded_value, self.text_value)
         low_turn, fine_turn = (x.transposed(0, 1, 3, 2) for x in (low_order, fine_order))
-
-        tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
-        tile_count = self._counts(QUERY_TILE, self.tiles).float().unsqueeze(1)
-        square = (tiles * tiles).sum(3) / tile_count
 
         def orders(query: Value, low: Value, mid: Value) -> Value:
             return (low * (query @ low_turn) + mid * (query @ fine_turn)) * self.scale

@@ -73,8 +73,11 @@ def kernels_of(variant: Variant, *, long: bool = False) -> dict[str, Any]:
 
     every = specialise.long_specialisations if long else specialise.specialisations
     found = {given.name: given for given in every(variant)}
-    for of_hopper in (specialise.hopper_preparation, specialise.hopper_specialisation):
-        given = of_hopper(variant, long=long)
+    of_hopper = (
+        specialise.hopper_preparation, specialise.hopper_scores, specialise.hopper_specialisation,
+    )  # fmt: skip
+    for specialised in of_hopper:
+        given = specialised(variant, long=long)
         if given is not None:
             found[given.name] = given
     return found

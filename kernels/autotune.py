@@ -142,10 +142,12 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
 
     if not hopper.prepares(key, value, mid_band=False):
         yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
-    score = _every(score_tiles=(4, 8), score_blocks=(32, 64), score_warps=(4, 8))
-    score += _every(score_tiles=(1, 2), score_blocks=(32, 64), score_warps=(4,))
-    score += _every(score_tiles=(4, 8), score_blocks=(64,), score_stages=(1, 2, 3))
-    yield Part("scores", score, scored)
+    score = _every(score_tiles=(4, 8), score_wide=(64, 128), score_warps=(4, 8))
+    score += _every(score_tiles=(2, 4), score_blocks=(32,), score_wide=(32,), score_warps=(4,))
+    score += _every(score_tiles=(8, 16), score_blocks=(64, 128), score_warps=(8,))
+    score += _every(score_stages=(1, 2, 3))
+    if not hopper.scores_apply(query):
+        yield Part("scores", score, scored)
     probe = _every(probe_rows=(16, 32, 64))
     yield Part("probe", probe + _every(fit_rows=(16, 32, 64), fit_columns=(32, 64)), fitted)
     if not hopper.applies(query, mid_band=False):

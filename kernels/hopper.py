@@ -30,10 +30,15 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def scores_apply(query: Tensor) -> bool:
+    """Whether `score` serves this call."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.shape[-1] in STAGES and _is_hopper(query.device)
+
+
 def applies(query: Tensor, *, mid_band: bool) -> bool:
     """Whether `attend` serves this call."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.shape[-1] in STAGES and not mid_band and _is_hopper(query.device)
+    return scores_apply(query) and not mid_band
 
 
 def _descriptor(x: Tensor) -> Any:
@@ -51,6 +56,21 @@ def _text_rows(x: Tensor, sequence: Sequence) -> Tensor:
     missing = -sequence.text % QUERY_TILE
     zeros = x.new_zeros(1, 1, 1, 1).expand(*x.shape[:2], missing, x.shape[-1])
     return torch.cat([x[:, :, :before], x[:, :, after:], zeros], 2)
+
+
+def score(
+    sub_mean: Tensor, low_key: Tensor, spread: Tensor, score: Tensor, sequence: Sequence,
+    scale: float, tile_list: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What `triton_score.score_kernel` does, on the same tensors."""
+    from freqopt.kernels.gluon_score import TILES, score_hopper_kernel
+
+    batch, heads, tiles, blocks = score.shape
+    score_hopper_kernel[(batch * heads, -(-tiles // TILES.value))](
+        sub_mean, _descriptor(low_key), spread, score, score if tile_list is None else tile_list,
+        heads, heads // low_key.shape[1], sequence.tokens, tiles, blocks, scale,
+        D=low_key.shape[-1], LISTED=tile_list is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def attend(

@@ -20,10 +20,11 @@ class Launch(NamedTuple):
     """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md.
 
     rows, wide, warps, stages: of the portable attention kernel (queries per program, key blocks per
-    step is 2 where wide). order_*: of the first-order products. score_*: query tiles per
-    program and key blocks per step of the scores. probe_*: queries per program of the probe's
-    exact pass, and its stages. fit_*: probes and key blocks per step of its fit. *precision: of
-    float32 products.
+    step is 2 where wide). order_*: of the first-order products. disperse_side: query tiles and key
+    blocks per program of the dispersions. score_*: query tiles per program of the scores, and key
+    blocks per step of their first pass (wide) and their second. probe_*: queries per program of the
+    probe's exact pass, and its stages. fit_*: probes and key blocks per step of its fit.
+    *precision: of float32 products.
     """
 
     rows: int
@@ -32,8 +33,10 @@ class Launch(NamedTuple):
     stages: int
     order_stages: int
     order_warps: int
+    disperse_side: int
     score_tiles: int
     score_blocks: int
+    score_wide: int
     score_warps: int
     score_stages: int
     probe_rows: int
@@ -83,10 +86,12 @@ def launch_for(
         stages=1 if single else stages,
         order_stages=3 if ample else 1,
         order_warps=4 if ample else 8,
-        score_tiles=8 if ample else (1 if wide or not roomy else 4),
-        score_blocks=64 if ample else 32,
-        score_warps=8 if ample else 4,
-        score_stages=3 if ample else (1 if wide or not roomy else 2),
+        disperse_side=64 if bytes_per_row <= 256 else 32,
+        score_tiles=8 if ample else (4 if bytes_per_row <= 512 else 2),
+        score_blocks=64 if bytes_per_row <= 256 else 32,
+        score_wide=64 if bytes_per_row <= 256 else 32,
+        score_warps=4,
+        score_stages=2 if ample or bytes_per_row <= 256 else 1,
         probe_rows=16 if single and padded >= 128 else (32 if wide else PROBE_ROWS),
         probe_stages=3 if ample else 2,
         fit_rows=64 if ample else (16 if wide else 32),

@@ -99,19 +99,24 @@ def summarise(key: Tensor, value: Tensor, size: int) -> Summary:
     )
 
 
-def pool_queries(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and mean square of the queries of each sub-tile of 8.
+def pool_queries(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the queries of each sub-tile of 8.
 
-    Returns mean, mean square (B, H, S, D) and the true number of queries (S,); sub-tiles past the
-    end of the last tile have zero queries.
+    Returns the means (B, H, S, D) and the true number of queries (S,); sub-tiles past the end of
+    the last tile have zero queries.
     """
     tokens = query.shape[2]
     sub_tiles = -(-tokens // QUERY_TILE) * (QUERY_TILE // SUB_TILE)
     starts = torch.arange(sub_tiles, device=query.device) * SUB_TILE
     count = (tokens - starts).clamp(0, SUB_TILE).float()
     queries = F.pad(query, (0, 0, 0, sub_tiles * SUB_TILE - tokens)).unflatten(2, (-1, SUB_TILE))
-    divisor = count.clamp(min=1)[:, None]
-    return queries.sum(3) / divisor, queries.square().sum(3) / divisor, count
+    return queries.sum(3) / count.clamp(min=1)[:, None], count
+
+
+def tile_mean_square(query: Tensor) -> Tensor:
+    """(B, H, I, D): mean of the squared queries of each tile."""
+    count = block_counts(query.shape[2], QUERY_TILE, query.device)
+    return split_blocks(query, QUERY_TILE).square().sum(3) / count[:, None]
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,30 +134,29 @@ def score_pairs(
     the attended tensors' own: tensor cores then score at their full rate, and a routing decision
     needs no more. Key means are rounded in the frame of centred keys.
 
-    The score is J x rms over sub-tiles of (pooled softmax mass x logit dispersion x value spread):
-    an estimate of the error made by keeping the block low, free of the units of q, k and v and of
-    the number of blocks. Source: docs/mathematics.md §4.
+    The score is J x rms over sub-tiles of the pooled softmax mass, times the tile's logit
+    dispersion in the block and the block's value spread: an estimate of the error made by keeping
+    the block low, free of the units of q, k and v and of the number of blocks. Source:
+    docs/mathematics.md §4.
     """
-    mean, mean_square, count = pool_queries(query)
+    mean, count = pool_queries(query)
     capacity = summary.counts.log()
     weight = summary.counts[:, None] / summary.counts.sum()
     key_mean = summary.key_mean - (summary.key_mean * weight).sum(2, keepdim=True)
-    mean_square, key_var = rounded(mean_square, dtype), rounded(summary.key_var, dtype)
+    mean_square, key_var = rounded(tile_mean_square(query), dtype), rounded(summary.key_var, dtype)
     dispersion = mean_square @ key_var.mT * scale**2
+    mass_term = torch.minimum(0.5 * dispersion, capacity)
     logit = rounded(mean, dtype) @ rounded(key_mean, dtype).mT * scale + capacity
-    mass = (logit + torch.minimum(0.5 * dispersion, capacity)).softmax(-1)
-    error = mass.square() * dispersion
     per_tile = QUERY_TILE // SUB_TILE
-    present = (count > 0).float()[:, None]
-    tile_rms = (
-        ((error * present).unflatten(2, (-1, per_tile)).sum(3))
-        / present.unflatten(0, (-1, per_tile)).sum(1)
-    ).sqrt()
-    weighted = (dispersion * count[:, None]).unflatten(2, (-1, per_tile)).sum(3)
-    tile_dispersion = weighted / count.unflatten(0, (-1, per_tile)).sum(1)[:, None]
+    mass = (logit + mass_term.repeat_interleave(per_tile, 2)).softmax(-1)
+    present = (count > 0).float().unflatten(0, (-1, per_tile))
+    squares = mass.square().unflatten(2, (-1, per_tile)) * present[..., None]
+    mean_mass_square = squares.sum(3) / present.sum(1)[:, None]
     return Scores(
-        score=tile_rms * summary.value_spread.unsqueeze(2) * summary.counts.numel(),
-        mass_term=torch.minimum(0.5 * tile_dispersion, capacity),
+        score=(mean_mass_square * dispersion).sqrt()
+        * summary.value_spread.unsqueeze(2)
+        * summary.counts.numel(),
+        mass_term=mass_term,
     )
 
 
@@ -330,12 +334,6 @@ def make_bands(
         value=torch.cat([value, text_value], 2),
         estimate=Estimate(approximate, term, values, order, low.counts.numel()),
     )
-
-
-def tile_mean_square(query: Tensor) -> Tensor:
-    """(B, H, I, D): mean of the squared queries of each tile."""
-    count = block_counts(query.shape[2], QUERY_TILE, query.device)
-    return split_blocks(query, QUERY_TILE).square().sum(3) / count[:, None]
 
 
 class Split(NamedTuple):

@@ -17,12 +17,14 @@ from freqopt.kernels import (
     gluon_attend,
     gluon_gather,
     gluon_prepare,
+    gluon_score,
     hopper,
     triton_attend,
     triton_density,
     triton_glue,
     triton_long,
     triton_prepare,
+    triton_score,
 )
 from freqopt.kernels import triton_probe as probe
 from freqopt.kernels import triton_split as split
@@ -37,7 +39,7 @@ F32 = (
 ).split()
 NATIVE = (
     "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
-    "fine_key fine_value fine_order out"
+    "fine_key fine_value fine_order sub_mean tile_square out"
 ).split()
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
@@ -143,9 +145,14 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("centre", glue.centre_kernel, centre, few, split.CENTRE_BLOCKS)
     cells = split.ORDER_CELLS
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
+    yield Specialised("pool_tiles", triton_score.pool_tiles_kernel, size, few, 0)
+    side = launch.disperse_side
+    disperse = {**size, **fast, "BI": side, "BJ": side}
+    yield Specialised("disperse", triton_score.disperse_kernel, disperse, few, side)
     yield Specialised(
-        "score", prepare.score_kernel,
-        {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks},
+        "score", triton_score.score_kernel,
+        {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
+         "WIDE": launch.score_wide},
         {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
     )  # fmt: skip
     routing = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
@@ -178,7 +185,7 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
 
 
 LONG = {
-    "summarise": {"COPY": False}, "first": {}, "fine_first": {}, "score": {},
+    "summarise": {"COPY": False}, "first": {}, "fine_first": {}, "pool_tiles": {}, "score": {},
     "probe": {"IN_PLACE": True, "BY_PROBE": True}, "estimate": {"BY_PROBE": True},
     "attend": {"IN_PLACE": True},
 }  # fmt: skip
@@ -243,6 +250,16 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
     }  # fmt: skip
     function = gluon_prepare.prepare_hopper_kernel
     return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0)
+
+
+def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None:
+    """The Gluon kernel of the scores, which calls from PyTorch launch where hopper.scores_apply."""
+    dim = variant.head_dim
+    if variant.capability != 90 or variant.dtype == "float32" or dim not in hopper.STAGES:
+        return None
+    constants, tiles = {"D": dim, "LISTED": long}, gluon_score.TILES.value
+    function = gluon_score.score_hopper_kernel
+    return Specialised("score_hopper", function, constants, {"num_warps": 4}, tiles)
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:

@@ -1,4 +1,4 @@
-"""Triton kernels that come before attention: block summaries, routing scores, block lists.
+"""Triton kernels that come before attention: block summaries and block lists.
 
 Shapes as in `freqopt.kernels.reference`; every kernel addresses (batch, head) pairs as one flat
 index, in int64, and masks nothing it need not. Written once for all dtypes and head dims: what
@@ -12,9 +12,6 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK and SUB_TILE
-LOG2_BLOCK = tl.constexpr(6.0)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -23,11 +20,6 @@ def _saturated(x, dtype: tl.constexpr):
     if dtype == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
     return x.to(dtype)
-
-
-@triton.jit
-def _add_two(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
 
 
 @triton.jit
@@ -181,124 +173,6 @@ def first_order_kernel(
     inside = (tl.arange(0, DP) < D)[:, None] & in_dim[None, :]
     groups = tl.num_programs(0)
     tl.store(first_order + (pair * groups + group) * D * D + cell, acc, mask=inside)
-
-
-@triton.jit
-def _load_blocks(low_key, key_var, block, blocks, ragged, col, D: tl.constexpr):
-    """Centred means and variances (BJ, DP) of key blocks, and the base-2 logs of their counts.
-
-    ragged: that of the last block. The log is -inf past it, which makes every logit there -inf
-    without a mask.
-    """
-    inside = block < blocks
-    mask = inside[:, None] & (col < D)[None, :]
-    offset = block[:, None] * D + col[None, :]
-    k = tl.load(low_key + offset, mask=mask, other=0.0)
-    var = tl.load(key_var + offset, mask=mask, other=0.0)
-    capacity = tl.where(block < blocks - 1, LOG2_BLOCK, tl.where(inside, ragged, -float("inf")))
-    return k, var, capacity
-
-
-@triton.jit
-def score_kernel(
-    query, order, low_key, key_var, spread, score, mass_term,
-    stride_qb, stride_qh, stride_qn,
-    heads, group_size, tokens, tiles, blocks, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, TILES: tl.constexpr, BJ: tl.constexpr,
-    PRECISION: tl.constexpr, tile_list=None,
-):  # fmt: skip
-    """One program: TILES query tiles of one head against every key block, in two passes.
-
-    tile_list: (tiles,) int32, which tiles the `tiles` rows of the results are; without it, all.
-
-    The first pass finds the softmax normaliser of each sub-tile, the second writes the routing
-    score (float32) and the second-order mass term (float16) of each (tile, block) pair. Operands
-    are of the attended tensors' type (reference.score_pairs); sums are float32.
-    """
-    SUBS: tl.constexpr = 128 // SUB
-    ROWS: tl.constexpr = TILES * SUBS
-    first = tl.program_id(1) * TILES
-    pair = tl.program_id(0).to(tl.int64)
-    batch, head = pair // heads, pair % heads
-    query += batch * stride_qb + head * stride_qh
-    key_pair = batch * (heads // group_size) + head // group_size
-    low_key += key_pair * blocks * D
-    key_var += key_pair * blocks * D
-    spread += key_pair * blocks
-
-    sub = first * SUBS + tl.arange(0, ROWS)
-    if tile_list is not None:
-        listed = first + tl.arange(0, ROWS) // SUBS
-        past = tl.cdiv(tokens, 128)
-        sub = tl.load(tile_list + listed, mask=listed < tiles, other=past) * SUBS
-        sub += tl.arange(0, ROWS) % SUBS
-    col = tl.arange(0, DP)
-    count = tl.minimum(tl.maximum(tokens - sub * SUB, 0), SUB).to(tl.float32)
-    pooled = tl.zeros((ROWS, DP), tl.float32)
-    pooled_square = tl.zeros((ROWS, DP), tl.float32)
-    for r in range(SUB):
-        position = sub * SUB + r
-        valid = position < tokens
-        source = tl.load(order + position, mask=valid, other=0).to(tl.int64) + text_before
-        q = tl.load(
-            query + source[:, None] * stride_qn + col[None, :],
-            mask=valid[:, None] & (col < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        pooled += q
-        pooled_square += q * q
-    divisor = tl.maximum(count, 1.0)[:, None]
-    mean = (pooled / divisor).to(low_key.dtype.element_ty)
-    square = _saturated(pooled_square / divisor, low_key.dtype.element_ty)
-
-    # Logits and mass terms are in base 2: half the dispersion times log2(e) is a mass term.
-    # A term saturates at the log of its block's count; the sums below add that log once more.
-    slope = scale * LOG2E
-    half_spread = 0.5 * scale * scale * LOG2E
-    ragged = tl.log2((tokens - (blocks - 1) * BLOCK).to(tl.float32))
-    peak = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, ragged, col, D)
-        half = tl.dot(square, tl.trans(var), input_precision=PRECISION)
-        term = tl.minimum(half * half_spread + capacity[None, :], 2.0 * capacity[None, :])
-        logit = tl.dot(mean, tl.trans(k), input_precision=PRECISION) * slope + term
-        new_peak = tl.maximum(peak, tl.max(logit, 1))
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(logit - new_peak[:, None]), 1)
-        peak = new_peak
-
-    # The second pass has blocks as rows, so that the sums over a tile's sub-tiles stay within few
-    # threads. Squared mass and the sub-tile's share in its tile's mean come from one exponential.
-    present = tl.reshape((count > 0).to(tl.float32), (TILES, SUBS))
-    share = present / tl.maximum(tl.sum(present, 1), 1.0)[:, None]
-    offset = tl.log2(tl.reshape(share, (ROWS,))) - 2.0 * (peak + tl.log2(total))
-    counts = tl.reshape(count, (TILES, SUBS))
-    count_share = tl.reshape(counts / tl.maximum(tl.sum(counts, 1), 1.0)[:, None], (ROWS,))
-    tile = first + tl.arange(0, TILES)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        inside = block < blocks
-        value_spread = tl.load(spread + block, mask=inside, other=0.0)
-        k, var, capacity = _load_blocks(low_key, key_var, block, blocks, ragged, col, D)
-        half = tl.dot(var, tl.trans(square), input_precision=PRECISION) * half_spread
-        term = tl.minimum(half + capacity[:, None], 2.0 * capacity[:, None])
-        twice = tl.dot(k, tl.trans(mean), input_precision=PRECISION) * (2.0 * slope)
-        error = tl.exp2(twice + 2.0 * term + offset[None, :]) * half
-        error, pooled_half = tl.reduce(
-            (
-                tl.reshape(error, (BJ, TILES, SUBS)),
-                tl.reshape(half * count_share[None, :], (BJ, TILES, SUBS)),
-            ),
-            2,
-            _add_two,
-        )
-        value = tl.sqrt(error * (2.0 * LN2)) * (value_spread * blocks)[:, None]
-        term = tl.minimum(pooled_half, capacity[:, None]) * LN2
-        where = (pair * tiles + tile)[None, :] * blocks + block[:, None]
-        mask = (tile < tiles)[None, :] & inside[:, None]
-        tl.store(score + where, value, mask=mask)
-        tl.store(mass_term + where, term.to(mass_term.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
 from freqopt.grid import token_order
 from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
@@ -31,10 +31,10 @@ from freqopt.kernels.triton_glue import (
 from freqopt.kernels.triton_prepare import (
     first_order_kernel,
     route_kernel,
-    score_kernel,
     summarise_kernel,
 )
 from freqopt.kernels.triton_probe import fit_probes, probe_space
+from freqopt.kernels.triton_score import disperse_kernel, pool_tiles_kernel, score_kernel
 from freqopt.kernels.tuned import launch_on
 from freqopt.kernels.workspace import bytes_per_key_head, is_long, turns
 
@@ -55,6 +55,9 @@ CENTRE_BLOCKS = 32
 
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
+
+POOLED_TILES = 4
+"""Tiles whose pooled queries lie together: triton_score.LANES."""
 
 ROUTE_BLOCKS = 512
 ROUTE_WARPS = 2
@@ -190,15 +193,34 @@ def score_tiles(
     tile_list: (tiles,) int32, which ones; all of them without it.
     """
     batch, heads, tiles, blocks = score.shape
-    dim = query.shape[-1]
+    pairs, dim, tokens = batch * heads, query.shape[-1], sequence.tokens
+    group_size = heads // summaries.low_key.shape[1]
+    rows = triton.cdiv(tiles, POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
+    sub_mean, tile_square = (
+        torch.empty(pairs, n, dim, device=query.device, dtype=query.dtype) for n in (rows, tiles)
+    )
+    size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     listed = {} if tile_list is None else {"tile_list": tile_list}
-    score_kernel[(batch * heads, triton.cdiv(tiles, launch.score_tiles))](
-        query, token_order(sequence.grid, query.device),
-        summaries.low_key, summaries.key_var, summaries.spread, score, mass_term,
-        *query.stride()[:3],
-        heads, heads // summaries.low_key.shape[1], sequence.tokens, tiles, blocks,
-        sequence.text_before, scale,
-        D=dim, DP=padded_dim(dim), TILES=launch.score_tiles, BJ=launch.score_blocks,
+    pool_tiles_kernel[(pairs, tiles)](
+        query, token_order(sequence.grid, query.device), sub_mean, tile_square,
+        *query.stride()[:3], heads, tokens, tiles, sequence.text_before, scale,
+        **size, **listed, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    side = launch.disperse_side
+    disperse_kernel[(pairs, triton.cdiv(tiles, side), triton.cdiv(blocks, side))](
+        tile_square, summaries.key_var, score, mass_term,
+        heads, group_size, tokens, tiles, blocks, scale,
+        **size, BI=side, BJ=side, PRECISION=launch.precision, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if hopper.scores_apply(query):
+        hopper.score(
+            sub_mean, summaries.low_key, summaries.spread, score, sequence, scale, tile_list
+        )
+        return
+    score_kernel[(pairs, triton.cdiv(tiles, launch.score_tiles))](
+        sub_mean, summaries.low_key, summaries.spread, score,
+        heads, group_size, tokens, tiles, blocks, scale,
+        **size, TILES=launch.score_tiles, BJ=launch.score_blocks, WIDE=launch.score_wide,
         PRECISION=launch.precision, **listed,
         num_warps=launch.score_warps, num_stages=launch.score_stages,
     )  # fmt: skip

@@ -31,8 +31,9 @@ ALLOWED = {
     "warps": (4, 8),
     "stages": (1, 2, 3, 4, 5),
     "order_stages": (1, 2, 3),
-    "score_tiles": (1, 2, 4, 8),
+    "score_tiles": (2, 4, 8, 16),
     "score_blocks": (32, 64, 128),
+    "score_wide": (32, 64, 128),
     "score_warps": (4, 8),
     "score_stages": (1, 2, 3, 4),
     "probe_rows": (16, 32, 64),
@@ -44,9 +45,9 @@ ALLOWED = {
 ATTENTION = ("rows", "wide", "warps", "stages")
 """Those of the attention kernel."""
 
-SOURCES = (
-    "triton_prepare.py", "triton_glue.py", "triton_attend.py", "triton_probe.py", "triton_split.py"
-)  # fmt: skip
+SOURCES = tuple(
+    f"triton_{part}.py" for part in ("prepare", "score", "glue", "attend", "probe", "split")
+)
 
 
 def cache_folder() -> Path:

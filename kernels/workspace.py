@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 
 WORKSPACE = 2 << 30
 """Bytes of ordered keys and values, scores, routes and lists that a call may hold at once.
@@ -25,7 +25,8 @@ tiles and keys in order are faster.
 """
 
 LONG_PAIR_BYTES = 6
-"""Of a pair in a chunk: score, then exact list in its place, 4; mass term 2."""
+"""Of a pair in a chunk: score, then exact list in its place, 4; mass term 2. Pooled queries beside
+it, at most a fifth of that, are gone before the attention."""
 
 CHUNK_SHARE = 0.2
 """Bytes of a chunk's pairs, as a share of those of the keys and values."""
@@ -42,7 +43,9 @@ def bytes_per_key_head(tokens: int, head_dim: int, itemsize: int, group_size: in
     ordered = 2 * blocks * KEY_BLOCK * head_dim * itemsize
     if is_long(tokens):
         return int(CHUNK_SHARE * ordered)
-    return ordered + group_size * tiles * blocks * PAIR_BYTES
+    # Of a tile: pairs, mean queries of its sub-tiles and its mean squared query.
+    pooled = (QUERY_TILE // SUB_TILE + 1) * head_dim * itemsize
+    return ordered + group_size * tiles * (blocks * PAIR_BYTES + pooled)
 
 
 def chunk_tiles(

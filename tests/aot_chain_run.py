@@ -29,8 +29,10 @@ TYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "i64": torch.int64, "i32": torch.int32,
     "i8": torch.int8,
 }  # fmt: skip
-SMALL = {"BM": 32, "BP": 16, "BJ": 32, "TILES": 1}
+SMALL = {"BM": 32, "BP": 16, "BI": 16, "BJ": 32, "WIDE": 16, "TILES": 1}
 """Tiles of a second tactic, where a kernel has such constants: the grid must follow."""
+
+SHRUNK = ("attend", "disperse", "score", "probe", "estimate", "fit", "text")
 
 
 def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: bool) -> Any:
@@ -42,7 +44,7 @@ def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: b
     for step in chain(call):
         given = kernels[step.kernel]
         constants = dict(given.constants)
-        if small and step.kernel in ("attend", "score", "probe", "estimate", "fit", "text"):
+        if small and step.kernel in SHRUNK:
             constants.update({k: min(v, SMALL[k]) for k, v in constants.items() if k in SMALL})
         values: dict[str, Any] = {a: memory[t] for a, t in step.inputs.items()}
         for output in step.outputs:

@@ -26,8 +26,8 @@ def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_list_names_every_kernel_with_what_it_needs() -> None:
     done = kernels("list", "--capability", "90")
     assert done.returncode == 0, done.stderr
-    for name in ("summarise", "score", "route", "probe", "fit", "attend", "attend_hopper",
-                 "prepare_hopper"):  # fmt: skip
+    every = "summarise pool_tiles disperse score route probe fit attend"
+    for name in f"{every} prepare_hopper score_hopper attend_hopper".split():
         assert f" {name} " in done.stdout
     assert "STAGES=3" in done.stdout and "232,448" not in done.stdout
 

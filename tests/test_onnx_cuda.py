@@ -47,7 +47,7 @@ def programs(folder: Path, table: list[Compiled]) -> Programs:
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
     for variant in (HOPPER, AMPERE):
         rows = {row.kernel: row for row in table if row.variant == variant}
-        assert len(rows) == (17 if variant.mid_band else 15)
+        assert len(rows) == (19 if variant.mid_band else 17)
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
 
 
@@ -66,7 +66,8 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
         "limits": (pairs, 1, 1), "summarise": (kv, 2, 1), "total": (2, kv, 1),
         "centre": (1, kv, 1),
         "first": (1, kv, 1), "fine_first": (1, kv, 1),
-        "order": (4, kv, 1), "score": (pairs, 1, 1), "route": (tiles, pairs, 1),
+        "order": (4, kv, 1), "pool_tiles": (pairs, tiles, 1), "disperse": (pairs, 1, 1),
+        "score": (pairs, 1, 1), "route": (tiles, pairs, 1),
         "probe": (5, pairs, 1), "merge": (16, pairs, 1),
         "pool": (64, pairs, 1), "estimate": (2, pairs, 1), "fit": (pairs, 1, 1),
         "attend": (3, pairs, 1), "text": (1, pairs, 1),
@@ -109,9 +110,10 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
                 assert value == kv_heads
             else:
                 assert value == integers[name], where
-    before = ["summarise", "total", "centre", "first", "order", "fine_first", "order", "score"]
+    before = ["summarise", "total", "centre", "first", "order", "fine_first", "order"]
+    scores = ["pool_tiles", "disperse", "score"]
     after = ["limits", "route", "probe", "merge", "pool", "estimate", "fit", "attend", "text"]
-    assert seen == before + after
+    assert seen == before + scores + after
     raised = {line[1] for line in lines if line[0] == "shared"}
     large = {r.symbol for r in table if r.variant == HOPPER and r.shared > 48 * 1024}
     assert raised == large
@@ -119,7 +121,7 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
 
 def test_constants_are_those_of_the_kernels() -> None:
     """The launches are written twice, in Python and in C++; sizes that both choose must agree."""
-    from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+    from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
     from freqopt.kernels import triton_probe as probe
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.triton_glue import MOMENTS, UNIT
@@ -132,6 +134,7 @@ def test_constants_are_those_of_the_kernels() -> None:
         "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
         "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
         "kMoments": MOMENTS.value, "kUnit": UNIT.value,
+        "kPooledTiles": split.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
     }  # fmt: skip
 
 
@@ -147,6 +150,7 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
     needed = {
         "key_out": kv * blocks * 64 * dim * half, "fine_var": kv * blocks * 8 * dim * 4,
         "fine_key": kv * blocks * 8 * dim * half, "first_order": kv * dim * dim * 4,
+        "sub_mean": pairs * 64 * dim * half, "tile_square": pairs * tiles * dim * half,
         "score": pairs * tiles * blocks * 4, "mid_list": pairs * tiles * blocks * 4,
         "exact_out": pairs * 5 * 64 * dim * 4, "mass": pairs * 5 * 64 * 2 * 4,
         "pooled": pairs * 64 * dim * 4, "counts": pairs * tiles * 2 * 4,

@@ -214,7 +214,8 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
     chain = [node for node in graph.node if node.domain == "freqopt"]
     assert [node.op_type for node in chain] == names
     assert [node.op_type.rsplit("_", 1)[0] for node in chain] == [
-        "summarise", "total", "centre", "first", "order", "score", "limits", "route", "probe",
+        "summarise", "total", "centre", "first", "order", "pool_tiles", "disperse", "score",
+        "limits", "route", "probe",
         "merge", "estimate", "fit", "attend",
     ]  # fmt: skip
     batch, heads, tokens, dim = 3, 2, 240, 32
@@ -241,7 +242,7 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
         plain = [g.value if isinstance(g, Extent) else g for g in grid]
         assert plain == [n * (batch if batched else 1) for n, batched in tactic["grid"]]
     rewritten = {n.op_type.split("_")[0] for n in chain for t in n.output if tensors[t].memory}
-    assert rewritten == {"centre", "route", "merge"}
+    assert rewritten == {"centre", "score", "route", "merge"}
     assert tensors[chain[-1].output[0]].shape_expr[1:] == (heads, tokens, dim)
 
 

@@ -54,6 +54,18 @@ for word in words:
 print(json.dumps(found))
 """
 
+SCORE_SCRIPT = """
+import json, sys
+from freqopt.kernels.specialise import compile_specialised, hopper_scores
+from freqopt.kernels.variant import Variant
+variant = Variant(90, sys.argv[1], int(sys.argv[2]), False, False)
+made = compile_specialised(hopper_scores(variant), variant)
+found = {"shared": made.metadata.shared}
+for word in "wgmma.mma_async cp.async.bulk.tensor shfl.sync.bfly".split():
+    found[word] = made.asm["ptx"].count(word)
+print(json.dumps(found))
+"""
+
 
 WIDE_SCRIPT = """
 import json, sys
@@ -125,6 +137,20 @@ def test_hopper_preparation_compiles_to_what_it_is_written_for(
     assert found["setmaxnreg"] > 0 and found["st.local"] == 0
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("float16", 64)])
+def test_hopper_scores_compile_to_what_they_are_written_for(
+    dtype: str, dim: int, tmp_path: Path
+) -> None:
+    found = run(tmp_path, SCORE_SCRIPT, dtype, str(dim))
+    assert found["shared"] <= 232_448 // 3 - 1024  # three programs of a multiprocessor
+    # Two times 64 rows by 64 blocks in the first pass, 64 blocks by 128 rows in the second.
+    assert found["wgmma.mma_async"] == 3 * dim // 16
+    # A step's keys for the first step, and in both loops.
+    assert found["cp.async.bulk.tensor"] == 3 * dim // 64
+    # Lanes meet between the passes only: peaks and totals of four rows, two exchanges each.
+    assert found["shfl.sync.bfly"] == 2 * 4 * 2
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim", "mid", "capability", "shared_limit"),
     [
@@ -145,7 +171,7 @@ def test_kernels_compile_and_fit(
         tmp_path, text, dtype, str(dim), str(mid), str(capability), "beside" if beside else ""
     )
     assert {"summarise_kernel", "score_kernel", "fit_kernel", "attend_kernel"} < set(found)
-    assert len(found) == (14 if mid else 13) + beside
+    assert len(found) == (16 if mid else 15) + beside
     for name, (shared, size) in found.items():
         assert 0 <= shared <= shared_limit, f"{name} needs {shared} bytes of shared memory"
         assert size > 1000, f"{name} has no code"

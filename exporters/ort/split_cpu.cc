@@ -66,9 +66,9 @@ class Head {
   void run(float* out) {
     low_ = summarise(kKeyBlock);
     if (a_.mid_band) fine_ = summarise(kSubBlock);
+    pool_tiles();
     score_pairs();
     choose_route();
-    pool_tiles();
     if (a_.probes > 0) fit_probe();
     Floats logits;
     for (int64_t tile = 0; tile < tiles_; ++tile) {
@@ -141,41 +141,39 @@ class Head {
   void score_pairs() {
     const Floats spread = value_spread();
     score_.assign(tiles_ * blocks_, 0.0f), term_.assign(tiles_ * blocks_, 0.0f);
-    Floats mean(d_), square(d_), pooled(blocks_), dispersion(blocks_);
+    Floats mean(d_), pooled(blocks_), dispersion(blocks_);
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       float *score = &score_[tile * blocks_], *term = &term_[tile * blocks_];
-      int64_t present = 0, counted = 0;
+      for (int64_t j = 0; j < blocks_; ++j) {
+        const float sum = dot(&square_[tile * d_], &low_.key_var[j * d_], d_);
+        dispersion[j] = sum * a_.scale * a_.scale;
+        term[j] = std::min(0.5f * dispersion[j], std::log(float(low_.count[j])));
+      }
+      int64_t present = 0;
       for (int64_t sub = tile * kPerTile; sub < (tile + 1) * kPerTile; ++sub) {
         const int64_t n = std::min(kSubTile, t_ - sub * kSubTile);
         if (n <= 0) break;
-        ++present, counted += n;
-        std::fill(mean.begin(), mean.end(), 0.0f), std::fill(square.begin(), square.end(), 0.0f);
+        ++present;
+        std::fill(mean.begin(), mean.end(), 0.0f);
         for (int64_t i = sub * kSubTile; i < sub * kSubTile + n; ++i) {
-          for (int64_t c = 0; c < d_; ++c) {
-            const float q = query_[i * d_ + c];
-            mean[c] += q, square[c] += q * q;
-          }
+          for (int64_t c = 0; c < d_; ++c) mean[c] += query_[i * d_ + c];
         }
-        for (int64_t c = 0; c < d_; ++c) mean[c] /= n, square[c] /= n;
+        for (int64_t c = 0; c < d_; ++c) mean[c] /= n;
         float peak = -kInfinity;
         for (int64_t j = 0; j < blocks_; ++j) {
-          const float capacity = std::log(float(low_.count[j]));
-          dispersion[j] = dot(square.data(), &low_.key_var[j * d_], d_) * a_.scale * a_.scale;
-          pooled[j] = dot(mean.data(), &low_.key_mean[j * d_], d_) * a_.scale + capacity +
-                      std::min(0.5f * dispersion[j], capacity);
+          pooled[j] = dot(mean.data(), &low_.key_mean[j * d_], d_) * a_.scale +
+                      std::log(float(low_.count[j])) + term[j];
           peak = std::max(peak, pooled[j]);
         }
         double total = 0;
         for (float x : pooled) total += std::exp(x - peak);
         for (int64_t j = 0; j < blocks_; ++j) {
           const float mass = float(std::exp(pooled[j] - peak) / total);
-          score[j] += mass * mass * dispersion[j];
-          term[j] += dispersion[j] * n;
+          score[j] += mass * mass;
         }
       }
       for (int64_t j = 0; j < blocks_; ++j) {
-        score[j] = std::sqrt(score[j] / present) * spread[j] * blocks_;
-        term[j] = std::min(0.5f * term[j] / counted, std::log(float(low_.count[j])));
+        score[j] = std::sqrt(score[j] / present * dispersion[j]) * spread[j] * blocks_;
       }
     }
   }
@@ -202,7 +200,7 @@ class Head {
     }
   }
 
-  void pool_tiles() {  // mean squared query of each tile, for the mid band's mass term
+  void pool_tiles() {  // mean squared query of each tile, for dispersions and mass terms
     square_.assign(tiles_ * d_, 0.0f);
     for (int64_t i = 0; i < t_; ++i) {
       const int64_t tile = i / kQueryTile, n = std::min(kQueryTile, t_ - tile * kQueryTile);

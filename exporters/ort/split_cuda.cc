@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 4, kOrderGroup = 32;
 constexpr int64_t kProbePrograms = 264, kMaxParts = 64, kMoments = 16, kUnit = 16;
+constexpr int64_t kPooledTiles = 4, kSubTiles = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -248,6 +249,9 @@ CudaPlan plan_cuda(const CudaCall& call) {
   add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
   add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
   add("low_order", s.kv * d * d, own), add("fine_order", s.kv * d * d, own);
+  const int64_t fours = ceil_div(s.tiles, kPooledTiles) * kPooledTiles;
+  add("sub_mean", s.pairs * fours * kSubTiles * d, own);
+  add("tile_square", s.pairs * s.tiles * d, own);
   add("score", cells, 4), add("mass_term", cells, 2), add("route", cells, 1);
   add("exact_list", cells, 4), add("mid_list", mid ? cells : 0, 4);
   add("counts", s.pairs * s.tiles * 2, 4);
@@ -305,6 +309,9 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   };
   sum_products("first", "low_order");
   if (mid) sum_products("fine_first", "fine_order");
+  const int64_t side = tile_of("disperse");
+  go("pool_tiles", {}, s.pairs, s.tiles);
+  go("disperse", {}, s.pairs, ceil_div(s.tiles, side), ceil_div(s.blocks, side));
   go("score", {}, s.pairs, ceil_div(s.tiles, tile_of("score")));
   const float density = call.attributes.density;
   if (density > 0) {
