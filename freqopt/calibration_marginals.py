@@ -121,19 +121,22 @@ def measure_couplings(
     references: Sequence[Dense],
     progress: Progress,
     journal: Journal,
+    used: Sequence[int] | None = None,
 ) -> list[Array]:
     """How the errors of each head go along with those of all others, at an allocation.
 
     An error a of a head alone changes the squared error of the output by a^2 + coupling x a.
     Negative couplings are those of heads whose errors undo a part of the others'.
-    sites: as measured one head at a time. Returns (buckets, H) for every site, in units of the
-    relative error of the output.
+    sites: as measured one head at a time. used: which references, all by default.
+    Returns (buckets, H) for every site, in units of the relative error of the output.
     """
     units, samples = marginal_units(sites, allocation), runner.samples
     shape = samples.buckets, len(units)
     change, alone, slope = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    with progress.phase("probing marginals", len(references) * (len(units) + 1)) as step:
-        for number, reference in enumerate(references):
+    used = range(len(references)) if used is None else used
+    with progress.phase("probing marginals", len(used) * (len(units) + 1)) as step:
+        for number in used:
+            reference = references[number]
             bucket = samples.bucket(reference.sample)
             base = _squared_error(runner, sites, allocation, number, reference, journal)
             step()

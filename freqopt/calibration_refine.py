@@ -133,7 +133,7 @@ class Refinement:
         criterion, ways = self.fitted(target), simple_ways(sites)
         for number in range(self._rounds()):
             settled = settle(ways[-1], criterion, self.cost, ways[-1].start or criterion.start)
-            reached = math.isfinite(settled.cost)
+            reached = not number or math.isfinite(settled.cost)
             if not reached or not self._add_round(
                 ways, settled.allocation, settled.verdict, number
             ):
@@ -166,6 +166,15 @@ class Refinement:
         small = any(head >= 0 for _, head in probe_units(measured))
         return ROUNDS if small and self.runner.on_gpu else 1
 
+    def _turn(self, number: int) -> list[int]:
+        """The references of a round: all in the first, then one of each timestep bucket in turn."""
+        found: dict[int, list[int]] = {}
+        for at, reference in enumerate(self.references):
+            found.setdefault(self.runner.samples.bucket(reference.sample), []).append(at)
+        if not number:
+            return list(range(len(self.references)))
+        return [inside[(number - 1) % len(inside)] for inside in found.values()]
+
     def _add_round(
         self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
     ) -> bool:
@@ -174,8 +183,9 @@ class Refinement:
             return False
         sites = ways[0].sites
         couplings = measure_couplings(
-            self.runner, sites, allocation, self.references, self.progress, self.journal
-        )
+            self.runner, sites, allocation, self.references, self.progress, self.journal,
+            self._turn(number),
+        )  # fmt: skip
         believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
         there = total(believed, allocation.choices, 0.0, self.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0
