@@ -85,7 +85,9 @@ def settle(
             high = min(predicted, allocation.error)
         predicted = then if low < then < high else math.sqrt(max(low, 1e-2 * high) * high)
     there = way.solve(then, cost)
-    spent = spent_cost(way.sites, allocation, verdict, cost) * there.cost / allocation.cost
+    spent = spent_cost(way.sites, allocation, verdict, cost)
+    if ratio < SETTLED:  # what is further from the target has nothing nearer to it
+        spent *= there.cost / allocation.cost
     if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
         spent = math.inf  # it may not get there
     logger.info("%s: error %.3g at a cost of %.4g", way.name, verdict.error, spent)

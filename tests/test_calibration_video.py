@@ -66,7 +66,8 @@ def test_the_generated_video_holds_its_psnr(target: float) -> None:
     model = make_model()
     plan = freqopt.calibrate(model, pipeline_of(model), target_psnr=target, progress=False)
     assert plan.target_psnr == target and plan.measured_psnr is not None
-    assert target <= plan.measured_psnr <= target + 3
+    # at 44 dB the nearest choices of this model have 42.6 and 47.6 dB, and the plan has a note
+    assert target <= plan.measured_psnr <= target + 4
     assert psnr_with_plan(plan) == pytest.approx(plan.measured_psnr, abs=0.2)
     assert plan.mean_density < 0.95 and plan.timestep_edges
     assert plan.target_error == plan.measured_error > 0
