@@ -120,17 +120,22 @@ def attend(
         )  # fmt: skip
 
 
-def prepares(key: Tensor, value: Tensor, *, mid_band: bool) -> bool:
-    """Whether `prepare` serves these (B, Hkv, N, D) keys and values.
+def _wide(x: Tensor) -> bool:
+    """Whether rows of (B, Hkv, N, D) can be copied 16 bytes a thread.
 
-    Their rows are copied 16 bytes a thread, and Triton takes only strides that are multiples of 16
-    for aligned.
+    Triton takes only strides that are multiples of 16 for aligned.
     """
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
-        for x in (key, value)
-    )
-    return aligned and applies(key, mid_band=mid_band)
+    return x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+
+
+def gatherable(x: Tensor) -> Tensor:
+    """Keys or values (B, Hkv, N, D) as `attend` reads them in place: themselves, or a copy."""
+    return x if _wide(x) else x.contiguous()
+
+
+def prepares(key: Tensor, value: Tensor, *, mid_band: bool) -> bool:
+    """Whether `prepare` serves these (B, Hkv, N, D) keys and values, whose rows it gathers."""
+    return _wide(key) and _wide(value) and applies(key, mid_band=mid_band)
 
 
 @functools.lru_cache(maxsize=256)

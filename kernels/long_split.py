@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from freqopt.config import MID_RATIO, QUERY_TILE
+from freqopt.kernels import hopper
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.device import processors
 from freqopt.kernels.launch import Launch
@@ -155,6 +156,8 @@ def split_heads(
     batch, heads, _, dim = query.shape
     options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
     launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
+    if hopper.applies(query, mid_band=mid_band):
+        key, value = hopper.gatherable(key), hopper.gatherable(value)
     summaries = split.summarise(key, value, sequence, mid_band, launch, ordered=False)
     walk = Walk(query, summaries, sequence, settings, launch)
     if density > 0.0:

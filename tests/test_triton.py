@@ -53,3 +53,13 @@ else:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         assert f"{cases} passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_keys_that_no_wide_copy_takes_are_gathered_from_a_copy() -> None:
+    from freqopt.kernels import hopper
+
+    model = torch.randn(1, 5, 2, 128, dtype=torch.float16).transpose(1, 2)
+    assert hopper.gatherable(model) is model
+    odd = torch.randn(1, 2, 5, 136, dtype=torch.float16)[..., :128]
+    found = hopper.gatherable(odd)
+    assert torch.equal(found, odd) and found.stride() == (1280, 640, 128, 1)
