@@ -217,6 +217,9 @@ import os, signal
 import calibration_models
 from freqopt.calibration_measure import Recorder
 
+# A shell that runs tests in the background has its children ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def make():
     original, seen = Recorder._measure, []
 
