@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = RESULTS.parent.parent / "docs" / "calibration.md"
-BEGIN, END = "<!-- calibration:begin -->", "<!-- calibration:end -->"
+from benchmarks.pages import DOCS, RESULTS, markers, rewrite
+
+PAGE = DOCS / "calibration.md"
+NAME = "calibration"
+BEGIN, END = markers(NAME)
 
 WANTED = {
     "error on unseen samples / target": "at most 1.1 (aim 0.8 to 1.0)",
@@ -81,16 +83,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
-    if check and new != text:
+    if not rewrite(PAGE, NAME, measured(), check=check) and check:
         sys.exit(
             "docs/calibration.md differs from benchmarks/results/: run "
             "`python -m benchmarks.calibration_page`"
         )
-    PAGE.write_text(new)
 
 
 if __name__ == "__main__":

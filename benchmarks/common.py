@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.pages import RESULTS
 
 
 def environment() -> dict[str, str]:
@@ -75,22 +75,6 @@ def graph_milliseconds(call: Callable[[], object], *, warmup: int = 25, repeat: 
     found = milliseconds(graph.replay, warmup=warmup, repeat=repeat)
     graph.reset()
     return found
-
-
-def rewrite(name: str, lines: list[str], *, check: bool, page: str = "kernels.md") -> bool:
-    """Put lines between a page's markers of that name; whether they were there already.
-
-    check: only look.
-    """
-    path = RESULTS.parent.parent / "docs" / page
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = path.read_text()
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    new = "\n".join([head + begin, *lines, end + tail])
-    if not check:
-        path.write_text(new)
-    return new == text
 
 
 def write(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:

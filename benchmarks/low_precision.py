@@ -9,9 +9,9 @@ in docs/kernels.md from the result file. What each rounding costs: `low_precisio
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention import GRIDS, launch_of, part_times, relative_errors, threshold_for
-from benchmarks.common import RESULTS, environment, milliseconds, rewrite, write
+from benchmarks.common import environment, milliseconds, write
+from benchmarks.pages import rewrite_kernels
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.calibration_cost import fit_line
 from freqopt.grid import token_order
@@ -231,10 +232,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rewrite_docs(check: bool) -> bool:
-    """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-    found = json.loads((RESULTS / "low_precision.json").read_text())
-    return rewrite("low precision", table(found), check=check)
+rewrite_docs = partial(rewrite_kernels, "low_precision", table)
+"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import RESULTS, environment, rewrite, write
+from benchmarks.common import RESULTS, environment, write
 from benchmarks.natural import natural_attention
+from benchmarks.pages import rewrite_kernels
 from benchmarks.scaling import GRIDS
 from benchmarks.tensors import noised_attention
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
@@ -289,10 +290,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rewrite_docs(check: bool) -> bool:
-    """Put the result file's tables into docs/kernels.md; with `check` only compare."""
-    found = json.loads((RESULTS / "mid_band.json").read_text())
-    return rewrite("mid band", table(found), check=check)
+rewrite_docs = partial(rewrite_kernels, "mid_band", table)
+"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.pages import RESULTS, markers, rewrite
+
 README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+NAME = "measured"
+BEGIN, END = markers(NAME)
 
 
 def demo_rows(result: dict[str, Any]) -> Iterator[str]:
@@ -102,13 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
-    if check and new != text:
+    if not rewrite(README, NAME, measured(), check=check) and check:
         sys.exit("README.md differs from benchmarks/results/: run `python -m benchmarks.readme`")
-    README.write_text(new)
 
 
 if __name__ == "__main__":

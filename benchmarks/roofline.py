@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 
 from benchmarks.attention import GRIDS, graph_times, relative_errors, threshold_for
-from benchmarks.common import RESULTS, environment, rewrite, write
+from benchmarks.common import environment, write
+from benchmarks.pages import rewrite_kernels
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.hopper import range_length
@@ -229,10 +230,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return [line.replace("`everything else`", "everything else") for line in lines]
 
 
-def rewrite_docs(check: bool) -> bool:
-    """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-    found = json.loads((RESULTS / "roofline.json").read_text())
-    return rewrite("roofline", table(found), check=check)
+rewrite_docs = partial(rewrite_kernels, "roofline", table)
+"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,10 +11,10 @@ Times are those of CUDA graphs: below 256K tokens one head is done before Python
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import freqopt
-from benchmarks.common import RESULTS, environment, graph_milliseconds, rewrite, write
+from benchmarks.common import environment, graph_milliseconds, write
 from benchmarks.natural import natural_attention
+from benchmarks.pages import rewrite_kernels
 from benchmarks.tensors import Attention
 
 GRIDS = {
@@ -235,10 +236,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rewrite_docs(check: bool) -> bool:
-    """Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-    found = json.loads((RESULTS / "scaling.json").read_text())
-    return rewrite("scaling", table(found), check=check)
+rewrite_docs = partial(rewrite_kernels, "scaling", table)
+"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -304,9 +304,10 @@ def route_probes(
     query: Tensor, summaries: Summaries, limits: Tensor, sequence: Sequence, rows: ProbeRows,
     *, scale: float, mid_band: bool, launch: Launch,
 ) -> Route:  # fmt: skip
-    """Bands of the probes' tiles, without lists: those that `make_route` finds. Allocates nothing.
+    """Bands of the probes' tiles, without lists: those that `make_route` finds.
 
-    limits: thresholds (B, H, 2).
+    limits: thresholds (B, H, 2). Results are in `rows`; what `score_tiles` allocates on the way
+    stays on the stream that this is called on.
     """
     batch, heads, probes, blocks = rows.score.shape
     tiles = rows.tile_list
