@@ -4,6 +4,8 @@ At every length the budget is searched that gives the target error by the op's o
 error beside each time is then measured against exact attention of sampled queries, in the same run.
 64 probes are few, and where density goes as error^-3 a tenth too much of error is a quarter too
 little of density: so the budget of the target error of the sampled queries is searched as well.
+The density an error needs is a property of the field, of which one has few large waves: so every
+length has several fields, whose geometric means are reported.
 Times are those of CUDA graphs: below 256K tokens one head is done before Python has launched it.
 `--docs` only rewrites the table in docs/kernels.md from the result file.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,47 +122,94 @@ def extra_memory(call: Callable[[], object], device: torch.device, output: int) 
     return torch.cuda.max_memory_allocated() - before - output
 
 
-def measure(size: str, target: float, device: torch.device, heads: int) -> dict[str, Any] | None:
-    """One row, or None where its error fails the gate."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = natural_attention(GRIDS[size], heads=heads, dim=HEAD_DIM, dtype=dtype, device=device)
-    sample = sample_of(a)
-    threshold = threshold_for_error(a, target, lambda out, stats: float(stats.probe_error.mean()))
+def measure_field(a: Attention, target: float) -> dict[str, Any] | None:
+    """Budget, errors and time of one field at both targets, or None where it fails the gate."""
+    device, sample = a.query.device, sample_of(a)
 
-    def call() -> tuple[Tensor, Any]:
-        return split_call(a, threshold)
+    def at(threshold: float) -> dict[str, Any]:
+        out, stats = split_call(a, threshold)
+        l1, l2 = sample.errors(out)
+        return {
+            "threshold": threshold, "density": float(stats.density.mean()), "l1": l1, "l2": l2,
+            "probe_error": float(stats.probe_error.mean()),
+        }  # fmt: skip
 
-    out, stats = call()
-    l1, l2 = sample.errors(out)
-    tokens = a.query.shape[2]
-    if not l2 <= GATE * target:
-        print(f"{tokens:9,} tokens: FAILED its gate (relative L2 {l2:.3g}); no time reported")
+    def timed_at(threshold: float) -> float:
+        return timed(lambda: split_call(a, threshold), device)
+
+    def by_probes(_out: Tensor, stats: Any) -> float:
+        return float(stats.probe_error.mean())
+
+    found = at(threshold_for_error(a, target, by_probes))
+    if not found["l2"] <= GATE * target:
+        tokens = a.query.shape[2]
+        print(f"{tokens:9,} tokens: FAILED its gate (relative L2 {found['l2']:.3g})")
         return None
-    extra = extra_memory(call, device, out.numel() * out.element_size())
-    key_value = 2 * a.key.numel() * a.key.element_size()
-    dense = timed(lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device)
-    row = {
-        "size": size, "tokens": tokens, "grid": a.grid, "threshold": threshold,
-        "density": float(stats.density.mean()), "l1": l1, "l2": l2,
-        "probe_error": float(stats.probe_error.mean()), "ms": timed(call, device),
-        "dense_ms": dense, "extra_bytes": extra,
-        "extra_per_key_value": None if extra is None else extra / key_value,
+    found["ms"] = timed_at(found["threshold"])
+    other = at(threshold_for_error(a, target, lambda out, stats: sample.errors(out)[1]))
+    found["sampled"] = {**other, "ms": timed_at(other["threshold"])}
+    return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean logarithm, of positive numbers."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+MEANS = ("density", "l1", "l2", "probe_error", "ms")
+"""What a row has the geometric mean over its fields of."""
+
+
+def measure(
+    size: str, target: float, device: torch.device, heads: int, fields: int
+) -> dict[str, Any] | None:
+    """One row, or None where the error of one of its fields fails the gate."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found: list[dict[str, Any]] = []
+    same: dict[str, Any] = {}  # for all fields: what does not depend on the content
+    for seed in range(fields):
+        a = natural_attention(
+            GRIDS[size], heads=heads, dim=HEAD_DIM, dtype=dtype, device=device, seed=seed * heads
+        )
+        field = measure_field(a, target)
+        if field is None:
+            print("  no time reported")
+            return None
+        found.append({"seed": seed * heads, **field})
+        if not same:
+            same = content_free(a, field["threshold"])
+    row: dict[str, Any] = {
+        "size": size, "tokens": a.query.shape[2], "grid": a.grid, **same,
+        **{name: geometric_mean([f[name] for f in found]) for name in MEANS},
+        "sampled": {
+            name: geometric_mean([f["sampled"][name] for f in found]) for name in MEANS
+        },
+        "fields": found,
     }  # fmt: skip
-    other = threshold_for_error(a, target, lambda out, stats: sample.errors(out)[1])
-    out, stats = split_call(a, other)
-    row["sampled"] = {
-        "threshold": other, "density": float(stats.density.mean()),
-        "l2": sample.errors(out)[1], "ms": timed(lambda: split_call(a, other), device),
-    }  # fmt: skip
-    memory = "" if extra is None else f"  beside inputs {extra / key_value:.2f} x (K + V)"
+    extra = row["extra_per_key_value"]
+    memory = "" if extra is None else f"  beside inputs {extra:.2f} x (K + V)"
     print(
-        f"{tokens:9,} tokens  density {row['density']:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}  probe "
-        f"{row['probe_error']:.4f}  {row['ms']:9.3f} ms  dense {dense:9.2f} ms  "
-        f"{dense / row['ms']:5.2f}x{memory}  sampled: density {row['sampled']['density']:.3f}, "
-        f"{row['sampled']['ms']:.3f} ms",
+        f"{row['tokens']:9,} tokens  density {row['density']:6.3f}  L1 {row['l1']:.4f}  L2 "
+        f"{row['l2']:.4f}  probe {row['probe_error']:.4f}  {row['ms']:9.3f} ms  dense "
+        f"{row['dense_ms']:9.2f} ms  {row['dense_ms'] / row['ms']:5.2f}x{memory}  sampled: density "
+        f"{row['sampled']['density']:.3f}, {row['sampled']['ms']:.3f} ms",
         flush=True,
     )
     return row
+
+
+def content_free(a: Attention, threshold: float) -> dict[str, Any]:
+    """Time of dense attention, and memory of a call beside its inputs and its output."""
+    device = a.query.device
+    bytes_out = a.query.numel() * a.query.element_size()
+    extra = extra_memory(lambda: split_call(a, threshold), device, bytes_out)
+    key_value = 2 * a.key.numel() * a.key.element_size()
+    return {
+        "dense_ms": timed(
+            lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device
+        ),
+        "extra_bytes": extra, "extra_per_key_value": None if extra is None else extra / key_value,
+    }  # fmt: skip
 
 
 def growth(tokens: list[int], times: list[float], least: int) -> float | None:
@@ -172,6 +221,15 @@ def growth(tokens: list[int], times: list[float], least: int) -> float | None:
     mean_x, mean_y = (sum(p[i] for p in points) / len(points) for i in range(2))
     above = sum((x - mean_x) * (y - mean_y) for x, y in points)
     return above / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def ends(tokens: list[int], times: list[float], least: int) -> float | None:
+    """The same from the first such length and the last alone."""
+    kept = [i for i, n in enumerate(tokens) if n >= least]
+    if len(kept) < 2:
+        return None
+    first, last = kept[0], kept[-1]
+    return math.log(times[last] / times[first]) / math.log(tokens[last] / tokens[first])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -205,33 +263,36 @@ def table(result: dict[str, Any]) -> list[str]:
     """The documentation's table."""
     where, target = result["environment"], result["target"]
     heads = f"{result['heads']} head" + "s" * (result["heads"] > 1)
+    fields = len(result["rows"][0]["fields"])
     lines = [
         f"{heads} of {HEAD_DIM}, bfloat16, {where['device']}, torch {where['torch']}, Triton "
         f"{where['triton']}, commit {where['commit']}, CUDA graphs; relative L2 {target:g} by the "
         f"op's own probes, *error* that of {SAMPLED_QUERIES:,} queries, and on the right the call "
-        "whose *error* is the target:",
+        f"whose *error* is the target; geometric means of {fields} fields:",
         "",
         "| tokens | density | error | whole call | dense | against dense | beside Q, K, V, O | "
         "density, call at that error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        other = row.get("sampled")
+        other = row["sampled"]
         memory = row["extra_per_key_value"]
         lines.append(
             f"| {row['tokens']:,} | {100 * row['density']:.1f} % | {row['l2']:.4f} | "
             f"{row['ms']:.2f} ms | {row['dense_ms']:.2f} ms | {row['dense_ms'] / row['ms']:.1f}x | "
             f"{'' if memory is None else f'{memory:.2f} x (K + V)'} | "
-            + (f"{100 * other['density']:.1f} %, {other['ms']:.2f} ms |" if other else "|")
+            f"{100 * other['density']:.1f} %, {other['ms']:.2f} ms |"
         )
     if result["growth"] is not None:
-        exact = result.get("growth_sampled")
+        exact = result["growth_sampled"]
         lines += [
             "",
             f"From {result['growth_from']:,} tokens on time grows as tokens^"
             f"**{result['growth']:.2f}**"
-            + (f", at the target of the sampled queries {exact:.2f}" if exact else "")
-            + f"; dense attention's as {result['dense_growth']:.2f}.",
+            f", at the target of the sampled queries tokens^**{exact:.2f}**; dense attention's "
+            f"as {result['dense_growth']:.2f}. From its first to its last length alone: "
+            f"{result['ends']['growth']:.2f}, {result['ends']['growth_sampled']:.2f} and "
+            f"{result['ends']['dense_growth']:.2f}.",
         ]
     return lines
 
@@ -246,6 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=list(DEFAULT_SIZES), choices=GRIDS)
     parser.add_argument("--target", type=float, default=0.06, help="relative L2 error of the op")
     parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--fields", type=int, default=3, help="fields of each length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     parser.add_argument("--docs", action="store_true", help="only rewrite the docs' table")
@@ -254,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         rewrite_docs(check=False)
         return
     device = torch.device(given.device)
-    found = [measure(size, given.target, device, given.heads) for size in given.sizes]
+    found = [measure(size, given.target, device, given.heads, given.fields) for size in given.sizes]
     rows = [row for row in found if row is not None]
     tokens = [row["tokens"] for row in rows]
     times = {
@@ -266,11 +328,13 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": environment(), "target": given.target, "heads": given.heads, "rows": rows,
         "growth_from": GROWTH_FROM,
         **{name: growth(tokens, found, GROWTH_FROM) for name, found in times.items()},
+        "ends": {name: ends(tokens, found, GROWTH_FROM) for name, found in times.items()},
     }  # fmt: skip
     if result["growth"] is not None:
         print(
             f"time grows as tokens^{result['growth']:.3f}, at the sampled error "
-            f"{result['growth_sampled']:.3f} (dense {result['dense_growth']:.3f})"
+            f"{result['growth_sampled']:.3f} (dense {result['dense_growth']:.3f}); from the first "
+            f"to the last alone {result['ends']}"
         )
     path = write("scaling", result, given.out)
     if rows:

@@ -39,16 +39,24 @@ def test_growth_is_the_exponent_of_a_power_law() -> None:
     times[0] = 5.0  # below the range that is fitted
     assert scaling.growth(tokens, times, 65_536) == pytest.approx(1.3)
     assert scaling.growth(tokens[:2], times[:2], 65_536) is None
+    assert scaling.ends(tokens, times, 65_536) == pytest.approx(1.3)
+    assert scaling.ends(tokens[:2], times[:2], 65_536) is None
 
 
 def test_a_run_writes_rows_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scaling.main(["--device", "cpu", "--sizes", "1K", "2K", "--out", str(tmp_path)])
+    scaling.main(
+        ["--device", "cpu", "--sizes", "1K", "2K", "--fields", "2", "--out", str(tmp_path)]
+    )
     result = json.loads((tmp_path / "scaling.json").read_text())
     assert [row["tokens"] for row in result["rows"]] == [1014, 2048]
     assert all(row["l2"] < scaling.GATE * result["target"] for row in result["rows"])
     assert all(0.9 < row["sampled"]["l2"] / result["target"] <= 1 for row in result["rows"])
+    for row in result["rows"]:
+        first, second = (field["density"] for field in row["fields"])
+        assert first != second
+        assert row["density"] == pytest.approx((first * second) ** 0.5)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -60,5 +68,5 @@ def test_a_row_that_fails_its_gate_reports_no_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scaling.Sample, "errors", lambda sample, out: (0.5, 0.5))
-    assert scaling.measure("1K", 0.06, torch.device("cpu"), 1) is None
+    assert scaling.measure("1K", 0.06, torch.device("cpu"), 1, 1) is None
     assert "FAILED its gate" in capsys.readouterr().out
