@@ -45,7 +45,7 @@ def call(
     given = [x.requires_grad_(backward) for x in (query, key, value)]
     out, stats = freqopt.split_attention(
         *given, grid=GRID, text_before=before, text_after=after, key_mask=key_mask,
-        threshold=None if density else 1.0, density=density or None, mid_band=mid_band,
+        threshold=None if density else 1.3, density=density or None, mid_band=mid_band,
         return_stats=True,
     )  # fmt: skip
     if backward:
