@@ -20,6 +20,7 @@ def test_readme_says_what_the_result_files_say() -> None:
     text = readme.README.read_text()
     shown = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()
     assert shown == readme.measured()
+    assert readme.other_gpu(check=True)
 
 
 def test_rows_carry_error_and_density_beside_every_time(tmp_path: Path) -> None:
