@@ -1,7 +1,8 @@
 """Writes the README's measured table from the result files: `python -m benchmarks.readme`.
 
-And that of another GPU in docs/kernels.md. Every figure in the tables comes from a file under benchmarks/results/ that a benchmark or the demo
-wrote; `--check` fails where the README says something else.
+And that of another GPU in docs/kernels.md. Every figure in the tables comes from a file under
+benchmarks/results/ that a benchmark or the demo wrote; `--check` fails where a page says something
+else.
 """
 
 from __future__ import annotations
