@@ -4,7 +4,8 @@ Budgets from every ingredient of calibration, from all but one, and one threshol
 at equal densities: error of the model's output on unseen inputs, and PSNR of the sampled video
 against the densely sampled one, same seed, every step split. Also whether the target holds on
 unseen inputs, how long calibration takes, and how well the op's probes know their call's error.
-Every number is written as soon as it is known.
+Every number is written as soon as it is known, with the summary of what is there, so that a run
+that is cut off leaves a file that pages are made from.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ MATCHES = 5
 CURVE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 """Factors of the lowest density wanted, at which calibrated and uniform errors are compared."""
 
+BEYOND = 4.0
+"""One more for uniform budgets: they need more to have the error of the densest calibrated ones."""
+
 TARGETS = {
     "error on unseen samples / target": "at most 1.1 (aim: 0.8 to 1.0)",
     "density at equal error, calibrated / uniform": "at most 0.75 (aim: 0.5)",
@@ -69,15 +73,19 @@ TARGETS = {
 
 @dataclass
 class Results:
-    """What was measured so far, in a file that is written anew with every addition."""
+    """What was measured so far, in a file that is written anew with every addition.
+
+    densities: those wanted."""
 
     folder: Path
+    densities: Sequence[float]
     found: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, **more: Any) -> Path:
-        """Add and write."""
+        """Add, sum up and write."""
         self.found.update(more)
+        self.found["summary"] = summary(self.found, self.densities)
         self.found["seconds"] = time.perf_counter() - self.started
         return write("calibration", self.found, self.folder)
 
@@ -182,26 +190,26 @@ def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
     }
 
 
-def summary(result: dict[str, Any], densities: Sequence[float]) -> dict[str, Any]:
-    """The numbers that there are targets for."""
-    best = {
-        density: max(
+def summary(result: dict[str, Any], densities: Sequence[float]) -> dict[str, float | None]:
+    """The numbers that there are targets for; None where one is not known, or not yet."""
+    plan, probe = result.get("plan"), result.get("probe")
+
+    def psnr(density: float) -> float | None:
+        found = [
             row["psnr"]
-            for row in result["variants"]
+            for row in result.get("variants", [])
             if row["wanted_density"] == density and row["variant"] in (ALL, BY_VIDEO)
-        )
-        for density in densities
-    }
+        ]
+        return max(found, default=None)
+
     return {
-        "error on unseen samples / target": (
-            result["plan"]["unseen_error"] / result["plan"]["target_error"]
-        ),
-        "density at equal error, calibrated / uniform": result["density_ratio"],
-        "PSNR at the first density, dB": best[densities[0]],
-        "PSNR at the second density, dB": best[densities[-1]],
-        "calibration, s": result["plan"]["seconds"],
-        "probe error, rank correlation over calls": result["probe"]["rank_correlation"],
-        "probe error / true error": result["probe"]["mean_ratio"],
+        "error on unseen samples / target": plan and plan["unseen_error"] / plan["target_error"],
+        "density at equal error, calibrated / uniform": result.get("density_ratio"),
+        "PSNR at the first density, dB": psnr(densities[0]),
+        "PSNR at the second density, dB": psnr(densities[-1]),
+        "calibration, s": plan and plan["seconds"],
+        "probe error, rank correlation over calls": probe and probe["rank_correlation"],
+        "probe error / true error": probe and probe["mean_ratio"],
     }
 
 
@@ -236,12 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     on_gpu = torch.device(settings.device).type == "cuda"
     densities = given.densities or ((0.1, 0.05) if on_gpu else (0.4, 0.25))
-    results = Results(given.out)
+    results = Results(given.out, densities)
     with open_progress(not given.quiet) as bars:
         until = 0.0 if given.targets_only else given.seconds
         measure(settings, densities, given.seeds, results, bars, until=until)
     result = results.found
-    path = results.add(summary=summary(result, densities))
+    path = results.add()
     draw(result, path.with_suffix(".png"))
     print(json.dumps(result["probe"]))
     for name, value in result["summary"].items():
@@ -305,14 +313,17 @@ def measure(
 
         for variant in (first, second):
             run(variant)
-        wanted_densities = sorted(min(factor * min(densities), 0.9) for factor in CURVE)
-        curves = {v.name: curve(bench, v, wanted_densities) for v in (first, second)}
+        low = min(densities)
+        curves = {
+            variant.name: curve(bench, variant, [min(factor * low, 0.9) for factor in factors])
+            for variant, factors in ((first, CURVE), (second, (*CURVE, BEYOND)))
+        }
         ratio = density_ratio(curves[ALL], curves[UNIFORM])
         results.add(curves=curves, density_ratio=ratio)
         print(f"density at equal error, calibrated / uniform: {ratio}", flush=True)
         run(third)
-        results.add(probe=probe_agreement(bench, plan))
-        results.add(summary=summary(results.found, densities))
+        path = results.add(probe=probe_agreement(bench, plan))
+        draw(results.found, path.with_suffix(".png"))
         for variant in others:
             if time.perf_counter() - results.started < until:
                 run(variant)

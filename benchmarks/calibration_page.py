@@ -45,14 +45,18 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "| what | measured | wanted |"
     yield "|---|---|---|"
-    densities = list(dict.fromkeys(row["wanted_density"] for row in result["variants"]))
-    named = {"first": f"{densities[0]:.0%}", "second": f"{densities[-1]:.0%}"}
+    variants = result.get("variants", [])  # none yet in a run that was cut off early
+    densities = list(dict.fromkeys(row["wanted_density"] for row in variants))
+    words = zip(("first", "second"), (densities[:1], densities[-1:]), strict=True)
+    named = {word: f"{density:.0%}" for word, found in words for density in found}
     for name, value in result["summary"].items():
         shown = "not measured" if value is None else f"{value:.3g}"
         label = name
         for word, density in named.items():
             label = label.replace(f"at the {word} density", f"at {density} density")
         yield f"| {label} | {shown} | {WANTED.get(name, '')} |"
+    if not variants:
+        return
     yield ""
     yield (
         "| budgets | "
@@ -60,8 +64,8 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
         + " |"
     )
     yield "|---|" + "---|" * len(densities)
-    for variant in dict.fromkeys(row["variant"] for row in result["variants"]):
-        found = {r["wanted_density"]: r for r in result["variants"] if r["variant"] == variant}
+    for variant in dict.fromkeys(row["variant"] for row in variants):
+        found = {r["wanted_density"]: r for r in variants if r["variant"] == variant}
         cells = [
             f"{found[d]['density']:.1%}; {found[d]['error']:.4f}; {found[d]['psnr']:.1f} dB"
             if d in found

@@ -82,5 +82,7 @@ def write(name: str, result: dict[str, Any], folder: Path | None = None) -> Path
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    part = path.with_suffix(".json.part")  # a run that is cut off leaves no half of a file
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
     return path

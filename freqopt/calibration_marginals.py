@@ -7,11 +7,13 @@ from a working point, with everything split, one head at a time is moved and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from freqopt.calibration_allocation import Allocation, Array, SiteChoice, SiteChoices
 from freqopt.calibration_gains import MAX_PROBED_HEADS, MAX_PROBED_SITES, Dense
@@ -29,9 +31,6 @@ LEAST_MOVE = 0.01
 BOUNDS = -6.0, 12.0
 """Bounds of couplings in units of the error that the head makes alone: those of heads with next to
 no error are read from next to no change."""
-
-SHARED = 0.5
-"""How far couplings of a head at different timesteps are drawn towards their mean."""
 
 
 class Unit(NamedTuple):
@@ -114,7 +113,19 @@ def _squared_error(
     return float(entry.facts) ** 2
 
 
-def measure_couplings(
+class Moves(NamedTuple):
+    """What moving every unit of an allocation does in one sample.
+
+    bucket: of the sample. coupling: (units,) in units of the relative error of the output, 0 where
+    a unit could not be moved. known: (units,) bool.
+    """
+
+    bucket: int
+    coupling: Array
+    known: NDArray[np.bool_]
+
+
+def measure_moves(
     runner: Runner,
     sites: Sequence[SiteChoices],
     allocation: Allocation,
@@ -122,42 +133,63 @@ def measure_couplings(
     progress: Progress,
     journal: Journal,
     used: Sequence[int] | None = None,
-) -> list[Array]:
-    """How the errors of each head go along with those of all others, at an allocation.
+) -> list[Moves]:
+    """Move every unit of `marginal_units` in turn, in each reference, and compare the output.
 
-    An error a of a head alone changes the squared error of the output by a^2 + coupling x a.
-    Negative couplings are those of heads whose errors undo a part of the others'.
+    An error a of a head alone changes the squared error of the output by a^2 + coupling x a, so of
+    the change a^2 is taken off and the rest divided by the change of a.
     sites: as measured one head at a time. used: which references, all by default.
-    Returns (buckets, H) for every site, in units of the relative error of the output.
     """
     units, samples = marginal_units(sites, allocation), runner.samples
-    shape = samples.buckets, len(units)
-    change, alone, slope = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     used = range(len(references)) if used is None else used
+    found = []
     with progress.phase("probing marginals", len(used) * (len(units) + 1)) as step:
         for number in used:
             reference = references[number]
             bucket = samples.bucket(reference.sample)
             base = _squared_error(runner, sites, allocation, number, reference, journal)
             step()
+            coupling, known = np.zeros(len(units)), np.zeros(len(units), dtype=bool)
             for at, unit in enumerate(units):
                 other = moved(sites, allocation, unit, bucket)
-                found = _squared_error(runner, sites, other, number, reference, journal)
+                changed = _squared_error(runner, sites, other, number, reference, journal) - base
                 step()
-                change[bucket, at] += found - base
                 here, then = (
                     own_errors(sites[unit.site], way.choices[unit.site])[bucket][heads_of(unit)]
                     for way in (allocation, other)
                 )
-                alone[bucket, at] += float((then**2 - here**2).sum())
-                slope[bucket, at] += float((here * (then - here)).sum())
+                energy = float((here**2).sum())
+                slope = float((here * (then - here)).sum())
+                known[at] = abs(slope) > LEAST_MOVE * max(energy, 1e-30)
+                if known[at]:
+                    ratio = (changed - float((then**2 - here**2).sum())) / slope
+                    coupling[at] = float(np.clip(ratio, *BOUNDS)) * math.sqrt(energy)
+            found.append(Moves(bucket, coupling, known))
+    return found
+
+
+def couplings_of(
+    sites: Sequence[SiteChoices], allocation: Allocation, moves: Sequence[Moves]
+) -> list[Array]:
+    """How the errors of each head go along with those of all others, at an allocation.
+
+    Negative couplings are those of heads whose errors undo a part of the others'.
+    moves: of any allocations that split the same sites; samples of a timestep bucket are averaged,
+    and drawn towards the mean over the timesteps: 1 / (1 + n) of the way where n samples tell, as
+    samples of a bucket differ about as much as buckets do.
+    Returns (buckets, H) for every site, in units of the relative error of the output.
+    """
+    units = marginal_units(sites, allocation)
     own = [own_errors(sites[unit.site], allocation.choices[unit.site]) for unit in units]
-    energy = [(x[:, heads_of(unit)] ** 2).sum(1) for x, unit in zip(own, units, strict=True)]
-    weight = np.stack(energy, 1)
-    known = np.abs(slope) > LEAST_MOVE * np.maximum(weight, 1e-30)
-    ratio = np.where(known, (change - alone) / np.where(known, slope, 1.0), 0.0).clip(*BOUNDS)
-    total = np.maximum((weight * known).sum(0), 1e-30)
-    ratio += SHARED * ((weight * known * ratio).sum(0) / total - ratio)
+    energy = np.stack([(x[:, heads_of(u)] ** 2).sum(1) for x, u in zip(own, units, strict=True)], 1)
+    total, count = np.zeros(energy.shape), np.zeros(energy.shape)
+    for move in moves:
+        total[move.bucket] += move.coupling * move.known
+        count[move.bucket] += move.known
+    mean = total / np.maximum(count, 1.0) / np.sqrt(np.maximum(energy, 1e-30))
+    weight = energy * (count > 0.0)
+    shared = (weight * mean).sum(0) / np.maximum(weight.sum(0), 1e-30)
+    ratio = (mean + (shared - mean) / (1.0 + count)).clip(*BOUNDS)
     return _spread(sites, allocation, units, ratio)
 
 

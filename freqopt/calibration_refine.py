@@ -24,8 +24,9 @@ from freqopt.calibration_gains import Array, Dense, probe_units
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_marginals import (
     coupled,
+    couplings_of,
     marginal_ratio,
-    measure_couplings,
+    measure_moves,
     working_errors,
 )
 from freqopt.calibration_progress import Progress
@@ -168,15 +169,6 @@ class Refinement:
         small = any(head >= 0 for _, head in probe_units(measured))
         return ROUNDS if small and self.runner.on_gpu else 1
 
-    def _turn(self, number: int) -> list[int]:
-        """The references of a round: all in the first, then one of each timestep bucket in turn."""
-        found: dict[int, list[int]] = {}
-        for at, reference in enumerate(self.references):
-            found.setdefault(self.runner.samples.bucket(reference.sample), []).append(at)
-        if not number:
-            return list(range(len(self.references)))
-        return [inside[(number - 1) % len(inside)] for inside in found.values()]
-
     def _add_round(
         self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
     ) -> bool:
@@ -184,10 +176,10 @@ class Refinement:
         if all(choice.dense for choice in allocation.choices) or verdict.error <= 0.0:
             return False
         sites = ways[0].sites
-        couplings = measure_couplings(
-            self.runner, sites, allocation, self.references, self.progress, self.journal,
-            self._turn(number),
-        )  # fmt: skip
+        moves = measure_moves(
+            self.runner, sites, allocation, self.references, self.progress, self.journal
+        )
+        couplings = couplings_of(sites, allocation, moves)
         believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
         there = total(believed, allocation.choices, 0.0, self.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0

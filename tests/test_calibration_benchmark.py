@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from test_calibration_allocation import random_site
 
-from benchmarks.calibration import density_ratio
+from benchmarks.calibration import Results, density_ratio
 from benchmarks.calibration_variants import (
     FreeMidBand,
     allocated,
@@ -74,3 +77,19 @@ def test_a_free_mid_band_costs_what_the_split_does() -> None:
         found = FreeMidBand(cost).split(shape, density, band)
         np.testing.assert_array_equal(found, cost.split(shape, density, False))
     assert FreeMidBand(cost).dense(shape) == cost.dense(shape)
+
+
+def test_a_run_that_is_cut_off_leaves_a_file_with_the_summary_so_far(tmp_path: Path) -> None:
+    results = Results(tmp_path, (0.1, 0.05))
+    path = results.add(settings={})
+    found = json.loads(path.read_text())
+    assert set(found["summary"].values()) == {None}
+    results.add(plan={"unseen_error": 0.031, "target_error": 0.03, "seconds": 80.0})
+    row = {"variant": "calibrated", "wanted_density": 0.05, "psnr": 33.0}
+    results.add(variants=[row, {**row, "variant": "one threshold for all", "psnr": 35.0}])
+    found = json.loads(path.read_text())["summary"]
+    assert found["error on unseen samples / target"] == pytest.approx(0.031 / 0.03)
+    assert found["PSNR at the second density, dB"] == 33.0
+    assert found["PSNR at the first density, dB"] is None
+    assert found["probe error / true error"] is None
+    assert [file.name for file in tmp_path.iterdir()] == ["calibration.json"]

@@ -21,7 +21,14 @@ from torch import Tensor
 from freqopt.calibration_allocation import ProductCost, SiteChoices, allocate, total
 from freqopt.calibration_gains import Dense
 from freqopt.calibration_journal import Journal
-from freqopt.calibration_marginals import BOUNDS, coupled, marginal_units, measure_couplings
+from freqopt.calibration_marginals import (
+    BOUNDS,
+    Moves,
+    coupled,
+    couplings_of,
+    marginal_units,
+    measure_moves,
+)
 from freqopt.calibration_progress import Step
 from freqopt.calibration_refine import ALONE, TIED, Refinement, best_at_density, cheapest
 from freqopt.calibration_search import budgets, mean_density
@@ -123,14 +130,32 @@ def test_couplings_are_twice_the_products_with_all_others(cosine: float) -> None
     model = SumModel(pair(cosine), np.array([[0.02, 0.015, 0.01]]))
     refinement = model.refinement()
     allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
-    found = measure_couplings(
+    moves = measure_moves(
         model, [model.site], allocation, refinement.references, Silent(), Journal(None, "")  # type: ignore[arg-type]
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    found = couplings_of([model.site], allocation, moves)[0]
     row = np.arange(3)
     alone = np.sqrt(model.site.error[row, allocation.choices[0].index])
     expected = 2 * np.array([cosine * alone[1], cosine * alone[0], 0.0])
     low, high = BOUNDS
     np.testing.assert_allclose(found[0], expected.clip(low * alone, high * alone), atol=1e-7)
+
+
+def test_couplings_are_drawn_together_less_the_more_samples_tell() -> None:
+    """Two buckets whose heads make the same errors alone, coupled by 1 and by 3 times those."""
+    model = SumModel(np.repeat(np.eye(3)[None], 2, 0), np.full((2, 3), 0.01))
+    allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
+    rows = np.arange(6)
+    alone = np.sqrt(2 * model.site.error[rows, allocation.choices[0].index]).reshape(2, 3)
+    for samples, drawn in ((1, 0.5), (2, 1 / 3), (4, 0.2)):
+        moves = [
+            Moves(bucket, (1.0 + 2.0 * bucket) * alone[bucket], np.array([True, True, bucket > 0]))
+            for bucket in (0, 1)
+            for _ in range(samples)
+        ]
+        ratio = couplings_of([model.site], allocation, moves)[0] / alone
+        np.testing.assert_allclose(ratio[:, :2], np.array([[1 + drawn] * 2, [3 - drawn] * 2]))
+        np.testing.assert_allclose(ratio[:, 2], 3.0)  # where nothing is known, what others know
 
 
 def optimum(model: SumModel, density: float) -> float:

@@ -43,3 +43,8 @@ def test_rows(tmp_path: Path) -> None:
     assert "| calibration, s | not measured |" in said
     assert "| calibrated | 9.9%; 0.0100; 37.0 dB | 4.9%; 0.0100; 37.0 dB |" in said
     assert page.measured(tmp_path / "none.json") == "There is no result file yet."
+    del result["variants"]
+    (tmp_path / "calibration.json").write_text(json.dumps(result))
+    said = page.measured(tmp_path / "calibration.json")
+    assert "| PSNR at the first density, dB | 37 | at least 36 (aim 42) |" in said
+    assert "| budgets |" not in said
