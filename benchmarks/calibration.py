@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("frames", "height", "width", "steps"):
         parser.add_argument(f"--{name}", type=int, help="of the video (default: the demo's)")
     parser.add_argument("--dtype", choices=sorted(DTYPES))
-    parser.add_argument("--samples", type=int, default=16, help="inputs to calibrate on")
+    parser.add_argument("--samples", type=int, default=32, help="inputs to calibrate on")
     parser.add_argument("--seeds", type=int, default=2, help="videos sampled for each variant")
     parser.add_argument("--target-error", type=float, default=0.03)
     parser.add_argument(

@@ -19,7 +19,7 @@ from freqopt.calibration_samples import SampleSet
 from freqopt.calibration_search import budget_key, mean_densities
 from freqopt.demo_settings import DTYPES, Settings
 from freqopt.demo_video import psnr
-from freqopt.models_zoo.sampling import denoising_samples, sample
+from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 
 Budgets = dict[str, Tensor]
 """{site: (buckets, 2, H)}; a site without one stays dense."""
@@ -123,10 +123,10 @@ def open_bench(
 def sampled_inputs(
     model: nn.Module, settings: Settings, counts: Sequence[tuple[int, int]], bars: Progress
 ) -> list[list[dict[str, Any]]]:
-    """Inputs met while denoising, for each (count, first of two seeds)."""
+    """Inputs met while denoising, for each (count, first of the seeds)."""
     size = {"frames": settings.frames, "height": settings.height, "width": settings.width}
     where: dict[str, Any] = {"device": settings.device, "dtype": DTYPES[settings.dtype]}
-    with bars.phase("inputs", 2 * len(counts) * settings.steps) as step:
+    with bars.phase("inputs", sum(trajectories(n) for n, _ in counts) * settings.steps) as step:
         return [
             denoising_samples(
                 model, count, seed=seed, steps=settings.steps,

@@ -24,7 +24,7 @@ from freqopt.calibration_choices import site_choices
 from freqopt.calibration_gains import Dense, probed_samples
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_progress import Progress
-from freqopt.calibration_refine import Refinement, best_at_density
+from freqopt.calibration_refine import MAX_REFINED_SAMPLES, Refinement, best_at_density
 from freqopt.calibration_run import opened
 from freqopt.calibration_search import budgets
 from freqopt.calibration_video import GeneratedVideo, weighed_ways
@@ -190,7 +190,8 @@ def make_variants(
     unweighted = [site_choices(site, level[name], counts) for name, site in measured.items()]
     journal = Journal(None, "")
     video = GeneratedVideo(bench.runner, bench.pipeline(WEIGHED_SEED), 20.0, journal)
-    references = [Dense(bench.runner, sample) for sample in probed_samples(runner.samples)]
+    used = probed_samples(runner.samples, MAX_REFINED_SAMPLES)
+    references = [Dense(bench.runner, sample) for sample in used]
     refinement = Refinement(bench.runner, cost, bars, journal, references)
     refined = Refined(refinement, sites, densities, video)
     changed = {

@@ -30,7 +30,14 @@ from freqopt.calibration_journal import Entry, Journal, identity_of, open_journa
 from freqopt.calibration_measure import Session
 from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_readings import Measured, pack, unpack
-from freqopt.calibration_refine import ALONE, Refinement, Settled, best_at_density, cheapest
+from freqopt.calibration_refine import (
+    ALONE,
+    MAX_REFINED_SAMPLES,
+    Refinement,
+    Settled,
+    best_at_density,
+    cheapest,
+)
 from freqopt.calibration_run import Runner, opened
 from freqopt.calibration_samples import MAX_BUCKETS, Sample, Samples, collect_samples
 from freqopt.calibration_search import (
@@ -177,7 +184,10 @@ class Calibration:
         self.rounding = 0.0
         self.sites: list[SiteChoices] = []
         self.references: list[list[Tensor]] = []
-        self.fitted = [Dense(runner, sample) for sample in probed_samples(runner.samples)]
+        known = {id(sample): Dense(runner, sample) for sample in runner.samples.fit}
+        self.probed = [known[id(sample)] for sample in probed_samples(runner.samples)]
+        refined = probed_samples(runner.samples, MAX_REFINED_SAMPLES)
+        self.fitted = [known[id(sample)] for sample in refined]
 
     def for_error(self, target: float) -> Plan:
         """The plan that holds a relative error of the model's output."""
@@ -209,7 +219,7 @@ class Calibration:
         """Measure all sites and gains: what there is to choose from at each of them."""
         self.measure()
         self.gains, self.rounding = measure_gains(
-            self.runner, self.fitted, self.progress, self.journal
+            self.runner, self.probed, self.progress, self.journal
         )
         counts = self.runner.samples.bucket_samples
         self.sites = [

@@ -170,12 +170,12 @@ def _inject(
     return float(session.probe_error), reference.error_of(output)
 
 
-def probed_samples(samples: SampleSet) -> list[Sample]:
-    """Samples that gains are measured on, evenly spaced within each timestep bucket."""
+def probed_samples(samples: SampleSet, most: int = MAX_PROBED_SAMPLES) -> list[Sample]:
+    """At most so many fitted samples, evenly spaced within each timestep bucket, one at least."""
     used = []
     for bucket in range(samples.buckets):
         inside = [sample for sample in samples.fit if samples.bucket(sample) == bucket]
-        count = min(len(inside), max(1, MAX_PROBED_SAMPLES // samples.buckets))
+        count = min(len(inside), max(1, most // samples.buckets))
         middles = (np.arange(count) + 0.5) * len(inside) / count
         used += [inside[int(middle)] for middle in middles]
     return used

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,9 +23,12 @@ from freqopt.calibration_allocation import (
 from freqopt.calibration_gains import Array, Dense, probe_units
 from freqopt.calibration_journal import Journal
 from freqopt.calibration_marginals import (
+    Moves,
+    Unit,
     coupled,
     couplings_of,
     marginal_ratio,
+    marginal_units,
     measure_moves,
     working_errors,
 )
@@ -41,6 +44,14 @@ ALONE, TIED = "heads one at a time", "one threshold for all"
 ROUNDS = 3
 """Rounds of marginals, each as long as probing gains, in a model that is on a GPU and whose heads
 are moved one by one; elsewhere one."""
+
+ROUND_SAMPLES = (8, 8, 16)
+"""Samples that heads are moved in, in each round, those of a timestep bucket in turn; the latest
+that is known of every sample counts. Couplings carry over from round to round nearly as they are,
+while those of samples differ a lot, so the first rounds take other samples instead of all."""
+
+MAX_REFINED_SAMPLES = max(ROUND_SAMPLES)
+"""Fitted samples that ways are made and compared on, shared out among the timestep buckets."""
 
 REACH = (3.0, 2.0, 2.0)
 """Most that a density may change in each round: further away marginals tell nothing."""
@@ -114,7 +125,8 @@ def spent_cost(
 class Refinement:
     """What rounds of refinement share. references: dense outputs of fitted samples.
 
-    rounds: how many to make; None: as many as the model allows.
+    rounds: how many to make; None: as many as the model allows. moves: the latest that is known of
+    each reference, by its number, where the units in `units` were moved.
     """
 
     runner: Runner
@@ -123,6 +135,8 @@ class Refinement:
     journal: Journal
     references: list[Dense]
     rounds: int | None = None
+    units: list[Unit] = field(default_factory=list)
+    moves: dict[int, Moves] = field(default_factory=dict)
 
     def fitted(self, target: float) -> OutputError:
         """The criterion that ways are compared by where the model's output counts."""
@@ -169,6 +183,29 @@ class Refinement:
         small = any(head >= 0 for _, head in probe_units(measured))
         return ROUNDS if small and self.runner.on_gpu else 1
 
+    def _turn(self, number: int) -> list[int]:
+        """The references of a round: of each timestep bucket as many, those that come next."""
+        found: dict[int, list[int]] = {}
+        for at, reference in enumerate(self.references):
+            found.setdefault(self.runner.samples.bucket(reference.sample), []).append(at)
+        shares = [max(1, most // len(found)) for most in ROUND_SAMPLES]
+        at = min(number, len(shares) - 1)
+        start, count = sum(shares[:at]), shares[at]
+        return sorted(
+            {inside[(start + i) % len(inside)] for inside in found.values() for i in range(count)}
+        )
+
+    def _moves(self, sites: list[SiteChoices], allocation: Allocation, number: int) -> list[Moves]:
+        """The latest moves of all references, those of this round's measured at an allocation."""
+        units, turn = marginal_units(sites, allocation), self._turn(number)
+        if not number or units != self.units:
+            self.units, self.moves = units, {}
+        found = measure_moves(
+            self.runner, sites, allocation, self.references, self.progress, self.journal, turn
+        )
+        self.moves.update(zip(turn, found, strict=True))
+        return list(self.moves.values())
+
     def _add_round(
         self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
     ) -> bool:
@@ -176,10 +213,7 @@ class Refinement:
         if all(choice.dense for choice in allocation.choices) or verdict.error <= 0.0:
             return False
         sites = ways[0].sites
-        moves = measure_moves(
-            self.runner, sites, allocation, self.references, self.progress, self.journal
-        )
-        couplings = couplings_of(sites, allocation, moves)
+        couplings = couplings_of(sites, allocation, self._moves(sites, allocation, number))
         believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
         there = total(believed, allocation.choices, 0.0, self.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0

@@ -27,7 +27,7 @@ from freqopt.counting import counters
 from freqopt.demo_page import Sampled, write_page
 from freqopt.demo_settings import DTYPES, Settings, load_model
 from freqopt.doctor import environment
-from freqopt.models_zoo.sampling import denoising_samples, sample
+from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan import Plan
 
@@ -133,7 +133,7 @@ def denoising_inputs(
     model: VideoDiT, settings: Settings, bars: Progress
 ) -> list[dict[str, Tensor]]:
     """Inputs that the model meets while sampling, of other seeds than the demo's own."""
-    with bars.phase("sampling inputs", 2 * settings.steps) as step:
+    with bars.phase("sampling inputs", trajectories(settings.samples) * settings.steps) as step:
         return denoising_samples(
             model, settings.samples, frames=settings.frames, height=settings.height,
             width=settings.width, steps=settings.steps, seed=settings.seed + 1000,

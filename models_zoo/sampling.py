@@ -81,14 +81,28 @@ def denoising_samples(
 ) -> list[dict[str, Tensor]]:
     """Model inputs met while sampling, for calibration: `count` of them, spread over the steps.
 
-    Two trajectories of different seeds are sampled and the inputs taken from both in turn.
+    They are taken in turn from `trajectories(count)` of different seeds.
     """
     met: list[dict[str, Tensor]] = []
-    for trajectory in range(2):
+    videos = trajectories(count)
+    for trajectory in range(videos):
         sample(
             model, frames=frames, height=height, width=width, steps=steps,
             seed=seed + trajectory, device=device, dtype=dtype, inputs=met.append,
             callback=callback,
         )  # fmt: skip
     chosen = [round((i + 0.5) * steps / count - 0.5) for i in range(count)]
-    return [met[(i % 2) * steps + min(max(at, 0), steps - 1)] for i, at in enumerate(chosen)]
+    turn = [(i + (i // 4 if videos > 2 else 0)) % videos for i in range(count)]
+    return [
+        met[video * steps + min(max(at, 0), steps - 1)]
+        for video, at in zip(turn, chosen, strict=True)
+    ]
+
+
+def trajectories(count: int) -> int:
+    """Videos that inputs of `denoising_samples` come from: one for every eight, two at least.
+
+    Calibration fits the first and the last of every four inputs, so with more than two the turn
+    moves on by one after every four: else those fitted would be of two videos only.
+    """
+    return max(2, count // 8)

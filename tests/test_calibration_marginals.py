@@ -158,6 +158,22 @@ def test_couplings_are_drawn_together_less_the_more_samples_tell() -> None:
         np.testing.assert_allclose(ratio[:, 2], 3.0)  # where nothing is known, what others know
 
 
+def test_rounds_take_samples_in_turn_and_the_latest_of_each_counts() -> None:
+    model = SumModel(np.repeat(np.eye(3)[None], 2, 0), np.full((2, 3), 0.01))
+    refinement = model.refinement()
+    dense = refinement.references
+    refinement.references = [dense[i // 8] for i in range(16)]  # eight of each bucket
+    turns = [refinement._turn(number) for number in range(4)]
+    assert turns[0] == [0, 1, 2, 3, 8, 9, 10, 11] and turns[1] == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert turns[2] == turns[3] == list(range(16))
+    refinement.references = [dense[0], dense[1], dense[1]]
+    assert [refinement._turn(number) for number in range(3)] == [[0, 1, 2]] * 3
+    refinement.references = [dense[i // 8] for i in range(16)]
+    allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
+    assert [len(refinement._moves([model.site], allocation, n)) for n in range(3)] == [8, 16, 16]
+    assert len(refinement._moves([model.site], allocation, 0)) == 8  # another allocation's first
+
+
 def optimum(model: SumModel, density: float) -> float:
     """Least true error of three heads within a mean density, by trying all."""
     falling = np.array([d for d, _ in model.curve.values()])
