@@ -299,6 +299,36 @@ def _consume(
 
 
 @gluon.jit
+def _buffers(dtype: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory of a program, with its barriers set up.
+
+    Queries of both consumers (2, 64, D); rings of keys and of values (STAGES, 128, D); the same
+    rings as pieces (64, 64), which copies fill; and the barriers of their buffers: full and empty
+    of the keys, full and empty of the values. A buffer is full by one arrival and empty by two.
+    """
+    q_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, D], OPERAND)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+    barrier()
+    PIECES: gl.constexpr = STAGES * (D // HALF) * 2
+    k_pieces = k_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
+    v_pieces = v_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
+    return (
+        q_buffers, (k_ring, v_ring), (k_pieces, v_pieces), (k_full, k_empty, v_full, v_empty)
+    )  # fmt: skip
+
+
+@gluon.jit
 def attend_hopper_kernel(
     query, order, key, value, text_key, text_value, key_mask, low_key, low_value, low_order,
     key_shift, mass_term, coefficients, exact_list, counts, out,
@@ -326,23 +356,10 @@ def attend_hopper_kernel(
     n_exact = gl.load(counts + row * 2)
     text_tiles = (text + TILE - 1) // TILE
 
-    q_buffers = gl.allocate_shared_memory(key.dtype, [2, ROWS, D], OPERAND)
-    k_ring = gl.allocate_shared_memory(key.dtype, [STAGES, TILE, D], OPERAND)
-    v_ring = gl.allocate_shared_memory(key.dtype, [STAGES, TILE, D], OPERAND)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-    barrier()
-    PIECES: gl.constexpr = STAGES * (D // HALF) * 2
-    k_pieces = k_ring._reinterpret(key.dtype, [PIECES, HALF, HALF], OPERAND)
-    v_pieces = v_ring._reinterpret(key.dtype, [PIECES, HALF, HALF], OPERAND)
+    q_buffers, rings, pieces, barriers = _buffers(key.dtype, D, STAGES)
+    k_ring, v_ring = rings
+    k_pieces, v_pieces = pieces
+    k_full, k_empty, v_full, v_empty = barriers
 
     first = tile * TILE
     shift = key_shift + key_pair * D

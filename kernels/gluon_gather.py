@@ -15,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from freqopt.kernels.gluon_attend import (
     BLOCK,
     HALF,
-    OPERAND,
     ROWS,
     TILE,
+    _buffers,
     _consume,
     _load_tile,
     barrier,
@@ -146,24 +146,10 @@ def gather_hopper_kernel(
     text_tiles = (text + TILE - 1) // TILE
     first = gl.load(tile_list + at) * TILE
 
-    dtype: gl.constexpr = low_key.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, D], OPERAND)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-    barrier()
-    PIECES: gl.constexpr = STAGES * (D // HALF) * 2
-    k_pieces = k_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
-    v_pieces = v_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
+    q_buffers, rings, pieces, barriers = _buffers(low_key.dtype, D, STAGES)
+    k_ring, v_ring = rings
+    k_pieces, v_pieces = pieces
+    k_full, k_empty, v_full, v_empty = barriers
 
     shift = key_shift + key_pair * D
     gl.warp_specialize(
