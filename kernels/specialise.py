@@ -47,7 +47,10 @@ POINTERS = {
     "counts": "*i32",
     "key_mask": "*i1", "tile_list": "*i32", "packed": "*u8", "prefix": "*i32", "histogram": "*i32",
 }  # fmt: skip
-"""Types of pointer arguments by name; those of NATIVE are the tensors' own."""
+"""Types of pointer arguments by name; those of NATIVE are the tensors' own.
+
+As exported graphs pass them: PyTorch's token order is int32, an ONNX graph's int64.
+"""
 
 DESCRIPTORS = (
     "key", "value", "text_key", "text_value", "low_key", "low_value", "low_order"
