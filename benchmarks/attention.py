@@ -206,7 +206,7 @@ def measure(a: Attention, densities: tuple[float, ...]) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Error against time, one curve a problem size, dense as a vertical line."""
+    """Error against time, both logarithmic, one curve a problem; dense as a vertical line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,26 +217,32 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     for ax, problem in zip(axes[0], result["problems"], strict=True):
         rows = [r for r in problem["rows"] if r["density"] < 1]
-        ax.plot([r["ms"] for r in rows], [r["l1"] for r in rows], "o-", color="#1f6feb")
+        ax.loglog(
+            [r["ms"] for r in rows], [r["l1"] for r in rows], "o-", color="#1f6feb", label="split"
+        )
         for r in rows:
             ax.annotate(
-                f"{100 * r['density']:.0f} %  {r['speedup']:.1f}x", (r["ms"], r["l1"]),
-                textcoords="offset points", xytext=(6, 4), fontsize=8,
+                f"{100 * r['density']:.3g} %  {r['speedup']:.1f}x", (r["ms"], r["l1"]),
+                textcoords="offset points", xytext=(-5, -3), ha="right", va="top", fontsize=7,
             )  # fmt: skip
         for name in sorted({r["name"] for r in problem.get("rivals", [])}):
             other = [r for r in problem["rivals"] if r["name"] == name]
             ax.plot([r["ms"] for r in other], [r["l1"] for r in other], "s--", label=name,
-                    markersize=4, linewidth=1)  # fmt: skip
-            ax.legend(fontsize=8, frameon=False)
+                    color="#888888", markersize=4, linewidth=1)  # fmt: skip
+        ax.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(0.93, 1))
         best = min(problem["dense_ms"].values())
         ax.axvline(best, color="#888", linestyle="--")
-        ax.annotate(f"dense {best:.1f} ms", (best, ax.get_ylim()[1]), rotation=90, va="top",
+        ax.annotate(f"dense {best:.1f} ms", (best, rows[-1]["l1"]), rotation=90, va="bottom",
                     ha="right", fontsize=8, color="#555")  # fmt: skip
         ax.set(
             xlabel="time of the whole call, ms", ylabel="relative L1 error, mean over heads",
-            title=f"{problem['heads']} heads x {problem['tokens']:,} tokens", xlim=(0, None),
-            ylim=(0, None),
+            title=f"{problem['heads']} heads x {problem['tokens']:,} tokens",
+            xlim=(0.35 * rows[0]["ms"], 1.3 * best), ylim=(0.6 * rows[-1]["l1"], None),
         )  # fmt: skip
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
     figure.tight_layout()

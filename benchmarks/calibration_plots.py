@@ -58,5 +58,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
         right.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
         right.tick_params(axis="y", which="minor", labelsize=8)
-        right.legend(loc="upper right")
+        right.legend(loc="lower left")
         figure.savefig(path, dpi=150)
