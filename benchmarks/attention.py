@@ -211,6 +211,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(
         1, len(result["problems"]), figsize=(5.2 * len(result["problems"]), 3.8), squeeze=False
@@ -241,6 +242,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
