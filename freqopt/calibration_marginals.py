@@ -80,22 +80,6 @@ def own_errors(site: SiteChoices, choice: SiteChoice) -> Array:
     return np.sqrt(square).reshape(len(site.shares), site.heads)
 
 
-def working_errors(
-    runner: Runner,
-    sites: Sequence[SiteChoices],
-    allocation: Allocation,
-    references: Sequence[Dense],
-    journal: Journal,
-) -> Array:
-    """Squared relative error of the output for each reference, with an allocation's budgets."""
-    return np.array(
-        [
-            _squared_error(runner, sites, allocation, number, reference, journal)
-            for number, reference in enumerate(references)
-        ]
-    )
-
-
 def _squared_error(
     runner: Runner,
     sites: Sequence[SiteChoices],
@@ -130,6 +114,7 @@ def measure_moves(
     sites: Sequence[SiteChoices],
     allocation: Allocation,
     references: Sequence[Dense],
+    errors: Sequence[float],
     progress: Progress,
     journal: Journal,
     used: Sequence[int] | None = None,
@@ -138,17 +123,17 @@ def measure_moves(
 
     An error a of a head alone changes the squared error of the output by a^2 + coupling x a, so of
     the change a^2 is taken off and the rest divided by the change of a.
-    sites: as measured one head at a time. used: which references, all by default.
+    sites: as measured one head at a time. errors: of each reference at the allocation, relative to
+    the dense output. used: which references, all by default.
     """
     units, samples = marginal_units(sites, allocation), runner.samples
     used = range(len(references)) if used is None else used
     found = []
-    with progress.phase("probing marginals", len(used) * (len(units) + 1)) as step:
+    with progress.phase("probing marginals", len(used) * len(units)) as step:
         for number in used:
             reference = references[number]
             bucket = samples.bucket(reference.sample)
-            base = _squared_error(runner, sites, allocation, number, reference, journal)
-            step()
+            base = errors[number] ** 2
             coupling, known = np.zeros(len(units)), np.zeros(len(units), dtype=bool)
             for at, unit in enumerate(units):
                 other = moved(sites, allocation, unit, bucket)

@@ -30,7 +30,6 @@ from freqopt.calibration_marginals import (
     marginal_ratio,
     marginal_units,
     measure_moves,
-    working_errors,
 )
 from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner
@@ -171,7 +170,7 @@ class Refinement:
     def bucket_errors(self, sites: list[SiteChoices], allocation: Allocation) -> Array:
         """Squared relative error of the output by timestep bucket, with an allocation's budgets."""
         samples = self.runner.samples
-        squares = working_errors(self.runner, sites, allocation, self.references, self.journal)
+        squares = np.square(self.fitted(1.0).measure(budgets(sites, allocation)).errors)
         of = np.array([samples.bucket(reference.sample) for reference in self.references])
         return np.array([squares[of == bucket].mean() for bucket in range(samples.buckets)])
 
@@ -195,14 +194,20 @@ class Refinement:
             {inside[(start + i) % len(inside)] for inside in found.values() for i in range(count)}
         )
 
-    def _moves(self, sites: list[SiteChoices], allocation: Allocation, number: int) -> list[Moves]:
-        """The latest moves of all references, those of this round's measured at an allocation."""
+    def _moves(
+        self, sites: list[SiteChoices], allocation: Allocation, errors: Sequence[float], number: int
+    ) -> list[Moves]:
+        """The latest moves of all references, those of this round's measured at an allocation.
+
+        errors: of all references there.
+        """
         units, turn = marginal_units(sites, allocation), self._turn(number)
         if not number or units != self.units:
             self.units, self.moves = units, {}
         found = measure_moves(
-            self.runner, sites, allocation, self.references, self.progress, self.journal, turn
-        )
+            self.runner, sites, allocation, self.references, errors, self.progress, self.journal,
+            turn,
+        )  # fmt: skip
         self.moves.update(zip(turn, found, strict=True))
         return list(self.moves.values())
 
@@ -213,7 +218,8 @@ class Refinement:
         if all(choice.dense for choice in allocation.choices) or verdict.error <= 0.0:
             return False
         sites = ways[0].sites
-        couplings = couplings_of(sites, allocation, self._moves(sites, allocation, number))
+        moves = self._moves(sites, allocation, verdict.errors, number)
+        couplings = couplings_of(sites, allocation, moves)
         believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
         there = total(believed, allocation.choices, 0.0, self.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0

@@ -130,8 +130,10 @@ def test_couplings_are_twice_the_products_with_all_others(cosine: float) -> None
     model = SumModel(pair(cosine), np.array([[0.02, 0.015, 0.01]]))
     refinement = model.refinement()
     allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
+    errors = refinement.fitted(1.0).measure(budgets([model.site], allocation)).errors
     moves = measure_moves(
-        model, [model.site], allocation, refinement.references, Silent(), Journal(None, "")  # type: ignore[arg-type]
+        model, [model.site], allocation, refinement.references, errors, Silent(),  # type: ignore[arg-type]
+        Journal(None, ""),
     )  # fmt: skip
     found = couplings_of([model.site], allocation, moves)[0]
     row = np.arange(3)
@@ -170,8 +172,13 @@ def test_rounds_take_samples_in_turn_and_the_latest_of_each_counts() -> None:
     assert [refinement._turn(number) for number in range(3)] == [[0, 1, 2]] * 3
     refinement.references = [dense[i // 8] for i in range(16)]
     allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
-    assert [len(refinement._moves([model.site], allocation, n)) for n in range(3)] == [8, 16, 16]
-    assert len(refinement._moves([model.site], allocation, 0)) == 8  # another allocation's first
+    errors = refinement.fitted(1.0).measure(budgets([model.site], allocation)).errors
+
+    def known(number: int) -> int:
+        return len(refinement._moves([model.site], allocation, errors, number))
+
+    assert [known(number) for number in range(3)] == [8, 16, 16]
+    assert known(0) == 8  # another allocation's first
 
 
 def optimum(model: SumModel, density: float) -> float:
