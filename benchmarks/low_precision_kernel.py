@@ -25,10 +25,10 @@ from freqopt.kernels.gluon_attend import (
     HALF,
     LOG2E,
     MMA,
-    OPERAND,
     ROWS,
     TILE,
     _as_operand,
+    _buffers,
     _faded,
     _leave,
     _list_bias,
@@ -342,24 +342,10 @@ def attend8_kernel(
     mass_term += row * blocks
     n_exact = gl.load(counts + row * 2)
 
-    dtype: gl.constexpr = low_key.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, D], OPERAND)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], OPERAND)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-    barrier()
-    PIECES: gl.constexpr = STAGES * (D // HALF) * 2
-    k_pieces = k_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
-    v_pieces = v_ring._reinterpret(dtype, [PIECES, HALF, HALF], OPERAND)
+    q_buffers, rings, pieces, barriers = _buffers(low_key.dtype, D, STAGES)
+    k_ring, v_ring = rings
+    k_pieces, v_pieces = pieces
+    k_full, k_empty, v_full, v_empty = barriers
     q8_buffers = q_buffers._reinterpret(gl.int8, [4, ROWS, D], KEYS8)
     k8_ring = k_ring._reinterpret(gl.int8, [STAGES * 2, TILE, D], KEYS8)
     k8_pieces = k_ring._reinterpret(gl.int8, [STAGES * 4, BLOCK, D], KEYS8)

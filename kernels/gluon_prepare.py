@@ -92,6 +92,22 @@ def _leave(empty, stage):
 
 
 @gluon.jit
+def _take(
+    i, first, first_block, target, pieces, full,
+    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Wait for a program's i-th block and start its copy: its buffer, and its number in the head
+    and in all heads."""
+    stage = i % STAGES
+    block = first + i
+    row = first_block + block
+    mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+    if COPY:
+        _copy_out(target, row * BLOCK, pieces, stage, D)
+    return stage, block, row
+
+
+@gluon.jit
 def _sums(tile, COLS: gl.constexpr):
     """Float32 values (64, D) of a buffer, and their column sums and sums of squares (D,)."""
     x = tile.load(COLS).to(gl.float32)
@@ -115,12 +131,9 @@ def _prepare_keys(
     dtype: gl.constexpr = key_var.dtype.element_ty
     total = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, COLS))
     for i in range(count):
-        stage = i % STAGES
-        block = first + i
-        row = first_block + block
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if COPY:
-            _copy_out(key_out, row * BLOCK, pieces, stage, D)
+        stage, block, row = _take(
+            i, first, first_block, key_out, pieces, full, D, COPY, STAGES
+        )  # fmt: skip
         k, k_sum, k_square = _sums(ring.index(stage), COLS)
         size = _size(block, tokens)
         mean = k_sum / size
@@ -158,12 +171,9 @@ def _prepare_values(
     total = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, COLS))
     squares = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, COLS))
     for i in range(count):
-        stage = i % STAGES
-        block = first + i
-        row = first_block + block
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if COPY:
-            _copy_out(value_out, row * BLOCK, pieces, stage, D)
+        stage, block, row = _take(
+            i, first, first_block, value_out, pieces, full, D, COPY, STAGES
+        )  # fmt: skip
         _, v_sum, v_square = _sums(ring.index(stage), COLS)
         size = _size(block, tokens)
         mean = v_sum / size

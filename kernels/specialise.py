@@ -225,11 +225,15 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         yield Specialised(name, triton_long.rank_kernel, constants, {**few, "num_warps": 8}, 0)
 
 
+def _scored_by_gluon(variant: Variant) -> bool:
+    """Whether the Gluon scores serve calls of this variant; see hopper.scores_apply."""
+    half = variant.dtype != "float32"
+    return variant.capability == 90 and half and variant.head_dim in hopper.STAGES
+
+
 def _has_gluon(variant: Variant) -> bool:
-    """Whether Gluon kernels serve calls of this variant; see hopper.applies."""
-    if variant.capability != 90 or variant.dtype == "float32":
-        return False
-    return variant.head_dim in hopper.STAGES and not variant.mid_band
+    """Whether all Gluon kernels do; see hopper.applies."""
+    return _scored_by_gluon(variant) and not variant.mid_band
 
 
 def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialised | None:
@@ -257,10 +261,9 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
 
 def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None:
     """The Gluon kernel of the scores, which calls from PyTorch launch where hopper.scores_apply."""
-    dim = variant.head_dim
-    if variant.capability != 90 or variant.dtype == "float32" or dim not in hopper.STAGES:
+    if not _scored_by_gluon(variant):
         return None
-    constants, tiles = {"D": dim, "LISTED": long}, gluon_score.TILES.value
+    constants, tiles = {"D": variant.head_dim, "LISTED": long}, gluon_score.TILES.value
     function = gluon_score.score_hopper_kernel
     return Specialised("score_hopper", function, constants, {"num_warps": 4}, tiles)
 

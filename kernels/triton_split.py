@@ -34,7 +34,7 @@ from freqopt.kernels.triton_prepare import (
     summarise_kernel,
 )
 from freqopt.kernels.triton_probe import fit_probes, probe_space
-from freqopt.kernels.triton_score import disperse_kernel, pool_tiles_kernel, score_kernel
+from freqopt.kernels.triton_score import LANES, disperse_kernel, pool_tiles_kernel, score_kernel
 from freqopt.kernels.tuned import launch_on
 from freqopt.kernels.workspace import bytes_per_key_head, is_long, turns
 
@@ -56,8 +56,8 @@ CENTRE_BLOCKS = 32
 ORDER_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
 
-POOLED_TILES = 4
-"""Tiles whose pooled queries lie together: triton_score.LANES."""
+POOLED_TILES = int(LANES.value)
+"""Tiles whose pooled queries lie together."""
 
 ROUTE_BLOCKS = 512
 ROUTE_WARPS = 2
