@@ -82,7 +82,7 @@ class Bench:
     def choose(self, chosen: Budgets) -> None:
         """Budgets of the runs that follow; their densities are collected from here on."""
         session = self.runner.session
-        session.budgets, session.densities, session.errors = chosen, {}, {}
+        session.budgets, session.densities = chosen, {}
 
     def density(self) -> float:
         """Of the runs since budgets were chosen, over all attentions; dense ones count as 1."""

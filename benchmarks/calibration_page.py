@@ -1,15 +1,13 @@
 """Writes the measured tables of docs/calibration.md: `python -m benchmarks.calibration_page`.
 
-Every figure in them comes from benchmarks/results/: `benchmarks.calibration` wrote
-calibration.json, `benchmarks.adaptive` wrote adaptive.json and, on a CPU, adaptive_cpu.json.
-`--check` fails where the page says something else.
+Every figure in them comes from benchmarks/results/calibration.json, which `benchmarks.calibration`
+wrote. `--check` fails where the page says something else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +18,6 @@ from benchmarks.pages import DOCS, RESULTS, markers, rewrite
 PAGE = DOCS / "calibration.md"
 NAME = "calibration"
 BEGIN, END = markers(NAME)
-
-ADAPTIVE = {
-    "": "the plan's thresholds",
-    "adapted_": "with `adapt`",
-    "pinned_": "scaled to equal density",
-}
 
 WANTED = {
     "error on unseen samples / target": "at most 1.1 (aim 0.8 to 1.0)",
@@ -90,45 +82,12 @@ def measured(path: Path = RESULTS / "calibration.json") -> str:
     return "\n".join(rows(json.loads(path.read_text())))
 
 
-def adaptive_rows(result: dict[str, Any], name: str) -> Iterator[str]:
-    """What `benchmarks.adaptive` measured, in Markdown. name: of the result file."""
-    where, grid, found = result["environment"], result["grid"], dict(result["summary"])
-    worst = found.pop("largest / smallest")
-    yield (
-        f"{where['device']}, torch {where['torch']}, commit {where['commit']}: "
-        f"{' x '.join(map(str, grid))} = {math.prod(grid):,} tokens, a plan for "
-        f"{result['target']:.0%}, {len(result['rows']) // len(found)} calls of each "
-        f"([numbers](../benchmarks/results/{name}.json), "
-        f"[picture](../benchmarks/results/{name}.png)):"
-    )
-    yield ""
-    yield f"| error of the output (density) | {' | '.join(found)} | largest / smallest error |"
-    yield "|---|" + "---|" * (len(found) + 1)
-    for prefix, way in ADAPTIVE.items():
-        cells = [
-            f"{row[prefix + 'error']:.2%} ({row[prefix + 'density']:.1%})" for row in found.values()
-        ]
-        yield f"| {way} | {' | '.join(cells)} | {worst[prefix + 'error']:.2f} |"
-
-
-def adaptive() -> str:
-    """The same from all result files that there are."""
-    tables = [
-        "\n".join(adaptive_rows(json.loads((RESULTS / f"{name}.json").read_text()), name))
-        for name in ("adaptive", "adaptive_cpu")
-        if (RESULTS / f"{name}.json").exists()
-    ]
-    return "\n\n".join(tables)
-
-
 def main() -> None:
     """Rewrite the page, or check it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    said = {NAME: measured(), "adaptive": adaptive()}
-    same = [rewrite(PAGE, name, text, check=check) for name, text in said.items()]
-    if not all(same) and check:
+    if not rewrite(PAGE, NAME, measured(), check=check) and check:
         sys.exit(
             "docs/calibration.md differs from benchmarks/results/: run "
             "`python -m benchmarks.calibration_page`"

@@ -44,9 +44,7 @@ class Options:
     plan: a `Plan` or the path of one. grid: extents (t, h, w) of the video tokens, where the graph
     does not tell them. grids: several of these, for a model that is called at several resolutions:
     where a graph tells none, the one that has as many tokens is taken. threshold: one budget for
-    all sites instead of a plan; 0 is exact. adapt: tighten a head's budget for the next call where
-    the error measured in this one is above the plan's bound; outputs then depend on the calls
-    before (`reset_counters` starts anew). min_tokens: shorter sites stay dense (default: by
+    all sites instead of a plan; 0 is exact. min_tokens: shorter sites stay dense (default: by
     `freqopt.break_even`, from the site's heads). strict: raise where a site cannot be rewritten.
     inner: the backend that compiles the rewritten graph. mode: its mode, such as "reduce-overhead"
     (torch.compile does not take options and a mode at once).
@@ -56,7 +54,6 @@ class Options:
     grid: tuple[int, int, int] | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
     threshold: float | None = None
-    adapt: bool = False
     min_tokens: int | None = None
     strict: bool = False
     inner: str | Callable[..., Compiled] = "inductor"
@@ -149,11 +146,8 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     least = given.get("min_tokens")
     if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
         raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")
-    for name in ("strict", "adapt"):
-        if not isinstance(given.get(name, False), bool):
-            raise OptionError(f"{name} {given[name]!r} must be True or False")
-    if given.get("adapt") and "plan" not in given:
-        raise OptionError("adapt needs a plan, whose bounds of errors it holds")
+    if not isinstance(given.get("strict", False), bool):
+        raise OptionError(f"strict {given['strict']!r} must be True or False")
     inner = given.get("inner", "inductor")
     if not (callable(inner) or isinstance(inner, str)):
         raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
@@ -257,7 +251,7 @@ def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:
     if site.mark is not None:
         return Decision(
             site, True, "by the budget attached to its module", site.mark.budget,
-            mid_band=site.mark.mid_band, probes=DEFAULT_PROBES, adapt=site.mark.adapt,
+            mid_band=site.mark.mid_band, probes=DEFAULT_PROBES,
         )  # fmt: skip
     if plan is not None:
         if site.name not in plan.sites:
@@ -265,13 +259,12 @@ def _decide_one(settings: Options, plan: Plan | None, site: Site) -> Decision:
         if plan.sites[site.name].decision == "dense":
             return Decision(site, False, f"by the plan: {plan.sites[site.name].reason}")
         edges, name = tuple(plan.timestep_edges), plan.timestep_name
-        read = plan.adaptive_budgets if settings.adapt else plan.budgets
-        budgets = read(site.name)
+        budgets = plan.budgets(site.name)
         return Decision(
             site, True, "by the plan",
             budgets if edges else budgets[0],
             mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
-            timestep=Timestep(name, edges) if name and edges else None, adapt=settings.adapt,
+            timestep=Timestep(name, edges) if name and edges else None,
         )  # fmt: skip
     if settings.threshold is not None:
         budget = torch.full((2, site.heads), float(settings.threshold))

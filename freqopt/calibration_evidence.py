@@ -45,9 +45,6 @@ from freqopt.plan_records import (
 )
 
 DIGITS = 5
-BOUND, LEAST_BOUND = 1.5, 1e-3
-"""Bound of a call's error over the head's own root mean square error, and the least such error."""
-
 MAX_PSNR = 200.0
 """In dB; stands for equal outputs too, as JSON has no infinity."""
 
@@ -163,7 +160,6 @@ def _split_site(
     row = np.arange(len(choice.index))
     own, buckets = _own_errors(site, found, gains[site.name]), len(site.shares)
     error = np.sqrt((site.weight * own[row, choice.index]).reshape(buckets, -1).sum(0))
-    bounds = BOUND * np.sqrt(own[row, choice.index]).clip(min=LEAST_BOUND).reshape(buckets, -1)
     expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
     threshold, mid = (
         values[choice.index].reshape(buckets, -1) for values in (site.threshold, site.mid)
@@ -180,7 +176,6 @@ def _split_site(
         ],
         density=_row(torch.tensor(expected) if density is None else density),
         error=_row(torch.tensor(error)),
-        bounds=_rows(torch.tensor(bounds)),
         gains=_gains(gains, site.name),
         marginals=_gains(marginals, site.name),
     )

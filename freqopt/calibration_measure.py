@@ -53,10 +53,9 @@ class Session:
     budgets: {site: (2, H) budget, or (buckets, 2, H)} used in mode "split" (other sites stay dense)
     and at the one site `probed` in mode "probe". readings: of the pass under way in mode "measure".
     probed_head: its head that is given an error, -1 for all of them.
-    densities, errors: (H,) per call, of passes in mode "split"; errors as the op's probes report
-    them, the worst batch item's. probe_error: in mode "probe" the squared relative error that was
-    put into the site's output. times: of mode "time", (dense, split) in ms. timings: one
-    for each shape of attention seen on a GPU.
+    densities: (H,) per call, of passes in mode "split". probe_error: in mode "probe" the squared
+    relative error that was put into the site's output. times: of mode "time", (dense, split) in ms.
+    timings: one for each shape of attention seen on a GPU.
     """
 
     mode: Mode = "dense"
@@ -69,7 +68,6 @@ class Session:
     dense_sites: dict[str, str] = field(default_factory=dict)
     budgets: dict[str, Tensor] = field(default_factory=dict)
     densities: dict[str, list[Tensor]] = field(default_factory=dict)
-    errors: dict[str, list[Tensor]] = field(default_factory=dict)
     probe_error: Tensor | None = None
     readings: list[Reading] = field(default_factory=list)
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -138,9 +136,8 @@ class Recorder:
             if session.mode == "probe" and session.probed == site.name:
                 return self._probe(call)
             if session.mode == "split" and site.name in session.budgets:
-                out, density, error = session.split(call, site.name)
+                out, density, _ = session.split(call, site.name)
                 session.densities.setdefault(site.name, []).append(density.mean(0))
-                session.errors.setdefault(site.name, []).append(error.amax(0))
                 return out
             if session.mode == "time" and site.name in session.budgets:
                 session.times[site.name] = self._time(call)

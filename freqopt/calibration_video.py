@@ -75,7 +75,7 @@ class GeneratedVideo:
 
     def _run(self, budgets: dict[str, Tensor]) -> Verdict:
         session = self.runner.session
-        session.budgets, session.densities, session.errors = budgets, {}, {}
+        session.budgets, session.densities = budgets, {}
         error = self._error(pixels(self.runner.generate(self.pipeline, "split")))
         return Verdict([error], mean_densities(session.densities))
 

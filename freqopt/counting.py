@@ -10,23 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from freqopt.passes.manager import Decision
 
 
 @dataclass(frozen=True)
 class SiteCount:
-    """Calls of one site in one compiled graph. reason: why it is split or stays dense.
-
-    factor: with the option `adapt`, what the thresholds of its tightest head are multiplied by now.
-    """
+    """Calls of one site in one compiled graph. reason: why it is split or stays dense."""
 
     site: str
     split: bool
     calls: int
     reason: str
-    factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +39,13 @@ class Counters:
         lines = [f"{self.split} attention calls split, {self.dense} dense"]
         for item in self.sites:
             action = "split" if item.split else "dense"
-            adapted = "" if item.factor is None else f", thresholds x {item.factor:.2f}"
-            lines.append(f"  {item.site}: {item.calls} {action} ({item.reason}{adapted})")
+            lines.append(f"  {item.site}: {item.calls} {action} ({item.reason})")
         return "\n".join(lines)
 
 
 @dataclass
 class _Graph:
     decisions: tuple[tuple[str, bool, str], ...]
-    factors: tuple[Tensor | None, ...]
     calls: int = 0
 
 
@@ -64,10 +56,7 @@ def counted(compiled: Callable[..., Any], decisions: Sequence[Decision]) -> Call
     """`compiled`, counting its calls for the sites it holds."""
     if not decisions:
         return compiled
-    graph = _Graph(
-        tuple((d.site.name, d.split, d.reason) for d in decisions),
-        tuple(d.factor for d in decisions),
-    )
+    graph = _Graph(tuple((d.site.name, d.split, d.reason) for d in decisions))
     _graphs.append(graph)
 
     def run(*arguments: Any) -> Any:
@@ -80,10 +69,10 @@ def counted(compiled: Callable[..., Any], decisions: Sequence[Decision]) -> Call
 def counters() -> Counters:
     """How many attention calls of models compiled with freqopt were split, and how many not."""
     sites = tuple(
-        SiteCount(name, split, graph.calls, reason, None if factor is None else float(factor.min()))
+        SiteCount(name, split, graph.calls, reason)
         for graph in _graphs
         if graph.calls
-        for (name, split, reason), factor in zip(graph.decisions, graph.factors, strict=True)
+        for name, split, reason in graph.decisions
     )
     return Counters(
         split=sum(s.calls for s in sites if s.split),
@@ -93,9 +82,6 @@ def counters() -> Counters:
 
 
 def reset_counters() -> None:
-    """Start counting from zero, and adapting from the plan's own budgets."""
+    """Start counting from zero."""
     for graph in _graphs:
         graph.calls = 0
-        for factor in graph.factors:
-            if factor is not None:
-                factor.fill_(1.0)

@@ -23,7 +23,7 @@ from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.plan_records import Evidence, ModelIdentity, Record, SitePlan, Versions
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Version of the file format; raised when a reader of the old one could misread a new file."""
 
 FORMAT = "freqopt-plan"
@@ -114,20 +114,6 @@ class Plan(Record):
         """
         buckets = range(len(self.timestep_edges) + 1)
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
-
-    def adaptive_budgets(self, site_name: str) -> Tensor:
-        """Budgets with a third row, (buckets, 3, H): the bounds of the error (infinite if dense).
-
-        Raises:
-            PlanError: the plan has no such site, or no bounds for it.
-        """
-        site, budgets = self._site(site_name), self.budgets(site_name)
-        bounds = torch.full((len(budgets), 1, site.heads), math.inf)
-        if site.decision == "split":
-            if not site.bounds:
-                raise PlanError(f"this plan has no bounds of errors for {site_name!r} to adapt to")
-            bounds = torch.tensor(site.bounds).unsqueeze(1)
-        return torch.cat([budgets, bounds], 1)
 
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""

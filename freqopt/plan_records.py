@@ -1,6 +1,6 @@
 """What a plan is made of: records checked field by field, and what was measured for them.
 
-The backend reads identity, budgets and bounds; the evidence is for the report and for people.
+The backend reads identity and budgets; the evidence is for the report and for people.
 """
 
 from __future__ import annotations
@@ -61,11 +61,10 @@ class SitePlan(Record):
 
     budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
     head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
-    head's output. bounds: [bucket][head], error of a call above which the backend's
-    option `adapt` tightens the head's budget. gains: [bucket][head], relative error of the model's
-    output over that of the site which caused it. marginals: [bucket][head], change of the output's
-    squared error with that of the head, all others split too, over what it would be with that error
-    alone; below 0 where the head undoes errors of others. Empty where they decided nothing.
+    head's output. gains: [bucket][head], relative error of the model's output over that of the
+    site which caused it. marginals: [bucket][head], change of the output's squared error with that
+    of the head, all others split too, over what it would be with that error alone; below 0 where
+    the head undoes errors of others. Empty where they decided nothing.
     """
 
     heads: int = Field(ge=1, le=MOST_HEADS)
@@ -76,7 +75,6 @@ class SitePlan(Record):
     budgets: list[Budget] = []
     density: list[float] = []
     error: list[float] = []
-    bounds: list[list[float]] = []
     gains: list[list[float]] = []
     marginals: list[list[float]] = []
 
@@ -85,11 +83,7 @@ class SitePlan(Record):
         if (self.decision == "split") != bool(self.budgets):
             raise ValueError("a split site needs budgets and a dense site has none")
         rows = [budget.threshold for budget in self.budgets]
-        rows += [self.density, self.error, *self.gains, *self.marginals, *self.bounds]
-        if self.bounds and len(self.bounds) != len(self.budgets):
-            raise ValueError("bounds are not one list for each timestep bucket")
-        if any(bound <= 0 for row in self.bounds for bound in row):
-            raise ValueError("a bound is not positive")
+        rows += [self.density, self.error, *self.gains, *self.marginals]
         if any(row and len(row) != self.heads for row in rows):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
         return self

@@ -43,10 +43,6 @@ class Attached:
             del module.__dict__["freqopt_grids"], module.__dict__["freqopt_mid_band"]
         self.modules = []
 
-    def factors(self) -> list[Tensor]:
-        """With `adapt`, what each module's thresholds are multiplied by now, (H,) each."""
-        return [getattr(module, BUFFER)[3] for module in self.modules]
-
     def __enter__(self) -> Attached:
         return self
 
@@ -59,7 +55,7 @@ class Attached:
         self.remove()
 
 
-def attach(model: nn.Module, plan: Plan, *, adapt: bool = False) -> Attached:
+def attach(model: nn.Module, plan: Plan) -> Attached:
     """Put a plan's budgets onto the attention modules of `model`, for regional compilation.
 
     Afterwards compile blocks with ``backend="freqopt"`` and no plan among the options:
@@ -72,7 +68,6 @@ def attach(model: nn.Module, plan: Plan, *, adapt: bool = False) -> Attached:
     Args:
         model: the model that the plan was calibrated for, or one of the same architecture.
         plan: its plan; one attention per module (no "#1" sites).
-        adapt: as the backend's option: budgets follow the error measured in the calls before.
 
     Returns:
         A handle whose `remove` undoes it.
@@ -85,7 +80,6 @@ def attach(model: nn.Module, plan: Plan, *, adapt: bool = False) -> Attached:
     extents = [extent for grid in plan.grids for extent in grid]
     mid_band = any(plan.uses_mid_band(name) for name in plan.sites)
     modules = []
-    rows = plan.adaptive_budgets if adapt else plan.budgets
     for name in plan.sites:
         if "#" in name:
             raise PlanError(
@@ -93,9 +87,7 @@ def attach(model: nn.Module, plan: Plan, *, adapt: bool = False) -> Attached:
                 "module serves one; compile the whole model with options={'plan': plan} instead"
             )
         module = inner.get_submodule(name)
-        budget = rows(name).amin(0).to(_device_of(module))
-        if adapt:
-            budget = torch.cat([budget, torch.ones_like(budget[:1])])
+        budget = plan.budgets(name).amin(0).to(_device_of(module))
         module.register_buffer(BUFFER, budget, persistent=False)
         module.__dict__["freqopt_grids"] = extents
         module.__dict__["freqopt_mid_band"] = mid_band
@@ -103,7 +95,7 @@ def attach(model: nn.Module, plan: Plan, *, adapt: bool = False) -> Attached:
         modules.append(module)
     hook = None
     if plan.timestep_name is not None and plan.timestep_edges:
-        tables = [rows(name) for name in plan.sites]
+        tables = [plan.budgets(name) for name in plan.sites]
         select = _Selector(modules, tables, plan.timestep_name, plan.timestep_edges)
         hook = inner.register_forward_pre_hook(select, with_kwargs=True)
     return Attached(modules, hook)
@@ -121,7 +113,6 @@ class _Selector:
     ) -> None:
         self.modules, self.name = list(modules), name
         self.sizes = [table[0].numel() for table in tables]
-        self.rows = [table.shape[1] for table in tables]
         self.table = torch.cat([table.flatten(1) for table in tables], 1)
         self.edges = torch.tensor(list(edges), dtype=torch.float32)
 
@@ -133,10 +124,7 @@ class _Selector:
                 f"the plan selects budgets by the argument {self.name!r} of the model, and this "
                 f"call has none with a value (it has {', '.join(named)})"
             )
-        budgets = [
-            getattr(module, BUFFER)[:rows]
-            for module, rows in zip(self.modules, self.rows, strict=True)
-        ]
+        budgets = [getattr(module, BUFFER) for module in self.modules]
         device = budgets[0].device
         if self.table.device != device:
             self.table, self.edges = self.table.to(device), self.edges.to(device)

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from torch._logging._internal import trace_structured
 
 from freqopt.errors import SiteError
-from freqopt.passes.adapt import feed_back, open_loop
 from freqopt.passes.bodies import bring, way_into
 from freqopt.passes.find import find_sites
 from freqopt.passes.marks import Mark, take_marks
@@ -33,8 +32,7 @@ class Decision:
     """What becomes of a site.
 
     budget: thresholds, used where density is 0: (2, H) float32, or (buckets, 2, H) by `timestep`;
-    a node of the graph where the module brings its own. adapt: close the loop; the budget then has
-    rows more, see `freqopt.passes.adapt`. factor: what the loop left, (H,), for the counters.
+    a node of the graph where the module brings its own.
     """
 
     site: Site
@@ -45,8 +43,6 @@ class Decision:
     density: float = 0.0
     probes: int = 0
     timestep: Timestep | None = None
-    adapt: bool = False
-    factor: Tensor | None = None
 
 
 @dataclass
@@ -179,18 +175,11 @@ def _rewrite(gm: fx.GraphModule, decision: Decision, strict: bool) -> None:
     graph = site.node.graph
     before = set(graph.nodes)
     assert decision.budget is not None
-    budget, loop = decision.budget, None
     try:
-        if decision.adapt:
-            loop = open_loop(gm, site, decision.budget)
-            budget = loop.budget
         insert_split(
-            gm, site, budget, mid_band=decision.mid_band, density=decision.density,
+            gm, site, decision.budget, mid_band=decision.mid_band, density=decision.density,
             probes=decision.probes,
         )  # fmt: skip
-        if loop is not None:
-            feed_back(loop)
-            decision.factor = getattr(graph.owning_module, str(loop.factor.target), None)
     except Exception as error:
         for node in reversed(list(graph.nodes)):
             if node not in before and not node.users:

@@ -10,26 +10,18 @@ from dataclasses import dataclass
 from torch import fx
 
 from freqopt.passes.find import module_path
-from freqopt.passes.nodes import operation, shape
+from freqopt.passes.nodes import operation
 
 Grid3 = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Budget node (2, H), candidate grids and whether any layer uses the mid band.
-
-    With four rows the budget is an adaptive one, see `freqopt.passes.adapt`.
-    """
+    """Budget node (2, H), candidate grids and whether any layer uses the mid band."""
 
     budget: fx.Node
     grids: tuple[Grid3, ...]
     mid_band: bool
-
-    @property
-    def adapt(self) -> bool:
-        """Whether the module's budget follows the measured error."""
-        return bool(shape(self.budget)[0] == 4)
 
 
 def take_marks(gm: fx.GraphModule) -> dict[str, Mark]:

@@ -184,13 +184,11 @@ def _method(site: Site, name: str, node: fx.Node, *arguments: Any) -> fx.Node:
     return add_method(site.node.meta, name, node, *arguments)
 
 
-def add_method(
-    meta: Mapping[str, Any], name: str, node: fx.Node, *arguments: Any, **options: Any
-) -> fx.Node:
+def add_method(meta: Mapping[str, Any], name: str, node: fx.Node, *arguments: Any) -> fx.Node:
     """A call of a tensor method, where the graph inserts, with its example value beside `meta`."""
     with _faking(node.graph):
-        example = getattr(value(node), name)(*fx.node.map_arg(arguments, value), **options)
-    made = node.graph.call_method(name, (node, *arguments), options)
+        example = getattr(value(node), name)(*fx.node.map_arg(arguments, value))
+    made = node.graph.call_method(name, (node, *arguments))
     made.meta = dict(meta, example_value=example)
     return made
 

@@ -64,7 +64,7 @@ def _argument_name(node: fx.Node) -> str | None:
 def select_budgets(
     gm: fx.GraphModule, timestep: fx.Node, edges: Sequence[float], tables: Sequence[Tensor]
 ) -> list[fx.Node]:
-    """Nodes of the budgets (R, H) that hold at the graph's timestep, one for each table.
+    """Nodes of the budgets (2, H) that hold at the graph's timestep, one for each table.
 
     Batch items may have timesteps of their own, and tokens too, whose mean counts; the budget is
     then the most exact of those of the items, as one budget serves the batch.
@@ -72,7 +72,7 @@ def select_budgets(
     Args:
         timestep: a node, () or (B,) or (B, ...) of any real dtype.
         edges: as in `Timestep`.
-        tables: (buckets, R, H) float32 budgets, on the device of the sites.
+        tables: (buckets, 2, H) float32 budgets, on the device of the sites.
     """
     graph, device = gm.graph, tables[0].device
     flat = torch.cat([table.flatten(1) for table in tables], 1)

@@ -202,6 +202,7 @@ def test_a_missing_plan_file_is_an_error() -> None:
     [
         ({"treshold": 0.1}, "did you mean threshold"),
         ({"min_token": 1}, "did you mean min_tokens"),
+        ({"adapt": True}, "unknown option 'adapt' \\(options: plan, grid, "),
         ({"grid": (3, 6)}, "three positive extents"),
         ({"grid": (3, 6, 0)}, "three positive extents"),
         ({"grid": (3, 6, 1.5)}, "three positive extents"),
