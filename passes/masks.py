@@ -16,16 +16,16 @@ from torch import fx
 
 from freqopt.passes.dimensions import at_most, product, same
 from freqopt.passes.nodes import (
-    VIEWS,
     argument,
+    is_plain_index,
     known_int,
     operation,
     shape,
     tensor,
     value,
-    writes_in_place,
 )
 from freqopt.passes.site import Extent
+from freqopt.passes.writes import is_written, may_share, written_by
 
 PASS = {
     "view", "reshape", "unsqueeze", "expand", "expand_as", "to", "contiguous", "clone", "detach",
@@ -86,7 +86,7 @@ class Range:
             return True
         if not isinstance(item, fx.Node):
             return False
-        if _is_written(item):
+        if is_written(item):
             return self._written(item)
         name = operation(item)
         source = item.args[0] if item.args else item.kwargs.get("input")
@@ -118,7 +118,7 @@ class Range:
         """Whether all entries in the range are provably False."""
         if item is False:
             return True
-        if not isinstance(item, fx.Node) or _is_written(item):
+        if not isinstance(item, fx.Node) or is_written(item):
             return False
         name = operation(item)
         source = item.args[0] if item.args else item.kwargs.get("input")
@@ -140,7 +140,7 @@ class Range:
         """Whether all entries in the range of a tensor of numbers are provably 0."""
         if isinstance(item, (int, float)):
             return item == 0
-        if not isinstance(item, fx.Node) or _is_written(item):
+        if not isinstance(item, fx.Node) or is_written(item):
             return False
         name = operation(item)
         source = item.args[0] if item.args else item.kwargs.get("input")
@@ -190,17 +190,19 @@ class Range:
     def _written(self, item: fx.Node) -> bool:
         """Whether writes of True into (rows, entries) cover the range in every row.
 
-        All writes have to come before the tensor is read for anything else.
+        The tensor has to be no view, and all writes to come before it is read for anything else.
         """
         sizes, position = shape(item), {node: i for i, node in enumerate(item.graph.nodes)}
-        writes = [user for user in item.users if writes_in_place(user)]
-        others = [position[user] for user in item.users if user not in writes]
-        if len(sizes) != 2 or not writes or not others:
+        if len(sizes) != 2 or not _is_made_here(item):
             return False
-        if max(position[write] for write in writes) > min(others):
+        writes = [user for user in item.users if item in written_by(user)]
+        others = [user for user in item.users if user not in writes]
+        if not writes or not others:
+            return False
+        if max(position[write] for write in writes) > min(position[user] for user in others):
             return False
         rows = [self._covered_row(write) for write in writes]
-        if None in rows or any(user not in writes and _is_written(user) for user in item.users):
+        if None in rows or any(may_share(user, item) and is_written(user) for user in others):
             return False
         return EVERY in rows or (isinstance(sizes[0], int) and set(range(sizes[0])) <= set(rows))
 
@@ -296,6 +298,12 @@ class Range:
 Proof = Callable[[Range, Any], bool]
 
 
+def _is_made_here(node: fx.Node) -> bool:
+    """Whether a tensor has memory of its own: it is no input, and no view of another tensor."""
+    sources = node.all_input_nodes
+    return node.op.startswith("call") and not any(may_share(node, source) for source in sources)
+
+
 def adds_dimensions(node: fx.Node) -> bool:
     """Whether a node indexes with None and full slices only."""
     if operation(node) != "getitem":
@@ -306,10 +314,12 @@ def adds_dimensions(node: fx.Node) -> bool:
 
 def is_index(item: Any, length: Extent) -> bool:
     """Whether a tensor is 0, 1, 2, ... along its last axis, which has `length` entries."""
-    if not isinstance(item, fx.Node) or _is_written(item):
+    if not isinstance(item, fx.Node) or is_written(item):
         return False
     name = operation(item)
     if name in ("unsqueeze", "view", "reshape", "to", "expand", "getitem"):
+        if name == "getitem" and not is_plain_index(item.args[1]):
+            return False
         sizes = shape(item)
         source = item.args[0]
         if name == "to" and value(item).dtype.is_floating_point:
@@ -335,7 +345,7 @@ def lower_bound(item: Any) -> Extent | None:
     found = value(item)
     if isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool):
         return found
-    if not isinstance(item, fx.Node) or _is_written(item):
+    if not isinstance(item, fx.Node) or is_written(item):
         return None
     name = operation(item)
     if name in (
@@ -351,15 +361,21 @@ def lower_bound(item: Any) -> Extent | None:
     ):
         return lower_bound(item.args[0])
     if name == "sum":
-        source = item.args[0]
-        while isinstance(source, fx.Node) and operation(source) in ("to", "bool", "int", "long"):
-            source = source.args[0]
-        return 0 if isinstance(source, fx.Node) and source.op == "placeholder" else None
+        return 0 if _is_input(item.args[0]) else None
     if name == "add":
         parts = [lower_bound(operand) for operand in item.args[:2]]
         known = [part for part in parts if part is not None]
         return operator.add(*known) if len(known) == 2 else None
     return None
+
+
+def _is_input(item: Any) -> bool:
+    """Whether a tensor is an input of the graph as it came, or converted."""
+    while isinstance(item, fx.Node) and not is_written(item):
+        if operation(item) not in ("to", "bool", "int", "long"):
+            return item.op == "placeholder"
+        item = item.args[0]
+    return False
 
 
 def _is_finite(item: Any) -> bool:
@@ -369,12 +385,3 @@ def _is_finite(item: Any) -> bool:
 def _is_one(item: Any) -> bool:
     """Whether a constant is True, in a mask of bools or of numbers that become bools."""
     return isinstance(item, (bool, int, float)) and item == 1
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether something is written into a tensor or a view of it, whatever its maker says."""
-    return any(
-        writes_in_place(user) or (operation(user) in VIEWS and _is_written(user))
-        for user in node.users
-        if user.args and user.args[0] is node
-    )

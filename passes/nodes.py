@@ -31,8 +31,8 @@ OPERATORS = {
 }
 """Other names of one operation."""
 
-IN_PLACE = {"setitem", "copy_", "index_put_", "masked_fill_", "fill_", "zero_", "index_copy_"}
-"""Writes into their first argument, beside every method that ends in an underscore."""
+OVERWRITING = {"copy_", "index_put_", "masked_fill_", "fill_", "zero_", "index_copy_"}
+"""Keep the underscore of their names: nothing, or something else, is called like them without."""
 
 VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
@@ -79,46 +79,23 @@ def shape(node: Any) -> tuple[Extent, ...]:
 
 def operation(node: fx.Node) -> str:
     """Name of what a node does, without trailing underscore, the same for all spellings."""
-    name = _raw_name(node)
+    name = raw_name(node)
     if name == "getattr" and len(node.args) == 2:
         name = str(node.args[1])
     name = OPERATORS.get(name, name)
-    if name.endswith("_") and not name.startswith("_") and name not in IN_PLACE:
+    if name.endswith("_") and not name.startswith("_") and name not in OVERWRITING:
         name = name[:-1]
     return OPERATORS.get(name, name)
 
 
-def _raw_name(node: fx.Node) -> str:
+def raw_name(node: fx.Node) -> str:
+    """The name of what a node does as its target has it."""
     target = node.target
     if isinstance(target, str):
         return target if node.op == "call_method" else ""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     return str(getattr(target, "__name__", type(target).__name__))
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a node changes the tensor that is its first argument."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
-    name = _raw_name(node)
-    if name in IN_PLACE or node.kwargs.get("inplace") is True or "out" in node.kwargs:
-        return True
-    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
-        return True
-    return name in ("iadd", "isub", "imul", "itruediv") and tensor(node.args[0]) is not None
-
-
-def is_idle(node: fx.Node) -> bool:
-    """Whether nothing is lost without a node: nobody uses it, or it asserts what a dtype is."""
-    if node.users or node.op not in ("call_function", "call_method"):
-        return False
-    return operation(node) == "_assert_tensor_metadata" or (
-        tensor(node) is not None and not writes_in_place(node)
-    )
 
 
 def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
@@ -135,6 +112,15 @@ def numbers(node: fx.Node, position: int) -> list[Any]:
     if len(rest) == 1 and isinstance(rest[0], (tuple, list)):
         return list(rest[0])
     return list(rest)
+
+
+def is_plain_index(index: Any) -> bool:
+    """Whether an index has no tensor or list in it, which could put entries in another order."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(
+        item is None or item is Ellipsis or isinstance(value(item), (int, torch.SymInt, slice))
+        for item in items
+    )
 
 
 def known_int(item: Any) -> int | None:

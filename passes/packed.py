@@ -21,6 +21,7 @@ from torch import fx
 from freqopt.passes.einsums import einsums_in_order
 from freqopt.passes.nodes import argument, operation, shape, tensor
 from freqopt.passes.rewrite import add_function, add_method
+from freqopt.passes.writes import is_written
 
 FORWARD: Final = "multi_head_attention_forward"
 OPENED: Final = "freqopt_opened"
@@ -113,7 +114,7 @@ def _padding(mask: fx.Node) -> fx.Node | None:
         return None
     zeros, filled = argument(mask, 0, "input"), argument(mask, 1, "mask")
     made_here = operation(zeros) in ("zeros_like", "zeros") and set(zeros.users) == {mask}
-    return filled if made_here and shape(filled) == shape(mask) else None
+    return filled if made_here and shape(filled) == shape(mask) and not is_written(mask) else None
 
 
 def _graphs(gm: fx.GraphModule) -> list[fx.Graph]:

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import Atom, Axis, atoms_of, same
-from freqopt.passes.nodes import VIEWS, operation, tensor, writes_in_place
+from freqopt.passes.nodes import VIEWS, operation, tensor
 from freqopt.passes.site import Kind
+from freqopt.passes.writes import written_by
 
 PROJECTIONS = {"linear", "addmm", "conv1d", "conv2d", "conv3d"}
 PRODUCTS = {"matmul", "mm", "bmm", "einsum"}
@@ -94,13 +95,11 @@ class Provenance:
                     if written is not None and order[written] < order[node]:
                         self.edges.add_edge(written, node)
             first = node.args[0] if node.args else None
-            if isinstance(first, fx.Node):
-                if operation(node) in VIEWS:
-                    base[node] = base.get(first, first)
-                if writes_in_place(node):
-                    target = base.get(first, first)
-                    base[node] = target
-                    last_write[target] = node
+            if isinstance(first, fx.Node) and operation(node) in VIEWS:
+                base[node] = base.get(first, first)
+            for written in written_by(node):
+                base[node] = base.get(written, written)
+                last_write[base[node]] = node
 
     def projection_inputs(self, node: fx.Node) -> frozenset[fx.Node]:
         """Inputs of the projections that a query or key was computed from.

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from freqopt.errors import SiteError
 from freqopt.passes.bodies import bring
 from freqopt.passes.dimensions import same
-from freqopt.passes.nodes import is_idle, operation, shape, value
+from freqopt.passes.nodes import operation, shape, value
 from freqopt.passes.site import Argument, Product, Site, Size, Total
+from freqopt.passes.writes import is_idle
 
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""

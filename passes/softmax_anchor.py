@@ -17,7 +17,6 @@ from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import (
     argument,
     constant,
-    is_idle,
     is_pointwise,
     operation,
     shape,
@@ -25,6 +24,7 @@ from freqopt.passes.nodes import (
 )
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_by_hand import Softmax, shifted, softmax_at
+from freqopt.passes.writes import is_idle, is_written_between, writers, written_by
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
@@ -35,7 +35,8 @@ ELSEWHERE = "its attention weights are used elsewhere too"
 class Logits:
     """Walked back: factor * query @ key^T (+ mask); key is (.., D, N) if `transposed`.
 
-    objection: what else happens to the scores, on account of which they are not those of attention.
+    readers: the nodes that read query and key, at which time their entries count. objection: what
+    else happens to the scores, on account of which they are not those of attention.
     """
 
     query: fx.Node
@@ -44,6 +45,7 @@ class Logits:
     factor: float
     mask: fx.Node | None
     nodes: tuple[fx.Node, ...]
+    readers: tuple[fx.Node, fx.Node]
     objection: str | None = None
 
 
@@ -62,6 +64,13 @@ def match_softmax(node: fx.Node) -> Attention | None:
     nodes = (*reversed(walked.nodes), *softmax.nodes, *between, product, *last)
     if objection is None and _is_read_elsewhere(nodes):
         objection = "its scores are used elsewhere too"
+    operands = (
+        (walked.query, walked.readers[0]),
+        (walked.key, walked.readers[1]),
+        (values, product),
+    )
+    if objection is None and any(is_written_between(*each, nodes[-1]) for each in operands):
+        objection = "its queries, keys or values are overwritten before it is through"
     return Attention(
         node=softmax.divided or product,
         query=walked.query,
@@ -76,12 +85,11 @@ def match_softmax(node: fx.Node) -> Attention | None:
 
 
 def _is_read_elsewhere(nodes: Sequence[fx.Node]) -> bool:
-    """Whether tensors on the way to the last of some nodes are read by others too."""
-    return any(
-        tensor(user) is not None and user not in nodes and not is_idle(user)
-        for node in nodes[:-1]
-        for user in node.users
-    )
+    """Whether tensors on the way to the last of some nodes are read, or written, by others too."""
+    users = (user for node in nodes[:-1] for user in node.users)
+    if any(tensor(user) is not None and user not in nodes and not is_idle(user) for user in users):
+        return True
+    return any(writer not in nodes for node in nodes[:-1] for writer in writers(node))
 
 
 def _fit(walked: Logits, values: fx.Node, product: fx.Node) -> bool:
@@ -196,9 +204,10 @@ def walk_logits(node: Any) -> Logits | None:
         forms = (("abcd", "abed", "abce"), ("abc", "adc", "abd"))
         if einsum_labels(node) not in forms or not all(isinstance(o, fx.Node) for o in operands):
             return None
-        query, first = unscaled(operands[0])
-        key, second = unscaled(operands[1])
-        return Logits(query, key, False, first * second, None, (node,))
+        query, first, query_reader = unscaled(operands[0], node)
+        key, second, key_reader = unscaled(operands[1], node)
+        readers = query_reader, key_reader
+        return Logits(query, key, False, first * second, None, (node,), readers)
     return _altered(node) if is_pointwise(name) else None
 
 
@@ -262,27 +271,34 @@ def scaled_by(node: fx.Node) -> tuple[fx.Node, float] | None:
     return None
 
 
-def unscaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """A tensor before it was multiplied by numbers, and their product."""
+def unscaled(node: fx.Node, reader: fx.Node) -> tuple[fx.Node, float, fx.Node]:
+    """A tensor before it was multiplied by numbers, their product, and the node that reads it.
+
+    One that was multiplied in place is no longer there. reader: of the tensor itself.
+    """
     factor = 1.0
-    while operation(node) in ("mul", "div") and (scaled := scaled_by(node)) is not None:
-        node, constant = scaled
-        factor *= constant
-    return node, factor
+    while operation(node) in ("mul", "div") and not written_by(node):
+        scaled = scaled_by(node)
+        if scaled is None:
+            break
+        reader, (node, number) = node, scaled
+        factor *= number
+    return node, factor, reader
 
 
 def _product(node: fx.Node, query: Any, key: Any, factor: float) -> Logits | None:
     """q @ k^T, either operand scaled before or after the transposition."""
     if not (isinstance(query, fx.Node) and isinstance(key, fx.Node)):
         return None
-    query, first = unscaled(query)
-    key, second = unscaled(key)
+    query, first, query_reader = unscaled(query, node)
+    key, second, key_reader = unscaled(key, node)
     upright = untransposed(key)
     factor *= first * second
     if upright is None:
-        return Logits(query, key, True, factor, None, (node,))
-    upright, third = unscaled(upright)
-    return Logits(query, upright, False, factor * third, None, (node,))
+        return Logits(query, key, True, factor, None, (node,), (query_reader, key_reader))
+    upright, third, key_reader = unscaled(upright, key_reader)
+    readers = query_reader, key_reader
+    return Logits(query, upright, False, factor * third, None, (node,), readers)
 
 
 def untransposed(node: fx.Node) -> fx.Node | None:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import product, same
-from freqopt.passes.nodes import argument, known_int, operation, shape, tensor, writes_in_place
+from freqopt.passes.nodes import argument, is_plain_index, known_int, operation, shape, tensor
+from freqopt.passes.writes import is_written
 
 KEEPS = {"bool", "to", "contiguous", "clone", "detach", "alias"}
 SHAPES = {"view", "reshape", "unsqueeze", "getitem"}
@@ -50,14 +51,17 @@ def _is_bool(mask: fx.Node) -> bool:
 
 
 def _unconverted(node: fx.Node) -> fx.Node | None:
-    while operation(node) in KEEPS and isinstance(node.args[0], fx.Node):
+    """The mask that was converted or copied; None if it was written to in one of its forms."""
+    while not is_written(node):
+        if operation(node) not in KEEPS or not isinstance(node.args[0], fx.Node):
+            return node
         node = node.args[0]
-    return None if _is_written(node) else node
+    return None
 
 
 def _single_row(node: fx.Node) -> fx.Node | None:
     """The (.., 1, 1, S) tensor that `node` repeats for every query."""
-    if _is_written(node):
+    if is_written(node):
         return None
     sizes = shape(node)
     if len(sizes) == 4 and same(sizes[1], 1) and same(sizes[2], 1):
@@ -70,7 +74,7 @@ def _single_row(node: fx.Node) -> fx.Node | None:
 
 def _is_column_of(queries: fx.Node, keys: fx.Node, row: fx.Node) -> bool:
     """Whether `queries` is the transpose of `keys`, or the same numbers along the other axis."""
-    if _is_written(queries):
+    if is_written(queries):
         return False
     if operation(queries) in ("transpose", "swapaxes", "mT"):
         dims = [known_int(argument(queries, i + 1, f"dim{i}", default=i - 2)) for i in range(2)]
@@ -87,12 +91,14 @@ def _is_column_of(queries: fx.Node, keys: fx.Node, row: fx.Node) -> bool:
 
 def _flat(node: fx.Node) -> fx.Node:
     """The tensor that a node only gives another shape."""
-    while operation(node) in SHAPES and isinstance(node.args[0], fx.Node):
-        if not same(product(shape(node)), product(shape(node.args[0]))):
-            break
-        node = node.args[0]
+    while not is_written(node) and (source := _unreshaped(node)) is not None:
+        node = source
     return node
 
 
-def _is_written(node: fx.Node) -> bool:
-    return any(writes_in_place(user) and user.args and user.args[0] is node for user in node.users)
+def _unreshaped(node: fx.Node) -> fx.Node | None:
+    """The tensor whose entries a node gives another shape, in their order; None if it does more."""
+    source = node.args[0] if operation(node) in SHAPES else None
+    if not isinstance(source, fx.Node) or not same(product(shape(node)), product(shape(source))):
+        return None
+    return source if operation(node) != "getitem" or is_plain_index(node.args[1]) else None
