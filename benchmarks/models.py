@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from freqopt.passes.reasons import Reason, Why
+
 if TYPE_CHECKING:
     from model_cases import Case
     from model_checks import Seen
@@ -52,7 +54,7 @@ def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) ->
             sides.append(side)
     extents = " x ".join(str(extent) for extent in dense[0].grid or ()) if dense else "-"
     source = {"graph": "graph", "given": "`grid=`", "": "-"}[case.source]
-    rest = Counter(brief(site.reason) for site in seen.used if not site.eligible)
+    rest = Counter(brief(site.why) for site in seen.used if not site.eligible)
     why = "; ".join(f"{count} {reason}" for reason, count in rest.items()) or "-"
     notes = "; ".join([*([case.note] if case.note else []), *(f"WRONG: {item}" for item in wrong)])
     found = f"{len(dense)} of {len(seen.used)}"
@@ -60,27 +62,28 @@ def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) ->
     return f"`{case.name}`", found, kinds, place, extents, source, why, notes
 
 
-REASONS = {
-    "queries and its keys are of different tokens": "cross",
-    "keys cover other tokens": "partly cross",
-    "slices of the video": "within slices of the video",
-    "is causal": "causal",
-    "differs between queries": "mask differs between queries",
-    "added to the scores": "mask is added to the scores",
-    "several grids": "several grids in one sequence",
-    "has no grid": "no grid (text or audio)",
-    "none has that many": "other length than the grid given (text or audio)",
-    "cannot be followed": "tokens cannot be followed",
-    "before the softmax": "scores altered before the softmax",
-    "ready-made": "tokens cannot be followed after a break",
-    "may hide video tokens": "mask may hide video tokens",
-    "block mask": "FlexAttention with a block mask",
+BRIEF = {
+    Reason.CROSS: "cross",
+    Reason.OTHER_KEYS: "partly cross",
+    Reason.SLICES: "within slices of the video",
+    Reason.CAUSAL: "causal",
+    Reason.MASK_PAIRS: "mask differs between queries",
+    Reason.MASK_ADDED: "mask is added to the scores",
+    Reason.SEVERAL_GRIDS: "several grids in one sequence",
+    Reason.NO_GRID: "no grid (text or audio)",
+    Reason.GRID_MISFIT: "other length than the grid given (text or audio)",
+    Reason.NO_AXES: "tokens cannot be followed",
+    Reason.LOST: "tokens cannot be followed",
+    Reason.SCORES_CHANGED: "scores altered before the softmax",
+    Reason.READY_MADE: "tokens cannot be followed after a break",
+    Reason.MASK_UNPROVEN: "mask may hide video tokens",
+    Reason.FLEX_BLOCKS: "FlexAttention with a block mask",
 }
 
 
-def brief(reason: str) -> str:
+def brief(why: Why) -> str:
     """A reason in a few words."""
-    return next((short for part, short in REASONS.items() if part in reason), reason)
+    return BRIEF.get(why.reason, str(why))
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -10,12 +10,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from freqopt.errors import PlanError
 from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
-from freqopt.exporters.program import plan_budget
 
 if TYPE_CHECKING:
     from freqopt.plan import Plan
@@ -97,7 +94,7 @@ def _write_budgets(artifact: Artifact, plan: Plan) -> None:
             raise ArtifactError(
                 f"{artifact.model_path} has no initializer {site['budget']}; export again"
             )
-        budget = plan_budget(plan, name).to(torch.float32).numpy()
+        budget = plan.budgets(name).amin(0).numpy()
         held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
     partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
     onnx.save(proto, partial)

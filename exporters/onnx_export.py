@@ -62,7 +62,7 @@ def export_onnx(
         dynamic_shapes: as in torch.export.export; batch and token counts may be free where the
             model leaves them so.
         opset: of the default domain, 18 to 23.
-        grid: extents (t, h, w) where the graph does not tell them.
+        grid: extents (t, h, w) where neither the graph nor the plan tells them.
         probes: queries per head attended exactly in every call.
         library: also build libfreqopt_ort.so; where no compiler is found the export goes on
             without it and says so in `Artifact.notes`.

@@ -6,27 +6,28 @@ exported graph before its decompositions. Budgets become buffers called freqopt.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import freqopt.kernels.op  # noqa: F401  registers the operator
-from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.config import DEFAULT_PROBES
+from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
 from freqopt.exporters.problems import ExportError
 from freqopt.grid import Grid
-from freqopt.passes.find import find_sites
-from freqopt.passes.rewrite import insert_split
+from freqopt.options import Options
+from freqopt.passes.decision import Decision
+from freqopt.passes.manager import rewrite
+from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite import split_as_decided
 from freqopt.passes.site import Site
 
 if TYPE_CHECKING:
     from freqopt.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 BUDGET_PREFIX = "freqopt.budget."
 
@@ -74,11 +75,11 @@ def make_program(
         plan: which sites to split and their budgets; without one every eligible site is split at a
             density of 0.25.
         dynamic_shapes: as in torch.export.export.
-        grid: extents (t, h, w) where the graph does not tell them.
+        grid: extents (t, h, w) where neither the graph nor the plan tells them.
 
     Raises:
         ExportError: torch.export cannot trace the model.
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or splits nothing of this one.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {type(model).__name__}; a torch.nn.Module is supported")
@@ -92,18 +93,22 @@ def make_program(
         model.train(was_training)
     program = Program(exported)
     graph = exported.module()
-    for site in find_sites(graph, grid=grid):
-        reason = _why_dense(site, graph, plan)
-        if reason is None:
-            program.split[site.name] = _split(graph, site, plan, probes)
-        else:
-            program.dense[site.name] = reason
-            logger.info("%s stays dense: %s", site.name, reason)
+    settings = Options(plan=plan, grid=grid, min_tokens=0)
+
+    def decide_here(sites: Sequence[Site]) -> list[Decision]:
+        # An exported file runs anywhere, its function bodies for any head_dim.
+        found = decide(settings, sites, device=torch.device("cpu"))
+        return [_for_export(decision, graph, probes) for decision in found]
+
+    def put(gm: fx.GraphModule, decision: Decision) -> None:
+        program.split[decision.site.name] = _split(gm, decision)
+
+    for decision in rewrite(graph, decide_here, put, grids_of(settings)).decisions:
+        if not decision.split:
+            program.dense[decision.site.name] = decision.reason
     if plan is not None:
         _check_plan_used(plan, program)
     if program.split:
-        graph.graph.lint()
-        graph.recompile()
         # Exported once more: the passes write for Dynamo's graphs too, export makes it all aten.
         program.exported = _export(graph, model, args, kwargs, dynamic_shapes)
     else:
@@ -145,34 +150,20 @@ def _explain(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _why_dense(site: Site, graph: fx.GraphModule, plan: Plan | None) -> str | None:
-    if not site.eligible:
-        return site.reason
-    if site.node.graph is not graph.graph:
-        return "it lies inside a higher-order operator's subgraph; export without checkpointing"
-    if plan is None:
-        return None
-    if site.name not in plan.sites:
-        return "the plan does not know it"
-    planned = plan.sites[site.name]
-    if planned.decision == "dense":
-        return f"the plan keeps it dense: {planned.reason}"
-    if (planned.heads, planned.head_dim) != (site.heads, site.head_dim):
-        raise PlanError(
-            f"site {site.name!r} has {site.heads} heads of {site.head_dim} and this plan has "
-            f"{planned.heads} of {planned.head_dim}: it was made for another model"
-        )
-    return None
+def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decision:
+    """A decision as an exported file can have it: in the graph itself, at one budget for good."""
+    if not decision.split:
+        return decision
+    if decision.site.node.graph is not graph.graph:
+        return Decision(decision.site, False, Reason.IN_A_BODY())
+    budget = decision.budget
+    if decision.timestep is not None and isinstance(budget, Tensor):
+        budget = budget.amin(0)
+    return replace(decision, budget=budget, timestep=None, probes=probes)
 
 
-def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) -> SplitSite:
-    budget, mid_band, density = torch.zeros(2, site.heads), False, DEFAULT_DENSITY
-    if plan is not None:
-        budget, density = plan_budget(plan, site.name), 0.0
-        mid_band = plan.uses_mid_band(site.name)
-    before = _split_calls(graph)
-    insert_split(graph, site, budget, density=density, mid_band=mid_band, probes=probes)
-    (call,) = _split_calls(graph) - before
+def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
+    call, site = split_as_decided(graph, decision).call, decision.site
     name = BUDGET_PREFIX + site.name
     _name_buffer(graph, call, name)
     return SplitSite(
@@ -181,22 +172,11 @@ def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) ->
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         dtype=str(site.dtype).removeprefix("torch."),
-        mid_band=mid_band,
+        mid_band=decision.mid_band,
         masked=call.args[4] is not None,
-        density=density,
-        probes=probes,
+        density=decision.density,
+        probes=decision.probes,
     )
-
-
-def _split_calls(graph: fx.GraphModule) -> set[fx.Node]:
-    op = torch.ops.freqopt.split_attention.default
-    return set(graph.graph.find_nodes(op="call_function", target=op))
-
-
-def plan_budget(plan: Plan, site_name: str) -> Tensor:
-    """A site's budget; with timestep buckets the smallest threshold, that is the most exact one."""
-    buckets = range(max(len(plan.sites[site_name].budgets), 1))
-    return torch.stack([plan.budget(site_name, bucket) for bucket in buckets]).amin(0)
 
 
 def _check_plan_used(plan: Plan, program: Program) -> None:

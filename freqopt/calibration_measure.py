@@ -22,7 +22,14 @@ from freqopt.calibration_cost import has_clock, milliseconds, time_call
 from freqopt.calibration_readings import CURVES, FINE, Measured, Reading
 from freqopt.calibration_spectrum import key_spectrum
 from freqopt.config import DEFAULT_PROBES, MID_RATIO, SUB_BLOCK
+from freqopt.decisions import why_not
 from freqopt.grid import Grid
+from freqopt.passes.decision import Decision
+from freqopt.passes.find import Grids
+from freqopt.passes.manager import rewrite
+from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite import replace_site
+from freqopt.passes.site import Site
 from freqopt.plan_records import SiteTiming
 
 logger = logging.getLogger(__name__)
@@ -110,7 +117,7 @@ class Recorder:
 
     def __init__(self, session: Session, name: str) -> None:
         self.session = session
-        self.site = session.sites.setdefault(name, Measured(name))
+        self.site = session.sites.get(name) or Measured(name)
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
 
     def __call__(
@@ -236,35 +243,27 @@ def fine_densities(ordered: Tensor, mid_band: bool) -> Tensor:
     return exact + (either - exact) / SUB_BLOCK
 
 
-def private_backend(
-    session: Session, grid: Grid | None, likely: Sequence[Grid] = ()
+def recording_backend(
+    session: Session, grids: Grids
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
-    """A torch.compile backend that replaces every eligible site by a recorder and runs eagerly.
+    """A torch.compile backend with a recorder for each site that can be split; it runs eagerly."""
 
-    likely: grids to try where the graph tells none.
-    """
-    from freqopt.passes.manager import find_marked
-    from freqopt.passes.packed import packed_opened
-    from freqopt.passes.rewrite import replace_site
+    def decide(sites: Sequence[Site]) -> list[Decision]:
+        problems = [why_not(site) for site in sites]
+        return [
+            Decision(site, problem is None, problem or Reason.MEASURED())
+            for site, problem in zip(sites, problems, strict=True)
+        ]
+
+    def put(gm: torch.fx.GraphModule, decision: Decision) -> None:
+        recorder = Recorder(session, decision.site.name)
+        replace_site(gm, decision.site, recorder)
+        session.sites[decision.site.name] = recorder.site
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with packed_opened(gm):
-            for site in find_marked(gm, grid, {}, likely):
-                if not site.eligible:
-                    session.dense_sites[site.name] = site.reason
-                    continue
-                graph, recorder = site.node.graph, Recorder(session, site.name)
-                try:
-                    replace_site(gm, site, recorder, ())
-                except Exception as error:
-                    for node in [n for n in graph.nodes if n.target is recorder and not n.users]:
-                        graph.erase_node(node)
-                    session.sites.pop(site.name)
-                    session.dense_sites[site.name] = f"it could not be rewritten: {error}"
-                    logger.warning(
-                        "%s stays dense, it could not be rewritten: %r", site.name, error
-                    )
-        gm.recompile()
+        for decision in rewrite(gm, decide, put, grids).decisions:
+            if not decision.split:
+                session.dense_sites[decision.site.name] = decision.reason
         return gm.forward
 
     return backend

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration_measure import Mode, Session, private_backend
+from freqopt.calibration_measure import Mode, Session, recording_backend
 from freqopt.calibration_samples import Sample, SampleSet
-from freqopt.errors import FreqoptError
+from freqopt.errors import unwrapped
 from freqopt.grid import Grid
+from freqopt.passes.find import Grids
 
 RECOMPILE_LIMIT = 256
 
@@ -25,9 +26,8 @@ class Runner:
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
         self.model, self.samples, self.seed = model, samples, seed
         self.session = Session()
-        self.compiled = torch.compile(
-            model, dynamic=False, backend=private_backend(self.session, grid, samples.grids)
-        )
+        backend = recording_backend(self.session, Grids(grid, tuple(samples.grids)))
+        self.compiled = torch.compile(model, dynamic=False, backend=backend)
 
     @property
     def on_gpu(self) -> bool:
@@ -64,15 +64,9 @@ class Runner:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
-                torch.manual_seed(self.seed)
-                yield
-        except Exception as error:
-            cause = getattr(error, "inner_exception", None) or error.__cause__
-            if isinstance(cause, FreqoptError):
-                raise cause from None
-            raise
+        with unwrapped(), torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
+            torch.manual_seed(self.seed)
+            yield
 
 
 @contextmanager

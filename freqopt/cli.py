@@ -95,12 +95,15 @@ def inspect(
     model: Model,
     samples: SamplesFile,
     grid: GridText = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan file: what the backend would do with it.")
+    ] = None,
     min_tokens: Annotated[
         int | None, typer.Option(help="Shorter sites stay dense, as in the backend's option.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Tell which attention of a model could be split, and why not the rest."""
+    """Tell which attention of a model could be split, and why not the rest; or what a plan does."""
     from freqopt.samples_file import load_samples
 
     where = choose_device(device)
@@ -108,7 +111,10 @@ def inspect(
     args, kwargs = load_samples(samples, where)[0]
     extents = None if grid is None else parse_grid(grid)
     with torch.no_grad():
-        print(freqopt.inspect(module, *args, grid=extents, min_tokens=min_tokens, **kwargs))
+        found = freqopt.inspect(
+            module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
+        )
+    print(found)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freqopt.passes.manager import Decision
+from freqopt.passes.decision import Decision
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FreqoptError(Exception):
     """Base of every error that freqopt raises on purpose."""
@@ -25,3 +28,15 @@ class SiteError(FreqoptError, RuntimeError):
 
 class CalibrationError(FreqoptError, RuntimeError):
     """Samples that calibration cannot use, or a target that it could not meet."""
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise errors of freqopt as they are, not as what torch.compile makes of them."""
+    try:
+        yield
+    except Exception as error:
+        cause = getattr(error, "inner_exception", None) or error.__cause__
+        if isinstance(cause, FreqoptError):
+            raise cause from None
+        raise

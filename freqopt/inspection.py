@@ -6,6 +6,7 @@ once. It is run once more without the compiler to name the attention that no bac
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,13 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from freqopt.backend import Options, parse_options, why_dense
-from freqopt.errors import InputError
-from freqopt.passes.find import find_sites, module_path, readable_path
-from freqopt.passes.packed import packed_opened
-from freqopt.passes.site import Extent, Kind, Site
+from freqopt.decisions import decide, grids_of
+from freqopt.errors import InputError, unwrapped
+from freqopt.options import Options, parse_options
+from freqopt.passes.decision import Decision
+from freqopt.passes.find import module_path, readable_path
+from freqopt.passes.manager import rewrite
+from freqopt.passes.site import Extent, Kind
 from freqopt.positions import grids_of_positions
 
 FULLGRAPH = (
@@ -36,8 +39,8 @@ ATTENTION_FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_for
 class InspectedSite:
     """One attention. Lengths in tokens; grid (t, h, w) from the slowest to the fastest axis.
 
-    eligible: could be split, whatever its length. decision: what the backend would do without a
-    plan. reason: of the decision.
+    eligible: could be split, whatever its length. decision: what the backend would do, without a
+    plan if none was given. reason: why it stays dense, or can be split.
     """
 
     name: str
@@ -112,6 +115,8 @@ def inspect(
     model: nn.Module,
     *args: Any,
     grid: Any = None,
+    grids: Any = None,
+    plan: Any = None,
     min_tokens: Any = None,
     **kwargs: Any,
 ) -> Inspection:
@@ -123,20 +128,22 @@ def inspect(
     Args:
         model: the model; one that was compiled already is inspected as it was before.
         args, kwargs: inputs of one call of the model.
-        grid, min_tokens: as the backend's options: (t, h, w) in tokens, and tokens. (Not typed, so
-            that a dict of a model's own inputs may be passed as ``**inputs``.)
+        grid, grids, plan, min_tokens: as the backend's options: (t, h, w) in tokens, several of
+            these, a plan or its path, and tokens. (Not typed, so that a dict of a model's own
+            inputs may be passed as ``**inputs``.)
 
     Raises:
-        OptionError: a malformed grid or min_tokens.
+        OptionError: a malformed grid, grids or min_tokens.
+        PlanError: a plan that cannot be read, or was made for another model.
         InputError: `model` is not a module.
     """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; inspect takes a torch.nn.Module")
-    settings = parse_options({"grid": grid, "min_tokens": min_tokens})
+    settings = parse_options({"grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens})
     capture = _Capture(settings, inner)
     with torch.no_grad(), _random_state_kept():
-        with _breaks_recorded(capture), _compiled_forgotten(inner):
+        with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
     unseen = [name for name in ran if name not in capture.seen]
@@ -162,11 +169,10 @@ class _Capture:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
         roots = self._roots(gm, example_inputs)
-        with packed_opened(gm):
-            sites = find_sites(gm, grid=self.settings.grid)
-        for site in sites:
-            self.sites.append(_described(self.settings, site))
-            inside = module_path(site.node)
+        decide_here = functools.partial(decide, self.settings, guard=False)
+        for decision in rewrite(gm, decide_here, None, grids_of(self.settings)).decisions:
+            self.sites.append(_described(decision))
+            inside = module_path(decision.site.node)
             self.seen.update(".".join(filter(None, (root, inside))) for root in roots)
         forward: Callable[..., Any] = gm.forward
         return forward
@@ -188,8 +194,8 @@ class _Capture:
         return [""]
 
 
-def _described(settings: Options, site: Site) -> InspectedSite:
-    problem = why_dense(settings, site, guard=False)
+def _described(decision: Decision) -> InspectedSite:
+    site = decision.site
     return InspectedSite(
         name=site.name,
         kind=site.kind,
@@ -201,8 +207,8 @@ def _described(settings: Options, site: Site) -> InspectedSite:
         text_before=_number(site.text_before),
         text_after=_number(site.text_after),
         eligible=site.eligible,
-        decision="dense" if problem else "split",
-        reason=problem or site.reason,
+        decision="split" if decision.split else "dense",
+        reason=site.reason if decision.split else decision.reason,
     )
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from freqopt.passes.flex import match_flex
 from freqopt.passes.nodes import constant, operation
 from freqopt.passes.packed import FORWARD, is_opened, packed_problem
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_anchor import match_softmax
 
@@ -37,13 +38,14 @@ def match_sdpa(node: fx.Node) -> Attention | None:
     ):
         return None
     mask = given.get("attn_mask")
-    scale, objection = constant(given.get("scale")), None
+    scale = constant(given.get("scale"))
+    objection: Why | None = None
     if is_set(given.get("is_causal", False)):
-        objection = "it is causal (is_causal=True)"
+        objection = Reason.CAUSAL()
     elif is_set(given.get("dropout_p", 0.0)):
-        objection = "it has dropout (dropout_p > 0): call model.eval(), or set its dropout to 0"
+        objection = Reason.DROPOUT(sign="dropout_p > 0")
     elif scale is not None and not isinstance(scale, (int, float)):
-        objection = "its scale is computed at run time"
+        objection = Reason.RUNTIME_SCALE()
     return Attention(
         node=node,
         query=query,
@@ -75,12 +77,9 @@ def match_packed(node: fx.Node) -> Attention | None:
     ):
         return None
     if name == FORWARD:
-        objection = packed_problem(node) or "nn.MultiheadAttention was not opened"
+        objection = packed_problem(node) or Reason.PACKED()
     else:
-        objection = (
-            f"{name} is one node with all around it: call "
-            "torch.backends.mha.set_fastpath_enabled(False) before compiling"
-        )
+        objection = Reason.FAST_PATH(operation=name)
     return Attention(node, query, key, values, objection=objection, nodes=(node,))
 
 

@@ -7,24 +7,22 @@ wrong about an unusual call: `propagate` checks its answer against the real size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.dimensions import Atom, Axis, Shape, distribute, regroup, same, take
 from freqopt.passes.divisions import learn_divisions, learn_length
 from freqopt.passes.nodes import argument, known_int, numbers, operation, shape, value
 from freqopt.passes.site import Extent
 
-if TYPE_CHECKING:
-    from freqopt.passes.propagate import Dimensions
-
-Rule = Callable[["Dimensions", fx.Node], Sequence[Axis | None] | None]
+Rule = Callable[[Dimensions, fx.Node], Sequence[Axis | None] | None]
 RULES: dict[str, Rule] = {}
 """Rules of operations that make one tensor."""
 
-SeveralRule = Callable[["Dimensions", fx.Node], list[Shape | None]]
+SeveralRule = Callable[[Dimensions, fx.Node], list[Shape | None]]
 SEVERAL: dict[str, SeveralRule] = {}
 """Rules of operations that make several tensors."""
 

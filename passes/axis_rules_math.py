@@ -6,16 +6,14 @@ See `axis_rules` for what a rule is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.axis_rules import dim_of, known_axes, rule, several
 from freqopt.passes.dimensions import Axis, Shape, axis_size, hint, join, rank, same
 from freqopt.passes.nodes import argument, known_int, operation, shape, tensor, value
-
-if TYPE_CHECKING:
-    from freqopt.passes.propagate import Dimensions
 
 REDUCTIONS = {
     "sum",

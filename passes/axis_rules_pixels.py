@@ -6,17 +6,14 @@ See `axis_rules` for what a rule is. An extent that changes is still one of the 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from torch import fx
 
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.axis_rules import dim_of, known_axes, rule
 from freqopt.passes.dimensions import Atom, Axis, hint, join, same
 from freqopt.passes.nodes import argument, known_int, operation, shape, value
 from freqopt.passes.site import Extent
-
-if TYPE_CHECKING:
-    from freqopt.passes.propagate import Dimensions
 
 POOLS = [
     f"{name}_pool{d}d"

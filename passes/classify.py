@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import fx
 
+from freqopt.grid import Grid
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.dimensions import Axis, axis_size, hint, product, same
 from freqopt.passes.grid_inference import Layout, infer_layout, pad_queries
 from freqopt.passes.layout import operands_of
 from freqopt.passes.masks import hides_nothing, mask_problem
 from freqopt.passes.nodes import VIEWS, operation, shape
-from freqopt.passes.propagate import Dimensions
 from freqopt.passes.provenance import (
     alike,
     is_lost,
@@ -21,13 +22,9 @@ from freqopt.passes.provenance import (
     same_lattices,
     split_batch,
 )
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention, Extent, Kind
 from freqopt.passes.square_masks import key_mask_of, repeated_row_of
-
-READY_MADE = (
-    "its queries and keys come into this graph ready-made, after a graph break, so that what they "
-    "are of cannot be told: compile with fullgraph=True, which says where the break is"
-)
 
 
 def came_ready_made(node: fx.Node) -> bool:
@@ -38,12 +35,12 @@ def came_ready_made(node: fx.Node) -> bool:
 
 
 def classify(
-    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None
-) -> tuple[Kind, Layout, str | None]:
+    attention: Attention, dimensions: Dimensions, grid: Grid | None
+) -> tuple[Kind, Layout, Why | None]:
     """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
     query, key, values = operands_of(attention, dimensions)
     if query is None or key is None or values is None:
-        return "other", Layout(), "where its tokens come from cannot be followed in this graph"
+        return "other", Layout(), Reason.NO_AXES()
     tokens = query[-2]
     lost = is_lost(tokens) or is_lost(key[-2])
     if lost and not alike(tokens, key[-2]):
@@ -52,13 +49,12 @@ def classify(
         kind = kind_of_axes(tokens, key[-2])
     if kind == "cross":
         if all(came_ready_made(node) for node in (attention.query, attention.key)):
-            return "other", Layout(), READY_MADE
-        return kind, Layout(), "its queries and its keys are of different tokens"
+            return "other", Layout(), Reason.READY_MADE()
+        return kind, Layout(), Reason.CROSS()
     slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
     if slices:
         axes = " x ".join(str(atom.size) for atom in slices)
-        why = f"it attends within {axes} slices of the video (windowed, temporal or spatial)"
-        return "other", Layout(), why
+        return "other", Layout(), Reason.SLICES(axes=axes)
     if kind == "other":
         kind, layout, why_not = _text_in_keys(tokens, key[-2], grid, attention, dimensions)
     else:
@@ -66,14 +62,13 @@ def classify(
         why_not = layout.problem
         counts = axis_size(tokens), axis_size(key[-2])
         if not same(*counts):
-            why = f"its {counts[0]} queries and {counts[1]} keys are not provably as many"
-            return "other", Layout(), why
+            return "other", Layout(), Reason.LENGTHS(queries=counts[0], keys=counts[1])
         if grid is None and not same_lattices(tokens, key[-2]):
-            return "other", Layout(), "its keys are not provably in the order of its queries"
+            return "other", Layout(), Reason.KEY_ORDER()
         if layout.grid is not None:
             kind = "self" if layout.segments == (0, len(tokens)) else "joint"
     if kind != "other" and not (alike(values[-2], key[-2]) or is_lost(values[-2])):
-        return "other", Layout(), "its values are of other tokens than its keys"
+        return "other", Layout(), Reason.OTHER_VALUES()
     if why_not is None and layout.grid is not None and attention.mask is not None:
         why_not = _settle_mask(attention, layout.text_before, product(layout.grid))
     return kind, layout, why_not
@@ -82,30 +77,29 @@ def classify(
 def _text_in_keys(
     tokens: Axis,
     keys: Axis,
-    grid: tuple[int, int, int] | None,
+    grid: Grid | None,
     attention: Attention,
     dimensions: Dimensions,
-) -> tuple[Kind, Layout, str | None]:
+) -> tuple[Kind, Layout, Why | None]:
     """Keys that are the queries' tokens and others: the op then gets queries of zeros for these."""
     start, graph = place_in(tokens, keys), attention.node.graph
-    elsewhere = "its keys cover other tokens than its queries"
     if start is None:
-        return "other", Layout(), elsewhere
+        return "other", Layout(), Reason.OTHER_KEYS()
     layout = infer_layout(keys, grid, graph, dimensions.positions)
     if layout.problem is not None or layout.grid is None:
         return "text in keys", layout, layout.problem
     stop = start + len(tokens)
     if not start <= layout.segments[0] < layout.segments[1] <= stop:
-        return "other", Layout(), elsewhere
+        return "other", Layout(), Reason.OTHER_KEYS()
     pad_queries(layout, keys, start, stop, graph)
     others = hint(axis_size(keys) - axis_size(tokens))
     video = hint(product(layout.grid))
     if layout.problem is None and others is not None and video is not None and 2 * others > video:
-        layout.problem = f"its keys have {others} tokens more than its queries: too many to fill up"
+        layout.problem = Reason.MANY_KEYS(others=others)
     return "text in keys", layout, layout.problem
 
 
-def _settle_mask(attention: Attention, before: Extent, video: Extent) -> str | None:
+def _settle_mask(attention: Attention, before: Extent, video: Extent) -> Why | None:
     """Bring a mask into the form that the op takes, or drop it; why that cannot be done."""
     mask = attention.mask
     assert mask is not None

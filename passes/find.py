@@ -8,24 +8,56 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from freqopt.grid import Grid
 from freqopt.passes.anchors import find_attention
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.classify import classify
 from freqopt.passes.dimensions import same
 from freqopt.passes.grid_inference import Layout
 from freqopt.passes.layout import heads_of, length_of_keys, operands_of
 from freqopt.passes.nodes import shape, tensor
-from freqopt.passes.propagate import Dimensions
-from freqopt.passes.site import Attention, Extent, Kind, Site
+from freqopt.passes.propagate import follow_axes
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import OURS, Attention, Extent, Kind, Mark, Site
 
 logger = logging.getLogger(__name__)
 
 
-def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) -> list[Site]:
+@dataclass(frozen=True)
+class Grids:
+    """Grids of video tokens that come from elsewhere than the graph.
+
+    given: the user's word for this model; it goes before what a graph tells, and has to fit.
+    likely: to be tried where a graph tells none, such as those that a plan was made on.
+    """
+
+    given: Grid | None = None
+    likely: tuple[Grid, ...] = ()
+
+
+def find_on_grids(gm: fx.GraphModule, grids: Grids, marks: Mapping[str, Mark]) -> list[Site]:
+    """Sites of a graph as `find_sites` describes them, each with the mark of its module.
+
+    Where the graph tells no grid, those of the marks and the likely ones are tried, and the one
+    that accounts for most sites is taken.
+    """
+    sites = find_sites(gm, grid=grids.given)
+    if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
+        marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
+        tried = [find_sites(gm, grid=grid) for grid in dict.fromkeys([*marked, *grids.likely])]
+        sites = max([sites, *tried], key=lambda found: sum(site.eligible for site in found))
+    for site in sites:
+        site.mark = marks.get("" if site.name == "model" else site.name)
+    return sites
+
+
+def find_sites(gm: fx.GraphModule, *, grid: Grid | None = None) -> list[Site]:
     """All attention of a graph, in the order of execution, with what may be done to it.
 
     Args:
@@ -35,7 +67,7 @@ def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) 
     Returns:
         Every site, eligible or not; bodies of activation checkpoints are included.
     """
-    dimensions = Dimensions(gm.graph)
+    dimensions = follow_axes(gm.graph)
     seen: dict[str, int] = {}
     sites = [
         _describe(attention, inside, grid, _unique(module_path(attention.node), seen))
@@ -45,7 +77,7 @@ def find_sites(gm: fx.GraphModule, *, grid: tuple[int, int, int] | None = None) 
         logger.debug(
             "%s: %s, %s heads of %s, %s queries, grid %s, %s",
             site.name, site.kind, site.heads, site.head_dim, site.query_length, site.grid,
-            site.reason,
+            site.why,
         )  # fmt: skip
     return sites
 
@@ -84,30 +116,26 @@ def _unique(name: str, seen: dict[str, int]) -> str:
     return f"{name}#{seen[name]}" if seen[name] else name
 
 
-def _describe(
-    attention: Attention, dimensions: Dimensions, grid: tuple[int, int, int] | None, name: str
-) -> Site:
+def _describe(attention: Attention, dimensions: Dimensions, grid: Grid | None, name: str) -> Site:
     query, key = tensor(attention.query), tensor(attention.key)
     operands = operands_of(attention, dimensions)
     sizes = heads_of(attention, operands)
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
-    layout, reason = Layout(), attention.objection
+    layout, problem = Layout(), attention.objection
     lengths: tuple[Extent, Extent] = (0, 0)
     if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
         lengths = (query.shape[-2], length_of_keys(attention))
         if sizes is not None or attention.objection is None:
             kind, layout, why_not = classify(attention, dimensions, grid)
-            reason = reason or why_not
-    if reason is None and sizes is not None:
-        reason = _shape_problem(attention)
-    if sizes is None and reason is None:
-        reason = f"its tensors are not (batch, heads, tokens, head_dim): {shape(attention.query)}"
-    site = Site(
+            problem = problem or why_not
+    if problem is None:
+        problem = _shape_problem(attention, sizes)
+    return Site(
         name=name, kind=kind, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         query_length=lengths[0], key_length=lengths[1], grid=layout.grid,
-        text_before=layout.text_before, text_after=layout.text_after, eligible=reason is None,
-        reason=reason or "dense attention on a known grid" + layout.remark,
+        text_before=layout.text_before, text_after=layout.text_after,
+        why=problem or Reason.FITS(remark=layout.remark),
         dtype=_compute_dtype(attention),
         device=query.device if query is not None else torch.device("cpu"),
         attention=attention,
@@ -118,18 +146,19 @@ def _describe(
         pad_before_arguments=layout.pad_before_arguments,
         pad_after_arguments=layout.pad_after_arguments,
     )  # fmt: skip
-    return site
 
 
-def _shape_problem(attention: Attention) -> str | None:
-    """Why tensors of four dimensions do not fit the op."""
+def _shape_problem(attention: Attention, sizes: tuple[int, int, int] | None) -> Why | None:
+    """Why tensors do not fit the op. sizes: heads, key heads and head_dim, where they are known."""
+    if sizes is None:
+        return Reason.NO_HEADS(shape=shape(attention.query))
     query, key, values = (shape(n) for n in (attention.query, attention.key, attention.value))
     if attention.key_transposed:
         key = (*key[:-2], key[-1], key[-2])
     if not (same(query[0], key[0]) and same(query[0], values[0])):
-        return "its queries, keys and values have different batch sizes"
+        return Reason.BATCHES()
     if not (same(key[1], values[1]) and same(key[-1], values[-1]) and same(query[-1], key[-1])):
-        return f"its keys {key} and values {values} differ in heads or head_dim"
+        return Reason.SHAPES(keys=key, values=values)
     return None
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from freqopt.passes.dimensions import at_most
 from freqopt.passes.nodes import constant, operation, shape
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention, Extent
 
 NAMES: Final = ("flex_attention", "flex_attention_hop")
@@ -33,15 +34,15 @@ def match_flex(node: fx.Node) -> Attention | None:
     outputs = [user for user in node.users if operation(user) == "getitem"]
     first = next((user for user in outputs if user.args[1] == 0), None)
     unused = [user for user in outputs if user is not first and not user.users]
-    objection = None
+    objection: Why | None = None
     if first is None or len(unused) + 1 < len(node.users):
-        objection = "it is FlexAttention whose logsumexp or largest scores are used too"
+        objection = Reason.FLEX_OUTPUTS()
     elif not _keeps_scores(_body(node, score)):
-        objection = "it is FlexAttention with a score function (score_mod)"
+        objection = Reason.FLEX_SCORES()
     elif not _hides_nothing(node, block_mask, shape(query)[-2], shape(key)[-2]):
-        objection = "it is FlexAttention with a block mask, which makes it sparse already"
+        objection = Reason.FLEX_BLOCKS()
     elif not isinstance(scale, (int, float)):
-        objection = "its scale is computed at run time"
+        objection = Reason.RUNTIME_SCALE()
     return Attention(
         node=node if first is None else first,
         query=query,

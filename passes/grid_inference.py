@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from freqopt.grid import Grid
 from freqopt.passes.bodies import way_into
 from freqopt.passes.dimensions import (
     Atom,
@@ -29,9 +30,8 @@ from freqopt.passes.lattices import (
     find_lattices,
     is_lattice,
 )
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Argument, Extent, Product, Size, Total
-
-Grid3 = tuple[Extent, Extent, Extent]
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Layout:
     extents from; those of the pads as in `Site`.
     """
 
-    grid: Grid3 | None = None
+    grid: tuple[Extent, Extent, Extent] | None = None
     segments: tuple[int, int] = (0, 1)
     text_before: Extent = 0
     text_after: Extent = 0
-    problem: str | None = None
+    problem: Why | None = None
     remark: str = ""
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
@@ -58,7 +58,7 @@ class Layout:
 
 def infer_layout(
     axis: Axis,
-    given: tuple[int, int, int] | None,
+    given: Grid | None,
     graph: fx.Graph,
     positions: Mapping[Atom, Sequence[Segment]] | None = None,
 ) -> Layout:
@@ -75,7 +75,7 @@ def infer_layout(
     chosen = _main(axis, found)
     others = ", ".join(each.shape() for each in found if each is not chosen)
     if chosen is None:
-        return Layout(problem=f"its tokens are several grids in one sequence ({others})")
+        return Layout(problem=Reason.SEVERAL_GRIDS(grids=others))
     if chosen.problem is not None:
         return Layout(problem=chosen.problem)
     first, second, third = (extent_size(extent) for extent in chosen.extents)
@@ -83,7 +83,7 @@ def infer_layout(
     arguments = [_extent_argument(extent, graph) for extent in chosen.extents]
     known = tuple(argument for argument in arguments if argument is not None)
     if layout.problem is None and len(known) < 3:
-        layout.problem = "an extent of its grid cannot be read where the attention is"
+        layout.problem = Reason.EXTENT_UNREADABLE()
     layout.grid_arguments = known
     if others:
         layout.remark = f"; other grids in its sequence ({others}) stay exact, as text does"
@@ -105,7 +105,7 @@ def _main(axis: Axis, lattices: Sequence[Lattice]) -> Lattice | None:
     return lattices[largest] if 2 * known[largest] > sum(known) else None
 
 
-def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> Layout:
+def _given_layout(axis: Axis, given: Grid, graph: fx.Graph) -> Layout:
     tokens = product(given)
     fits = [i for i, segment in enumerate(axis) if same(segment_size(segment), tokens)]
     runs = [(each.start, each.stop) for each in find_lattices(axis, {})]
@@ -116,13 +116,12 @@ def _given_layout(axis: Axis, given: tuple[int, int, int], graph: fx.Graph) -> L
     lattices = [(i, i + 1) for i in fits if is_lattice(axis[i])]
     chosen = lattices or runs or [(i, i + 1) for i in fits]
     if len(chosen) != 1:
-        shown = "x".join(map(str, given))
         sizes = " + ".join(str(segment_size(segment)) for segment in axis)
-        why = "none has" if not chosen else "more than one has"
-        return Layout(
-            problem=f"grid={given} was given, {shown} = {tokens} tokens, but of its {sizes} tokens "
-            f"{why} that many"
-        )
+        misfit = Reason.GRID_MISFIT(
+            grid=given, shown="x".join(map(str, given)), tokens=tokens, sizes=sizes,
+            how_many="more than one has" if chosen else "none has",
+        )  # fmt: skip
+        return Layout(problem=misfit)
     layout = _around(axis, *chosen[0], given, graph, counted=guarded)
     layout.grid_arguments = given
     if guarded:
@@ -141,7 +140,13 @@ def _guarded(axis: Axis, tokens: Extent) -> list[int]:
 
 
 def _around(
-    axis: Axis, start: int, stop: int, grid: Grid3, graph: fx.Graph, *, counted: bool = False
+    axis: Axis,
+    start: int,
+    stop: int,
+    grid: tuple[Extent, Extent, Extent],
+    graph: fx.Graph,
+    *,
+    counted: bool = False,
 ) -> Layout:
     """The layout where segments start..stop are the video, and those around it text.
 
@@ -156,11 +161,11 @@ def _around(
         text_after=axis_size(after) if after else 0,
     )
     if not counted and not same(product(grid), video):
-        layout.problem = f"grid {grid} does not provably have the {video} video tokens"
+        layout.problem = Reason.GRID_UNPROVEN(grid=grid, video=video)
     for name, part in (("text_before_arguments", before), ("text_after_arguments", after)):
         arguments = [_segment_argument(segment, graph) for segment in part]
         if any(argument is None for argument in arguments):
-            layout.problem = "the number of its text tokens cannot be read in the graph"
+            layout.problem = Reason.TEXT_UNREADABLE()
         setattr(layout, name, tuple(a for a in arguments if a is not None))
     return layout
 
@@ -173,7 +178,7 @@ def pad_queries(layout: Layout, keys: Axis, start: int, stop: int, graph: fx.Gra
     ):
         arguments = [_segment_argument(segment, graph) for segment in part]
         if any(argument is None for argument in arguments):
-            layout.problem = "the number of tokens that only its keys have cannot be read"
+            layout.problem = Reason.PADS_UNREADABLE()
         setattr(layout, name, tuple(a for a in arguments if a is not None))
 
 
@@ -210,17 +215,12 @@ def _argument(extent: Atom | int, graph: fx.Graph) -> int | Size | None:
     return Size(extent.node, extent.dim)
 
 
-def _why_no_lattice(axis: Axis) -> str:
+def _why_no_lattice(axis: Axis) -> Why:
     roots = {a.root[0]: a.origin for segment in axis for a in segment}
     data = [name for name, origin in roots.items() if origin == "data"]
     if not data:
-        return "where its tokens come from cannot be followed in this graph; pass grid=(t, h, w)"
-    listed = ", ".join(readable_input(name) for name in data)
-    return (
-        f"its tokens are one axis of the input {listed}, which has no grid (text, audio, or video "
-        "packed before the model); if they are video, pass grid=(t, h, w); an image is (1, h, w), "
-        "one long sequence (1, 1, n)"
-    )
+        return Reason.LOST()
+    return Reason.NO_GRID(inputs=", ".join(readable_input(name) for name in data))
 
 
 def readable_input(name: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from freqopt.passes.dimensions import Atom, Axis, Segment, same
 from freqopt.passes.provenance import alike
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent
 
 LatticeExtent = Atom | int | tuple[Atom | int, ...]
@@ -25,7 +26,7 @@ class Lattice:
     stop: int
     segment: Segment
     extents: tuple[LatticeExtent, ...] = ()
-    problem: str | None = None
+    problem: Why | None = None
 
     def shape(self) -> str:
         """As "3x6x10"; in tiles, all the extents that there are."""
@@ -64,7 +65,7 @@ def find_lattices(axis: Axis, positions: Mapping[Atom, Sequence[Segment]]) -> li
 
 def _lattice(index: int, segment: Segment) -> Lattice:
     extents = lattice_extents(segment)
-    if isinstance(extents, str):
+    if isinstance(extents, Why):
         return Lattice(index, index + 1, segment, problem=extents)
     return Lattice(index, index + 1, segment, tuple(extents))
 
@@ -119,19 +120,16 @@ def is_lattice(segment: Segment) -> bool:
     return len({a.root[0] for a in atoms}) == 1 and len({a.root[1] for a in segment}) > 1
 
 
-def lattice_extents(segment: Segment) -> list[Atom | int] | str:
+def lattice_extents(segment: Segment) -> list[Atom | int] | Why:
     """Three extents of a lattice, slowest first, or why there are not three."""
     atoms = list(segment)
     while len(atoms) > 3:
         unit = next((i for i, atom in enumerate(atoms) if same(atom.size, 1)), None)
         if unit is None:
-            shape = "x".join(str(atom.size) for atom in segment)
-            return (
-                f"its tokens lie on more than three axes or in tiles ({shape}), not in raster order"
-            )
+            return Reason.AXES(shape="x".join(str(atom.size) for atom in segment))
         del atoms[unit]
     if len({atom.root for atom in atoms}) < len(atoms):
-        return "its tokens lie in tiles, not in raster order"
+        return Reason.TILES()
     if len(atoms) == 2:
         # With one frame, or one row of patches, no trace of that axis may be left.
         return [1, *atoms]

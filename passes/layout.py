@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.dimensions import Axis, Shape, axis_size
 from freqopt.passes.nodes import shape
-from freqopt.passes.propagate import Dimensions
 from freqopt.passes.site import Attention, Extent
 
 

@@ -1,7 +1,7 @@
-"""Runs the passes over a graph in order: find sites, decide about each, rewrite those to be split.
+"""The one way to rewrite a graph: find its sites, decide about each, put something in their places.
 
-Every step is timed and logged, the graph before and after goes into torch's structured trace, and
-a site whose rewrite fails stays as it was.
+Who compiles, measures, exports or only looks differs in what decides and in what is put there. Each
+step is timed and logged, and a site for which it fails stays as it was.
 """
 
 from __future__ import annotations
@@ -10,68 +10,40 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from torch import Tensor, fx
+from torch import fx
 from torch._logging._internal import trace_structured
 
 from freqopt.errors import SiteError
-from freqopt.passes.bodies import bring, way_into
-from freqopt.passes.find import find_sites
-from freqopt.passes.marks import Mark, take_marks
+from freqopt.passes.decision import Decision, Rewritten
+from freqopt.passes.find import Grids, find_on_grids
+from freqopt.passes.marks import take_marks
 from freqopt.passes.packed import packed_opened
-from freqopt.passes.rewrite import insert_split
 from freqopt.passes.site import Site
-from freqopt.passes.timestep import Timestep, find_timestep, select_budgets
+from freqopt.passes.timestep import select_by_timestep
 
 logger = logging.getLogger(__name__)
 
+Decide = Callable[[Sequence[Site]], list[Decision]]
+"""From all sites of a graph, in the order of execution, to one decision each."""
 
-@dataclass
-class Decision:
-    """What becomes of a site.
-
-    budget: thresholds, used where density is 0: (2, H) float32, or (buckets, 2, H) by `timestep`;
-    a node of the graph where the module brings its own.
-    """
-
-    site: Site
-    split: bool
-    reason: str
-    budget: Tensor | fx.Node | None = None
-    mid_band: bool = False
-    density: float = 0.0
-    probes: int = 0
-    timestep: Timestep | None = None
+Replace = Callable[[fx.GraphModule, Decision], object]
+"""Puts something in the place of a site that is to be split; see `freqopt.passes.rewrite`."""
 
 
-@dataclass
-class Rewritten:
-    """Outcome of the passes. seconds: time of each step."""
-
-    decisions: list[Decision] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """Number of sites that were rewritten."""
-        return sum(decision.split for decision in self.decisions)
-
-
-def run_passes(
+def rewrite(
     gm: fx.GraphModule,
-    decide: Callable[[Sequence[Site]], list[Decision]],
+    decide: Decide,
+    replace: Replace | None,
+    grids: Grids,
     *,
-    grid: tuple[int, int, int] | None = None,
-    likely: Sequence[tuple[int, int, int]] = (),
     strict: bool = False,
 ) -> Rewritten:
     """Rewrite, in place, the sites of a graph that `decide` wants split.
 
     Args:
-        decide: from all sites of the graph, in order, to one decision each.
-        grid: as in `find_sites`.
-        likely: grids to try where the graph tells none, such as those that a plan was made on.
+        gm: a graph of Dynamo or of torch.export before decompositions.
+        replace: None leaves all sites where they are; decisions are made all the same.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
 
     Raises:
@@ -80,113 +52,42 @@ def run_passes(
     result = Rewritten()
     with packed_opened(gm):
         with _timed(result, "find"):
-            sites = find_marked(gm, grid, take_marks(gm), likely)
+            marks = take_marks(gm)
+            sites = find_on_grids(gm, grids, marks)
         with _timed(result, "decide"):
             result.decisions = decide(sites)
-        if result.count:
+        if replace is not None and result.count:
             dump(gm, "freqopt_before")
             with _timed(result, "rewrite"):
-                _select_by_timestep(gm, result.decisions, strict)
+                select_by_timestep(gm, result.decisions, strict)
                 for decision in result.decisions:
                     if decision.split:
-                        _rewrite(gm, decision, strict)
-    if "rewrite" in result.seconds:
+                        _put(gm, decision, replace, strict)
+    if marks or "rewrite" in result.seconds:
         gm.graph.lint()
         gm.recompile()
         dump(gm, "freqopt_after")
     for decision in result.decisions:
         action = "split" if decision.split else "stays dense"
-        logger.info("%s: %s, %s", decision.site.name, action, decision.reason)
+        logger.info("%s: %s, %s", decision.site.name, action, decision.why)
     steps = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in result.seconds.items())
-    logger.info("%d of %d attention sites rewritten (%s)", result.count, len(sites), steps)
+    done = "to be split" if replace is None else "rewritten"
+    logger.info("%d of %d attention sites %s (%s)", result.count, len(sites), done, steps)
     return result
 
 
-def find_marked(
-    gm: fx.GraphModule,
-    grid: tuple[int, int, int] | None,
-    marks: dict[str, Mark],
-    likely: Sequence[tuple[int, int, int]] = (),
-) -> list[Site]:
-    """Sites of a graph, with the marks of their modules.
-
-    Where the graph tells no grid, the marks' grids and the likely ones are tried, and the one that
-    explains most sites is taken.
-    """
-    sites = find_sites(gm, grid=grid)
-    if grid is None and any(site.grid is None and site.kind in OURS for site in sites):
-        candidates = dict.fromkeys([*(g for mark in marks.values() for g in mark.grids), *likely])
-        found = [sites, *(find_sites(gm, grid=candidate) for candidate in candidates)]
-        sites = max(found, key=lambda sites: sum(site.eligible for site in sites))
-    for site in sites:
-        site.mark = marks.get("" if site.name == "model" else site.name)
-    return sites
-
-
-OURS = ("self", "joint", "text in keys")
-"""Kinds of attention that can be split where a grid is known."""
-
-
-def _select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], strict: bool) -> None:
-    """Replace budgets per timestep bucket by nodes that select among them in the graph.
-
-    Where the graph has no such timestep, the most exact of a site's budgets serves them all.
-    """
-    timed = [d for d in decisions if d.split and d.timestep is not None]
-    groups = dict.fromkeys((d.timestep, d.site.device) for d in timed)
-    for timestep, device in groups:
-        assert timestep is not None
-        members = [d for d in timed if (d.timestep, d.site.device) == (timestep, device)]
-        source = find_timestep(gm, timestep.name)
-        inside = [d for d in members if source is not None and _is_reached(gm, d)]
-        if source is not None and inside:
-            tables = [_table(d).to(device) for d in inside]
-            nodes = select_budgets(gm, source, timestep.edges, tables)
-            for decision, node in zip(inside, nodes, strict=True):
-                decision.budget = bring(node, decision.site.node.graph)
-        others = [d for d in members if d not in inside]
-        if not others:
-            continue
-        message = (
-            f"{others[0].site.name} and {len(others) - 1} other sites: their graph has no tensor "
-            f"input {timestep.name!r}, by which the plan selects budgets (it is a Python number "
-            "there, or another graph after a graph break), so the most exact budget of all "
-            "timesteps is used; pass the timestep as a tensor, or use freqopt.attach"
-        )
-        if strict:
-            raise SiteError(message)
-        logger.warning("%s", message)
-        for decision in others:
-            decision.budget = _table(decision).amin(0)
-
-
-def _is_reached(gm: fx.GraphModule, decision: Decision) -> bool:
-    """Whether values of the graph can be had where the site is, in it or in a body inside it."""
-    return way_into(gm.graph, decision.site.node.graph) is not None
-
-
-def _table(decision: Decision) -> Tensor:
-    assert isinstance(decision.budget, Tensor)
-    return decision.budget
-
-
-def _rewrite(gm: fx.GraphModule, decision: Decision, strict: bool) -> None:
-    site = decision.site
-    graph = site.node.graph
+def _put(gm: fx.GraphModule, decision: Decision, replace: Replace, strict: bool) -> None:
+    """Put something in the place of a site, or leave it as it was."""
+    graph = decision.site.node.graph
     before = set(graph.nodes)
-    assert decision.budget is not None
     try:
-        insert_split(
-            gm, site, decision.budget, mid_band=decision.mid_band, density=decision.density,
-            probes=decision.probes,
-        )  # fmt: skip
+        replace(gm, decision)
     except Exception as error:
         for node in reversed(list(graph.nodes)):
             if node not in before and not node.users:
                 graph.erase_node(node)
-        decision.split = False
-        decision.reason = f"rewriting it failed: {type(error).__name__}: {error}"
-        message = f"attention at {site.name} stays dense: {decision.reason}"
+        decision.fail(error)
+        message = f"attention at {decision.site.name} stays dense: {decision.why}"
         if strict:
             raise SiteError(message) from error
         logger.warning("%s", message)

@@ -5,23 +5,11 @@ See `freqopt.regional`: one graph then serves every layer, and budgets are opera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import fx
 
 from freqopt.passes.find import module_path
 from freqopt.passes.nodes import operation
-
-Grid3 = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Budget node (2, H), candidate grids and whether any layer uses the mid band."""
-
-    budget: fx.Node
-    grids: tuple[Grid3, ...]
-    mid_band: bool
+from freqopt.passes.site import Mark
 
 
 def take_marks(gm: fx.GraphModule) -> dict[str, Mark]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import at_most, product, same
+from freqopt.passes.memory import is_written, may_share
 from freqopt.passes.nodes import (
     argument,
     is_plain_index,
@@ -24,8 +25,9 @@ from freqopt.passes.nodes import (
     tensor,
     value,
 )
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent
-from freqopt.passes.writes import is_written, may_share, written_by
+from freqopt.passes.writes import written_by
 
 PASS = {
     "view", "reshape", "unsqueeze", "expand", "expand_as", "to", "contiguous", "clone", "detach",
@@ -34,7 +36,7 @@ PASS = {
 """Operations after which an entry is true if it was before, and the last axis is the same."""
 
 
-def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) -> str | None:
+def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) -> Why | None:
     """Why a mask cannot be honoured, or None if it is one over keys that leaves the video alone.
 
     mask: (B or 1, 1, 1, keys) bool, True = attend. before: text tokens in front; video: number of
@@ -42,21 +44,16 @@ def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) ->
     """
     found = tensor(mask)
     if found is None:
-        return "its mask is not a tensor"
+        return Reason.MASK_NO_TENSOR()
     if found.dtype != torch.bool:
-        return (
-            f"its mask is added to the scores ({found.dtype}); bool masks over text are supported"
-        )
+        return Reason.MASK_ADDED(dtype=found.dtype)
     sizes = shape(mask)
     if len(sizes) != 4 or not (same(sizes[1], 1) and same(sizes[2], 1)):
-        return (
-            f"its mask of shape {tuple(sizes)} differs between queries or heads; "
-            "(batch, 1, 1, keys) is supported"
-        )
+        return Reason.MASK_PAIRS(shape=sizes)
     if not (same(sizes[0], 1) or same(sizes[0], batch)):
-        return f"its mask has a batch of {sizes[0]} where the queries have {batch}"
+        return Reason.MASK_BATCH(batch=sizes[0], queries=batch)
     if not Range(before, before + video).true(mask):
-        return "its mask may hide video tokens: that it does not cannot be proven from the graph"
+        return Reason.MASK_UNPROVEN()
     return None
 
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from freqopt.passes.einsums import einsums_in_order
+from freqopt.passes.memory import is_written
 from freqopt.passes.nodes import argument, operation, shape, tensor
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite import add_function, add_method
-from freqopt.passes.writes import is_written
 
 FORWARD: Final = "multi_head_attention_forward"
 OPENED: Final = "freqopt_opened"
@@ -42,23 +43,23 @@ def is_opened(node: fx.Node) -> bool:
     return OPENED in node.meta and operation(node) == FORWARD
 
 
-def packed_problem(node: fx.Node) -> str | None:
+def packed_problem(node: fx.Node) -> Why | None:
     """Why a `multi_head_attention_forward` node cannot be opened, None if it can."""
     given = packed_arguments(node)
     if given["dropout_p"] and given["training"]:
-        return "it has dropout (training): call model.eval(), or set its dropout to 0"
+        return Reason.DROPOUT(sign="training")
     if given["attn_mask"] is not None or given["is_causal"]:
-        return "nn.MultiheadAttention was given an attn_mask; a key_padding_mask over text is read"
+        return Reason.PACKED_MASK()
     if given["bias_k"] is not None or given["bias_v"] is not None or given["add_zero_attn"]:
-        return "nn.MultiheadAttention adds keys of its own (add_bias_kv or add_zero_attn)"
+        return Reason.PACKED_KEYS()
     if given["static_k"] is not None or given["static_v"] is not None:
-        return "nn.MultiheadAttention was given its keys or values ready-made (static_k, static_v)"
+        return Reason.PACKED_STATIC()
     if given["key_padding_mask"] is not None and _padding(given["key_padding_mask"]) is None:
-        return "its key_padding_mask is added to the scores; a bool one is read"
+        return Reason.PACKED_PADDING()
     if len(shape(given["query"])) != 3:
-        return f"nn.MultiheadAttention's query {tuple(shape(given['query']))} has no batch"
+        return Reason.PACKED_BATCH(shape=shape(given["query"]))
     if any(operation(u) != "getitem" or (u.args[1] != 0 and u.users) for u in node.users):
-        return "its attention weights are used elsewhere too: pass need_weights=False"
+        return Reason.PACKED_WEIGHTS()
     return None
 
 

@@ -7,17 +7,15 @@ nothing is split before the user, or a plan, says with a grid that one of them i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from freqopt.passes.axes import Dimensions
 from freqopt.passes.axis_rules import dim_of, rule
 from freqopt.passes.dimensions import Atom, Axis, axis_size, hint, join, rank, same
 from freqopt.passes.nodes import argument, known_int, operation, shape, tensor
 from freqopt.passes.site import Extent
-
-if TYPE_CHECKING:
-    from freqopt.passes.propagate import Dimensions
 
 EMPTY = {"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"}
 

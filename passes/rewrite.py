@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from freqopt.errors import SiteError
 from freqopt.passes.bodies import bring
+from freqopt.passes.decision import Decision
 from freqopt.passes.dimensions import same
 from freqopt.passes.nodes import operation, shape, value
 from freqopt.passes.site import Argument, Product, Site, Size, Total
@@ -51,7 +52,7 @@ def replace_site(
         SiteError: the site is not eligible.
     """
     if not site.eligible:
-        raise SiteError(f"attention at {site.name}: {site.reason}; it cannot be replaced")
+        raise SiteError(f"attention at {site.name}: {site.why}; it cannot be replaced")
     graph, node = site.node.graph, site.node
     with graph.inserting_before(node):
         operands = site_operands(site)
@@ -59,6 +60,22 @@ def replace_site(
         new.meta = dict(node.meta, example_value=_example_of_result(site, operands[0]))
     _take_over(site, new)
     return new
+
+
+class Inserted(NamedTuple):
+    """Nodes of the op that stands where an attention was: its call, and its output (B, H, N, D)."""
+
+    call: fx.Node
+    output: fx.Node
+
+
+def split_as_decided(gm: fx.GraphModule, decision: Decision) -> Inserted:
+    """Put the op in the place of a site, with the budget that was decided on."""
+    assert decision.budget is not None
+    return insert_split(
+        gm, decision.site, decision.budget, mid_band=decision.mid_band, density=decision.density,
+        probes=decision.probes,
+    )  # fmt: skip
 
 
 def insert_split(
@@ -69,7 +86,7 @@ def insert_split(
     mid_band: bool,
     density: float,
     probes: int,
-) -> fx.Node:
+) -> Inserted:
     """Put the op `freqopt::split_attention` in place of the attention of an eligible site.
 
     Args:
@@ -78,10 +95,13 @@ def insert_split(
         mid_band, density, probes: as the op takes them.
 
     Returns:
-        The node of the op's output (B, H, N, D), which has taken all uses of the old one.
+        The op's nodes; the output has taken all uses of the attention.
+
+    Raises:
+        SiteError: the site is not eligible.
     """
     if not site.eligible:
-        raise SiteError(f"attention at {site.name}: {site.reason}; it cannot be replaced")
+        raise SiteError(f"attention at {site.name}: {site.why}; it cannot be replaced")
     import freqopt.kernels.op  # noqa: F401  registers the op
 
     graph, node = site.node.graph, site.node
@@ -106,7 +126,7 @@ def insert_split(
             # The op's output is (B, N, H, D) in memory, which not every view can start from.
             new = _method(site, "contiguous", new)
     _take_over(site, new)
-    return new
+    return Inserted(call, new)
 
 
 def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
@@ -333,9 +353,15 @@ def _take_over(site: Site, new: fx.Node) -> None:
     graph = old.graph
     for node in reversed(site.attention.nodes):
         for user in [user for user in node.users if is_idle(user)]:
-            graph.erase_node(user)
+            _erase_idle(user)
         if not node.users:
             graph.erase_node(node)
+
+
+def _erase_idle(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_idle(user)
+    node.graph.erase_node(node)
 
 
 @contextmanager

@@ -7,18 +7,21 @@ whether frequency-split attention may take its place; if not, why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import fx
 
-if TYPE_CHECKING:
-    from freqopt.passes.marks import Mark
+from freqopt.grid import Grid
+from freqopt.passes.reasons import Reason, Why
 
 Extent = int | torch.SymInt
 """A size: a number, or a symbol under dynamic shapes. Compare with `dimensions.same` only."""
 
 Kind = Literal["self", "joint", "text in keys", "cross", "other"]
+
+OURS: tuple[Kind, ...] = ("self", "joint", "text in keys")
+"""Kinds of attention that can be split where a grid is known."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,22 @@ class Attention:
     value: fx.Node
     mask: fx.Node | None = None
     scale: float | None = None
-    objection: str | None = None
+    objection: Why | None = None
     nodes: tuple[fx.Node, ...] = ()
     key_transposed: bool = False
     masks_queries: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a module brings along, see `freqopt.regional`.
+
+    budget: node (2, H). grids: candidates. mid_band: whether any layer has one.
+    """
+
+    budget: fx.Node
+    grids: tuple[Grid, ...]
+    mid_band: bool
 
 
 @dataclass
@@ -79,9 +94,9 @@ class Site:
     "text in keys" (video queries, keys of text and video), "cross", "other". query_length,
     key_length: tokens. grid: extents of the video tokens from the slowest to the fastest in memory,
     usually (t, h, w), None if unknown. text_before, text_after: tokens around them, in the keys at
-    least. eligible: could be split, whatever its length; reason: why, or why not.
+    least. why: `Reason.FITS` if it could be split, whatever its length; else why not.
     pad_before_arguments, pad_after_arguments: tokens that only the keys have, in whose places the
-    op gets queries of zeros. mark: the budget that its module brings along, see `freqopt.regional`.
+    op gets queries of zeros. mark: the budget that its module brings along.
     """
 
     name: str
@@ -94,8 +109,7 @@ class Site:
     grid: tuple[Extent, Extent, Extent] | None
     text_before: Extent
     text_after: Extent
-    eligible: bool
-    reason: str
+    why: Why
     dtype: torch.dtype
     device: torch.device
     attention: Attention
@@ -106,6 +120,16 @@ class Site:
     pad_before_arguments: tuple[Argument, ...] = ()
     pad_after_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
+
+    @property
+    def eligible(self) -> bool:
+        """Whether it could be split, whatever its length."""
+        return self.why.reason is Reason.FITS
+
+    @property
+    def reason(self) -> str:
+        """`why` as a sentence."""
+        return str(self.why)
 
     @property
     def node(self) -> fx.Node:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from freqopt.passes.dimensions import same
+from freqopt.passes.memory import is_written_between, writers
 from freqopt.passes.nodes import (
     argument,
     constant,
@@ -22,13 +23,13 @@ from freqopt.passes.nodes import (
     shape,
     tensor,
 )
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention
 from freqopt.passes.softmax_by_hand import Softmax, shifted, softmax_at
-from freqopt.passes.writes import is_idle, is_written_between, writers, written_by
+from freqopt.passes.writes import is_idle, written_by
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
-ELSEWHERE = "its attention weights are used elsewhere too"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Logits:
     mask: fx.Node | None
     nodes: tuple[fx.Node, ...]
     readers: tuple[fx.Node, fx.Node]
-    objection: str | None = None
+    objection: Why | None = None
 
 
 def match_softmax(node: fx.Node) -> Attention | None:
@@ -63,14 +64,14 @@ def match_softmax(node: fx.Node) -> Attention | None:
     last = () if softmax.divided is None else (softmax.divided,)
     nodes = (*reversed(walked.nodes), *softmax.nodes, *between, product, *last)
     if objection is None and _is_read_elsewhere(nodes):
-        objection = "its scores are used elsewhere too"
+        objection = Reason.SCORES_USED()
     operands = (
         (walked.query, walked.readers[0]),
         (walked.key, walked.readers[1]),
         (values, product),
     )
     if objection is None and any(is_written_between(*each, nodes[-1]) for each in operands):
-        objection = "its queries, keys or values are overwritten before it is through"
+        objection = Reason.OVERWRITTEN()
     return Attention(
         node=softmax.divided or product,
         query=walked.query,
@@ -104,12 +105,13 @@ def _fit(walked: Logits, values: fx.Node, product: fx.Node) -> bool:
 
 def follow_weights(
     softmax: Softmax,
-) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...], str | None] | None:
+) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...], Why | None] | None:
     """Follow attention weights to their product with the values.
 
     Returns the product, the values, the nodes between, and what forbids cutting them out.
     """
-    node, objection = softmax.weights, None
+    node = softmax.weights
+    objection: Why | None = None
     between: list[fx.Node] = []
     while True:
         product = next((u for u in node.users if values_of(u, node) is not None), None)
@@ -119,16 +121,16 @@ def follow_weights(
         if product is not None:
             values = values_of(product, node)
             assert values is not None
-            return product, values, tuple(between), ELSEWHERE if others else objection
+            return product, values, tuple(between), Reason.WEIGHTS_USED() if others else objection
         steps = [u for u in others if operation(u) in CASTS or operation(u) == "dropout"]
         if len(steps) != 1:
             return None
         if len(others) > 1:
-            objection = ELSEWHERE
+            objection = Reason.WEIGHTS_USED()
         node = steps[0]
         between.append(node)
         if operation(node) == "dropout" and _drops(node):
-            objection = "it has dropout (training): call model.eval(), or set its dropout to 0"
+            objection = Reason.DROPOUT(sign="training")
 
 
 def _drops(node: fx.Node) -> bool:
@@ -196,9 +198,8 @@ def walk_logits(node: Any) -> Logits | None:
     if name in ("matmul", "bmm"):
         second = argument(node, 1, "other", "mat2")
         return _product(node, argument(node, 0, "input", "self"), second, 1.0)
-    if name == "baddbmm" and not argument(node, 3, "beta", default=1):
-        alpha = float(argument(node, 4, "alpha", default=1))
-        return _product(node, argument(node, 1, "batch1"), argument(node, 2, "batch2"), alpha)
+    if name == "baddbmm":
+        return _product_and_sum(node)
     if name == "einsum":
         operands = einsum_operands(node)
         forms = (("abcd", "abed", "abce"), ("abc", "adc", "abd"))
@@ -217,7 +218,7 @@ def _altered(node: fx.Node) -> Logits | None:
         same_form = len(shape(source)) == len(shape(node))
         inner = walk_logits(source) if same_form and not _alters(source) else None
         if inner is not None and inner.objection is None:
-            why = f"its scores go through {operation(node)} before the softmax"
+            why = Reason.SCORES_CHANGED(operation=operation(node))
             return _through(node, replace(inner, objection=why))
     return None
 
@@ -299,6 +300,16 @@ def _product(node: fx.Node, query: Any, key: Any, factor: float) -> Logits | Non
     upright, third, key_reader = unscaled(upright, key_reader)
     readers = query_reader, key_reader
     return Logits(query, upright, False, factor * third, None, (node,), readers)
+
+
+def _product_and_sum(node: fx.Node) -> Logits | None:
+    """`baddbmm`: a product alone, or on top of a mask."""
+    beta, alpha = argument(node, 3, "beta", default=1), argument(node, 4, "alpha", default=1)
+    operands = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+    inner, added = _product(node, *operands, float(alpha)), argument(node, 0, "input")
+    if inner is None or not beta:
+        return inner
+    return replace(inner, mask=added) if beta == 1 and isinstance(added, fx.Node) else None
 
 
 def untransposed(node: fx.Node) -> fx.Node | None:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from freqopt.passes.dimensions import product, same
+from freqopt.passes.memory import is_written
 from freqopt.passes.nodes import argument, is_plain_index, known_int, operation, shape, tensor
-from freqopt.passes.writes import is_written
 
 KEEPS = {"bool", "to", "contiguous", "clone", "detach", "alias"}
 SHAPES = {"view", "reshape", "unsqueeze", "getitem"}

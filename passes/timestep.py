@@ -6,30 +6,70 @@ nor waits for the device. Only operations that every backend and exporter knows 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from freqopt.errors import SiteError
+from freqopt.passes.bodies import bring, way_into
+from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import tensor
 from freqopt.passes.rewrite import add_constant, add_method
+
+logger = logging.getLogger(__name__)
 
 LEADING = ("placeholder", "get_attr")
 """Nodes that stand before all computation."""
 
 
-@dataclass(frozen=True)
-class Timestep:
-    """The model's timestep argument and the ascending boundaries of its buckets.
+def select_by_timestep(gm: fx.GraphModule, decisions: Sequence[Decision], strict: bool) -> None:
+    """Replace budgets per timestep bucket by nodes that select among them in the graph.
 
-    Bucket i holds the timesteps above exactly i of the `edges`, in the units of the argument.
+    Where the graph has no such timestep, the most exact of a site's budgets serves them all.
+
+    Raises:
+        SiteError: under `strict`, where it has none.
     """
+    timed = [d for d in decisions if d.split and d.timestep is not None]
+    groups = dict.fromkeys((d.timestep, d.site.device) for d in timed)
+    for timestep, device in groups:
+        assert timestep is not None
+        members = [d for d in timed if (d.timestep, d.site.device) == (timestep, device)]
+        source = find_timestep(gm, timestep.name)
+        inside = [d for d in members if source is not None and _is_reached(gm, d)]
+        if source is not None and inside:
+            tables = [_table(d).to(device) for d in inside]
+            nodes = select_budgets(gm, source, timestep.edges, tables)
+            for decision, node in zip(inside, nodes, strict=True):
+                decision.budget = bring(node, decision.site.node.graph)
+        others = [d for d in members if d not in inside]
+        if not others:
+            continue
+        message = (
+            f"{others[0].site.name} and {len(others) - 1} other sites: their graph has no tensor "
+            f"input {timestep.name!r}, by which the plan selects budgets (it is a Python number "
+            "there, or another graph after a graph break), so the most exact budget of all "
+            "timesteps is used; pass the timestep as a tensor, or use freqopt.attach"
+        )
+        if strict:
+            raise SiteError(message)
+        logger.warning("%s", message)
+        for decision in others:
+            decision.budget = _table(decision).amin(0)
 
-    name: str
-    edges: tuple[float, ...]
+
+def _is_reached(gm: fx.GraphModule, decision: Decision) -> bool:
+    """Whether values of the graph can be had where the site is, in it or in a body inside it."""
+    return way_into(gm.graph, decision.site.node.graph) is not None
+
+
+def _table(decision: Decision) -> Tensor:
+    assert isinstance(decision.budget, Tensor)
+    return decision.budget
 
 
 def find_timestep(gm: fx.GraphModule, name: str) -> fx.Node | None:

@@ -15,10 +15,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import freqopt.backend
-from freqopt.backend import freqopt_backend, parse_options, records_cuda_graphs
+import freqopt.decisions
+from freqopt.backend import freqopt_backend
 from freqopt.break_even import CPU_TOKENS, default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.decisions import records_cuda_graphs
 from freqopt.errors import OptionError, PlanError, SiteError
+from freqopt.options import parse_options
 from freqopt.plan import Plan
 from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 
@@ -137,7 +140,7 @@ def test_the_default_length_counts_the_heads_of_the_batch(monkeypatch: pytest.Mo
         asked.append((heads, head_dim, cuda_graphs))
         return 1
 
-    monkeypatch.setattr(freqopt.backend, "default_min_tokens", answer)
+    monkeypatch.setattr(freqopt.decisions, "default_min_tokens", answer)
     assert len(run(Toy(), (video(GRID, 3),), threshold=0.0)[1].calls()) == 2
     assert set(asked) == {(3 * HEADS, DIM, False)}
 
@@ -288,7 +291,7 @@ def test_a_bug_in_the_passes_does_not_break_the_model(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(manager, "find_sites", fail)
+    monkeypatch.setattr(manager, "find_on_grids", fail)
     model, inputs = Toy(), (video(GRID),)
     with caplog.at_level(logging.WARNING, "freqopt"):
         got, _ = run(model, inputs, threshold=0.0)

@@ -203,18 +203,16 @@ def test_a_failing_site_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_site_that_cannot_be_replaced_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freqopt.passes import rewrite
+    original = calibration_measure.replace_site
 
-    original = rewrite.replace_site
-
-    def fail(gm: Any, site: Any, target: Any, extra: Any) -> Any:
+    def fail(gm: Any, site: Any, target: Any) -> Any:
         if site.name == "blocks.0.attn":
             with site.node.graph.inserting_before(site.node):
                 site.node.graph.call_function(target, (site.attention.query,))
             raise RuntimeError("half way")
-        return original(gm, site, target, extra)
+        return original(gm, site, target)
 
-    monkeypatch.setattr(rewrite, "replace_site", fail)
+    monkeypatch.setattr(calibration_measure, "replace_site", fail)
     plan = calibrate(target_error=0.2)
     assert list(plan.sites) == ["blocks.1.attn"]
     assert "half way" in plan.evidence.dense_sites["blocks.0.attn"]

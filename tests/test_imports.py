@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ HEAVY = {
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
 BASE = {"break_even", "config", "errors", "grid", "positions"}
-CORE = {"backend", "calibration", "counting", "inspection", "plan", "regional"}
+CORE = {
+    "backend", "calibration", "counting", "decisions", "inspection", "options", "plan", "regional",
+}  # fmt: skip
 
 LAYERS = {
     "base": 0,
@@ -118,6 +121,19 @@ def test_imports_point_down(name: str) -> None:
         assert LAYERS[layer_of(target)] <= LAYERS[own], (
             f"{name} ({own}) imports {imported} ({layer_of(target)}): imports point down only"
         )
+
+
+def test_passes_do_not_import_each_other_in_a_circle() -> None:
+    """Imports for type checking included: each module can be read after those that it needs."""
+    known = {name: file for name, file in modules().items() if name.startswith("passes.")}
+    needs: dict[str, set[str]] = {name: set() for name in known}
+    for name, file in known.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+                needs[name] |= {inner_target(each, modules()) or "" for each in named} & set(known)
+    assert sum(map(len, needs.values())) > 60
+    TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

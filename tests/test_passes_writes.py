@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from freqopt.backend import freqopt_backend
 from freqopt.passes.find import find_sites
+from freqopt.passes.memory import is_written, may_share
 from freqopt.passes.packed import packed_opened
-from freqopt.passes.writes import is_written, may_share, written_by
+from freqopt.passes.writes import written_by
 
 GRID, TEXT = (3, 6, 10), 5
 LENGTH = 185

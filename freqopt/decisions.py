@@ -1,0 +1,180 @@
+"""Decides about attention sites, for whoever compiles, measures, exports or inspects a model.
+
+A site may be split if its form allows it, the op has a kernel for it and it is long enough; whether
+it is, and with which budget, is said by the module's own mark, the plan, or one threshold for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from freqopt.break_even import default_min_tokens
+from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.options import Options, load_plan
+from freqopt.passes.decision import Decision, Timestep
+from freqopt.passes.find import Grids
+from freqopt.passes.nodes import shape
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Extent, Site
+
+if TYPE_CHECKING:
+    from freqopt.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def grids_of(settings: Options) -> Grids:
+    """The grids that the options tell: `grid`, and to be tried, `grids` and the plan's.
+
+    Raises:
+        PlanError, OptionError: as in `load_plan`.
+    """
+    planned = () if settings.plan is None else tuple(load_plan(settings.plan).grids)
+    return Grids(settings.grid, (*settings.grids, *planned))
+
+
+def decide(
+    settings: Options,
+    sites: Sequence[Site],
+    *,
+    device: torch.device | None = None,
+    guard: bool = True,
+) -> list[Decision]:
+    """Which sites are split, with which budget.
+
+    Args:
+        device: where the split will run, if that is not where the graph was captured.
+        guard: may add guards that symbolic lengths stay on their side of `min_tokens`.
+
+    Raises:
+        PlanError: a plan that cannot be read, was made for another model, or at lengths too far
+            from those of the sites.
+    """
+    plan = None if settings.plan is None else load_plan(settings.plan)
+    if plan is not None:
+        shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
+        if shapes:
+            plan.check_model(shapes)
+            _check_lengths(plan, sites)
+    return [
+        Decision(site, False, problem)
+        if (problem := why_not(site, device) or _too_short(settings, site, guard)) is not None
+        else _budgeted(settings, plan, site)
+        for site in sites
+    ]
+
+
+def why_not(site: Site, device: torch.device | None = None) -> Why | None:
+    """Why a site can not be split, whatever its length and budget; None if it can.
+
+    device: where the split will run, if that is not where the graph was captured.
+    """
+    if not site.eligible:
+        return site.why
+    from freqopt.kernels.op import check_site
+
+    where = device or site.device
+    problem = check_site(site.heads, site.kv_heads, site.head_dim, site.dtype, where)
+    return None if problem is None else Reason.NO_KERNEL(problem=problem)
+
+
+def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
+    least = least_tokens(settings, site)
+    if not is_shorter(site.query_length, least, guard=guard):
+        return None
+    return Reason.TOO_SHORT(tokens=site.query_length, least=least)
+
+
+def _budgeted(settings: Options, plan: Plan | None, site: Site) -> Decision:
+    """What is decided about a site that can be split."""
+    if site.mark is not None:
+        return Decision(
+            site, True, Reason.BY_MODULE(), site.mark.budget, mid_band=site.mark.mid_band,
+            probes=DEFAULT_PROBES,
+        )  # fmt: skip
+    if plan is not None:
+        return _planned(plan, site)
+    if settings.threshold is not None:
+        budget = torch.full((2, site.heads), float(settings.threshold))
+        probes = DEFAULT_PROBES if settings.threshold > 0 else 0
+        why = Reason.BY_THRESHOLD(threshold=settings.threshold)
+        return Decision(site, True, why, budget, probes=probes)
+    return Decision(
+        site, True, Reason.BY_DENSITY(density=DEFAULT_DENSITY), torch.zeros(2, site.heads),
+        density=DEFAULT_DENSITY, probes=DEFAULT_PROBES,
+    )  # fmt: skip
+
+
+def _planned(plan: Plan, site: Site) -> Decision:
+    """What a plan decides about a site."""
+    if site.name not in plan.sites:
+        return Decision(site, False, Reason.NOT_PLANNED())
+    planned = plan.sites[site.name]
+    if planned.decision == "dense":
+        return Decision(site, False, Reason.PLANNED_DENSE(reason=planned.reason))
+    name, edges = plan.timestep_name, tuple(plan.timestep_edges)
+    budgets = plan.budgets(site.name)
+    return Decision(
+        site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
+        mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
+        timestep=Timestep(name, edges) if name and edges else None,
+    )  # fmt: skip
+
+
+def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+    """Tell the error to expect where lengths are not those that the plan was verified at.
+
+    Raises:
+        PlanError: a length that is too far off.
+    """
+    for site in sites:
+        planned, length = plan.sites.get(site.name), site.query_length
+        if planned is None or planned.decision == "dense" or not site.eligible:
+            continue
+        if not isinstance(length, int) or length == planned.tokens:
+            continue
+        expected = plan.expected_error(site.name, length)
+        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+        logger.warning(
+            "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
+            "about %.3g is expected, but not verified; calibrate with samples of this size to know",
+            grids, planned.tokens, length, expected,
+        )  # fmt: skip
+        return
+
+
+def least_tokens(settings: Options, site: Site) -> int:
+    """The option `min_tokens`, or the length from which splitting this site pays."""
+    if settings.min_tokens is not None:
+        return settings.min_tokens
+    batch = shape(site.attention.query)[0] if len(shape(site.attention.query)) == 4 else 1
+    heads = site.heads * (batch if isinstance(batch, int) else 1)
+    graphs = records_cuda_graphs(settings)
+    return default_min_tokens(site.device, heads, site.head_dim, cuda_graphs=graphs)
+
+
+def records_cuda_graphs(settings: Options) -> bool:
+    """Whether the inner backend is inductor in a mode that records CUDA graphs."""
+    if settings.inner != "inductor":
+        return False
+    from torch._inductor import config, list_mode_options
+
+    chosen = list_mode_options(settings.mode) if settings.mode is not None else {}
+    return bool(chosen.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def is_shorter(length: Extent, least: int, *, guard: bool) -> bool:
+    """Whether a length is below `least`.
+
+    A symbolic length is guarded, so that the graph is compiled again on the other side of it; one
+    that depends on data counts as long enough, as no guard is possible.
+    """
+    if isinstance(length, int):
+        return length < least
+    if not length.node.has_hint():
+        return False
+    return bool(length < least) if guard else int(length.node.hint) < least

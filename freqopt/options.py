@@ -1,0 +1,133 @@
+"""Options of the backend, checked one by one, and the plan that one of them names."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freqopt.errors import OptionError
+
+if TYPE_CHECKING:
+    from freqopt.plan import Plan
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    plan: a `Plan` or the path of one. grid: extents (t, h, w) of the video tokens, where the graph
+    does not tell them. grids: several of these, for a model that is called at several resolutions:
+    where a graph tells none, the one that has as many tokens is taken. threshold: one budget for
+    all sites instead of a plan; 0 is exact. min_tokens: shorter sites stay dense (default: by
+    `freqopt.break_even`, from the site's heads). strict: raise where a site cannot be rewritten.
+    inner: the backend that compiles the rewritten graph. mode: its mode, such as "reduce-overhead"
+    (torch.compile does not take options and a mode at once).
+    """
+
+    plan: Plan | str | os.PathLike[str] | None = None
+    grid: tuple[int, int, int] | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
+    threshold: float | None = None
+    min_tokens: int | None = None
+    strict: bool = False
+    inner: str | Callable[..., Compiled] = "inductor"
+    mode: str | None = None
+
+
+def parse_options(options: Mapping[str, Any] | None) -> Options:
+    """Check options one by one.
+
+    Raises:
+        OptionError: what is wrong, and what was probably meant.
+    """
+    given = dict(options or {})
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise OptionError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
+    given = {name: item for name, item in given.items() if item is not None}
+    if "grid" in given:
+        given["grid"] = _parse_grid(given["grid"])
+    if "grids" in given:
+        several = given["grids"]
+        if "grid" in given or not isinstance(several, (tuple, list)):
+            raise OptionError(f"grids {several!r} must be a list of grids, and given without grid")
+        given["grids"] = tuple(_parse_grid(grid) for grid in several)
+    threshold = given.get("threshold")
+    if threshold is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise OptionError(f"threshold {threshold!r} must be a number; 0 is exact")
+        if math.isnan(threshold) or threshold < 0:
+            raise OptionError(f"threshold {threshold} must be 0 (exact) or larger")
+        if "plan" in given:
+            raise OptionError("plan and threshold were both given; a plan has its own budgets")
+    least = given.get("min_tokens")
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
+        raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")
+    if not isinstance(given.get("strict", False), bool):
+        raise OptionError(f"strict {given['strict']!r} must be True or False")
+    inner = given.get("inner", "inductor")
+    if not (callable(inner) or isinstance(inner, str)):
+        raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
+    if inner == "freqopt":
+        raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
+    _check_mode(inner, given.get("mode"))
+    return Options(**given)
+
+
+def _check_mode(inner: object, mode: object) -> None:
+    if mode is None or inner != "inductor":
+        return
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise OptionError(f"unknown mode {mode!r} of inductor (modes: {', '.join(known)})")
+
+
+def _parse_grid(given: Any) -> tuple[int, int, int]:
+    extents = tuple(given) if isinstance(given, (tuple, list)) else ()
+    valid = len(extents) == 3 and all(
+        isinstance(e, int) and not isinstance(e, bool) and e >= 1 for e in extents
+    )
+    if not valid:
+        raise OptionError(
+            f"grid {given!r} must be three positive extents (t, h, w), in tokens and not in "
+            "pixels; an image is (1, h, w)"
+        )
+    return extents[0], extents[1], extents[2]
+
+
+def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan as it was given, or read from its file (once, until the file changes).
+
+    Raises:
+        PlanError: see `Plan.load`.
+        OptionError: neither a plan nor a path.
+    """
+    from freqopt.plan import Plan
+
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise OptionError(f"plan must be a Plan or the path of one, not {type(plan).__name__}")
+    path = Path(plan)
+    return _read_plan(str(path), path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_plan(path: str, modified: int) -> Plan:
+    del modified  # part of the cache's key
+    from freqopt.plan import Plan
+
+    return Plan.load(path)

@@ -1,0 +1,142 @@
+"""Why an attention is split or stays dense: one name for each reason, and its sentence.
+
+Code compares names. Sentences, with what was seen put into them, are for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+EVAL = "call model.eval(), or set its dropout to 0"
+
+
+class Text(NamedTuple):
+    """What was seen, and what to do about it, if there is something to be done."""
+
+    seen: str
+    advice: str = ""
+
+
+class Reason(Enum):
+    """Every reason; calling one with the details of its text gives a `Why`."""
+
+    # Of what is, or may be, split
+    FITS = Text("dense attention on a known grid{remark}")
+    BY_MODULE = Text("by the budget attached to its module")
+    BY_PLAN = Text("by the plan")
+    BY_THRESHOLD = Text("threshold {threshold:g}")
+    BY_DENSITY = Text("without a plan, at density {density:g}")
+    MEASURED = Text("it is measured")
+
+    # Forms of attention
+    CAUSAL = Text("it is causal (is_causal=True)")
+    DROPOUT = Text("it has dropout ({sign})", EVAL)
+    RUNTIME_SCALE = Text("its scale is computed at run time")
+    SCORES_CHANGED = Text("its scores go through {operation} before the softmax")
+    SCORES_USED = Text("its scores are used elsewhere too")
+    WEIGHTS_USED = Text("its attention weights are used elsewhere too")
+    OVERWRITTEN = Text("its queries, keys or values are overwritten before it is through")
+    FLEX_OUTPUTS = Text("it is FlexAttention whose logsumexp or largest scores are used too")
+    FLEX_SCORES = Text("it is FlexAttention with a score function (score_mod)")
+    FLEX_BLOCKS = Text("it is FlexAttention with a block mask, which makes it sparse already")
+    PACKED = Text("nn.MultiheadAttention was not opened")
+    PACKED_MASK = Text(
+        "nn.MultiheadAttention was given an attn_mask; a key_padding_mask over text is read"
+    )
+    PACKED_PADDING = Text("its key_padding_mask is added to the scores; a bool one is read")
+    PACKED_KEYS = Text("nn.MultiheadAttention adds keys of its own (add_bias_kv or add_zero_attn)")
+    PACKED_STATIC = Text(
+        "nn.MultiheadAttention was given its keys or values ready-made (static_k, static_v)"
+    )
+    PACKED_BATCH = Text("nn.MultiheadAttention's query {shape} has no batch")
+    PACKED_WEIGHTS = Text("its attention weights are used elsewhere too", "pass need_weights=False")
+    FAST_PATH = Text(
+        "{operation} is one node with all around it",
+        "call torch.backends.mha.set_fastpath_enabled(False) before compiling",
+    )
+
+    # Tensors
+    NO_HEADS = Text("its tensors are not (batch, heads, tokens, head_dim): {shape}")
+    BATCHES = Text("its queries, keys and values have different batch sizes")
+    SHAPES = Text("its keys {keys} and values {values} differ in heads or head_dim")
+
+    # Tokens of queries, keys and values
+    READY_MADE = Text(
+        "its queries and keys come into this graph ready-made, after a graph break, so that what "
+        "they are of cannot be told",
+        "compile with fullgraph=True, which says where the break is",
+    )
+    NO_AXES = Text("where its tokens come from cannot be followed in this graph")
+    CROSS = Text("its queries and its keys are of different tokens")
+    OTHER_KEYS = Text("its keys cover other tokens than its queries")
+    MANY_KEYS = Text("its keys have {others} tokens more than its queries: too many to fill up")
+    OTHER_VALUES = Text("its values are of other tokens than its keys")
+    SLICES = Text("it attends within {axes} slices of the video (windowed, temporal or spatial)")
+    LENGTHS = Text("its {queries} queries and {keys} keys are not provably as many")
+    KEY_ORDER = Text("its keys are not provably in the order of its queries")
+
+    # Grids
+    LOST = Text(
+        "where its tokens come from cannot be followed in this graph", "pass grid=(t, h, w)"
+    )
+    NO_GRID = Text(
+        "its tokens are one axis of the input {inputs}, which has no grid (text, audio, or video "
+        "packed before the model)",
+        "if they are video, pass grid=(t, h, w); an image is (1, h, w), one long sequence "
+        "(1, 1, n)",
+    )
+    GRID_MISFIT = Text(
+        "grid={grid} was given, {shown} = {tokens} tokens, but of its {sizes} tokens {how_many} "
+        "that many"
+    )
+    GRID_UNPROVEN = Text("grid {grid} does not provably have the {video} video tokens")
+    SEVERAL_GRIDS = Text("its tokens are several grids in one sequence ({grids})")
+    TILES = Text("its tokens lie in tiles, not in raster order")
+    AXES = Text("its tokens lie on more than three axes or in tiles ({shape}), not in raster order")
+    EXTENT_UNREADABLE = Text("an extent of its grid cannot be read where the attention is")
+    TEXT_UNREADABLE = Text("the number of its text tokens cannot be read in the graph")
+    PADS_UNREADABLE = Text("the number of tokens that only its keys have cannot be read")
+
+    # Masks
+    MASK_NO_TENSOR = Text("its mask is not a tensor")
+    MASK_ADDED = Text(
+        "its mask is added to the scores ({dtype}); bool masks over text are supported"
+    )
+    MASK_PAIRS = Text(
+        "its mask of shape {shape} differs between queries or heads; (batch, 1, 1, keys) is "
+        "supported"
+    )
+    MASK_BATCH = Text("its mask has a batch of {batch} where the queries have {queries}")
+    MASK_UNPROVEN = Text(
+        "its mask may hide video tokens: that it does not cannot be proven from the graph"
+    )
+
+    # Decisions about sites that could be split
+    NO_KERNEL = Text("{problem}")
+    TOO_SHORT = Text("{tokens} tokens are fewer than min_tokens = {least}")
+    NOT_PLANNED = Text("the plan has no budget for it", "calibrate again")
+    PLANNED_DENSE = Text("by the plan: {reason}")
+    IN_A_BODY = Text(
+        "it lies inside a higher-order operator's subgraph", "export without checkpointing"
+    )
+    FAILED = Text("rewriting it failed: {error}")
+
+    def __call__(self, **details: object) -> Why:
+        """This reason with what was seen."""
+        return Why(self, details)
+
+
+@dataclass(frozen=True)
+class Why:
+    """A reason and what was seen, under the names that are in its text."""
+
+    reason: Reason
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text: Text = self.reason.value
+        seen = text.seen.format(**self.details)
+        return f"{seen}: {text.advice}" if text.advice else seen
