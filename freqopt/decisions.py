@@ -60,12 +60,12 @@ def decide(
         if shapes:
             plan.check_model(shapes)
             _check_lengths(plan, sites)
-    return [
-        Decision(site, False, problem)
-        if (problem := why_not(site, device) or _too_short(settings, site, guard)) is not None
-        else _budgeted(settings, plan, site)
-        for site in sites
-    ]
+    decisions = []
+    for site in sites:
+        problem = why_not(site, device) or _too_short(settings, site, guard)
+        dense = None if problem is None else Decision(site, False, problem)
+        decisions.append(dense or _budgeted(settings, plan, site))
+    return decisions
 
 
 def why_not(site: Site, device: torch.device | None = None) -> Why | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from freqopt.passes.nodes import operation, tensor, value
+from freqopt.passes.nodes import is_pointwise, operation, tensor, value
 from freqopt.passes.writes import written_by
 
 CONVERSIONS = {
@@ -27,9 +27,10 @@ COPIES = {
     "cumsum", "matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "conv1d", "conv2d", "conv3d",
     "softmax", "layer_norm", "rms_norm", "group_norm", "scaled_dot_product_attention", "arange",
     "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like",
-    "new_full", "empty", "empty_like", "new_empty",
+    "new_full", "empty", "empty_like", "new_empty", "sum", "mean", "any", "all", "amax", "amin",
+    "max", "min", "argmax", "argmin", "prod", "std", "var", "norm", "logsumexp",
 }  # fmt: skip
-"""Make new memory, as do all operations that PyTorch tags as elementwise or as reductions."""
+"""Make new memory, as do all operations that PyTorch tags as elementwise."""
 
 
 def may_share(node: fx.Node, source: fx.Node) -> bool:
@@ -49,15 +50,13 @@ def may_share(node: fx.Node, source: fx.Node) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def makes_memory(name: str) -> bool:
-    """Whether an operation is elementwise or a reduction, and no form of it returns a view."""
-    packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    """Whether an operation is elementwise, and no form of it returns a view."""
+    if not is_pointwise(name):
         return False
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    tags = {tag for overload in overloads for tag in overload.tags}
-    returned = [result.alias_info for overload in overloads for result in overload._schema.returns]
-    views = any(alias is not None and not alias.is_write for alias in returned)
-    return not views and bool(tags & {torch.Tag.pointwise, torch.Tag.reduction})
+    packet = getattr(torch.ops.aten, name)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    aliases = [result.alias_info for schema in schemas for result in schema.returns]
+    return all(alias is None or alias.is_write for alias in aliases)
 
 
 def _is_declared(node: fx.Node) -> bool:
