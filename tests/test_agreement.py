@@ -17,7 +17,9 @@ from passes_toys import TEXT, WIDTH, Attention, Toy, text, video
 from torch import Tensor, nn
 
 import freqopt
+import freqopt.decisions
 from freqopt.errors import PlanError
+from freqopt.exporters.program import make_program
 from freqopt.plan import Plan, model_fingerprint
 from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 
@@ -97,6 +99,22 @@ CASES: dict[str, Callable[[], Case]] = {
 def test_all_four_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     check_agreement(CASES[name](), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name", ["einsum", "baddbmm", "and its weights", "text in keys", "mask by length"]
+)
+def test_what_is_exported_is_dense_attention_at_full_density(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]()
+    monkeypatch.setattr(freqopt.decisions, "DEFAULT_DENSITY", 1.0)
+    program = make_program(case.model, (), case.inputs)
+    assert len(program.split) == case.split
+    with torch.no_grad():
+        got, want = program.exported.module()(**case.inputs), case.model(**case.inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def packed_case() -> Case:
