@@ -35,6 +35,7 @@ REQUIRED = (
     "triton",
     "numpy",
     "networkx",
+    "platformdirs",
     "pydantic",
     "safetensors",
     "matplotlib",
@@ -238,8 +239,8 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The checkout's commit; FREQOPT_COMMIT where the code was copied without its history."""
-    if "FREQOPT_COMMIT" in os.environ:
-        return os.environ["FREQOPT_COMMIT"]
+    if given := os.environ.get("FREQOPT_COMMIT"):
+        return given
     root = Path(freqopt.__file__).parents[1]
     if not (root / ".git").exists():
         return "unknown"

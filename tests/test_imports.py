@@ -21,7 +21,7 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"break_even", "config", "errors", "grid", "positions"}
+BASE = {"break_even", "config", "errors", "files", "grid", "positions"}
 CORE = {"backend", "calibration", "counting", "inspection", "plan", "regional"}
 
 LAYERS = {
@@ -35,7 +35,7 @@ LAYERS = {
 """A module imports from its own layer and from lower ones."""
 
 ALLOWED_OUTSIDE = {
-    "base": {"torch", "numpy"},
+    "base": {"torch", "numpy", "platformdirs"},
     "kernels": {"torch", "triton", "numpy"},
     "passes": {"torch", "networkx", "numpy"},
     "models_zoo": {"torch", "safetensors", "rich", "numpy"},

@@ -44,7 +44,7 @@ def find_includes(extra: Sequence[str] = ()) -> list[str]:
 
 def build_plugin(folder: Path, includes: Sequence[str]) -> Path:
     """Compile the plugin's sources into the folder; exits with the compiler's words."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         sys.exit("no C++ compiler was found; install g++ or set CXX")
     sources = [*sorted(folder.glob("*.cc")), *folder.glob("*.S")]
