@@ -27,7 +27,7 @@ from freqopt.calibration_progress import Progress, open_progress
 from freqopt.calibration_run import relative_error
 from freqopt.calibration_samples import Sample, collect_samples
 from freqopt.demo_settings import DTYPES, Settings, default_settings, load_model
-from freqopt.models_zoo.procedural import render_videos
+from freqopt.models_zoo.training.procedural import render_videos
 from freqopt.passes.adapt import next_factor
 from freqopt.plan import Plan
 

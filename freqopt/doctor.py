@@ -204,7 +204,7 @@ def _optional() -> Iterator[Finding]:
         yield Finding("optional", "zoo weights", "ok", listed)
     else:
         yield Finding(
-            "optional", "zoo weights", "absent", "python -m freqopt.models_zoo.train makes them"
+            "optional", "zoo weights", "absent", "they ship with freqopt: install it again"
         )
 
 

@@ -24,6 +24,8 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 BASE = {"break_even", "config", "errors", "files", "grid", "positions"}
 CORE = {"backend", "calibration", "counting", "inspection", "plan", "regional"}
 
+NOT_INSTALLED = "models_zoo.training."
+
 LAYERS = {
     "base": 0,
     "kernels": 1,
@@ -112,6 +114,8 @@ def test_imports_point_down(name: str) -> None:
             if allowed is not None and first not in sys.stdlib_module_names:
                 assert first in allowed, f"{name} ({own}) imports {first}; allowed: {allowed}"
             continue
+        if target.startswith(NOT_INSTALLED):
+            assert name.startswith(NOT_INSTALLED), f"{name} imports {imported}: not in the wheel"
         if own == "models_zoo":
             assert layer_of(target) == "models_zoo", f"{name} imports {imported}: not torch only"
             continue

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from freqopt.models_zoo.procedural import render_videos
-from freqopt.models_zoo.train_log import LOG_EVERY, Report, Row
+from freqopt.models_zoo.training.log import LOG_EVERY, Report, Row
+from freqopt.models_zoo.training.procedural import render_videos
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
-"""Train the zoo's video DiT on procedural video: `python -m freqopt.models_zoo.train --out DIR`.
+"""Train the zoo's video DiT on procedural video; in a checkout only.
 
-Writes the weights, the training log, a checkpoint to resume from, and contact sheets of a sampled
-and of a training video to look at. The whole run ends within the given minutes plus 40 seconds.
+`python -m freqopt.models_zoo.training.train --out DIR` writes the weights, the training log, a
+checkpoint to resume from, and contact sheets of a sampled and of a training video to look at. The
+whole run ends within the given minutes plus 40 seconds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from freqopt.models_zoo.contact_sheet import write_contact_sheet
-from freqopt.models_zoo.procedural import render_videos
 from freqopt.models_zoo.sampling import sample
-from freqopt.models_zoo.train_log import LOG_EVERY, Row
-from freqopt.models_zoo.training import (
+from freqopt.models_zoo.training.contact_sheet import write_contact_sheet
+from freqopt.models_zoo.training.log import LOG_EVERY, Row
+from freqopt.models_zoo.training.loop import (
     CPU_STAGES,
     GPU_STAGES,
     SMOKE_STAGES,
@@ -29,6 +29,7 @@ from freqopt.models_zoo.training import (
     Trainer,
     validate,
 )
+from freqopt.models_zoo.training.procedural import render_videos
 from freqopt.models_zoo.video_dit import MAX_BYTES, VideoDiTConfig, save_weights
 
 DATA_STD = 0.45
@@ -86,7 +87,9 @@ def write_results(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(prog="python -m freqopt.models_zoo.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m freqopt.models_zoo.training.train", description=__doc__
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of weights, log, checkpoint"
     )
@@ -118,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(given.device)
     words = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m freqopt.models_zoo.train", *words])
+    command = " ".join(["python -m freqopt.models_zoo.training.train", *words])
     stages, config = (GPU_STAGES if device.type == "cuda" else CPU_STAGES), CONFIG
     if given.smoke:
         stages, config = SMOKE_STAGES, SMOKE_CONFIG
