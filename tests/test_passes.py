@@ -277,6 +277,8 @@ def test_attention_within_frames_is_no_self_attention_of_the_video(frames: int) 
     spatial, temporal = sites_of(model, video((frames, 6, 10), 2))
     if frames > 1:
         assert spatial.kind == "other" and "slices" in spatial.reason
+    else:  # of one frame it is all there is
+        assert (spatial.kind, spatial.eligible, spatial.grid) == ("self", True, (1, 6, 10))
     assert temporal.kind == "other" and not temporal.eligible
 
 
