@@ -32,4 +32,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _tell_new_name() -> None:
-    logger.warning("FREQOPT_CACHE_DIR is now called FREQOPT_CACHE: set that one instead")
+    logger.warning(
+        "FREQOPT_CACHE_DIR is now called FREQOPT_CACHE: set that one instead; the old name is read "
+        "until version 0.4"
+    )

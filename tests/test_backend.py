@@ -81,6 +81,7 @@ def make_plan(*, heads: int = HEADS, names: tuple[str, ...] = ("blocks.0", "bloc
     )  # fmt: skip
 
 
+@pytest.mark.smoke
 def test_threshold_zero_is_exact_and_a_threshold_is_not() -> None:
     model, inputs = Toy(), (video(GRID, 2),)
     with torch.no_grad():

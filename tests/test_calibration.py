@@ -138,6 +138,7 @@ def test_callable_that_runs_a_pipeline() -> None:
     assert (plan.evidence.samples, plan.evidence.held_out) == (2, 2)
 
 
+@pytest.mark.smoke
 def test_one_sample_is_verified_on_itself_and_says_so() -> None:
     sample = make_sample(0)
     plan = calibrate([((sample["video"],), {"timestep": sample["timestep"]})], target_error=0.1)

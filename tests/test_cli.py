@@ -155,6 +155,7 @@ def test_a_wrong_grid_is_refused(text: str) -> None:
         cli.parse_grid(text)
 
 
+@pytest.mark.smoke
 def test_samples_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     tensors = [torch.randn(2, 3), torch.arange(4), torch.randn(3, 4).T, torch.randn(1).bfloat16()]
@@ -213,6 +214,7 @@ def test_doctor_tries_the_op_and_names_what_is_missing() -> None:
         assert findings["cuda"].state == "absent" and findings["cuda"].detail
 
 
+@pytest.mark.smoke
 def test_doctor_sees_a_broken_op(monkeypatch: pytest.MonkeyPatch) -> None:
     import freqopt
 

@@ -64,6 +64,7 @@ def listed(section: str) -> set[str]:
     return set(re.findall(r"^\| `(\w+)` \|", text, re.M))
 
 
+@pytest.mark.smoke
 def test_the_page_lists_exactly_what_the_sources_read() -> None:
     assert listed("Of freqopt") == read_by_sources()
 

@@ -154,6 +154,7 @@ def loaded_by(code: str) -> set[str]:
     return set(json.loads(found.stdout.splitlines()[-1]))
 
 
+@pytest.mark.smoke
 def test_import_is_light() -> None:
     with_torch = loaded_by("import torch")
     added = loaded_by("import freqopt; dir(freqopt)") - with_torch

@@ -11,7 +11,12 @@ CASES = load_all()
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in cases_of(family)]
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[pytest.mark.smoke] * (name == "wan"))
+        for family in FAMILIES
+        for name in cases_of(family)
+    ],
 )
 def test_attention_of_real_models(family: str, name: str) -> None:
     """At threshold 0 a split model equals the dense one at each site and at its output."""

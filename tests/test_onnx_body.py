@@ -67,6 +67,7 @@ def test_density_and_probe_attributes(density: float, mid: bool, probes: int) ->
     )
 
 
+@pytest.mark.smoke
 def test_one_session_serves_two_token_counts() -> None:
     runner = session(split_model(20, torch.float32, scale=0.18, density=0.0, mid_band=0, probes=64))
     for case in (Case((3, 6, 10), batch=1), Case((5, 7, 9), before=3, after=2)):

@@ -33,6 +33,7 @@ def test_text_kernel_is_dense_attention(case: int, dtype: str, bound: float) -> 
     assert found["video_untouched"]
 
 
+@pytest.mark.smoke
 def test_density_kernel_finds_the_kth_score() -> None:
     """tiles x blocks x kept: all kept, one, fewer than a tile's own blocks, several steps."""
     cases = ["7x13x40", "7x13x1", "7x13x91", "3x5x5", "20x39x200"]

@@ -76,6 +76,7 @@ def test_bfloat16(with_library: bool, library: str) -> None:
 
 
 @pytest.mark.parametrize(("density", "mid", "probes"), [(0.25, True, 0), (0.1, False, 16)])
+@pytest.mark.smoke
 def test_library_attributes(density: float, mid: bool, probes: int, library: str) -> None:
     case = Case((4, 8, 9), after=4)
     tensors = make_tensors(case)

@@ -51,6 +51,7 @@ def test_half_precision_keeps_dtype_and_layout(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[3]], ids=str)
+@pytest.mark.smoke
 def test_gradients_are_those_of_the_reference(case: Case) -> None:
     tensors = make_tensors(case)
     budget = budget_for(case, tensors, 0.4)
@@ -80,6 +81,7 @@ def test_schema_fake_and_autograd_registrations_are_consistent() -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.smoke
 def test_density_and_statistics() -> None:
     case = Case((6, 16, 16), batch=2)
     query, key, value, _ = make_tensors(case)

@@ -103,6 +103,7 @@ class DualStream(nn.Module):
 
 
 @pytest.mark.parametrize("first", [60, 13])
+@pytest.mark.smoke
 def test_dual_stream_then_single_stream(first: int) -> None:
     found = sites_of(DualStream(), video((3, 6, 10)), text(), first)
     assert [site.name for site in found] == ["model", "single"]

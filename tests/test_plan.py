@@ -62,6 +62,7 @@ def rewrite(path: Path, *, rehash: bool, **changes: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.smoke
 def test_round_trip(path: Path) -> None:
     assert Plan.load(path) == make_plan()
     assert Plan.load(str(path)).sites["blocks.0.attn"].budgets[0].threshold == [

@@ -198,6 +198,7 @@ def test_same_plan_same_page(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+@pytest.mark.smoke
 def test_plan_without_evidence(tmp_path: Path) -> None:
     report(make_plan(evidence=False), tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text

@@ -177,6 +177,7 @@ def test_build_engine_says_what_is_missing(artifact: Artifact, tmp_path: Path) -
     assert done.returncode == 1 and "TensorRT is not installed here" in done.stderr
 
 
+@pytest.mark.smoke
 def test_profiles() -> None:
     assert build_engine.parse_profile("x=1x2:3x4:5x6") == ("x", ((1, 2), (3, 4), (5, 6)))
     assert build_engine.parse_profile("x=7x8")[1] == ((7, 8),) * 3

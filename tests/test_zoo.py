@@ -220,6 +220,7 @@ def test_all_blocks_share_one_compiled_graph_in_training() -> None:
 # Weights.
 
 
+@pytest.mark.smoke
 def test_weights_come_back_as_saved(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     save_weights(model, tmp_path / "weights.safetensors", trained_with="a test")
