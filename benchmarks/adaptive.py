@@ -1,4 +1,4 @@
-"""Does error stay put while the cost moves? `python -m benchmarks.adaptive`
+"""Does error stay put while the cost moves? `python -m benchmarks.adaptive`.
 
 A plan is calibrated on inputs met while sampling. Then the model is called on videos of different
 content: one still frame, motion, cuts between scenes, and still frames again, all with the same

@@ -133,6 +133,7 @@ def build_engine(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Build and write the engine; the command line says of what and how."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:OPT:MAX")
