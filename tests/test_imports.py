@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -145,6 +146,7 @@ def test_the_direction_test_sees_a_wrong_import() -> None:
     assert layer_of("reporting") == layer_of("cli") == layer_of("exporters.onnx") == "top"
 
 
+@functools.cache
 def loaded_by(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter has loaded after running `code`."""
     script = f"{code}\nimport json, sys; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
