@@ -214,7 +214,7 @@ def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     return SimulatedGpu(monkeypatch)
 
 
-@pytest.mark.usefixtures("simulated_clock")
+@pytest.mark.usefixtures("simulated_clock", "undrawn")
 def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
     samples = [make_sample(i) for i in range(4)]
     plan = freqopt.calibrate(make_model(), samples, target_error=0.1, progress=False)
