@@ -17,16 +17,18 @@ FOLDERS := freqopt passes kernels exporters models_zoo tests benchmarks examples
 SOURCES := $(shell find $(FOLDERS) -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest bench doctor clean
+.PHONY: help demo test check lint types pytest bench doctor release clean
 
 help:
 	@echo 'make demo    install, then calibrate, compile and sample a video; writes demo/report.html'
 	@echo 'make test    install, then lint, types and tests'
+	@echo 'make check   lint, types and a quick look at every room, in two minutes'
 	@echo 'make lint    ruff check and ruff format --check'
 	@echo 'make types   mypy, strict'
 	@echo 'make pytest  the tests alone; ARGS="-m slow" for the long ones'
 	@echo 'make bench   time the op against dense attention (needs an NVIDIA GPU)'
 	@echo 'make doctor  what works on this machine, and why the rest does not'
+	@echo 'make release build what would be released and check it; uploads nothing'
 	@echo 'make clean   remove caches, build output and the demo (not $(VENV))'
 	@echo
 	@echo 'variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=...'
@@ -52,6 +54,9 @@ $(CHECKED): $(READY) $(SOURCES)
 	@$(MAKE) --no-print-directory lint types
 	@touch $@
 
+check: $(CHECKED)
+	OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -q -m smoke $(ARGS)
+
 lint: $(READY)
 	'$(BIN)/ruff' check .
 	'$(BIN)/ruff' format --check .
@@ -68,6 +73,9 @@ bench: $(READY)
 
 doctor: $(READY)
 	'$(BIN)/freqopt' doctor
+
+release: $(READY)
+	'$(BIN)/python' .ci/release.py
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

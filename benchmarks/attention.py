@@ -252,6 +252,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure all problems; writes attention.json and attention.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))

@@ -125,6 +125,7 @@ def times_of(
 
 
 def main() -> None:
+    """Measure one problem; writes backward.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="32K", choices=GRIDS)
     parser.add_argument("--density", type=float, default=0.10)

@@ -75,7 +75,8 @@ TARGETS = {
 class Results:
     """What was measured so far, in a file that is written anew with every addition.
 
-    densities: those wanted."""
+    densities: those wanted.
+    """
 
     folder: Path
     densities: Sequence[float]

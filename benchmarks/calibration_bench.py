@@ -28,8 +28,11 @@ VIDEO_SEED = 7
 
 
 class Generated(NamedTuple):
-    """A video at some budgets: PSNR in dB against the dense one, density over its steps, and
-    modelled cost of its attention over that of dense attention."""
+    """A video at some budgets.
+
+    psnr: in dB, against the dense one. density: over its steps. cost: of its attention as modelled,
+    over that of dense attention.
+    """
 
     psnr: float
     density: float
@@ -38,9 +41,12 @@ class Generated(NamedTuple):
 
 @dataclass
 class Bench:
-    """What all measurements share. unseen: samples that calibration never saw; videos: dense ones
-    by seed. Attention runs in the recorders of calibration, so nothing compiles for new budgets.
-    cost: of attention on this device. known: results of `video`."""
+    """What all measurements share.
+
+    Attention runs in the recorders of calibration, so nothing compiles for new budgets. unseen:
+    samples that calibration never saw. videos: dense ones by seed. cost: of attention on this
+    device. known: results of `video`.
+    """
 
     model: nn.Module
     settings: Settings

@@ -116,8 +116,10 @@ def without_bias_weight(site: SiteChoices) -> SiteChoices:
 
 @dataclass
 class Refined:
-    """Refinement at each of some densities, as `freqopt.calibrate(target_density=...)` does it, and
-    the way that is best in calls of the model and the one that is best in the video."""
+    """Refinement at each of some densities, as `freqopt.calibrate(target_density=...)` does it.
+
+    And the way that is best in calls of the model, and the one that is best in the video.
+    """
 
     refinement: Refinement
     sites: list[SiteChoices]

@@ -46,8 +46,8 @@ def _module_name() -> str:
 
 def _commit() -> str:
     """The checkout's commit; FREQOPT_COMMIT where the code was copied without its history."""
-    if "FREQOPT_COMMIT" in os.environ:
-        return os.environ["FREQOPT_COMMIT"]
+    if given := os.environ.get("FREQOPT_COMMIT"):
+        return given
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True, text=True, cwd=Path(__file__).parent, check=False,

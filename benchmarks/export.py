@@ -67,6 +67,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
@@ -76,6 +77,7 @@ class Case:
         return f"{name}{f'_{self.density}' if self.density else ''}.onnx"
 
     def variant(self, capability: int) -> Variant:
+        """What its kernels are compiled for."""
         return Variant(capability, self.dtype, self.head_dim, self.mid_band, self.masked)
 
 
@@ -323,6 +325,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Run one step of the command line; the second writes export.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("step", choices=["prepare", "measure"])
     parser.add_argument("folder", type=Path)

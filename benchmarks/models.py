@@ -1,6 +1,6 @@
 """What is found in real models' graphs, for docs/models.md: `python -m benchmarks.models`.
 
-Runs the cases of tests/test_models_*.py on the CPU: small configurations with random weights, each
+Runs the cases of tests/model_cases_*.py on the CPU: small configurations with random weights, each
 compiled once with every site split at threshold 0 and compared with dense attention.
 """
 

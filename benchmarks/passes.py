@@ -2,11 +2,13 @@
 
 Compiles a Wan transformer of many layers, tiny in width, with the backend on the CPU, caches off.
 Both the time of the passes and that of inductor depend on the number of nodes, hardly on widths.
+Times are of one machine; `count` counts calls of functions, which are the same on every one.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,9 +32,54 @@ class Times:
     split: int = 0
 
 
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def compile_wan(layers: int, backend: Backend) -> None:
+    """Compile and run a small Wan transformer."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
+        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=layers,
+        rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(
+            hidden_states=torch.randn(1, 4, 3, 12, 20), timestep=torch.tensor([5]),
+            encoder_hidden_states=torch.randn(1, 7, 16), return_dict=False,
+        )  # fmt: skip
+
+
+def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Backend) -> Any:
+    """The backend, with every self-attention split at threshold 0."""
+    options = {"threshold": 0.0, "min_tokens": 0, "strict": True, "inner": inner}
+    return freqopt_backend(gm, example_inputs, options=options)
+
+
+def count(layers: int) -> tuple[int, int]:
+    """Calls of Python functions in the passes, and sites that they split."""
+    found, profile = [0], cProfile.Profile()
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found[0] = split_sites(gm)
+        return gm.forward
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = profile.runcall(run_passes, gm, example_inputs, inner)
+        return compiled
+
+    compile_wan(layers, backend)
+    return sum(entry.callcount for entry in profile.getstats()), found[0]
+
+
+def split_sites(gm: fx.GraphModule) -> int:
+    """Sites of a graph that were rewritten."""
+    return sum("split_attention" in str(node.target) for node in gm.graph.nodes)
+
+
 def measure(layers: int) -> Times:
     """Compile once, with every self-attention split at threshold 0."""
-    from diffusers import WanTransformer3DModel
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
@@ -40,29 +87,20 @@ def measure(layers: int) -> Times:
 
     def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         times.nodes = len(gm.graph.nodes)
-        times.split = sum("split_attention" in str(node.target) for node in gm.graph.nodes)
+        times.split = split_sites(gm)
         start = time.perf_counter()
         compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))
         times.inductor = time.perf_counter() - start
         return compiled
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        options = {"threshold": 0.0, "min_tokens": 0, "strict": True, "inner": inner}
         start = time.perf_counter()
-        compiled = freqopt_backend(gm, example_inputs, options=options)
+        compiled: Callable[..., Any] = run_passes(gm, example_inputs, inner)
         times.passes = time.perf_counter() - start - times.inductor
         return compiled
 
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=layers,
-        rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-    with torch.no_grad(), config.patch(force_disable_caches=True):
-        torch.compile(model, backend=backend, dynamic=False)(
-            hidden_states=torch.randn(1, 4, 3, 12, 20), timestep=torch.tensor([5]),
-            encoder_hidden_states=torch.randn(1, 7, 16), return_dict=False,
-        )  # fmt: skip
+    with config.patch(force_disable_caches=True):
+        compile_wan(layers, backend)
     return times
 
 

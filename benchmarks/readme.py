@@ -109,6 +109,7 @@ def other_gpu(*, check: bool) -> bool:
 
 
 def main() -> None:
+    """Write the tables, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check

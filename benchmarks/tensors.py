@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqopt.models_zoo.procedural import render_videos
 from freqopt.models_zoo.video_dit import VideoDiT, load_pretrained
 
 PATCH = 4
@@ -82,20 +81,3 @@ def zoo_attention(
     )  # fmt: skip
     query, key, value = (torch.cat([x[i][:1] for x in recorded], 1) for i in range(3))
     return Attention(query, key, value, grid)
-
-
-@torch.no_grad()
-def noised_attention(
-    model: VideoDiT, grid: tuple[int, int, int], *, timestep: float, seed: int
-) -> list[Attention]:
-    """Every layer's attention on a rendered video with noise, as the DiT met them in training.
-
-    Needs one call of the model and no sampling, so it is for machines without a GPU.
-    """
-    frames, height, width = grid[0], grid[1] * PATCH, grid[2] * PATCH
-    clip = render_videos(1, frames, height, width, seed=seed)
-    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed))
-    recorded: list[tuple[Tensor, Tensor, Tensor]] = []
-    with recorded_attention(recorded):
-        model((1 - timestep) * clip + timestep * noise, torch.full((1,), timestep))
-    return [Attention(*tensors, grid) for tensors in recorded]

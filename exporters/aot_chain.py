@@ -46,10 +46,12 @@ class Call:
 
     @property
     def blocks(self) -> int:
+        """Key blocks, the last of them ragged."""
         return -(-self.tokens // KEY_BLOCK)
 
     @property
     def tiles(self) -> int:
+        """Query tiles, the last of them ragged."""
         return -(-self.tokens // QUERY_TILE)
 
 

@@ -38,7 +38,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """ "onnx" or "tensorrt"."""
+        """One of "onnx" and "tensorrt"."""
         return str(self.manifest["kind"])
 
     @property
@@ -54,16 +54,19 @@ class Artifact:
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
+        """Split sites by name: heads, shape, names of their tensors."""
         found: dict[str, dict[str, Any]] = self.manifest["sites"]
         return found
 
     @property
     def dense_sites(self) -> dict[str, str]:
+        """Sites that stay dense, with the reason."""
         found: dict[str, str] = self.manifest["dense_sites"]
         return found
 
     @property
     def notes(self) -> list[str]:
+        """What was left out, or is otherwise than one may think."""
         found: list[str] = self.manifest["notes"]
         return found
 

@@ -187,8 +187,10 @@ class _Split:
         def bands(
             query: Value, pair: Value, term: Value, square: Value
         ) -> tuple[Value, Value, Value]:
-            """For queries (B, H, Q, D): additive bias and mass term of the approximate columns
-            (B, H, 1 or Q, 9 J), and which token columns are exact (B, H, 1 or Q, 64 J)."""
+            """For queries (B, H, Q, D): what the approximate columns add, and which are exact.
+
+            Bias and mass term are (B, H, 1 or Q, 9 J), exact token columns (B, H, 1 or Q, 64 J).
+            """
             fine = square @ fine_var.transposed(0, 1, 3, 2) * (self.scale * self.scale) * 0.5
             is_fine = self.repeat(pair.equals(MID).cast(TensorProto.INT32), FINE) > n.constant(
                 0

@@ -72,36 +72,47 @@ class Value:
         return self._two("Or", self, other)
 
     def equals(self, other: Any) -> Value:
+        """Where both are equal; `==` stays Python's own."""
         return self._two("Equal", self, other)
 
     def maximum(self, other: Any) -> Value:
+        """The larger of both, element by element."""
         return self._two("Max", self, other)
 
     def minimum(self, other: Any) -> Value:
+        """The smaller of both, element by element."""
         return self._two("Min", self, other)
 
     def exp(self) -> Value:
+        """Exponential."""
         return self.nodes.op("Exp", self)
 
     def log(self) -> Value:
+        """Natural logarithm."""
         return self.nodes.op("Log", self)
 
     def sqrt(self) -> Value:
+        """Square root."""
         return self.nodes.op("Sqrt", self)
 
     def transposed(self, *order: int) -> Value:
+        """Axes in another order."""
         return self.nodes.op("Transpose", self, perm=list(order))
 
     def cast(self, kind: int) -> Value:
+        """In another element type, one of `onnx.TensorProto`."""
         return self.nodes.op("Cast", self, to=kind)
 
     def float(self) -> Value:
+        """In float32."""
         return self.cast(TensorProto.FLOAT)
 
     def sum(self, *axes: int, keep: bool = False) -> Value:
+        """Sum over axes; keep: as extents of 1."""
         return self.nodes.op("ReduceSum", self, list(axes), keepdims=int(keep))
 
     def max(self, *axes: int, keep: bool = False) -> Value:
+        """Largest over axes; keep: as extents of 1."""
         return self.nodes.op("ReduceMax", self, list(axes), keepdims=int(keep))
 
     def size(self, axis: int) -> Value:
@@ -109,9 +120,11 @@ class Value:
         return self.nodes.op("Shape", self, start=axis, end=axis + 1)
 
     def unsqueeze(self, *axes: int) -> Value:
+        """With axes of extent 1 inserted."""
         return self.nodes.op("Unsqueeze", self, list(axes))
 
     def squeeze(self, *axes: int) -> Value:
+        """With axes of extent 1 removed."""
         return self.nodes.op("Squeeze", self, list(axes))
 
     def reshape(self, *shape: Value | int) -> Value:
@@ -119,12 +132,15 @@ class Value:
         return self.nodes.op("Reshape", self, self.nodes.shape(*shape))
 
     def expand(self, *shape: Value | int) -> Value:
+        """Broadcast to a shape."""
         return self.nodes.op("Expand", self, self.nodes.shape(*shape))
 
     def gather(self, index: Value | int, axis: int) -> Value:
+        """Entries of one axis, by index."""
         return self.nodes.op("Gather", self, index, axis=axis)
 
     def slice(self, axis: int, start: Value | int, end: Value | int) -> Value:
+        """A range of one axis."""
         one = self.nodes.shape
         return self.nodes.op("Slice", self, one(start), one(end), [axis])
 
@@ -140,9 +156,11 @@ class Nodes:
 
     @property
     def nodes(self) -> list[onnx.NodeProto]:
+        """Of the outermost graph, in order."""
         return self._stack[0]
 
     def name(self, hint: str = "v") -> str:
+        """A name that nothing has yet."""
         self._count += 1
         return f"{hint}_{self._count}"
 
@@ -178,6 +196,7 @@ class Nodes:
         return self.op("Concat", *each, axis=0)
 
     def value(self, operand: Any) -> Value:
+        """The operand, as a constant if it is a number or a list."""
         return operand if isinstance(operand, Value) else self.constant(operand)
 
     def op(self, kind: str, *inputs: Any, **attributes: Any) -> Value:
@@ -192,9 +211,11 @@ class Nodes:
         return [Value(self, name) for name in made]
 
     def where(self, condition: Value, yes: Any, no: Any) -> Value:
+        """One or the other, element by element."""
         return self.op("Where", condition, yes, no)
 
     def concat(self, axis: int, *values: Value) -> Value:
+        """Joined along an axis."""
         return self.op("Concat", *values, axis=axis)
 
     def range(self, start: Any, limit: Any, step: int = 1) -> Value:

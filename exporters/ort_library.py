@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.files import cache_folder
 
 LIBRARY_NAME = "libfreqopt_ort.so"
 LIBRARY_VERSION = "1"
@@ -64,8 +65,7 @@ def build_library(
     embedded = [c for s in extra_sources for c in sorted(s.parent.glob("*.cubin"))]
     for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
         digest.update(source.read_bytes())
-    cache = Path(os.environ.get("FREQOPT_CACHE", Path.home() / ".cache" / "freqopt"))
-    cached = cache / "ort" / digest.hexdigest()[:24] / LIBRARY_NAME
+    cached = cache_folder() / "ort" / digest.hexdigest()[:24] / LIBRARY_NAME
     if not cached.is_file():
         _compile(command, cached)
     folder.mkdir(parents=True, exist_ok=True)

@@ -352,8 +352,11 @@ class Calibration:
         )  # fmt: skip
 
     def _search(self, ways: Sequence[Settled], criterion: Criterion) -> tuple[Search, Found]:
-        """The search that met the target, along the first way or where that ends far from it along
-        that of heads alone, which reaches everything that can be reached."""
+        """The search that met the target, along the first way.
+
+        Where that ends far from it, along that of heads alone, which reaches everything that can be
+        reached.
+        """
         best: tuple[Search, Found] | None = None
         alone = next(settled for settled in ways if settled.way.name == ALONE)
         for settled in (ways[0], alone):

@@ -122,8 +122,10 @@ class SiteChoices:
         return replace(self, error=self.error * square, damage=self.damage * square)
 
     def near(self, index: NDArray[np.int64], factor: float) -> SiteChoices:
-        """The same choices where those are never taken whose density is further than a factor from
-        that of a choice (R,)."""
+        """The same choices, of which those far from one of them are never taken.
+
+        index: (R,) that choice. factor: how far a density may be from its own.
+        """
         here = self.density[np.arange(len(index)), index]
         away = np.abs(np.log(self.density / here[:, None])) > math.log(factor) + 1e-9
         density, error, damage = (

@@ -58,8 +58,10 @@ class Call:
         return out, density, probe
 
     def ordered_scores(self) -> Tensor:
-        """(B, H, pairs) scores of all (query tile, key block) pairs, ascending; inf for the local
-        blocks, which are exact at any threshold. Heads in turn: scoring all would need gigabytes.
+        """(B, H, pairs) scores of all (query tile, key block) pairs, ascending.
+
+        Infinite for the local blocks, which are exact at any threshold. Heads in turn: scoring all
+        would need gigabytes.
         """
         from freqopt.kernels.reference import own_blocks
         from freqopt.kernels.scores import route_scores

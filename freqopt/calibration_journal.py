@@ -26,7 +26,7 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
 from freqopt.plan import model_fingerprint
 
-FORMAT = "freqopt-journal-2"
+FORMAT = "freqopt-journal-3"
 WRITE_EVERY = 10.0
 """Seconds between writes while calibration runs; an interruption writes too."""
 
@@ -73,8 +73,11 @@ class Journal:
             for key, entry in self.entries.items()
             for name, tensor in entry.tensors.items()
         }
-        facts = {key: entry.facts for key, entry in self.entries.items()}
-        metadata = {"format": FORMAT, "identity": self.identity, "facts": json.dumps(facts)}
+        facts = json.dumps({key: entry.facts for key, entry in self.entries.items()})
+        metadata = {
+            "format": FORMAT, "identity": self.identity, "facts": facts,
+            "content": _content(facts, tensors),
+        }  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         save_file(tensors, partial, metadata=metadata)
@@ -130,6 +133,15 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(type(value).__qualname__.encode())
 
 
+def _content(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of what a file holds, so that a damaged one is not resumed from."""
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        _add(digest, tensors[name].cpu())
+    return digest.hexdigest()
+
+
 def _read(path: Path, identity: str) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
@@ -144,10 +156,13 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
                     f"{path} keeps what was measured with another model, other weights, samples, "
                     f"settings or versions, so it cannot be resumed here; {advice}"
                 )
+            whole = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata["content"] != _content(metadata["facts"], whole):
+                raise ValueError("its content does not match its own hash")
             tensors: dict[str, dict[str, Tensor]] = {}
-            for name in file.keys():
+            for name, tensor in whole.items():
                 key, _, leaf = name.partition("|")
-                tensors.setdefault(key, {})[leaf] = file.get_tensor(name)
+                tensors.setdefault(key, {})[leaf] = tensor
             facts = json.loads(metadata["facts"])
             return {key: Entry(found, tensors.get(key, {})) for key, found in facts.items()}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:

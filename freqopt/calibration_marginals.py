@@ -63,8 +63,10 @@ def moved(
 
 
 def _neighbour(site: SiteChoices, row: int, choice: int) -> int:
-    """The choice with the same bands whose density is nearest to that of `choice` over STEP; at the
-    loose end, to that times STEP."""
+    """The choice with the same bands whose density is nearest to that of `choice` over STEP.
+
+    At the loose end, to that times STEP.
+    """
     same = np.flatnonzero(site.mid == site.mid[choice])
     same = same[(same > 0) & (same != choice)]
     away = np.log(site.density[row, same] / site.density[row, choice])
@@ -212,7 +214,9 @@ def coupled(site: SiteChoices, coupling: Array) -> SiteChoices:
 
 
 def marginal_ratio(site: SiteChoices, choice: SiteChoice, coupling: Array) -> Array:
-    """Change of the output's squared error with that of each head at a choice, over the change that
-    the head's error alone would make, (buckets, H); 1 where the head makes none."""
+    """What the output's squared error changes by with each head, over what the head's own does.
+
+    (buckets, H), at a choice; 1 where the head makes no error.
+    """
     own = own_errors(site, choice)
     return 1.0 + 0.5 * coupling / np.where(own > 0.0, own, np.inf)

@@ -87,8 +87,10 @@ class Session:
         return found if found.dim() == 2 else found[self.bucket]
 
     def uses_mid_band(self, name: str) -> bool:
-        """Whether a site's calls have a mid band: those of a compiled model have it at all
-        timesteps or at none, as `Plan.uses_mid_band` says."""
+        """Whether a site's calls have a mid band, as `Plan.uses_mid_band` says.
+
+        Those of a compiled model have it at all timesteps or at none.
+        """
         exact, middle = self.budgets[name].unbind(-2)
         return not torch.equal(exact, middle)
 

@@ -68,8 +68,11 @@ FALL = 0.53
 
 @dataclass(frozen=True)
 class Settled:
-    """An allocation of a way near a target. predicted: what it was asked for. cost: by the cost
-    model, at the densities that were measured, and carried to the target exactly."""
+    """An allocation of a way near a target.
+
+    predicted: what it was asked for. cost: by the cost model, at the densities that were measured,
+    and carried to the target exactly.
+    """
 
     way: Way
     allocation: Allocation
@@ -144,8 +147,11 @@ class Refinement:
         return OutputError(self.runner, samples, outputs, target, self.journal, "fitted")
 
     def ways(self, sites: list[SiteChoices], target: float) -> list[Way]:
-        """Ways to choose budgets for a relative error of the output: one threshold for all, as
-        measured one head at a time, and one more with each round of marginals."""
+        """Ways to choose budgets for a relative error of the output.
+
+        One threshold for all, as measured one head at a time, and one more with each round of
+        marginals.
+        """
         criterion, ways = self.fitted(target), simple_ways(sites)
         for number in range(self._rounds()):
             settled = settle(ways[-1], criterion, self.cost, ways[-1].start or criterion.start)

@@ -250,12 +250,12 @@ def _timestep(named: Mapping[str, Any], given: str | None) -> tuple[str, float] 
 
 
 def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Of every four samples, in order of the timestep, the middle two are kept for verification; an
-    odd one at the end is not.
+    """Of every four samples, in order of the timestep, keep the middle two for verification.
 
-    Errors differ between timesteps by more than between inputs, and a verification run costs a
-    fraction of a measuring one, so half of the samples is not too many. Neither half
-    then has the later timestep of every two, which counts as errors grow towards one end.
+    An odd one at the end is fitted. Errors differ between timesteps by more than between inputs,
+    and a verification run costs a fraction of a measuring one, so half of the samples is not too
+    many. Neither half then has the later timestep of every two, which counts as errors grow towards
+    one end.
     """
     if len(samples) == 1:
         note = (

@@ -48,8 +48,11 @@ CAUTION = 1.3
 
 @dataclass(frozen=True)
 class Goal:
-    """What a plan is for, one of: relative L2 error of the model's output; PSNR in dB of what a
-    pipeline generates; share of pairs attended exactly."""
+    """What a plan is for, one of three.
+
+    error: relative L2, of the model's output. psnr: in dB, of what a pipeline generates. density:
+    share of pairs attended exactly.
+    """
 
     error: float | None = None
     psnr: float | None = None

@@ -137,8 +137,11 @@ def _pixels(output: Any) -> list[Tensor]:
 def video_ways(
     refinement: Refinement, criterion: GeneratedVideo, sites: list[SiteChoices]
 ) -> list[Way]:
-    """Ways to choose budgets for what is generated: those for single calls of the model, at errors
-    that come to the target in the video, and weighed by how much each timestep bucket shows."""
+    """Ways to choose budgets for what is generated.
+
+    Those for single calls of the model, at errors that come to the target in the video, and weighed
+    by how much each timestep bucket shows.
+    """
     first = settle(Way(ALONE, sites), criterion, refinement.cost, criterion.start)
     level = refinement.fitted(1.0).measure(budgets(sites, first.allocation)).error
     if level <= 0.0:

@@ -74,8 +74,10 @@ class Way:
     def _last_before(
         self, stop: Callable[[Allocation], bool], cost: CostModel, *, beyond: bool = False
     ) -> Allocation:
-        """From everything exact towards the loosest, one site at a time to the next threshold: the
-        last allocation before `stop`, or the first at which it holds, found by bisection."""
+        """From everything exact towards the loosest, one site at a time to the next threshold.
+
+        The last allocation before `stop`, or `beyond` the first at which it holds, by bisection.
+        """
         count = len(self.sites)
         low, high = 0, (int(np.flatnonzero(~self.sites[0].mid)[-1])) * count
 

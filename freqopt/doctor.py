@@ -35,6 +35,7 @@ REQUIRED = (
     "triton",
     "numpy",
     "networkx",
+    "platformdirs",
     "pydantic",
     "safetensors",
     "matplotlib",
@@ -203,7 +204,7 @@ def _optional() -> Iterator[Finding]:
         yield Finding("optional", "zoo weights", "ok", listed)
     else:
         yield Finding(
-            "optional", "zoo weights", "absent", "python -m freqopt.models_zoo.train makes them"
+            "optional", "zoo weights", "absent", "they ship with freqopt: install it again"
         )
 
 
@@ -238,8 +239,8 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The checkout's commit; FREQOPT_COMMIT where the code was copied without its history."""
-    if "FREQOPT_COMMIT" in os.environ:
-        return os.environ["FREQOPT_COMMIT"]
+    if given := os.environ.get("FREQOPT_COMMIT"):
+        return given
     root = Path(freqopt.__file__).parents[1]
     if not (root / ".git").exists():
         return "unknown"

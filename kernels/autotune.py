@@ -46,6 +46,7 @@ class Problem(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of the grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 

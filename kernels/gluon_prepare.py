@@ -96,8 +96,10 @@ def _take(
     i, first, first_block, target, pieces, full,
     D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Wait for a program's i-th block and start its copy: its buffer, and its number in the head
-    and in all heads."""
+    """Wait for a program's i-th block and start its copy.
+
+    Returns its buffer, and its number in the head and in all heads.
+    """
     stage = i % STAGES
     block = first + i
     row = first_block + block

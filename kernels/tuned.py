@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from freqopt.files import cache_folder
 from freqopt.kernels.device import shared_memory
 from freqopt.kernels.launch import Launch, launch_for
 
@@ -48,14 +49,6 @@ ATTENTION = ("rows", "wide", "warps", "stages")
 SOURCES = tuple(
     f"triton_{part}.py" for part in ("prepare", "score", "glue", "attend", "probe", "split")
 )
-
-
-def cache_folder() -> Path:
-    """$FREQOPT_CACHE_DIR, or `freqopt` in the user's cache folder."""
-    given = os.environ.get("FREQOPT_CACHE_DIR")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freqopt"
 
 
 def bucket_of(tokens: int) -> str:

@@ -218,15 +218,16 @@ def load_pretrained(
     """The trained model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: no weights at `path`, which `python -m freqopt.models_zoo.train` makes.
+        FileNotFoundError: no weights at `path`.
         ValueError: the file at `path` is damaged, or was not written by that command.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise FileNotFoundError(
-            f"no weights at {path}; train them with `python -m freqopt.models_zoo.train --out "
-            f"{path.parent}` (about 10 minutes on a data-centre GPU)"
+            f"no weights at {path}; they ship with freqopt, so install it again, or train them in "
+            f"a checkout with `python -m freqopt.models_zoo.training.train --out {path.parent}` "
+            "(about 10 minutes on a data-centre GPU)"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -239,7 +240,7 @@ def load_pretrained(
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not hold weights of this model ({type(error).__name__}: {error}); "
-            f"supported is a file written by `python -m freqopt.models_zoo.train`: get it again, "
-            f"or train anew"
+            "supported is a file written by `python -m freqopt.models_zoo.training.train`: get it "
+            "again, or train anew"
         ) from error
     return model.to(device=device, dtype=dtype).eval()

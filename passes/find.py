@@ -103,7 +103,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def readable_path(path: str) -> str:
-    """ "L['self'].__dict__['_modules']['blocks']._modules['3'].attn1" as "blocks.3.attn1"."""
+    """The path in the model: "blocks.3.attn1" of "L['self'].blocks._modules['3'].attn1"."""
     path = re.sub(r"^[LG]\[['\"][^'\"]*['\"]\]", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
     noise = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", ""}

@@ -84,6 +84,12 @@ def _seeds() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are not drawn, which takes seconds: for tests of their words."""
+    monkeypatch.setattr("freqopt.reporting.figure_html", lambda figure, caption="", alt="": caption)
+
+
 def _tensorrt_missing() -> bool:
     try:
         import tensorrt  # noqa: F401

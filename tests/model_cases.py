@@ -6,6 +6,7 @@ attentions are dense over them, of which kind, and where the text is. Nothing is
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ VARIANTS: tuple[tuple[Grid, int], ...] = (
 
 IMAGES: tuple[Grid, ...] = ((1, 14, 22), (1, 15, 21), (1, 18, 10))
 """Grids of images; much smaller ones have too few blocks to split."""
+
+
+LINE: tuple[Grid, ...] = ((1, 1, 300), (1, 1, 240))
+"""Grids of audio and text."""
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+"""Sizes that most classes of transformers have."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,26 @@ def case(name: str, library: str = "diffusers", **expected: Any) -> Callable[...
     return register
 
 
+encoder_case = functools.partial(case, library="transformers")
+"""As `case`, for what `encoder` builds."""
+
+
 def build(name: str, library: str = "diffusers", /, **config: Any) -> nn.Module:
     """A model of diffusers with random weights, in evaluation mode."""
     made: nn.Module = getattr(pytest.importorskip(library), name)(**config)
     return refilled(made)
+
+
+def inner(name: str, /, **config: Any) -> nn.Module:
+    """As `build`, of a model that diffusers has, but does not list among its own."""
+    models = pytest.importorskip("diffusers.models")
+    return refilled(getattr(models, name)(**config))
+
+
+def encoder(name: str, config: str, /, **values: Any) -> nn.Module:
+    """A model of transformers with random weights, in evaluation mode."""
+    library = pytest.importorskip("transformers")
+    return build(name, "transformers", config=getattr(library, config)(**values))
 
 
 def refilled(model: nn.Module) -> nn.Module:
@@ -130,18 +154,18 @@ def positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-FAMILIES = ("video", "packed", "image", "encoder", "more", "further", "latest")
-"""Modules of cases; each is tried in a test file of its own, `test_models_<family>.py`."""
+FAMILIES = ("wan", "video", "packed", "image", "unet", "audio", "vision", "language")
+"""What the models are; the cases of each are in a module of its own, `model_cases_<family>.py`."""
 
 
 def load_all() -> dict[str, Case]:
-    """All cases, those of the other modules too."""
+    """All cases by name, those of the other modules too."""
     for family in FAMILIES:
         importlib.import_module(f"model_cases_{family}")
     return CASES
 
 
-def family(name: str) -> list[str]:
+def cases_of(family: str) -> list[str]:
     """Names of the cases of one module."""
-    module = f"model_cases_{name}"
+    module = f"model_cases_{family}"
     return [key for key, case in load_all().items() if case.make.__module__ == module]

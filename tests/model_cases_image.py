@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model_cases import TEXT, Grid, Made, build, case, image, steps, text
+from model_cases import TEXT, Grid, Made, build, case, image, inner, steps, text
 
 
 def inputs_of(grid: Grid, batch: int, **more: Any) -> dict[str, Any]:
@@ -25,6 +25,27 @@ def sd3(grid: Grid, batch: int) -> Made:
         joint_attention_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=32,
     )  # fmt: skip
     return model, inputs_of(grid, batch, pooled_projections=torch.randn(batch, 8))
+
+
+@case(
+    "SD3Transformer2DModel", dense=3, image=True,
+    each=(("joint", 0, TEXT), ("self", 0, 0), ("joint", 0, TEXT)),
+    note="3.5: the image attends to itself besides",
+)  # fmt: skip
+def sd35(grid: Grid, batch: int) -> Made:
+    model = build(
+        "SD3Transformer2DModel", sample_size=64, patch_size=2, in_channels=4, num_layers=2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=40, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "encoder_hidden_states": text(batch),
+        "pooled_projections": torch.randn(batch, 16),
+        "timestep": steps(batch),
+        "return_dict": False,
+    }
 
 
 @case("AuraFlowTransformer2DModel", dense=2, kind="joint", before=TEXT + 8, image=True)
@@ -74,6 +95,25 @@ def sana(grid: Grid, batch: int) -> Made:
     return model, inputs_of(grid, batch)
 
 
+@case("CogView3PlusTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
+def cogview3plus(grid: Grid, batch: int) -> Made:
+    model = build(
+        "CogView3PlusTransformer2DModel", patch_size=2, in_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, out_channels=4, text_embed_dim=16,
+        time_embed_dim=8, condition_dim=2, pos_embed_max_size=32, sample_size=16,
+    )  # fmt: skip
+    size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros(batch, 2),
+        "return_dict": False,
+    }
+
+
 @case("CogView4Transformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
 def cogview4(grid: Grid, batch: int) -> Made:
     model = build(
@@ -85,6 +125,42 @@ def cogview4(grid: Grid, batch: int) -> Made:
     return model, inputs_of(
         grid, batch, original_size=size, target_size=size, crop_coords=torch.zeros(batch, 2)
     )
+
+
+@case("GlmImageTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True, fullgraph=True)
+def glm_image(grid: Grid, batch: int) -> Made:
+    model = build(
+        "GlmImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8,
+        condition_dim=4, prior_vq_quantizer_codebook_size=64,
+    )  # fmt: skip
+    tokens = grid[1] * grid[2]
+    return model, {
+        "hidden_states": image(grid, batch),
+        "encoder_hidden_states": text(batch),
+        "prior_token_id": torch.zeros(batch, tokens, dtype=torch.int64),
+        "prior_token_drop": torch.zeros(batch, tokens, dtype=torch.bool),
+        "timestep": steps(batch),
+        "target_size": torch.full((batch, 2), 64.0),
+        "crop_coords": torch.zeros(batch, 2),
+        "return_dict": False,
+    }
+
+
+@case("ErnieImageTransformer2DModel", dense=2, kind="joint", after=TEXT, image=True)
+def ernie(grid: Grid, batch: int) -> Made:
+    model = build(
+        "ErnieImageTransformer2DModel", hidden_size=32, num_attention_heads=2, num_layers=2,
+        ffn_hidden_size=32, in_channels=4, out_channels=4, patch_size=1, text_in_dim=16,
+        rope_theta=256, rope_axes_dim=(8, 4, 4), qk_layernorm=True,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch, patch=1),
+        "timestep": torch.ones(batch),
+        "text_bth": text(batch),
+        "text_lens": torch.full((batch,), TEXT),
+        "return_dict": False,
+    }
 
 
 @case("HunyuanDiT2DModel", dense=2, others=3, image=True)
@@ -105,6 +181,26 @@ def hunyuan_dit(grid: Grid, batch: int) -> Made:
 
 
 @case(
+    "HunyuanImageTransformer2DModel", dense=2, others=1, kind="joint", after=TEXT, image=True,
+    note="guidance",
+)  # fmt: skip
+def hunyuan_image(grid: Grid, batch: int) -> Made:
+    model = build(
+        "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2,
+        attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        patch_size=(1, 1), text_embed_dim=16, rope_axes_dim=(8, 8), guidance_embeds=True,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch, 4, 1),
+        "timestep": steps(batch, torch.float32),
+        "encoder_hidden_states": text(batch),
+        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.int64),
+        "guidance": torch.full((batch,), 3.0),
+        "return_dict": False,
+    }
+
+
+@case(
     "Lumina2Transformer2DModel", dense=1, others=3, source="given", image=True, batches=(1,),
     note="text lengths are data: the graph breaks before text and image are joined",
 )  # fmt: skip
@@ -118,6 +214,26 @@ def lumina2(grid: Grid, batch: int) -> Made:
     return model, inputs_of(
         grid, batch, encoder_attention_mask=mask, timestep=torch.full((batch,), 0.5)
     )
+
+
+@case("LuminaNextDiT2DModel", dense=2, others=2, image=True, note="a mask that is all true")
+def lumina_next(grid: Grid, batch: int) -> Made:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    model = build(
+        "LuminaNextDiT2DModel", sample_size=28, patch_size=2, in_channels=4, hidden_size=32,
+        num_layers=2, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
+        cross_attention_dim=16,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": text(batch),
+        "encoder_mask": torch.ones(batch, TEXT, dtype=torch.bool),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 384, 384),
+        "cross_attention_kwargs": {},
+        "return_dict": False,
+    }
 
 
 @case(
@@ -159,4 +275,69 @@ def hidream(grid: Grid, batch: int) -> Made:
         "encoder_hidden_states_llama3": torch.randn(2, batch, TEXT, 4),
         "pooled_embeds": torch.randn(batch, 8),
         "return_dict": False,
+    }
+
+
+@case(
+    "PRXTransformer2DModel", dense=2, kind="text in keys", before=TEXT, grids=((1, 16, 20),),
+    note="image queries, text in the keys only",
+)  # fmt: skip
+def prx(grid: Grid, batch: int) -> Made:
+    model = build(
+        "PRXTransformer2DModel", in_channels=4, patch_size=2, context_in_dim=16, hidden_size=32,
+        mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": image(grid, batch),
+        "timestep": torch.ones(batch),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
+
+
+FIBO2 = {
+    "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+    "cap_feat_dim": 16, "injection_layer_ids": (1,), "perceiver_num_layers": 1,
+    "min_num_gist_tokens": 8, "max_num_gist_tokens": 16, "gist_step": 4, "gist_min_text_len": 4,
+    "gist_max_text_len": 32, "axes_dims": (4, 6, 6), "axes_lens": (64, 64, 64),
+}  # fmt: skip
+
+
+@case(
+    "BriaFibo2Transformer2DModel", dense=3, others=3, image=True,
+    each=(("self", 0, 0), ("joint", 12, 0), ("joint", 12, 0)),
+    note="text becomes 12 tokens, which come first",
+)  # fmt: skip
+def bria_fibo2(grid: Grid, batch: int) -> Made:
+    return build("BriaFibo2Transformer2DModel", **FIBO2), {
+        "hidden_states": image(grid, batch),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, 2, TEXT, 16),
+        "return_dict": False,
+    }
+
+
+@case(
+    "BriaFibo2Transformer2DModel", dense=3, others=3, image=True,
+    each=(("joint", 0, 48), ("joint", 12, 48), ("joint", 12, 48)),
+    note="an image to edit, on a grid of its own, comes last and stays exact",
+)  # fmt: skip
+def bria_fibo2_edit(grid: Grid, batch: int) -> Made:
+    model, inputs = bria_fibo2(grid, batch)
+    return model, inputs | {"context_latents": [image((1, 6, 8), batch)]}
+
+
+@case("UVit2DModel", dense=2, others=6, image=True, note="a U-Net of tokens of a codebook")
+def uvit(grid: Grid, batch: int) -> Made:
+    model = inner(
+        "UVit2DModel", hidden_size=32, cond_embed_dim=16, micro_cond_encode_dim=8,
+        micro_cond_embed_dim=40, encoder_hidden_size=16, vocab_size=40, codebook_size=32,
+        in_channels=32, block_out_channels=32, num_res_blocks=1, block_num_heads=2,
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, sample_size=16,
+    )  # fmt: skip
+    return model, {
+        "input_ids": torch.randint(0, 32, (batch, *grid[1:])),
+        "encoder_hidden_states": text(batch),
+        "pooled_text_emb": torch.randn(batch, 16),
+        "micro_conds": torch.rand(batch, 5),
     }

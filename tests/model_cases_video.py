@@ -1,4 +1,4 @@
-"""Video models of diffusers that make tokens out of latents themselves."""
+"""Video models of diffusers that make tokens out of latents themselves, but for Wan's kin."""
 
 from __future__ import annotations
 
@@ -6,76 +6,6 @@ from typing import Any
 
 import torch
 from model_cases import TEXT, Grid, Made, build, case, latents, steps, text
-
-WAN = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-    "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
-    "rope_max_seq_len": 32,
-}  # fmt: skip
-
-
-def wan_inputs(grid: Grid, batch: int, channels: int = 4) -> dict[str, Any]:
-    return {
-        "hidden_states": latents(grid, batch, channels),
-        "timestep": steps(batch, torch.float32),
-        "encoder_hidden_states": text(batch),
-        "return_dict": False,
-    }
-
-
-@case("WanTransformer3DModel", dense=2, others=2)
-def wan(grid: Grid, batch: int) -> Made:
-    return build("WanTransformer3DModel", **WAN), wan_inputs(grid, batch)
-
-
-@case("WanTransformer3DModel", dense=2, others=4, note="image to video")
-def wan_i2v(grid: Grid, batch: int) -> Made:
-    config = WAN | {"in_channels": 8, "image_dim": 24, "added_kv_proj_dim": 32}
-    model = build("WanTransformer3DModel", **config)
-    inputs = wan_inputs(grid, batch, 8)
-    return model, inputs | {"encoder_hidden_states_image": text(batch, 24, 9)}
-
-
-@case("WanVACETransformer3DModel", dense=4, others=4, note="with a second stream of control blocks")
-def wan_vace(grid: Grid, batch: int) -> Made:
-    model = build("WanVACETransformer3DModel", **WAN, vace_layers=[0, 1], vace_in_channels=12)
-    return model, wan_inputs(grid, batch) | {"control_hidden_states": latents(grid, batch, 12)}
-
-
-@case("ChronoEditTransformer3DModel", dense=2, others=2)
-def chronoedit(grid: Grid, batch: int) -> Made:
-    model = build("ChronoEditTransformer3DModel", **WAN, rope_temporal_skip_len=8)
-    return model, wan_inputs(grid, batch)
-
-
-@case("SkyReelsV2Transformer3DModel", dense=2, others=2)
-def skyreels(grid: Grid, batch: int) -> Made:
-    return build("SkyReelsV2Transformer3DModel", **WAN), wan_inputs(grid, batch)
-
-
-@case(
-    "SkyReelsV2Transformer3DModel", dense=0, others=4, source="",
-    grids=((4, 6, 10),), batches=(1,),
-    note="frame blocks see the earlier ones only",
-)  # fmt: skip
-def skyreels_causal(grid: Grid, batch: int) -> Made:
-    return skyreels_diffusion_forcing(grid, batch, 2)
-
-
-@case("SkyReelsV2Transformer3DModel", dense=2, others=2, batches=(1,), note="diffusion forcing")
-def skyreels_forcing(grid: Grid, batch: int) -> Made:
-    return skyreels_diffusion_forcing(grid, batch, 1)
-
-
-def skyreels_diffusion_forcing(grid: Grid, batch: int, blocks: int) -> Made:
-    config = WAN | {"inject_sample_info": True, "num_frame_per_block": blocks}
-    inputs = wan_inputs(grid, batch) | {
-        "timestep": torch.full((batch, grid[0]), 500),
-        "enable_diffusion_forcing": True,
-        "fps": torch.zeros(batch, dtype=torch.int64),
-    }
-    return build("SkyReelsV2Transformer3DModel", **config), inputs
-
 
 HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
@@ -106,6 +36,51 @@ def hunyuan_inputs(grid: Grid, batch: int) -> dict[str, Any]:
 def hunyuan(grid: Grid, batch: int) -> Made:
     model = build("HunyuanVideoTransformer3DModel", **HUNYUAN)
     return model, hunyuan_inputs(grid, batch)
+
+
+@case(
+    "HunyuanVideo15Transformer3DModel", dense=1, others=1, kind="joint", after=16, batches=(1,),
+    source="given", note="graph breaks; one graph serves all blocks",
+)  # fmt: skip
+def hunyuan15(grid: Grid, batch: int) -> Made:
+    model = build(
+        "HunyuanVideo15Transformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2,
+        attention_head_dim=16, num_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1,
+        patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6), target_size=16, task_type="i2v",
+    )  # fmt: skip
+    return model, {
+        "hidden_states": latents(grid, batch, patch=(1, 1, 1)),
+        "timestep": steps(batch, torch.float32),
+        "encoder_hidden_states": text(batch),
+        "encoder_attention_mask": torch.ones(batch, TEXT),
+        "encoder_hidden_states_2": text(batch, 12, 4),
+        "encoder_attention_mask_2": torch.tensor([[1.0, 1, 0, 0]]).repeat(batch, 1),
+        "image_embeds": text(batch, 8, 5),
+        "return_dict": False,
+    }
+
+
+@case(
+    "HunyuanVideoFramepackTransformer3DModel", dense=2, others=1, kind="joint",
+    before=12 + 20, frames=2, grids=((5, 7, 9),), batches=(1,), fullgraph=True,
+    note="history comes first: two coarser grids stay exact, two frames of the same grid join it; "
+    "the number of text tokens depends on data",
+)  # fmt: skip
+def framepack(grid: Grid, batch: int) -> Made:
+    config = HUNYUAN | {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True}
+    model = build("HunyuanVideoFramepackTransformer3DModel", **config)
+    inputs = hunyuan_inputs(grid, batch) | {
+        "image_embeds": text(batch, 16, 5),
+        "indices_latents": torch.arange(grid[0]),
+        "latents_clean": latents((2, *grid[1:]), batch),
+        "indices_latents_clean": torch.arange(2),
+        "latents_history_2x": latents((2, *grid[1:]), batch),
+        "indices_latents_history_2x": torch.arange(2),
+        "latents_history_4x": latents((8, *grid[1:]), batch),
+        "indices_latents_history_4x": torch.arange(8),
+    }
+    return model, inputs
 
 
 COGVIDEOX = {
@@ -242,6 +217,25 @@ def kandinsky5(grid: Grid, batch: int) -> Made:
     }
 
 
+@case(
+    "Kandinsky6Transformer3DModel", dense=2, others=4,
+    note="two streams of text, one of them for audio",
+)  # fmt: skip
+def kandinsky6(grid: Grid, batch: int) -> Made:
+    model = build(
+        "Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=4, in_text_dim=16,
+        in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=32, num_text_blocks=1,
+        num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=False,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(batch, grid[0], 2 * grid[1], 2 * grid[2], 4),
+        "encoder_hidden_states": text(batch),
+        "pooled_projections": torch.randn(batch, 8),
+        "timestep": torch.full((batch,), 5.0),
+        "return_dict": False,
+    }
+
+
 @case("AllegroTransformer3DModel", dense=2, others=2)
 def allegro(grid: Grid, batch: int) -> Made:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
@@ -284,51 +278,6 @@ def latte(grid: Grid, batch: int) -> Made:
     }
 
 
-@case(
-    "HunyuanVideo15Transformer3DModel", dense=1, others=1, kind="joint", after=16, batches=(1,),
-    source="given", note="graph breaks; one graph serves all blocks",
-)  # fmt: skip
-def hunyuan15(grid: Grid, batch: int) -> Made:
-    model = build(
-        "HunyuanVideo15Transformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2,
-        attention_head_dim=16, num_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1,
-        patch_size_t=1, text_embed_dim=16, text_embed_2_dim=12, image_embed_dim=8,
-        rope_axes_dim=(4, 6, 6), target_size=16, task_type="i2v",
-    )  # fmt: skip
-    return model, {
-        "hidden_states": latents(grid, batch, patch=(1, 1, 1)),
-        "timestep": steps(batch, torch.float32),
-        "encoder_hidden_states": text(batch),
-        "encoder_attention_mask": torch.ones(batch, TEXT),
-        "encoder_hidden_states_2": text(batch, 12, 4),
-        "encoder_attention_mask_2": torch.tensor([[1.0, 1, 0, 0]]).repeat(batch, 1),
-        "image_embeds": text(batch, 8, 5),
-        "return_dict": False,
-    }
-
-
-@case(
-    "HunyuanVideoFramepackTransformer3DModel", dense=2, others=1, kind="joint",
-    before=12 + 20, frames=2, grids=((5, 7, 9),), batches=(1,), fullgraph=True,
-    note="history comes first: two coarser grids stay exact, two frames of the same grid join it; "
-    "the number of text tokens depends on data",
-)  # fmt: skip
-def framepack(grid: Grid, batch: int) -> Made:
-    config = HUNYUAN | {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True}
-    model = build("HunyuanVideoFramepackTransformer3DModel", **config)
-    inputs = hunyuan_inputs(grid, batch) | {
-        "image_embeds": text(batch, 16, 5),
-        "indices_latents": torch.arange(grid[0]),
-        "latents_clean": latents((2, *grid[1:]), batch),
-        "indices_latents_clean": torch.arange(2),
-        "latents_history_2x": latents((2, *grid[1:]), batch),
-        "indices_latents_history_2x": torch.arange(2),
-        "latents_history_4x": latents((8, *grid[1:]), batch),
-        "indices_latents_history_4x": torch.arange(8),
-    }
-    return model, inputs
-
-
 @case("MotifVideoTransformer3DModel", dense=2, others=0, kind="joint", after=TEXT)
 def motif(grid: Grid, batch: int) -> Made:
     model = build(
@@ -357,6 +306,20 @@ def sana_video(grid: Grid, batch: int) -> Made:
     return model, {
         "hidden_states": latents(grid, batch),
         "timestep": steps(batch),
+        "encoder_hidden_states": text(batch),
+        "return_dict": False,
+    }
+
+
+@case("JoyImageEditTransformer3DModel", dense=2, kind="joint", after=TEXT)
+def joyimage(grid: Grid, batch: int) -> Made:
+    model = build(
+        "JoyImageEditTransformer3DModel", patch_size=[1, 2, 2], in_channels=4, hidden_size=32,
+        num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 6, 6],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": latents(grid, batch),
+        "timestep": steps(batch, torch.float32),
         "encoder_hidden_states": text(batch),
         "return_dict": False,
     }

@@ -137,6 +137,8 @@ def problems(case: Case, grid: Grid, seen: Seen) -> list[str]:
         found.append(f"{len(seen.errors)} calls at {case.dense} sites")
     found += [f"error {e:.1e} at call {i}" for i, e in enumerate(seen.errors) if not e < 1e-5]
     found += [f"no noise at call {i}: too small" for i, e in enumerate(seen.noise) if not e > 1e-4]
+    if not any(bool(tensor.any()) for tensor in seen.expected):
+        found.append("no output, or nothing but zeros: it could not differ")
     for got, expected in zip(seen.got, seen.expected, strict=True):
         if not torch.allclose(got, expected, rtol=case.tolerance, atol=case.tolerance):
             found.append(f"output differs by {float((got - expected).abs().max()):.1e}")

@@ -47,17 +47,18 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
     return out
 
 
-def main() -> None:
-    case = CASES[int(sys.argv[1])]
-    dtype = getattr(torch, sys.argv[2])
+def compare(name: str) -> dict[str, object]:
+    """Of a problem and a type, as "1 float16"."""
+    number, kind = name.split()
+    case, dtype = CASES[int(number)], getattr(torch, kind)
     query, key, value, mask = make_tensors(case)
     given = (*(x.to(DEVICE, dtype) for x in (query, key, value)), mask)
     out = attend_text(case, given if mask is None else (*given[:3], mask.to(DEVICE))).cpu()
     truth = case.sequence.text_of(dense(case, (*(x.cpu() for x in given[:3]), mask)))
     untouched = bool(case.sequence.video_of(out).isnan().all())
     found = relative(case.sequence.text_of(out), truth)
-    print(json.dumps({"text": found, "video_untouched": untouched}))
+    return {"text": found, "video_untouched": untouched}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({name: compare(name) for name in sys.argv[1:]}))

@@ -1,6 +1,6 @@
-"""Small calls through every GPU kernel of the op, for compute-sanitizer; not a test by itself.
+r"""Small calls through every GPU kernel of the op, for compute-sanitizer; not a test by itself.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \\
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         python tests/sanitizer_calls.py
 
 Without PyTorch's caching every tensor is an allocation of its own, so that a read past its end is

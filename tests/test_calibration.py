@@ -100,6 +100,7 @@ def test_one_seed_one_plan() -> None:
     assert first == second
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_plan_survives_its_file_and_reports(plan: Plan, tmp_path: Any) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -138,6 +139,7 @@ def test_callable_that_runs_a_pipeline() -> None:
     assert (plan.evidence.samples, plan.evidence.held_out) == (2, 2)
 
 
+@pytest.mark.smoke
 def test_one_sample_is_verified_on_itself_and_says_so() -> None:
     sample = make_sample(0)
     plan = calibrate([((sample["video"],), {"timestep": sample["timestep"]})], target_error=0.1)
@@ -276,8 +278,9 @@ def test_band_cutoffs_ignore_flat_axes() -> None:
     assert band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_density_is_met_with_the_least_error(tmp_path: Path) -> None:
-    samples = [make_sample(i) for i in range(6)]
+    samples = [make_sample(i) for i in range(4)]
     plans = [
         freqopt.calibrate(make_model(), samples, target_density=density, progress=False)
         for density in (0.35, 0.6)

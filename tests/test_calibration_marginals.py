@@ -210,6 +210,26 @@ def test_rounds_come_near_the_optimum_where_errors_alone_mislead(cosine: float) 
         assert errors[ALONE] > 1.04 * chosen
 
 
+def least_cost(model: SumModel, way: Way, target: float) -> tuple[float, float]:
+    """Cost at which a way meets a true error, infinite if never; and its least true error."""
+    least, found = math.inf, [(math.inf, 0.0)]
+
+    def scan(predictions: NDArray[np.float64]) -> None:
+        nonlocal least
+        for predicted in predictions:
+            allocation = way.solve(float(predicted), COST)
+            error = model.true_error(way, allocation)
+            least = min(least, error)
+            if error <= target:
+                found.append((allocation.cost, float(predicted)))
+
+    coarse = np.geomspace(1e-3, 0.3, 40)
+    scan(coarse)
+    at = max(min(found)[1], 1e-3)
+    scan(np.geomspace(at, at * coarse[1] / coarse[0], 20)[1:-1])
+    return min(found)[0], least
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_no_way_that_is_taken_costs_more_than_one_threshold(seed: int) -> None:
     """Errors alone are made to lie: the heads that look worst are the ones that cancel."""
@@ -224,16 +244,13 @@ def test_no_way_that_is_taken_costs_more_than_one_threshold(seed: int) -> None:
     target = 0.03
     ways = refinement.ways([model.site], target)
     order = cheapest(ways, refinement.fitted(target), COST, Silent())
-    costs: dict[str, float] = {}
-    for way in ways:
-        for predicted in np.geomspace(1e-3, 0.3, 400):
-            allocation = way.solve(float(predicted), COST)
-            if model.true_error(way, allocation) <= target:
-                costs[way.name] = min(costs.get(way.name, math.inf), allocation.cost)
-    taken = next(settled.way.name for settled in order if settled.way.name in costs)
-    assert taken == order[0].way.name or seed == 1  # there it ends a thousandth above the target
-    assert costs[taken] <= 1.01 * costs[TIED]
-    assert costs[taken] <= 1.01 * costs[ALONE]
+    found = {way.name: least_cost(model, way, target) for way in ways}
+    # The first comes to the target; that of seed 1 ends two thousandths above it.
+    assert found[order[0].way.name][1] <= 1.002 * target
+    costs = [found[settled.way.name][0] for settled in order]
+    taken = next(cost for cost in costs if cost < math.inf)
+    assert taken <= 1.01 * found[TIED][0]
+    assert taken <= 1.01 * found[ALONE][0]
 
 
 def test_one_threshold_moves_a_site_at_a_time() -> None:

@@ -84,6 +84,7 @@ def test_pictures_show_both_videos() -> None:
     assert np.allclose(difference, (expected.clamp(-1, 1) + 1) * 127.5, atol=0.51)
 
 
+@pytest.mark.smoke
 def test_settings_are_checked() -> None:
     small = default_settings("cpu")
     assert small.inner == "eager" and small.dtype == "float32"

@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_library_and_body_are_the_op(folder: Path) -> None:
     rows = measure(folder, "cpu", [PLAIN, TEXT])["rows"]
+    assert [row["name"] for row in rows] == ["plain", "text"]
     for row in rows:
         assert "wrong" not in row, row["wrong"]
         assert set(row["ms"]) == {"pytorch", "library", "body"}

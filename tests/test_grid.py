@@ -13,6 +13,7 @@ GRIDS = [(1, 1, 1), (3, 6, 10), (5, 7, 9), (1, 9, 31), (2, 1, 50), (21, 15, 26)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.smoke
 def test_order_visits_every_token_once(grid: tuple[int, int, int]) -> None:
     order = token_order(grid, CPU)
     assert torch.equal(order.sort().values, torch.arange(order.numel(), dtype=torch.int32))

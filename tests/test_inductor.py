@@ -49,9 +49,9 @@ def test_a_mode_reaches_inductor(mode: str | None, cudagraphs: bool, autotune: b
     compiled = torch.compile(Toy(), backend=freqopt_backend, options=options, dynamic=False)
     caches_off = {"force_disable_caches": True, "post_grad_custom_post_pass": look}
     torch._dynamo.reset()
-    with config.patch(caches_off), torch.no_grad():
-        with pytest.raises(BackendCompilerFailed) as stopped:
-            compiled(video(GRID))
+    failing = pytest.raises(BackendCompilerFailed)
+    with config.patch(caches_off), torch.no_grad(), failing as stopped:
+        compiled(video(GRID))
     assert f"({cudagraphs}, {autotune}) with 2 split" in str(stopped.value)
 
 

@@ -62,6 +62,7 @@ def test_sites_decisions_and_reasons() -> None:
     assert found.sites[0].grid == (6, 3, 10)
 
 
+@pytest.mark.smoke
 def test_it_prints_as_a_table_with_equal_layers_in_one_row() -> None:
     printed = str(freqopt.inspect(Toy(), video(GRID), min_tokens=1))
     first, head, row = printed.splitlines()

@@ -1,34 +1,40 @@
-"""Real models: every variant of every case, and that the checks themselves can fail.
-
-The cases are tried once each in `test_models_<family>.py`.
-"""
+"""Real models: attention found, told apart, split exactly; and checks that themselves can fail."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from model_cases import FAMILIES, Case, family, load_all
+from model_cases import FAMILIES, VARIANTS, Case, cases_of, load_all
 from model_checks import look, problems, problems_of
 
 CASES = load_all()
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[pytest.mark.smoke] * (name == "wan"))
+        for family in FAMILIES
+        for name in cases_of(family)
+    ],
+)
+def test_attention_of_real_models(family: str, name: str) -> None:
+    """At threshold 0 a split model equals the dense one at each site and at its output."""
+    assert not problems_of(name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(len(VARIANTS)))
 @pytest.mark.parametrize("name", CASES)
 def test_all_variants(name: str, index: int) -> None:
     """All grids and batches, not only the one that falls to a model above."""
     assert not problems_of(name, index)
 
 
-def test_every_case_is_in_a_test_file() -> None:
-    """Each family has a file of its own, so that none takes long."""
-    here = Path(__file__).parent
-    assert all((here / f"test_models_{name}.py").exists() for name in FAMILIES)
-    assert sorted(name for each in FAMILIES for name in family(each)) == sorted(CASES)
-    assert len(CASES) >= 60
+def test_every_case_is_in_a_family() -> None:
+    assert sorted(name for family in FAMILIES for name in cases_of(family)) == sorted(CASES)
+    assert all(map(cases_of, FAMILIES))
+    assert len(CASES) >= 115
 
 
 def test_zero_parameters_are_refilled() -> None:
@@ -53,5 +59,6 @@ def test_the_checks_see_a_wrong_expectation() -> None:
     ]
     assert all(problems(case, (3, 6, 10), seen) for case in wrong)
     assert problems(right, (6, 3, 10), seen)
+    assert problems(right, (3, 6, 10), replace(seen, got=[], expected=[]))
     seen.got = [tensor + 0.01 * torch.randn_like(tensor) for tensor in seen.got]
     assert problems(right, (3, 6, 10), seen)

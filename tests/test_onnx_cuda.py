@@ -19,7 +19,7 @@ pytest.importorskip("onnx")
 from ort_programs import Programs, build_programs
 
 from freqopt.exporters.cubins import Compiled, compile_table, write_sources
-from freqopt.exporters.ort_library import SOURCES, build_library
+from freqopt.exporters.ort_library import SOURCES, build_library, compiler
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
@@ -119,23 +119,36 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
     assert raised == large
 
 
-def test_constants_are_those_of_the_kernels() -> None:
-    """The launches are written twice, in Python and in C++; sizes that both choose must agree."""
+def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
+    """The launches are written twice, in Python and in C++; sizes that both choose must agree.
+
+    The compiler compares them, wherever and however the source defines them.
+    """
     from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
     from freqopt.kernels import triton_probe as probe
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.triton_glue import MOMENTS, UNIT
 
-    source = (SOURCES / "split_cuda.cc").read_text()
-    lines = "".join(re.findall(r"^constexpr int64_t (.*);$", source, re.MULTILINE))
-    found = {name: int(value) for name, value in re.findall(r"(k\w+) = (\d+)", lines)}
-    assert found == {
+    expected = {
         "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE, "kFine": KEY_BLOCK // SUB_BLOCK,
         "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
         "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
         "kMoments": MOMENTS.value, "kUnit": UNIT.value,
         "kPooledTiles": split.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
     }  # fmt: skip
+
+    def disagree(values: dict[str, int]) -> list[str]:
+        source = tmp_path / "constants.cc"
+        checks = "".join(f'static_assert({n} == {v}, "<{n}>");\n' for n, v in values.items())
+        source.write_text(f'#include "split_cuda.cc"\nnamespace freqopt {{\n{checks}}}\n')
+        command = [compiler(), "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == ("<" not in done.stderr), done.stderr
+        return sorted(set(re.findall(r"failed: .*<(\w+)>", done.stderr)))
+
+    assert disagree(expected) == []
+    wrong = {name: value + 1 for name, value in expected.items()}
+    assert disagree(wrong) == sorted(expected)
 
 
 def test_workspace_holds_what_is_written(programs: Programs) -> None:

@@ -25,14 +25,20 @@ def run(script: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 2e-3)])
-@pytest.mark.parametrize("case", [1, 2, 4])
-def test_text_kernel_is_dense_attention(case: int, dtype: str, bound: float) -> None:
-    found = run("onnx_glue.py", case, dtype)
-    assert found["text"] < bound  # a NaN fails too
-    assert found["video_untouched"]
+BOUNDS = {"float32": 1e-4, "float16": 2e-3}
 
 
+def test_text_kernel_is_dense_attention() -> None:
+    """In one process, as a start of Triton's interpreter takes longer than a case."""
+    cases = [f"{case} {dtype}" for case in (1, 2, 4) for dtype in BOUNDS]
+    found = run("onnx_glue.py", *cases)
+    assert list(found) == cases
+    for name, seen in found.items():
+        assert seen["text"] < BOUNDS[name.split()[1]], name  # a NaN fails too
+        assert seen["video_untouched"], name
+
+
+@pytest.mark.smoke
 def test_density_kernel_finds_the_kth_score() -> None:
     """tiles x blocks x kept: all kept, one, fewer than a tile's own blocks, several steps."""
     cases = ["7x13x40", "7x13x1", "7x13x91", "3x5x5", "20x39x200"]

@@ -76,6 +76,7 @@ def test_bfloat16(with_library: bool, library: str) -> None:
 
 
 @pytest.mark.parametrize(("density", "mid", "probes"), [(0.25, True, 0), (0.1, False, 16)])
+@pytest.mark.smoke
 def test_library_attributes(density: float, mid: bool, probes: int, library: str) -> None:
     case = Case((4, 8, 9), after=4)
     tensors = make_tensors(case)
@@ -190,7 +191,7 @@ def test_library_loads_wherever_onnxruntime_does(tmp_path: Path) -> None:
     )
     ours = newest(build_library(tmp_path, extra_sources=(empty,), defines=("FREQOPT_CUDA",)))
     theirs = newest(*Path(onnxruntime.__file__).parent.glob("capi/*.so*"))
-    assert set(ours) <= set(theirs)
+    assert "GLIBC" in ours and set(ours) <= set(theirs)
     for name, version in ours.items():
         assert version <= theirs[name], f"{name} {version} is newer than onnxruntime's"
 

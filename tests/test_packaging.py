@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +18,12 @@ import pytest
 import freqopt
 
 ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+assert SPEC is not None and SPEC.loader is not None
+release = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(release)
 LINKED = ("passes", "kernels", "exporters", "models_zoo")
+PROJECT = (ROOT / "pyproject.toml").read_text()
 DATA_SUFFIXES = {".safetensors", ".html", ".json", ".jsonl", ".css", ".cc", ".h"}
 LARGEST = 2**20
 LARGEST_WEIGHTS = 16 * 2**20
@@ -30,8 +35,12 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     return found.stdout
 
 
+OF_A_CHECKOUT = "freqopt/models_zoo/training/"
+"""In the sdist and not in the wheel."""
+
+
 def ours() -> set[str]:
-    """Files that an installed freqopt must have, as paths below site-packages."""
+    """Files of the package, as paths below site-packages or an unpacked sdist."""
     own = [f.relative_to(ROOT) for f in (ROOT / "freqopt").rglob("*")]
     found = [f for f in own if f.parts[1] not in LINKED]
     for name in LINKED:
@@ -40,6 +49,7 @@ def ours() -> set[str]:
 
 
 @pytest.mark.parametrize("name", LINKED)
+@pytest.mark.smoke
 def test_linked_folders(name: str) -> None:
     link = ROOT / "freqopt" / name
     assert link.is_symlink(), f"freqopt/{name} must be a symlink (Windows: core.symlinks=true)"
@@ -84,48 +94,78 @@ def test_dynamo_finds_the_backend() -> None:
 def test_version_is_stated_once() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", freqopt.__version__)
     assert installed_version("freqopt") == freqopt.__version__
-    assert "version" not in re.findall(
-        r"^(\w+) =", (ROOT / "pyproject.toml").read_text().split("[project.optional")[0], re.M
-    )
+    assert "version" not in re.findall(r"^(\w+) =", PROJECT.split("[project.optional")[0], re.M)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(wheel, sdist) built from a copy of what is tracked or new, without touching the network.
-
-    The wheel is built from the unpacked sdist, as installers do.
-    """
-    folder = tmp_path_factory.mktemp("built")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
-    source = folder / "source"
-    for name in listed:
-        file = ROOT / name
-        if not file.exists():
-            continue
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, source / name, follow_symlinks=False)
-    build = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
-    run(sys.executable, "-c", build, "build_sdist", folder, cwd=source)
-    (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    (unpacked,) = (folder / "unpacked").iterdir()
-    run(sys.executable, "-c", build, "build_wheel", folder, cwd=unpacked)
-    (wheel,) = folder.glob("*.whl")
+    """(wheel, sdist) built from a copy of what is tracked or new, without touching the network."""
+    wheel, sdist = release.build(tmp_path_factory.mktemp("built"), untracked=True)
     return wheel, sdist
 
 
 def test_wheel_has_every_module_and_its_data(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as wheel:
         names = set(wheel.namelist())
-    missing = ours() - names
+    unwanted = {name for name in ours() if name.startswith(OF_A_CHECKOUT)}
+    assert OF_A_CHECKOUT + "train.py" in unwanted and not unwanted & names
+    missing = ours() - unwanted - names
     assert not missing, missing
     assert {n.split("/")[0] for n in names} == {
         "freqopt",
         f"freqopt-{freqopt.__version__}.dist-info",
     }
-    assert {"freqopt/py.typed", "freqopt/kernels/op.py", "freqopt/passes/find.py"} <= names
+    assert {
+        "freqopt/py.typed", "freqopt/kernels/op.py", "freqopt/passes/find.py",
+        "freqopt/models_zoo/sampling.py", "freqopt/models_zoo/weights/video_dit.safetensors",
+    } <= names  # fmt: skip
     assert not [n for n in names if "__pycache__" in n]
+
+
+def test_what_is_released_is_checked(built: tuple[Path, Path], tmp_path: Path) -> None:
+    assert release.problems_of_wheel(built[0]) == []
+    spoilt = tmp_path / built[0].name
+    with zipfile.ZipFile(built[0]) as right, zipfile.ZipFile(spoilt, "w") as wrong:
+        for name in right.namelist():
+            data = right.read(name)
+            if name.endswith("METADATA"):
+                data = data.replace(b"License-Expression: Apache-2.0\n", b"")
+            if not name.endswith(".safetensors"):
+                wrong.writestr(name, data)
+        wrong.writestr("freqopt/models_zoo/training/train.py", "")
+    found = " ".join(release.problems_of_wheel(spoilt))
+    for words in ("License-Expression is None", "training/train.py", "lacks the zoo's weights"):
+        assert words in found
+    assert len(release.problems_of_wheel(spoilt)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("## [Unreleased]\n\n## [1.2.0] - 2030-01-31\n\n- a\n\n## [1.1.0] - 2029-01-31\n", 0),
+        ("## [Unreleased]\n\n### Added\n\n- x\n\n## [1.2.0] - 2030-01-31\n\n- a\n", 1),
+        ("## [Unreleased]\n\n## [1.1.0] - 2030-01-31\n\n- a\n", 1),
+        ("## [Unreleased]\n\n## [1.2.0]\n", 1),
+        ("## [Unreleased]\n\n- x\n", 2),
+    ],
+)
+def test_a_release_needs_a_dated_changelog(text: str, wrong: int) -> None:
+    assert len(release.problems_of_changelog(text, "1.2.0")) == wrong
+
+
+def test_what_runs_where_is_said_once() -> None:
+    """The Pythons of the metadata are those of continuous integration's matrix."""
+    yaml = pytest.importorskip("yaml")
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = flow["jobs"]["test"]["strategy"]["matrix"]
+    listed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    assert listed == matrix["python"] and len(listed) >= 4
+    assert f'requires-python = ">={listed[0]}"' in PROJECT
+    environment = (ROOT / ".ci" / "environment").read_text()
+    for torch in [*matrix["torch"], *(more["torch"] for more in matrix["include"])]:
+        assert f"  {torch}) torch=" in environment
+    for form in (ROOT / ".github").rglob("*.yml"):
+        assert isinstance(yaml.safe_load(form.read_text()), dict), form
 
 
 def test_sdist_has_every_module_and_its_data(built: tuple[Path, Path]) -> None:
@@ -152,6 +192,9 @@ from freqopt.passes import find
 assert freqopt.__file__.startswith({str(site)!r}) and op.__file__.startswith({str(site)!r})
 x = torch.randn(1, 1, 60, 8)
 assert freqopt.split_attention(x, x, x, grid=(3, 4, 5), threshold=0.0).isfinite().all()
+from freqopt.models_zoo.sampling import sample
+from freqopt.models_zoo.video_dit import load_pretrained
+assert sample(load_pretrained(), frames=1, height=8, width=8, steps=1, seed=0).isfinite().all()
 """
     run(sys.executable, "-c", script, cwd=tmp_path)
 
@@ -165,7 +208,9 @@ def test_no_large_file_is_tracked() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name
+    "page",
+    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")]),
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):

@@ -103,6 +103,7 @@ class DualStream(nn.Module):
 
 
 @pytest.mark.parametrize("first", [60, 13])
+@pytest.mark.smoke
 def test_dual_stream_then_single_stream(first: int) -> None:
     found = sites_of(DualStream(), video((3, 6, 10)), text(), first)
     assert [site.name for site in found] == ["model", "single"]
@@ -277,6 +278,8 @@ def test_attention_within_frames_is_no_self_attention_of_the_video(frames: int) 
     spatial, temporal = sites_of(model, video((frames, 6, 10), 2))
     if frames > 1:
         assert spatial.kind == "other" and "slices" in spatial.reason
+    else:  # of one frame it is all there is
+        assert (spatial.kind, spatial.eligible, spatial.grid) == ("self", True, (1, 6, 10))
     assert temporal.kind == "other" and not temporal.eligible
 
 

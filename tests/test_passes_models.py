@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,39 +102,3 @@ class Counting:
         names = [str(node.target) for node in gm.graph.nodes]
         assert names.count("freqopt.split_attention.default") == 2
         return compiled
-
-
-TIMED = """
-import time, torch
-from diffusers import WanTransformer3DModel
-from freqopt.passes.find import find_sites
-torch.set_num_threads(1)
-model = WanTransformer3DModel(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-    out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=12, rope_max_seq_len=32)
-took = []
-def backend(gm, inputs):
-    for _ in range(5):
-        start = time.process_time()
-        assert len(find_sites(gm)) == 24
-        took.append(time.process_time() - start)
-    return gm.forward
-with torch.no_grad():
-    torch.compile(model, backend=backend, dynamic=False)(
-        hidden_states=torch.randn(1, 4, 3, 12, 20), timestep=torch.tensor([5]),
-        encoder_hidden_states=torch.randn(1, 7, 16), return_dict=False)
-print(min(took))
-"""
-
-
-def test_finding_takes_milliseconds_per_layer() -> None:
-    """All passes may take a second for 60 layers; finding is the half that grows with the graph.
-
-    The best of several runs in a process of its own: the others measure the machine and the tests
-    that ran before.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", TIMED], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.splitlines()[-1]) < 0.5 * 12 / 60

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Loaded by its path: putting the root on sys.path would make `kernels` importable from there.
 SPEC = importlib.util.spec_from_file_location(
     "benchmarks_readme", Path(__file__).parent.parent / "benchmarks" / "readme.py"
@@ -16,6 +18,7 @@ readme = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(readme)
 
 
+@pytest.mark.smoke
 def test_readme_says_what_the_result_files_say() -> None:
     text = readme.README.read_text()
     shown = text.split(readme.BEGIN)[1].split(readme.END)[0].strip()

@@ -20,6 +20,7 @@ def test_threshold_zero_is_dense_attention(case: Case) -> None:
     assert split.probe.error.max() < 1e-5
 
 
+@pytest.mark.smoke
 def test_summaries_count_the_ragged_block() -> None:
     key, value = torch.randn(1, 1, 70, 4), torch.randn(1, 1, 70, 4)
     summary = reference.summarise(key, value, 64)

@@ -198,6 +198,7 @@ def test_same_plan_same_page(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
+@pytest.mark.smoke
 def test_plan_without_evidence(tmp_path: Path) -> None:
     report(make_plan(evidence=False), tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text
@@ -238,9 +239,11 @@ def test_frontier_of_calibrated_budgets_is_never_above_the_uniform_one() -> None
         lines["one threshold for all heads"],
     )
     assert (np.diff(ours[:, 0]) >= 0).all() and (np.diff(ours[:, 1]) <= 1e-12).all()
-    for density, error in uniform:
-        if ours[0, 0] < density < ours[-2, 0]:  # past it sites go dense, which jumps
-            assert np.interp(density, ours[:, 0], ours[:, 1]) <= error * 1.02
+    # Past the last but one sites go dense, which jumps.
+    compared = [(d, error) for d, error in uniform if ours[0, 0] < d < ours[-2, 0]]
+    assert len(compared) >= 5
+    for density, error in compared:
+        assert np.interp(density, ours[:, 0], ours[:, 1]) <= error * 1.02
 
 
 def test_probe_scatter_measures_agreement() -> None:

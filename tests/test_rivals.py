@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from benchmarks import rivals
@@ -22,7 +26,18 @@ def test_flex_is_given_the_listed_blocks_and_nothing_else() -> None:
     assert mask.BLOCK_SIZE == (QUERY_TILE, KEY_BLOCK) and mask.seq_lengths == (tokens, tokens)
 
 
-def test_packages_that_are_missing_are_not_measured() -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_packages_are_measured_where_they_are(
+    there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A made-up package of that name is found and called; without it there is no row."""
+    module = "def sageattn(q, k, v, tensor_layout, is_causal):\n    return q + k + v\n"
+    (tmp_path / "sageattention.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    if not there:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "sageattention", raising=False)
     a = natural_attention((2, 4, 4), heads=1, dim=16, dtype=torch.float32, device="cpu")
-    names = {rival.name for rival in rivals.installed(a)}
-    assert names <= {"sageattention"}
+    found = rivals.installed(a)
+    assert [(rival.name, rival.density) for rival in found] == [("sageattention", 1.0)] * there
+    assert all(torch.equal(rival.run(), a.query + a.key + a.value) for rival in found)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from passes_toys import Attention, conv3d_tokens, sites_of, video
 from torch import Tensor, fx, nn
 
+import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.passes.find import find_sites
 
@@ -138,9 +139,11 @@ def test_a_key_mask_repeated_for_every_query_is_that_key_mask() -> None:
     model, given = Masked(every_row).eval(), inputs()
     options = {"threshold": 0.0, "min_tokens": 1, "strict": True, "inner": "eager"}
     torch._dynamo.reset()
+    freqopt.reset_counters()
     with torch.no_grad():
         out = torch.compile(model, backend=freqopt_backend, options=options)(*given)
         torch.testing.assert_close(out, model(*given), rtol=1e-4, atol=1e-5)
+    assert (freqopt.counters().split, freqopt.counters().dense) == (1, 0)
 
 
 def test_pairs_as_numbers_are_no_mask() -> None:

@@ -51,6 +51,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def nodes_of(artifact: Artifact) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((artifact.path / "aot" / "nodes.json").read_text())
+    assert found
     return found
 
 
@@ -67,7 +68,7 @@ def test_chain_is_the_split(case: int, dtype: str, tiles: str, bound: float) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["out"] < bound and found["route"] and found["probe_error"], found
+    assert found["out"] < bound and found["route"] and found["probe_error"] < 1e-2, found
 
 
 def test_ptx_takes_inputs_integers_outputs(artifact: Artifact, tmp_path: Path) -> None:

@@ -71,9 +71,45 @@ def test_nodes_are_what_the_plugin_takes(artifact: Artifact) -> None:
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert attributes["text_before"] == 0 and attributes["mid_band"] == 0
     assert attributes["scale"] == pytest.approx(32**-0.5)
-    source = (FOLDER / "split_tensorrt.cc").read_text()
-    for field in ("scale", "density", "mid_band", "probes", "text_before"):
-        assert f'fill("{field}"' in source and field in attributes
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin, compiled against declarations of our own, in a program that asks it."""
+    program = tmp_path_factory.mktemp("plugin") / "plugin"
+    includes = [f"-I{folder}" for folder in (HERE / "trt_stub", FOLDER, SOURCES)]
+    sources = [HERE / "trt_plugin.cc", SOURCES / "split_cuda.cc"]
+    command = [compiler(), "-std=c++17", *includes, *sources, "-ldl", "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+    return program
+
+
+def test_the_plugin_reads_what_the_nodes_hold(artifact: Artifact, plugin: Path) -> None:
+    proto = onnx.load(artifact.model_path)
+    (node,) = (n for n in proto.graph.node if n.domain == "freqopt")
+    attributes = {
+        a.name: onnx.helper.get_attribute_value(a)
+        for a in node.attribute
+        if a.type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT)
+    }
+    attributes |= {"density": 0.375, "probes": 17, "text_before": 5}  # no defaults of either side
+
+    def ask(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        words = [f"{type(value).__name__}:{name}={value}" for name, value in given.items()]
+        return subprocess.run([str(plugin), *words], capture_output=True, text=True, check=False)
+
+    done = ask(attributes)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["name", node.op_type, "1"] in lines and ["creators", "1"] in lines
+    fields = [line[1] for line in lines if line[0] == "field"]
+    assert {"scale", "density", "probes", "text_before"} <= set(fields) <= set(attributes)
+    kept = {line[1]: float(line[2]) for line in lines if line[0] == "kept"}
+    assert kept == pytest.approx({name: float(attributes[name]) for name in fields})
+    assert len(node.input) == 5 and lines[-1] == "taken 1 fewer 0 mixed 0".split()
+    for name in fields:
+        done = ask({n: value for n, value in attributes.items() if n != name})
+        assert done.returncode == 3 and f"the attribute {name} is missing" in done.stderr
 
 
 def test_the_folder_is_complete_and_guarded(artifact: Artifact, tmp_path: Path) -> None:
@@ -141,6 +177,7 @@ def test_build_engine_says_what_is_missing(artifact: Artifact, tmp_path: Path) -
     assert done.returncode == 1 and "TensorRT is not installed here" in done.stderr
 
 
+@pytest.mark.smoke
 def test_profiles() -> None:
     assert build_engine.parse_profile("x=1x2:3x4:5x6") == ("x", ((1, 2), (3, 4), (5, 6)))
     assert build_engine.parse_profile("x=7x8")[1] == ((7, 8),) * 3

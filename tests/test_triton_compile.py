@@ -137,7 +137,9 @@ def test_hopper_preparation_compiles_to_what_it_is_written_for(
     assert found["setmaxnreg"] > 0 and found["st.local"] == 0
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("float16", 64)])
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [("bfloat16", 128), pytest.param("float16", 64, marks=pytest.mark.smoke)]
+)
 def test_hopper_scores_compile_to_what_they_are_written_for(
     dtype: str, dim: int, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def pretend_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU by name and shared memory, and an empty cache folder."""
-    monkeypatch.setenv("FREQOPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FREQOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 1000 (PCIe)")
     monkeypatch.setattr(tuned, "shared_memory", lambda device: 101_376)
     tuned._launch_of.cache_clear()

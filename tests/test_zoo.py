@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqopt.models_zoo.contact_sheet import write_contact_sheet
-from freqopt.models_zoo.procedural import OBJECTS, make_scenes, render_videos
 from freqopt.models_zoo.sampling import denoising_samples, initial_noise, sample, time_steps
-from freqopt.models_zoo.train import CONFIG, DATA_STD
+from freqopt.models_zoo.training.contact_sheet import write_contact_sheet
+from freqopt.models_zoo.training.procedural import OBJECTS, make_scenes, render_videos
+from freqopt.models_zoo.training.train import CONFIG, DATA_STD
 from freqopt.models_zoo.video_dit import (
     MAX_BYTES,
     VideoDiT,
@@ -92,7 +92,7 @@ def test_later_objects_occlude_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> 
         position=still, velocity=still, acceleration=still, petals=torch.zeros(1, OBJECTS),
         pan=torch.zeros(1, 2), surface=flat, radius=torch.full((1, OBJECTS), 0.3),
     )  # fmt: skip
-    monkeypatch.setattr("freqopt.models_zoo.procedural.make_scenes", lambda *a: scene)
+    monkeypatch.setattr("freqopt.models_zoo.training.procedural.make_scenes", lambda *a: scene)
     centre = render_videos(1, 1, 41, 41)[0, :, 0, 20, 20]
     # 0.9, the last object's colour, under a light of 0.85 at the centre.
     torch.testing.assert_close(centre, torch.full((3,), 1.9 * 0.85 - 1), atol=0.02, rtol=0)
@@ -220,6 +220,7 @@ def test_all_blocks_share_one_compiled_graph_in_training() -> None:
 # Weights.
 
 
+@pytest.mark.smoke
 def test_weights_come_back_as_saved(tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     save_weights(model, tmp_path / "weights.safetensors", trained_with="a test")
@@ -231,7 +232,7 @@ def test_weights_come_back_as_saved(tmp_path: Path) -> None:
 
 def test_absent_and_damaged_weights_say_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"freqopt\.models_zoo\.train"):
+    with pytest.raises(FileNotFoundError, match=r"install it again.*models_zoo\.training\.train"):
         load_pretrained(path=path)
     save_weights(tiny_model(), path)
     path.write_bytes(path.read_bytes()[:-100])

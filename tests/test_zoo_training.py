@@ -14,9 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freqopt.models_zoo.procedural import render_videos
-from freqopt.models_zoo.train import SMOKE_CONFIG, main
-from freqopt.models_zoo.training import (
+from freqopt.models_zoo.training.loop import (
     CPU_STAGES,
     GPU_STAGES,
     SMOKE_STAGES,
@@ -28,6 +26,8 @@ from freqopt.models_zoo.training import (
     learning_rate,
     stage_at,
 )
+from freqopt.models_zoo.training.procedural import render_videos
+from freqopt.models_zoo.training.train import SMOKE_CONFIG, main
 from freqopt.models_zoo.video_dit import load_pretrained
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_failed_compilation_is_told_and_training_goes_on(
             block.compile(backend=lambda *given: 1 / 0)
 
     torch._dynamo.reset()
-    monkeypatch.setattr("freqopt.models_zoo.training.compile_blocks", break_blocks)
+    monkeypatch.setattr("freqopt.models_zoo.training.loop.compile_blocks", break_blocks)
     state = State(SMOKE_CONFIG, CPU, seed=0, rate=1e-3)
     trainer = Trainer(state, SMOKE_STAGES, device=CPU, seed=0, rate=1e-3, compiled=True)
     with pytest.warns(UserWarning, match="compiling the block failed"):
@@ -123,7 +123,7 @@ def test_wrong_compiled_gradients_are_told_and_not_used(
             block.compile(backend=backend)
 
     torch._dynamo.reset()
-    monkeypatch.setattr("freqopt.models_zoo.training.compile_blocks", compile_wrongly)
+    monkeypatch.setattr("freqopt.models_zoo.training.loop.compile_blocks", compile_wrongly)
     state = State(SMOKE_CONFIG, CPU, seed=0, rate=1e-3)
     trainer = Trainer(state, SMOKE_STAGES, device=CPU, seed=0, rate=1e-3, compiled=True)
     with pytest.warns(UserWarning, match="compiled gradients are off"):

@@ -44,7 +44,7 @@ def find_includes(extra: Sequence[str] = ()) -> list[str]:
 
 def build_plugin(folder: Path, includes: Sequence[str]) -> Path:
     """Compile the plugin's sources into the folder; exits with the compiler's words."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         sys.exit("no C++ compiler was found; install g++ or set CXX")
     sources = [*sorted(folder.glob("*.cc")), *folder.glob("*.S")]
@@ -133,6 +133,7 @@ def build_engine(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Build and write the engine; the command line says of what and how."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:OPT:MAX")
