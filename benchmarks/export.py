@@ -5,7 +5,7 @@
 
 Each case is one node, run from the same file with the library and with its function body, on the
 same tensors as the op in PyTorch. A row whose output is wrong or whose node ran elsewhere says so,
-has no times, and makes the command fail.
+has no times, and makes the command fail. On a CPU, for tests, there is the function body alone.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> Non
     variants = list(dict.fromkeys(case.variant(capability) for case in cases))
     with tempfile.TemporaryDirectory() as scratch:
         table = compile_table(variants, Path(scratch))
-        sources = tuple(write_sources(table, Path(scratch)))
-        build_library(folder, extra_sources=sources, defines=("FREQOPT_CUDA",))
+        build_library(folder, write_sources(table, Path(scratch)))
 
 
 def _one_node(case: Case) -> Any:
@@ -196,7 +195,10 @@ def measure_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
     times = {"pytorch": _time(partial(in_torch, case, tensors), device)}
     row: dict[str, Any] = {**asdict(case), "tokens": case.tokens, "l2": {}, "nodes": {}}
     wrong = []
-    for name, library in (("library", folder / LIBRARY_NAME), ("body", None)):
+    sessions = {"library": folder / LIBRARY_NAME, "body": None}
+    if device == "cpu":
+        del sessions["library"]
+    for name, library in sessions.items():
         ran = _run(case, folder, library, tensors, device)
         error = (ran["out"].float() - expected.float()).norm() / expected.float().norm()
         row["l2"][name], row["nodes"][name], times[name] = float(error), ran["nodes"], ran["ms"]
@@ -205,7 +207,7 @@ def measure_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
         split_on = [p for p, ops in ran["nodes"].items() if OP in ops]
         if split_on != ([PROVIDERS[device]] if library else []):
             wrong.append(f"{name}: {OP} ran on {split_on or 'nothing'}")
-        if library and device == "cuda":
+        if library:
             row["attended_by"] = ran["attended_by"]
             if set(ran["attended_by"]) != {case.attend}:
                 wrong.append(f"attended by {ran['attended_by']}, not {case.attend}")
@@ -309,15 +311,18 @@ def describe(row: dict[str, Any]) -> str:
     head = f"{row['name']}: {row['dtype']}, head dim {row['head_dim']}, grid {row['grid']}"
     if "wrong" in row:
         return f"{head}\n  WRONG: {'; '.join(row['wrong'])}"
-    ms = row["ms"]
+    ms = dict(row["ms"])
+    pytorch = ms.pop("pytorch")
     where = "; ".join(
         f"{name} " + ", ".join(f"{p} {sum(ops.values())}" for p, ops in nodes.items())
         for name, nodes in row["nodes"].items()
     )
+    times = "; ".join(
+        f"{name} {time:.3f} ms = {time / pytorch:.3f} x PyTorch, L2 {row['l2'][name]:.1e}"
+        for name, time in ms.items()
+    )
     return (
-        f"{head}\n  library {ms['library']:.3f} ms = {ms['library'] / ms['pytorch']:.3f} x PyTorch "
-        f"({ms['pytorch']:.3f} ms), 1/{ms['body'] / ms['library']:.1f} of the body "
-        f"({ms['body']:.1f} ms); L2 {row['l2']['library']:.1e}, body {row['l2']['body']:.1e}\n"
+        f"{head}\n  PyTorch {pytorch:.3f} ms; {times}\n"
         f"  attended by {row.get('attended_by', 'the CPU')}; nodes: {where}"
     )
 

@@ -80,7 +80,7 @@ class Step:
 
 
 def exact_pairs(density: float, pairs: int) -> int:
-    """How many of a head's pairs a density makes exact; as in exporters/ort/split_cpu.h."""
+    """How many of a head's pairs a density makes exact; as in exporters/ort/split_cuda.h."""
     share = density * pairs
     return min(max(ceil(share - share * 1e-7), 1), pairs)
 

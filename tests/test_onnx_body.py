@@ -9,6 +9,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import numpy as np
+import onnxruntime
 from attention_cases import CASES, Case, budget_for, make_tensors, relative
 from onnx import TensorProto, helper
 from onnx_cases import feed, session, split_model
@@ -16,6 +17,7 @@ from onnx_cases import feed, session, split_model
 import freqopt.kernels.op  # noqa: F401
 from freqopt.exporters.onnx_body import DOMAIN
 from freqopt.exporters.onnx_order import order_function
+from freqopt.exporters.runner import _to_tensor
 from freqopt.grid import token_order
 
 ALL = ("out", "route", "coefficients", "probe_error")
@@ -62,6 +64,28 @@ def test_density_and_probe_attributes(density: float, mid: bool, probes: int) ->
     assert relative(torch.from_numpy(found[0]), out) < 1e-5
     torch.testing.assert_close(torch.from_numpy(found[2]), coefficients, rtol=1e-3, atol=1e-4)
     assert np.isnan(found[3]).all() == bool(error.isnan().all())
+
+
+def test_bfloat16() -> None:
+    case = CASES[1]
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    halves = {
+        name: x.bfloat16() for name, x in zip(("query", "key", "value"), tensors[:3], strict=True)
+    }
+    runner = session(split_model(20, torch.bfloat16, scale=0.2, density=0.0, mid_band=0, probes=64))
+    value = onnxruntime.OrtValue
+    inputs = {k: value.ortvalue_from_numpy(v) for k, v in feed(case, tensors, budget).items()}
+    for name, x in halves.items():
+        raw = x.contiguous().view(torch.uint16).numpy()
+        inputs[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
+    found = _to_tensor(runner.run_with_ort_values(None, inputs)[0])
+    out = torch.ops.freqopt.split_attention(
+        *halves.values(), budget, tensors[3], list(case.grid), case.before, case.after, 0.2, 0.0,
+        False, 64,
+    )[0]  # fmt: skip
+    assert found.dtype == torch.bfloat16
+    assert relative(found, out) < 1e-2
 
 
 def test_one_session_serves_two_token_counts() -> None:
