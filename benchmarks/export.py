@@ -62,7 +62,6 @@ class Case:
     before: int = 0
     after: int = 0
     masked: bool = False
-    mid_band: bool = False
     density: float = 0.0
 
     @property
@@ -72,11 +71,11 @@ class Case:
     @property
     def model(self) -> str:
         """The ONNX file: types and attributes are fixed in it, extents are free."""
-        name = f"split_{self.dtype}_{self.head_dim}{'_mid' if self.mid_band else ''}"
-        return f"{name}{f'_{self.density}' if self.density else ''}.onnx"
+        density = f"_{self.density}" if self.density else ""
+        return f"split_{self.dtype}_{self.head_dim}{density}.onnx"
 
     def variant(self, capability: int) -> Variant:
-        return Variant(capability, self.dtype, self.head_dim, self.mid_band, self.masked)
+        return Variant(capability, self.dtype, self.head_dim, self.masked)
 
 
 HOPPER, PORTABLE = "attend_hopper", "attend"
@@ -86,7 +85,7 @@ CASES = (
     Case("CogVideoX", "bfloat16", 64, (13, 30, 45), 30, HOPPER, before=226),
     Case("HunyuanVideo", "bfloat16", 128, (13, 30, 52), 24, HOPPER, after=256, masked=True),
     Case("no plan", "float16", 128, (13, 30, 52), 24, HOPPER, density=0.25),
-    Case("mid band", "float16", 128, (13, 30, 52), 24, PORTABLE, mid_band=True),
+    Case("another head dim", "float16", 96, (13, 30, 52), 24, PORTABLE),
     Case(
         "odd sizes", "bfloat16", 128, (5, 7, 9), 4, HOPPER,
         batch=2, kv_heads=2, before=3, after=130, masked=True,
@@ -112,23 +111,23 @@ def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> Non
 def _one_node(case: Case) -> Any:
     from onnx import TensorProto, helper
 
-    from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, split_function
+    from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, OP_VERSION, split_function
 
     own = TensorProto.FLOAT16 if case.dtype == "float16" else TensorProto.BFLOAT16
     shapes: dict[str, tuple[int, list[Any]]] = {
         **{name: (own, [None] * 4) for name in INPUTS[:3]},
-        "budget": (TensorProto.FLOAT, [2, None]), "key_mask": (TensorProto.BOOL, [None, None]),
+        "budget": (TensorProto.FLOAT, [None]), "key_mask": (TensorProto.BOOL, [None, None]),
         "order": (TensorProto.INT64, [None]), "text_before": (TensorProto.INT64, [1]),
     }  # fmt: skip
     node = helper.make_node(
         OP_NAME, list(INPUTS), ["out"], domain=DOMAIN, scale=case.head_dim**-0.5,
-        density=case.density, mid_band=int(case.mid_band), probes=PROBES,
+        density=case.density, probes=PROBES,
     )  # fmt: skip
     inputs = [helper.make_tensor_value_info(n, *shapes[n]) for n in INPUTS]
     out = helper.make_tensor_value_info("out", own, [None] * 4)
     return helper.make_model(
         helper.make_graph([node], "split", inputs, [out]),
-        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, OP_VERSION)],
         functions=[split_function(20, ("out",))],
         ir_version=10,
     )
@@ -160,9 +159,7 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
         from benchmarks.attention import threshold_for
 
         threshold = threshold_for(made[0], DENSITY)
-    budget = torch.full((2, case.heads), threshold, device=device)
-    if case.mid_band:
-        budget[1] /= 4
+    budget = torch.full((case.heads,), threshold, device=device)
     query = sequence([m.query for m in made], case.heads)
     mask = torch.ones(1, 1, dtype=torch.bool, device=device)
     if case.masked:
@@ -179,9 +176,9 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
 def in_torch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     """The op in PyTorch on a case's inputs."""
     out: Tensor = torch.ops.freqopt.split_attention(
-        tensors["query"], tensors["key"], tensors["value"], tensors["budget"],
+        tensors["query"], tensors["key"], tensors["value"], tensors["budget"].expand(2, -1),
         tensors["key_mask"] if case.masked else None, list(case.grid), case.before, case.after,
-        case.head_dim**-0.5, case.density, case.mid_band, PROBES,
+        case.head_dim**-0.5, case.density, False, PROBES,
     )[0]  # fmt: skip
     return out
 

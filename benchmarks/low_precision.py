@@ -108,8 +108,8 @@ def measure(a: Attention, densities: Sequence[float]) -> dict[str, Any]:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         truth = F.scaled_dot_product_attention(a.query, a.key, a.value)
     sequence, launch, scale = Layout(a.grid, 0, 0), launch_of(a), a.query.shape[-1] ** -0.5
-    options: dict[str, Any] = {"scale": scale, "mid_band": False, "launch": launch}
-    summaries = split.summarise(a.key, a.value, sequence, False, launch)
+    options: dict[str, Any] = {"scale": scale, "launch": launch}
+    summaries = split.summarise(a.key, a.value, sequence, launch)
     low = Quantised(a, summaries)
     quantise_ms = {}
     for name, with_values in LOW.items():
@@ -120,8 +120,8 @@ def measure(a: Attention, densities: Sequence[float]) -> dict[str, Any]:
     for density in densities:
         threshold = threshold_for(a, density)
         budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
-        route = split.make_route(a.query, summaries, budget, sequence, density=0.0, **options)
-        space = probe_space(a.query, summaries.low_key.shape[2], 64, False)
+        route = split.make_route(a.query, summaries, budget, sequence, **options)
+        space = probe_space(a.query, summaries.low_key.shape[2], 64)
         fit_probes(a.query, a.key, a.value, None, summaries, route, sequence, space, **options)
         coefficients = space.coefficients
         out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
@@ -132,7 +132,7 @@ def measure(a: Attention, densities: Sequence[float]) -> dict[str, Any]:
         }
         for name, w in LOW.items():
             runs[name] = lambda r=route, c=coefficients, o=out, w=w: low.attend(r, c, o, w)
-        each = route.counts[..., 0].float().mean(2)[0] / low.blocks
+        each = route.counts.float().mean(2)[0] / low.blocks
         row: dict[str, Any] = {"density": float(each.mean()), "head_density": each.tolist()}
         plain: Tensor | None = None
         for name, run in runs.items():

@@ -243,7 +243,7 @@ def needed_variants(program: Program, capabilities: Sequence[int]) -> list[Varia
     """The kernels' variants that a program's sites need."""
     return sorted(
         {
-            Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
+            Variant(capability, site.dtype, site.head_dim, site.masked)
             for capability in capabilities
             for site in program.split.values()
         },

@@ -33,14 +33,13 @@ BUDGET_PREFIX = "freqopt.budget."
 
 @dataclass(frozen=True)
 class SplitSite:
-    """One rewritten attention. budget: name of its (2, heads) buffer; masked: has a key mask."""
+    """One rewritten attention. budget: name of its initialiser; masked: has a key mask."""
 
     budget: str
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
-    mid_band: bool
     masked: bool
     density: float
     probes: int
@@ -166,12 +165,12 @@ def _why_dense(site: Site, graph: fx.GraphModule, plan: Plan | None) -> str | No
 
 
 def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) -> SplitSite:
-    budget, mid_band, density = torch.zeros(2, site.heads), False, DEFAULT_DENSITY
+    budget, density = torch.zeros(site.heads), DEFAULT_DENSITY
     if plan is not None:
         budget, density = plan_budget(plan, site.name), 0.0
-        mid_band = plan.uses_mid_band(site.name)
     before = _split_calls(graph)
-    insert_split(graph, site, budget, density=density, mid_band=mid_band, probes=probes)
+    both = budget.repeat(2, 1)
+    insert_split(graph, site, both, density=density, mid_band=False, probes=probes)
     (call,) = _split_calls(graph) - before
     name = BUDGET_PREFIX + site.name
     _name_buffer(graph, call, name)
@@ -181,7 +180,6 @@ def _split(graph: fx.GraphModule, site: Site, plan: Plan | None, probes: int) ->
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         dtype=str(site.dtype).removeprefix("torch."),
-        mid_band=mid_band,
         masked=call.args[4] is not None,
         density=density,
         probes=probes,
@@ -194,9 +192,13 @@ def _split_calls(graph: fx.GraphModule) -> set[fx.Node]:
 
 
 def plan_budget(plan: Plan, site_name: str) -> Tensor:
-    """A site's budget; with timestep buckets the smallest threshold, that is the most exact one."""
+    """A site's thresholds (H,) in an exported file.
+
+    With timestep buckets the smallest, that is the most exact one; of a head with a mid band, whose
+    pairs are attended exactly there, where it begins.
+    """
     buckets = range(max(len(plan.sites[site_name].budgets), 1))
-    return torch.stack([plan.budget(site_name, bucket) for bucket in buckets]).amin(0)
+    return torch.stack([plan.budget(site_name, bucket) for bucket in buckets]).amin((0, 1))
 
 
 def _check_plan_used(plan: Plan, program: Program) -> None:
@@ -208,6 +210,7 @@ def _check_plan_used(plan: Plan, program: Program) -> None:
             f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
         )
     program.notes += [f"the plan splits {name}, which is not split here" for name in missing]
+    program.notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         program.notes.append(
             "the plan has timestep buckets; an exported file holds one budget per site, the most "

@@ -223,6 +223,8 @@ def decide(settings: Options, sites: Sequence[Site]) -> list[Decision]:
         if shapes:
             plan.check_model(shapes)
             _check_lengths(plan, sites)
+        if any(site.device.type == "cuda" for site in sites):
+            plan.mid_band_notes("on CUDA")
     decisions = [_decide_one(settings, plan, site) for site in sites]
     _report(settings, plan, decisions)
     return decisions

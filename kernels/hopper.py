@@ -30,15 +30,10 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def scores_apply(query: Tensor) -> bool:
-    """Whether `score` serves this call."""
+def applies(query: Tensor) -> bool:
+    """Whether `score` and `attend` serve this call."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     return half and query.shape[-1] in STAGES and _is_hopper(query.device)
-
-
-def applies(query: Tensor, *, mid_band: bool) -> bool:
-    """Whether `attend` serves this call."""
-    return scores_apply(query) and not mid_band
 
 
 def _descriptor(x: Tensor) -> Any:
@@ -113,7 +108,7 @@ def attend(
         from freqopt.kernels.gluon_gather import gather_hopper_kernel
 
         # Longest lists first: a chunk has few rounds of programs, and the last then is short.
-        turn = counts[..., 0].argsort(dim=-1, descending=True, stable=True)
+        turn = counts.argsort(dim=-1, descending=True, stable=True)
         gather_hopper_kernel[(tiles, batch * heads)](
             query, order, key, value, *map(_descriptor, texts), *common,
             *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
@@ -133,9 +128,9 @@ def gatherable(x: Tensor) -> Tensor:
     return x if _wide(x) else x.contiguous()
 
 
-def prepares(key: Tensor, value: Tensor, *, mid_band: bool) -> bool:
+def prepares(key: Tensor, value: Tensor) -> bool:
     """Whether `prepare` serves these (B, Hkv, N, D) keys and values, whose rows it gathers."""
-    return _wide(key) and _wide(value) and applies(key, mid_band=mid_band)
+    return _wide(key) and _wide(value) and applies(key)
 
 
 @functools.lru_cache(maxsize=256)

@@ -57,9 +57,7 @@ PROBE_ROWS = 64
 
 
 @functools.lru_cache(maxsize=64)
-def launch_for(
-    dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED, *, mid_band: bool = False
-) -> Launch:
+def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -> Launch:
     """Tile shapes that fit registers and `shared` bytes of shared memory per program.
 
     Hopper has 227 KiB, sm_80 163 KiB, consumer cards 99 KiB.
@@ -77,8 +75,8 @@ def launch_for(
     stages = max(1, min(3, (shared - rows * bytes_per_row) // key_tile - 1))
     ample = roomy and not wide and not single
     warps = 8 if rows >= 64 else 4
-    if ample and padded == 128 and not mid_band:
-        rows, warps = 64, 4  # two programs to a processor; with a mid band they would spill
+    if ample and padded == 128:
+        rows, warps = 64, 4  # two programs to a processor
     return Launch(
         rows=rows,
         wide=1,

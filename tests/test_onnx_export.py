@@ -18,6 +18,7 @@ from attention_cases import relative
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from freqopt.config import MID_RATIO
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.exporters import onnx_export, ort_library, runner
 from freqopt.exporters.commands import export_app, run_command_app
@@ -27,7 +28,7 @@ from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableE
 from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
-from freqopt.plan import Plan, model_fingerprint
+from freqopt.plan import Plan, _warn_once, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FREE = torch.export.Dim.AUTO
@@ -123,10 +124,10 @@ def test_half_precision(tmp_path: Path) -> None:
 
 def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     model, args = small_dit(), call(5, 24, 32)
-    plan = plan_for(model, blocks__1__attn=(0.4, True))
+    plan = plan_for(model, blocks__1__attn=(0.4, False))
     program = make_program(model, args, plan=plan)
     made = write_onnx(program, tmp_path, plan=plan, library=False)
-    assert list(made.sites) == ["blocks.1.attn"] and made.sites["blocks.1.attn"]["mid_band"]
+    assert list(made.sites) == ["blocks.1.attn"]
     assert "does not know" in made.dense_sites["blocks.0.attn"]
     assert made.manifest["plan"]["model_fingerprint"] == model_fingerprint(model)
     assert made.manifest["plan"]["measured_error"] == 0.04
@@ -145,6 +146,34 @@ def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     exact = onnxruntime.InferenceSession(tmp_path / "exact.onnx")
     out = exact.run(None, {k: v.numpy() for k, v in inputs(args).items()})[0]
     assert relative(torch.from_numpy(out), dense) < 1e-5
+
+
+def test_a_mid_band_is_attended_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plan's mid band is the definition with the mid band's threshold, and a note says so."""
+    _warn_once.cache_clear()
+    model, args = small_dit(), call(5, 24, 32)
+    plan = plan_for(model, blocks__0__attn=(1.2, True), blocks__1__attn=(0.4, False))
+    program = make_program(model, args, plan=plan)
+    made = write_onnx(program, tmp_path, plan=plan, library=False)
+    found = run_artifact(made, inputs(args), provider="cpu", threads=1).outputs["output"]
+    sites = dict(plan.sites)
+    (budget,) = sites["blocks.0.attn"].budgets
+    assert budget.mid == [True, False] and budget.threshold == [1.2, 2.4]
+    thresholds = [budget.threshold[0] * MID_RATIO, budget.threshold[1]]
+    exact = budget.model_copy(update={"threshold": thresholds, "mid": [False, False]})
+    sites["blocks.0.attn"] = sites["blocks.0.attn"].model_copy(update={"budgets": [exact]})
+    outputs = []
+    for chosen in (plan.model_copy(update={"sites": sites}), plan):
+        torch.compiler.reset()
+        options = {"plan": chosen, "min_tokens": 1, "inner": "eager"}
+        with torch.no_grad():
+            outputs.append(torch.compile(model, backend="freqopt", options=options)(*args))
+    expected, with_mid = outputs
+    assert relative(found, expected) < 1e-5
+    assert relative(with_mid, expected) > 1e-4, "the mid band must show"
+    (note,) = (note for note in made.notes if "mid band" in note)
+    assert "1 sites (blocks.0.attn)" in note and "exactly in an exported file" in note
+    assert note in caplog.text
 
 
 def test_gpu_kernels_are_embedded_on_request(tmp_path: Path) -> None:

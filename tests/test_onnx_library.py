@@ -37,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_library_is_for_the_cuda_provider(library: str, tmp_path: Path) -> None:
     """Where it is registered its operator stands in for the body, and it has none for the CPU."""
     case = Case((3, 6, 10), batch=1)
-    model = split_model(20, torch.float32, scale=0.2, density=0.5, mid_band=0, probes=8)
+    model = split_model(20, torch.float32, scale=0.2, density=0.5, probes=8)
     with pytest.raises(Exception, match="Could not find an implementation for SplitAttention"):
         session(model, library)
     options = onnxruntime.SessionOptions()
@@ -46,7 +46,7 @@ def test_the_library_is_for_the_cuda_provider(library: str, tmp_path: Path) -> N
     runner = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    runner.run(None, feed(case, make_tensors(case), torch.zeros(2, 2)))
+    runner.run(None, feed(case, make_tensors(case), torch.zeros(2)))
     events = json.loads(Path(runner.end_profiling()).read_text())
     ran = {event.get("args", {}).get("op_name") for event in events}
     assert "Scan" in ran and "SplitAttention" not in ran

@@ -20,6 +20,8 @@
 namespace freqopt {
 namespace {
 
+constexpr int kOpVersion = 2;  // freqopt.exporters.onnx_body.OP_VERSION
+
 enum Input : size_t { kQuery, kKey, kValue, kBudget, kKeyMask, kOrder, kTextBefore, kInputs };
 
 struct Failure : std::exception {  // carries a status out of nested calls
@@ -81,8 +83,8 @@ Extents check_extents(const Kernel& k, const std::vector<Tensor>& in) {
             "query " + text(q) + ", key " + text(kv) + " and value " + text(in[kValue].shape) +
                 " are not (batch, heads, tokens, head_dim) tensors of one self-attention");
   k.require(kv[1] > 0 && q[1] % kv[1] == 0, "query heads are not a multiple of the key heads");
-  k.require(in[kBudget].shape == std::vector<int64_t>({2, q[1]}),
-            "budget is " + text(in[kBudget].shape) + "; (2, heads) is supported");
+  k.require(in[kBudget].shape == std::vector<int64_t>({q[1]}),
+            "budget is " + text(in[kBudget].shape) + "; (heads) is supported");
   k.require(in[kOrder].shape.size() == 1, "order is not a vector");
   k.require(in[kTextBefore].size() == 1, "text_before does not hold one number");
   k.require(mask.size() == 2 && (mask[0] == 1 || mask[0] == q[0]) &&
@@ -160,12 +162,9 @@ const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
 
 ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo* info, void** out) {
   auto* k = new Kernel{api, {}, self(op).type};
-  int64_t mid = 0;
   ort::Status* status = ort::GetAttributeFloat::call(api, info, "scale", &k->attributes.scale);
   if (!status) status = ort::GetAttributeFloat::call(api, info, "density", &k->attributes.density);
-  if (!status) status = ort::GetAttributeInt::call(api, info, "mid_band", &mid);
   if (!status) status = ort::GetAttributeInt::call(api, info, "probes", &k->attributes.probes);
-  k->attributes.mid_band = mid != 0;
   if (status) {
     delete k;
     return status;
@@ -201,7 +200,7 @@ Op make_op(ort::ElementType type) {
   op.compute_v2 = guarded;
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.infer_shape = infer;
-  op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
+  op.start_version = op.end_version = [](const ort::CustomOp*) { return kOpVersion; };
   return op;
 }
 

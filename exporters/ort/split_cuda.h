@@ -18,7 +18,6 @@ struct Extents {
 
 struct Attributes {
   float scale, density;
-  bool mid_band;
   int64_t probes;
 };
 
@@ -33,7 +32,7 @@ struct Cubin {  // one row of the generated table
   // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
   // its extents and strides in elements, which Triton passes once more.
   const char *kernel, *symbol, *arguments;
-  int capability, dtype, head_dim, mid_band, masked;
+  int capability, dtype, head_dim, masked;
   int tile, warps, shared;
   const unsigned char* image;
 };
