@@ -16,9 +16,7 @@ STAGES = {64: 6, 128: 3}
 """Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
 
 PREPARE_STAGES = {64: 10, 128: 5}
-PREPARE_LAG = {64: 6, 128: 3}
-"""Buffers of a block's keys and values in shared memory of the preparation, by head dim, and how
-many blocks' copies stay under way behind the one that the consumers wait for."""
+"""Buffers of a block's keys and values in shared memory of the preparation, by head dim."""
 
 RANGE_START = 4
 """What a program of the preparation costs beside its blocks, in blocks: filling the ring, and the
@@ -171,7 +169,6 @@ def prepare(
         key, value, order, *targets, key_mean, low_value, key_var, spread, sums, first_order,
         *key.stride()[:3], *value.stride()[:3],
         heads, sequence.tokens, blocks, length, sequence.text_before,
-        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], LAG=PREPARE_LAG[dim],
-        num_warps=4,
+        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], num_warps=4,
     )  # fmt: skip
     return sums, first_order

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     blocks per program of the dispersions. score_*: query tiles per program of the scores, and key
     blocks per step of their first pass (wide) and their second. probe_*: queries per program of the
     probe's exact pass, and its stages. fit_*: probes and key blocks per step of its fit.
-    *precision: of float32 products.
+    precision: of float32 products.
     """
 
     rows: int
@@ -44,7 +44,6 @@ class Launch(NamedTuple):
     fit_rows: int
     fit_columns: int
     precision: str
-    fit_precision: str
 
     def changed(self, fields: Mapping[str, int]) -> Launch:
         """This launch with the values of some fields."""
@@ -95,7 +94,6 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         fit_rows=64 if ample else (16 if wide else 32),
         fit_columns=64 if ample else 32,
         precision="tf32x3" if single else "tf32",
-        fit_precision="tf32x3" if single else "tf32",
     )
 
 

@@ -123,8 +123,8 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     launch = launch_for(getattr(torch, variant.dtype), dim, shared)
     size = {"D": dim, "DP": padded_dim(dim)}
     mask = {"HAS_MASK": variant.masked}
-    precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
-    fit = {**size, **precise, "BP": launch.fit_rows, "BJ": launch.fit_columns}
+    precision = {"PRECISION": launch.precision}
+    fit = {**size, **precision, "BP": launch.fit_rows, "BJ": launch.fit_columns}
     prepare, glue = triton_prepare, triton_glue
     few = {"num_warps": 4, "num_stages": 1}
     many = {"num_warps": 8, "num_stages": 1}
@@ -146,18 +146,18 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
     yield Specialised("pool_tiles", triton_score.pool_tiles_kernel, size, few, 0)
     side = launch.disperse_side
-    disperse = {**size, **fast, "BI": side, "BJ": side}
+    disperse = {**size, **precision, "BI": side, "BJ": side}
     yield Specialised("disperse", triton_score.disperse_kernel, disperse, few, side)
     yield Specialised(
         "score", triton_score.score_kernel,
-        {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
+        {**size, **precision, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
          "WIDE": launch.score_wide},
         {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
     )  # fmt: skip
     routing = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
     yield Specialised("route", prepare.route_kernel, {"BJ": split.ROUTE_BLOCKS}, routing, 0)
     yield Specialised(
-        "probe", triton_attend.probe_kernel, {**size, **mask, **fast, "BP": launch.probe_rows},
+        "probe", triton_attend.probe_kernel, {**size, **mask, **precision, "BP": launch.probe_rows},
         {"num_warps": 4, "num_stages": launch.probe_stages}, launch.probe_rows,
     )  # fmt: skip
     rows = probe.MERGE_ROWS
@@ -167,7 +167,7 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
     yield Specialised(
         "attend", triton_attend.attend_kernel,
-        {**size, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
+        {**size, **mask, **precision, "BM": launch.rows, "TEXT": True, "RAGGED": True,
          "WIDE": launch.wide},
         {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
     )  # fmt: skip
@@ -177,7 +177,9 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     )  # fmt: skip
     dense = {"num_warps": 4, "num_stages": launch.stages}
     rows = 32 if variant.dtype == "float32" and padded_dim(dim) > 128 else 64
-    yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": rows}, dense, rows)
+    yield Specialised(
+        "text", glue.text_kernel, {**size, **mask, **precision, "BM": rows}, dense, rows
+    )
 
 
 LONG = {
@@ -238,10 +240,7 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
     if not _has_gluon(variant):
         return None
     dim = variant.head_dim
-    constants = {
-        "D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim],
-        "LAG": hopper.PREPARE_LAG[dim],
-    }  # fmt: skip
+    constants = {"D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim]}
     function = gluon_prepare.prepare_hopper_kernel
     return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0)
 

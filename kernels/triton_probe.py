@@ -136,7 +136,7 @@ def fit_probes(
         space.logit, space.term, space.moments,
         *query.stride()[:3],
         heads, group_size, tokens, tiles, blocks, probes, parts, text_before, scale,
-        **size, BP=rows, BJ=step, PRECISION=launch.fit_precision,
+        **size, BP=rows, BJ=step, PRECISION=launch.precision,
         BY_PROBE=by_probe, num_warps=4, num_stages=1,
     )  # fmt: skip
     fit_kernel[(pairs,)](
@@ -144,6 +144,6 @@ def fit_probes(
         space.moments, space.mass, space.exact, space.missing, space.coefficients, space.error,
         *query.stride()[:3],
         heads, group_size, tokens, blocks, probes, parts, text_before, scale,
-        **size, BP=rows, BJ=step, ROWS=FIT_ROWS, PRECISION=launch.fit_precision,
+        **size, BP=rows, BJ=step, ROWS=FIT_ROWS, PRECISION=launch.precision,
         num_warps=FIT_WARPS, num_stages=FIT_STAGES,
     )  # fmt: skip

@@ -40,7 +40,7 @@ ALLOWED = {
     "fit_rows": (16, 32, 64),
     "fit_columns": (32, 64),
 }
-"""Values that a choice may have. Precisions are not among them: they change results."""
+"""Values that a choice may have. The precision is not among them: it changes results."""
 
 SOURCES = tuple(
     f"triton_{part}.py" for part in ("prepare", "score", "glue", "attend", "probe", "split")
