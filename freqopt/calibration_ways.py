@@ -77,7 +77,7 @@ class Way:
         """From everything exact towards the loosest, one site at a time to the next threshold: the
         last allocation before `stop`, or the first at which it holds, found by bisection."""
         count = len(self.sites)
-        low, high = 0, (int(np.flatnonzero(~self.sites[0].mid)[-1])) * count
+        low, high = 0, (len(self.sites[0].threshold) - 1) * count
 
         def at(position: int) -> Allocation:
             return uniform(self.sites, position // count, cost, looser=position % count)

@@ -11,12 +11,10 @@ from test_calibration_allocation import random_site
 
 from benchmarks.calibration import Results, density_ratio
 from benchmarks.calibration_variants import (
-    FreeMidBand,
     allocated,
     heads_tied,
     timesteps_tied,
     uniform,
-    without_mid_band,
 )
 from freqopt.calibration_allocation import ProductCost, SiteChoices, allocate
 
@@ -47,7 +45,7 @@ def test_allocated_and_uniform_reach_the_density() -> None:
         cost = ProductCost()
         chosen = allocated(sites, cost, density)
         assert set(chosen) <= {"a", "b", "c"}
-        assert all(budget.shape == (2, 2, 2) for budget in chosen.values())
+        assert all(budget.shape == (2, 2) for budget in chosen.values())
         threshold = {
             float(x) for budget in uniform(sites, density).values() for x in budget.flatten()
         }
@@ -55,28 +53,11 @@ def test_allocated_and_uniform_reach_the_density() -> None:
         assert allocate(sites, 0.0, cost).density < density
 
 
-def test_without_mid_band_only_those_choices_go() -> None:
-    site = make_sites()[0]
-    mid = np.arange(13) % 2 == 1
-    found = without_mid_band(SiteChoices(**{**vars(site), "mid": mid}))
-    assert not found.mid.any() and found.density.shape == (4, 7)
-    np.testing.assert_array_equal(found.threshold, site.threshold[::2])
-
-
 def test_density_ratio_is_read_at_equal_error() -> None:
     other = [(d, 0.1 / d) for d in (0.05, 0.1, 0.2, 0.4)]
     ours = [(d / 2, error) for d, error in other]
     assert density_ratio(ours, other) == pytest.approx(0.5)
     assert density_ratio([(0.1, 99.0)], other) is None
-
-
-def test_a_free_mid_band_costs_what_the_split_does() -> None:
-    cost, density = ProductCost(), np.array([0.1, 0.2])
-    shape = make_sites()[0].shape
-    for band in (False, True):
-        found = FreeMidBand(cost).split(shape, density, band)
-        np.testing.assert_array_equal(found, cost.split(shape, density, False))
-    assert FreeMidBand(cost).dense(shape) == cost.dense(shape)
 
 
 def test_a_run_that_is_cut_off_leaves_a_file_with_the_summary_so_far(tmp_path: Path) -> None:
