@@ -66,7 +66,7 @@ def threshold_for(a: Attention, density: float) -> float:
     if density >= 1.0:
         return 0.0
     sequence, launch = Sequence(a.grid, 0, 0), launch_of(a)
-    summaries = split.summarise(a.key, a.value, sequence, False, launch)
+    summaries = split.summarise(a.key, a.value, sequence, launch)
     return threshold_at(a.query, summaries, sequence, density, launch)
 
 
@@ -80,22 +80,21 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     launch = launch_of(a)
     budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
     blocks = -(-a.query.shape[2] // KEY_BLOCK)
-    space = probe_space(a.query, blocks, DEFAULT_PROBES, False)
+    space = probe_space(a.query, blocks, DEFAULT_PROBES)
     made: dict[str, Any] = {}
 
     def summarise() -> None:
-        made["summaries"] = split.summarise(a.key, a.value, sequence, False, launch)
+        made["summaries"] = split.summarise(a.key, a.value, sequence, launch)
 
     def route() -> None:
         made["route"] = split.make_route(
-            a.query, made["summaries"], budget, sequence, scale=scale, density=0.0,
-            mid_band=False, launch=launch,
-        )  # fmt: skip
+            a.query, made["summaries"], budget, sequence, scale=scale, launch=launch
+        )
 
     def probe() -> None:
         fit_probes(
             a.query, a.key, a.value, None, made["summaries"], made["route"], sequence, space,
-            scale=scale, mid_band=False, launch=launch,
+            scale=scale, launch=launch,
         )  # fmt: skip
 
     out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
@@ -103,7 +102,7 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     def attend() -> None:
         split.attend(
             a.query, a.key, a.value, None, made["summaries"], made["route"],
-            space.coefficients, out, sequence, scale=scale, mid_band=False, launch=launch,
+            space.coefficients, out, sequence, scale=scale, launch=launch,
         )  # fmt: skip
 
     steps: list[Callable[[], None]] = [summarise, route, probe, attend]

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention import DENSE, GRIDS, threshold_for
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
-from freqopt.config import MID_RATIO
 from freqopt.kernels.layout import Sequence
 
 GATE = 2e-2
@@ -34,36 +33,33 @@ class Prepared(NamedTuple):
     backward: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
-def prepare(a: Attention, grad: Tensor, threshold: float, *, mid_band: bool = False) -> Prepared:
+def prepare(a: Attention, grad: Tensor, threshold: float) -> Prepared:
     """Run the forward."""
     from freqopt.kernels import triton_backward_launch
     from freqopt.kernels.op import split_attention_op
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
     budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
-    budget[1] *= MID_RATIO if mid_band else 1.0
     out, _, _, route, coefficients = split_attention_op(
-        *a[:3], budget, None, list(a.grid), 0, 0, scale, 0.0, mid_band, 64
+        *a[:3], budget, None, list(a.grid), 0, 0, scale, 0.0, False, 64
     )
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
         return triton_backward_launch.split_backward(
-            grad, *a[:3], None, out, route, coefficients, sequence, scale=scale, mid_band=mid_band
+            grad, *a[:3], None, out, route, coefficients, sequence, scale=scale
         )
 
     return Prepared(route, coefficients, backward)
 
 
-def gradient_errors(
-    a: Attention, grad: Tensor, prepared: Prepared, *, mid_band: bool = False
-) -> dict[str, float]:
+def gradient_errors(a: Attention, grad: Tensor, prepared: Prepared) -> dict[str, float]:
     """Relative L2 error of each gradient of the first head, against float32."""
     from freqopt.kernels import chunked
 
     q, k, v, g = (x[:, :1].float() for x in (a.query, a.key, a.value, grad))
     truth = chunked.split_backward(
         g, q, k, v, None, prepared.route[:, :1], prepared.coefficients[:, :1],
-        Sequence(a.grid, 0, 0), scale=q.shape[-1] ** -0.5, mid_band=mid_band,
+        Sequence(a.grid, 0, 0), scale=q.shape[-1] ** -0.5, mid_band=False,
     )  # fmt: skip
     return {
         name: float((mine[:, :1].float() - true).norm() / true.norm())
@@ -102,16 +98,14 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def times_of(
-    a: Attention, grad: Tensor, threshold: float, *, mid_band: bool = False
-) -> tuple[float, dict[str, float]]:
+def times_of(a: Attention, grad: Tensor, threshold: float) -> tuple[float, dict[str, float]]:
     """Milliseconds of forward + backward: ours, and of each dense backend."""
     import freqopt
 
     leaves = [x.detach().requires_grad_() for x in a[:3]]
 
     def split() -> object:
-        out = freqopt.split_attention(*leaves, grid=a.grid, threshold=threshold, mid_band=mid_band)
+        out = freqopt.split_attention(*leaves, grid=a.grid, threshold=threshold)
         return torch.autograd.grad(out, leaves, grad)
 
     def dense() -> object:
@@ -129,27 +123,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="32K", choices=GRIDS)
     parser.add_argument("--density", type=float, default=0.10)
-    parser.add_argument("--mid-band", action="store_true", help="serve pairs near the threshold so")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here: this benchmark needs an NVIDIA GPU")
-    mid: dict[str, bool] = {"mid_band": arguments.mid_band}
     a = zoo_attention(GRIDS[arguments.size])
     grad = torch.randn_like(a.query)
     threshold = threshold_for(a, arguments.density)
-    prepared = prepare(a, grad, threshold, **mid)
-    errors = gradient_errors(a, grad, prepared, **mid)
+    prepared = prepare(a, grad, threshold)
+    errors = gradient_errors(a, grad, prepared)
     shown = "  ".join(f"{name} {error:.2e}" for name, error in errors.items())
     if not all(error <= GATE for error in errors.values()):
         raise SystemExit(f"FAILED its gate (relative L2 {shown}, at most {GATE}); no time reported")
-    ours, dense = times_of(a, grad, threshold, **mid)
+    ours, dense = times_of(a, grad, threshold)
     speedup = min(dense.values()) / ours
     alone, parts = milliseconds(prepared.backward), kernel_times(prepared.backward)
     extra = extra_bytes(prepared.backward)
     result: dict[str, Any] = {
         "environment": environment(), "tokens": a.query.shape[2], "heads": a.query.shape[1],
-        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold, **mid,
+        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold,
         "gradient_l2": errors, "ms": ours, "dense_ms": dense, "speedup": speedup,
         "backward_ms": alone, "backward_parts_ms": parts, "backward_extra_bytes": extra,
     }  # fmt: skip
@@ -158,8 +150,7 @@ def main() -> None:
     print("dense: " + ", ".join(f"{name} {time:.2f} ms" for name, time in dense.items()))
     print(f"backward {alone:.2f} ms, {extra / 2**30:.2f} GiB beside its inputs; of it:")
     print(", ".join(f"{name} {time:.2f}" for name, time in parts.items()))
-    name = "backward_mid" if arguments.mid_band else "backward"
-    print(f"wrote {write(name, result, arguments.out)}")
+    print(f"wrote {write('backward', result, arguments.out)}")
 
 
 if __name__ == "__main__":

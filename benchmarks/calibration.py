@@ -177,11 +177,10 @@ def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
             site = plan.sites[reading.site]
             if site.decision == "dense":
                 continue
-            budget = site.budgets[bucket]
-            for head, (threshold, mid) in enumerate(zip(budget.threshold, budget.mid, strict=True)):
+            for head, threshold in enumerate(site.budgets[bucket].threshold):
                 rung = int(np.abs(np.log(THRESHOLDS) - math.log(max(threshold, 1e-9))).argmin())
-                true.append(math.sqrt(float(reading.curves["own"][int(mid), rung, head])))
-                probe.append(math.sqrt(float(reading.curves["probe"][int(mid), rung, head])))
+                true.append(math.sqrt(float(reading.curves["own"][rung, head])))
+                probe.append(math.sqrt(float(reading.curves["probe"][rung, head])))
     ranks = np.stack([np.argsort(np.argsort(values)) for values in (true, probe)])
     return {
         "calls": len(true),
@@ -334,14 +333,15 @@ def measure(
 
 def judge(bench: Bench, plan: Plan, seconds: float) -> dict[str, Any]:
     """What a plan does on inputs that it was not calibrated on."""
-    chosen = {n: plan.budgets(n) for n, site in plan.sites.items() if site.decision == "split"}
+    chosen = {
+        n: plan.budgets(n)[:, 0] for n, site in plan.sites.items() if site.decision == "split"
+    }
     error, density = bench.error(chosen)
     return {
         "target_error": plan.target_error, "measured_error": plan.measured_error,
         "unseen_error": error, "mean_density": plan.mean_density, "unseen_density": density,
         "psnrs": [bench.video(chosen, seed).psnr for seed in bench.videos], "seconds": seconds,
         "timestep_edges": plan.timestep_edges,
-        "mid_heads": sum(site.mid_heads for site in plan.sites.values()),
         "times_ms": {n: e.times_ms for n, e in plan.evidence.sites.items() if e.times_ms},
         "timings": [timing.model_dump() for timing in plan.evidence.timings],
     }  # fmt: skip

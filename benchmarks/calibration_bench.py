@@ -105,7 +105,7 @@ class Bench:
             whole = self.cost.dense(shape) * site.heads
             dense += whole
             if name in found:
-                split = self.cost.split(shape, found[name].numpy(), session.uses_mid_band(name))
+                split = self.cost.split(shape, found[name].numpy())
                 whole = float(split.sum())
             spent += whole
         return spent / dense

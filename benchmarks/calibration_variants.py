@@ -15,7 +15,6 @@ from benchmarks.calibration_bench import Bench, Budgets
 from freqopt.calibration import Calibration
 from freqopt.calibration_allocation import (
     Array,
-    AttentionShape,
     CostModel,
     SiteChoices,
     solve_density,
@@ -46,21 +45,6 @@ class Variant:
     probes: int = freqopt.config.DEFAULT_PROBES
 
 
-@dataclass(frozen=True)
-class FreeMidBand:
-    """A cost model in which the mid band needs no other kernel."""
-
-    cost: CostModel
-
-    def dense(self, shape: AttentionShape) -> float:
-        """See `CostModel`."""
-        return self.cost.dense(shape)
-
-    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
-        """See `CostModel`."""
-        return self.cost.split(shape, density, False)
-
-
 def allocated(sites: Sequence[SiteChoices], cost: CostModel, density: float) -> Budgets:
     """The allocation with a predicted density; every site is split, as with `target_density`."""
     forced = [replace(site, forced=True) for site in sites]
@@ -68,14 +52,12 @@ def allocated(sites: Sequence[SiteChoices], cost: CostModel, density: float) -> 
 
 
 def uniform(sites: Sequence[SiteChoices], density: float) -> Budgets:
-    """One threshold for every head, site and timestep, without the mid band."""
-    plain = np.flatnonzero(~sites[0].mid)[1:]
-    thresholds = sites[0].threshold[plain]
+    """One threshold for every head, site and timestep."""
     means = np.mean(
-        [(s.weight[:, None] * s.density[:, plain]).sum(0) / s.heads for s in sites], axis=0
+        [(s.weight[:, None] * s.density[:, 1:]).sum(0) / s.heads for s in sites], axis=0
     )
-    at = np.interp(-math.log(density), -np.log(means), np.log(thresholds))
-    return {s.name: torch.full((len(s.shares), 2, s.heads), math.exp(at)) for s in sites}
+    at = np.interp(-math.log(density), -np.log(means), np.log(sites[0].threshold[1:]))
+    return {s.name: torch.full((len(s.shares), s.heads), math.exp(at)) for s in sites}
 
 
 def tied(site: SiteChoices, group: Array) -> SiteChoices:
@@ -98,15 +80,6 @@ def heads_tied(site: SiteChoices) -> SiteChoices:
 def timesteps_tied(site: SiteChoices) -> SiteChoices:
     """One choice for all timesteps of a head."""
     return tied(site, np.tile(np.arange(site.heads), len(site.shares)))
-
-
-def without_mid_band(site: SiteChoices) -> SiteChoices:
-    """The same site without the choices that use the mid band."""
-    keep = ~site.mid
-    return replace(
-        site, threshold=site.threshold[keep], mid=site.mid[keep], density=site.density[:, keep],
-        error=site.error[:, keep], damage=site.damage[:, keep],
-    )  # fmt: skip
 
 
 def without_bias_weight(site: SiteChoices) -> SiteChoices:
@@ -199,7 +172,6 @@ def make_variants(
     changed = {
         "without budgets per head": heads_tied,
         "without budgets per timestep": timesteps_tied,
-        "without mid band": without_mid_band,
     }
     alone = {
         "without marginals": sites,
@@ -215,7 +187,6 @@ def make_variants(
             for name, change in changed.items()
         ),
         *(Variant(name, partial(allocated, chosen, cost)) for name, chosen in alone.items()),
-        Variant("mid band wherever it helps", partial(allocated, sites, FreeMidBand(cost))),
     ]
 
 

@@ -48,7 +48,7 @@ def installed(a: Attention) -> list[Rival]:
 def at_density(a: Attention, density: float, exact_list: Tensor, counts: Tensor) -> list[Rival]:
     """Rivals at a density: FlexAttention on the op's lists, and SpargeAttn with its own choice.
 
-    exact_list: (B, H, tiles, blocks) int32, ascending, meaningful up to counts (B, H, tiles, 2).
+    exact_list: (B, H, tiles, blocks) int32, ascending, meaningful up to counts (B, H, tiles).
     """
     found = [flex_on_route(a, density, exact_list, counts)]
     if importlib.util.find_spec("spas_sage_attn"):
@@ -72,12 +72,11 @@ def block_mask(tokens: int, exact_list: Tensor, counts: Tensor) -> Any:
     """The route's exact blocks as FlexAttention takes them, every listed block whole."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    count = counts[..., 0].contiguous()
     # Indices past the count are never read, but have to be valid.
     column = torch.arange(exact_list.shape[-1], device=exact_list.device)
-    listed = torch.where(column < count[..., None], exact_list, 0)
+    listed = torch.where(column < counts[..., None], exact_list, 0)
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(count), torch.zeros_like(listed), count, listed,
+        torch.zeros_like(counts), torch.zeros_like(listed), counts, listed,
         BLOCK_SIZE=(QUERY_TILE, KEY_BLOCK), seq_lengths=(tokens, tokens),
     )  # fmt: skip
 

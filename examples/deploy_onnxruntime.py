@@ -1,4 +1,4 @@
-"""Export a video transformer and run the file under ONNX Runtime, with and without our library.
+"""Export a video transformer and run the file under ONNX Runtime, on a GPU with our kernels.
 
     python examples/deploy_onnxruntime.py [folder]
 
@@ -33,13 +33,14 @@ def main(folder: Path) -> None:
 
     inputs = {"video": torch.randn(1, 3, 4, 36, 40), "timestep": torch.rand(1)}
     # The runner checks hashes, refuses a silent fall to the CPU, and tells which nodes ran where.
-    with_library = run_artifact(artifact, inputs, library=artifact.library_path is not None)
-    print(with_library)
-    with_body = run_artifact(artifact, inputs, library=False)
-    print(with_body)
+    # On a GPU the artifact's library attends; on a CPU the function body in the file does.
+    result = run_artifact(artifact, inputs)
+    print(result)
 
-    a, b = with_library.outputs["output"], with_body.outputs["output"]
-    print(f"library and function body differ by {float((a - b).norm() / b.norm()):.1e}")
+    with torch.no_grad():
+        dense = model(**inputs)
+    out = result.outputs["output"]
+    print(f"split and dense attention differ by {float((out - dense).norm() / dense.norm()):.1e}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.triton_glue import MOMENTS
 from freqopt.kernels.triton_probe import MAX_PARTS, PROBE_PROGRAMS, moment_units
 from freqopt.kernels.triton_split import GROUP, ORDER_GROUP, POOLED_TILES, TOTAL_COLS
-
-RATIO = KEY_BLOCK // SUB_BLOCK
 
 
 class Batch(NamedTuple):
@@ -41,7 +39,6 @@ class Call:
     tokens: int
     text_before: int
     density: float
-    mid_band: bool
     probes: int
 
     @property
@@ -67,22 +64,22 @@ class Output:
 
 @dataclass(frozen=True)
 class Step:
-    """One node. inputs: kernel argument -> tensor; grid: per axis, an extent or its (count, tile).
+    """One node. inputs: kernel argument -> tensor; grid: per axis, an extent or (tile, count).
 
-    A grid axis ("BM", n, times) is ceil(n / the kernel's constant BM) * times; several such add up.
-    unread: tensors that are inputs for their shape only.
+    A grid axis ("BM", n) is ceil(n / the kernel's constant BM). unread: tensors that are inputs for
+    their shape only.
     """
 
     kernel: str
     inputs: dict[str, str]
     outputs: tuple[Output, ...]
     integers: dict[str, int]
-    grid: tuple[Extent | tuple[tuple[str, int], ...], ...]
+    grid: tuple[Extent | tuple[str, int], ...]
     unread: tuple[str, ...] = field(default=())
 
 
 def exact_pairs(density: float, pairs: int) -> int:
-    """How many of a head's pairs a density makes exact; as in exporters/ort/split_cpu.h."""
+    """How many of a head's pairs a density makes exact; as in exporters/ort/split_cuda.h."""
     share = density * pairs
     return min(max(ceil(share - share * 1e-7), 1), pairs)
 
@@ -97,13 +94,12 @@ def chain(call: Call) -> list[Step]:
     blocks, tiles, tokens = call.blocks, call.tiles, call.tokens
     groups, spans = -(-blocks // GROUP), -(-blocks // ORDER_GROUP)
     text, probes = call.length - tokens, min(call.probes, tokens)
-    columns = blocks * (1 + RATIO * call.mid_band)
     parts = max(min(PROBE_PROGRAMS // heads, MAX_PARTS, blocks), 1)
     per_kv, per_head = Batch(kv), Batch(heads)
     sizes = {
         "heads": heads, "group_size": heads // kv, "tokens": tokens, "tiles": tiles,
         "blocks": blocks, "groups": groups, "text": text, "text_before": call.text_before,
-        "probes": probes, "parts": parts, "columns": columns, "cells": dim * dim,
+        "probes": probes, "parts": parts, "cells": dim * dim,
         "kept": exact_pairs(call.density, tiles * blocks), "stride_mb": 0,
     }  # fmt: skip
     for letter, count in (("q", heads), ("k", kv), ("v", kv), ("o", heads)):
@@ -116,7 +112,7 @@ def chain(call: Call) -> list[Step]:
         kernel: str,
         inputs: str,
         outputs: dict[str, tuple[int, ...]],
-        grid: tuple[Extent | tuple[tuple[str, int], ...], ...],
+        grid: tuple[Extent | tuple[str, int], ...],
         rewrites: str = "",
         renamed: dict[str, str] | None = None,
         unread: str = "",
@@ -136,38 +132,33 @@ def chain(call: Call) -> list[Step]:
         )
 
     shapes: dict[str, tuple[int, ...]] = {"out": (heads, call.length, dim)}
-    rows, fine = blocks * KEY_BLOCK, blocks * RATIO
-    mid = {
-        "fine_key": (kv, fine, dim), "fine_value": (kv, fine, dim), "fine_var": (kv, fine, dim)
-    } if c.mid_band else {}  # fmt: skip
+    rows = blocks * KEY_BLOCK
     step(
         "summarise", "key value order",
         {"key_out": (kv, rows, dim), "value_out": (kv, rows, dim), "key_mean": (kv, blocks, dim),
          "low_value": (kv, blocks, dim), "key_var": (kv, blocks, dim), "spread": (kv, blocks),
-         "sums": (kv, groups, 3, dim), **mid},
+         "sums": (kv, groups, 3, dim)},
         (per_kv, groups), heads=kv,
     )  # fmt: skip
     padded = padded_dim(dim)
     step(
         "total", "sums",
         {"key_shift": (kv, dim), "head_spread": (kv, padded // min(TOTAL_COLS, padded))},
-        ((("COLS", padded),), per_kv),
+        (("COLS", padded), per_kv),
     )  # fmt: skip
     step(
         "centre", "key_mean spread key_shift head_spread", {"low_key": (kv, blocks, dim)},
-        ((("BJ", blocks),), per_kv), rewrites="spread",
+        (("BJ", blocks), per_kv), rewrites="spread",
     )  # fmt: skip
-    for fine_too in (False, True)[: 1 + c.mid_band]:
-        products, total = ("fine_products", "fine_order") if fine_too else ("products", "low_order")
-        step(
-            "fine_first" if fine_too else "first", "key_out value_out key_mean",
-            {products: (kv, spans, dim, dim)}, (spans, per_kv),
-            renamed={"key_out": "key", "value_out": "value", products: "first_order"},
-        )  # fmt: skip
-        step(
-            "order", products, {total: (kv, dim, dim)}, ((("CELLS", dim * dim),), per_kv),
-            renamed={products: "first_order", total: "out"}, groups=spans,
-        )  # fmt: skip
+    step(
+        "first", "key_out value_out key_mean", {"products": (kv, spans, dim, dim)},
+        (spans, per_kv),
+        renamed={"key_out": "key", "value_out": "value", "products": "first_order"},
+    )  # fmt: skip
+    step(
+        "order", "products", {"low_order": (kv, dim, dim)}, (("CELLS", dim * dim), per_kv),
+        renamed={"products": "first_order", "low_order": "out"}, groups=spans,
+    )  # fmt: skip
     cells = (heads, tiles, blocks)
     pooled_rows = -(-tiles // POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
     step(
@@ -177,20 +168,19 @@ def chain(call: Call) -> list[Step]:
     )  # fmt: skip
     step(
         "disperse", "tile_square key_var", {"score": cells, "mass_term": cells},
-        (per_head, (("BI", tiles),), (("BJ", blocks),)),
+        (per_head, ("BI", tiles), ("BJ", blocks)),
     )  # fmt: skip
     step(
-        "score", "sub_mean low_key spread score", {}, (per_head, (("TILES", tiles),)),
+        "score", "sub_mean low_key spread score", {}, (per_head, ("TILES", tiles)),
         rewrites="score",
     )  # fmt: skip
     if c.density > 0:
-        step("density", "score", {"limits": (heads, 2)}, (per_head,))
+        step("density", "score", {"limits": (heads,)}, (per_head,))
     else:
-        step("limits", "budget", {"limits": (heads, 2)}, (per_head,), unread="query")
+        step("limits", "budget", {"limits": (heads,)}, (per_head,), unread="query")
     step(
         "route", "score limits mass_term",
-        {"route": cells, "exact_list": cells, **({"mid_list": cells} if c.mid_band else {}),
-         "counts": (heads, tiles, 2)},
+        {"route": cells, "exact_list": cells, "counts": (heads, tiles)},
         (tiles, per_head), rewrites="mass_term", renamed={"limits": "threshold"},
     )  # fmt: skip
     found = (heads, parts, probes)
@@ -198,44 +188,37 @@ def chain(call: Call) -> list[Step]:
         "probe", "query order key_out value_out key value route key_shift",
         {"peak": found, "mass": (*found, 2), "exact_out": (*found, dim),
          "missing_out": (*found, dim)},
-        (parts, per_head, (("BP", probes),)),
+        (parts, per_head, ("BP", probes)),
         renamed={"key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value",
                  "peak": "peak_out", "mass": "mass_out"},
     )  # fmt: skip
     step(
-        "merge", "peak mass exact_out missing_out", {}, ((("BP", probes),), per_head),
+        "merge", "peak mass exact_out missing_out", {}, (("BP", probes), per_head),
         rewrites="peak mass exact_out missing_out",
     )  # fmt: skip
-    approximate = "low_key key_shift mass_term route peak"
-    if c.mid_band:
-        step("pool", "query order", {"pooled": (heads, probes, dim)}, (probes, per_head))
-        approximate += " fine_key fine_var pooled"
     step(
-        "estimate", f"query order {approximate}",
-        {"logit": (heads, probes, columns), "term": (heads, probes, columns),
-         "moments": (heads, moment_units(probes, blocks, columns - blocks), MOMENTS.value)},
-        ((("BJ", blocks), ("BJ", columns - blocks)), per_head, (("BP", probes),)),
+        "estimate", "query order low_key mass_term peak",
+        {"logit": (heads, probes, blocks), "term": (heads, probes, blocks),
+         "moments": (heads, moment_units(probes, blocks), MOMENTS.value)},
+        (("BJ", blocks), per_head, ("BP", probes)),
         renamed={"logit": "logit_out", "term": "term_out"},
     )  # fmt: skip
-    values = " fine_value fine_order" if c.mid_band else ""
     step(
-        "fit",
-        f"query order low_value low_order logit term moments mass exact_out missing_out{values}",
+        "fit", "query order low_value low_order logit term moments mass exact_out missing_out",
         {"coefficients": (heads, 2), "probe_error": (heads,)}, (per_head,),
     )  # fmt: skip
-    lists = " fine_key fine_value fine_var fine_order mid_list" if c.mid_band else ""
     ordered = {
         "key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value"
     }  # fmt: skip
     step(
         "attend",
         "query order key_out value_out key value key_shift low_key low_value low_order mass_term "
-        f"coefficients exact_list counts{lists}",
-        {"out": (heads, call.length, dim)}, ((("BM", tokens),), per_head), renamed=ordered,
+        "coefficients exact_list counts",
+        {"out": (heads, call.length, dim)}, (("BM", tokens), per_head), renamed=ordered,
     )  # fmt: skip
     if text:
         step(
-            "text", "query key_out value_out key value out", {}, ((("BM", text),), per_head),
+            "text", "query key_out value_out key value out", {}, (("BM", text), per_head),
             rewrites="out", renamed=ordered,
         )  # fmt: skip
     return steps

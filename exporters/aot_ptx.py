@@ -27,7 +27,6 @@ PLAIN_SHARED = 48 * 1024
 
 SMALL: dict[str, list[dict[str, int]]] = {
     "first": [{"num_warps": 4}, {"num_warps": 2}],
-    "fine_first": [{"num_warps": 4}, {"num_warps": 2}],
     "disperse": [{"BI": 32, "BJ": 32}, {"BI": 16, "BJ": 16}],
     "score": [
         {"TILES": tiles, "BJ": blocks, "WIDE": blocks, "num_warps": 4}
@@ -214,7 +213,8 @@ def _axis(axis: Any, constants: dict[str, Any]) -> list[int]:
         return [axis.times, 1]
     if isinstance(axis, int):
         return [axis, 0]
-    return [sum(-(-count // constants[name]) for name, count in axis), 0]
+    name, count = axis
+    return [-(-count // constants[name]), 0]
 
 
 def main() -> None:

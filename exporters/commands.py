@@ -55,7 +55,7 @@ def onnx(
     grid: Grid = None,
     opset: Annotated[int, typer.Option(help="18 to 23.")] = 20,
     library: Annotated[
-        bool, typer.Option(help="Also build libfreqopt_ort.so for ONNX Runtime.")
+        bool, typer.Option(help="Also build libfreqopt_ort.so, ONNX Runtime's kernels on a GPU.")
     ] = True,
     capability: Capability = None,
 ) -> None:
@@ -105,7 +105,7 @@ def run(
     ] = None,
     provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     library: Annotated[
-        bool, typer.Option(help="Use the operator library; without it the function body runs.")
+        bool, typer.Option(help="Use the operator library on a GPU; else the function body runs.")
     ] = True,
 ) -> None:
     """Check an exported folder, run it once, and tell which nodes ran where."""

@@ -102,7 +102,7 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
         v = row.variant
         values = (
             json.dumps(row.kernel), json.dumps(row.symbol), json.dumps(",".join(row.arguments)),
-            v.capability, DTYPE_CODES[v.dtype], v.head_dim, int(v.mid_band), int(v.masked),
+            v.capability, DTYPE_CODES[v.dtype], v.head_dim, int(v.masked),
             row.tile, row.warps, row.shared, f"freqopt_cubin_{i}",
         )  # fmt: skip
         entries.append("    {" + ", ".join(map(str, values)) + "},")
@@ -128,8 +128,8 @@ def _compile(variant: Variant, folder: Path) -> Iterator[Compiled]:
     fast = hopper_specialisation(variant)
     for given in [*specialisations(variant), *([fast] if fast else [])]:
         made = compile_specialised(given, variant)
-        flags = f"{'m' if variant.mid_band else ''}{'k' if variant.masked else ''}"
-        stem = f"{given.name}_sm{variant.capability}_{variant.dtype}_d{variant.head_dim}{flags}"
+        flag = "k" if variant.masked else ""
+        stem = f"{given.name}_sm{variant.capability}_{variant.dtype}_d{variant.head_dim}{flag}"
         (folder / f"{stem}.cubin").write_bytes(made.asm["cubin"])
         yield Compiled(
             kernel=given.name,

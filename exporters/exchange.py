@@ -27,8 +27,7 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
     Raises:
         ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
         NotAvailableError: onnx is not installed.
-        PlanError: a plan of another model, or one that uses the mid band at a site that was
-            exported without it.
+        PlanError: a plan of another model.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind != "onnx":
@@ -56,15 +55,10 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
 
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
-    """Raise PlanError where the nodes cannot do what the plan says; the notes about the others."""
-    for name, site in artifact.sites.items():
+    """Raise PlanError where the plan does not know a site; the notes about the others."""
+    for name in artifact.sites:
         if name not in plan.sites:
             raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
-        if plan.uses_mid_band(name) and not site["mid_band"]:
-            raise PlanError(
-                f"this plan uses the mid band at {name!r} and the file was exported without it; "
-                "export again with this plan"
-            )
     notes = [
         f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
         for name in artifact.sites
@@ -75,6 +69,7 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
         for name, site in plan.sites.items()
         if site.decision == "split" and name not in artifact.sites
     ]
+    notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         notes.append("the plan has timestep buckets; the file holds the most exact budget of each")
     return notes

@@ -1,31 +1,29 @@
 """The split as an ONNX function body: what any runtime computes where our kernels are not present.
 
-A transcription of `freqopt.kernels.reference` into plain ONNX operators, computed in float32. Query
-tiles are walked by a Scan, so memory holds one tile against all keys: 4 B H 128 (1.14 T + X) bytes.
+A transcription of `freqopt.kernels.reference` without its mid band into plain ONNX operators,
+computed in float32. Query tiles are walked by a Scan, so memory holds one tile against all keys:
+4 B H 128 (1.02 T + X) bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
-from freqopt.config import KEY_BLOCK, MID_RATIO, QUERY_TILE, SUB_BLOCK, SUB_TILE
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.exporters.onnx_graph import Nodes, Value
-from freqopt.kernels.reference import C_MAX, EXACT, G_MAX, LOW, MID, NEWTON_STEPS
+from freqopt.kernels.reference import C_MAX, EXACT, G_MAX, LOW, NEWTON_STEPS
 
 DOMAIN = "freqopt"
 OP_NAME = "SplitAttention"
 ORDER_NAME = "TokenOrder"
-OP_VERSION = 1
+OP_VERSION = 2
 """Opset version of the domain; raised when inputs, attributes or meaning change."""
 
 INPUTS = ("query", "key", "value", "budget", "key_mask", "order", "text_before")
-ATTRIBUTES = ("scale", "density", "mid_band", "probes")
+ATTRIBUTES = ("scale", "density", "probes")
 
 INFINITY = float("inf")
-FINE = KEY_BLOCK // SUB_BLOCK
 PER_TILE = QUERY_TILE // SUB_TILE
 
 
@@ -38,7 +36,6 @@ class _Split:
         self.query_in, self.mask_in, self.budget = query, mask, budget
         self.scale = nodes.attribute("scale", "float", AttributeProto.FLOAT)
         self.density = nodes.attribute("density", "float", AttributeProto.FLOAT)
-        self.mid_band = nodes.attribute("mid_band", "int", AttributeProto.INT)
         self.probes = nodes.attribute("probes", "int", AttributeProto.INT)
         self.order, self.before = order.cast(TensorProto.INT64), before
         self.batch, self.heads = query.size(0), query.size(1)
@@ -74,29 +71,28 @@ class _Split:
         padded = self.n.op("Pad", x, pads)
         return padded.reshape(self.batch, self.heads, blocks, size, self.dim)
 
-    def summarise(self, size: int, blocks: Value) -> tuple[Value, Value, Value, Value, Value]:
-        """count (blocks,), key and value mean, key variance (B, H, blocks, D), H-bar (B, H, D, D).
+    def _present(self) -> Value:
+        """(J, 64, 1): 1 where a block has a token."""
+        present = self.n.range(0, KEY_BLOCK) < self.count.unsqueeze(1)
+        return present.float().unsqueeze(2)
 
-        `blocks` counts padding too: a block past the end has count 0 and means of 0.
-        """
-        count = self._counts(size, blocks)
-        divisor = count.maximum(1).float().unsqueeze(1)
-        valid = (self.n.range(0, size) < count.unsqueeze(1)).float().unsqueeze(2)
-        keys = self._blocks_of(self.key, size, blocks)
-        values = self._blocks_of(self.value, size, blocks)
+    def summarise(self) -> tuple[Value, Value, Value, Value]:
+        """Key and value mean, key variance (B, H, J, D) of the blocks, and H-bar (B, H, D, D)."""
+        divisor, valid = self.count.float().unsqueeze(1), self._present()
+        keys = self._blocks_of(self.key, KEY_BLOCK, self.blocks)
+        values = self._blocks_of(self.value, KEY_BLOCK, self.blocks)
         key_mean, value_mean = keys.sum(3) / divisor, values.sum(3) / divisor
         offset = (keys - key_mean.unsqueeze(3)) * valid
         key_var = (offset * offset).sum(3) / divisor
         flat = [x.reshape(self.batch, self.heads, -1, self.dim) for x in (values, offset)]
         first_order = flat[0].transposed(0, 1, 3, 2) @ flat[1] / self.tokens.float()
-        return count, key_mean, value_mean, key_var, first_order
+        return key_mean, value_mean, key_var, first_order
 
     def value_spread(self, value_mean: Value) -> Value:
         """(B, H, J): a block's rms distance of values from their mean, relative to the head's."""
         tokens = self.tokens.float()
         values = self._blocks_of(self.value, KEY_BLOCK, self.blocks)
-        valid = (self.n.range(0, KEY_BLOCK) < self.count.unsqueeze(1)).float().unsqueeze(2)
-        offset = (values - value_mean.unsqueeze(3)) * valid
+        offset = (values - value_mean.unsqueeze(3)) * self._present()
         block = (offset * offset).sum(3, 4) / self.count.float()
         centred = self.value - self.value.sum(2, keep=True) / tokens
         head = (centred * centred).sum(2, 3) / tokens
@@ -126,8 +122,8 @@ class _Split:
         error = (mass * mass * present).sum(3) / present.sum(1) * dispersion
         return error.sqrt() * spread.unsqueeze(2) * self.blocks.float(), term
 
-    def thresholds(self, score: Value, own: Value) -> tuple[Value, Value]:
-        """Thresholds (B or 1, H, 1, 1) of the exact and the mid band."""
+    def threshold(self, score: Value, own: Value) -> Value:
+        """Threshold (B or 1, H, 1, 1)."""
         flat = self.n.where(own, INFINITY, score).reshape(self.batch, self.heads, -1)
         pairs = flat.size(2)
         # The attribute is a float32: shaving off its rounding keeps the true product's ceiling.
@@ -137,43 +133,30 @@ class _Split:
         kept = kept.maximum(1).minimum(pairs)
         largest, _ = self.n.ops("TopK", 2, flat, kept, axis=2)
         by_density = largest.slice(2, kept - 1, kept).unsqueeze(3)
-        rows = self.budget.float().unsqueeze(2, 3)
-        exact, middle = (rows.slice(0, i, i + 1) for i in (0, 1))
-        uses_density = self.density > 0.0
-        exact = self.n.where(uses_density, by_density, exact)
-        middle = self.n.where(uses_density, by_density * MID_RATIO, middle)
-        return exact, self.n.where(self.mid_band > 0, middle, exact)
+        return self.n.where(self.density > 0.0, by_density, self.budget.float().unsqueeze(0, 2, 3))
 
     def route(self, score: Value) -> Value:
-        """(B, H, I, J) int64: 0 low, 1 mid, 2 exact."""
+        """(B, H, I, J) int64: 0 low, 2 exact."""
         block_tile = self.n.range(0, self.blocks) * KEY_BLOCK // QUERY_TILE
         own = block_tile.equals(self.n.range(0, self.tiles).unsqueeze(1))
-        exact_from, mid_from = self.thresholds(score, own)
-        approximate = self.n.where(score >= mid_from, MID, LOW)
-        return self.n.where((score >= exact_from) | own, EXACT, approximate)
+        return self.n.where((score >= self.threshold(score, own)) | own, EXACT, LOW)
 
-    def repeat(self, x: Value, times: int) -> Value:
-        """Repeat every entry of the last axis, blocks to tokens or sub-blocks."""
-        wide = x.unsqueeze(4).expand(1, 1, 1, 1, times)
-        return wide.reshape(0, 0, 0, self.blocks * times)
+    def repeat(self, x: Value) -> Value:
+        """Repeat every entry of the last axis, blocks to tokens."""
+        wide = x.unsqueeze(4).expand(1, 1, 1, 1, KEY_BLOCK)
+        return wide.reshape(0, 0, 0, self.blocks * KEY_BLOCK)
 
     def build(self) -> dict[str, Value]:
         """The whole split; returns named results, `out` (B, H, N, D) among them."""
         n = self.n
-        low_count, low_key, low_value, low_var, low_order = self.summarise(KEY_BLOCK, self.blocks)
-        fine_blocks = self.blocks * FINE
-        fine_count, fine_key, fine_value, fine_var, fine_order = self.summarise(
-            SUB_BLOCK, fine_blocks
-        )
+        low_key, low_value, low_var, low_order = self.summarise()
         tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
         tile_count = self._counts(QUERY_TILE, self.tiles).float().unsqueeze(1)
         square = (tiles * tiles).sum(3) / tile_count
         score, low_term = self.score(low_key, low_var, self.value_spread(low_value), square)
         route = self.route(score)
 
-        capacity = low_count.float().log()
-        fine_capacity = fine_count.maximum(1).float().log()
-        fine_real = fine_count > 0
+        capacity = self.count.float().log()
         columns = self.blocks * KEY_BLOCK
         real = n.range(0, columns) < self.tokens
         self.padded_key, self.padded_value = (
@@ -184,39 +167,19 @@ class _Split:
         )
         text_bias = self.text_bias()
 
-        def bands(
-            query: Value, pair: Value, term: Value, square: Value
-        ) -> tuple[Value, Value, Value]:
-            """For queries (B, H, Q, D): what the approximate columns add, and which are exact.
+        def bands(pair: Value) -> tuple[Value, Value]:
+            """For pairs (B, H, 1 or Q, J): the low band's bias, and which columns are exact.
 
-            Bias and mass term are (B, H, 1 or Q, 9 J), exact token columns (B, H, 1 or Q, 64 J).
+            The latter over tokens, (B, H, 1 or Q, 64 J).
             """
-            fine = square @ fine_var.transposed(0, 1, 3, 2) * (self.scale * self.scale) * 0.5
-            is_fine = self.repeat(pair.equals(MID).cast(TensorProto.INT32), FINE) > n.constant(
-                0
-            ).cast(TensorProto.INT32)
-            bias = n.concat(
-                3,
-                n.where(pair.equals(LOW), capacity, -INFINITY),
-                n.where(is_fine & fine_real, fine_capacity, -INFINITY),
-            )
-            terms = n.concat(3, term, fine.minimum(fine_capacity))
-            exact = self.repeat(pair.equals(EXACT).cast(TensorProto.INT32), KEY_BLOCK)
-            return bias, terms, (exact > n.constant(0).cast(TensorProto.INT32)) & real
+            bias = n.where(pair.equals(LOW), capacity, -INFINITY)
+            exact = self.repeat(pair.equals(EXACT).cast(TensorProto.INT32))
+            return bias, (exact > n.constant(0).cast(TensorProto.INT32)) & real
 
-        few_keys = n.concat(2, low_key, fine_key).transposed(0, 1, 3, 2)
-        few_values = n.concat(2, low_value, fine_value)
+        means = low_key.transposed(0, 1, 3, 2)
         keys = n.concat(2, self.padded_key, self.text_key).transposed(0, 1, 3, 2)
         values = n.concat(2, self.padded_value, self.text_value)
-        low_turn, fine_turn = (x.transposed(0, 1, 3, 2) for x in (low_order, fine_order))
-
-        def orders(query: Value, low: Value, mid: Value) -> Value:
-            return (low * (query @ low_turn) + mid * (query @ fine_turn)) * self.scale
-
-        def masses(weight: Value) -> tuple[Value, Value]:
-            both = self.blocks * (FINE + 1)
-            low = weight.slice(3, 0, self.blocks).sum(3, keep=True)
-            return low, weight.slice(3, self.blocks, both).sum(3, keep=True)
+        turn = low_order.transposed(0, 1, 3, 2)
 
         def exact_bias(exact: Value) -> Value:
             return n.where(exact, 0.0, -INFINITY)
@@ -224,9 +187,7 @@ class _Split:
         # The probe: exact attention of a few queries, and what the bands make of them.
         chosen, tile = self.probe_positions()
         probe_query = self.query.gather(chosen, 2)
-        bias, term, exact = bands(
-            probe_query, route.gather(tile, 2), low_term.gather(tile, 2), square.gather(tile, 2)
-        )
+        bias, exact = bands(route.gather(tile, 2))
         logits = probe_query @ keys * self.scale
         token_logit = logits.slice(3, 0, columns)
         text_logit = logits.slice(3, columns, columns + self.text_index.size(0)) + text_bias
@@ -240,26 +201,25 @@ class _Split:
             share.slice(3, columns, columns + self.text_index.size(0)),
         )
         c, g, error = self.fit_probe(
-            relative=probe_query @ few_keys * self.scale + bias - log_total,
-            term=term,
-            few_values=few_values,
+            relative=probe_query @ means * self.scale + bias - log_total,
+            term=low_term.gather(tile, 2),
+            low_value=low_value,
             exact_mass=exact_share.sum(3, keep=True),
             exact_out=exact_share @ values,
             target=(share - exact_share).sum(2, 3),
             truth=share @ values,
-            orders=lambda low, mid: orders(probe_query, low, mid),
-            masses=masses,
+            turned=probe_query @ turn * self.scale,
         )
 
-        def attend(query: Value, pair: Value, term: Value, square: Value) -> Value:
-            pair, term, square = (x.unsqueeze(2) for x in (pair, term, square))
-            bias, terms, exact = bands(query, pair, term, square)
-            few = query @ few_keys * self.scale + bias + c * terms
+        def attend(query: Value, pair: Value, term: Value) -> Value:
+            pair, term = (x.unsqueeze(2) for x in (pair, term))
+            bias, exact = bands(pair)
+            low = query @ means * self.scale + bias + c * term
             logit = query @ keys * self.scale + n.concat(3, exact_bias(exact), text_bias)
-            weight = n.op("Softmax", n.concat(3, few, logit), axis=-1)
-            split_at = self.blocks * (FINE + 1)
-            out = weight @ n.concat(2, few_values, values)
-            return out + g * orders(query, *masses(weight.slice(3, 0, split_at)))
+            weight = n.op("Softmax", n.concat(3, low, logit), axis=-1)
+            out = weight @ n.concat(2, low_value, values)
+            mass = weight.slice(3, 0, self.blocks).sum(3, keep=True)
+            return out + g * mass * (query @ turn * self.scale)
 
         def tile_first(x: Value, rank: int) -> Value:
             return x.transposed(2, 0, 1, *range(3, rank))
@@ -270,7 +230,6 @@ class _Split:
                 (tile_first(tiles, 5), TensorProto.FLOAT),
                 (tile_first(route, 4), TensorProto.INT64),
                 (tile_first(low_term, 4), TensorProto.FLOAT),
-                (tile_first(square, 4), TensorProto.FLOAT),
             ],
             rank=4,
         )
@@ -303,15 +262,17 @@ class _Split:
         *,
         relative: Value,
         term: Value,
-        few_values: Value,
+        low_value: Value,
         exact_mass: Value,
         exact_out: Value,
         target: Value,
         truth: Value,
-        orders: Callable[[Value, Value], Value],
-        masses: Callable[[Value], tuple[Value, Value]],
+        turned: Value,
     ) -> tuple[Value, Value, Value]:
-        """`reference.fit_probe` on tensors relative to the softmax sum; c, g (B, H, 1, 1)."""
+        """`reference.fit_probe` on tensors relative to the softmax sum; c, g (B, H, 1, 1).
+
+        turned: (B, H, P, D), the first-order term of each probe before its mass.
+        """
         n = self.n
         safe_target = target.maximum(1e-30)
         c = target * 0.0 + 1.0
@@ -323,10 +284,10 @@ class _Split:
             moved = n.where(usable, c - step / slope.maximum(1e-12), c)
             c = moved.maximum(0.0).minimum(C_MAX)
         mass = (relative + c.unsqueeze(2, 3) * term).exp()
-        low, mid = masses(mass)
-        total = exact_mass + low + mid
-        plain = (exact_out + mass @ few_values) / total
-        correction = orders(low, mid) / total
+        low = mass.sum(3, keep=True)
+        total = exact_mass + low
+        plain = (exact_out + mass @ low_value) / total
+        correction = low * turned / total
         energy = (correction * correction).sum(2, 3)
         aligned = ((truth - plain) * correction).sum(2, 3)
         g = n.where(energy > 1e-30, aligned / energy.maximum(1e-30), 1.0)
@@ -356,11 +317,11 @@ class _Split:
 def split_function(opset: int, outputs: tuple[str, ...] = ("out",)) -> onnx.FunctionProto:
     """The body of `freqopt::SplitAttention` at an opset of the default domain (18 or later).
 
-    Inputs: query (B, H, N, D), key, value (B, Hkv, N, D) of one floating type; budget (2, H)
+    Inputs: query (B, H, N, D), key, value (B, Hkv, N, D) of one floating type; budget (H,)
     float32; key_mask bool, broadcast to (B, N), True = attend, only its text entries are read;
     order (T,) int, the video tokens' raster index in token order; text_before (1,) int64.
-    Attributes: scale, density (0: use the budget), mid_band, probes. Output: (B, H, N, D), the
-    query's type. `outputs` may name route, coefficients and probe_error as well, for tests.
+    Attributes: scale, density (0: use the budget), probes. Output: (B, H, N, D), the query's type.
+    `outputs` may name route, coefficients and probe_error as well, for tests.
     """
     nodes = Nodes(opset)
     results = _Split(nodes).build()

@@ -64,11 +64,12 @@ def export_onnx(
         opset: of the default domain, 18 to 23.
         grid: extents (t, h, w) where neither the graph nor the plan tells them.
         probes: queries per head attended exactly in every call.
-        library: also build libfreqopt_ort.so; where no compiler is found the export goes on
-            without it and says so in `Artifact.notes`.
-        capabilities: compute capabilities, as 90 for Hopper, that the library gets GPU kernels
-            for; none of them need be present, but every one must be possible. By default those
-            of the GPUs here, as far as there are kernels for them.
+        library: also build libfreqopt_ort.so, whose kernels ONNX Runtime's CUDA provider runs;
+            where there is no GPU or no compiler the export goes on without it and says so in
+            `Artifact.notes`. On a CPU the function body serves the split.
+        capabilities: compute capabilities, as 90 for Hopper, that the library gets kernels for;
+            none of them need be present, but every one must be possible. By default those of the
+            GPUs here, as far as there are kernels for them.
 
     Returns:
         The artifact: model.onnx (with model.onnx.data above 2 GB), manifest.json and the library.
@@ -102,11 +103,17 @@ def write_onnx(
     onnx_model = translate(program, opset, bodies=True)
     files = save_model(onnx_model, folder / "model.onnx")
     content = describe(program, onnx_model, plan)
-    if library and program.split:
+    wanted = local_capabilities() if capabilities is None else tuple(capabilities)
+    if library and program.split and not wanted:
+        content["notes"].append(
+            "no operator library: no GPU is here and no capabilities were named"
+        )
+    elif library and program.split:
         try:
-            content["library"] = _add_library(folder, program, content, capabilities)
-            files.append(str(content["library"]))
-        except NotAvailableError as error:
+            built, content["kernels"] = _add_library(folder, program, wanted)
+            content["library"] = built
+            files.append(built)
+        except (ExportError, NotAvailableError) as error:
             if capabilities is not None:
                 raise
             content["notes"].append(f"no operator library: {error}")
@@ -220,39 +227,23 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
 
 
 def _add_library(
-    folder: Path, program: Program, content: dict[str, Any], capabilities: Sequence[int] | None
-) -> str:
-    """Build the library, with GPU kernels for the capabilities asked for; its file name."""
+    folder: Path, program: Program, capabilities: Sequence[int]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Build the library; its file name, and what a manifest says about its kernels."""
     from freqopt.exporters import cubins
     from freqopt.exporters.ort_library import build_library
 
-    wanted = local_capabilities() if capabilities is None else tuple(capabilities)
-    if not wanted:
-        content["notes"].append(
-            "the library has no GPU kernels: no GPU is here and no capabilities were named"
-        )
-        return build_library(folder).name
-    variants = needed_variants(program, wanted)
     with tempfile.TemporaryDirectory(prefix="freqopt-") as scratch:
-        try:
-            table = cubins.compile_table(variants, Path(scratch))
-        except (ExportError, NotAvailableError) as error:
-            if capabilities is not None:
-                raise
-            content["notes"].append(f"the library has no GPU kernels: {error}")
-            logger.warning("exported without GPU kernels: %s", error)
-            return build_library(folder).name
-        sources = cubins.write_sources(table, Path(scratch))
-        built = build_library(folder, extra_sources=tuple(sources), defines=("FREQOPT_CUDA",))
-    content["kernels"] = [row.describe() for row in table]
-    return built.name
+        table = cubins.compile_table(needed_variants(program, capabilities), Path(scratch))
+        built = build_library(folder, cubins.write_sources(table, Path(scratch)))
+    return built.name, [row.describe() for row in table]
 
 
 def needed_variants(program: Program, capabilities: Sequence[int]) -> list[Variant]:
     """The kernels' variants that a program's sites need."""
     return sorted(
         {
-            Variant(capability, site.dtype, site.head_dim, site.mid_band, site.masked)
+            Variant(capability, site.dtype, site.head_dim, site.masked)
             for capability in capabilities
             for site in program.split.values()
         },

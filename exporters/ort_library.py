@@ -13,17 +13,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
 from freqopt.files import cache_folder
 
 LIBRARY_NAME = "libfreqopt_ort.so"
-LIBRARY_VERSION = "1"
+LIBRARY_VERSION = "2"
 OLDEST_ONNXRUNTIME = (1, 17)
 SOURCES = Path(__file__).parent / "ort"
 FLAGS = (
-    "-std=c++17", "-O3", "-fopenmp-simd", "-fPIC", "-shared", "-fvisibility=hidden",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
     "-Wall", "-Wextra", "-include", str(SOURCES / "old_systems.h"),
 )  # fmt: skip
 UNMAPPED = "attend (attend_hopper needs a driver of CUDA 12.0 or newer)"
@@ -46,23 +47,21 @@ def compiler() -> str:
     )
 
 
-def build_library(
-    folder: Path, *, extra_sources: tuple[Path, ...] = (), defines: tuple[str, ...] = ()
-) -> Path:
+def build_library(folder: Path, table: Sequence[Path], *, defines: tuple[str, ...] = ()) -> Path:
     """Compile the library into a folder and return its path; compiled objects are cached.
+
+    table: the sources that hold its kernels, as `cubins.write_sources` writes them.
 
     Raises:
         NotAvailableError: no compiler, or one that fails on the sources, with its output.
     """
-    sources = sorted(SOURCES.glob("*.cc")) + list(extra_sources)
-    if "FREQOPT_CUDA" not in defines:
-        sources = [s for s in sources if s.name != "split_cuda.cc"]
+    sources = [*sorted(SOURCES.glob("*.cc")), *table]
     command = [
         compiler(), *FLAGS, f'-DFREQOPT_ORT_VERSION="{LIBRARY_VERSION}"',
         *(f"-D{name}" for name in defines), f"-I{SOURCES}", *map(str, sources), "-ldl",
     ]  # fmt: skip
     digest = hashlib.sha256(repr((command[1:], platform.machine())).encode())
-    embedded = [c for s in extra_sources for c in sorted(s.parent.glob("*.cubin"))]
+    embedded = [c for s in table for c in sorted(s.parent.glob("*.cubin"))]
     for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
         digest.update(source.read_bytes())
     cached = cache_folder() / "ort" / digest.hexdigest()[:24] / LIBRARY_NAME

@@ -34,14 +34,13 @@ BUDGET_PREFIX = "freqopt.budget."
 
 @dataclass(frozen=True)
 class SplitSite:
-    """One rewritten attention. budget: name of its (2, heads) buffer; masked: has a key mask."""
+    """One rewritten attention. budget: name of its initialiser; masked: has a key mask."""
 
     budget: str
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
-    mid_band: bool
     masked: bool
     density: float
     probes: int
@@ -151,15 +150,18 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 
 def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decision:
-    """A decision as an exported file can have it: in the graph itself, at one budget for good."""
+    """A decision as an exported file can have it: in the graph itself, at one budget for good.
+
+    Of timestep buckets the most exact; the pairs of a mid band are attended exactly.
+    """
     if not decision.split:
         return decision
     if decision.site.node.graph is not graph.graph:
         return Decision(decision.site, False, Reason.IN_A_BODY())
     budget = decision.budget
-    if decision.timestep is not None and isinstance(budget, Tensor):
-        budget = budget.amin(0)
-    return replace(decision, budget=budget, timestep=None, probes=probes)
+    if isinstance(budget, Tensor):
+        budget = budget.flatten(0, -2).amin(0).repeat(2, 1)
+    return replace(decision, budget=budget, mid_band=False, timestep=None, probes=probes)
 
 
 def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
@@ -172,7 +174,6 @@ def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         dtype=str(site.dtype).removeprefix("torch."),
-        mid_band=decision.mid_band,
         masked=call.args[4] is not None,
         density=decision.density,
         probes=decision.probes,
@@ -188,6 +189,7 @@ def _check_plan_used(plan: Plan, program: Program) -> None:
             f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
         )
     program.notes += [f"the plan splits {name}, which is not split here" for name in missing]
+    program.notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         program.notes.append(
             "the plan has timestep buckets; an exported file holds one budget per site, the most "

@@ -76,7 +76,8 @@ def run_artifact(
         path: an exported folder; one of TensorRT's runs its engine, whatever the other options.
         inputs: tensors by input name; extents may differ from the export's where they are dynamic.
         provider: "cpu", "cuda", or "auto": CUDA where onnxruntime has it.
-        library: use the artifact's operator library; False runs the function body.
+        library: on CUDA, use the artifact's operator library where it has one; the function body
+            runs otherwise.
         threads: of onnxruntime's CPU pool; 0 lets it choose.
 
     Raises:
@@ -93,9 +94,7 @@ def run_artifact(
         split = "plugin" if artifact.sites else "nothing: no site was split"
         return RunResult(outputs, "TensorRT", {"TensorRT": layers}, split, seconds)
     wanted = _wanted_provider(provider)
-    library_path = artifact.library_path if library else None
-    if wanted == PROVIDERS["cuda"] and not artifact.manifest.get("kernels"):
-        library_path = None  # its CPU kernel would drag every site off the GPU
+    library_path = artifact.library_path if library and wanted == PROVIDERS["cuda"] else None
     session = _open_session(artifact, wanted, library_path, threads)
     values = _bind_inputs(session, inputs)
     attended = attend_counts(library_path) if library_path else {}

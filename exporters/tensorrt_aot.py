@@ -63,7 +63,7 @@ def find_calls(model: ir.Model) -> tuple[list[Site], list[str]]:
             call = Call(
                 heads, kv_heads, length, dim, constant(order).size,
                 node.attributes["text_before"].as_int(), node.attributes["density"].as_float(),
-                bool(node.attributes["mid_band"].as_int()), probes,
+                probes,
             )  # fmt: skip
             dtype = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
             sites.append(
@@ -94,10 +94,7 @@ def write_chains(
     sites, problems = find_calls(model)
     if not sites:
         return [], [], problems
-    asked = [
-        (s.call, Variant(capability, s.dtype, s.call.dim, s.call.mid_band, False), s.scale)
-        for s in sites
-    ]
+    asked = [(s.call, Variant(capability, s.dtype, s.call.dim, False), s.scale) for s in sites]
     distinct = list(dict.fromkeys(asked))
     compiled = dict(zip(distinct, compile_calls(distinct, target), strict=True))
     table: dict[str, dict[str, Any]] = {}
@@ -111,7 +108,7 @@ def write_chains(
     files = [f"{FOLDER}/{path.name}" for path in sorted(target.iterdir())]
     rows = [
         {"kernel": node["kernel"], "capability": capability, "dtype": request[1].dtype,
-         "head_dim": request[0].dim, "mid_band": request[0].mid_band, "masked": False,
+         "head_dim": request[0].dim, "masked": False,
          "warps": tactic["warps"], "shared": tactic["shared"]}
         for request, nodes in compiled.items() for node in nodes for tactic in node["tactics"]
     ]  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FOLDER = Path(__file__).parent / "trt"
-SHARED_SOURCES = ("split_cuda.cc", "split_cuda.h", "split_cpu.h", "cuda_driver.h")
+SHARED_SOURCES = ("split_cuda.cc", "split_cuda.h", "cuda_driver.h")
 DEFAULT_CAPABILITIES = (80, 90)
 
 

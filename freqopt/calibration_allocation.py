@@ -27,9 +27,6 @@ LEVEL = 1e-3
 SPLIT_EFFICIENCY = 0.6
 """Rate of the split's exact band over that of the best dense attention (docs/calibration.md)."""
 
-MID_EFFICIENCY = 0.3
-"""The same of a call with the mid band, which the fastest kernel does not serve."""
-
 _TINY = 1e-30
 _UNWANTED = 1e9  # density and error of choices that must not be taken; they keep their columns
 
@@ -48,12 +45,8 @@ class CostModel(Protocol):
     def dense(self, shape: AttentionShape) -> float:
         """Cost of one head of dense attention."""
 
-    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
-        """Cost of one head of split attention at the given densities (any shape).
-
-        mid_band: whether any head of the call has a mid band, which puts all of them on the kernel
-        that serves it. Pairs in the band count an eighth in the density, as the op reports it.
-        """
+    def split(self, shape: AttentionShape, density: Array) -> Array:
+        """Cost of one head of split attention at the given densities (any shape)."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +54,14 @@ class ProductCost:
     """Cost in multiply-adds at dense attention's rate: what is true of a kernel near its peak."""
 
     efficiency: float = SPLIT_EFFICIENCY
-    mid_efficiency: float = MID_EFFICIENCY
 
     def dense(self, shape: AttentionShape) -> float:
         """See `CostModel`."""
         return 2.0 * shape.tokens * shape.tokens * shape.head_dim
 
-    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
+    def split(self, shape: AttentionShape, density: Array) -> Array:
         """See `CostModel`; the low band costs one product per key block."""
-        efficiency = self.mid_efficiency if mid_band else self.efficiency
-        return self.dense(shape) * (density / efficiency + 1.0 / KEY_BLOCK)
+        return self.dense(shape) * (density / self.efficiency + 1.0 / KEY_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -78,18 +69,17 @@ class SiteChoices:
     """Choices of one site, C for each of R rows; choice 0 is exact (threshold 0, no error).
 
     A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
-    of the model's calls in each bucket, sum 1. threshold (C,), mid (C,) bool: the choices. density,
-    error, damage (R, C): share of pairs attended exactly, those of the mid band counted by their
-    cost, an eighth; squared relative error that the row brings to the model's output, mean over all
-    calls; the same with bias weighed up, which is what allocation minimises. forced: split it even
-    where dense attention is cheaper, unless everything would be exact anyway.
+    of the model's calls in each bucket, sum 1. threshold (C,): the choices. density, error, damage
+    (R, C): share of pairs attended exactly; squared relative error that the row brings to the
+    model's output, mean over all calls; the same with bias weighed up, which is what allocation
+    minimises. forced: split it even where dense attention is cheaper, unless everything would be
+    exact anyway.
     """
 
     name: str
     tokens: int
     head_dim: int
     threshold: Array
-    mid: NDArray[np.bool_]
     density: Array
     error: Array
     damage: Array
@@ -140,7 +130,6 @@ class HeadCurves(NamedTuple):
     fine: (R, choices) density at each of `ladder_choices`, where that is known.
     """
 
-    mid: bool
     density: Array
     error: Array
     damage: Array
@@ -148,13 +137,13 @@ class HeadCurves(NamedTuple):
 
 
 def join_curves(buckets: Sequence[HeadCurves]) -> HeadCurves:
-    """Curves of one kind in successive timestep buckets as the rows of one."""
+    """Curves in successive timestep buckets as the rows of one."""
     density, error, damage = (
-        np.concatenate(column) for column in list(zip(*buckets, strict=True))[1:4]
+        np.concatenate(column) for column in list(zip(*buckets, strict=True))[:3]
     )
     known = [bucket.fine for bucket in buckets if bucket.fine is not None]
     fine = np.concatenate(known) if len(known) == len(buckets) else None
-    return HeadCurves(buckets[0].mid, density, error, damage, fine)
+    return HeadCurves(density, error, damage, fine)
 
 
 @dataclass(frozen=True)
@@ -224,30 +213,22 @@ def make_choices(
     tokens: int,
     head_dim: int,
     ladder: Array,
-    curves: Sequence[HeadCurves],
+    curves: HeadCurves,
     shares: Sequence[float] = (1.0,),
 ) -> SiteChoices:
-    """All choices of a site: exact first, then each curve refined between the ladder's rungs."""
-    rows = curves[0].density.shape[0]
-    one, none = np.ones((rows, 1)), np.zeros((rows, 1))
-    thresholds, mids = [np.zeros(1)], [np.zeros(1, dtype=bool)]
-    density, error, damage = [one], [none], [none]
-    choices = ladder_choices(ladder)
-    for curve in curves:
-        refined = refine(ladder, curve.density, curve.error, curve.damage, fine=curve.fine)
-        thresholds.append(choices)
-        mids.append(np.full(choices.shape, curve.mid))
-        for column, values in zip((density, error, damage), refined, strict=True):
-            column.append(values)
+    """All choices of a site: exact first, then the curves refined between the ladder's rungs."""
+    one = np.ones((curves.density.shape[0], 1))
+    density, error, damage = refine(
+        ladder, curves.density, curves.error, curves.damage, fine=curves.fine
+    )
     return SiteChoices(
         name,
         tokens,
         head_dim,
-        np.concatenate(thresholds),
-        np.concatenate(mids),
-        np.concatenate(density, axis=1),
-        np.concatenate(error, axis=1),
-        np.concatenate(damage, axis=1),
+        np.concatenate([np.zeros(1), ladder_choices(ladder)]),
+        np.concatenate([one, density], axis=1),
+        np.concatenate([0.0 * one, error], axis=1),
+        np.concatenate([0.0 * one, damage], axis=1),
         tuple(shares),
     )
 
@@ -255,8 +236,7 @@ def make_choices(
 def split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
     """Cost of a site's calls with a choice for every row, weighted by the rows' shares."""
     density = site.density[np.arange(len(index)), index]
-    paid = cost.split(site.shape, density, bool(site.mid[index].any()))
-    return float((site.weight * paid).sum())
+    return float((site.weight * cost.split(site.shape, density)).sum())
 
 
 def _best_split(
@@ -264,21 +244,14 @@ def _best_split(
 ) -> tuple[NDArray[np.int64], float]:
     """The choices that minimise cost + multiplier * damage, and that minimum.
 
-    Of choices that are alike on the samples the strictest, or the loosest. The mid band is a
-    property of a site's calls at all timesteps: it is open to all rows, which then all pay for the
-    kernel that has it, or to none.
+    Of choices that are alike on the samples the strictest, or the loosest.
     """
-    row, found = np.arange(len(site.density)), []
-    everything = [np.arange(len(site.mid))] if site.mid.any() else []
-    for columns in [np.flatnonzero(~site.mid), *everything]:
-        mid_band = bool(site.mid[columns].any())
-        paid = site.weight[:, None] * cost.split(site.shape, site.density[:, columns], mid_band)
-        sums = paid + multiplier * site.damage[:, columns]
-        last = sums.shape[1] - 1 - np.argmin(sums[:, ::-1], axis=1)
-        index = columns[last if loosest else np.argmin(sums, axis=1)]
-        damage = float(site.damage[row, index].sum())
-        found.append((index, split_cost(site, index, cost) + multiplier * damage))
-    return min(found, key=lambda choice: choice[1])
+    paid = site.weight[:, None] * cost.split(site.shape, site.density)
+    sums = paid + multiplier * site.damage
+    last = sums.shape[1] - 1 - np.argmin(sums[:, ::-1], axis=1)
+    index = last if loosest else np.argmin(sums, axis=1)
+    damage = float(site.damage[np.arange(len(index)), index].sum())
+    return index, split_cost(site, index, cost) + multiplier * damage
 
 
 def allocate(

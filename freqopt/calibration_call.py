@@ -40,20 +40,14 @@ class Call:
             enable_gqa=self.query.shape[1] != self.key.shape[1],
         )
 
-    def split(
-        self, budget: Tensor, probes: int, *, mid_band: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Split attention with a budget (2, H): out (B, H, N, D), density and probe error (B, H).
-
-        mid_band: whether the call has one. It may have one and a budget that leaves it empty, as
-        the compiled model's calls do at some timesteps; without it the second row is not read.
-        """
+    def split(self, budget: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Split attention with a budget (H,): out (B, H, N, D), density and probe error (B, H)."""
         from freqopt.kernels.op import split_attention_op
 
-        budget = budget.to(self.query.device, non_blocking=True)
+        budget = budget.to(self.query.device, non_blocking=True).expand(2, -1)
         out, density, probe, _, _ = split_attention_op(
             self.query, self.key, self.value, budget, self.key_mask, list(self.grid),
-            self.text_before, self.text_after, self.scale, 0.0, mid_band, probes,
+            self.text_before, self.text_after, self.scale, 0.0, False, probes,
         )  # fmt: skip
         return out, density, probe
 

@@ -30,23 +30,15 @@ def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteCh
     """
     shares = [count / sum(samples) for count in samples]
     total = site.total()
-    rows: list[list[HeadCurves]] = []
+    rows: list[HeadCurves] = []
     for bucket, share in enumerate(shares):
         sums, weight = site.buckets.get(bucket, total), np.square(gains[bucket])[:, None]
         density, error, bias, fine = (
-            sums.mean(name).transpose(1, 2).numpy()
-            for name in ("density", "site", "site_bias", FINE)
+            sums.mean(name).T.numpy() for name in ("density", "site", "site_bias", FINE)
         )
         damage = error + (BIAS_WEIGHT - 1.0) * bias
         scale = share * weight
-        rows.append(
-            [
-                HeadCurves(
-                    bool(mid), density[mid], scale * error[mid], scale * damage[mid], fine[mid]
-                )
-                for mid in range(len(density))
-            ]
-        )
-    ladder = np.array(THRESHOLDS)
-    curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
-    return make_choices(site.name, site.tokens, site.head_dim, ladder, curves, shares)
+        rows.append(HeadCurves(density, scale * error, scale * damage, fine))
+    return make_choices(
+        site.name, site.tokens, site.head_dim, np.array(THRESHOLDS), join_curves(rows), shares
+    )

@@ -1,7 +1,6 @@
 """The cost model of the device at hand: attention timed at a few densities, and lines through it.
 
-What a choice saves depends on the kernel, the GPU and the site's shape, not on products alone. The
-mid band has a line of its own, as a call that has one runs in another kernel than one that has not.
+What a choice saves depends on the kernel, the GPU and the site's shape, not on products alone.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from freqopt.calibration_allocation import Array, AttentionShape, CostModel, ProductCost
 from freqopt.calibration_call import Call
-from freqopt.config import MID_RATIO
-from freqopt.plan_records import SiteTiming, TimedLine
+from freqopt.plan_records import SiteTiming
 
 TIMED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Densities near which the op is timed; also at threshold 0, which is density 1 for any input."""
@@ -44,11 +42,10 @@ class MeasuredCost:
         """See `CostModel`."""
         return self.timings[shape].dense_ms / shape.heads
 
-    def split(self, shape: AttentionShape, density: Array, mid_band: bool) -> Array:
+    def split(self, shape: AttentionShape, density: Array) -> Array:
         """See `CostModel`."""
         timing = self.timings[shape]
-        line = (timing.mid or timing) if mid_band else timing
-        return (line.base_ms + line.density_ms * density) / shape.heads
+        return (timing.base_ms + timing.density_ms * density) / shape.heads
 
 
 def cost_model(timings: Sequence[SiteTiming]) -> CostModel:
@@ -59,17 +56,24 @@ def cost_model(timings: Sequence[SiteTiming]) -> CostModel:
 
 
 def time_call(call: Call, thresholds: Sequence[float], density: Tensor, probes: int) -> SiteTiming:
-    """Time an attention on its GPU: dense, and split with and without mid band.
+    """Time an attention on its GPU: dense, and split, and the line through the split's times.
 
     thresholds, density (rungs, H): a ladder, ascending, and what it led to. Thresholds are
-    interpolated where densities are TIMED_DENSITIES; the density that counts is that of the call.
+    interpolated where densities are TIMED_DENSITIES; the density that counts is that of the call,
+    and of times at almost the same density one is taken.
     """
-    chosen = spread_thresholds(thresholds, density.mean(1).tolist())
-    plain, mid = (_time_line(call, chosen, probes, band) for band in (False, True))
     _, heads, tokens, head_dim = call.query.shape
+    points: list[tuple[float, float]] = []
+    for threshold in spread_thresholds(thresholds, density.mean(1).tolist()):
+        budget = torch.full((heads,), threshold, device=call.query.device)
+        reached = float(call.split(budget, 0)[1].mean())
+        if all(abs(math.log(reached / known)) > math.log(APART) for known, _ in points):
+            ms = milliseconds(lambda budget=budget: call.split(budget, probes))  # type: ignore[misc]
+            points.append((reached, ms))
+    base, slope = fit_line(points)
     return SiteTiming(
         heads=heads, tokens=tokens, head_dim=head_dim, dense_ms=milliseconds(call.dense),
-        mid=mid, **plain.model_dump(),
+        base_ms=base, density_ms=slope, points=sorted(points),
     )  # fmt: skip
 
 
@@ -82,23 +86,6 @@ def spread_thresholds(thresholds: Sequence[float], density: Sequence[float]) -> 
     ends = falling[-1:] if falling[-1] > 0.0 else falling[:0]
     found = np.interp(np.concatenate([np.sort(inside), ends]), falling, steps)
     return [0.0, *np.exp(found).tolist()]
-
-
-def _time_line(call: Call, thresholds: Sequence[float], probes: int, mid_band: bool) -> TimedLine:
-    """Times at thresholds, those of almost the same density left out, and the line through them."""
-    heads, device = call.query.shape[1], call.query.device
-    points: list[tuple[float, float]] = []
-    for threshold in thresholds:
-        lower = threshold * MID_RATIO if mid_band else threshold
-        budget = torch.tensor([[threshold], [lower]], device=device).repeat(1, heads)
-        density = float(call.split(budget, 0, mid_band=mid_band)[1].mean())
-        if all(abs(math.log(density / known)) > math.log(APART) for known, _ in points):
-            ms = milliseconds(
-                lambda budget=budget: call.split(budget, probes, mid_band=mid_band)  # type: ignore[misc]
-            )
-            points.append((density, ms))
-    base, slope = fit_line(points)
-    return TimedLine(base_ms=base, density_ms=slope, points=sorted(points))
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -39,7 +39,6 @@ from freqopt.plan_records import (
     SitePlan,
     SiteTiming,
     Spectrum,
-    TimedLine,
     Trial,
     Versions,
 )
@@ -122,7 +121,7 @@ def build_plan(
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
     """Why allocation left a site dense."""
     density = site.mean_density(choice.index)
-    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1), False)).sum())
+    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1))).sum())
     dense = cost.dense(site.shape) * site.heads
     if cheapest < dense:
         return f"splitting it would save nothing: its heads need a density of {density:.0%} here"
@@ -161,9 +160,7 @@ def _split_site(
     own, buckets = _own_errors(site, found, gains[site.name]), len(site.shares)
     error = np.sqrt((site.weight * own[row, choice.index]).reshape(buckets, -1).sum(0))
     expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
-    threshold, mid = (
-        values[choice.index].reshape(buckets, -1) for values in (site.threshold, site.mid)
-    )
+    threshold = site.threshold[choice.index].reshape(buckets, -1)
     return SitePlan(
         heads=site.heads,
         head_dim=site.head_dim,
@@ -171,8 +168,7 @@ def _split_site(
         decision="split",
         reason="",
         budgets=[
-            Budget(threshold=_row(torch.tensor(threshold[b])), mid=[bool(m) for m in mid[b]])
-            for b in range(buckets)
+            Budget(threshold=_row(torch.tensor(row)), mid=[False] * site.heads) for row in threshold
         ],
         density=_row(torch.tensor(expected) if density is None else density),
         error=_row(torch.tensor(error)),
@@ -206,58 +202,47 @@ def _site_evidence(found: Measured, times: tuple[float, float] | None) -> SiteEv
                 bucket=bucket,
                 samples=sums.calls,
                 energy=_row(sums.energy / sums.calls),
-                curves=_curves(sums),
+                curve=_curve(sums),
             )
             for bucket, sums in sorted(found.buckets.items())
         ]
     return SiteEvidence(
         thresholds=[_round(x) for x in THRESHOLDS],
         energy=_row(total.energy / total.calls),
-        curves=_curves(total),
+        curve=_curve(total),
         buckets=buckets,
         spectrum=None if found.spectrum is None else _spectrum(found.spectrum),
         times_ms=None if times is None else (_round(times[0]), _round(times[1])),
     )
 
 
-def _curves(sums: Sums) -> list[Curve]:
-    density, bias = sums.mean("density"), sums.mean("bias")
-    error, probe = sums.mean("own").sqrt(), sums.mean("probe").sqrt()
-    return [
-        Curve(
-            mid_band=bool(mid),
-            density=_rows(density[mid]),
-            error=_rows(error[mid]),
-            bias=_rows(bias[mid]),
-            probe_error=_rows(probe[mid]),
-        )
-        for mid in range(density.shape[0])
-    ]
+def _curve(sums: Sums) -> Curve:
+    return Curve(
+        density=_rows(sums.mean("density")),
+        error=_rows(sums.mean("own").sqrt()),
+        bias=_rows(sums.mean("bias")),
+        probe_error=_rows(sums.mean("probe").sqrt()),
+    )
 
 
 def _spectrum(sums: SpectrumSums) -> Spectrum:
     return Spectrum(
         edges=[_round(x) for x in sums.edges],
         power=_rows(sums.power / sums.calls),
-        cutoffs=sums.cutoffs,
+        cutoff=sums.cutoff,
         low=_row(sums.low / sums.calls),
-        mid=_row(sums.mid / sums.calls),
     )
 
 
 def _rounded_timing(timing: SiteTiming) -> SiteTiming:
-    mid = timing.mid and TimedLine.model_validate(_rounded_line(timing.mid))
     return timing.model_copy(
-        update={**_rounded_line(timing), "dense_ms": _round(timing.dense_ms), "mid": mid}
+        update={
+            "base_ms": _round(timing.base_ms),
+            "density_ms": _round(timing.density_ms),
+            "points": [(_round(density), _round(ms)) for density, ms in timing.points],
+            "dense_ms": _round(timing.dense_ms),
+        }
     )
-
-
-def _rounded_line(line: TimedLine) -> dict[str, Any]:
-    return {
-        "base_ms": _round(line.base_ms),
-        "density_ms": _round(line.density_ms),
-        "points": [(_round(density), _round(ms)) for density, ms in line.points],
-    }
 
 
 def _rounded_trial(trial: Trial) -> Trial:
@@ -309,14 +294,13 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
         for bucket, share in enumerate(shares):
             source = known.get(bucket, evidence)
             scale = share * np.square(site.gains[bucket]) * np.array(source.energy)
-            rows.append([_head_curves(curve, scale[:, None]) for curve in source.curves])
-        curves = [join_curves(buckets) for buckets in zip(*rows, strict=True)]
+            rows.append(_head_curves(source.curve, scale[:, None]))
         ladder = np.array(evidence.thresholds)
-        choices = make_choices(name, site.tokens, site.head_dim, ladder, curves, shares)
+        choices = make_choices(name, site.tokens, site.head_dim, ladder, join_curves(rows), shares)
         found.append(replace(choices, forced=plan.target_density is not None))
     return found
 
 
 def _head_curves(curve: Curve, scale: Array) -> HeadCurves:
     error = scale * np.square(np.array(curve.error).T)
-    return HeadCurves(curve.mid_band, np.array(curve.density).T, error, error)
+    return HeadCurves(np.array(curve.density).T, error, error)

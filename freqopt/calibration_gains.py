@@ -66,7 +66,7 @@ def measure_gains(
             sample = reference.sample
             exact = journal.find(f"rounding/{number}")
             if exact is None:
-                session.budgets = {site.name: torch.zeros(2, site.heads) for site in sites}
+                session.budgets = {site.name: torch.zeros(site.heads) for site in sites}
                 output = runner.run(sample, "split")
                 exact = journal.keep(f"rounding/{number}", reference.error_of(output))
             rounding = float(exact.facts)
@@ -102,7 +102,7 @@ def measure_gains(
             key = f"together/{number}/{threshold:.6g}"
             entry = journal.find(key)
             if entry is None:
-                session.budgets = {s.name: torch.full((2, s.heads), threshold) for s in sites}
+                session.budgets = {s.name: torch.full((s.heads,), threshold) for s in sites}
                 entry = journal.keep(key, reference.error_of(runner.run(reference.sample, "split")))
             step()
             ratios[bucket_of].append(above(float(entry.facts), roundings[number]) / predicted)
@@ -206,7 +206,6 @@ def spread_gains(sites: list[Measured], logs: dict[tuple[int, int], float]) -> d
 
 
 def probe_budget(site: Measured) -> Tensor:
-    """Budget (2, H) that gives every head about PROBE_DENSITY."""
-    density = site.total().mean("density")[0]
-    exact = torch.tensor(THRESHOLDS)[(density - PROBE_DENSITY).abs().argmin(0)]
-    return torch.stack([exact, exact])
+    """Budget (H,) that gives every head about PROBE_DENSITY."""
+    density = site.total().mean("density")
+    return torch.tensor(THRESHOLDS)[(density - PROBE_DENSITY).abs().argmin(0)]

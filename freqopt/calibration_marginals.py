@@ -63,16 +63,15 @@ def moved(
 
 
 def _neighbour(site: SiteChoices, row: int, choice: int) -> int:
-    """The choice with the same bands whose density is nearest to that of `choice` over STEP.
+    """The choice whose density is nearest to that of `choice` over STEP.
 
     At the loose end, to that times STEP.
     """
-    same = np.flatnonzero(site.mid == site.mid[choice])
-    same = same[(same > 0) & (same != choice)]
-    away = np.log(site.density[row, same] / site.density[row, choice])
-    found = same[np.abs(away + np.log(STEP)).argmin()]
+    others = np.setdiff1d(np.arange(1, len(site.threshold)), choice)
+    away = np.log(site.density[row, others] / site.density[row, choice])
+    found = others[np.abs(away + np.log(STEP)).argmin()]
     if away.min() > -0.5 * np.log(STEP):
-        found = same[np.abs(away - np.log(STEP)).argmin()]
+        found = others[np.abs(away - np.log(STEP)).argmin()]
     return int(found)
 
 

@@ -21,7 +21,7 @@ from freqopt.calibration_call import Call, count_lifted, head_chunks, head_energ
 from freqopt.calibration_cost import has_clock, milliseconds, time_call
 from freqopt.calibration_readings import CURVES, FINE, Measured, Reading
 from freqopt.calibration_spectrum import key_spectrum
-from freqopt.config import DEFAULT_PROBES, MID_RATIO, SUB_BLOCK
+from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import why_not
 from freqopt.grid import Grid
 from freqopt.passes.decision import Decision
@@ -57,7 +57,7 @@ TIMED_REPEATS = 3
 class Session:
     """What all recorders of one calibration share: the mode of this pass and what was measured.
 
-    budgets: {site: (2, H) budget, or (buckets, 2, H)} used in mode "split" (other sites stay dense)
+    budgets: {site: (H,) budget, or (buckets, H)} used in mode "split" (other sites stay dense)
     and at the one site `probed` in mode "probe". readings: of the pass under way in mode "measure".
     probed_head: its head that is given an error, -1 for all of them.
     densities: (H,) per call, of passes in mode "split". probe_error: in mode "probe" the squared
@@ -69,7 +69,6 @@ class Session:
     bucket: int = 0
     probed: str = ""
     probed_head: int = -1
-    mid_bands: tuple[bool, ...] = (False, True)
     probes: int = DEFAULT_PROBES
     sites: dict[str, Measured] = field(default_factory=dict)
     dense_sites: dict[str, str] = field(default_factory=dict)
@@ -82,21 +81,13 @@ class Session:
     on_site: Callable[[], None] = lambda: None
 
     def budget(self, name: str) -> Tensor:
-        """Budget (2, H) of a site in the timestep bucket of the pass under way."""
+        """Budget (H,) of a site in the timestep bucket of the pass under way."""
         found = self.budgets[name]
-        return found if found.dim() == 2 else found[self.bucket]
-
-    def uses_mid_band(self, name: str) -> bool:
-        """Whether a site's calls have a mid band, as `Plan.uses_mid_band` says.
-
-        Those of a compiled model have it at all timesteps or at none.
-        """
-        exact, middle = self.budgets[name].unbind(-2)
-        return not torch.equal(exact, middle)
+        return found if found.dim() == 1 else found[self.bucket]
 
     def split(self, call: Call, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A site's call, split at its budget; see `Call.split`."""
-        return call.split(self.budget(name), self.probes, mid_band=self.uses_mid_band(name))
+        return call.split(self.budget(name), self.probes)
 
     def absorb(self, readings: Sequence[Reading], bucket: int) -> None:
         """Add readings of a pass over a sample in a timestep bucket to their sites."""
@@ -165,43 +156,37 @@ class Recorder:
         rows: dict[str, list[Tensor]] = {name: [] for name in CURVES}
         ordered = call.ordered_scores()
         counts = {}
-        if dense.device.type == "cpu":  # equal counts give one and the same route, half of the work
-            asked = sorted({t * ratio for t in THRESHOLDS for ratio in (1.0, MID_RATIO)})
-            counts = dict(zip(asked, count_lifted(ordered, asked).flatten(1).tolist(), strict=True))
+        if dense.device.type == "cpu":  # equal counts give one and the same route, and one run does
+            lifted = count_lifted(ordered, THRESHOLDS).flatten(1).tolist()
+            counts = dict(zip(THRESHOLDS, lifted, strict=True))
         done: dict[Any, dict[str, Tensor]] = {}
-        for mid in session.mid_bands:
-            for threshold in THRESHOLDS:
-                lower = threshold * MID_RATIO if mid else threshold
-                same = tuple(tuple(counts.get(t, (t,))) for t in (threshold, lower))
-                if same not in done:
-                    budget = torch.tensor([[threshold], [lower]]).expand(2, heads).contiguous()
-                    out, density, probe = call.split(budget, session.probes, mid_band=mid)
-                    error, along = head_error(out, dense)
-                    bias = along / energy.clamp(min=1e-30)
-                    done[same] = {
-                        "density": density.mean(0),
-                        "own": error / energy.clamp(min=1e-30),
-                        "site": error / total,
-                        "bias": bias,
-                        "site_bias": bias * along / total,
-                        "probe": probe.square().mean(0),
-                    }
-                for name, value in done[same].items():
-                    rows[name].append(value)
+        for threshold in THRESHOLDS:
+            same = tuple(counts.get(threshold, (threshold,)))
+            if same not in done:
+                budget = torch.full((heads,), threshold)
+                out, density, probe = call.split(budget, session.probes)
+                error, along = head_error(out, dense)
+                bias = along / energy.clamp(min=1e-30)
+                done[same] = {
+                    "density": density.mean(0),
+                    "own": error / energy.clamp(min=1e-30),
+                    "site": error / total,
+                    "bias": bias,
+                    "site_bias": bias * along / total,
+                    "probe": probe.square().mean(0),
+                }
+            for name, value in done[same].items():
+                rows[name].append(value)
         curves = {name: torch.stack(row).cpu().double() for name, row in rows.items()}
         shape = AttentionShape(heads, call.query.shape[2], call.query.shape[3])
         if has_clock(dense) and shape not in session.timings:
-            density = curves["density"][: len(THRESHOLDS)]
-            session.add_timing(time_call(call, THRESHOLDS, density, session.probes))
-        stacked = (len(session.mid_bands), len(THRESHOLDS), heads)
-        shaped = {name: curve.reshape(stacked) for name, curve in curves.items()}
-        fine = torch.stack([fine_densities(ordered, mid) for mid in session.mid_bands])
+            session.add_timing(time_call(call, THRESHOLDS, curves["density"], session.probes))
         reading = Reading(
             self.site.name,
             shape,
             call.grid,
             (energy / total).cpu().double(),
-            {**shaped, FINE: fine.cpu().double()},
+            {**curves, FINE: fine_densities(ordered).cpu().double()},
             key_spectrum(call.key, call.grid, call.text_before),
         )
         session.readings.append(reading)
@@ -211,10 +196,9 @@ class Recorder:
         """Milliseconds of dense attention and of the split at the site's budget."""
         session, name = self.session, self.site.name
         budget, probes = session.budget(name).to(call.query.device), session.probes
-        mid_band = session.uses_mid_band(name)
         return (
             milliseconds(call.dense, TIMED_REPEATS),
-            milliseconds(lambda: call.split(budget, probes, mid_band=mid_band), TIMED_REPEATS),
+            milliseconds(lambda: call.split(budget, probes), TIMED_REPEATS),
         )
 
     def _probe(self, call: Call) -> Tensor:
@@ -235,14 +219,9 @@ class Recorder:
         return out
 
 
-def fine_densities(ordered: Tensor, mid_band: bool) -> Tensor:
+def fine_densities(ordered: Tensor) -> Tensor:
     """(choices, H) density at each of CHOICES, from `Call.ordered_scores`, mean over the batch."""
-    pairs = ordered.shape[-1]
-    exact = count_lifted(ordered, CHOICES).double().mean(1) / pairs
-    if not mid_band:
-        return exact
-    either = count_lifted(ordered, [t * MID_RATIO for t in CHOICES]).double().mean(1) / pairs
-    return exact + (either - exact) / SUB_BLOCK
+    return count_lifted(ordered, CHOICES).double().mean(1) / ordered.shape[-1]
 
 
 def recording_backend(

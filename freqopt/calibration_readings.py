@@ -19,18 +19,18 @@ CURVES = ("density", "own", "site", "bias", "site_bias", "probe")
 FINE = "fine"
 """The curve of a reading over all choices between the ladder's rungs."""
 
-SPECTRA = ("power", "low", "mid")
+SPECTRA = ("power", "low")
 
 
 @dataclass(frozen=True)
 class Reading:
     """What one call of a site showed; float64 on the CPU.
 
-    energy: (H,) share of the site's output energy. curves: by name, [mid band off/on][rung][head]:
-    density; own: squared error relative to the head's output; site: the same relative to the whole
-    site's; bias: signed share of the head's output lost; site_bias: squared bias relative to the
-    site; probe: squared probe error; fine: density at each of `ladder_choices` in place of the
-    rungs, read off the routing scores. spectrum: as `key_spectrum` returns it.
+    energy: (H,) share of the site's output energy. curves: by name, [rung][head]: density; own:
+    squared error relative to the head's output; site: the same relative to the whole site's; bias:
+    signed share of the head's output lost; site_bias: squared bias relative to the site; probe:
+    squared probe error; fine: density at each of `ladder_choices` in place of the rungs, read off
+    the routing scores. spectrum: as `key_spectrum` returns it.
     """
 
     site: str
@@ -38,7 +38,7 @@ class Reading:
     grid: Grid
     energy: Tensor
     curves: dict[str, Tensor]
-    spectrum: tuple[Tensor, Tensor, Tensor]
+    spectrum: tuple[Tensor, Tensor]
 
 
 def pack(readings: Sequence[Reading]) -> tuple[list[Any], dict[str, Tensor]]:
@@ -56,10 +56,10 @@ def unpack(facts: Sequence[Any], tensors: dict[str, Tensor]) -> list[Reading]:
     """Readings that `pack` packed."""
     found = []
     for index, (site, (heads, tokens, head_dim), (t, h, w)) in enumerate(facts):
-        power, low, mid = (tensors[f"{index}/{name}"] for name in SPECTRA)
+        power, low = (tensors[f"{index}/{name}"] for name in SPECTRA)
         curves = {name: tensors[f"{index}/{name}"] for name in (*CURVES, FINE)}
         shape, energy = AttentionShape(heads, tokens, head_dim), tensors[f"{index}/energy"]
-        found.append(Reading(site, shape, (t, h, w), energy, curves, (power, low, mid)))
+        found.append(Reading(site, shape, (t, h, w), energy, curves, (power, low)))
     return found
 
 
@@ -86,7 +86,7 @@ class Sums:
         return Sums(self.calls + other.calls, self.energy + other.energy, curves)
 
     def mean(self, name: str) -> Tensor:
-        """Mean curve [mid][rung][head]."""
+        """Mean curve [rung][head]."""
         return self.curves[name] / self.calls
 
 
@@ -95,10 +95,9 @@ class SpectrumSums:
     """Sums over calls of each head's key power per radial bin, [head][bin], shares of 1."""
 
     edges: list[float]
-    cutoffs: tuple[float, float]
+    cutoff: float
     power: Tensor
     low: Tensor
-    mid: Tensor
     calls: int = 1
 
 
@@ -121,12 +120,12 @@ class Measured:
             self.heads, self.tokens, self.head_dim = reading.shape
         self.grids.add(reading.grid)
         self.buckets.setdefault(bucket, Sums()).add(reading.energy, reading.curves)
-        power, low, mid = reading.spectrum
+        power, low = reading.spectrum
         if self.spectrum is None:
-            self.spectrum = SpectrumSums(*spectrum_axes(reading.grid), power, low, mid)
+            self.spectrum = SpectrumSums(*spectrum_axes(reading.grid), power, low)
             return
         found = self.spectrum
-        found.power, found.low, found.mid = found.power + power, found.low + low, found.mid + mid
+        found.power, found.low = found.power + power, found.low + low
         found.calls += 1
 
     def total(self) -> Sums:

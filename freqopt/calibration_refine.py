@@ -99,7 +99,7 @@ def settle(
             high = min(predicted, allocation.error)
         predicted = then if low < then < high else math.sqrt(max(low, 1e-2 * high) * high)
     there = way.solve(then, cost)
-    spent = spent_cost(way.sites, allocation, verdict, cost)
+    spent = spent_cost(way.sites, verdict, cost)
     if ratio < SETTLED:  # what is further from the target has nothing nearer to it
         spent *= there.cost / allocation.cost
     if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
@@ -108,18 +108,15 @@ def settle(
     return Settled(way, allocation, verdict, then, spent)
 
 
-def spent_cost(
-    sites: Sequence[SiteChoices], allocation: Allocation, verdict: Verdict, cost: CostModel
-) -> float:
-    """Cost of an allocation at the densities that were measured."""
+def spent_cost(sites: Sequence[SiteChoices], verdict: Verdict, cost: CostModel) -> float:
+    """Cost at the densities that were measured."""
     total = 0.0
-    for site, choice in zip(sites, allocation.choices, strict=True):
+    for site in sites:
         density = verdict.densities.get(site.name)
         if density is None:
             total += cost.dense(site.shape) * site.heads
         else:
-            mid_band = bool(site.mid[choice.index].any())
-            total += float(cost.split(site.shape, density.numpy(), mid_band).sum())
+            total += float(cost.split(site.shape, density.numpy()).sum())
     return total
 
 
@@ -268,7 +265,7 @@ def best_at_density(
             verdict = criterion.measure(budgets(way.sites, allocation))
             there = mean_density(way.sites, verdict.densities, cost)
             error = verdict.error * (there / density) ** FALL
-            spent = spent_cost(way.sites, allocation, verdict, cost)
+            spent = spent_cost(way.sites, verdict, cost)
             found.append((error, Settled(way, allocation, verdict, allocation.error, spent)))
             logger.info("%s: error %.3g at a density of %.4g", way.name, verdict.error, there)
             step()

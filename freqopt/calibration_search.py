@@ -23,7 +23,6 @@ from freqopt.calibration_progress import Progress
 from freqopt.calibration_run import Runner, relative_error
 from freqopt.calibration_samples import Sample
 from freqopt.calibration_ways import Way
-from freqopt.config import MID_RATIO
 from freqopt.errors import OptionError
 from freqopt.plan_records import Trial
 
@@ -283,13 +282,11 @@ def mean_density(
 
 
 def budgets(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
-    """Budgets (buckets, 2, H) of the sites that an allocation splits."""
+    """Budgets (buckets, H) of the sites that an allocation splits."""
     found = {}
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
-        exact = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
-        mid = torch.tensor(site.mid[choice.index])
-        rows = torch.stack([exact, torch.where(mid, exact * MID_RATIO, exact)])
-        found[site.name] = rows.unflatten(1, (len(site.shares), site.heads)).transpose(0, 1)
+        threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
+        found[site.name] = threshold.unflatten(0, (len(site.shares), site.heads))
     return found

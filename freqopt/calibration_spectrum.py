@@ -1,4 +1,4 @@
-"""Spectra of keys over the token lattice, for the report: what share each band can carry."""
+"""Spectra of keys over the token lattice, for the report: what share the low band can carry."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration_call import head_chunks
-from freqopt.config import KEY_BLOCK, SUB_BLOCK
+from freqopt.config import KEY_BLOCK
 from freqopt.grid import Grid
 
 SPECTRUM_BINS = 32
 
 
-def band_cutoffs(grid: Grid) -> tuple[float, float]:
-    """Highest frequencies, in cycles per token, that means of a block and of a sub-block carry.
+def band_cutoff(grid: Grid) -> float:
+    """Highest frequency, in cycles per token, that the means of blocks carry.
 
     A block of n tokens is a cube of side n**(1/dims): its means sample the lattice at that pitch.
     """
-    low, mid = (0.5 * size ** (-1.0 / _dims(grid)) for size in (KEY_BLOCK, SUB_BLOCK))
-    return low, mid
+    return float(0.5 * KEY_BLOCK ** (-1.0 / _dims(grid)))
 
 
-def spectrum_axes(grid: Grid) -> tuple[list[float], tuple[float, float]]:
-    """Upper edges of the radial bins, and `band_cutoffs`, in cycles per token."""
+def spectrum_axes(grid: Grid) -> tuple[list[float], float]:
+    """Upper edges of the radial bins, and `band_cutoff`, in cycles per token."""
     top = 0.5 * math.sqrt(_dims(grid))
-    return [top * (i + 1) / SPECTRUM_BINS for i in range(SPECTRUM_BINS)], band_cutoffs(grid)
+    return [top * (i + 1) / SPECTRUM_BINS for i in range(SPECTRUM_BINS)], band_cutoff(grid)
 
 
-def key_spectrum(key: Tensor, grid: Grid, text_before: int) -> tuple[Tensor, Tensor, Tensor]:
+def key_spectrum(key: Tensor, grid: Grid, text_before: int) -> tuple[Tensor, Tensor]:
     """Power of each head's keys over the token lattice, without its constant part.
 
     key: (B, H, N, D). Returns shares of 1 as float64 on the CPU: power (H, SPECTRUM_BINS) per
-    radial bin, and (H,) what lies below each of `band_cutoffs`.
+    radial bin, and (H,) what lies below `band_cutoff`.
     """
     t, h, w = grid
     axes = [torch.fft.fftfreq(extent, device=key.device) for extent in (t, h, w)]
@@ -51,8 +50,8 @@ def key_spectrum(key: Tensor, grid: Grid, text_before: int) -> tuple[Tensor, Ten
         powers.append(power / power.sum(1, keepdim=True).clamp(min=1e-30))
     power = torch.cat(powers)
     binned = power.new_zeros(power.shape[0], SPECTRUM_BINS).index_add_(1, bins, power)
-    low, mid = (power[:, radius <= cut].sum(1).cpu().double() for cut in band_cutoffs(grid))
-    return binned.cpu().double(), low, mid
+    low = power[:, radius <= band_cutoff(grid)].sum(1)
+    return binned.cpu().double(), low.cpu().double()
 
 
 def _dims(grid: Grid) -> int:

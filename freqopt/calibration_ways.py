@@ -79,7 +79,7 @@ class Way:
         The last allocation before `stop`, or `beyond` the first at which it holds, by bisection.
         """
         count = len(self.sites)
-        low, high = 0, (int(np.flatnonzero(~self.sites[0].mid)[-1])) * count
+        low, high = 0, (len(self.sites[0].threshold) - 1) * count
 
         def at(position: int) -> Allocation:
             return uniform(self.sites, position // count, cost, looser=position % count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SPLIT_VERSION: Final = 2
+SPLIT_VERSION: Final = 3
 """Version of the definition; stored in every plan and checked on load."""
 
 KEY_BLOCK: Final = 64
@@ -18,7 +18,7 @@ QUERY_TILE: Final = 128
 """Consecutive queries, in token order, that share one route."""
 
 SUB_BLOCK: Final = 8
-"""Keys per mid-band summary."""
+"""Keys per mid-band summary; kernels and exports have no mid band and attend its pairs exactly."""
 
 SUB_TILE: Final = 8
 """Queries pooled for one routing score; a tile joins its sub-tiles by their rms."""

@@ -60,6 +60,8 @@ def decide(
         if shapes:
             plan.check_model(shapes)
             _check_lengths(plan, sites)
+        if any((device or site.device).type == "cuda" for site in sites):
+            plan.mid_band_notes("on CUDA")
     decisions = []
     for site in sites:
         problem = why_not(site, device) or _too_short(settings, site, guard)

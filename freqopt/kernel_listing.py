@@ -33,14 +33,11 @@ Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Capability = Annotated[
     int | None, typer.Option(help="90 for an H100 or H200; by default this GPU's, or 90.")
 ]
-MidBand = Annotated[bool, typer.Option("--mid-band", help="With the mid band.")]
 Masked = Annotated[bool, typer.Option("--masked", help="With a key mask over the text.")]
 Long = Annotated[bool, typer.Option("--long", help="Of sequences of 262,144 tokens or more.")]
 
 
-def chosen_variant(
-    head_dim: int, dtype: str, capability: int | None, mid_band: bool, masked: bool
-) -> Variant:
+def chosen_variant(head_dim: int, dtype: str, capability: int | None, masked: bool) -> Variant:
     """Check the options of both commands.
 
     Raises:
@@ -55,7 +52,7 @@ def chosen_variant(
         raise OptionError(f"no kernels for {dtype}; supported: {', '.join(DTYPES)}")
     if head_dim % 8 or not 8 <= head_dim <= 256:
         raise OptionError(f"no kernels for head dim {head_dim}; supported: multiples of 8 to 256")
-    return Variant(capability, dtype, head_dim, mid_band, masked)
+    return Variant(capability, dtype, head_dim, masked)
 
 
 def _capability_here() -> int:
@@ -116,14 +113,13 @@ def list_kernels(
     head_dim: HeadDim = 128,
     dtype: Dtype = "bfloat16",
     capability: Capability = None,
-    mid_band: MidBand = False,
     masked: Masked = False,
     long: Long = False,
 ) -> None:
     """Compile every kernel of a call and say what each needs."""
     from freqopt.kernels.specialise import compile_specialised
 
-    variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
+    variant = chosen_variant(head_dim, dtype, capability, masked)
     table = Table("kernel", "function", "warps", "shared memory", "constants")
     for name, given in kernels_of(variant, long=long).items():
         made = compile_specialised(given, variant)
@@ -140,14 +136,13 @@ def show(
     head_dim: HeadDim = 128,
     dtype: Dtype = "bfloat16",
     capability: Capability = None,
-    mid_band: MidBand = False,
     masked: Masked = False,
     long: Long = False,
 ) -> None:
     """Print what runs: the source with its constants, or any stage of its compilation."""
     from freqopt.kernels.specialise import compile_specialised
 
-    variant = chosen_variant(head_dim, dtype, capability, mid_band, masked)
+    variant = chosen_variant(head_dim, dtype, capability, masked)
     if form not in FORMS:
         raise OptionError(f"no form {form!r}; there are {', '.join(FORMS)}")
     found = kernels_of(variant, long=long)
@@ -174,7 +169,7 @@ def problem_of(head_dim: int, dtype: str, heads: int, grid: str) -> Any:
 
     from freqopt.kernels.autotune import Problem
 
-    variant = chosen_variant(head_dim, dtype, None, False, False)
+    variant = chosen_variant(head_dim, dtype, None, False)
     extents = [int(part) if part.strip().isdigit() else 0 for part in grid.split(",")]
     if len(extents) != 3 or min(extents) < 1:
         raise OptionError(f"grid {grid!r} is not three positive extents, like 21,30,52")

@@ -7,8 +7,10 @@ checked field by field, never pickle. Its hash refuses truncated and hand-edited
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.plan_records import Evidence, ModelIdentity, Record, SitePlan, Versions
+
+logger = logging.getLogger(__name__)
 
 PLAN_VERSION = 3
 """Version of the file format; raised when a reader of the old one could misread a new file."""
@@ -118,6 +122,21 @@ class Plan(Record):
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""
         return any(any(budget.mid) for budget in self._site(site_name).budgets)
+
+    def mid_band_notes(self, where: str) -> list[str]:
+        """What becomes of the mid band where its pairs are attended exactly; logged once, too.
+
+        where: "on CUDA" or "in an exported file". Empty if no head has a mid band.
+        """
+        using = {name: site for name, site in self.sites.items() if self.uses_mid_band(name)}
+        if not using:
+            return []
+        note = (
+            f"the plan uses the mid band at {len(using)} sites ({some_of(using)}), whose pairs are "
+            f"attended exactly {where}: the error is no larger than the plan's, and the density is"
+        )
+        _warn_once(note)
+        return [note]
 
     def expected_error(self, site_name: str, tokens: int) -> float:
         """Output error to expect where a site attends over another number of tokens.
@@ -293,6 +312,11 @@ def _write_json(value: Any, indent: str = "") -> str:
         items = [inner + _write_json(item, inner) for item in value]
         return "[\n" + ",\n".join(items) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False)
+
+
+@functools.cache
+def _warn_once(note: str) -> None:
+    logger.warning("%s", note)
 
 
 def some_of(names: Mapping[str, Any]) -> str:

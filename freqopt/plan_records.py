@@ -41,7 +41,7 @@ class Budget(Record):
     """Budgets of one site in one timestep bucket, one entry per head.
 
     threshold: routing scores at or above it are attended exactly; 0 is dense. mid: whether pairs
-    just below the threshold are served from means of 8 tokens.
+    just below the threshold are served from means of 8 tokens, which no calibration chooses.
     """
 
     threshold: list[float]
@@ -88,11 +88,6 @@ class SitePlan(Record):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
         return self
 
-    @property
-    def mid_heads(self) -> int:
-        """Heads that use the mid band at some timestep."""
-        return sum(any(mids) for mids in zip(*(b.mid for b in self.budgets), strict=True))
-
 
 class Curve(Record):
     """Error and cost of a ladder of thresholds at one site, [rung][head] throughout.
@@ -101,7 +96,6 @@ class Curve(Record):
     signed part of it along the head's own output. probe_error: what the op's probes reported.
     """
 
-    mid_band: bool
     density: list[list[float]]
     error: list[list[float]]
     bias: list[list[float]]
@@ -109,7 +103,7 @@ class Curve(Record):
 
 
 class BucketCurves(Record):
-    """Curves of one site over the samples of one timestep bucket.
+    """The curve of one site over the samples of one timestep bucket.
 
     energy: each head's share of the site's output energy in these samples.
     """
@@ -117,62 +111,52 @@ class BucketCurves(Record):
     bucket: int
     samples: int
     energy: list[float]
-    curves: list[Curve]
+    curve: Curve
 
 
 class Spectrum(Record):
     """Power of the keys over the token lattice, per head, as shares that sum to 1 over the bins.
 
-    edges: upper edges of the radial bins, in cycles per token. low, mid: share of the power that
-    means of 64 and of 8 tokens can carry, [head]; cutoffs: the two frequencies, cycles per token.
+    edges: upper edges of the radial bins, in cycles per token. low: share of the power that means
+    of 64 tokens can carry, [head]; cutoff: up to which frequency, in cycles per token.
     """
 
     edges: list[float]
     power: list[list[float]]
-    cutoffs: tuple[float, float]
+    cutoff: float
     low: list[float]
-    mid: list[float]
 
 
 class SiteEvidence(Record):
     """Measurements of one site.
 
-    energy, curves: over all samples; energy is each head's share of the site's output energy.
+    energy, curve: over all samples; energy is each head's share of the site's output energy.
     buckets: the same for each timestep bucket that has samples, empty if there is only one.
     times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
     """
 
     thresholds: list[float]
     energy: list[float]
-    curves: list[Curve]
+    curve: Curve
     buckets: list[BucketCurves] = []
     spectrum: Spectrum | None = None
     times_ms: tuple[float, float] | None = None
 
 
-class TimedLine(Record):
-    """Times of split attention of one shape, in ms for all heads, and the line through them.
+class SiteTiming(Record):
+    """Times of attention of one shape on the device of the calibration, in ms for all heads.
 
-    points: (mean density, ms) as timed. base_ms, density_ms: ms = base_ms + density_ms * density.
+    points: (mean density, ms) of split attention as timed. base_ms, density_ms: the line through
+    them, ms = base_ms + density_ms * density. dense_ms: `scaled_dot_product_attention`.
     """
 
     base_ms: float = Field(ge=0)
     density_ms: float = Field(ge=0)
     points: list[tuple[float, float]]
-
-
-class SiteTiming(TimedLine):
-    """Times of attention of one shape on the device of the calibration, in ms for all heads.
-
-    dense_ms: `scaled_dot_product_attention`. The line is that of calls without the mid band; mid:
-    of calls with it, which another kernel may serve. None in plans from before it was timed.
-    """
-
     heads: int = Field(ge=1, le=MOST_HEADS)
     tokens: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dense_ms: float = Field(ge=0)
-    mid: TimedLine | None = None
 
 
 class Trial(Record):

@@ -25,7 +25,7 @@ def describe(plan: Plan) -> str:
         *(f"note: {note}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
         "",
     ]
-    rows = [("site", "heads", "tokens", "decision", "density", "error", "mid", "reason")]
+    rows = [("site", "heads", "tokens", "decision", "density", "error", "reason")]
     for name, site in plan.sites.items():
         rows.append(
             (
@@ -35,11 +35,10 @@ def describe(plan: Plan) -> str:
                 site.decision,
                 _spread(site.density, 100, "%"),
                 _spread(site.error, 1, ""),
-                f"{site.mid_heads}/{site.heads}",
                 site.reason,
             )
         )
-    return "\n".join(lines + _table(rows, right=(1, 2, 4, 5, 6)))
+    return "\n".join(lines + _table(rows, right=(1, 2, 4, 5)))
 
 
 def slow_sites(plan: Plan) -> dict[str, tuple[float, float]]:

@@ -77,6 +77,8 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
     """
     inner = getattr(model, "_orig_mod", model)
     plan.check_model(inner)
+    if torch.device(_device_of(inner)).type == "cuda":
+        plan.mid_band_notes("on CUDA")
     extents = [extent for grid in plan.grids for extent in grid]
     mid_band = any(plan.uses_mid_band(name) for name in plan.sites)
     modules = []

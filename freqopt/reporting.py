@@ -185,8 +185,7 @@ def _speed(plan: Plan) -> Section | None:
         return None
     html = (
         "<p>Attention was timed on this device at a few densities, and the line through the times "
-        "is what allocation takes for the cost of a choice. Calls with a mid band have a line of "
-        "their own.</p>"
+        "is what allocation takes for the cost of a choice.</p>"
     )
     found = reporting_speed.site_times(plan)
     if found:
@@ -213,12 +212,12 @@ def _spectra(plan: Plan) -> Section | None:
     figure = figures.spectra(plan)
     if figure is None:
         return None
-    cutoffs = next(e.spectrum.cutoffs for e in plan.evidence.sites.values() if e.spectrum)
+    cutoff = next(e.spectrum.cutoff for e in plan.evidence.sites.values() if e.spectrum)
     return Section(
         "Spectra of the keys",
-        "<p>Power of each head's keys over the token lattice. Content below the first cut-off "
-        f"({cutoffs[0]:.3g} cycles per token) survives in the means of 64 tokens, below the second "
-        f"({cutoffs[1]:.3g}) in those of 8; the rest needs exact tokens where it matters.</p>"
+        "<p>Power of each head's keys over the token lattice. Content below the cut-off "
+        f"({cutoff:.3g} cycles per token) survives in the means of 64 tokens; the rest needs exact "
+        "tokens where it matters.</p>"
         + figure_html(
             figure,
             "One line per head; the constant part is left out, as it cancels in the softmax. "
@@ -260,8 +259,8 @@ def _sites(plan: Plan) -> Section:
     rows = [_site_row(name, site) for name, site in plan.sites.items()]
     html = table_html(
         ("site", "decision", "heads", "head dim", "tokens", "density", "lowest", "highest",
-         "error", "mid band", "reason"),
-        rows, numbers=range(2, 10),
+         "error", "reason"),
+        rows, numbers=range(2, 9),
     )  # fmt: skip
     left = plan.evidence.dense_sites
     if left:
@@ -273,12 +272,11 @@ def _sites(plan: Plan) -> Section:
 def _site_row(name: str, site: SitePlan) -> tuple[str, ...]:
     shape = (str(site.heads), str(site.head_dim), f"{site.tokens:,}")
     if site.decision == "dense":
-        return (name, "dense", *shape, "100 %", "", "", "0", "", site.reason)
+        return (name, "dense", *shape, "100 %", "", "", "0", site.reason)
     density = [100 * d for d in site.density]
     return (
         name, "split", *shape, f"{sum(density) / len(density):.1f} %", f"{min(density):.1f} %",
-        f"{max(density):.1f} %", f"{sum(site.error) / len(site.error):.3f}",
-        f"{site.mid_heads} of {site.heads}", site.reason,
+        f"{max(density):.1f} %", f"{sum(site.error) / len(site.error):.3f}", site.reason,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 INK, SOFT, GRID = "#1b2430", "#5b6675", "#e3e8ee"
 BLUE, ORANGE, GREEN, GREY = "#0b62a4", "#d9601a", "#2a9d74", "#a9b4c0"
-BAND_COLOURS = {"low": "#dbe9f6", "mid": "#dff1e9", "high": "#fcebdd"}
+BAND_COLOURS = {"low band (means of 64)": "#dbe9f6", "high band (exact)": "#fcebdd"}
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
@@ -176,17 +176,8 @@ def error_cost_curves(plan: Plan) -> Figure:
     figure, axes = _panels(len(names), sharex=True, sharey=True)
     for ax, name in zip(axes, names, strict=True):
         site, evidence = plan.sites[name], plan.evidence.sites[name]
-        for curve in evidence.curves:
-            density, error = np.array(curve.density), np.array(curve.error)
-            colour = GREEN if curve.mid_band else BLUE
-            for head in range(site.heads):
-                ax.plot(
-                    density[:, head],
-                    np.maximum(error[:, head], 1e-4),
-                    color=colour,
-                    lw=1.0,
-                    alpha=0.45,
-                )
+        density, error = np.array(evidence.curve.density), np.array(evidence.curve.error)
+        ax.plot(density, np.maximum(error, 1e-4), color=BLUE, lw=1.0, alpha=0.45)
         if site.decision == "split":
             ax.scatter(site.density, np.maximum(site.error, 1e-4), s=16, color=ORANGE, zorder=3)
         else:
@@ -195,7 +186,7 @@ def error_cost_curves(plan: Plan) -> Figure:
         percent_axis(ax, marks=(1.0,))
     figure.supxlabel("density (share of pairs attended exactly)")
     figure.supylabel("relative L2 error of the head")
-    _legend(figure, {"without mid band": BLUE, "with mid band": GREEN, "chosen": ORANGE})
+    _legend(figure, {"measured": BLUE, "chosen": ORANGE})
     return figure
 
 
@@ -211,30 +202,20 @@ def spectra(plan: Plan) -> Figure | None:
         assert spectrum is not None
         edges = np.array(spectrum.edges)
         centres = edges - 0.5 * edges[0]
-        low, mid = spectrum.cutoffs
-        for (start, end), colour in zip(
-            ((0.0, low), (low, mid), (mid, edges[-1])), BAND_COLOURS.values(), strict=True
-        ):
+        ends = (0.0, spectrum.cutoff, edges[-1])
+        for start, end, colour in zip(ends, ends[1:], BAND_COLOURS.values(), strict=False):
             ax.axvspan(start, end, color=colour, lw=0)
         for row in spectrum.power:
             values = np.array(row)
             kept = values > LEAST_POWER
             ax.plot(centres[kept], values[kept], color=BLUE, lw=1.0, alpha=0.55)
-        share = (100 * float(np.mean(spectrum.low)), 100 * float(np.mean(spectrum.mid)))
-        ax.set(yscale="log", title=f"{short(name)}: {share[0]:.0f} % low", xlim=(0, edges[-1]))
+        share = 100 * float(np.mean(spectrum.low))
+        ax.set(yscale="log", title=f"{short(name)}: {share:.0f} % low", xlim=(0, edges[-1]))
         ax.grid(False)
     axes[0].set_ylim(bottom=max(axes[0].get_ylim()[0], 1e-7))
     figure.supxlabel("frequency on the token lattice (cycles per token)")
     figure.supylabel("share of the keys' power per bin")
-    _legend(
-        figure,
-        {
-            "low band (means of 64)": BAND_COLOURS["low"],
-            "mid band (means of 8)": BAND_COLOURS["mid"],
-            "high band (exact)": BAND_COLOURS["high"],
-        },
-        patches=True,
-    )
+    _legend(figure, BAND_COLOURS, patches=True)
     return figure
 
 
@@ -244,8 +225,9 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
     pairs = [
         (true, probe)
         for evidence in plan.evidence.sites.values()
-        for curve in evidence.curves
-        for true_row, probe_row in zip(curve.error, curve.probe_error, strict=True)
+        for true_row, probe_row in zip(
+            evidence.curve.error, evidence.curve.probe_error, strict=True
+        )
         for true, probe in zip(true_row, probe_row, strict=True)
         if true > 1e-4 and probe > 1e-4
     ]
@@ -311,15 +293,13 @@ def _point(allocation: Allocation) -> tuple[float, float]:
 
 
 def _uniform(sites: Sequence[SiteChoices]) -> list[tuple[float, float]]:
-    """(density, error) with one threshold for every head of every site, without mid band."""
-    plain = ~sites[0].mid
-    plain[0] = False  # choice 0 is exact
+    """(density, error) with one threshold for every head of every site, but for 0."""
     weights = np.array([site.heads * site.tokens**2 * site.head_dim for site in sites], float)
     density = sum(
-        w / s.heads * (s.weight[:, None] * s.density[:, plain]).sum(0)
+        w / s.heads * (s.weight[:, None] * s.density[:, 1:]).sum(0)
         for w, s in zip(weights, sites, strict=True)
     )
-    error = sum(site.error[:, plain].sum(0) for site in sites)
+    error = sum(site.error[:, 1:].sum(0) for site in sites)
     return list(zip(np.asarray(density) / weights.sum(), np.sqrt(error), strict=True))
 
 

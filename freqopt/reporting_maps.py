@@ -86,32 +86,21 @@ def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> 
     matrix = np.full((len(names), max(plan.sites[name].heads for name in names)), np.nan)
     for row, name in enumerate(names):
         site, evidence = plan.sites[name], plan.evidence.sites[name]
-        curves = [b.curves for b in evidence.buckets if b.bucket == bucket]
-        if not curves:
+        curve = next((b.curve for b in evidence.buckets if b.bucket == bucket), None)
+        if curve is None:
             continue
         if site.decision == "dense":
             matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
             continue
-        budget = site.budgets[bucket]
-        for head in range(site.heads):
-            matrix[row, head] = _at(
-                curves[0], evidence.thresholds, budget.threshold[head], budget.mid[head], head, kind
-            )
+        for head, threshold in enumerate(site.budgets[bucket].threshold):
+            matrix[row, head] = _at(curve, evidence.thresholds, threshold, head, kind)
     return matrix
 
 
-def _at(
-    curves: Sequence[Curve],
-    ladder: Sequence[float],
-    threshold: float,
-    mid: bool,
-    head: int,
-    kind: str,
-) -> float:
+def _at(curve: Curve, ladder: Sequence[float], threshold: float, head: int, kind: str) -> float:
     """Density or error of one head at a threshold, between the rungs of its curve."""
     if threshold <= 0.0:
         return 1.0 if kind == "density" else 0.0
-    curve = next(c for c in curves if c.mid_band == mid)
     values = np.maximum([row[head] for row in getattr(curve, kind)], 1e-12)
     return float(np.exp(np.interp(math.log(threshold), np.log(ladder), np.log(values))))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 from freqopt.calibration_allocation import AttentionShape
 from freqopt.calibration_cost import cost_model
 from freqopt.plan import Plan
-from freqopt.plan_records import TimedLine
+from freqopt.plan_records import SiteTiming
 from freqopt.reporting_figures import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
 
 COLOURS = (BLUE, GREEN, ORANGE, GREY)
@@ -28,8 +26,7 @@ def site_times(plan: Plan) -> dict[str, tuple[float, float, float]]:
         if evidence.times_ms is None or site.decision == "dense":
             continue
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
-        mid_band = site.mid_heads > 0
-        modelled = float(cost.split(shape, np.array(site.density), mid_band).sum())
+        modelled = float(cost.split(shape, np.array(site.density)).sum())
         found[name] = (*evidence.times_ms, modelled)
     return found
 
@@ -41,9 +38,7 @@ def speed(plan: Plan) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     for timing, colour in zip(plan.evidence.timings, COLOURS, strict=False):
         label = f"{timing.heads} x {timing.tokens:,} x {timing.head_dim}"
-        _draw_line(left, timing, color=colour, marker="o", label=label)
-        if timing.mid is not None:
-            _draw_line(left, timing.mid, color=colour, marker="s", ls=":", label="with mid band")
+        _draw_line(left, timing, colour, label)
         left.axhline(timing.dense_ms, color=colour, lw=1.2, ls=(0, (4, 3)))
     left.set(xlabel="density (share of pairs attended exactly)", ylabel="ms, all heads")
     left.set(xscale="log", yscale="log", title="Heads x tokens x head dim")
@@ -62,8 +57,8 @@ def speed(plan: Plan) -> Figure:
     return figure
 
 
-def _draw_line(ax: Axes, line: TimedLine, *, marker: str, color: str, **style: Any) -> None:
-    density, ms = np.array(line.points).T
+def _draw_line(ax: Axes, timing: SiteTiming, colour: str, label: str) -> None:
+    density, ms = np.array(timing.points).T
     at = np.geomspace(max(density.min() / 2, 1e-3), min(density.max() * 2, 1.0), 50)
-    ax.plot(at, line.base_ms + line.density_ms * at, color=color, **style)
-    ax.scatter(density, ms, s=28, color=color, marker=marker, zorder=3)
+    ax.plot(at, timing.base_ms + timing.density_ms * at, color=colour, label=label)
+    ax.scatter(density, ms, s=28, color=colour, zorder=3)

@@ -87,9 +87,8 @@ def threshold_at(
         middle = (low + high) / 2
         budget = torch.full((2, query.shape[1]), 10.0**middle, device=query.device)
         route = split.make_route(
-            query, summaries, budget, sequence, scale=query.shape[-1] ** -0.5, density=0.0,
-            mid_band=False, launch=launch,
-        )  # fmt: skip
+            query, summaries, budget, sequence, scale=query.shape[-1] ** -0.5, launch=launch
+        )
         reached = float((route.route == EXACT).float().mean())
         low, high = (middle, high) if reached > density else (low, middle)
     return float(10.0**low)
@@ -104,20 +103,18 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         for _ in range(3)
     )
     sequence, scale = Sequence(problem.grid, 0, 0), problem.head_dim**-0.5
-    options: dict[str, Any] = {"scale": scale, "mid_band": False}
-    summaries = split.summarise(key, value, sequence, False, shipped)
+    options: dict[str, Any] = {"scale": scale}
+    summaries = split.summarise(key, value, sequence, shipped)
     threshold = threshold_at(query, summaries, sequence, DENSITY, shipped)
     budget = torch.full((2, problem.heads), threshold, device=problem.device)
 
     def routed(launch: Launch) -> split.Route:
-        return split.make_route(
-            query, summaries, budget, sequence, density=0.0, launch=launch, **options
-        )
+        return split.make_route(query, summaries, budget, sequence, launch=launch, **options)
 
     route = routed(shipped)
 
     def fitted(launch: Launch) -> tuple[Tensor, ...]:
-        space = probe_space(query, route.route.shape[3], DEFAULT_PROBES, False)
+        space = probe_space(query, route.route.shape[3], DEFAULT_PROBES)
         fit_probes(
             query, key, value, None, summaries, route, sequence, space, launch=launch, **options
         )
@@ -134,24 +131,24 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         return (out,)
 
     def summarised(launch: Launch) -> tuple[Tensor, ...]:
-        return (split.summarise(key, value, sequence, False, launch).low_order,)
+        return (split.summarise(key, value, sequence, launch).low_order,)
 
     def scored(launch: Launch) -> tuple[Tensor, ...]:
         # Means: a pair whose score is the threshold itself may fall on either side.
         found = routed(launch)
         return found.counts.float().mean((1, 2)), found.mass_term.float().mean((1, 2))
 
-    if not hopper.prepares(key, value, mid_band=False):
+    if not hopper.prepares(key, value):
         yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
     score = _every(score_tiles=(4, 8), score_wide=(64, 128), score_warps=(4, 8))
     score += _every(score_tiles=(2, 4), score_blocks=(32,), score_wide=(32,), score_warps=(4,))
     score += _every(score_tiles=(8, 16), score_blocks=(64, 128), score_warps=(8,))
     score += _every(score_stages=(1, 2, 3))
-    if not hopper.scores_apply(query):
+    if not hopper.applies(query):
         yield Part("scores", score, scored)
     probe = _every(probe_rows=(16, 32, 64))
     yield Part("probe", probe + _every(fit_rows=(16, 32, 64), fit_columns=(32, 64)), fitted)
-    if not hopper.applies(query, mid_band=False):
+    if not hopper.applies(query):
         attend = _every(rows=(64, 128), warps=(4, 8), stages=(1, 2, 3, 4))
         yield Part("attention", attend + _every(wide=(2,), stages=(1, 2), warps=(8,)), attended)
 

@@ -1,9 +1,9 @@
 """The attention kernel for Hopper, in Gluon: warps with different jobs instead of one loop.
 
-Does what `triton_attend.attend_kernel` does, for head dims 64 and 128 in half precision without a
-mid band. Two consumer groups of four warps attend 64 queries each, and one producer warp
-streams keys and values to both through shared memory with the tensor memory accelerator. A tile's
-products run beside the softmax of the tile before ("FlashAttention-3", arXiv 2407.08608, §3.1-3.2).
+Does what `triton_attend.attend_kernel` does, for head dims 64 and 128 in half precision. Two
+consumer groups of four warps attend 64 queries each, and one producer warp streams keys and values
+to both through shared memory with the tensor memory accelerator. A tile's products run beside the
+softmax of the tile before ("FlashAttention-3", arXiv 2407.08608, §3.1-3.2).
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def attend_hopper_kernel(
     key_mask += batch * stride_mb
     exact_list += row * blocks
     mass_term += row * blocks
-    n_exact = gl.load(counts + row * 2)
+    n_exact = gl.load(counts + row)
     text_tiles = (text + TILE - 1) // TILE
 
     q_buffers, rings, pieces, barriers = _buffers(key.dtype, D, STAGES)

@@ -142,7 +142,7 @@ def gather_hopper_kernel(
     key_mask += batch * stride_mb
     exact_list += row * blocks
     mass_term += row * blocks
-    n_exact = gl.load(counts + row * 2)
+    n_exact = gl.load(counts + row)
     text_tiles = (text + TILE - 1) // TILE
     first = gl.load(tile_list + at) * TILE
 

@@ -1,11 +1,11 @@
 """Summaries, ordered copies and first-order products for Hopper: one read of keys and values.
 
 Does what `triton_prepare.summarise_kernel` and `first_order_kernel` do, for head dims 64 and 128 in
-half precision without a mid band. Four producer warps gather the rows of a key block through the
-token order, with asynchronous copies of 16 bytes a thread, into a ring of shared memory. From
-there copies in token order leave by the tensor memory accelerator, without passing registers. Four
-warps sum up a block's keys and leave them, less their mean, in shared memory; four others sum up
-its values and multiply the two on the tensor cores.
+half precision. Four producer warps gather the rows of a key block through the token order, with
+asynchronous copies of 16 bytes a thread, into a ring of shared memory. From there copies in token
+order leave by the tensor memory accelerator, without passing registers. Four warps sum up a block's
+keys and leave them, less their mean, in shared memory; four others sum up its values and multiply
+the two on the tensor cores.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def _gather_rows(source, stride, rows, inside, buffer, D: gl.constexpr, ROWS: gl
 @gluon.jit
 def _gather(
     key, value, order, stride_kn, stride_vn, first, count, tokens, text_before,
-    k_ring, v_ring, full, empty, D: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    k_ring, v_ring, full, empty, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Streams `count` blocks from the first one on.
 
-    A block is announced when the copies of LAG < STAGES later ones are under way.
+    A block is announced when the copies of LAG later ones are under way; two to four more of them
+    made no difference.
     """
+    LAG: gl.constexpr = STAGES * 3 // 5
     # As many threads on a row as copy it 16 bytes each.
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     rows, inside = _rows_of(order, first, tokens, text_before, ROWS)
@@ -204,7 +206,7 @@ def prepare_hopper_kernel(
     key_out, value_out, key_mean, low_value, key_var, spread, sums, first_order,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, length, text_before,
-    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program: `length` consecutive key blocks of one key head; see the module.
 
@@ -269,7 +271,7 @@ def prepare_hopper_kernel(
                 _gather,
                 (
                     key, value, order, stride_kn, stride_vn, first, count, tokens, text_before,
-                    k_ring, v_ring, full, empty, D, STAGES, LAG,
+                    k_ring, v_ring, full, empty, D, STAGES,
                 ),
             ),
         ],

@@ -16,9 +16,7 @@ STAGES = {64: 6, 128: 3}
 """Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
 
 PREPARE_STAGES = {64: 10, 128: 5}
-PREPARE_LAG = {64: 6, 128: 3}
-"""Buffers of a block's keys and values in shared memory of the preparation, by head dim, and how
-many blocks' copies stay under way behind the one that the consumers wait for."""
+"""Buffers of a block's keys and values in shared memory of the preparation, by head dim."""
 
 RANGE_START = 4
 """What a program of the preparation costs beside its blocks, in blocks: filling the ring, and the
@@ -30,15 +28,10 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def scores_apply(query: Tensor) -> bool:
-    """Whether `score` serves this call."""
+def applies(query: Tensor) -> bool:
+    """Whether `score` and `attend` serve this call."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     return half and query.shape[-1] in STAGES and _is_hopper(query.device)
-
-
-def applies(query: Tensor, *, mid_band: bool) -> bool:
-    """Whether `attend` serves this call."""
-    return scores_apply(query) and not mid_band
 
 
 def _descriptor(x: Tensor) -> Any:
@@ -113,7 +106,7 @@ def attend(
         from freqopt.kernels.gluon_gather import gather_hopper_kernel
 
         # Longest lists first: a chunk has few rounds of programs, and the last then is short.
-        turn = counts[..., 0].argsort(dim=-1, descending=True, stable=True)
+        turn = counts.argsort(dim=-1, descending=True, stable=True)
         gather_hopper_kernel[(tiles, batch * heads)](
             query, order, key, value, *map(_descriptor, texts), *common,
             *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
@@ -133,9 +126,9 @@ def gatherable(x: Tensor) -> Tensor:
     return x if _wide(x) else x.contiguous()
 
 
-def prepares(key: Tensor, value: Tensor, *, mid_band: bool) -> bool:
+def prepares(key: Tensor, value: Tensor) -> bool:
     """Whether `prepare` serves these (B, Hkv, N, D) keys and values, whose rows it gathers."""
-    return _wide(key) and _wide(value) and applies(key, mid_band=mid_band)
+    return _wide(key) and _wide(value) and applies(key)
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,7 +169,6 @@ def prepare(
         key, value, order, *targets, key_mean, low_value, key_var, spread, sums, first_order,
         *key.stride()[:3], *value.stride()[:3],
         heads, sequence.tokens, blocks, length, sequence.text_before,
-        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], LAG=PREPARE_LAG[dim],
-        num_warps=4,
+        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], num_warps=4,
     )  # fmt: skip
     return sums, first_order

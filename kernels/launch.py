@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     blocks per program of the dispersions. score_*: query tiles per program of the scores, and key
     blocks per step of their first pass (wide) and their second. probe_*: queries per program of the
     probe's exact pass, and its stages. fit_*: probes and key blocks per step of its fit.
-    *precision: of float32 products.
+    precision: of float32 products.
     """
 
     rows: int
@@ -44,7 +44,6 @@ class Launch(NamedTuple):
     fit_rows: int
     fit_columns: int
     precision: str
-    fit_precision: str
 
     def changed(self, fields: Mapping[str, int]) -> Launch:
         """This launch with the values of some fields."""
@@ -57,9 +56,7 @@ PROBE_ROWS = 64
 
 
 @functools.lru_cache(maxsize=64)
-def launch_for(
-    dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED, *, mid_band: bool = False
-) -> Launch:
+def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -> Launch:
     """Tile shapes that fit registers and `shared` bytes of shared memory per program.
 
     Hopper has 227 KiB, sm_80 163 KiB, consumer cards 99 KiB.
@@ -77,8 +74,8 @@ def launch_for(
     stages = max(1, min(3, (shared - rows * bytes_per_row) // key_tile - 1))
     ample = roomy and not wide and not single
     warps = 8 if rows >= 64 else 4
-    if ample and padded == 128 and not mid_band:
-        rows, warps = 64, 4  # two programs to a processor; with a mid band they would spill
+    if ample and padded == 128:
+        rows, warps = 64, 4  # two programs to a processor
     return Launch(
         rows=rows,
         wide=1,
@@ -97,7 +94,6 @@ def launch_for(
         fit_rows=64 if ample else (16 if wide else 32),
         fit_columns=64 if ample else 32,
         precision="tf32x3" if single else "tf32",
-        fit_precision="tf32x3" if single else "tf32",
     )
 
 

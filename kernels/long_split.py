@@ -38,12 +38,11 @@ ROUTE_STEP = 1024
 class Space(NamedTuple):
     """The workspace, flat: each chunk uses as much of it as it needs.
 
-    score: float32, and the exact lists as int32; mass_term: float16; mid_list: int32, or empty.
+    score: float32, and the exact lists as int32; mass_term: float16.
     """
 
     score: Tensor
     mass_term: Tensor
-    mid_list: Tensor
 
 
 class Walk:
@@ -53,13 +52,13 @@ class Walk:
     """
 
     def __init__(
-        self, query: Tensor, summaries: split.Summaries, sequence: Sequence, settings: Settings,
+        self, query: Tensor, summaries: split.Summaries, sequence: Sequence, scale: float,
         launch: Launch,
     ) -> None:  # fmt: skip
         batch, heads, _, dim = query.shape
         kv_heads, self.blocks = summaries.low_key.shape[1:3]
         self.query, self.summaries, self.sequence = query, summaries, sequence
-        self.launch, self.scale, self.mid_band = launch, settings.scale, settings.mid_band
+        self.launch, self.scale = launch, scale
         self.heads = (batch, heads)
         self.tiles = triton.cdiv(sequence.tokens, QUERY_TILE)
         self.chunk = chunk_tiles(
@@ -74,11 +73,9 @@ class Walk:
     def space(self) -> Space:
         """A workspace for one chunk after the other."""
         cells = math.prod(self.heads) * self.chunk * self.blocks
-        sizes = (cells, cells, cells if self.mid_band else 0)
-        types = (torch.float32, torch.float16, torch.int32)
         return Space(*(
-            torch.empty(size, device=self.query.device, dtype=dtype)
-            for size, dtype in zip(sizes, types, strict=True)
+            torch.empty(cells, device=self.query.device, dtype=dtype)
+            for dtype in (torch.float32, torch.float16)
         ))  # fmt: skip
 
     def chunks(self) -> Iterator[Tensor]:
@@ -88,7 +85,7 @@ class Walk:
     def scored(self, tiles: Tensor, space: Space) -> tuple[Tensor, Tensor]:
         """Scores and mass terms of listed tiles, (B, H, tiles, blocks) each, in the workspace."""
         shape = (*self.heads, len(tiles), self.blocks)
-        score, mass_term = (x[: math.prod(shape)].view(shape) for x in space[:2])
+        score, mass_term = (x[: math.prod(shape)].view(shape) for x in space)
         split.score_tiles(
             self.query, self.summaries, score, mass_term, self.sequence,
             scale=self.scale, launch=self.launch, tile_list=tiles,
@@ -99,14 +96,12 @@ class Walk:
         """Bands of listed tiles; the scores give way to the lists, the route goes to `packed`."""
         score, mass_term = self.scored(tiles, space)
         exact_list = score.view(torch.int32)
-        mid_list = space.mid_list[: score.numel()]
-        counts = torch.empty(*self.heads, len(tiles), 2, device=score.device, dtype=torch.int32)
+        counts = torch.empty(*self.heads, len(tiles), device=score.device, dtype=torch.int32)
         route_tiles_kernel[(len(tiles), math.prod(self.heads))](
-            score, limits, mass_term, self.packed, exact_list, mid_list, counts, tiles,
-            len(tiles), self.tiles, self.blocks, self.packed.shape[-1],
-            BJ=self.step, MID=self.mid_band, num_warps=4,
+            score, limits, mass_term, self.packed, exact_list, counts, tiles,
+            len(tiles), self.tiles, self.blocks, self.packed.shape[-1], BJ=self.step, num_warps=4,
         )  # fmt: skip
-        return split.Route(self.packed, exact_list, mid_list, counts, mass_term)
+        return split.Route(self.packed, exact_list, counts, mass_term)
 
     @property
     def step(self) -> int:
@@ -114,7 +109,7 @@ class Walk:
         return max(min(int(triton.next_power_of_2(self.blocks)), ROUTE_STEP), PER_BYTE)
 
     def limits_of(self, density: float) -> Tensor:
-        """Thresholds (B, H, 2) of a density, as reference.threshold_for_density finds them.
+        """Thresholds (B, H) of a density, as reference.threshold_for_density finds them.
 
         The threshold's bits are found from the top, by histograms: three times over all scores.
         """
@@ -137,8 +132,7 @@ class Walk:
             more = F.pad(reached, (0, 1)).gather(1, found + 1)
             left = left - more
             prefix = (prefix << bits) + found[:, 0].to(torch.int32)
-        threshold = prefix.view(torch.float32).view(self.heads)
-        return torch.stack([threshold, threshold * MID_RATIO if self.mid_band else threshold], -1)
+        return prefix.view(torch.float32).view(self.heads)
 
 
 def split_heads(
@@ -154,26 +148,26 @@ def split_heads(
     """The forward pass of heads that go together, into `out` (B, H, N, D)."""
     scale, density, mid_band, probes = settings
     batch, heads, _, dim = query.shape
-    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band}
-    launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
-    if hopper.applies(query, mid_band=mid_band):
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
+    options: dict[str, Any] = {"scale": scale, "launch": launch}
+    if hopper.applies(query):
         key, value = hopper.gatherable(key), hopper.gatherable(value)
-    summaries = split.summarise(key, value, sequence, mid_band, launch, ordered=False)
-    walk = Walk(query, summaries, sequence, settings, launch)
+    summaries = split.summarise(key, value, sequence, launch, ordered=False)
+    walk = Walk(query, summaries, sequence, scale, launch)
     if density > 0.0:
-        limits = walk.limits_of(density)
+        limits = walk.limits_of(density) * (MID_RATIO if mid_band else 1.0)
     else:
         limits = split.given_limits(budget, batch, mid_band)
     probes = min(probes, sequence.tokens)
     coefficients = torch.ones(batch, heads, 2, device=query.device)
     error = torch.full((batch, heads), torch.nan, device=query.device)
     if probes:
-        space = probe_space(query, walk.blocks, probes, mid_band)
+        space = probe_space(query, walk.blocks, probes)
         rows = split.probe_rows(query, walk.blocks, probes)
         fit_probes(
             query, key, value, key_mask, summaries,
-            split.route_probes(query, summaries, limits, sequence, rows, launch=launch, **options),
-            sequence, space, launch=launch, by_probe=True, **options,
+            split.route_probes(query, summaries, limits, sequence, rows, **options),
+            sequence, space, by_probe=True, **options,
         )  # fmt: skip
         coefficients, error = space.coefficients, space.error
         del space, rows
@@ -183,7 +177,7 @@ def split_heads(
         route = walk.routed(tiles, limits, chunk)
         split.attend(
             query, key, value, key_mask, summaries, route, coefficients, out, sequence,
-            launch=launch, tile_list=tiles, **options,
+            tile_list=tiles, **options,
         )  # fmt: skip
         counts.append(route.counts)
     split.store_text(query, key, value, key_mask, out, sequence, scale)

@@ -6,6 +6,8 @@ call. Importing this module does not import triton; the first CUDA tensor does.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence as Extents
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from freqopt.kernels import chunked
 from freqopt.kernels.device import shared_memory
 from freqopt.kernels.layout import PER_BYTE, Sequence, Settings, pack_route, unpack_route
 from freqopt.kernels.workspace import is_long
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -60,8 +64,8 @@ def split_attention_op(
 
     Returns:
         out (B, H, N, D); density (B, H); probe_error (B, H); route (B, H, tiles, blocks) int8
-        (0 low, 1 mid, 2 exact), of long sequences (`workspace.is_long`) as layout.pack_route packs
-        it; coefficients (B, H, 2) float32, the probe's c and g.
+        (0 low, 1 mid, on the CPU only, 2 exact), of long sequences (`workspace.is_long`) as
+        layout.pack_route packs it; coefficients (B, H, 2) float32, the probe's c and g.
     """
     sequence = _sequence(grid, text_before, text_after)
     out, split = chunked.split_forward(
@@ -81,7 +85,18 @@ def _split_attention_cuda(
     from freqopt.kernels.triton_split import split_forward
 
     sequence, settings = _sequence(*constants[:3]), Settings(*constants[3:])
+    if settings.mid_band:
+        _note_exact_mid_band()
     return split_forward(query, key, value, budget, key_mask, sequence, settings)
+
+
+@functools.cache
+def _note_exact_mid_band() -> None:
+    """Tell once what becomes of a mid band on CUDA."""
+    logger.info(
+        "mid_band: on CUDA its pairs are attended exactly, at their full cost; without mid_band "
+        "they stay low"
+    )
 
 
 @split_attention_op.register_fake
@@ -152,10 +167,11 @@ def _split_attention_backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from freqopt.kernels.triton_backward_launch import split_backward
 
+    del mid_band  # the forward attended its pairs exactly
     sequence = _sequence(grid, text_before, text_after)
     return split_backward(
         grad, query, key, value, key_mask, out, unpack_route(route, sequence.tokens),
-        coefficients, sequence, scale=scale, mid_band=mid_band,
+        coefficients, sequence, scale=scale,
     )  # fmt: skip
 
 
@@ -235,7 +251,10 @@ def split_attention(
         density: instead of a threshold, the share of (query tile, key block) pairs to attend
             exactly, in (0, 1]; resolved to a threshold per batch item and head on the device.
             Without either, 0.25.
-        mid_band: serve pairs just below the threshold from means of 8 tokens; a bool or (H,) bool.
+        mid_band: serve pairs that score between a quarter of the threshold and the threshold from
+            means of 8 tokens; a bool or (H,) bool. On CUDA, and in exported models, these pairs are
+            attended exactly instead, so that the error is never larger than asked for: the quarter
+            is then the threshold.
         text_before, text_after: text tokens at either end; always exact as keys, dense as queries.
         key_mask: (B, N) bool, True = attend. Only text entries are read: video keys always count.
         scale: factor of the logits; D**-0.5 if None.

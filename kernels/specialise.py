@@ -1,6 +1,6 @@
-"""The generator: what one call launches, specialised for a GPU, a type, a head dim and the bands.
+"""The generator: what one call launches, specialised for a GPU, a type and a head dim.
 
-Kernels are written once; types, sizes, bands and tile shapes are compile-time constants of theirs.
+Kernels are written once; types, sizes and tile shapes are compile-time constants of theirs.
 This module says which constants a variant has and compiles it, without a GPU: for reading
 (`freqopt kernels show`), for exports, and for tests.
 """
@@ -33,18 +33,17 @@ from freqopt.kernels.long_split import RANK_BITS, ROUTE_STEP
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (
-    "budget limits threshold key_mean spread head_spread sums first_order fine_var "
-    "key_shift score pooled peak mass peak_out mass_out exact_out missing_out logit logit_out "
-    "moments coefficients probe_error"
+    "budget limits threshold key_mean spread head_spread sums first_order key_shift score "
+    "peak mass peak_out mass_out exact_out missing_out logit logit_out moments coefficients "
+    "probe_error"
 ).split()
 NATIVE = (
     "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
-    "fine_key fine_value fine_order sub_mean tile_square out"
+    "sub_mean tile_square out"
 ).split()
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
-    "order": "*i64", "turn": "*i64", "route": "*i8", "exact_list": "*i32", "mid_list": "*i32",
-    "counts": "*i32",
+    "order": "*i64", "turn": "*i64", "route": "*i8", "exact_list": "*i32", "counts": "*i32",
     "key_mask": "*i1", "tile_list": "*i32", "packed": "*u8", "prefix": "*i32", "histogram": "*i32",
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own.
@@ -121,26 +120,23 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     """Those kernels with the constants that a launch chooses."""
     dim = variant.head_dim
     shared = CAPABILITIES[variant.capability]
-    launch = launch_for(getattr(torch, variant.dtype), dim, shared, mid_band=variant.mid_band)
+    launch = launch_for(getattr(torch, variant.dtype), dim, shared)
     size = {"D": dim, "DP": padded_dim(dim)}
-    mid, mask = {"MID": variant.mid_band}, {"HAS_MASK": variant.masked}
-    precise, fast = {"PRECISION": launch.fit_precision}, {"PRECISION": launch.precision}
-    fit = {**size, **mid, **precise, "BP": launch.fit_rows, "BJ": launch.fit_columns}
+    mask = {"HAS_MASK": variant.masked}
+    precision = {"PRECISION": launch.precision}
+    fit = {**size, **precision, "BP": launch.fit_rows, "BJ": launch.fit_columns}
     prepare, glue = triton_prepare, triton_glue
     few = {"num_warps": 4, "num_stages": 1}
     many = {"num_warps": 8, "num_stages": 1}
     streamed = {"num_warps": launch.order_warps, "num_stages": launch.order_stages}
 
+    yield Specialised("limits", glue.limits_kernel, {}, {"num_warps": 1, "num_stages": 1}, 0)
     yield Specialised(
-        "limits", glue.limits_kernel, mid, {"num_warps": 1, "num_stages": 1}, 0
-    )  # fmt: skip
-    yield Specialised(
-        "summarise", prepare.summarise_kernel, {**size, **mid, "GROUP": split.GROUP},
+        "summarise", prepare.summarise_kernel, {**size, "GROUP": split.GROUP},
         {"num_warps": split.SUMMARY_WARPS, "num_stages": 1}, split.GROUP,
     )  # fmt: skip
-    for name, fine in (("first", False), ("fine_first", True))[: 1 + variant.mid_band]:
-        constants = {**size, "GROUP": split.ORDER_GROUP, "FINE": fine}
-        yield Specialised(name, prepare.first_order_kernel, constants, streamed, split.ORDER_GROUP)
+    first = {**size, "GROUP": split.ORDER_GROUP}
+    yield Specialised("first", prepare.first_order_kernel, first, streamed, split.ORDER_GROUP)
     cols = min(split.TOTAL_COLS, padded_dim(dim))
     total = {**size, "COLS": cols, "ROWS": split.TOTAL_ROWS}
     yield Specialised("total", glue.total_kernel, total, few, cols)
@@ -150,23 +146,20 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
     yield Specialised("pool_tiles", triton_score.pool_tiles_kernel, size, few, 0)
     side = launch.disperse_side
-    disperse = {**size, **fast, "BI": side, "BJ": side}
+    disperse = {**size, **precision, "BI": side, "BJ": side}
     yield Specialised("disperse", triton_score.disperse_kernel, disperse, few, side)
     yield Specialised(
         "score", triton_score.score_kernel,
-        {**size, **fast, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
+        {**size, **precision, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
          "WIDE": launch.score_wide},
         {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
     )  # fmt: skip
     routing = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
-    constants = {**mid, "BJ": split.ROUTE_BLOCKS}
-    yield Specialised("route", prepare.route_kernel, constants, routing, 0)
+    yield Specialised("route", prepare.route_kernel, {"BJ": split.ROUTE_BLOCKS}, routing, 0)
     yield Specialised(
-        "probe", triton_attend.probe_kernel, {**size, **mask, **fast, "BP": launch.probe_rows},
+        "probe", triton_attend.probe_kernel, {**size, **mask, **precision, "BP": launch.probe_rows},
         {"num_warps": 4, "num_stages": launch.probe_stages}, launch.probe_rows,
     )  # fmt: skip
-    if variant.mid_band:
-        yield Specialised("pool", glue.pool_kernel, size, few, 0)
     rows = probe.MERGE_ROWS
     yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
     yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
@@ -174,21 +167,23 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
     yield Specialised(
         "attend", triton_attend.attend_kernel,
-        {**size, **mid, **mask, **fast, "BM": launch.rows, "TEXT": True, "RAGGED": True,
+        {**size, **mask, **precision, "BM": launch.rows, "TEXT": True, "RAGGED": True,
          "WIDE": launch.wide},
         {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
     )  # fmt: skip
     yield Specialised(
-        "density", triton_density.density_kernel, {**mid, "CELLS": DENSITY_CELLS},
+        "density", triton_density.density_kernel, {"CELLS": DENSITY_CELLS},
         {"num_warps": 16, "num_stages": 1}, 0,
     )  # fmt: skip
     dense = {"num_warps": 4, "num_stages": launch.stages}
     rows = 32 if variant.dtype == "float32" and padded_dim(dim) > 128 else 64
-    yield Specialised("text", glue.text_kernel, {**size, **mask, **fast, "BM": rows}, dense, rows)
+    yield Specialised(
+        "text", glue.text_kernel, {**size, **mask, **precision, "BM": rows}, dense, rows
+    )
 
 
 LONG = {
-    "summarise": {"COPY": False}, "first": {}, "fine_first": {}, "pool_tiles": {}, "score": {},
+    "summarise": {"COPY": False}, "first": {}, "pool_tiles": {}, "score": {},
     "probe": {"IN_PLACE": True, "BY_PROBE": True}, "estimate": {"BY_PROBE": True},
     "attend": {"IN_PLACE": True},
 }  # fmt: skip
@@ -212,28 +207,22 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         "probe_tiles", triton_glue.probe_tiles_kernel, {"ROWS": split.PROBE_TILES},
         {"num_warps": 1, "num_stages": 1}, 0,
     )  # fmt: skip
-    rows = {"MID": variant.mid_band, "BJ": split.ROUTE_BLOCKS, "LISTS": False}
+    rows = {"BJ": split.ROUTE_BLOCKS, "LISTS": False}
     options = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
     given = Specialised("probe_route", triton_prepare.route_kernel, rows, options, 0)
     yield given.with_defaults(besides=("tile_list",))
     few = {"num_warps": 4, "num_stages": 3}
-    mid = {"MID": variant.mid_band, "BJ": ROUTE_STEP}
-    yield Specialised("route", triton_long.route_tiles_kernel, mid, few, 0)
+    yield Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
     for bits, below in RANK_BITS:
         constants = {"BITS": bits, "BELOW": below, "BJ": ROUTE_STEP}
         name = f"rank_{below}"
         yield Specialised(name, triton_long.rank_kernel, constants, {**few, "num_warps": 8}, 0)
 
 
-def _scored_by_gluon(variant: Variant) -> bool:
-    """Whether the Gluon scores serve calls of this variant; see hopper.scores_apply."""
+def _has_gluon(variant: Variant) -> bool:
+    """Whether the Gluon kernels serve calls of this variant; see hopper.applies."""
     half = variant.dtype != "float32"
     return variant.capability == 90 and half and variant.head_dim in hopper.STAGES
-
-
-def _has_gluon(variant: Variant) -> bool:
-    """Whether all Gluon kernels do; see hopper.applies."""
-    return _scored_by_gluon(variant) and not variant.mid_band
 
 
 def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialised | None:
@@ -251,17 +240,14 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
     if not _has_gluon(variant):
         return None
     dim = variant.head_dim
-    constants = {
-        "D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim],
-        "LAG": hopper.PREPARE_LAG[dim],
-    }  # fmt: skip
+    constants = {"D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim]}
     function = gluon_prepare.prepare_hopper_kernel
     return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0)
 
 
 def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None:
-    """The Gluon kernel of the scores, which calls from PyTorch launch where hopper.scores_apply."""
-    if not _scored_by_gluon(variant):
+    """The Gluon kernel of the scores, which PyTorch alone launches."""
+    if not _has_gluon(variant):
         return None
     constants, tiles = {"D": variant.head_dim, "LISTED": long}, gluon_score.TILES.value
     function = gluon_score.score_hopper_kernel

@@ -1,4 +1,4 @@
-"""Triton kernels that attend: the probe's exact pass, and the fused three-band online softmax.
+"""Triton kernels that attend: the probe's exact pass, and the online softmax over both bands.
 
 Logits live in base 2 and in the frame of centred keys: subtracting the mean key from every key is
 exact for a softmax, and lets the low band keep its means in half precision
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
-SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK
+EXACT = tl.constexpr(2)  # freqopt.kernels.reference.EXACT
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -104,7 +104,7 @@ def probe_kernel(
             v = tl.load(value + where, mask=in_dim[None, :], other=0.0)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - shift[:, None]
         logit = tl.where((row + block * BLOCK < tokens)[None, :], logit, -float("inf"))
-        is_exact = tl.load(routes + block, mask=real, other=0) == 2
+        is_exact = tl.load(routes + block, mask=real, other=0) == EXACT
         new_peak = tl.maximum(peak, tl.max(logit, 1))
         fade = tl.exp2(peak - new_peak)
         weight = tl.exp2(logit - new_peak[:, None])
@@ -163,7 +163,7 @@ def _online_step(q, k, v, bias, shift, scale_log2, peak, mass, acc, PRECISION: t
     weight = tl.exp2(logit - new_peak[:, None])
     mass = mass * fade + tl.sum(weight, 1)
     acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return new_peak, mass, acc, fade
+    return new_peak, mass, acc
 
 
 @triton.jit
@@ -216,16 +216,15 @@ def _turned(
 @triton.jit
 def attend_kernel(
     query, order, key, value, text_key, text_value, key_mask, key_shift,
-    low_key, low_value, low_order, fine_key, fine_value, fine_var, fine_order,
-    mass_term, coefficients, exact_list, mid_list, counts, out,
+    low_key, low_value, low_order, mass_term, coefficients, exact_list, counts, out,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr, TEXT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TEXT: tl.constexpr,
     HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     IN_PLACE: tl.constexpr = False, tile_list=None,
 ):  # fmt: skip
-    """One program: BM queries of one tile, through low band, mid band, text and exact blocks.
+    """One program: BM queries of one tile, through low band, text and exact blocks.
 
     WIDE: key blocks per step of the exact loop. IN_PLACE: key and value are the model's own, as
     text_key and text_value. tile_list: as in score_kernel, of mass terms, lists and counts. The low
@@ -271,59 +270,12 @@ def attend_kernel(
         term = tl.load(mass_term + block, mask=inside, other=-1.0).to(tl.float32)
         size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
         bias = tl.where(term >= 0.0, tl.log2(size) + c * term * LOG2E, -float("inf"))
-        peak, mass, acc, fade = _online_step(
+        peak, mass, acc = _online_step(
             q, k, v, bias[None, :], tl.zeros((BM,), tl.float32), scale_log2, peak, mass, acc,
             PRECISION,
         )  # fmt: skip
     turned = _turned(query_rows, low_order + key_pair * D * D, real[:, None], D, DP, BM, PRECISION)
     acc += (g * scale) * mass[:, None] * turned
-
-    if MID:
-        n_mid = tl.load(counts + row * 2 + 1)
-        mid_mass = tl.zeros((BM,), tl.float32)
-        q_square = q.to(tl.float32) * q.to(tl.float32)
-        tile_first = tile * 128
-        pooled = tl.sum(q_square, 0)
-        if BM < 128:
-            for other in range(0, 128, BM):
-                if tile_first + other != part * BM:
-                    place = tile_first + other + tl.arange(0, BM)
-                    there = place < tokens
-                    rows = tl.load(order + place, mask=there, other=0).to(tl.int64) + text_before
-                    q_other = tl.load(
-                        query
-                        + batch * stride_qb + head * stride_qh
-                        + rows[:, None] * stride_qn + col[None, :],
-                        mask=there[:, None] & in_dim[None, :],
-                        other=0.0,
-                    ).to(tl.float32)  # fmt: skip
-                    pooled += tl.sum(q_other * q_other, 0)
-        pooled = pooled / tl.minimum(tokens - tile_first, 128).to(tl.float32)
-        RATIO: tl.constexpr = BLOCK // SUB
-        for start in range(0, n_mid, SUB):
-            entry = start + column // RATIO
-            inside = entry < n_mid
-            block = tl.load(mid_list + row * blocks + entry, mask=inside, other=0)
-            fine = block * RATIO + column % RATIO
-            size = tl.minimum(tl.maximum(tokens - fine * SUB, 0), SUB).to(tl.float32)
-            inside = inside & (size > 0)
-            where = (key_pair * blocks * RATIO + fine)[:, None] * D + col[None, :]
-            mask = inside[:, None] & in_dim[None, :]
-            k = tl.load(fine_key + where, mask=mask, other=0.0)
-            v = tl.load(fine_value + where, mask=mask, other=0.0)
-            var = tl.load(fine_var + where, mask=mask, other=0.0).to(tl.float32)
-            capacity = tl.log(tl.maximum(size, 1.0))
-            term = tl.minimum(0.5 * scale * scale * tl.sum(var * pooled[None, :], 1), capacity)
-            bias = tl.where(inside, (capacity + c * term) * LOG2E, -float("inf"))
-            before = mass
-            peak, mass, acc, fade = _online_step(
-                q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
-            )
-            mid_mass = mid_mass * fade + (mass - before * fade)
-        turned = _turned(
-            query_rows, fine_order + key_pair * D * D, real[:, None], D, DP, BM, PRECISION
-        )
-        acc += (g * scale) * mid_mass[:, None] * turned
 
     if TEXT:
         text_key += batch * stride_kb + key_head * stride_kh
@@ -346,7 +298,7 @@ def attend_kernel(
             peak = new_peak
 
     # The list ascends, so a ragged last block can only be its last entry: peel it off.
-    n_exact = tl.load(counts + row * 2)
+    n_exact = tl.load(counts + row)
     exact_list += row * blocks
     base = key_pair * blocks * BLOCK
     if IN_PLACE:
@@ -390,7 +342,7 @@ def attend_kernel(
             v = tl.load(value + v_where, mask=in_dim[None, :], other=0.0)
             inside = (blocks - 1) * BLOCK + column < tokens
             bias = tl.where(inside, 0.0, -float("inf"))
-            peak, mass, acc, fade = _online_step(
+            peak, mass, acc = _online_step(
                 q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
             )
 

@@ -37,22 +37,22 @@ def _grown(logit, peak, mass):
 
 @triton.jit
 def _grown_by_means(
-    q, key, bias, columns, offset, scale_log2, peak, mass, col,
+    q, key, bias, blocks, scale_log2, peak, mass, col,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same over all means of the low or the mid band; bias: base 2, -inf where unused."""
+    """The same over all means of the low band; bias: base 2, -inf where unused."""
     lane = tl.arange(0, BLOCK)
-    for start in range(0, columns, BLOCK):
-        column = start + lane
-        inside = column < columns
+    for start in range(0, blocks, BLOCK):
+        block = start + lane
+        inside = block < blocks
         k = tl.load(
-            key + column[:, None] * D + col[None, :],
+            key + block[:, None] * D + col[None, :],
             mask=inside[:, None] & (col < D)[None, :],
             other=0.0,
         )
-        b = tl.load(bias + column, mask=inside, other=-float("inf"))
+        b = tl.load(bias + block, mask=inside, other=-float("inf"))
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        peak, mass = _grown(logit + b[None, :] - offset[:, None], peak, mass)
+        peak, mass = _grown(logit + b[None, :], peak, mass)
     return peak, mass
 
 
@@ -72,10 +72,9 @@ def _masked_block(exact_list, i, n_exact, blocks):
 
 @triton.jit
 def sum_kernel(
-    query, offset, key, valid, low_key, low_bias, fine_key, fine_bias, exact_list, counts,
-    centred_sum, log_sum,
-    heads, group_size, tokens, tiles, blocks, all_blocks, fine, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MID: tl.constexpr,
+    query, offset, key, valid, low_key, low_bias, exact_list, counts, centred_sum, log_sum,
+    heads, group_size, tokens, tiles, blocks, all_blocks, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one tile of one head, over everything they attend to.
@@ -98,14 +97,9 @@ def sum_kernel(
     peak = tl.full((BM,), -1e30, tl.float32)
     mass = tl.zeros((BM,), tl.float32)
     peak, mass = _grown_by_means(
-        q, low_key + key_pair * blocks * D, low_bias + row * blocks, blocks,
-        tl.zeros((BM,), tl.float32), scale_log2, peak, mass, col, D, DP, PRECISION,
+        q, low_key + key_pair * blocks * D, low_bias + row * blocks, blocks, scale_log2,
+        peak, mass, col, D, DP, PRECISION,
     )  # fmt: skip
-    if MID:
-        peak, mass = _grown_by_means(
-            q, fine_key + key_pair * fine * D, fine_bias + row * fine, fine, shift, scale_log2,
-            peak, mass, col, D, DP, PRECISION,
-        )  # fmt: skip
     exact_list += row * blocks
     key += key_pair * all_blocks * BLOCK * D
     valid += batch * all_blocks * BLOCK
@@ -145,8 +139,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """One program: the gradient of BM queries of one tile of one head, in the model's order.
 
-    Adds the exact blocks' share to `banded` (pairs, R, D), what came through the bands, and to that
-    of the tile's mean squared query, `pooled_grad` (pairs, tiles, D).
+    Adds the exact blocks' share to `banded` (pairs, R, D), what came through the low band, and to
+    that of the tile's mean squared query, `pooled_grad` (pairs, tiles, D).
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)

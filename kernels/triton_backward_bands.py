@@ -1,6 +1,6 @@
-"""Triton kernels of the backward pass around the exact blocks: rows, lists, and the two bands.
+"""Triton kernels of the backward pass around the exact blocks: rows, lists, and the low band.
 
-A band's means are few, so its kernels walk all of them and leave the mass terms' own gradients to
+The band's means are few, so its kernels walk all of them and leave the mass terms' own gradients to
 small matrix products on the host. Shapes and frames are those of `triton_backward`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from freqopt.kernels.triton_attend import _turned
+from freqopt.kernels.triton_attend import EXACT, _turned
 from freqopt.kernels.triton_backward import BLOCK, LOG2E, TILE, _load_rows
 
 
@@ -34,9 +34,9 @@ def list_kernel(
         band = tl.load(
             route + row[:, None] * stride_row + column[None, :] * stride_column,
             mask=inside & (row < rows)[:, None],
-            other=2,
+            other=EXACT,
         )
-        chosen = inside & (band == 2)
+        chosen = inside & (band == EXACT)
         place = tl.cumsum(chosen.to(tl.int32), 1) - 1 + count[:, None]
         tl.store(
             listed + row[:, None] * columns + place,
@@ -49,19 +49,18 @@ def list_kernel(
 
 @triton.jit
 def rows_kernel(
-    query, grad, out, order, key_shift, coefficients, low_order, fine_order,
-    query_rows, grad_rows, offset, delta, low_delta, mid_delta, squares,
+    query, grad, out, order, key_shift, coefficients, low_order,
+    query_rows, grad_rows, offset, delta, low_delta, squares,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh,
     stride_on,
     heads, group_size, tokens, tiles, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head and their output gradients, copied in token order.
 
     Writes the dot product of each output with its gradient, `delta`, and the same less what the
-    first-order term of a band adds to each of that band's columns; the mean key's logit; and the
-    sum of the squared queries, (pairs, tiles * 128 / BM, D).
+    first-order term adds to each block of the low band; the mean key's logit; and the sum of the
+    squared queries, (pairs, tiles * 128 / BM, D).
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -94,10 +93,6 @@ def rows_kernel(
     h = low_order + key_pair * D * D
     turned = _turned(q_rows, h, real[:, None], D, DP, BM, PRECISION)
     tl.store(low_delta + at, d_sum - g * tl.sum(turned * d32, 1))
-    if MID:
-        h = fine_order + key_pair * D * D
-        turned = _turned(q_rows, h, real[:, None], D, DP, BM, PRECISION)
-        tl.store(mid_delta + at, d_sum - g * tl.sum(turned * d32, 1))
 
 
 @triton.jit
@@ -122,17 +117,16 @@ def _turned_back(
 
 @triton.jit
 def band_gradient_kernel(
-    query, grad, offset, log_sum, delta, key, value, bias, key_shift, coefficients, band_order,
+    query, grad, log_sum, delta, key, value, bias, key_shift, coefficients, band_order,
     banded, bias_grad, share_out,
-    heads, group_size, tiles, columns, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MID: tl.constexpr,
-    PRECISION: tl.constexpr,
+    heads, group_size, tiles, blocks, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: what reaches BM queries of one tile of one head through one band.
+    """One program: what reaches BM queries of one tile of one head through the low band.
 
-    columns: the band's means per head; log_sum: in the frame of centred keys. Writes (or with MID
-    adds) the queries' gradient `banded` (pairs, R, D), the gradient of each column's logit summed
-    over the queries (pairs, tiles * 128 / BM, columns), and the band's share of each query's mass.
+    log_sum: in the frame of centred keys. Writes the queries' gradient `banded` (pairs, R, D), the
+    gradient of each block's logit summed over the queries (pairs, tiles * 128 / BM, blocks), and
+    the band's share of each query's mass.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -148,30 +142,28 @@ def band_gradient_kernel(
     q = _load_rows(query, position, col, D, DP)
     d_out = _load_rows(grad, position, col, D, DP)
     log_total = tl.load(log_sum + at)
-    if MID:
-        log_total += tl.load(offset + at)
     d_sum = tl.load(delta + at)
     scale_log2 = scale * LOG2E
     lane = tl.arange(0, BLOCK)
-    key += key_pair * columns * D
-    value += key_pair * columns * D
-    bias += row * columns
-    bias_grad += (pair * tl.num_programs(0) + part) * columns
+    key += key_pair * blocks * D
+    value += key_pair * blocks * D
+    bias += row * blocks
+    bias_grad += (pair * tl.num_programs(0) + part) * blocks
     acc = tl.zeros((BM, DP), tl.float32)
     share = tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + lane
-        inside = column < columns
-        where = column[:, None] * D + col[None, :]
+    for start in range(0, blocks, BLOCK):
+        block = start + lane
+        inside = block < blocks
+        where = block[:, None] * D + col[None, :]
         k = tl.load(key + where, mask=inside[:, None] & in_dim[None, :], other=0.0)
         v = tl.load(value + where, mask=inside[:, None] & in_dim[None, :], other=0.0)
-        b = tl.load(bias + column, mask=inside, other=-float("inf"))
+        b = tl.load(bias + block, mask=inside, other=-float("inf"))
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         slope = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         weight = tl.exp2(logit * scale_log2 + b[None, :] - log_total[:, None])
         d_logit = weight * (slope - d_sum[:, None])
-        tl.store(bias_grad + column, tl.sum(d_logit, 0), mask=inside)
+        tl.store(bias_grad + block, tl.sum(d_logit, 0), mask=inside)
         share += tl.sum(weight, 1)
         total += tl.sum(d_logit, 1)
         acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -180,13 +172,10 @@ def band_gradient_kernel(
     turned = _turned_back(grad, band_order + key_pair * D * D, position, D, DP, BM, PRECISION)
     acc += (g * share)[:, None] * turned
     cells = at[:, None] * D + col[None, :]
-    if MID:
-        acc = acc * scale + tl.load(banded + cells, mask=in_dim[None, :], other=0.0)
-    else:
-        # The gradients of a row's logits add up to zero: what the mean key takes from the exact
-        # keys' products it gives to the low band's.
-        shift = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
-        acc = (acc + total[:, None] * shift[None, :]) * scale
+    # The gradients of a row's logits add up to zero: what the mean key takes from the exact keys'
+    # products it gives to the low band's.
+    shift = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
+    acc = (acc + total[:, None] * shift[None, :]) * scale
     tl.store(banded + cells, acc, mask=in_dim[None, :])
 
 
@@ -221,25 +210,25 @@ def order_gradient_kernel(
 @triton.jit
 def mean_gradient_kernel(
     query, grad, log_sum, delta, key, value, bias, key_grad, value_grad,
-    heads, group_size, tiles, columns, span, scale,
+    heads, group_size, tiles, blocks, span, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN means of one band and key head, over `span` tiles of all heads sharing it.
+    """One program: means of BN blocks of one key head, over `span` tiles of all heads sharing it.
 
-    log_sum: in the frame of the band's keys. Writes float32 sums (parts, key pairs, columns, D).
+    log_sum: in the frame of centred keys. Writes float32 sums (parts, key pairs, blocks, D).
     """
     key_pair = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     kv_heads = heads // group_size
     col = tl.arange(0, DP)
     in_dim = col < D
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = column < columns
-    cells = column[:, None] * D + col[None, :]
+    block = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = block < blocks
+    cells = block[:, None] * D + col[None, :]
     mask = inside[:, None] & in_dim[None, :]
-    k = tl.load(key + key_pair * columns * D + cells, mask=mask, other=0.0)
-    v = tl.load(value + key_pair * columns * D + cells, mask=mask, other=0.0)
+    k = tl.load(key + key_pair * blocks * D + cells, mask=mask, other=0.0)
+    v = tl.load(value + key_pair * blocks * D + cells, mask=mask, other=0.0)
     scale_log2 = scale * LOG2E
     k_acc = tl.zeros((BN, DP), tl.float32)
     v_acc = tl.zeros((BN, DP), tl.float32)
@@ -254,7 +243,7 @@ def mean_gradient_kernel(
             d_out = _load_rows(grad + first_row * D, at, col, D, DP)
             log_total = tl.load(log_sum + first_row + at)
             d_sum = tl.load(delta + first_row + at)
-            own = bias + (pair * tiles + start // 128) * columns + column
+            own = bias + (pair * tiles + start // 128) * blocks + block
             b = tl.load(own, mask=inside, other=-float("inf"))
             logit = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             slope = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
@@ -262,35 +251,31 @@ def mean_gradient_kernel(
             v_acc = tl.dot(weight.to(q.dtype), d_out, v_acc, input_precision=PRECISION)
             d_logit = weight * (slope - d_sum[None, :])
             k_acc = tl.dot(d_logit.to(q.dtype), q, k_acc, input_precision=PRECISION)
-    to = (part * tl.num_programs(1) + key_pair) * columns * D + cells
+    to = (part * tl.num_programs(1) + key_pair) * blocks * D + cells
     tl.store(key_grad + to, k_acc * scale, mask=mask)
     tl.store(value_grad + to, v_acc, mask=mask)
 
 
 @triton.jit
-def _centred(x, valid, size, PER: tl.constexpr, C: tl.constexpr):
-    """Rows of x (64, C) less the mean of their group of PER; size: (64,) true rows of the group."""
-    sums = tl.sum(tl.reshape(x, (BLOCK // PER, PER, C)), 1)
-    sums = tl.broadcast_to(sums[:, None, :], (BLOCK // PER, PER, C))
-    mean = tl.reshape(sums, (BLOCK, C)) / size[:, None]
-    return tl.where(valid[:, None], x - mean, 0.0)
+def _centred(x, valid, size):
+    """Rows of x (64, C), zero where there is no token, less their mean; size: true rows."""
+    return tl.where(valid[:, None], x - (tl.sum(x, 0) / size)[None, :], 0.0)
 
 
 @triton.jit
 def _through_means(
     own, other, rows, block, tokens, mean_grad, var_grad, order_grad, order_factor,
-    D: tl.constexpr, DP: tl.constexpr, PER: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a band with a mean for every PER tokens gives to one block's keys, or to its values.
+    """What the low band gives to one block's keys, or to its values.
 
     own: whose gradient it is, other: the values, or the keys. order_grad: H-bar's (D, D) in the
     keys' type, to be multiplied by the number at order_factor.
     """
-    lane = tl.arange(0, BLOCK)
     col = tl.arange(0, DP)
-    mean = block * (BLOCK // PER) + lane // PER
-    size = tl.minimum(tl.maximum(tokens - mean * PER, 1), PER).to(tl.float32)
+    in_dim = col < D
+    size = tl.minimum(tokens - block * BLOCK, BLOCK).to(tl.float32)
     valid = rows < tokens
     acc = tl.zeros((BLOCK, DP), tl.float32)
     for start in range(0, DP, SLICE):
@@ -300,32 +285,29 @@ def _through_means(
             mask=valid[:, None] & (part < D)[None, :],
             other=0.0,
         )
-        inside = (part < D)[:, None] & (col < D)[None, :]
+        inside = (part < D)[:, None] & in_dim[None, :]
         if KEYS:
             cells = part[:, None] * D + col[None, :]
         else:
             cells = col[None, :] * D + part[:, None]
         h = tl.load(order_grad + cells, mask=inside, other=0.0)
-        x = _centred(x.to(tl.float32), valid, size, PER, SLICE).to(h.dtype)
+        x = _centred(x.to(tl.float32), valid, size).to(h.dtype)
         acc = tl.dot(x, h, acc, input_precision=PRECISION)
-    cells = mean[:, None] * D + col[None, :]
-    mask = valid[:, None] & (col < D)[None, :]
-    shared = tl.load(mean_grad + cells, mask=mask, other=0.0)
+    shared = tl.load(mean_grad + block * D + col, mask=in_dim, other=0.0)[None, :]
     if KEYS:
+        mask = valid[:, None] & in_dim[None, :]
         k = tl.load(own + rows[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        spread = tl.load(var_grad + cells, mask=mask, other=0.0)
-        shared += 2.0 * spread * _centred(k, valid, size, PER, DP)
-    return acc * tl.load(order_factor) + shared / size[:, None]
+        spread = tl.load(var_grad + block * D + col, mask=in_dim, other=0.0)
+        shared = shared + 2.0 * spread[None, :] * _centred(k, valid, size)
+    return acc * tl.load(order_factor) + shared / size
 
 
 @triton.jit
 def finish_kernel(
-    own, other, valid, exact_grad, order, out,
-    low_mean_grad, low_var_grad, low_order_grad, low_order_factor,
-    fine_mean_grad, fine_var_grad, fine_order_grad, fine_order_factor,
+    own, other, valid, exact_grad, order, out, mean_grad, var_grad, order_grad, order_factor,
     stride_ob, stride_oh, stride_on,
     kv_heads, tokens, blocks, all_blocks, text, text_before,
-    D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr, MID: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of one block's keys, or of its values, in the model's order.
@@ -348,19 +330,11 @@ def finish_kernel(
     own += first * D
     other += first * D
     if block < blocks:
-        low = key_pair * blocks * D
+        means = key_pair * blocks * D
         total += _through_means(
-            own, other, rows, block, tokens, low_mean_grad + low, low_var_grad + low,
-            low_order_grad + key_pair * D * D, low_order_factor + key_pair,
-            D, DP, BLOCK, SLICE, KEYS, PRECISION,
+            own, other, rows, block, tokens, mean_grad + means, var_grad + means,
+            order_grad + key_pair * D * D, order_factor + key_pair, D, DP, SLICE, KEYS, PRECISION,
         )  # fmt: skip
-        if MID:
-            fine = key_pair * blocks * 8 * D
-            total += _through_means(
-                own, other, rows, block, tokens, fine_mean_grad + fine, fine_var_grad + fine,
-                fine_order_grad + key_pair * D * D, fine_order_factor + key_pair,
-                D, DP, 8, SLICE, KEYS, PRECISION,
-            )  # fmt: skip
     x = (block - blocks) * BLOCK + lane
     is_video = block < blocks
     inside = tl.where(is_video, rows < tokens, x < text)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels.launch import padded_dim
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.triton_backward import key_gradient_kernel, query_gradient_kernel
@@ -31,7 +31,7 @@ from freqopt.kernels.triton_backward_parts import (
     Sums,
     by_key_head,
     copy_rows,
-    make_bands,
+    make_band,
     make_lists,
     shapes_for,
     softmax_sums,
@@ -48,7 +48,7 @@ PAIR_BYTES = 40
 """Of one (query tile, key block) pair: lists, bias and its gradient, and PyTorch's temporaries."""
 
 MEAN_PROGRAMS = 1024
-"""Programs that a band's means are spread over, by cutting the tiles into ranges."""
+"""Programs that the means are spread over, by cutting the tiles into ranges."""
 
 ORDER_TILES = 16
 """Query tiles per program of the first-order matrix's gradient: amortises its (D, D) sum."""
@@ -58,7 +58,7 @@ ORDER_COLUMNS = 64
 
 
 class BandGradients(NamedTuple):
-    """Gradients of a band's means, variances (B, Hkv, columns, D) and H-bar (B, Hkv, D, D).
+    """Gradients of the low band's means, variances (B, Hkv, J, D) and H-bar (B, Hkv, D, D).
 
     float32 but for that of H-bar, which is in the keys' type and scaled to at most 1: to be
     multiplied by order_factor (B, Hkv). pooled (B, H, I, D): of the mean squared queries.
@@ -75,7 +75,7 @@ class BandGradients(NamedTuple):
 def order_gradient(
     call: Call, rows: Rows, share: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of a band's H-bar over the number of tokens: scaled to at most 1, and by what."""
+    """Gradient of H-bar over the number of tokens: scaled to at most 1, and by what."""
     columns, spans = min(padded_dim(call.dim), ORDER_COLUMNS), triton.cdiv(call.tiles, ORDER_TILES)
     parts = call.single(call.batch, call.heads, spans, call.dim, call.dim)
     order_gradient_kernel[(spans, call.pairs, triton.cdiv(call.dim, columns))](
@@ -89,19 +89,17 @@ def order_gradient(
     return (order / largest[..., None, None]).to(rows.query.dtype), largest
 
 
-def mean_gradients(
-    call: Call, rows: Rows, band: Band, log_sum: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a band's mean keys and values; log_sum: in the frame of its keys."""
-    columns, shape = band.key.shape[2], call.shapes.means
-    groups = triton.cdiv(columns, call.shapes.keys)
+def mean_gradients(call: Call, rows: Rows, band: Band, sums: Sums) -> tuple[Tensor, Tensor]:
+    """Gradients of the low band's mean keys and values."""
+    shape = call.shapes.means
+    groups = triton.cdiv(call.blocks, call.shapes.keys)
     ranges = max(min(MEAN_PROGRAMS // (groups * call.key_pairs), call.tiles), 1)
     span = triton.cdiv(call.tiles, ranges)
     ranges = triton.cdiv(call.tiles, span)
     grads = [call.single(ranges, *band.key.shape) for _ in range(2)]
     mean_gradient_kernel[(groups, call.key_pairs, ranges)](
-        rows.query, rows.grad, log_sum, delta, band.key, band.value, band.bias, *grads,
-        call.heads, call.group_size, call.tiles, columns, span, call.scale,
+        rows.query, rows.grad, sums.centred, rows.low_delta, band.key, band.value, band.bias,
+        *grads, call.heads, call.group_size, call.tiles, call.blocks, span, call.scale,
         BN=call.shapes.keys, **call.options(shape),
     )  # fmt: skip
     return grads[0].sum(0), grads[1].sum(0)
@@ -109,32 +107,26 @@ def mean_gradients(
 
 def band_gradients(
     call: Call, rows: Rows, band: Band, sums: Sums, key_shift: Tensor, coefficients: Tensor,
-    banded: Tensor, *, mid: bool,
+    banded: Tensor,
 ) -> BandGradients:  # fmt: skip
-    """Gradients through one band; that of the queries is written, or with `mid` added, to banded.
+    """Gradients through the low band; that of the queries is written to banded.
 
     banded: (B, H, R, D) float32.
     """
-    columns, shape = band.key.shape[2], call.shapes.bands
+    shape = call.shapes.bands
     parts = call.rows // shape.rows
-    bias_grad = call.single(call.batch, call.heads, parts, columns)
+    bias_grad = call.single(call.batch, call.heads, parts, call.blocks)
     share = call.single(call.batch, call.heads, call.rows)
-    delta = rows.mid_delta if mid else rows.low_delta
     band_gradient_kernel[(parts, call.pairs)](
-        rows.query, rows.grad, rows.offset, sums.centred, delta, band.key, band.value, band.bias,
+        rows.query, rows.grad, sums.centred, rows.low_delta, band.key, band.value, band.bias,
         key_shift, coefficients, band.order, banded, bias_grad, share,
-        call.heads, call.group_size, call.tiles, columns, call.scale, MID=mid,
-        **call.options(shape),
+        call.heads, call.group_size, call.tiles, call.blocks, call.scale, **call.options(shape),
     )  # fmt: skip
     bias_grad = bias_grad.unflatten(2, (call.tiles, -1)).sum(3)
     spread_grad = bias_grad * band.slope * (0.5 * call.scale**2)
     spread_grad = by_key_head(spread_grad, call.kv_heads)
-    key_grad, value_grad = mean_gradients(
-        call, rows, band, sums.plain if mid else sums.centred, delta
-    )
     return BandGradients(
-        key_grad,
-        value_grad,
+        *mean_gradients(call, rows, band, sums),
         spread_grad.mT @ by_key_head(rows.pooled, call.kv_heads),
         *order_gradient(call, rows, share, coefficients),
         (spread_grad @ band.var).view_as(rows.pooled),
@@ -151,17 +143,14 @@ class Results(NamedTuple):
 
 def exact_gradients(
     call: Call, rows: Rows, blocks: Blocks, lists: Lists, sums: Sums, banded: Tensor,
-    through: list[BandGradients], results: Results,
+    through: BandGradients, results: Results,
 ) -> None:  # fmt: skip
-    """Gradients through the exact pairs, with those through the bands added, into `results`."""
+    """Gradients through the exact pairs, with those through the band added, into `results`."""
     tokens, text, before = call.sequence.tokens, call.sequence.text, call.sequence.text_before
-    pooled_grad = through[0].pooled
-    for gradients in through[1:]:
-        pooled_grad = pooled_grad + gradients.pooled
     sizes = (call.heads, call.group_size)
     query_gradient_kernel[(call.rows // call.shapes.query.rows, call.pairs)](
         rows.query, rows.grad, *blocks, sums.plain, rows.delta, lists.blocks, lists.block_counts,
-        banded, pooled_grad, call.order, results.query, *results.query.stride()[:3],
+        banded, through.pooled, call.order, results.query, *results.query.stride()[:3],
         *sizes, tokens, call.tiles, call.blocks, call.all_blocks, before, call.scale,
         **call.options(call.shapes.query),
     )  # fmt: skip
@@ -176,13 +165,13 @@ def exact_gradients(
             (blocks.key, blocks.value, key_grad, results.key) if keys
             else (blocks.value, blocks.key, value_grad, results.value)
         )  # fmt: skip
-        bands = [[x.key if keys else x.value, x.var, x.order, x.order_factor] for x in through]
         finish_kernel[(call.all_blocks, call.key_pairs)](
-            own, other, blocks.valid, exact, call.order, result, *bands[0], *bands[-1],
-            *result.stride()[:3],
+            own, other, blocks.valid, exact, call.order, result,
+            through.key if keys else through.value, through.var, through.order,
+            through.order_factor, *result.stride()[:3],
             call.kv_heads, tokens, call.blocks, call.all_blocks, text, before,
             D=call.dim, DP=padded_dim(call.dim), SLICE=call.shapes.slice, KEYS=keys,
-            MID=call.mid_band, PRECISION=call.shapes.precision, num_warps=8, num_stages=1,
+            PRECISION=call.shapes.precision, num_warps=8, num_stages=1,
         )  # fmt: skip
 
 
@@ -192,19 +181,14 @@ def heads_backward(
 ) -> None:  # fmt: skip
     """The backward pass of heads that go together, into `results`; text queries apart."""
     launch = launch_on(query.device, query.dtype, call.dim, call.sequence.tokens)
-    summaries = summarise(key, value, call.sequence, call.mid_band, launch)
+    summaries = summarise(key, value, call.sequence, launch)
     blocks = with_text(summaries, key, value, key_mask, call.sequence)
     lists = make_lists(route, call.all_blocks)
     rows = copy_rows(call, query, grad, out, summaries, coefficients)
-    bands = make_bands(call, summaries, route, rows.pooled, coefficients[..., 0, None, None])
-    sums = softmax_sums(call, rows, blocks, bands, lists)
+    band = make_band(call, summaries, route, rows.pooled, coefficients[..., 0, None, None])
+    sums = softmax_sums(call, rows, blocks, band, lists)
     banded = call.single(call.batch, call.heads, call.rows, call.dim)
-    through = [
-        band_gradients(
-            call, rows, band, sums, summaries.key_shift, coefficients, banded, mid=i > 0
-        )
-        for i, band in enumerate(bands)
-    ]  # fmt: skip
+    through = band_gradients(call, rows, band, sums, summaries.key_shift, coefficients, banded)
     exact_gradients(call, rows, blocks, lists, sums, banded, through, results)
 
 
@@ -220,7 +204,6 @@ def split_backward(
     sequence: Sequence,
     *,
     scale: float,
-    mid_band: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value (B, H or Hkv, N, D), as chunked.split_backward.
 
@@ -237,15 +220,14 @@ def split_backward(
         for x in (query, key, value)
     )
     copies = 2 * (query.element_size() + 4) * tiles * QUERY_TILE * dim
-    means = 1 + (KEY_BLOCK // SUB_BLOCK if mid_band else 0)
-    per_head = (1 + shared) * copies + shared * means * tiles * blocks * PAIR_BYTES
+    per_head = (1 + shared) * copies + shared * tiles * blocks * PAIR_BYTES
     with torch.cuda.device_of(query):
         for row in turns(batch, kv_heads, per_head, WORKSPACE):
             for items, kv in row:
                 own = slice(kv.start * shared, kv.stop * shared)
                 call = Call(
                     items.stop - items.start, own.stop - own.start, kv.stop - kv.start, dim, tiles,
-                    blocks, sequence, scale, mid_band, shapes_for(query.dtype, dim), query.device,
+                    blocks, sequence, scale, shapes_for(query.dtype, dim), query.device,
                 )  # fmt: skip
                 heads_backward(
                     call, grad[items, own], query[items, own], key[items, kv], value[items, kv],

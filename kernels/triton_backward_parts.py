@@ -1,4 +1,4 @@
-"""What the backward kernels read: tile shapes, lists of pairs, copies of rows, the bands' biases.
+"""What the backward kernels read: tile shapes, lists of pairs, copies of rows, biases of means.
 
 Shapes: I query tiles, J key blocks, R = I * 128 rows. Nothing here waits for the device.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.grid import token_order
 from freqopt.kernels import reference as ref
 from freqopt.kernels.launch import padded_dim
@@ -36,9 +36,9 @@ class Shapes(NamedTuple):
     """Tile choices of the backward kernels for one type and head dim.
 
     sum_columns: exact keys per step of the sums; keys: keys, or means, per program of their
-    gradients; bands: of the queries' gradients through a band, and of the copies in token order;
-    means: of the gradients of a band's means; slice: channels per step of the products with H-bar's
-    gradient.
+    gradients; bands: of the queries' gradients through the low band, and of the copies in token
+    order; means: of the gradients of its means; slice: channels per step of the products with
+    H-bar's gradient.
     """
 
     sums: Shape
@@ -90,8 +90,8 @@ class Rows(NamedTuple):
     """Copies of queries and output gradients in token order (B, H, R, D), and what a row adds.
 
     R = tiles * 128, zeros past the last token. offset: the mean key's logit, base 2; delta: output
-    times its gradient; low_delta, mid_delta: less the band's first-order term (B, H, R); pooled:
-    mean squared query of each tile (B, H, I, D). float32 but for the copies.
+    times its gradient; low_delta: less the first-order term (B, H, R); pooled: mean squared query
+    of each tile (B, H, I, D). float32 but for the copies.
     """
 
     query: Tensor
@@ -99,7 +99,6 @@ class Rows(NamedTuple):
     offset: Tensor
     delta: Tensor
     low_delta: Tensor
-    mid_delta: Tensor
     pooled: Tensor
 
 
@@ -113,10 +112,10 @@ class Lists(NamedTuple):
 
 
 class Band(NamedTuple):
-    """One band's means (B, Hkv, columns, D) and H-bar, and what is added to their logits.
+    """The low band's means (B, Hkv, J, D) and H-bar, and what is added to their logits.
 
-    var: variance of the keys behind each mean, float32; bias (B, H, I, columns) float32, base 2:
-    -inf where a pair is not of this band; slope: of the bias in the second-order mass, in nats.
+    var: variance of the keys behind each mean, float32; bias (B, H, I, J) float32, base 2: -inf
+    where a pair is exact; slope: of the bias in the second-order mass, in nats.
     """
 
     key: Tensor
@@ -148,7 +147,6 @@ class Call(NamedTuple):
     blocks: int
     sequence: Sequence
     scale: float
-    mid_band: bool
     shapes: Shapes
     device: torch.device
 
@@ -245,18 +243,17 @@ def copy_rows(
         torch.empty(*per_row, call.dim, device=x.device, dtype=x.dtype) for x in (query, grad)
     ]
     offset, delta, low_delta = (call.single(*per_row) for _ in range(3))
-    mid_delta = call.single(*per_row) if call.mid_band else delta
     squares = call.single(call.batch, call.heads, parts, call.dim)
     rows_kernel[(parts, call.pairs)](
         query, grad, out, call.order, summaries.key_shift, coefficients, summaries.low_order,
-        summaries.fine_order, *copies, offset, delta, low_delta, mid_delta, squares,
+        *copies, offset, delta, low_delta, squares,
         *query.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
         call.heads, call.group_size, call.sequence.tokens, call.tiles,
-        call.sequence.text_before, call.scale, MID=call.mid_band, **call.options(shape),
+        call.sequence.text_before, call.scale, **call.options(shape),
     )  # fmt: skip
     count = ref.block_counts(call.sequence.tokens, QUERY_TILE, call.device)
     pooled = squares.unflatten(2, (call.tiles, -1)).sum(3) / count[:, None]
-    return Rows(copies[0], copies[1], offset, delta, low_delta, mid_delta, pooled)
+    return Rows(copies[0], copies[1], offset, delta, low_delta, pooled)
 
 
 def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -264,51 +261,28 @@ def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     return torch.unflatten(x, 1, (kv_heads, -1)).flatten(2, 3)
 
 
-def make_band(
-    call: Call, key: Tensor, value: Tensor, var: Tensor, order: Tensor, chosen: Tensor, size: int,
-    pooled: Tensor, c: Tensor,
-) -> Band:  # fmt: skip
-    """Biases of a band with a mean for every `size` tokens; chosen: (B, H, I, columns) bool."""
-    count = ref.block_counts(call.sequence.tokens, size, call.device)
-    count = F.pad(count, (0, key.shape[2] - count.numel()))
-    capacity, var = count.log(), var.float()
+def make_band(call: Call, summaries: Summaries, route: Tensor, pooled: Tensor, c: Tensor) -> Band:
+    """The low band with its biases; c: (B, H, 1, 1)."""
+    capacity = ref.block_counts(call.sequence.tokens, KEY_BLOCK, call.device).log()
+    var = summaries.key_var.float()
     spread = by_key_head(pooled, call.kv_heads) @ var.mT * (0.5 * call.scale**2)
     spread = spread.view(call.batch, call.heads, call.tiles, -1)
-    bias = torch.where(chosen, (capacity + c * torch.minimum(spread, capacity)) * LOG2E, -torch.inf)
-    return Band(key, value, var, order, bias, torch.where(spread < capacity, c, 0.0))
+    logit = (capacity + c * torch.minimum(spread, capacity)) * LOG2E
+    bias = torch.where(route == ref.LOW, logit, -torch.inf)
+    return Band(
+        summaries.low_key, summaries.low_value, var, summaries.low_order, bias,
+        torch.where(spread < capacity, c, 0.0),
+    )  # fmt: skip
 
 
-def make_bands(
-    call: Call, summaries: Summaries, route: Tensor, pooled: Tensor, c: Tensor
-) -> list[Band]:
-    """The low band and, if the call has one, the mid band."""
-    bands = [
-        make_band(
-            call, summaries.low_key, summaries.low_value, summaries.key_var, summaries.low_order,
-            route == ref.LOW, KEY_BLOCK, pooled, c,
-        )
-    ]  # fmt: skip
-    if call.mid_band:
-        chosen = (route == ref.MID).repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)
-        fine = torch.arange(chosen.shape[-1], device=call.device) * SUB_BLOCK
-        bands.append(
-            make_band(
-                call, summaries.fine_key, summaries.fine_value, summaries.fine_var,
-                summaries.fine_order, chosen & (fine < call.sequence.tokens), SUB_BLOCK, pooled, c,
-            )
-        )  # fmt: skip
-    return bands
-
-
-def softmax_sums(call: Call, rows: Rows, blocks: Blocks, bands: list[Band], lists: Lists) -> Sums:
+def softmax_sums(call: Call, rows: Rows, blocks: Blocks, band: Band, lists: Lists) -> Sums:
     """Walk everything the queries attend to, for their weights' normaliser."""
-    shape, low, mid = call.shapes.sums, bands[0], bands[-1]
+    shape = call.shapes.sums
     sums = Sums(*(call.single(call.batch, call.heads, call.rows) for _ in range(2)))
     sum_kernel[(call.rows // shape.rows, call.pairs)](
-        rows.query, rows.offset, blocks.key, blocks.valid, low.key, low.bias, mid.key, mid.bias,
+        rows.query, rows.offset, blocks.key, blocks.valid, band.key, band.bias,
         lists.blocks, lists.block_counts, *sums,
         call.heads, call.group_size, call.sequence.tokens, call.tiles, call.blocks,
-        call.all_blocks, mid.key.shape[2], call.scale,
-        BN=call.shapes.sum_columns, MID=call.mid_band, **call.options(shape),
+        call.all_blocks, call.scale, BN=call.shapes.sum_columns, **call.options(shape),
     )  # fmt: skip
     return sums

@@ -10,7 +10,6 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 TILE = tl.constexpr(128)  # freqopt.config.QUERY_TILE
-MID_RATIO = tl.constexpr(0.25)  # freqopt.config.MID_RATIO
 INFINITY = tl.constexpr(0x7F800000)  # as bits
 
 
@@ -39,9 +38,9 @@ def _count_from(score, tiles, blocks, low, middle, high, CELLS: tl.constexpr):
 
 @triton.jit
 def density_kernel(
-    score, limits, kept, tiles, blocks, MID: tl.constexpr, CELLS: tl.constexpr
+    score, limits, kept, tiles, blocks, CELLS: tl.constexpr
 ):  # fmt: skip
-    """One program per (batch, head): its thresholds (2,), where `kept` of its pairs are exact.
+    """One program per (batch, head): its threshold, at which `kept` of its pairs are exact.
 
     Finds the bits of the kept-th largest of the head's (tiles, blocks) scores from the top, two at
     a time, as the largest number that enough scores reach.
@@ -58,6 +57,4 @@ def density_kernel(
         )
         enough = (one >= kept).to(tl.int32) + (two >= kept).to(tl.int32)
         found += step * (enough + (three >= kept).to(tl.int32))
-    exact = found.to(tl.float32, bitcast=True)
-    tl.store(limits + pair * 2, exact)
-    tl.store(limits + pair * 2 + 1, exact * MID_RATIO if MID else exact)
+    tl.store(limits + pair, found.to(tl.float32, bitcast=True))

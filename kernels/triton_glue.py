@@ -13,7 +13,6 @@ from freqopt.kernels.reference import C_MAX, G_MAX, NEWTON_STEPS
 from freqopt.kernels.triton_attend import _online_step, _text_logits, _turned
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
-SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MIDDLE = tl.constexpr(2.0794415416798357)  # of what a mass term can be, 0 to log(64)
@@ -25,16 +24,10 @@ G_TOP = tl.constexpr(G_MAX)
 
 
 @triton.jit
-def limits_kernel(budget, limits, heads, MID: tl.constexpr):
-    """One program per (batch, head): its two thresholds from the (2, heads) budget."""
+def limits_kernel(budget, limits, heads):
+    """One program per (batch, head): its threshold from the (heads,) budget."""
     pair = tl.program_id(0)
-    head = pair % heads
-    exact = tl.load(budget + head)
-    middle = exact
-    if MID:
-        middle = tl.load(budget + heads + head)
-    tl.store(limits + pair * 2, exact)
-    tl.store(limits + pair * 2 + 1, middle)
+    tl.store(limits + pair, tl.load(budget + pair % heads))
 
 
 @triton.jit
@@ -116,29 +109,6 @@ def order_kernel(first_order, out, groups, tokens, cells, CELLS: tl.constexpr):
 
 
 @triton.jit
-def pool_kernel(
-    query, order, pooled, stride_qb, stride_qh, stride_qn, heads, tokens, probes, text_before,
-    D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Mean squared query of the tile of each probe, (pairs, probes, D): for mid-band mass terms."""
-    probe = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    first = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes) // 128 * 128
-    col = tl.arange(0, DP)
-    position = first + tl.arange(0, 128)
-    real = position < tokens
-    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
-    rows = query + (pair // heads) * stride_qb + (pair % heads) * stride_qh
-    q = tl.load(
-        rows + source[:, None] * stride_qn + col[None, :],
-        mask=real[:, None] & (col < D)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    size = tl.minimum(tokens - first, 128).to(tl.float32)
-    tl.store(pooled + (pair * probes + probe) * D + col, tl.sum(q * q, 0) / size, mask=col < D)
-
-
-@triton.jit
 def merge_kernel(
     peak, mass, exact_out, missing_out, probes, parts,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr,
@@ -193,7 +163,7 @@ def _probe_rows(
 
 @triton.jit
 def _store_moments(
-    moments, logit, term, pair, probes, first, unit, units, last, BP: tl.constexpr, BJ: tl.constexpr
+    moments, logit, term, pair, probes, first, unit, units, BP: tl.constexpr, BJ: tl.constexpr
 ):  # fmt: skip
     """Sums over cells (BP, BJ) of exp(logit + term) * (term - MIDDLE)^k, k below MOMENTS.
 
@@ -202,13 +172,13 @@ def _store_moments(
 
     moments: (pairs, ceil(probes / UNIT), units, MOMENTS), for units of UNIT by UNIT cells, so that
     who reads them need not know this tile. Its sums are those of its first unit, of probe `first`
-    and columns `unit`; the others get zeros, but for columns from `last` on, which are not its own.
+    and columns `unit`; the others get zeros.
     """
     row = tl.arange(0, BP // UNIT)
     column = tl.arange(0, BJ // UNIT)
     all_rows = tl.cdiv(probes, UNIT)
     at = (pair * all_rows + first // UNIT + row)[:, None] * units + unit + column[None, :]
-    inside = (first // UNIT + row < all_rows)[:, None] & (unit + column < last)[None, :]
+    inside = (first // UNIT + row < all_rows)[:, None] & (unit + column < units)[None, :]
     own = (row == 0)[:, None] & (column == 0)[None, :]
     power = tl.exp(logit + term)
     off = term - MIDDLE
@@ -220,20 +190,18 @@ def _store_moments(
 
 @triton.jit
 def estimate_kernel(
-    query, order, low_key, fine_key, fine_var, key_shift, mass_term, route, pooled, peak,
-    logit_out, term_out, moments,
+    query, order, low_key, mass_term, peak, logit_out, term_out, moments,
     stride_qb, stride_qh, stride_qn,
-    heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, MID: tl.constexpr,
+    heads, group_size, tokens, tiles, blocks, probes, parts, text_before, scale,
+    D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
     PRECISION: tl.constexpr, BY_PROBE: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: BP probes of one head against BJ columns of the approximate bands.
+    """One program: BP probes of one head against BJ key blocks of the low band.
 
-    BY_PROBE: mass_term and route have a row for each probe, not for each tile.
+    BY_PROBE: mass_term has a row for each probe, not for each tile.
 
-    Columns are the key blocks, then (with MID) the sub-blocks. Writes (pairs, probes, columns):
-    logits less the probe's softmax sum, float32, -inf where another band serves the pair; and what
-    the probe's c multiplies, float16. And moments, as `_store_moments` says.
+    Writes (pairs, probes, blocks): logits less the probe's softmax sum, float32, -inf where the
+    pair is exact; what the probe's c multiplies, float16; and moments, see `_store_moments`.
     """
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -248,81 +216,46 @@ def estimate_kernel(
     )  # fmt: skip
     row = (pair * tiles + (probe if BY_PROBE else tile))[:, None] * blocks
     log_total = tl.load(peak + pair * parts * probes + probe, mask=real, other=0.0)
-    low_steps = tl.cdiv(blocks, BJ)
     step = tl.program_id(0)
-    out = (pair * probes + probe)[:, None] * columns
-    units = tl.cdiv(blocks, UNIT)
-    last = units + tl.cdiv(columns - blocks, UNIT)
-    if step < low_steps:
-        block = step * BJ + tl.arange(0, BJ)
-        inside = block < blocks
-        cells = real[:, None] & inside[None, :]
-        k = tl.load(
-            low_key + (key_pair * blocks + block)[:, None] * D + col[None, :],
-            mask=inside[:, None] & in_dim,
-            other=0.0,
-        )
-        term = tl.load(mass_term + row + block[None, :], mask=cells, other=-1.0).to(tl.float32)
-        size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
-        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.log(size)[None, :]
-        logit = tl.where(term >= 0.0, logit - log_total[:, None], -float("inf"))
-        tl.store(logit_out + out + block[None, :], logit, mask=cells)
-        term = tl.maximum(term, 0.0).to(term_out.dtype.element_ty)
-        tl.store(term_out + out + block[None, :], term, mask=cells)
-        _store_moments(
-            moments, logit, term.to(tl.float32), pair, probes, tl.program_id(2) * BP,
-            step * (BJ // UNIT), last, units, BP, BJ,
-        )  # fmt: skip
-    elif MID:
-        RATIO: tl.constexpr = BLOCK // SUB
-        fine = (step - low_steps) * BJ + tl.arange(0, BJ)
-        size = tl.minimum(tl.maximum(tokens - fine * SUB, 0), SUB).to(tl.float32)
-        inside = fine < blocks * RATIO
-        cells = real[:, None] & inside[None, :]
-        mask = inside[:, None] & in_dim
-        where = (key_pair * blocks * RATIO + fine)[:, None] * D + col[None, :]
-        shift = tl.load(key_shift + key_pair * D + col, mask=col < D, other=0.0)
-        mean = tl.load(fine_key + where, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.where(mask, mean - shift[None, :], 0.0)
-        var = tl.load(fine_var + where, mask=mask, other=0.0).to(tl.float32)
-        square = tl.load(
-            pooled + (pair * probes + probe)[:, None] * D + col[None, :],
-            mask=real[:, None] & in_dim,
-            other=0.0,
-        )
-        band = tl.load(route + row + (fine * SUB // BLOCK)[None, :], mask=cells, other=0)
-        capacity = tl.log(tl.maximum(size, 1.0))[None, :]
-        logit = tl.dot(q.to(tl.float32), tl.trans(mean), input_precision=PRECISION) * scale
-        logit += capacity
-        spread = tl.dot(square, tl.trans(var), input_precision=PRECISION) * (0.5 * scale * scale)
-        used = (band == 1) & (size > 0)[None, :]
-        logit = tl.where(used, logit - log_total[:, None], -float("inf"))
-        tl.store(logit_out + out + (blocks + fine)[None, :], logit, mask=cells)
-        term = tl.minimum(spread, capacity).to(term_out.dtype.element_ty)
-        tl.store(term_out + out + (blocks + fine)[None, :], term, mask=cells)
-        _store_moments(
-            moments, logit, term.to(tl.float32), pair, probes, tl.program_id(2) * BP,
-            units + (step - low_steps) * (BJ // UNIT), last, last, BP, BJ,
-        )  # fmt: skip
+    out = (pair * probes + probe)[:, None] * blocks
+    block = step * BJ + tl.arange(0, BJ)
+    inside = block < blocks
+    cells = real[:, None] & inside[None, :]
+    k = tl.load(
+        low_key + (key_pair * blocks + block)[:, None] * D + col[None, :],
+        mask=inside[:, None] & in_dim,
+        other=0.0,
+    )
+    term = tl.load(mass_term + row + block[None, :], mask=cells, other=-1.0).to(tl.float32)
+    size = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
+    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.log(size)[None, :]
+    logit = tl.where(term >= 0.0, logit - log_total[:, None], -float("inf"))
+    tl.store(logit_out + out + block[None, :], logit, mask=cells)
+    term = tl.maximum(term, 0.0).to(term_out.dtype.element_ty)
+    tl.store(term_out + out + block[None, :], term, mask=cells)
+    _store_moments(
+        moments, logit, term.to(tl.float32), pair, probes, tl.program_id(2) * BP,
+        step * (BJ // UNIT), tl.cdiv(blocks, UNIT), BP, BJ,
+    )  # fmt: skip
 
 
 @triton.jit
-def _shares(logit, term, pair, probe, probes, column, columns, c):
-    """Softmax shares of columns with c on their mass terms, (BP, BJ)."""
-    cells = (probe < probes)[:, None] & (column < columns)[None, :]
-    at = (pair * probes + probe)[:, None] * columns + column[None, :]
+def _shares(logit, term, pair, probe, probes, block, blocks, c):
+    """Softmax shares of key blocks with c on their mass terms, (BP, BJ); 0 past the last block."""
+    cells = (probe < probes)[:, None] & (block < blocks)[None, :]
+    at = (pair * probes + probe)[:, None] * blocks + block[None, :]
     given = tl.load(term + at, mask=cells, other=0.0).to(tl.float32)
     return tl.exp(tl.load(logit + at, mask=cells, other=-float("inf")) + c * given)
 
 
 @triton.jit
 def fit_kernel(
-    query, order, low_value, low_order, fine_value, fine_order, logit, term, moments, mass,
+    query, order, low_value, low_order, logit, term, moments, mass,
     exact_out, missing_out, coefficients, probe_error,
     stride_qb, stride_qh, stride_qn,
-    heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
+    heads, group_size, tokens, blocks, probes, parts, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
-    MID: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
 
@@ -334,7 +267,6 @@ def fit_kernel(
     key_pair = batch * (heads // group_size) + head // group_size
     query += batch * stride_qb + head * stride_qh
     low_value += key_pair * blocks * D
-    fine_value += key_pair * blocks * (BLOCK // SUB) * D
     mass += pair * parts * probes * 2
     exact_out += pair * parts * probes * D
     missing_out += pair * parts * probes * D
@@ -347,7 +279,7 @@ def fit_kernel(
         target += tl.sum(tl.load(mass + probe * 2 + 1, mask=probe < probes, other=0.0), 0)
     k = tl.arange(0, MOMENTS)
     moment = tl.zeros((MOMENTS,), tl.float32)
-    units = tl.cdiv(probes, UNIT) * (tl.cdiv(blocks, UNIT) + tl.cdiv(columns - blocks, UNIT))
+    units = tl.cdiv(probes, UNIT) * tl.cdiv(blocks, UNIT)
     for start in range(0, units, ROWS):
         unit = start + tl.arange(0, ROWS)
         at = (pair * units + unit)[:, None] * MOMENTS + k[None, :]
@@ -371,12 +303,10 @@ def fit_kernel(
         probe = first + tl.arange(0, BP)
         real = probe < probes
         low = tl.zeros((BP,), tl.float32)
-        middle = tl.zeros((BP,), tl.float32)
         plain = tl.zeros((BP, DP), tl.float32)
         for start in range(0, blocks, BJ):
             block = start + tl.arange(0, BJ)
-            share = _shares(logit, term, pair, probe, probes, block, columns, c)
-            share = tl.where((block < blocks)[None, :], share, 0.0)
+            share = _shares(logit, term, pair, probe, probes, block, blocks, c)
             low += tl.sum(share, 1)
             v = tl.load(
                 low_value + block[:, None] * D + col[None, :],
@@ -384,32 +314,17 @@ def fit_kernel(
                 other=0.0,
             ).to(tl.float32)
             plain = tl.dot(share, v, plain, input_precision=PRECISION)
-        if MID:
-            for start in range(0, columns - blocks, BJ):
-                fine = start + tl.arange(0, BJ)
-                share = _shares(logit, term, pair, probe, probes, blocks + fine, columns, c)
-                middle += tl.sum(share, 1)
-                v = tl.load(
-                    fine_value + fine[:, None] * D + col[None, :],
-                    mask=(fine < columns - blocks)[:, None] & in_dim,
-                    other=0.0,
-                ).to(tl.float32)
-                plain = tl.dot(share, v, plain, input_precision=PRECISION)
         rows, _q, _tile = _probe_rows(
             query, order, probe, probes, tokens, text_before, stride_qn, col, D
         )
         turned = low[:, None] * _turned(
             rows, low_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
         )
-        if MID:
-            turned += middle[:, None] * _turned(
-                rows, fine_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
-            )
         cell = probe[:, None] * D + col[None, :]
         mask = real[:, None] & in_dim
         exact = tl.load(exact_out + cell, mask=mask, other=0.0)
         truth = exact + tl.load(missing_out + cell, mask=mask, other=0.0)
-        sums = tl.load(mass + probe * 2, mask=real, other=1.0) + low + middle
+        sums = tl.load(mass + probe * 2, mask=real, other=1.0) + low
         rest = tl.where(mask, truth - (exact + plain) / sums[:, None], 0.0)
         correction = tl.where(mask, turned * scale / sums[:, None], 0.0)
         energy += tl.sum(tl.sum(correction * correction, 1), 0)
@@ -461,7 +376,7 @@ def text_kernel(
         k = tl.load(key + where, mask=in_dim, other=0.0)
         v = tl.load(value + where, mask=in_dim, other=0.0)
         bias = tl.where(column + block * BLOCK < tokens, 0.0, -float("inf"))
-        peak, mass, acc, fade = _online_step(
+        peak, mass, acc = _online_step(
             q, k, v, bias[None, :], none, scale_log2, peak, mass, acc, PRECISION
         )
     text_key += batch * stride_kb + key_head * stride_kh

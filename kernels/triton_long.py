@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from freqopt.kernels.triton_prepare import EXACT, LOW
+
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 TILE = tl.constexpr(128)  # freqopt.config.QUERY_TILE
 PER_BYTE = tl.constexpr(4)  # freqopt.kernels.layout.PER_BYTE
@@ -17,8 +19,8 @@ INFINITY = tl.constexpr(0x7F800000)  # as bits
 
 @triton.jit
 def route_tiles_kernel(
-    score, threshold, mass_term, packed, exact_list, mid_list, counts, tile_list,
-    tiles, all_tiles, blocks, bytes_per_tile, BJ: tl.constexpr, MID: tl.constexpr,
+    score, threshold, mass_term, packed, exact_list, counts, tile_list,
+    tiles, all_tiles, blocks, bytes_per_tile, BJ: tl.constexpr,
 ):  # fmt: skip
     """One program: the route of one listed tile, as `triton_prepare.route_kernel` finds it.
 
@@ -33,10 +35,8 @@ def route_tiles_kernel(
     mass_term += row * blocks
     exact_list += row * blocks
     packed += (pair * all_tiles + tile) * bytes_per_tile
-    exact_from = tl.load(threshold + pair * 2)
-    mid_from = tl.load(threshold + pair * 2 + 1)
+    exact_from = tl.load(threshold + pair)
     exact_count = tl.zeros((), tl.int32)
-    mid_count = tl.zeros((), tl.int32)
     shifts = tl.arange(0, PER_BYTE) * 2
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
@@ -47,20 +47,13 @@ def route_tiles_kernel(
         place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
         tl.store(exact_list + place, block, mask=exact)
         exact_count += tl.sum(exact.to(tl.int32), 0)
-        band = tl.where(exact, 2, 0)
-        if MID:
-            mid = (s >= mid_from) & inside & (band == 0)
-            place = tl.cumsum(mid.to(tl.int32), 0) - 1 + mid_count
-            tl.store(mid_list + row * blocks + place, block, mask=mid)
-            mid_count += tl.sum(mid.to(tl.int32), 0)
-            band = tl.where(mid, 1, band)
+        band = tl.where(exact, EXACT, LOW)
         four = tl.reshape(band, (BJ // PER_BYTE, PER_BYTE)) << shifts[None, :]
         byte = start // PER_BYTE + tl.arange(0, BJ // PER_BYTE)
         tl.store(packed + byte, tl.sum(four, 1).to(tl.uint8), mask=byte < bytes_per_tile)
         minus = tl.full((BJ,), -1.0, mass_term.dtype.element_ty)
-        tl.store(mass_term + block, minus, mask=inside & (band > 0))
-    tl.store(counts + row * 2, exact_count)
-    tl.store(counts + row * 2 + 1, mid_count)
+        tl.store(mass_term + block, minus, mask=exact)
+    tl.store(counts + row, exact_count)
 
 
 @triton.jit

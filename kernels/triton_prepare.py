@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
-SUB = tl.constexpr(8)  # freqopt.config.SUB_BLOCK and SUB_TILE
+SUB = tl.constexpr(8)  # freqopt.config.SUB_TILE, and rows that summaries add up at a time
+LOW = tl.constexpr(0)  # freqopt.kernels.reference.LOW
+EXACT = tl.constexpr(2)  # freqopt.kernels.reference.EXACT
 
 
 @triton.jit
@@ -23,27 +25,18 @@ def _saturated(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _off_mean(x, mean, valid, divisor):
-    """Variance (DP,) of the valid rows of x (SUB, DP) around their mean."""
-    off = tl.where(valid[:, None], x - mean[None, :], 0.0)
-    return tl.sum(off * off, 0) / divisor
-
-
-@triton.jit
 def summarise_kernel(
     key, value, order,
     key_out, value_out, key_mean, low_value, key_var, spread, sums,
-    fine_key, fine_value, fine_var,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, MID: tl.constexpr,
-    COPY: tl.constexpr = True,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, COPY: tl.constexpr = True,
 ):  # fmt: skip
     """One program: GROUP consecutive key blocks of one key head.
 
     Writes the keys and values in token order (with COPY), each block's means, key variance (in the
     keys' type: routing needs no more) and squared value spread, and the group's sums of k, v and
-    v * v (three rows); with MID also means and key variance of sub-blocks of 8.
+    v * v (three rows).
 
     Meant for one warp: rows are added up in registers, 8 at a time, and only lanes exchange sums.
     Exchanging them between warps, through shared memory, took twice the time of the copies.
@@ -89,16 +82,6 @@ def summarise_kernel(
             k_squares += tl.sum(tl.reshape(k * k, (SUB // ROWS, ROWS, DP)), 0)
             v_sums += tl.sum(tl.reshape(v, (SUB // ROWS, ROWS, DP)), 0)
             v_squares += tl.sum(tl.reshape(v * v, (SUB // ROWS, ROWS, DP)), 0)
-            if MID:
-                size = tl.minimum(tl.maximum(tokens - block * BLOCK - part * SUB, 1), SUB)
-                divisor = size.to(tl.float32)
-                k_fine = tl.sum(k, 0) / divisor
-                v_fine = tl.sum(v, 0) / divisor
-                f_var = _off_mean(k, k_fine, valid, divisor)
-                target = (base * (BLOCK // SUB) + part) * D + col
-                tl.store(fine_key + target, k_fine.to(fine_key.dtype.element_ty), mask=there)
-                tl.store(fine_value + target, v_fine.to(fine_value.dtype.element_ty), mask=there)
-                tl.store(fine_var + target, f_var.to(fine_var.dtype.element_ty), mask=there)
 
         count = tl.minimum(tl.maximum(tokens - block * BLOCK, 1), BLOCK).to(tl.float32)
         k_sum, v_sum, v_square = tl.sum(k_sums, 0), tl.sum(v_sums, 0), tl.sum(v_squares, 0)
@@ -124,15 +107,14 @@ def summarise_kernel(
 @triton.jit
 def first_order_kernel(
     key, value, key_mean, first_order, tokens, blocks,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, FINE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     order=None, stride_kb=0, stride_kh=0, stride_kn=0, stride_vb=0, stride_vh=0, stride_vn=0,
     heads=1, text_before=0,
 ):  # fmt: skip
-    """One program: sum of v (k - mean)^T over GROUP consecutive key blocks of one key head.
+    """One program: sum of v (k - block mean)^T over GROUP consecutive key blocks of one key head.
 
     key, value: in token order, (pairs, blocks * 64, D); with an order, as the model gave them, and
-    the arguments after it are theirs. The mean is the block's, or with FINE that of the key's
-    sub-block of 8.
+    the arguments after it are theirs.
     """
     group = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -157,16 +139,8 @@ def first_order_kernel(
             k = tl.load(k_head + source * stride_kn + col[None, :], mask=mask, other=0.0)
             k = k.to(tl.float32)
             v = tl.load(v_head + source * stride_vn + col[None, :], mask=mask, other=0.0)
-        if FINE:
-            size = tl.minimum(
-                tl.maximum(tokens - block * BLOCK - tl.arange(0, BLOCK // SUB) * SUB, 1), SUB
-            )
-            mean = tl.sum(tl.reshape(k, (BLOCK // SUB, SUB, DP)), 1) / size.to(tl.float32)[:, None]
-            mean = tl.broadcast_to(mean[:, None, :], (BLOCK // SUB, SUB, DP))
-            mean = tl.reshape(mean, (BLOCK, DP))
-        else:
-            there = in_dim & (block < blocks)
-            mean = tl.load(key_mean + base * D + col, mask=there, other=0.0)[None, :]
+        there = in_dim & (block < blocks)
+        mean = tl.load(key_mean + base * D + col, mask=there, other=0.0)[None, :]
         k = tl.where(mask, k - mean, 0.0)
         acc = tl.dot(tl.trans(v), k.to(v.dtype), acc)
     cell = tl.arange(0, DP)[:, None] * D + col[None, :]
@@ -177,24 +151,22 @@ def first_order_kernel(
 
 @triton.jit
 def route_kernel(
-    score, threshold, mass_term, route, exact_list, mid_list, counts,
-    tiles, blocks, BJ: tl.constexpr, MID: tl.constexpr, LISTS: tl.constexpr = True, tile_list=None,
+    score, threshold, mass_term, route, exact_list, counts,
+    tiles, blocks, BJ: tl.constexpr, LISTS: tl.constexpr = True, tile_list=None,
 ):  # fmt: skip
     """One program: the route of one query tile.
 
-    threshold: (pairs, 2), exact and mid. Writes the route, the ascending lists of exact and mid
-    blocks with their lengths, and marks in `mass_term` (by -1) the pairs that left the low band.
-    Without LISTS it writes neither lists nor lengths. tile_list: as in score_kernel.
+    threshold: (pairs,). Writes the route, the ascending list of exact blocks with its length, and
+    marks in `mass_term` (by -1) the pairs that left the low band. Without LISTS it writes neither
+    list nor length. tile_list: as in score_kernel.
     """
     tile = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     row = pair * tiles + tile
     if tile_list is not None:
         tile = tl.load(tile_list + tile)
-    exact_from = tl.load(threshold + pair * 2)
-    mid_from = tl.load(threshold + pair * 2 + 1)
+    exact_from = tl.load(threshold + pair)
     exact_count = tl.zeros((), tl.int32)
-    mid_count = tl.zeros((), tl.int32)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
         inside = block < blocks
@@ -204,18 +176,9 @@ def route_kernel(
             place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
             tl.store(exact_list + row * blocks + place, block, mask=exact)
             exact_count += tl.sum(exact.to(tl.int32), 0)
-        band = tl.where(exact, 2, 0)
-        if MID:
-            mid = (s >= mid_from) & inside & (band == 0)
-            if LISTS:
-                place = tl.cumsum(mid.to(tl.int32), 0) - 1 + mid_count
-                tl.store(mid_list + row * blocks + place, block, mask=mid)
-                mid_count += tl.sum(mid.to(tl.int32), 0)
-            band = tl.where(mid, 1, band)
+        band = tl.where(exact, EXACT, LOW)
         tl.store(route + row * blocks + block, band.to(tl.int8), mask=inside)
-        left = inside & (band > 0)
         minus = tl.full((BJ,), -1.0, mass_term.dtype.element_ty)
-        tl.store(mass_term + row * blocks + block, minus, mask=left)
+        tl.store(mass_term + row * blocks + block, minus, mask=exact)
     if LISTS:
-        tl.store(counts + row * 2, exact_count)
-        tl.store(counts + row * 2 + 1, mid_count)
+        tl.store(counts + row, exact_count)

@@ -12,7 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, SUB_BLOCK
 from freqopt.grid import token_order
 from freqopt.kernels.launch import Launch, padded_dim
 from freqopt.kernels.layout import Sequence
@@ -23,7 +22,6 @@ from freqopt.kernels.triton_glue import (
     estimate_kernel,
     fit_kernel,
     merge_kernel,
-    pool_kernel,
 )
 
 if TYPE_CHECKING:  # which launches this chain
@@ -51,17 +49,15 @@ class ProbeSpace(NamedTuple):
     """What the chain writes. pairs: batch items times heads; parts: key ranges of the exact pass.
 
     peak (pairs, parts, probes), mass (.., 2), exact and missing (.., D): the exact pass's sums;
-    pooled (pairs, probes, D): mean squared queries, for a mid band; logit float32 and term float16
-    (pairs, probes, columns): the approximate bands; moments (pairs, units, MOMENTS): what c is
-    fitted on. coefficients (B, H, 2) and error (B, H): the
-    relative L2 error left, as reference.fit_probe. All but term float32.
+    logit float32 and term float16 (pairs, probes, blocks): the low band; moments (pairs, units,
+    MOMENTS): what c is fitted on. coefficients (B, H, 2) and error (B, H): the relative L2 error
+    left, as reference.fit_probe. All but term float32.
     """
 
     peak: Tensor
     mass: Tensor
     exact: Tensor
     missing: Tensor
-    pooled: Tensor
     logit: Tensor
     term: Tensor
     moments: Tensor
@@ -69,13 +65,11 @@ class ProbeSpace(NamedTuple):
     error: Tensor
 
 
-def probe_space(query: Tensor, blocks: int, probes: int, mid_band: bool) -> ProbeSpace:
+def probe_space(query: Tensor, blocks: int, probes: int) -> ProbeSpace:
     """Memory for the chain of a call on queries (B, H, N, D)."""
     batch, heads, _, dim = query.shape
     pairs = batch * heads
     parts = max(min(PROBE_PROGRAMS // pairs, MAX_PARTS, blocks), 1)
-    fine = blocks * (KEY_BLOCK // SUB_BLOCK) if mid_band else 0
-    columns, units = blocks + fine, moment_units(probes, blocks, fine)
 
     def single(*shape: int) -> Tensor:
         return torch.empty(*shape, device=query.device, dtype=torch.float32)
@@ -83,16 +77,17 @@ def probe_space(query: Tensor, blocks: int, probes: int, mid_band: bool) -> Prob
     found = (pairs, parts, probes)
     return ProbeSpace(
         single(*found), single(*found, 2), single(*found, dim), single(*found, dim),
-        single(pairs, probes, dim) if mid_band else single(0), single(pairs, probes, columns),
-        torch.empty(pairs, probes, columns, device=query.device, dtype=torch.float16),
-        single(pairs, units, MOMENTS.value), single(batch, heads, 2), single(batch, heads),
+        single(pairs, probes, blocks),
+        torch.empty(pairs, probes, blocks, device=query.device, dtype=torch.float16),
+        single(pairs, moment_units(probes, blocks), MOMENTS.value),
+        single(batch, heads, 2), single(batch, heads),
     )  # fmt: skip
 
 
-def moment_units(probes: int, blocks: int, fine: int) -> int:
+def moment_units(probes: int, blocks: int) -> int:
     """Units of cells that a head has moments of; see triton_glue._store_moments."""
     unit = int(UNIT.value)
-    return -(-probes // unit) * (-(-blocks // unit) + -(-fine // unit))
+    return -(-probes // unit) * -(-blocks // unit)
 
 
 def fit_probes(
@@ -106,7 +101,6 @@ def fit_probes(
     space: ProbeSpace,
     *,
     scale: float,
-    mid_band: bool,
     launch: Launch,
     by_probe: bool = False,
 ) -> None:
@@ -119,7 +113,6 @@ def fit_probes(
     tokens, text_before = sequence.tokens, sequence.text_before
     tiles, blocks = route.route.shape[2:]
     pairs, parts, probes = space.peak.shape
-    columns = space.logit.shape[-1]
     order = token_order(sequence.grid, query.device)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
     probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
@@ -137,28 +130,20 @@ def fit_probes(
         space.peak, space.mass, space.exact, space.missing, probes, parts,
         **size, BP=MERGE_ROWS, num_warps=4,
     )  # fmt: skip
-    if mid_band:
-        pool_kernel[(probes, pairs)](
-            query, order, space.pooled, *query.stride()[:3], heads, tokens, probes, text_before,
-            **size,
-        )  # fmt: skip
     rows, step = launch.fit_rows, launch.fit_columns
-    steps = triton.cdiv(blocks, step) + triton.cdiv(columns - blocks, step)
-    estimate_kernel[(steps, pairs, triton.cdiv(probes, rows))](
-        query, order, summaries.low_key, summaries.fine_key, summaries.fine_var,
-        summaries.key_shift, route.mass_term, route.route, space.pooled, space.peak,
+    estimate_kernel[(triton.cdiv(blocks, step), pairs, triton.cdiv(probes, rows))](
+        query, order, summaries.low_key, route.mass_term, space.peak,
         space.logit, space.term, space.moments,
         *query.stride()[:3],
-        heads, group_size, tokens, tiles, blocks, probes, parts, columns, text_before, scale,
-        **size, BP=rows, BJ=step, MID=mid_band, PRECISION=launch.fit_precision,
+        heads, group_size, tokens, tiles, blocks, probes, parts, text_before, scale,
+        **size, BP=rows, BJ=step, PRECISION=launch.precision,
         BY_PROBE=by_probe, num_warps=4, num_stages=1,
     )  # fmt: skip
     fit_kernel[(pairs,)](
-        query, order, summaries.low_value, summaries.low_order, summaries.fine_value,
-        summaries.fine_order, space.logit, space.term, space.moments, space.mass, space.exact,
-        space.missing, space.coefficients, space.error,
+        query, order, summaries.low_value, summaries.low_order, space.logit, space.term,
+        space.moments, space.mass, space.exact, space.missing, space.coefficients, space.error,
         *query.stride()[:3],
-        heads, group_size, tokens, blocks, probes, parts, columns, text_before, scale,
-        **size, BP=rows, BJ=step, ROWS=FIT_ROWS, MID=mid_band, PRECISION=launch.fit_precision,
+        heads, group_size, tokens, blocks, probes, parts, text_before, scale,
+        **size, BP=rows, BJ=step, ROWS=FIT_ROWS, PRECISION=launch.precision,
         num_warps=FIT_WARPS, num_stages=FIT_STAGES,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.grid import token_order
 from freqopt.kernels import hopper
 from freqopt.kernels import reference as ref
@@ -73,7 +73,7 @@ class Summaries(NamedTuple):
 
     in_place: key and value are the model's own instead, (B, Hkv, N, D) of any strides. key_shift
     (.., D) float32: the mean key, on which low_key is centred; key_var (.., J, D) in the keys'
-    type; spread (.., J) float32; low_order, fine_order (.., D, D): H-bar before scaling.
+    type; spread (.., J) float32; low_order (.., D, D): H-bar before scaling.
     """
 
     in_place: bool
@@ -85,16 +85,11 @@ class Summaries(NamedTuple):
     low_key: Tensor
     low_value: Tensor
     low_order: Tensor
-    fine_key: Tensor
-    fine_value: Tensor
-    fine_var: Tensor
-    fine_order: Tensor
 
 
 def summarise(
-    key: Tensor, value: Tensor, sequence: Sequence, mid_band: bool, launch: Launch,
-    *, ordered: bool = True,
-) -> Summaries:  # fmt: skip
+    key: Tensor, value: Tensor, sequence: Sequence, launch: Launch, *, ordered: bool = True
+) -> Summaries:
     """Reorder keys and values and summarise them, in one pass over memory.
 
     ordered: without it nothing is reordered, and who needs keys and values reads them in place.
@@ -102,7 +97,6 @@ def summarise(
     batch, heads, _, dim = key.shape
     tokens = sequence.tokens
     blocks = triton.cdiv(tokens, KEY_BLOCK)
-    ratio = KEY_BLOCK // SUB_BLOCK
     per_head = (batch, heads)
 
     def single(*shape: int) -> Tensor:
@@ -123,12 +117,8 @@ def summarise(
     key_mean, key_var = single(blocks, dim), native(blocks, dim)
     low_key, low_value = native(blocks, dim), native(blocks, dim)
     spread = single(blocks)
-    fine_rows = blocks * ratio if mid_band else 0
-    fine_key, fine_value = native(fine_rows, dim), native(fine_rows, dim)
-    fine_var = single(fine_rows, dim)
     size: dict[str, Any] = {"D": dim, "DP": padded_dim(dim)}
-    at_once = hopper.prepares(key, value, mid_band=mid_band)
-    if at_once:
+    if hopper.prepares(key, value):
         copies = (key_out, value_out) if ordered else None
         sums, first_order = hopper.prepare(
             key, value, order, copies, key_mean, low_value, key_var, spread, sequence
@@ -137,12 +127,16 @@ def summarise(
         sums = single(triton.cdiv(blocks, GROUP), 3, dim)
         summarise_kernel[(batch * heads, sums.shape[2])](
             key, value, order, key_out, value_out, key_mean, low_value, key_var, spread, sums,
-            fine_key, fine_value, fine_var,
             *key.stride()[:3], *value.stride()[:3],
             heads, tokens, blocks, sequence.text_before,
-            **size, GROUP=GROUP, MID=mid_band, COPY=ordered, num_warps=SUMMARY_WARPS, num_stages=1,
+            **size, GROUP=GROUP, COPY=ordered, num_warps=SUMMARY_WARPS, num_stages=1,
         )  # fmt: skip
         first_order = single(triton.cdiv(blocks, ORDER_GROUP), dim, dim)
+        first_order_kernel[(first_order.shape[2], batch * heads)](
+            key_out, value_out, key_mean, first_order, tokens, blocks,
+            **size, GROUP=ORDER_GROUP, **in_place,
+            num_warps=launch.order_warps, num_stages=launch.order_stages,
+        )  # fmt: skip
     cols = min(TOTAL_COLS, padded_dim(dim))
     parts = padded_dim(dim) // cols
     key_shift, head_spread = single(dim), single(parts)
@@ -154,32 +148,22 @@ def summarise(
         key_mean, spread, key_shift, head_spread, low_key, blocks,
         **size, COLS=cols, BJ=CENTRE_BLOCKS, num_warps=4,
     )  # fmt: skip
-    low_order, fine_order = native(dim, dim), native(dim, dim)
-    spans = first_order.shape[2]
-    for fine, target in [(False, low_order), (True, fine_order)][: 1 + mid_band]:
-        if not at_once:
-            first_order_kernel[(spans, batch * heads)](
-                key_out, value_out, key_mean, first_order, tokens, blocks,
-                **size, GROUP=ORDER_GROUP, FINE=fine, **in_place,
-                num_warps=launch.order_warps, num_stages=launch.order_stages,
-            )  # fmt: skip
-        order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
-            first_order, target, spans, tokens, dim * dim, CELLS=ORDER_CELLS
-        )
+    low_order = native(dim, dim)
+    order_kernel[(triton.cdiv(dim * dim, ORDER_CELLS), batch * heads)](
+        first_order, low_order, first_order.shape[2], tokens, dim * dim, CELLS=ORDER_CELLS
+    )
     return Summaries(
         in_place=not ordered, key=key_out, value=value_out,
         key_shift=key_shift, key_var=key_var, spread=spread,
         low_key=low_key, low_value=low_value, low_order=low_order,
-        fine_key=fine_key, fine_value=fine_value, fine_var=fine_var, fine_order=fine_order,
     )  # fmt: skip
 
 
 class Route(NamedTuple):
-    """Scores' outcome: bands per pair, ascending block lists with lengths, marked mass terms."""
+    """Scores' outcome: band of each pair, ascending block lists, lengths, marked mass terms."""
 
     route: Tensor
     exact_list: Tensor
-    mid_list: Tensor
     counts: Tensor
     mass_term: Tensor
 
@@ -212,7 +196,7 @@ def score_tiles(
         heads, group_size, tokens, tiles, blocks, scale,
         **size, BI=side, BJ=side, PRECISION=launch.precision, num_warps=4, num_stages=1,
     )  # fmt: skip
-    if hopper.scores_apply(query):
+    if hopper.applies(query):
         hopper.score(
             sub_mean, summaries.low_key, summaries.spread, score, sequence, scale, tile_list
         )
@@ -227,10 +211,10 @@ def score_tiles(
 
 
 def given_limits(budget: Tensor, batch: int, mid_band: bool) -> Tensor:
-    """Thresholds (B, H, 2) of every head from the budget."""
+    """Thresholds (B, H) from a budget (2, H): with a mid band, where it begins."""
     heads = budget.shape[1]
-    limits = torch.empty(batch, heads, 2, device=budget.device, dtype=torch.float32)
-    limits_kernel[(batch * heads,)](budget.float().contiguous(), limits, heads, MID=mid_band)
+    limits = torch.empty(batch, heads, device=budget.device, dtype=torch.float32)
+    limits_kernel[(batch * heads,)](budget[int(mid_band)].float().contiguous(), limits, heads)
     return limits
 
 
@@ -241,14 +225,15 @@ def make_route(
     sequence: Sequence,
     *,
     scale: float,
-    density: float,
-    mid_band: bool,
     launch: Launch,
+    density: float = 0.0,
+    mid_band: bool = False,
     limits: Tensor | None = None,
 ) -> Route:
     """Score every (query tile, key block) pair and choose its band.
 
-    limits: the thresholds (B, H, 2), where they are in hand already.
+    mid_band: pairs of the definition's mid band are attended exactly, so that its threshold counts.
+    limits: the thresholds (B, H), where they are in hand already.
     """
     batch, heads = query.shape[:2]
     blocks = summaries.low_key.shape[2]
@@ -258,18 +243,17 @@ def make_route(
     mass_term = torch.empty(shape, device=query.device, dtype=torch.float16)
     score_tiles(query, summaries, score, mass_term, sequence, scale=scale, launch=launch)
     if limits is None and density > 0.0:
-        limits = torch.stack(ref.resolve_thresholds(score, budget, density, mid_band), -1)
+        limits = ref.resolve_thresholds(score, budget, density, mid_band)[1]
     elif limits is None:
         limits = given_limits(budget, batch, mid_band)
     route = torch.empty(shape, device=query.device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=query.device, dtype=torch.int32)
-    mid_list = torch.empty(shape if mid_band else (1,), device=query.device, dtype=torch.int32)
-    counts = torch.empty(batch, heads, tiles, 2, device=query.device, dtype=torch.int32)
+    counts = torch.empty(batch, heads, tiles, device=query.device, dtype=torch.int32)
     route_kernel[(tiles, batch * heads)](
-        score, limits, mass_term, route, exact_list, mid_list, counts, tiles, blocks,
-        BJ=route_step(blocks), MID=mid_band, num_warps=ROUTE_WARPS,
+        score, limits, mass_term, route, exact_list, counts, tiles, blocks,
+        BJ=route_step(blocks), num_warps=ROUTE_WARPS,
     )  # fmt: skip
-    return Route(route, exact_list, mid_list, counts, mass_term)
+    return Route(route, exact_list, counts, mass_term)
 
 
 def route_step(blocks: int) -> int:
@@ -302,11 +286,11 @@ def probe_rows(query: Tensor, blocks: int, probes: int) -> ProbeRows:
 
 def route_probes(
     query: Tensor, summaries: Summaries, limits: Tensor, sequence: Sequence, rows: ProbeRows,
-    *, scale: float, mid_band: bool, launch: Launch,
+    *, scale: float, launch: Launch,
 ) -> Route:  # fmt: skip
     """Bands of the probes' tiles, without lists: those that `make_route` finds.
 
-    limits: thresholds (B, H, 2). Results are in `rows`; what `score_tiles` allocates on the way
+    limits: thresholds (B, H). Results are in `rows`; what `score_tiles` allocates on the way
     stays on the stream that this is called on.
     """
     batch, heads, probes, blocks = rows.score.shape
@@ -317,10 +301,10 @@ def route_probes(
         scale=scale, launch=launch, tile_list=tiles,
     )  # fmt: skip
     route_kernel[(probes, batch * heads)](
-        rows.score, limits, rows.mass_term, rows.route, tiles, tiles, tiles, probes, blocks,
-        BJ=route_step(blocks), MID=mid_band, LISTS=False, tile_list=tiles, num_warps=ROUTE_WARPS,
+        rows.score, limits, rows.mass_term, rows.route, tiles, tiles, probes, blocks,
+        BJ=route_step(blocks), LISTS=False, tile_list=tiles, num_warps=ROUTE_WARPS,
     )  # fmt: skip
-    return Route(rows.route, tiles, tiles, tiles, rows.mass_term)
+    return Route(rows.route, tiles, tiles, rows.mass_term)
 
 
 def attend(
@@ -335,11 +319,10 @@ def attend(
     sequence: Sequence,
     *,
     scale: float,
-    mid_band: bool,
     launch: Launch,
     tile_list: Tensor | None = None,
 ) -> None:
-    """The fused three-band attention of the video queries, written into `out` (B, H, N, D).
+    """The fused attention of the video queries, written into `out` (B, H, N, D).
 
     tile_list: (tiles,) int32, which tiles the rows of the route are; all of them without it.
     """
@@ -351,7 +334,7 @@ def attend(
     if tile_list is not None:
         parts = tiles * (QUERY_TILE // launch.rows)
         listed = {"tile_list": tile_list}
-    if hopper.applies(query, mid_band=mid_band):
+    if hopper.applies(query):
         hopper.attend(
             query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
             key, value, key_mask, summaries.low_key, summaries.low_value, summaries.low_order,
@@ -363,13 +346,12 @@ def attend(
         query, token_order(sequence.grid, query.device), summaries.key, summaries.value,
         key, value, key_mask if key_mask is not None else route.counts, summaries.key_shift,
         summaries.low_key, summaries.low_value, summaries.low_order,
-        summaries.fine_key, summaries.fine_value, summaries.fine_var, summaries.fine_order,
-        route.mass_term, coefficients, route.exact_list, route.mid_list, route.counts, out,
+        route.mass_term, coefficients, route.exact_list, route.counts, out,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         key_mask.stride(0) if key_mask is not None else 0, *out.stride()[:3],
         heads, heads // key.shape[1], tokens, tiles, blocks, sequence.text, sequence.text_before,
         scale,
-        D=dim, DP=padded_dim(dim), BM=launch.rows, MID=mid_band, TEXT=sequence.text > 0,
+        D=dim, DP=padded_dim(dim), BM=launch.rows, TEXT=sequence.text > 0,
         HAS_MASK=key_mask is not None, RAGGED=tokens % KEY_BLOCK != 0,
         WIDE=launch.wide, PRECISION=launch.precision, IN_PLACE=summaries.in_place, **listed,
         num_warps=launch.warps, num_stages=launch.stages,
@@ -401,9 +383,8 @@ def store_text(
 
 
 def reached_density(counts: Tensor, blocks: int) -> Tensor:
-    """Share (B, H) of pairs served exactly, of list lengths (B, H, tiles, 2); mid at its cost."""
-    shares = counts.float().mean(2) / blocks
-    return shares[..., 0] + shares[..., 1] / SUB_BLOCK
+    """Share (B, H) of pairs served exactly, of list lengths (B, H, tiles)."""
+    return counts.float().mean(2) / blocks
 
 
 def with_unit_last_stride(x: Tensor) -> Tensor:
@@ -481,17 +462,18 @@ def split_heads(
     """The forward pass of heads that go together, into `out` (B, H, N, D)."""
     scale, density, mid_band, probes = settings
     batch, heads, _, dim = query.shape
-    launch = launch_on(query.device, query.dtype, dim, sequence.tokens, mid_band=mid_band)
-    options: dict[str, Any] = {"scale": scale, "mid_band": mid_band, "launch": launch}
-    summaries = summarise(key, value, sequence, mid_band, launch)
+    launch = launch_on(query.device, query.dtype, dim, sequence.tokens)
+    options: dict[str, Any] = {"scale": scale, "launch": launch}
+    routing = {"density": density, "mid_band": mid_band, **options}
+    summaries = summarise(key, value, sequence, launch)
     blocks, probes = summaries.low_key.shape[2], min(probes, sequence.tokens)
     inputs = (query, key, value, key_mask, summaries)
     if not probes:
-        route = make_route(query, summaries, budget, sequence, density=density, **options)
+        route = make_route(query, summaries, budget, sequence, **routing)
         coefficients = torch.ones(batch, heads, 2, device=query.device)
         error = torch.full((batch, heads), torch.nan, device=query.device)
     else:
-        space = probe_space(query, blocks, probes, mid_band)
+        space = probe_space(query, blocks, probes)
         coefficients, error = space.coefficients, space.error
         # A density's threshold is known when everything is scored: nothing is left to overlap.
         if density == 0.0 and pays(batch * heads, sequence.tokens):
@@ -501,11 +483,9 @@ def split_heads(
                 with beside:
                     own = route_probes(query, summaries, limits, sequence, rows, **options)
                     fit_probes(*inputs, own, sequence, space, by_probe=True, **options)
-                route = make_route(
-                    query, summaries, budget, sequence, density=density, limits=limits, **options
-                )
+                route = make_route(query, summaries, budget, sequence, limits=limits, **routing)
         else:
-            route = make_route(query, summaries, budget, sequence, density=density, **options)
+            route = make_route(query, summaries, budget, sequence, **routing)
             fit_probes(*inputs, route, sequence, space, **options)
     attend(*inputs, route, coefficients, out, sequence, **options)
     store_text(query, key, value, key_mask, out, sequence, scale)

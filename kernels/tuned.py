@@ -41,10 +41,7 @@ ALLOWED = {
     "fit_rows": (16, 32, 64),
     "fit_columns": (32, 64),
 }
-"""Values that a choice may have. Precisions are not among them: they change results."""
-
-ATTENTION = ("rows", "wide", "warps", "stages")
-"""Those of the attention kernel."""
+"""Values that a choice may have. The precision is not among them: it changes results."""
 
 SOURCES = tuple(
     f"triton_{part}.py" for part in ("prepare", "score", "glue", "attend", "probe", "split")
@@ -138,25 +135,14 @@ def keep_choice(
     return path
 
 
-def launch_on(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, tokens: int,
-    *, mid_band: bool = False,
-) -> Launch:  # fmt: skip
-    """Tile choices of one call: the shipped ones with those measured on this machine in place.
-
-    Choices are measured without a mid band, with which the attention kernel keeps the shipped one.
-    """
-    return _launch_of(torch.device(device), dtype, head_dim, bucket_of(tokens), mid_band)
+def launch_on(device: torch.device | str, dtype: torch.dtype, head_dim: int, tokens: int) -> Launch:
+    """Tile choices of one call: the shipped ones with those measured on this machine in place."""
+    return _launch_of(torch.device(device), dtype, head_dim, bucket_of(tokens))
 
 
 @functools.lru_cache(maxsize=256)
-def _launch_of(
-    device: torch.device, dtype: torch.dtype, head_dim: int, bucket: str, mid_band: bool
-) -> Launch:
-    shipped = launch_for(dtype, head_dim, shared_memory(device), mid_band=mid_band)
+def _launch_of(device: torch.device, dtype: torch.dtype, head_dim: int, bucket: str) -> Launch:
+    shipped = launch_for(dtype, head_dim, shared_memory(device))
     if device.type != "cuda":
         return shipped
-    kept = read_choices(device).get(choice_name(dtype, head_dim, bucket), {})
-    if mid_band:
-        kept = {name: value for name, value in kept.items() if name not in ATTENTION}
-    return shipped.changed(kept)
+    return shipped.changed(read_choices(device).get(choice_name(dtype, head_dim, bucket), {}))

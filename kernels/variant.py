@@ -13,7 +13,7 @@ DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A GPU's compute capability (90 for 9.0), the tensors' type and head dim, and the bands.
+    """A GPU's compute capability (90 for 9.0), the tensors' type and head dim.
 
     masked: with a key mask.
     """
@@ -21,5 +21,4 @@ class Variant:
     capability: int
     dtype: str
     head_dim: int
-    mid_band: bool
     masked: bool

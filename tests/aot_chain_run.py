@@ -17,7 +17,16 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from attention_cases import CASES, Case, budget_for, make_tensors, reference_split, relative
+from attention_cases import (
+    CASES,
+    Case,
+    attended_exactly,
+    budget_for,
+    make_tensors,
+    reference_split,
+    relative,
+)
+from interpreted import look_once_a_helper
 
 from freqopt.exporters.aot_chain import Batch, Call, chain, element_type
 from freqopt.grid import token_order
@@ -25,6 +34,8 @@ from freqopt.kernels.specialise import specialisations
 from freqopt.kernels.variant import Variant
 
 DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    look_once_a_helper()
 TYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "i64": torch.int64, "i32": torch.int32,
     "i8": torch.int8,
@@ -38,7 +49,7 @@ SHRUNK = ("attend", "disperse", "score", "probe", "estimate", "fit", "text")
 def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: bool) -> Any:
     """The tensors by name after the last node."""
     dtype = tensors["query"].dtype
-    variant = Variant(90, str(dtype).removeprefix("torch."), case.dim, case.mid, False)
+    variant = Variant(90, str(dtype).removeprefix("torch."), case.dim, False)
     kernels = {given.name: given for given in specialisations(variant)}
     memory = dict(tensors)
     for step in chain(call):
@@ -65,12 +76,12 @@ def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: b
                 arguments[name] = case.dim**-0.5
             elif name in values:
                 arguments[name] = values[name]
-            else:  # a pointer of bands that this variant has not
+            else:  # a key mask, which this variant has not
                 arguments[name] = step.integers.get(name, tensors["query"])
         grid = tuple(
             axis.times * case.batch if isinstance(axis, Batch)
             else axis if isinstance(axis, int)
-            else sum(-(-count // constants[name]) for name, count in axis)
+            else -(-axis[1] // constants[axis[0]])
             for axis in step.grid
         )  # fmt: skip
         given.function[grid](**arguments, **given.options)
@@ -83,15 +94,13 @@ def main() -> None:
     case = Case(**{**vars(case), "masked": False})
     query, key, value, _ = make_tensors(case)
     tensors = tuple(x.to(dtype).contiguous() for x in (query, key, value))
-    budget = budget_for(case, (*tensors, None), 0.3)
+    case, budget = attended_exactly(case, budget_for(case, (*tensors, None), 0.3))
     expected, split = reference_split(case, (*tensors, None), budget)
     t, h, w = case.grid
-    call = Call(
-        case.heads, case.kv_heads, case.length, case.dim, t * h * w, case.before, 0.0, case.mid, 64
-    )
+    call = Call(case.heads, case.kv_heads, case.length, case.dim, t * h * w, case.before, 0.0, 64)
     given = dict(zip(("query", "key", "value"), (x.to(DEVICE) for x in tensors), strict=True))
     given |= {
-        "budget": budget.to(DEVICE),
+        "budget": budget[0].contiguous().to(DEVICE),
         "order": token_order(case.grid, torch.device(DEVICE)).long().contiguous(),
     }
     found = run_chain(case, call, given, small)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,11 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
     exact = near(density)
     middle = torch.minimum(near(min(density * 2.5, 0.95)), exact) if case.mid else exact
     return torch.stack([exact, middle])
+
+
+def attended_exactly(case: Case, budget: Tensor) -> tuple[Case, Tensor]:
+    """What kernels and exports serve: the pairs of a mid band exactly, so its threshold counts."""
+    return replace(case, mid=False), budget[int(case.mid)].expand(2, -1)
 
 
 def reference_split(

@@ -24,10 +24,7 @@ class Attention(nn.Module):
         if self.budget is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            mid = self.budget[1] < self.budget[0]
-            out = freqopt.split_attention(
-                q, k, v, grid=GRID, threshold=self.budget[0], mid_band=mid
-            )
+            out = freqopt.split_attention(q, k, v, grid=GRID, threshold=self.budget[0])
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -13,7 +13,7 @@ from attention_cases import Case
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, split_function
+from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, OP_VERSION, split_function
 from freqopt.exporters.onnx_order import order_function
 
 KINDS = {
@@ -37,7 +37,7 @@ def split_model(
     free = [None] * 4
     inputs = [helper.make_tensor_value_info(name, kind, free) for name in INPUTS[:3]]
     inputs += [
-        helper.make_tensor_value_info("budget", TensorProto.FLOAT, [2, None]),
+        helper.make_tensor_value_info("budget", TensorProto.FLOAT, [None]),
         helper.make_tensor_value_info("key_mask", TensorProto.BOOL, [None, None]),
         helper.make_tensor_value_info("order", TensorProto.INT64, [None])
         if takes_order
@@ -62,7 +62,7 @@ def split_model(
     )
     return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, OP_VERSION)],
         functions=[split_function(opset, tuple(outputs)), order_function(opset)],
         ir_version=10,
     )
@@ -81,7 +81,7 @@ def session(model: onnx.ModelProto, library: str | None = None) -> onnxruntime.I
 
 
 def feed(case: Case, tensors: Sequence[Tensor | None], budget: Tensor) -> dict[str, np.ndarray]:
-    """onnxruntime inputs of a case."""
+    """onnxruntime inputs of a case; budget: (H,) thresholds."""
     query, key, value, mask = tensors
     assert query is not None and key is not None and value is not None
     whole = mask if mask is not None else torch.ones(1, 1, dtype=torch.bool)

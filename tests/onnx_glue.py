@@ -31,7 +31,7 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
     query, key, value, mask = tensors
     sequence, heads, tokens = case.sequence, query.shape[1], case.sequence.tokens
     launch = launch_for(query.dtype, query.shape[-1])
-    summaries = split.summarise(key, value, sequence, False, launch)
+    summaries = split.summarise(key, value, sequence, launch)
     blocks = triton.cdiv(tokens, 64)
     out = torch.full_like(query, torch.nan)
     given = mask if mask is not None else query

@@ -6,14 +6,14 @@
 #include "split_cuda.h"
 
 int main(int argc, char** argv) {
-  if (argc != 13) return 2;
+  if (argc != 12) return 2;
   auto n = [&](int i) { return std::atoll(argv[i]); };
   auto address = [](uintptr_t at) { return reinterpret_cast<void*>(at); };
   freqopt::CudaCall call;
   call.extents = {n(1), n(2), n(3), n(4), n(5), n(6), n(7)};
-  call.attributes = {0.125f, float(std::atof(argv[8])), n(9) != 0, n(10)};
-  call.type = int(n(11));
-  call.mask_batch = n(12) ? n(1) : 1, call.mask_length = n(12) ? n(4) : 1;
+  call.attributes = {0.125f, float(std::atof(argv[8])), n(9)};
+  call.type = int(n(10));
+  call.mask_batch = n(11) ? n(1) : 1, call.mask_length = n(11) ? n(4) : 1;
   call.query = address(0x1000), call.key = address(0x2000), call.value = address(0x3000);
   call.budget = address(0x4000), call.key_mask = address(0x5000), call.order = address(0x6000);
   call.out = address(0x7000), call.stream = address(0x77);

@@ -1,5 +1,5 @@
-// A test operator, freqopt.test::Slots: calls the kernel-context slots that our CPU kernel does not,
-// and their neighbours, so that a wrong number in ort_abi.h crashes here and not on a GPU server.
+// A test operator, freqopt.test::Slots: calls the kernel-context slots that our kernels do, and their
+// neighbours, so that a wrong number in ort_abi.h crashes here and not on a GPU server.
 #include "ort_abi.h"
 
 namespace {

@@ -33,7 +33,7 @@ def tensors(dtype: torch.dtype, dim: int, heads: int, kv_heads: int, text: int) 
 
 def call(
     name: str, dtype: torch.dtype, dim: int, *, text: bool = False, backward: bool = False,
-    mid_band: bool = False, density: float = 0.0,
+    density: float = 0.0,
 ) -> None:  # fmt: skip
     """One call; prints its name, so that what the sanitizer finds can be placed."""
     before, after = TEXT if text else (0, 0)
@@ -45,8 +45,7 @@ def call(
     given = [x.requires_grad_(backward) for x in (query, key, value)]
     out, stats = freqopt.split_attention(
         *given, grid=GRID, text_before=before, text_after=after, key_mask=key_mask,
-        threshold=None if density else 1.3, density=density or None, mid_band=mid_band,
-        return_stats=True,
+        threshold=None if density else 1.3, density=density or None, return_stats=True,
     )  # fmt: skip
     if backward:
         out.float().square().sum().backward()
@@ -62,11 +61,10 @@ def main() -> None:
     call("hopper", half, 128)
     call("hopper, text and mask", torch.float16, 64, text=True)
     call("portable", half, 96, text=True)
-    call("mid band", half, 128, mid_band=True, text=True)
     call("float32", torch.float32, 64)
     call("density", half, 128, density=0.2)
     call("backward", half, 128, backward=True, text=True)
-    call("backward, mid band", half, 64, backward=True, mid_band=True)
+    call("backward", half, 64, backward=True)
     with mock.patch.object(overlap, "OVERLAP_ROWS", 0):
         call("probes beside the scores", half, 128, text=True)
     with mock.patch.object(workspace, "LONG_TOKENS", 1):

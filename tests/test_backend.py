@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import freqopt.decisions
 from freqopt.backend import freqopt_backend
 from freqopt.break_even import CPU_TOKENS, default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
-from freqopt.decisions import records_cuda_graphs
+from freqopt.decisions import decide, records_cuda_graphs
 from freqopt.errors import OptionError, PlanError, SiteError
 from freqopt.options import parse_options
+from freqopt.passes.find import find_sites
+from freqopt.passes.site import Site
 from freqopt.plan import Plan
 from freqopt.plan_records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 
@@ -169,6 +172,29 @@ def test_a_plan_says_what_is_split_and_how(saved: bool, tmp_path: Path) -> None:
     (call,), (budget,) = inner.calls(), inner.budgets()
     torch.testing.assert_close(budget, plan.budget("blocks.0"))
     assert call.args[-3:] == (0.0, True, DEFAULT_PROBES)
+
+
+def test_a_mid_band_is_noted_once_where_it_is_attended_exactly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    freqopt.plan._warn_once.cache_clear()
+    seen: list[Site] = []
+    toy, plan = Toy(), make_plan()
+
+    def look(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        seen.extend(find_sites(gm))
+        return gm.forward
+
+    torch.compile(toy, backend=look, dynamic=False)(video(GRID))
+    settings = parse_options({"plan": plan, "min_tokens": 1})
+    decide(settings, seen)
+    assert "mid band" not in caplog.text
+    on_gpu = [replace(site, device=torch.device("cuda")) for site in seen]
+    for _ in range(2):
+        assert decide(settings, on_gpu)[0].mid_band
+    (note,) = (r for r in caplog.records if "mid band" in r.message)
+    assert note.levelno == logging.WARNING and "1 sites (blocks.0)" in note.message
+    assert "attended exactly on CUDA" in note.message
 
 
 def test_a_changed_plan_file_is_read_again(tmp_path: Path) -> None:

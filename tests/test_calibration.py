@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import freqopt
 from freqopt import calibration_measure
 from freqopt.calibration_run import output_tensors, relative_error
-from freqopt.calibration_spectrum import band_cutoffs, key_spectrum, spectrum_axes
+from freqopt.calibration_spectrum import band_cutoff, key_spectrum, spectrum_axes
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.plan import Plan
 
@@ -74,9 +74,9 @@ def test_density_is_below_dense_and_reported(plan: Plan) -> None:
 
 def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
     evidence = plan.evidence.sites["blocks.0.attn"]
-    plain, mid = evidence.curves
-    assert not plain.mid_band and mid.mid_band and len(plain.error) == len(evidence.thresholds)
-    for rows, grows in ((plain.density, False), (plain.error, True), (mid.density, False)):
+    curve = evidence.curve
+    assert len(curve.error) == len(evidence.thresholds)
+    for rows, grows in ((curve.density, False), (curve.error, True)):
         for head in range(2):
             column = [row[head] for row in rows]
             assert grows or column == sorted(column, reverse=True)
@@ -84,7 +84,7 @@ def test_evidence_holds_curves_spectra_and_buckets(plan: Plan) -> None:
     assert sum(evidence.energy) == pytest.approx(1, abs=1e-3)
     assert evidence.spectrum is not None
     assert [sum(row) for row in evidence.spectrum.power] == pytest.approx([1, 1], abs=1e-3)
-    assert 0.1 < evidence.spectrum.low[0] < evidence.spectrum.mid[0] < 1
+    assert 0.1 < evidence.spectrum.low[0] < 1
     assert plan.timestep_name == "timestep" and len(plan.timestep_edges) == 3
     assert (
         [bucket.samples for bucket in evidence.buckets] == plan.evidence.bucket_samples == [1] * 4
@@ -116,7 +116,7 @@ def test_tighter_targets_cost_more(plan: Plan) -> None:
 def test_target_so_loose_that_everything_is_low() -> None:
     plan = calibrate(target_error=0.9)
     assert plan.measured_error < 0.5 and any("loosest" in note for note in plan.evidence.notes)
-    floor = min(min(row) for row in plan.evidence.sites["blocks.0.attn"].curves[0].density)
+    floor = min(min(row) for row in plan.evidence.sites["blocks.0.attn"].curve.density)
     assert plan.mean_density < 1.2 * floor
 
 
@@ -264,18 +264,18 @@ def test_spectrum_of_a_pure_wave_sits_in_its_bin() -> None:
     t, h, w = 8, 8, 8
     wave = torch.cos(2 * torch.pi * torch.arange(w) * 3 / w)  # 3/8 cycles per token
     key = wave.expand(1, 1, t, h, w).reshape(1, 1, -1, 1) * torch.ones(4) + 5.0
-    power, low, _ = key_spectrum(key, (t, h, w), 0)
-    edges, cutoffs = spectrum_axes((t, h, w))
+    power, low = key_spectrum(key, (t, h, w), 0)
+    edges, cutoff = spectrum_axes((t, h, w))
     at = int(power[0].argmax())
     assert edges[at - 1] <= 0.375 <= edges[at]
     assert power[0, at] == pytest.approx(1.0, abs=1e-5)
     assert low.item() == pytest.approx(0.0, abs=1e-5)
-    assert cutoffs == (0.125, 0.25)
+    assert cutoff == 0.125
 
 
-def test_band_cutoffs_ignore_flat_axes() -> None:
-    assert band_cutoffs((1, 30, 52)) == pytest.approx((0.0625, 0.5 / 8**0.5))
-    assert band_cutoffs((1, 1, 999)) == (0.5 / 64, 0.5 / 8)
+def test_the_cutoff_ignores_flat_axes() -> None:
+    assert band_cutoff((1, 30, 52)) == pytest.approx(0.0625)
+    assert band_cutoff((1, 1, 999)) == 0.5 / 64
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -37,7 +37,6 @@ def random_site(
         tokens=int(rng.integers(256, 2048)),
         head_dim=64,
         threshold=np.arange(choices + 1.0),
-        mid=np.zeros(choices + 1, bool),
         density=np.concatenate([one, density], 1),
         error=np.concatenate([none, damage], 1),
         damage=np.concatenate([none, damage], 1),
@@ -50,7 +49,7 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
     options = []
     for site in sites:
         shares = [share for share in site.shares for _ in range(site.heads)]
-        cost = np.array(shares)[:, None] * COST.split(site.shape, site.density, False)
+        cost = np.array(shares)[:, None] * COST.split(site.shape, site.density)
         rows = [(COST.dense(site.shape) * site.heads, 0.0)]
         for index in itertools.product(range(site.density.shape[1]), repeat=len(shares)):
             each = range(len(shares))
@@ -87,7 +86,7 @@ def test_solve_meets_the_target_and_stays_near_the_best(seed: int) -> None:
         assert found.error <= target
         best = min(cost for cost, damage in everything if damage <= target**2)
         # the gap of a Lagrangian relaxation is at most one head's dearest choice
-        slack = max(COST.split(s.shape, s.density, False).max() for s in sites)
+        slack = max(COST.split(s.shape, s.density).max() for s in sites)
         assert best * (1 - 1e-12) <= found.cost <= best + 2 * slack
 
 
@@ -96,7 +95,7 @@ def test_totals_weigh_timesteps_by_their_calls() -> None:
     found = allocate([site], 0.0, COST)
     early, late = site.density[:2, 3].mean(), site.density[2:, 3].mean()
     assert found.density == pytest.approx(0.25 * early + 0.75 * late)
-    assert found.cost == pytest.approx(2 * (COST.split(site.shape, np.array(found.density), False)))
+    assert found.cost == pytest.approx(2 * COST.split(site.shape, np.array(found.density)))
 
 
 def test_ends_of_the_path() -> None:
@@ -128,7 +127,7 @@ def test_a_site_that_saves_nothing_stays_dense() -> None:
     ladder = np.array([0.1, 1.0])
     density = np.full((2, 2), 0.9)  # local blocks alone are most of a short sequence
     error = np.full((2, 2), 1e-9)
-    site = make_choices("a", 128, 64, ladder, [HeadCurves(False, density, error, error)])
+    site = make_choices("a", 128, 64, ladder, HeadCurves(density, error, error))
     assert allocate([site], 1.0, COST).choices[0].dense
 
 

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from benchmarks.calibration import Results, density_ratio
 from benchmarks.calibration_variants import (
-    FreeMidBand,
     allocated,
     heads_tied,
     timesteps_tied,
     uniform,
-    without_mid_band,
 )
 from freqopt.calibration_allocation import ProductCost, SiteChoices, allocate
 
@@ -43,11 +41,11 @@ def test_tied_rows_choose_alike_and_totals_stay() -> None:
 
 
 def density_of(site: SiteChoices, budget: Tensor) -> float:
-    """Of a site at a budget (buckets, 2, heads); between its choices, on logarithmic axes."""
+    """Of a site at a budget (buckets, heads); between its choices, on logarithmic axes."""
     ladder = np.log(np.maximum(site.threshold, 1e-9))
     rows = [
         np.interp(np.log(max(threshold, 1e-9)), ladder, site.density[row])
-        for row, threshold in enumerate(budget[:, 0].flatten().tolist())
+        for row, threshold in enumerate(budget.flatten().tolist())
     ]
     return float(site.weight @ rows / site.heads)
 
@@ -57,7 +55,7 @@ def test_allocated_and_uniform_reach_the_density(density: float) -> None:
     sites, cost = make_sites(40), ProductCost()
     chosen = allocated(sites, cost, density)
     assert list(chosen) == ["a", "b", "c"]
-    assert all(budget.shape == (2, 2, 2) for budget in chosen.values())
+    assert all(budget.shape == (2, 2) for budget in chosen.values())
     dense = np.array([cost.dense(site.shape) for site in sites])
     each = np.array([density_of(site, chosen[site.name]) for site in sites])
     assert 0.75 * density < dense @ each / dense.sum() <= density  # curves of few, random steps
@@ -67,28 +65,11 @@ def test_allocated_and_uniform_reach_the_density(density: float) -> None:
     assert mean == pytest.approx(density, rel=0.01)
 
 
-def test_without_mid_band_only_those_choices_go() -> None:
-    site = make_sites()[0]
-    mid = np.arange(13) % 2 == 1
-    found = without_mid_band(SiteChoices(**{**vars(site), "mid": mid}))
-    assert not found.mid.any() and found.density.shape == (4, 7)
-    np.testing.assert_array_equal(found.threshold, site.threshold[::2])
-
-
 def test_density_ratio_is_read_at_equal_error() -> None:
     other = [(d, 0.1 / d) for d in (0.05, 0.1, 0.2, 0.4)]
     ours = [(d / 2, error) for d, error in other]
     assert density_ratio(ours, other) == pytest.approx(0.5)
     assert density_ratio([(0.1, 99.0)], other) is None
-
-
-def test_a_free_mid_band_costs_what_the_split_does() -> None:
-    cost, density = ProductCost(), np.array([0.1, 0.2])
-    shape = make_sites()[0].shape
-    for band in (False, True):
-        found = FreeMidBand(cost).split(shape, density, band)
-        np.testing.assert_array_equal(found, cost.split(shape, density, False))
-    assert FreeMidBand(cost).dense(shape) == cost.dense(shape)
 
 
 def test_a_run_that_is_cut_off_leaves_a_file_with_the_summary_so_far(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from freqopt.calibration_allocation import (
 from freqopt.calibration_call import Call
 from freqopt.calibration_cost import MeasuredCost, cost_model, fit_line, time_call
 from freqopt.plan import Plan
-from freqopt.plan_records import SiteTiming, TimedLine
+from freqopt.plan_records import SiteTiming
 from freqopt.plan_text import slow_sites
 from freqopt.reporting_speed import site_times
 
@@ -63,7 +63,7 @@ def test_costs_are_milliseconds_per_head() -> None:
     cost = MeasuredCost({AttentionShape(2, 1024, 64): timing(1024, dense=8, base=1, slope=10)})
     shape = AttentionShape(2, 1024, 64)
     assert cost.dense(shape) == 4.0
-    np.testing.assert_allclose(cost.split(shape, np.array([0.0, 0.1, 0.5]), False), [0.5, 1.0, 3.0])
+    np.testing.assert_allclose(cost.split(shape, np.array([0.0, 0.1, 0.5])), [0.5, 1.0, 3.0])
 
 
 def test_without_timings_products_are_counted() -> None:
@@ -75,7 +75,7 @@ def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
     density = np.array([[0.9, 0.5, 0.2, 0.05]] * 2)
     error = np.array([[1e-6, 1e-4, 1e-3, 1e-2]] * 2)
     sites = [
-        make_choices(name, tokens, 64, LADDER, [HeadCurves(False, density, error, error)])
+        make_choices(name, tokens, 64, LADDER, HeadCurves(density, error, error))
         for name, tokens in (("fast", 4096), ("slow", 1024))
     ]
     timings = [
@@ -93,19 +93,18 @@ def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
 class SimulatedGpu:
     """A device whose clock is replaced, as the real one needs a GPU; the rest is the real thing.
 
-    Dense attention takes `dense` ms, and a split call 0.5 + 10 * density, times `mid` if it has a
-    mid band. slow: sites (by the order in which they are timed last) that take ten times as long
-    when they are timed one by one.
+    Dense attention takes `dense` ms, and a split call 0.5 + 10 * density. slow: sites (by the order
+    in which they are timed last) that take ten times as long when they are timed one by one.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0, mid: float = 1.0):
-        self.dense, self.mid, self.slow, self.timed = dense, mid, set[int](), 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0):
+        self.dense, self.slow, self.timed = dense, set[int](), 0
         self.calls: list[str] = []
         real, device = Call.split, self
 
-        def split(call: Call, budget: Any, probes: int, *, mid_band: bool = False) -> Any:
-            device.kind = "mid" if mid_band else "split"
-            return real(call, budget, probes, mid_band=mid_band)
+        def split(call: Call, budget: Any, probes: int) -> Any:
+            device.kind = "split"
+            return real(call, budget, probes)
 
         monkeypatch.setattr(Call, "split", split)
         for module in (calibration_cost, calibration_measure):
@@ -118,7 +117,7 @@ class SimulatedGpu:
         self.calls.append(self.kind)
         if self.kind == "dense":
             return self.dense
-        ms = (0.5 + 10.0 * float(out[1].mean())) * (self.mid if self.kind == "mid" else 1.0)
+        ms = 0.5 + 10.0 * float(out[1].mean())
         if repeats:  # a site at its budgets
             self.timed += 1
             ms *= 10.0 if self.timed - 1 in self.slow else 1.0
@@ -134,7 +133,7 @@ def white_noise() -> Call:
 
 def densities(call: Call, ladder: tuple[float, ...]) -> torch.Tensor:
     heads = call.query.shape[1]
-    budgets = [torch.full((2, heads), threshold) for threshold in ladder]
+    budgets = [torch.full((heads,), threshold) for threshold in ladder]
     return torch.stack([call.split(budget, 0)[1].mean(0) for budget in budgets])
 
 
@@ -150,7 +149,7 @@ def densities(call: Call, ladder: tuple[float, ...]) -> torch.Tensor:
 def test_timing_spans_densities_whatever_the_ladder(
     ladder: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, call = SimulatedGpu(monkeypatch, mid=3.0), white_noise()
+    gpu, call = SimulatedGpu(monkeypatch), white_noise()
     found = time_call(call, ladder, densities(call, ladder), 0)
     assert found.dense_ms == 8.0 and (found.heads, found.tokens, found.head_dim) == (2, 1024, 16)
     reached = [density for density, _ in found.points]
@@ -163,50 +162,6 @@ def test_timing_spans_densities_whatever_the_ladder(
     assert len(reached) >= 2 and reached[0] <= 0.2
     assert found.base_ms == pytest.approx(0.5, abs=1e-3)
     assert found.density_ms == pytest.approx(10.0, abs=1e-2)
-    assert found.mid is not None and gpu.calls.count("mid") == len(found.mid.points)
-    assert found.mid.points[-1] == (1.0, pytest.approx(31.5))
-
-
-def test_a_call_with_mid_band_is_priced_by_its_own_line() -> None:
-    shape, density = AttentionShape(2, 1024, 64), np.array([0.1, 0.2])
-    plain = timing(1024, dense=8, base=1, slope=10)
-    line = TimedLine(base_ms=3.0, density_ms=20.0, points=[(1.0, 23.0)])
-    cost = cost_model([plain.model_copy(update={"mid": line})])
-    np.testing.assert_allclose(cost.split(shape, density, False), [1.0, 1.5])
-    np.testing.assert_allclose(cost.split(shape, density, True), [2.5, 3.5])
-    unknown = cost_model([plain])  # a plan from before the band was timed
-    np.testing.assert_allclose(unknown.split(shape, density, True), [1.0, 1.5])
-    products = ProductCost()
-    assert (products.split(shape, density, True) > products.split(shape, density, False)).all()
-
-
-def test_the_mid_band_is_chosen_for_a_site_and_not_for_a_head() -> None:
-    """The band helps one head of "a" and both of "b"; where it is, all heads pay for it."""
-    density = np.array([[0.9, 0.5, 0.3, 0.2]] * 2)
-    plain = np.array([[1e-5, 1e-4, 1e-3, 1e-2]] * 2)
-    helped = {"a": np.array([[0.05], [1.0]]), "b": np.array([[0.05], [0.05]])}
-    sites = [
-        make_choices(
-            name, 4096, 64, LADDER,
-            [HeadCurves(False, density, plain, plain),
-             HeadCurves(True, density, plain * factor, plain * factor)],
-        )
-        for name, factor in helped.items()
-    ]  # fmt: skip
-
-    def bands(extra: float) -> list[list[bool]]:
-        line = timing(4096, dense=40.0, base=0.5, slope=10.0)
-        mid = TimedLine(base_ms=0.5 + extra, density_ms=10.0, points=[(1.0, 10.5 + extra)])
-        cost = cost_model([line.model_copy(update={"mid": mid})])
-        choices = allocate(sites, 5e2, cost).choices
-        return [s.mid[c.index].tolist() for s, c in zip(sites, choices, strict=True)]
-
-    assert bands(0.0) == [[True, False], [True, True]]
-    flipped = [extra for extra in np.linspace(0.0, 6.0, 61) if not any(bands(extra)[0])]
-    later = [extra for extra in np.linspace(0.0, 6.0, 61) if not any(bands(extra)[1])]
-    assert 0.0 < flipped[0] < later[0] < 6.0
-    for extra in (flipped[0], later[0]):  # never one head for free
-        assert all(any(row) or not any(row) for row in bands(extra))
 
 
 @pytest.fixture
@@ -236,16 +191,13 @@ def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
     assert f"{8 * len(times)}.0 ms dense" in page
 
 
-@pytest.mark.parametrize("factor, used", [(1.0, True), (3.0, False)])
-def test_a_plan_has_a_mid_band_only_where_it_is_worth_its_time(
-    factor: float, used: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    SimulatedGpu(monkeypatch, mid=factor)
+def test_a_plan_has_no_mid_band_and_times_of_its_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch)
     samples = [make_sample(i) for i in range(4)]
     plan = freqopt.calibrate(make_model(), samples, target_error=0.05, progress=False)
     assert plan.measured_error <= 0.05
-    split = [site for site in plan.sites.values() if site.decision == "split"]
-    assert split and any(site.mid_heads for site in split) == used
+    split = {name for name, site in plan.sites.items() if site.decision == "split"}
+    assert split and not any(plan.uses_mid_band(name) for name in split)
     times = [e.times_ms for e in plan.evidence.sites.values() if e.times_ms]
     assert len(times) == len(split) and all(ms < dense for dense, ms in times)
 
@@ -309,8 +261,7 @@ def test_times_on_a_gpu_grow_with_density() -> None:
     call = Call(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
     ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
     found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
-    for line in (found, found.mid):
-        assert line is not None and len(line.points) >= 2
-        assert line.points[0][0] < 0.1 and line.points[-1][0] == pytest.approx(1.0)
-        assert line.density_ms > 0.0 and line.points[-1][1] > line.points[0][1]
+    assert len(found.points) >= 2
+    assert found.points[0][0] < 0.1 and found.points[-1][0] == pytest.approx(1.0)
+    assert found.density_ms > 0.0 and found.points[-1][1] > found.points[0][1]
     assert found.dense_ms > 0.0

@@ -78,7 +78,7 @@ class SumModel:
         points = zip(density[0].tolist(), alone.tolist(), strict=True)
         self.curve = dict(zip(np.float32(threshold).tolist(), points, strict=True))
         self.site = SiteChoices(
-            "site", TOKENS, 64, threshold, np.zeros(CHOICES + 1, bool), density, error, error,
+            "site", TOKENS, 64, threshold, density, error, error,
             (1.0 / buckets,) * buckets, forced=True,
         )  # fmt: skip
         self.samples = SimpleNamespace(
@@ -99,7 +99,7 @@ class SumModel:
         self.runs += 1
         if "site" not in self.session.budgets:
             return [dense]
-        thresholds = self.session.budgets["site"][bucket, 0].tolist()
+        thresholds = self.session.budgets["site"][bucket].tolist()
         found = [self.curve[threshold] for threshold in thresholds]
         self.session.densities.setdefault("site", []).append(torch.tensor([d for d, _ in found]))
         away = torch.tensor([a for _, a in found]) * self.scale[bucket]

@@ -68,8 +68,7 @@ def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mid", [False, True])
-def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> None:
+def test_sums_are_those_of_the_public_op(case: dict[str, Any]) -> None:
     call, session = make_call(**case), Session(mode="measure")
     truth = Recorder(session, "a")(**call)
     session.absorb(session.readings, 0)
@@ -77,10 +76,7 @@ def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> Non
     energy = truth.square().sum((0, 2, 3))
     torch.testing.assert_close(sums.energy, (energy / energy.sum()).double())
     for rung in (2, 6, 9):
-        out, stats = freqopt.split_attention(
-            **{k: v for k, v in call.items()}, threshold=THRESHOLDS[rung], mid_band=mid,
-            return_stats=True,
-        )  # fmt: skip
+        out, stats = freqopt.split_attention(**call, threshold=THRESHOLDS[rung], return_stats=True)
         error = (out - truth).square().sum((0, 2, 3))
         along = ((out - truth) * truth).sum((0, 2, 3))
         for name, want in (
@@ -91,7 +87,7 @@ def test_sums_are_those_of_the_public_op(case: dict[str, Any], mid: bool) -> Non
             ("site_bias", along.square() / energy / energy.sum()),
             ("probe", stats.probe_error.square().mean(0)),
         ):
-            got = sums.mean(name)[int(mid)][rung]
+            got = sums.mean(name)[rung]
             torch.testing.assert_close(got, want.double(), rtol=1e-3, atol=1e-7, msg=name)
 
 
@@ -99,9 +95,9 @@ def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     original = Call.split
 
-    def split(self: Call, budget: torch.Tensor, probes: int, *, mid_band: bool = False) -> Any:
+    def split(self: Call, budget: torch.Tensor, probes: int) -> Any:
         calls.append(budget)
-        return original(self, budget, probes, mid_band=mid_band)
+        return original(self, budget, probes)
 
     monkeypatch.setattr(Call, "split", split)
     call = make_call()
@@ -123,18 +119,16 @@ def test_buckets_are_kept_apart_and_added_up() -> None:
     total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
     torch.testing.assert_close(site.total().curves["own"], total)
     assert site.total().calls == 3 and site.spectrum is not None and site.spectrum.calls == 3
-    flat, peaked = (site.buckets[b].mean("own")[0, -1].mean() for b in (0, 2))
+    flat, peaked = (site.buckets[b].mean("own")[-1].mean() for b in (0, 2))
     assert 0.0 < flat < peaked
 
 
 def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
     call = make_call()
-    budget = torch.tensor([[0.5, 2.0], [0.5, 0.5]])
+    budget = torch.tensor([0.5, 2.0])
     session = Session(mode="split", budgets={"a": budget})
     out = Recorder(session, "a")(**call)
-    want = freqopt.split_attention(
-        **call, threshold=budget[0], mid_band=torch.tensor([False, True]), return_stats=True
-    )
+    want = freqopt.split_attention(**call, threshold=budget, return_stats=True)
     torch.testing.assert_close(out, want[0])
     torch.testing.assert_close(session.densities["a"][0], want[1].density[0])
     torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
@@ -146,24 +140,21 @@ def test_densities_between_the_rungs_are_those_of_the_op() -> None:
         call, session = make_call(**case), Session(mode="measure")
         Recorder(session, "a")(**call)
         fine = session.readings[0].curves[FINE]
-        assert fine.shape == (2, len(CHOICES), 2)
+        assert fine.shape == (len(CHOICES), 2)
         for index in (5, 18, 30):
-            for mid in (False, True):
-                _, stats = freqopt.split_attention(
-                    **call, threshold=CHOICES[index], mid_band=mid, return_stats=True
-                )
-                torch.testing.assert_close(
-                    fine[int(mid), index], stats.density.mean(0).double(), atol=1e-6, rtol=1e-5
-                )
-        rungs = fine[:, ::REFINEMENT]
+            _, stats = freqopt.split_attention(**call, threshold=CHOICES[index], return_stats=True)
+            torch.testing.assert_close(
+                fine[index], stats.density.mean(0).double(), atol=1e-6, rtol=1e-5
+            )
+        rungs = fine[::REFINEMENT]
         torch.testing.assert_close(rungs, session.readings[0].curves["density"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_probe_mode_injects_an_amplified_error(case: dict[str, Any]) -> None:
     call, truth = make_call(**case), dense(make_call(**case))
-    budget = torch.full((2, 2), 3.0)
-    split, _ = freqopt.split_attention(**call, threshold=budget[0], return_stats=True)
+    budget = torch.full((2,), 3.0)
+    split, _ = freqopt.split_attention(**call, threshold=budget, return_stats=True)
     for head in (-1, 0, 1):
         session = Session(mode="probe", probed="a", probed_head=head, budgets={"a": budget})
         torch.testing.assert_close(Recorder(session, "b")(**call), truth)

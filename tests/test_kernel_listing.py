@@ -39,16 +39,16 @@ def test_list_names_every_kernel_with_what_it_needs() -> None:
 
 
 def test_list_of_long_sequences_has_what_they_launch_otherwise() -> None:
-    done = kernels("list", "--long", "--mid-band", "--head-dim", "64", "--capability", "80")
+    done = kernels("list", "--long", "--head-dim", "64", "--capability", "80")
     assert done.returncode == 0, done.stderr
     for word in ("COPY=False", "BY_PROBE=True", "IN_PLACE=True", "route_tiles_kernel", "rank_0"):
         assert word in done.stdout
 
 
 def test_show_prints_source_with_the_functions_it_calls() -> None:
-    done = kernels("show", "attend", "--head-dim", "64", "--dtype", "float16", "--mid-band")
+    done = kernels("show", "attend", "--head-dim", "64", "--dtype", "float16")
     assert done.returncode == 0, done.stderr
-    assert "D=64" in done.stdout and "MID=True" in done.stdout
+    assert "D=64" in done.stdout and "RAGGED=True" in done.stdout
     helper, kernel = (done.stdout.index(f"def {n}(") for n in ("_online_step", "attend_kernel"))
     assert helper < kernel
 
@@ -83,4 +83,4 @@ def test_bad_input(
 
 def test_head_dims_without_kernels() -> None:
     with pytest.raises(OptionError, match="multiples of 8 to 256"):
-        chosen_variant(20, "float16", 90, False, False)
+        chosen_variant(20, "float16", 90, False)

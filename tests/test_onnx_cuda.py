@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("onnx")
 
-from ort_programs import Programs, build_programs
+from ort_programs import Programs, build_driver, build_programs
 
 from freqopt.exporters.cubins import Compiled, compile_table, write_sources
 from freqopt.exporters.ort_library import SOURCES, build_library, compiler
@@ -24,8 +24,9 @@ from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
 
-HOPPER = Variant(90, "float16", 64, True, True)
-AMPERE = Variant(80, "float16", 64, False, False)
+HOPPER = Variant(90, "float16", 64, True)
+AMPERE = Variant(80, "float16", 64, False)
+HOPPERS = {"attend_hopper_kernel"}
 PLAIN = {"text_key": 0x2000, "text_value": 0x3000, "query": 0x1000, "order": 0x6000}
 
 
@@ -47,35 +48,36 @@ def programs(folder: Path, table: list[Compiled]) -> Programs:
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
     for variant in (HOPPER, AMPERE):
         rows = {row.kernel: row for row in table if row.variant == variant}
-        assert len(rows) == (19 if variant.mid_band else 17)
+        assert len(rows) == (18 if variant.capability == 90 else 17)
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
 
 
-def test_launches(programs: Programs, table: list[Compiled]) -> None:
-    """Batch 2, 4 heads over 2 key heads, 5 x 7 x 9 tokens after 3 text tokens, 2 behind."""
+def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> None:
+    """Batch 2, 4 heads over 2 key heads, 5 x 7 x 9 tokens after 3 text tokens, 2 behind.
+
+    On a driver without tensor maps, where the portable kernel attends.
+    """
+    old = build_driver(folder / "old.so", "-DWITHOUT_TENSOR_MAPS")
     batch, heads, kv_heads, length, dim, tokens, before = 2, 4, 2, 320, 64, 315, 3
-    lines = programs.run(batch, heads, kv_heads, length, dim, tokens, before, 0.0, 1, 64, 1, 1)
+    call = (batch, heads, kv_heads, length, dim, tokens, before, 0.0, 64, 1, 1)
+    lines = programs.run(*call, driver=old)
     assert not [line for line in lines if line[0] == "error"], lines
-    rows: dict[str, list[Compiled]] = {}
-    for row in table:
-        if row.variant == HOPPER:
-            rows.setdefault(row.symbol, []).append(row)
+    rows = {row.symbol: row for row in table if row.variant == HOPPER}
     buffers = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
     blocks, tiles, pairs, kv = 5, 3, 8, 4
     expected_grid = {
         "limits": (pairs, 1, 1), "summarise": (kv, 2, 1), "total": (2, kv, 1),
-        "centre": (1, kv, 1),
-        "first": (1, kv, 1), "fine_first": (1, kv, 1),
-        "order": (4, kv, 1), "pool_tiles": (pairs, tiles, 1), "disperse": (pairs, 1, 1),
+        "centre": (1, kv, 1), "first": (1, kv, 1), "order": (4, kv, 1),
+        "pool_tiles": (pairs, tiles, 1), "disperse": (pairs, 1, 1),
         "score": (pairs, 1, 1), "route": (tiles, pairs, 1),
         "probe": (5, pairs, 1), "merge": (16, pairs, 1),
-        "pool": (64, pairs, 1), "estimate": (2, pairs, 1), "fit": (pairs, 1, 1),
+        "estimate": (1, pairs, 1), "fit": (pairs, 1, 1),
         "attend": (3, pairs, 1), "text": (1, pairs, 1),
     }  # fmt: skip
     integers = {
         "heads": heads, "group_size": 2, "tokens": tokens, "tiles": tiles, "blocks": blocks,
         "groups": 2, "text": 5, "text_before": before, "probes": 64, "parts": 5,
-        "cells": dim * dim, "columns": 45, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
+        "cells": dim * dim, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
         "stride_on": dim, "stride_qh": length * dim, "stride_kh": length * dim,
         "stride_vh": length * dim, "stride_oh": length * dim, "stride_qb": heads * length * dim,
         "stride_ob": heads * length * dim, "stride_kb": kv_heads * length * dim,
@@ -85,8 +87,7 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
     for _, symbol, x, y, z, threads, shared, stream, *values in [
         line for line in lines if line[0] == "launch"
     ]:
-        # Two kernels of one symbol are two specialisations, launched in the table's order.
-        row = rows[symbol].pop(0) if len(rows[symbol]) > 1 else rows[symbol][0]
+        row = rows[symbol]
         seen.append(row.kernel)
         assert (int(x), int(y), int(z)) == expected_grid[row.kernel], row.kernel
         assert (int(threads), int(shared), int(stream)) == (row.warps * 32, row.shared, 0x77)
@@ -110,13 +111,12 @@ def test_launches(programs: Programs, table: list[Compiled]) -> None:
                 assert value == kv_heads
             else:
                 assert value == integers[name], where
-    before = ["summarise", "total", "centre", "first", "order", "fine_first", "order"]
+    before = ["summarise", "total", "centre", "first", "order"]
     scores = ["pool_tiles", "disperse", "score"]
-    after = ["limits", "route", "probe", "merge", "pool", "estimate", "fit", "attend", "text"]
+    after = ["limits", "route", "probe", "merge", "estimate", "fit", "attend", "text"]
     assert seen == before + scores + after
     raised = {line[1] for line in lines if line[0] == "shared"}
-    large = {r.symbol for r in table if r.variant == HOPPER and r.shared > 48 * 1024}
-    assert raised == large
+    assert raised == {row.symbol for row in rows.values() if row.shared > 48 * 1024} - HOPPERS
 
 
 def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
@@ -124,13 +124,13 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
 
     The compiler compares them, wherever and however the source defines them.
     """
-    from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK, SUB_TILE
+    from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
     from freqopt.kernels import triton_probe as probe
     from freqopt.kernels import triton_split as split
     from freqopt.kernels.triton_glue import MOMENTS, UNIT
 
     expected = {
-        "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE, "kFine": KEY_BLOCK // SUB_BLOCK,
+        "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE,
         "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
         "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
         "kMoments": MOMENTS.value, "kUnit": UNIT.value,
@@ -152,7 +152,7 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
 
 
 def test_workspace_holds_what_is_written(programs: Programs) -> None:
-    lines = programs.run(2, 4, 2, 320, 64, 315, 3, 0.0, 1, 64, 1, 1)
+    lines = programs.run(2, 4, 2, 320, 64, 315, 3, 0.0, 64, 1, 1)
     offsets = sorted((int(line[2]), line[1]) for line in lines if line[0] == "buffer")
     end = next(int(line[1]) for line in lines if line[0] == "bytes")
     room = {
@@ -161,13 +161,13 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
     }
     kv, pairs, blocks, tiles, dim, half = 4, 8, 5, 3, 64, 2
     needed = {
-        "key_out": kv * blocks * 64 * dim * half, "fine_var": kv * blocks * 8 * dim * 4,
-        "fine_key": kv * blocks * 8 * dim * half, "first_order": kv * dim * dim * 4,
+        "key_out": kv * blocks * 64 * dim * half, "first_order": kv * dim * dim * 4,
+        "limits": pairs * 4,
         "sub_mean": pairs * 64 * dim * half, "tile_square": pairs * tiles * dim * half,
-        "score": pairs * tiles * blocks * 4, "mid_list": pairs * tiles * blocks * 4,
+        "score": pairs * tiles * blocks * 4, "exact_list": pairs * tiles * blocks * 4,
         "exact_out": pairs * 5 * 64 * dim * 4, "mass": pairs * 5 * 64 * 2 * 4,
-        "pooled": pairs * 64 * dim * 4, "counts": pairs * tiles * 2 * 4,
-        "coefficients": pairs * 2 * 4, "logit": pairs * 64 * 45 * 4, "term": pairs * 64 * 45 * 2,
+        "counts": pairs * tiles * 4, "moments": pairs * 4 * 1 * 16 * 4,
+        "coefficients": pairs * 2 * 4, "logit": pairs * 64 * 5 * 4, "term": pairs * 64 * 5 * 2,
         "sums": kv * 2 * 3 * dim * 4, "key_shift": kv * dim * 4, "route": pairs * tiles * blocks,
     }  # fmt: skip
     for name, size in needed.items():
@@ -175,7 +175,7 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
 
 
 def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:
-    lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.0, 0, 0, 1, 0, capability=86)
+    lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.0, 0, 1, 0, capability=86)
     assert [line[2:] for line in lines if line[0] == "fill"] == [[str(0x3F800000), "4"]]
     names = [line[1] for line in lines if line[0] == "launch"]
     assert "fit_kernel" not in names and "text_kernel" not in names and "attend_kernel" in names
@@ -183,7 +183,7 @@ def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:
 
 def test_a_density_is_resolved_on_the_gpu(programs: Programs, table: list[Compiled]) -> None:
     """0.2 of 3 tiles x 5 blocks: three pairs of each head, though 0.2f is more than 0.2."""
-    lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.2, 0, 64, 1, 0, capability=80)
+    lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.2, 64, 1, 0, capability=80)
     (values,) = [line[8:] for line in lines if line[:2] == ["launch", "density_kernel"]]
     (row,) = [r for r in table if r.kernel == "density" and r.variant == AMPERE]
     given = dict(zip(row.arguments, map(int, values), strict=False))
@@ -197,7 +197,7 @@ def test_a_density_is_resolved_on_the_gpu(programs: Programs, table: list[Compil
 
 
 def test_failures_have_messages(programs: Programs) -> None:
-    good = (1, 2, 2, 315, 64, 315, 0, 0.0, 0, 64, 1, 0)
+    good = (1, 2, 2, 315, 64, 315, 0, 0.0, 64, 1, 0)
 
     def message(arguments: tuple[float, ...], **more: str) -> str:
         capability = int(more.pop("capability", "80"))
@@ -212,33 +212,75 @@ def test_failures_have_messages(programs: Programs) -> None:
     assert "driver cannot be opened" in message(good, FREQOPT_LIBCUDA="/nowhere.so")
 
 
-def test_library_with_gpu_kernels_serves_the_cpu_too(
-    folder: Path, table: list[Compiled], tmp_path: Path
+SESSION = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy as np
+import torch
+from attention_cases import Case, make_tensors
+from onnx_cases import feed, session, split_model
+
+case = Case((5, 7, 9), dim=64, heads=4, kv_heads=2, before=3, after=2)
+tensors, budget = make_tensors(case), torch.full((4,), 0.5)
+attributes = {"scale": 0.125, "density": 0.0, "probes": 64}
+halves = [x.half() for x in tensors[:3]]
+good = feed(case, (*halves, None), budget)
+runner = session(split_model(20, torch.float16, **attributes), sys.argv[1])
+runner.run(None, good)
+single = session(split_model(20, torch.float32, **attributes), sys.argv[1])
+for name, bad in (
+    ("", None), ("text_before", np.array([6])), ("budget", np.zeros(3, np.float32)),
+    ("key", np.zeros((2, 2, 7, 64), np.float16)), ("key_mask", np.ones((1, 7), np.bool_)),
+):
+    try:
+        if name:
+            runner.run(None, {**good, name: bad})
+        else:
+            single.run(None, feed(case, (*tensors[:3], None), budget))
+    except Exception as error:
+        print("refused", error)
+"""
+
+
+def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
+    programs: Programs, folder: Path, table: list[Compiled], tmp_path: Path
 ) -> None:
-    import torch
-    from attention_cases import Case, budget_for, make_tensors, relative
-    from onnx_cases import feed, session, split_model
-
-    import freqopt.kernels.op  # noqa: F401
-
-    sources = tuple(write_sources(table, folder))
-    library = build_library(tmp_path, extra_sources=sources, defines=("FREQOPT_CUDA",))
-    case = Case((3, 6, 10), batch=1)
-    tensors = make_tensors(case)
-    budget = budget_for(case, tensors, 0.3)
-    model = split_model(20, torch.float32, scale=0.2, density=0.0, mid_band=0, probes=8)
-    found = session(model, str(library)).run(None, feed(case, tensors, budget))[0]
-    expected = torch.ops.freqopt.split_attention(
-        *tensors[:3], budget, None, list(case.grid), 0, 0, 0.2, 0.0, False, 8
-    )[0]
-    assert relative(torch.from_numpy(found), expected) < 1e-5
+    """The operator on the CPU provider, whose memory the made-up driver is given."""
+    pytest.importorskip("onnxruntime")
+    provider = 'FREQOPT_PROVIDER="CPUExecutionProvider"'
+    library = build_library(tmp_path, write_sources(table, folder), defines=(provider,))
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION, str(library), str(Path(__file__).parent)],
+        capture_output=True, text=True, check=False, env=programs.environment(80),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches = [x.split(" ") for x in done.stdout.splitlines() if x.startswith("launch ")]
+    assert [x[1].removesuffix("_kernel") for x in launches] == [
+        "summarise", "total", "centre", "first_order", "order", "pool_tiles", "disperse", "score",
+        "limits", "route", "probe", "merge", "estimate", "fit", "attend", "text",
+    ]  # fmt: skip
+    (row,) = [r for r in table if r.kernel == "attend" and r.variant == AMPERE]
+    (attend,) = [x for x in launches if x[1] == "attend_kernel"]
+    assert attend[2:5] == [str(-(-315 // row.tile)), "8", "1"] and attend[7] == "0"
+    given = dict(zip(row.arguments, map(int, attend[8:]), strict=False))
+    assert (given["heads"], given["group_size"], given["tokens"]) == (4, 2, 315)
+    assert (given["text"], given["text_before"], given["stride_kb"]) == (5, 3, 2 * 320 * 64)
+    assert given["scale"] == 0x3E000000
+    refused = [x for x in done.stdout.splitlines() if x.startswith("refused ")]
+    for line, said in zip(
+        refused,
+        ["no attend kernel for sm_80, float32", "do not fit a sequence", "budget is",
+         "one self-attention", "does not broadcast"],
+        strict=True,
+    ):  # fmt: skip
+        assert said in line
 
 
 def test_unsupported_variants(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="capability 75"):
-        compile_table([Variant(75, "float16", 64, False, False)], tmp_path)
+        compile_table([Variant(75, "float16", 64, False)], tmp_path)
     with pytest.raises(ExportError, match="head_dim 20"):
-        compile_table([Variant(90, "float16", 20, False, False)], tmp_path)
+        compile_table([Variant(90, "float16", 20, False)], tmp_path)
 
 
 WIDEST = """
@@ -247,7 +289,7 @@ from freqopt.kernels.specialise import compile_specialised, specialisations
 from freqopt.kernels.variant import CAPABILITIES, Variant
 found = {}
 for capability in (90,):
-    variant = Variant(capability, "float32", 256, False, True)
+    variant = Variant(capability, "float32", 256, True)
     for given in specialisations(variant):
         if given.name in ("probe", "attend", "text"):
             shared = compile_specialised(given, variant).metadata.shared
@@ -268,7 +310,7 @@ def test_kernels_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setitem(CAPABILITIES, 90, 60_000)
     with pytest.raises(ExportError, match="bytes of shared memory and sm_90 has 60000"):
-        compile_table([Variant(90, "float16", 64, False, False)], tmp_path)
+        compile_table([Variant(90, "float16", 64, False)], tmp_path)
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,4 +319,4 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     broken.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(broken))
     with pytest.raises(NotAvailableError, match="ptxas is missing"):
-        compile_table([Variant(90, "float16", 64, False, False)], tmp_path)
+        compile_table([Variant(90, "float16", 64, False)], tmp_path)

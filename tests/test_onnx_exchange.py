@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript")
 from attention_cases import relative
 from typer.testing import CliRunner
 
+from freqopt.config import MID_RATIO
 from freqopt.errors import PlanError
 from freqopt.exporters import onnx_export
 from freqopt.exporters.commands import export_app
@@ -110,11 +111,19 @@ def test_a_dense_site_of_the_file_stays_dense(tmp_path: Path) -> None:
     assert changed.notes == ["the plan splits blocks.1.attn, which is not split here"]
 
 
+def test_a_mid_band_goes_into_the_file_as_its_threshold(artifact: Artifact) -> None:
+    model, _ = small()
+    with_mid = output(exchange_plan(artifact, plan_for(model, SPLIT, (0.6, True))))
+    notes = Artifact.load(artifact.path).notes
+    assert len(notes) == 1 and "mid band at 1 sites (blocks.1.attn)" in notes[0]
+    exact = output(exchange_plan(artifact, plan_for(model, SPLIT, (0.6 * MID_RATIO, False))))
+    assert torch.equal(with_mid, exact)
+    assert relative(output(exchange_plan(artifact, plan_for(model, SPLIT, SPLIT))), exact) > 1e-4
+
+
 def test_plans_that_do_not_fit(artifact: Artifact) -> None:
     model, _ = small()
     content = artifact.model_path.read_bytes()
-    with pytest.raises(PlanError, match="exported without it"):
-        exchange_plan(artifact, plan_for(model, SPLIT, (0.6, True)))
     with pytest.raises(PlanError, match="fingerprint"):
         exchange_plan(artifact, plan_for(nn.Linear(3, 3), SPLIT, SPLIT))
     new = plan_for(model, SPLIT, SPLIT)

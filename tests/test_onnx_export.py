@@ -18,6 +18,7 @@ from attention_cases import relative
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from freqopt.config import MID_RATIO
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.exporters import onnx_export, ort_library, runner
 from freqopt.exporters.commands import export_app, run_command_app
@@ -27,7 +28,7 @@ from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableE
 from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
-from freqopt.plan import Plan, model_fingerprint
+from freqopt.plan import Plan, _warn_once, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FREE = torch.export.Dim.AUTO
@@ -84,19 +85,17 @@ def artifact(dynamic: Program, tmp_path_factory: pytest.TempPathFactory) -> Arti
     return write_onnx(dynamic, tmp_path_factory.mktemp("dynamic"))
 
 
-@pytest.mark.parametrize("library", [True, False], ids=["library", "body"])
-def test_one_file_at_two_token_counts(dynamic: Program, artifact: Artifact, library: bool) -> None:
+def test_one_file_at_two_token_counts(dynamic: Program, artifact: Artifact) -> None:
     assert list(artifact.sites) == ["blocks.0.attn", "blocks.1.attn"]
     reference = dynamic.exported.module()
     for args in (call(5, 24, 32, batch=2), call(4, 36, 40, seed=1)):
-        result = run_artifact(artifact, inputs(args), library=library, threads=1)
+        result = run_artifact(artifact, inputs(args), provider="cpu", threads=1)
         with torch.no_grad():
             expected = reference(*args)
         assert relative(result.outputs["output"], expected) < 1e-5
         assert relative(small_dit()(*args).detach(), expected) > 1e-4, "the split must show"
-        assert result.split == ("library" if library else "function body")
-        ours = result.nodes["CPUExecutionProvider"].get("SplitAttention", 0)
-        assert ours == (2 if library else 0)
+        assert result.split == "function body"
+        assert "SplitAttention" not in result.nodes["CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])
@@ -118,18 +117,17 @@ def test_half_precision(tmp_path: Path) -> None:
     for args in (example, tuple(x.half() for x in call(4, 36, 40, seed=1))):
         with torch.no_grad():
             expected = program.exported.module()(*args)
-        for library in (True, False):
-            found = run_artifact(made, inputs(args), library=library, threads=1).outputs["output"]
-            assert found.dtype == torch.float16
-            assert relative(found, expected) < 1e-2
+        found = run_artifact(made, inputs(args), provider="cpu", threads=1).outputs["output"]
+        assert found.dtype == torch.float16
+        assert relative(found, expected) < 1e-2
 
 
 def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     model, args = small_dit(), call(5, 24, 32)
-    plan = plan_for(model, blocks__1__attn=(0.4, True))
+    plan = plan_for(model, blocks__1__attn=(0.4, False))
     program = make_program(model, args, plan=plan)
     made = write_onnx(program, tmp_path, plan=plan, library=False)
-    assert list(made.sites) == ["blocks.1.attn"] and made.sites["blocks.1.attn"]["mid_band"]
+    assert list(made.sites) == ["blocks.1.attn"]
     assert "no budget for it" in made.dense_sites["blocks.0.attn"]
     assert made.manifest["plan"]["model_fingerprint"] == model_fingerprint(model)
     assert made.manifest["plan"]["measured_error"] == 0.04
@@ -150,6 +148,34 @@ def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     assert relative(torch.from_numpy(out), dense) < 1e-5
 
 
+def test_a_mid_band_is_attended_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plan's mid band is the definition with the mid band's threshold, and a note says so."""
+    _warn_once.cache_clear()
+    model, args = small_dit(), call(5, 24, 32)
+    plan = plan_for(model, blocks__0__attn=(1.2, True), blocks__1__attn=(0.4, False))
+    program = make_program(model, args, plan=plan)
+    made = write_onnx(program, tmp_path, plan=plan, library=False)
+    found = run_artifact(made, inputs(args), provider="cpu", threads=1).outputs["output"]
+    sites = dict(plan.sites)
+    (budget,) = sites["blocks.0.attn"].budgets
+    assert budget.mid == [True, False] and budget.threshold == [1.2, 2.4]
+    thresholds = [budget.threshold[0] * MID_RATIO, budget.threshold[1]]
+    exact = budget.model_copy(update={"threshold": thresholds, "mid": [False, False]})
+    sites["blocks.0.attn"] = sites["blocks.0.attn"].model_copy(update={"budgets": [exact]})
+    outputs = []
+    for chosen in (plan.model_copy(update={"sites": sites}), plan):
+        torch.compiler.reset()
+        options = {"plan": chosen, "min_tokens": 1, "inner": "eager"}
+        with torch.no_grad():
+            outputs.append(torch.compile(model, backend="freqopt", options=options)(*args))
+    expected, with_mid = outputs
+    assert relative(found, expected) < 1e-5
+    assert relative(with_mid, expected) > 1e-4, "the mid band must show"
+    (note,) = (note for note in made.notes if "mid band" in note)
+    assert "1 sites (blocks.0.attn)" in note and "exactly in an exported file" in note
+    assert note in caplog.text
+
+
 def test_gpu_kernels_are_embedded_on_request(tmp_path: Path) -> None:
     model, args = small_dit(torch.float16), tuple(x.half() for x in call(3, 24, 32))
     plan = plan_for(model, blocks__0__attn=(0.4, False), blocks__1__attn=(0.6, False))
@@ -161,7 +187,7 @@ def test_gpu_kernels_are_embedded_on_request(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = program.exported.module()(*args)
     found = run_artifact(made, inputs(args), provider="cpu", threads=1)
-    assert found.split == "library" and relative(found.outputs["output"], expected) < 1e-2
+    assert found.split == "function body" and relative(found.outputs["output"], expected) < 1e-2
     with pytest.raises(ExportError, match="capability 75"):
         write_onnx(program, tmp_path, plan=plan, capabilities=[75])
 
@@ -210,13 +236,11 @@ def test_more_than_two_gigabytes(tmp_path: Path) -> None:
 def test_tampered_files(dynamic: Program, tmp_path: Path) -> None:
     made = write_onnx(dynamic, tmp_path)
     assert Artifact.load(tmp_path).sites == made.sites
-    library = made.library_path
-    assert library is not None
-    good = library.read_bytes()
-    library.write_bytes(good + b"\0")
+    good = made.model_path.read_bytes()
+    made.model_path.write_bytes(good + b"\0")
     with pytest.raises(ArtifactError, match="does not match its hash"):
         Artifact.load(tmp_path)
-    library.write_bytes(good)
+    made.model_path.write_bytes(good)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     for change, message in [
         ({"version": 99}, "version 99"),
@@ -294,6 +318,11 @@ def test_a_model_without_sites_and_without_a_compiler(
 
     monkeypatch.setattr(ort_library, "compiler", missing)
     (tmp_path / "plain").mkdir()
+    monkeypatch.setattr(onnx_export, "local_capabilities", lambda: ())
+    made = write_onnx(dynamic, tmp_path / "plain")
+    assert made.library_path is None and "no GPU is here" in made.notes[-1]
+    monkeypatch.setattr(onnx_export, "local_capabilities", lambda: (80,))
+    monkeypatch.setattr(onnx_export, "needed_variants", lambda *given: [])
     made = write_onnx(dynamic, tmp_path / "plain")
     assert made.library_path is None and "no C++ compiler" in made.notes[-1]
     assert "no C++ compiler" in str(made)
@@ -305,7 +334,7 @@ def test_commands(artifact: Artifact, tmp_path: Path) -> None:
     arguments += ["--outputs", str(tmp_path / "out.safetensors"), "--provider", "cpu"]
     done = CliRunner().invoke(run_command_app, arguments)
     assert done.exit_code == 0, done.output
-    assert "SplitAttention 2" in done.output and "library" in done.output
+    assert "split sites by function body" in done.output
     assert (tmp_path / "out.safetensors").is_file()
     maker = tmp_path / "maker.py"
     maker.write_text("import torch\nmake = torch.nn.Linear(3, 3)\n")

@@ -19,10 +19,10 @@ from freqopt.exporters.launch_arguments import launch_arguments, parameter_sizes
 from freqopt.kernels import hopper
 from freqopt.kernels.variant import CAPABILITIES, Variant
 
-SERVED = Variant(90, "bfloat16", 128, False, False)
+SERVED = Variant(90, "bfloat16", 128, False)
 HALF, BFLOAT16 = 1, 2
-# batch, heads, kv_heads, length, dim, tokens, text_before, density, mid, probes, type, masked
-GOOD = (2, 4, 2, 315, 128, 315, 0, 0.0, 0, 64, BFLOAT16, 0)
+# batch, heads, kv_heads, length, dim, tokens, text_before, density, probes, type, masked
+GOOD = (2, 4, 2, 315, 128, 315, 0, 0.0, 64, BFLOAT16, 0)
 MAPPED = ("key", "value", "low_key", "low_value", "low_order")
 
 
@@ -142,9 +142,8 @@ def test_a_map_that_cannot_be_made_is_an_error(programs: Programs) -> None:
 def variants() -> Iterator[Variant]:
     for dtype in ("float32", "float16", "bfloat16"):
         for dim in (64, 96, 128):
-            for mid in (False, True):
-                for capability in CAPABILITIES:
-                    yield Variant(capability, dtype, dim, mid, False)
+            for capability in CAPABILITIES:
+                yield Variant(capability, dtype, dim, False)
 
 
 def test_the_table_follows_the_rule_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +152,7 @@ def test_the_table_follows_the_rule_of_the_op(monkeypatch: pytest.MonkeyPatch) -
     for v in variants():
         monkeypatch.setattr(hopper, "_is_hopper", lambda _, c=v.capability: c == 90)
         query = torch.empty(1, 1, 1, v.head_dim, dtype=getattr(torch, v.dtype))
-        applies = hopper.applies(query, mid_band=v.mid_band)
-        assert (hopper_specialisation(v) is not None) == applies, v
+        assert (hopper_specialisation(v) is not None) == hopper.applies(query), v
 
 
 PTX = """

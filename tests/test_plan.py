@@ -95,6 +95,15 @@ def test_budget_rows_are_thresholds_of_both_bands() -> None:
     assert not make_plan().uses_mid_band("blocks.1.attn")
 
 
+def test_a_mid_band_has_a_note_where_its_pairs_are_exact() -> None:
+    plan = make_plan()
+    (note,) = plan.mid_band_notes("on CUDA")
+    assert "1 sites (blocks.0.attn)" in note and "exactly on CUDA" in note
+    assert plan.mid_band_notes("on CUDA") == [note]
+    dense = plan.model_copy(update={"sites": {"b": plan.sites["blocks.1.attn"]}})
+    assert dense.mid_band_notes("on CUDA") == []
+
+
 def test_unknown_site_names_near_misses() -> None:
     with pytest.raises(PlanError, match=r"did you mean blocks\.0\.attn"):
         make_plan().budget("block.0.attn")

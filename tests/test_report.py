@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from freqopt.calibration_measure import THRESHOLDS
-from freqopt.calibration_spectrum import band_cutoffs
+from freqopt.calibration_spectrum import band_cutoff
 from freqopt.errors import PlanError
 from freqopt.plan import Plan
 from freqopt.plan_records import (
@@ -27,7 +27,6 @@ from freqopt.plan_records import (
     SitePlan,
     SiteTiming,
     Spectrum,
-    TimedLine,
     Trial,
     Versions,
 )
@@ -39,19 +38,19 @@ from freqopt.reporting_speed import site_times
 HEADS = 3
 
 
-def curve(mid: bool, spread: float) -> Curve:
+def curve(spread: float) -> Curve:
     x = np.array(THRESHOLDS)[:, None] * spread * np.array([1.0, 2.0, 4.0])
-    density = 1.0 / (1.0 + x * (2.0 if mid else 1.0))
+    density = 1.0 / (1.0 + x)
     error = 0.3 * (1 - density) ** 2 + 2e-4
     rows = [a.tolist() for a in (density, error, -0.1 * error, 1.1 * error)]
-    return Curve(mid_band=mid, density=rows[0], error=rows[1], bias=rows[2], probe_error=rows[3])
+    return Curve(density=rows[0], error=rows[1], bias=rows[2], probe_error=rows[3])
 
 
 def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
     power = np.exp(-np.arange(32) / 6.0)
     sites, found = {}, {}
     budgets = [
-        Budget(threshold=[factor * x for x in (1.0, 0.5, 0.1)], mid=[False, True, False])
+        Budget(threshold=[factor * x for x in (1.0, 0.5, 0.1)], mid=[False] * HEADS)
         for factor in ((1.0, 0.5) if buckets else (1.0,))
     ]
     for name, decision in (("blocks.0.attn", "split"), ("blocks.1.<attn>", "dense")):
@@ -70,18 +69,17 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
         )
         found[name] = SiteEvidence(
             thresholds=list(THRESHOLDS), energy=[0.5, 0.3, 0.2],
-            curves=[curve(False, 1.0), curve(True, 1.0)],
+            curve=curve(1.0),
             buckets=[
                 BucketCurves(
-                    bucket=b, samples=1, energy=[0.5, 0.3, 0.2],
-                    curves=[curve(False, s), curve(True, s)],
+                    bucket=b, samples=1, energy=[0.5, 0.3, 0.2], curve=curve(s),
                 )
                 for b, s in enumerate((1.0, 3.0))
             ] if buckets else [],
             spectrum=Spectrum(
                 edges=(np.arange(1, 33) / 32).tolist(),
                 power=[(power / power.sum()).tolist()] * HEADS,
-                cutoffs=band_cutoffs((21, 30, 52)), low=[0.5] * HEADS, mid=[0.75] * HEADS,
+                cutoff=band_cutoff((21, 30, 52)), low=[0.5] * HEADS,
             ),
             times_ms=(22.9, 4.4) if split else None,
         )  # fmt: skip
@@ -101,7 +99,6 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
                 SiteTiming(
                     heads=HEADS, tokens=32760, head_dim=64, dense_ms=22.9, base_ms=0.5,
                     density_ms=24.0, points=[(0.03, 1.3), (0.1, 2.8), (0.3, 7.8)],
-                    mid=TimedLine(base_ms=1.0, density_ms=48.0, points=[(0.05, 3.4), (0.2, 11.0)]),
                 )
             ],
             trials=[trial],
@@ -140,15 +137,12 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text()
 
 
-def test_modelled_times_are_those_of_the_kernel_that_serves_the_site() -> None:
-    """Head 1 has a mid band: 8 ms per unit of density become 16 for all heads."""
+def test_modelled_times_are_those_of_the_line() -> None:
+    """Three heads share 0.5 ms and 24 ms per unit of density."""
     plan = make_plan(buckets=False)
-    site = plan.sites["blocks.0.attn"]
-    with_band = site_times(plan)["blocks.0.attn"]
-    assert with_band == (22.9, 4.4, pytest.approx(1.0 + 16.0 * sum(site.density)))
-    without = [budget.model_copy(update={"mid": [False] * 3}) for budget in site.budgets]
-    plan.sites["blocks.0.attn"] = site.model_copy(update={"budgets": without})
-    assert site_times(plan)["blocks.0.attn"][2] == pytest.approx(0.5 + 8.0 * sum(site.density))
+    (found,) = site_times(plan).values()
+    density = plan.sites["blocks.0.attn"].density
+    assert found == (22.9, 4.4, pytest.approx(0.5 + 8.0 * sum(density)))
 
 
 def test_split_sites_slower_than_dense_are_named(tmp_path: Path) -> None:
@@ -168,9 +162,9 @@ def test_page_is_complete(html: str) -> None:
         "Video<DiT>", "2.76 %", "3 %", "12.3 %", "1 of 2", "21x30x52", "only <one> note",
         "Error-cost curves", "Spectra of the keys", "Probe error against true error",
         "Density and error per layer and head", "What reaches the output", "cross-attention",
-        "blocks.1.<attn>", "saves nothing & so on", "0123456789abcdef", "32,760", "1 of 3",
+        "blocks.1.<attn>", "saves nothing & so on", "0123456789abcdef", "32,760",
         "0.0276", "the videos", "50 %",
-        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)", "costs says 8.0 ms",
+        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)", "costs says 4.0 ms",
     ):  # fmt: skip
         assert words in page.text, words
 
@@ -225,7 +219,7 @@ def test_timestep_maps_read_each_buckets_curve_at_the_plans_threshold() -> None:
     figure = timestep_maps(make_plan())
     assert figure is not None and timestep_maps(make_plan(buckets=False)) is None
     first, second = image_of(figure, 0), image_of(figure, 1)
-    at = [1.0, 0.5 * 2.0 * 2.0, 0.1 * 4.0]  # threshold x the head's factor (x 2 with the mid band)
+    at = [1.0, 0.5 * 2.0, 0.1 * 4.0]  # threshold x the head's factor
     np.testing.assert_allclose(first[0], [100 / (1 + x) for x in at], rtol=0.03)
     # the second bucket has half the thresholds and curves three times as steep
     np.testing.assert_allclose(second[0], [100 / (1 + 1.5 * x) for x in at], rtol=0.06)

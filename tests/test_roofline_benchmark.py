@@ -24,9 +24,7 @@ def test_every_kernel_that_a_call_launches_has_a_floor() -> None:
     from freqopt.kernels.variant import Variant
 
     known = set(roofline.work_of(Problem(1, 6400, 64, 2, 0.1)))
-    launched = {
-        s.function.__name__ for s in kernels_of(Variant(90, "float16", 64, False, False)).values()
-    }
+    launched = {s.function.__name__ for s in kernels_of(Variant(90, "float16", 64, False)).values()}
     small = {"limits_kernel", "merge_kernel", "text_kernel"}
     attend = {"attend_kernel", "attend_hopper_kernel"}
     assert launched - small == (known - {"attend"}) | attend

@@ -61,7 +61,7 @@ def nodes_of(artifact: Artifact) -> list[dict[str, Any]]:
      (4, "float32", "small", 1e-3)],
 )  # fmt: skip
 def test_chain_is_the_split(case: int, dtype: str, tiles: str, bound: float) -> None:
-    """With text, a mid band, grouped heads, odd grids and batch 2; both tilings."""
+    """With text, grouped heads, odd grids and batch 2; both tilings."""
     done = subprocess.run(
         [sys.executable, str(HERE / "aot_chain_run.py"), str(case), dtype, tiles],
         capture_output=True, text=True, check=False,
@@ -102,8 +102,8 @@ from freqopt.exporters.aot_chain import Call, chain
 from freqopt.exporters.aot_ptx import node_of
 from freqopt.kernels.specialise import specialisations
 from freqopt.kernels.variant import Variant
-call = Call(2, 2, 315, 128, 315, 0, 0.0, False, 64)
-about = Variant(90, "float16", 128, False, False)
+call = Call(2, 2, 315, 128, 315, 0, 0.0, 64)
+about = Variant(90, "float16", 128, False)
 (step,) = (s for s in chain(call) if s.kernel == "attend")
 (given,) = (s for s in specialisations(about) if s.name == "attend")
 print(json.dumps(node_of(step, call, about, 0.1, given, Path(sys.argv[1]))["tactics"]))

@@ -98,8 +98,8 @@ def run(
 def test_ptx_launched_as_tensorrt_would_is_the_op(dim: int, tmp_path: Path) -> None:
     heads, kv_heads, batch, tokens = 4, 2, 2, 315
     length = tokens + BEFORE + AFTER
-    call = Call(heads, kv_heads, length, dim, tokens, BEFORE, 0.0, False, 64)
-    about = Variant(80, "float16", dim, False, False)
+    call = Call(heads, kv_heads, length, dim, tokens, BEFORE, 0.0, 64)
+    about = Variant(80, "float16", dim, False)
     (nodes,) = compile_calls([(call, about, dim**-0.5)], tmp_path)
     torch.manual_seed(0)
     query, key, value = (
@@ -110,7 +110,7 @@ def test_ptx_launched_as_tensorrt_would_is_the_op(dim: int, tmp_path: Path) -> N
         query, key, value, budget, None, list(GRID), BEFORE, AFTER, dim**-0.5, 0.0, False, 64
     )[0]
     order = token_order(GRID, torch.device("cpu")).long().contiguous()
-    given = {"query": query, "key": key, "value": value, "budget": budget, "order": order}
+    given = {"query": query, "key": key, "value": value, "budget": budget[0], "order": order}
     torch.cuda.init()
     on_gpu = {name: x.cuda() for name, x in given.items()}
     for which in (0, -1):

@@ -32,7 +32,7 @@ from compile_only import CompileOnly
 from freqopt.kernels import triton_backward_launch as launch, triton_backward_parts as parts
 from freqopt.kernels import triton_split as split
 from freqopt.kernels.layout import Sequence
-dtype, dim, capability, mid = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:5])
+dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found, forward = {{}}, {{}}
 for module in (launch, parts, split):
     for name in [n for n in dir(module) if n.endswith("_kernel")]:
@@ -41,7 +41,7 @@ for module in (launch, parts, split):
 q = torch.zeros(1, 2, 330, dim, dtype=dtype)
 route = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
 launch.split_backward(q, q, q, q, None, q, route, torch.ones(1, 2, 2), Sequence((5, 7, 9), 7, 8),
-                      scale=0.1, mid_band=bool(mid))
+                      scale=0.1)
 print(json.dumps({{n: k.metadata.shared for n, k in found.items()}}))
 """
 
@@ -61,20 +61,18 @@ else:
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
-        assert "15 passed" in done.stdout and "skipped" not in done.stdout
+        assert "14 passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "capability", "mid"),
-    [("bfloat16", 128, 90, 0), ("bfloat16", 256, 80, 1), ("float32", 256, 80, 0)],
+    ("dtype", "dim", "capability"),
+    [("bfloat16", 128, 90), ("bfloat16", 256, 80), ("float32", 256, 80)],
 )
-def test_backward_kernels_fit_shared_memory(
-    dtype: str, dim: int, capability: int, mid: int
-) -> None:
+def test_backward_kernels_fit_shared_memory(dtype: str, dim: int, capability: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(tests=str(CHECKS.parent)), dtype, str(dim),
-         str(capability), str(mid)],
+         str(capability)],
         capture_output=True, text=True, check=False, env=environment, cwd=CHECKS.parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

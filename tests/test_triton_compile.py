@@ -26,15 +26,15 @@ import torch
 from compile_only import CompileOnly
 from freqopt.kernels import overlap, triton_probe, triton_split as split
 from freqopt.kernels.layout import Sequence, Settings
-dtype, dim, mid, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:5])
+dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found = {{}}
-overlap.OVERLAP_ROWS = 1 if sys.argv[5] == "beside" else 10**9
+overlap.OVERLAP_ROWS = 1 if sys.argv[4] == "beside" else 10**9
 for module in (split, triton_probe):
     for name in [n for n in dir(module) if n.endswith("_kernel")]:
         setattr(module, name, CompileOnly(getattr(module, name), capability, found))
 q = torch.zeros(1, 330, 2, dim, dtype=dtype).transpose(1, 2)
 split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
-                    Settings(0.1, 0.0, bool(mid), 64))
+                    Settings(0.1, 0.0, False, 64))
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 
@@ -43,7 +43,7 @@ import json, sys
 from freqopt.kernels import specialise
 from freqopt.kernels.specialise import compile_specialised
 from freqopt.kernels.variant import Variant
-variant = Variant(90, sys.argv[1], int(sys.argv[2]), False, bool(int(sys.argv[3])))
+variant = Variant(90, sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
 of_hopper = getattr(specialise, "hopper_" + (sys.argv[5:] or ["specialisation"])[0])
 given = of_hopper(variant, long=bool(int(sys.argv[4])))
 made = compile_specialised(given, variant)
@@ -58,7 +58,7 @@ SCORE_SCRIPT = """
 import json, sys
 from freqopt.kernels.specialise import compile_specialised, hopper_scores
 from freqopt.kernels.variant import Variant
-variant = Variant(90, sys.argv[1], int(sys.argv[2]), False, False)
+variant = Variant(90, sys.argv[1], int(sys.argv[2]), False)
 made = compile_specialised(hopper_scores(variant), variant)
 found = {"shared": made.metadata.shared}
 for word in "wgmma.mma_async cp.async.bulk.tensor shfl.sync.bfly".split():
@@ -71,7 +71,7 @@ WIDE_SCRIPT = """
 import json, sys
 from freqopt.kernels.specialise import compile_specialised, specialisations
 from freqopt.kernels.variant import Variant
-variant = Variant(int(sys.argv[1]), sys.argv[2], 256, True, True)
+variant = Variant(int(sys.argv[1]), sys.argv[2], 256, True)
 # The text kernel is onnxruntime's alone.
 print(json.dumps({g.name: compile_specialised(g, variant).metadata.shared
                   for g in specialisations(variant) if g.name != "text"}))
@@ -154,26 +154,24 @@ def test_hopper_scores_compile_to_what_they_are_written_for(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "mid", "capability", "shared_limit"),
+    ("dtype", "dim", "capability", "shared_limit"),
     [
-        ("bfloat16", 128, 0, 90, 232_448),
-        ("float16", 64, 1, 90, 232_448),
-        ("float16", 64, 0, 80, 166_912),
-        ("bfloat16", 96, 1, 90, 232_448),
-        ("bfloat16", 256, 1, 90, 232_448),
-        ("float32", 64, 0, 90, 232_448),
+        ("bfloat16", 128, 90, 232_448),
+        ("float16", 64, 90, 232_448),
+        ("float16", 64, 80, 166_912),
+        ("bfloat16", 96, 90, 232_448),
+        ("bfloat16", 256, 90, 232_448),
+        ("float32", 64, 90, 232_448),
     ],
 )
 def test_kernels_compile_and_fit(
-    dtype: str, dim: int, mid: int, capability: int, shared_limit: int, tmp_path: Path
+    dtype: str, dim: int, capability: int, shared_limit: int, tmp_path: Path
 ) -> None:
     text = SCRIPT.format(tests=str(Path(__file__).parent))
     beside = dim in (64, 256)  # the probes' chain as large calls launch it
-    found = run(
-        tmp_path, text, dtype, str(dim), str(mid), str(capability), "beside" if beside else ""
-    )
+    found = run(tmp_path, text, dtype, str(dim), str(capability), "beside" if beside else "")
     assert {"summarise_kernel", "score_kernel", "fit_kernel", "attend_kernel"} < set(found)
-    assert len(found) == (16 if mid else 15) + beside
+    assert len(found) == 15 + beside
     for name, (shared, size) in found.items():
         assert 0 <= shared <= shared_limit, f"{name} needs {shared} bytes of shared memory"
         assert size > 1000, f"{name} has no code"

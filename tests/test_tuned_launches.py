@@ -79,17 +79,9 @@ def test_choices_of_other_kernels_are_ignored(
     assert "freqopt kernels tune" in caplog.text
 
 
-def test_the_mid_band_keeps_the_shipped_attention() -> None:
-    bucket = tuned.bucket_of(30_000)
-    tuned.keep_choice(GPU, torch.float16, 128, bucket, {"rows": 32, "warps": 8, "fit_rows": 16})
-    with_mid = tuned.launch_on(GPU, torch.float16, 128, 30_000, mid_band=True)
-    assert with_mid == launch_for(torch.float16, 128, 101_376, mid_band=True)._replace(fit_rows=16)
-    assert set(tuned.ATTENTION) < set(tuned.ALLOWED)
-
-
 def test_half_precision_has_two_programs_to_a_processor_where_they_fit() -> None:
-    chosen = [launch_for(torch.bfloat16, 128, mid_band=mid) for mid in (False, True)]
-    assert [(x.rows, x.warps, x.stages) for x in chosen] == [(64, 4, 3), (128, 8, 3)]
+    chosen = launch_for(torch.bfloat16, 128)
+    assert (chosen.rows, chosen.warps, chosen.stages) == (64, 4, 3)
     assert launch_for(torch.bfloat16, 128, 101_376).rows == 128
 
 

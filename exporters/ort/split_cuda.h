@@ -3,20 +3,36 @@
 // The driver is opened at run time, so the library loads on machines without one. Nothing here
 // waits for the device: every launch goes to onnxruntime's stream.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
 
-#include "split_cpu.h"
-
 namespace freqopt {
+
+struct Extents {
+  int64_t batch, heads, kv_heads, length, dim, tokens, text_before;
+};
+
+struct Attributes {
+  float scale, density;
+  int64_t probes;
+};
+
+// How many of a head's (query tile, key block) pairs a density makes exact. An attribute is a float:
+// 0.1 of 1000 pairs is 100 of them, though 0.1f is more than 0.1.
+inline int64_t exact_pairs(float density, int64_t pairs) {
+  const double share = double(density) * pairs;
+  return std::min(std::max<int64_t>(int64_t(std::ceil(share - share * 1e-7)), 1), pairs);
+}
 
 struct Cubin {  // one row of the generated table
   // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
   // its extents and strides in elements, which Triton passes once more.
   const char *kernel, *symbol, *arguments;
-  int capability, dtype, head_dim, mid_band, masked;
+  int capability, dtype, head_dim, masked;
   int tile, warps, shared;
   const unsigned char* image;
 };

@@ -25,7 +25,7 @@ constexpr char kName[] = "SplitAttention", kVersion[] = "1", kNamespace[] = "";
 
 struct Settings {
   float scale = 0, density = 0;
-  int32_t mid_band = 0, probes = 0, text_before = 0;
+  int32_t probes = 0, text_before = 0;
 };
 
 // The table of kernels numbers types 0 float, 1 half, 2 bfloat16; -1: there are no kernels.
@@ -41,7 +41,7 @@ CudaCall call_of(const Settings& settings, const trt::Dims& query, const trt::Di
   CudaCall call{};
   call.extents = {query.d[0], query.d[1], key.d[1], query.d[2],
                   query.d[3], order.d[0], settings.text_before};
-  call.attributes = {settings.scale, settings.density, settings.mid_band != 0, settings.probes};
+  call.attributes = {settings.scale, settings.density, settings.probes};
   call.type = type_code(type);
   call.mask_batch = call.mask_length = 1;
   const Extents& e = call.extents;
@@ -137,7 +137,6 @@ class Plugin final : public trt::IPluginV3,
     constexpr auto kInt = trt::PluginFieldType::kINT32, kFloat = trt::PluginFieldType::kFLOAT32;
     fields_ = {{{"scale", &settings_.scale, kFloat, 1},
                 {"density", &settings_.density, kFloat, 1},
-                {"mid_band", &settings_.mid_band, kInt, 1},
                 {"probes", &settings_.probes, kInt, 1},
                 {"text_before", &settings_.text_before, kInt, 1}}};
     collection_ = {int32_t(fields_.size()), fields_.data()};
@@ -146,7 +145,7 @@ class Plugin final : public trt::IPluginV3,
 
  private:
   Settings settings_;
-  std::array<trt::PluginField, 5> fields_;
+  std::array<trt::PluginField, 4> fields_;
   trt::PluginFieldCollection collection_;
 };
 
@@ -184,7 +183,6 @@ class Creator final : public trt::IPluginCreatorV3One {
     };
     fill("scale", settings.scale, trt::PluginFieldType::kFLOAT32);
     fill("density", settings.density, trt::PluginFieldType::kFLOAT32);
-    fill("mid_band", settings.mid_band, trt::PluginFieldType::kINT32);
     fill("probes", settings.probes, trt::PluginFieldType::kINT32);
     fill("text_before", settings.text_before, trt::PluginFieldType::kINT32);
     return settings;
