@@ -59,8 +59,8 @@ def launch_of(a: Attention) -> Any:
 
 def threshold_for(a: Attention, density: float) -> float:
     """One threshold for all heads whose mean density is the given one (0 for density 1)."""
-    from freqopt.kernels import triton_split as split
     from freqopt.kernels.autotune import threshold_at
+    from freqopt.kernels.forward import split
     from freqopt.kernels.layout import Sequence
 
     if density >= 1.0:
@@ -72,9 +72,9 @@ def threshold_for(a: Attention, density: float) -> float:
 
 def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     """Milliseconds of each part of one call, and its route."""
-    from freqopt.kernels import triton_split as split
+    from freqopt.kernels.forward import split
+    from freqopt.kernels.forward.probe import fit_probes, probe_space
     from freqopt.kernels.layout import Sequence
-    from freqopt.kernels.triton_probe import fit_probes, probe_space
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
     launch = launch_of(a)
@@ -112,7 +112,7 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
 @contextlib.contextmanager
 def without_attention() -> Iterator[None]:
     """Calls in here leave out the attention kernel, and give no output: everything else is left."""
-    from freqopt.kernels import triton_split as split
+    from freqopt.kernels.forward import split
 
     with mock.patch.object(split, "attend", lambda *given, **options: None):
         yield

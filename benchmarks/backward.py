@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
 
 def prepare(a: Attention, grad: Tensor, threshold: float) -> Prepared:
     """Run the forward."""
-    from freqopt.kernels import triton_backward_launch
+    from freqopt.kernels.backward import launch as triton_backward_launch
     from freqopt.kernels.op import split_attention_op
 
     sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5

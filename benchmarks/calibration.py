@@ -34,16 +34,16 @@ from benchmarks.calibration_variants import (
     variant_without_probes,
 )
 from benchmarks.common import RESULTS, environment, write
-from freqopt.calibration import Calibration
-from freqopt.calibration_allocation import SiteChoices
-from freqopt.calibration_journal import Journal
-from freqopt.calibration_measure import THRESHOLDS
-from freqopt.calibration_progress import Progress, open_progress
-from freqopt.calibration_run import opened
-from freqopt.calibration_samples import SampleSet, collect_samples
-from freqopt.demo_settings import DTYPES, Settings, default_settings, load_model
-from freqopt.demo_video import decibels
-from freqopt.plan import Plan
+from freqopt.calibration.calibrate import Calibration
+from freqopt.calibration.checkpoint import Journal
+from freqopt.calibration.measure.recorder import THRESHOLDS
+from freqopt.calibration.runner import opened
+from freqopt.calibration.samples import SampleSet, collect_samples
+from freqopt.calibration.search.allocate import SiteChoices
+from freqopt.demo.settings import DTYPES, Settings, default_settings, load_model
+from freqopt.demo.video import decibels
+from freqopt.plan.plan import Plan
+from freqopt.progress import Progress, open_progress
 
 CALIBRATION_SEED, UNSEEN_SEED = 1000, 5000
 UNSEEN = 8

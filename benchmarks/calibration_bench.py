@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from freqopt.calibration_allocation import AttentionShape, CostModel, ProductCost
-from freqopt.calibration_progress import Progress
-from freqopt.calibration_run import Runner, opened, relative_error
-from freqopt.calibration_samples import SampleSet
-from freqopt.calibration_search import budget_key, mean_densities
-from freqopt.demo_settings import DTYPES, Settings
-from freqopt.demo_video import psnr
+from freqopt.calibration.runner import Runner, opened, relative_error
+from freqopt.calibration.samples import SampleSet
+from freqopt.calibration.search.allocate import AttentionShape, CostModel, ProductCost
+from freqopt.calibration.search.verify import budget_key, mean_densities
+from freqopt.demo.settings import DTYPES, Settings
+from freqopt.demo.video import psnr
 from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
+from freqopt.progress import Progress
 
 Budgets = dict[str, Tensor]
 """{site: (buckets, 2, H)}; a site without one stays dense."""

@@ -12,22 +12,22 @@ import torch
 
 import freqopt
 from benchmarks.calibration_bench import Bench, Budgets
-from freqopt.calibration import Calibration
-from freqopt.calibration_allocation import (
+from freqopt.calibration.calibrate import Calibration
+from freqopt.calibration.checkpoint import Journal
+from freqopt.calibration.runner import opened
+from freqopt.calibration.search.allocate import (
     Array,
     CostModel,
     SiteChoices,
     solve_density,
 )
-from freqopt.calibration_choices import site_choices
-from freqopt.calibration_gains import Dense, probed_samples
-from freqopt.calibration_journal import Journal
-from freqopt.calibration_progress import Progress
-from freqopt.calibration_refine import MAX_REFINED_SAMPLES, Refinement, best_at_density
-from freqopt.calibration_run import opened
-from freqopt.calibration_search import budgets
-from freqopt.calibration_video import GeneratedVideo, weighed_ways
-from freqopt.calibration_ways import Way
+from freqopt.calibration.search.choices import site_choices
+from freqopt.calibration.search.refine import MAX_REFINED_SAMPLES, Refinement, best_at_density
+from freqopt.calibration.search.sensitivity import Dense, probed_samples
+from freqopt.calibration.search.strategies import Way
+from freqopt.calibration.search.verify import budgets
+from freqopt.calibration.search.video import GeneratedVideo, weighed_ways
+from freqopt.progress import Progress
 
 ALL, UNIFORM, NO_PROBES = "calibrated", "one threshold for all", "without probes"
 BY_VIDEO = "timesteps weighed by the video"

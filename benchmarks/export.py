@@ -28,7 +28,7 @@ from torch import Tensor
 import freqopt.kernels.op  # noqa: F401  registers the operator
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.natural import natural_attention
-from freqopt.exporters.ort_library import LIBRARY_NAME, attend_counts, build_library
+from freqopt.exporters.onnx.library import LIBRARY_NAME, attend_counts, build_library
 from freqopt.exporters.runner import PROVIDERS, nodes_by_provider
 from freqopt.grid import token_order
 from freqopt.kernels.variant import Variant
@@ -99,7 +99,7 @@ def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> Non
     """Write the cases' ONNX files, and the library with kernels for one GPU."""
     import onnx
 
-    from freqopt.exporters.cubins import compile_table, write_sources
+    from freqopt.exporters.onnx.cubins import compile_table, write_sources
 
     folder.mkdir(parents=True, exist_ok=True)
     for case in {case.model: case for case in cases}.values():
@@ -113,7 +113,7 @@ def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> Non
 def _one_node(case: Case) -> Any:
     from onnx import TensorProto, helper
 
-    from freqopt.exporters.onnx_body import DOMAIN, INPUTS, OP_NAME, OP_VERSION, split_function
+    from freqopt.exporters.onnx.body import DOMAIN, INPUTS, OP_NAME, OP_VERSION, split_function
 
     own = TensorProto.FLOAT16 if case.dtype == "float16" else TensorProto.BFLOAT16
     shapes: dict[str, tuple[int, list[Any]]] = {

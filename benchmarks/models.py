@@ -31,8 +31,8 @@ HEAD = """# Models
 What freqopt finds in the graphs of public models, written by `python -m benchmarks.models` with
 {versions}.
 The configurations are small and the weights random (see
-[tests/model_cases.py](../tests/model_cases.py)); each model is compiled once with every site split
-at threshold 0, which must equal dense attention at each site and at the output.
+[tests/support/model_cases.py](../tests/support/model_cases.py)); each model is compiled once with
+every site split at threshold 0, which must equal dense attention at each site and at the output.
 
 - **split**: attentions that can be split, of all in the graphs.
 - **grid from**: `graph`, read off the model's own operations; `grid=`, packed before the model, so

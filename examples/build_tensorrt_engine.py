@@ -15,7 +15,7 @@ import torch
 
 import freqopt
 from freqopt.exporters.runner import run_artifact
-from freqopt.exporters.tensorrt_export import export_tensorrt
+from freqopt.exporters.tensorrt.export import export_tensorrt
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from freqopt.exporters.onnx_export import export_onnx
+from freqopt.exporters.onnx.export import export_onnx
 from freqopt.exporters.runner import run_artifact
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 

@@ -15,7 +15,7 @@ from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
 
 if TYPE_CHECKING:
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
 
 def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifact:

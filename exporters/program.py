@@ -23,11 +23,11 @@ from freqopt.options import Options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
-from freqopt.passes.rewrite import split_as_decided
+from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import Site
 
 if TYPE_CHECKING:
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
 BUDGET_PREFIX = "freqopt.budget."
 

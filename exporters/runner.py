@@ -23,8 +23,8 @@ from torch import Tensor
 
 from freqopt.errors import InputError, OptionError
 from freqopt.exporters.manifest import Artifact
-from freqopt.exporters.onnx_body import OP_NAME
-from freqopt.exporters.ort_library import OLDEST_ONNXRUNTIME, attend_counts, check_library
+from freqopt.exporters.onnx.body import OP_NAME
+from freqopt.exporters.onnx.library import OLDEST_ONNXRUNTIME, attend_counts, check_library
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -88,7 +88,7 @@ def run_artifact(
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind == "tensorrt":
-        from freqopt.exporters.tensorrt_runner import run_engine
+        from freqopt.exporters.tensorrt.runner import run_engine
 
         outputs, seconds, layers = run_engine(artifact, inputs)
         split = "plugin" if artifact.sites else "nothing: no site was split"

@@ -9,33 +9,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from freqopt.calibration import calibrate
-    from freqopt.calibration_samples import recording
+    from freqopt.calibration.calibrate import calibrate
+    from freqopt.calibration.samples import recording
     from freqopt.counting import counters, reset_counters
     from freqopt.exporters.manifest import Artifact
-    from freqopt.exporters.onnx_export import export_onnx
-    from freqopt.exporters.tensorrt_export import export_tensorrt
+    from freqopt.exporters.onnx.export import export_onnx
+    from freqopt.exporters.tensorrt.export import export_tensorrt
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.op import SplitStats, split_attention
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
     from freqopt.regional import attach
-    from freqopt.reporting import report
+    from freqopt.reporting.report import report
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "exporters.manifest",
     "Inspection": "inspection",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "SplitStats": "kernels.op",
     "attach": "regional",
-    "calibrate": "calibration",
+    "calibrate": "calibration.calibrate",
     "counters": "counting",
-    "export_onnx": "exporters.onnx_export",
-    "export_tensorrt": "exporters.tensorrt_export",
+    "export_onnx": "exporters.onnx.export",
+    "export_tensorrt": "exporters.tensorrt.export",
     "inspect": "inspection",
-    "recording": "calibration_samples",
-    "report": "reporting",
+    "recording": "calibration.samples",
+    "report": "reporting.report",
     "reset_counters": "counting",
     "split_attention": "kernels.op",
 }

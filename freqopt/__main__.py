@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from freqopt.cli import main
+from freqopt.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:] or ["doctor"]))

@@ -23,7 +23,7 @@ from freqopt.options import Compiled, Options, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
-from freqopt.passes.rewrite import split_as_decided
+from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
 
 logger = logging.getLogger(__name__)

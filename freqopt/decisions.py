@@ -22,7 +22,7 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent, Site
 
 if TYPE_CHECKING:
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from freqopt.errors import OptionError
 
 if TYPE_CHECKING:
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
 Compiled = Callable[..., Any]
 
@@ -115,7 +115,7 @@ def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
         PlanError: see `Plan.load`.
         OptionError: neither a plan nor a path.
     """
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
     if isinstance(plan, Plan):
         return plan
@@ -128,6 +128,6 @@ def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
 @functools.lru_cache(maxsize=8)
 def _read_plan(path: str, modified: int) -> Plan:
     del modified  # part of the cache's key
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
     return Plan.load(path)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration_samples import forward_signature, named_arguments
+from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.errors import PlanError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from freqopt.plan import Plan
+    from freqopt.plan.plan import Plan
 
 BUFFER = "freqopt_budget"
 

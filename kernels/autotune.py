@@ -16,12 +16,12 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from freqopt.config import DEFAULT_PROBES
-from freqopt.kernels import hopper
-from freqopt.kernels import triton_split as split
-from freqopt.kernels.launch import Launch
+from freqopt.kernels.forward import split
+from freqopt.kernels.forward.probe import fit_probes, probe_space
+from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Sequence
 from freqopt.kernels.reference import EXACT
-from freqopt.kernels.triton_probe import fit_probes, probe_space
+from freqopt.kernels.tiles import Launch
 
 logger = logging.getLogger(__name__)
 

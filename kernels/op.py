@@ -82,7 +82,7 @@ def _split_attention_cuda(
     *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """constants: the schema's, from grid on."""
-    from freqopt.kernels.triton_split import split_forward
+    from freqopt.kernels.forward.split import split_forward
 
     sequence, settings = _sequence(*constants[:3]), Settings(*constants[3:])
     if settings.mid_band:
@@ -165,7 +165,7 @@ def _split_attention_backward_cuda(
     route: Tensor, coefficients: Tensor, grid: Extents[int], text_before: int, text_after: int,
     scale: float, mid_band: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from freqopt.kernels.triton_backward_launch import split_backward
+    from freqopt.kernels.backward.launch import split_backward
 
     del mid_band  # the forward attended its pairs exactly
     sequence = _sequence(grid, text_before, text_after)

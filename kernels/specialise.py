@@ -13,23 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.kernels import (
-    gluon_attend,
-    gluon_gather,
-    gluon_prepare,
-    gluon_score,
-    hopper,
-    triton_attend,
-    triton_density,
-    triton_glue,
-    triton_long,
-    triton_prepare,
-    triton_score,
-)
-from freqopt.kernels import triton_probe as probe
-from freqopt.kernels import triton_split as split
-from freqopt.kernels.launch import launch_for, padded_dim
-from freqopt.kernels.long_split import RANK_BITS, ROUTE_STEP
+from freqopt.kernels.forward import probe, split
+from freqopt.kernels.forward.long import RANK_BITS, ROUTE_STEP
+from freqopt.kernels.hopper import attend as gluon_attend
+from freqopt.kernels.hopper import gather as gluon_gather
+from freqopt.kernels.hopper import launch as hopper
+from freqopt.kernels.hopper import prepare as gluon_prepare
+from freqopt.kernels.hopper import score as gluon_score
+from freqopt.kernels.portable import attend as triton_attend
+from freqopt.kernels.portable import density as triton_density
+from freqopt.kernels.portable import glue as triton_glue
+from freqopt.kernels.portable import long as triton_long
+from freqopt.kernels.portable import prepare as triton_prepare
+from freqopt.kernels.portable import score as triton_score
+from freqopt.kernels.tiles import launch_for, padded_dim
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (

@@ -19,7 +19,7 @@ import torch
 
 from freqopt.files import cache_folder
 from freqopt.kernels.device import shared_memory
-from freqopt.kernels.launch import Launch, launch_for
+from freqopt.kernels.tiles import Launch, launch_for
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,12 @@ ALLOWED = {
 """Values that a choice may have. The precision is not among them: it changes results."""
 
 SOURCES = tuple(
-    f"triton_{part}.py" for part in ("prepare", "score", "glue", "attend", "probe", "split")
-)
+    f"{part}.py"
+    for part in (
+        "portable/prepare", "portable/score", "portable/glue", "portable/attend", "forward/probe",
+        "forward/split",
+    )
+)  # fmt: skip
 
 
 def bucket_of(tokens: int) -> str:

@@ -8,13 +8,11 @@ from __future__ import annotations
 from torch import fx
 
 from freqopt.grid import Grid
-from freqopt.passes.axes import Dimensions
-from freqopt.passes.dimensions import Axis, axis_size, hint, product, same
-from freqopt.passes.grid_inference import Layout, infer_layout, pad_queries
-from freqopt.passes.layout import operands_of
-from freqopt.passes.masks import hides_nothing, mask_problem
-from freqopt.passes.nodes import VIEWS, operation, shape
-from freqopt.passes.provenance import (
+from freqopt.passes.axes.dimensions import Axis, axis_size, hint, product, same
+from freqopt.passes.axes.graph_axes import Dimensions
+from freqopt.passes.axes.grid import Layout, infer_layout, pad_queries
+from freqopt.passes.axes.operands import operands_of
+from freqopt.passes.axes.provenance import (
     alike,
     is_lost,
     kind_of_axes,
@@ -22,9 +20,11 @@ from freqopt.passes.provenance import (
     same_lattices,
     split_batch,
 )
+from freqopt.passes.masks.masks import hides_nothing, mask_problem
+from freqopt.passes.masks.square import key_mask_of, repeated_row_of
+from freqopt.passes.nodes import VIEWS, operation, shape
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention, Extent, Kind
-from freqopt.passes.square_masks import key_mask_of, repeated_row_of
 
 
 def came_ready_made(node: fx.Node) -> bool:

@@ -15,16 +15,16 @@ import torch
 from torch import fx
 
 from freqopt.grid import Grid
-from freqopt.passes.anchors import find_attention
-from freqopt.passes.axes import Dimensions
+from freqopt.passes.axes.dimensions import same
+from freqopt.passes.axes.graph_axes import Dimensions
+from freqopt.passes.axes.grid import Layout
+from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
+from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.classify import classify
-from freqopt.passes.dimensions import same
-from freqopt.passes.grid_inference import Layout
-from freqopt.passes.layout import heads_of, length_of_keys, operands_of
 from freqopt.passes.nodes import shape, tensor
-from freqopt.passes.propagate import follow_axes
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Mark, Site
+from freqopt.passes.spellings.anchors import find_attention
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from freqopt.errors import SiteError
 from freqopt.passes.decision import Decision, Rewritten
 from freqopt.passes.find import Grids, find_on_grids
 from freqopt.passes.marks import take_marks
-from freqopt.passes.packed import packed_opened
+from freqopt.passes.rewrite.timestep import select_by_timestep
 from freqopt.passes.site import Site
-from freqopt.passes.timestep import select_by_timestep
+from freqopt.passes.spellings.packed import packed_opened
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Decide = Callable[[Sequence[Site]], list[Decision]]
 """From all sites of a graph, in the order of execution, to one decision each."""
 
 Replace = Callable[[fx.GraphModule, Decision], object]
-"""Puts something in the place of a site that is to be split; see `freqopt.passes.rewrite`."""
+"""Puts something in the place of a site that is to be split; see `passes.rewrite`."""
 
 
 def rewrite(

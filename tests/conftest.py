@@ -87,7 +87,9 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose figures are not drawn, which takes seconds: for tests of their words."""
-    monkeypatch.setattr("freqopt.reporting.figure_html", lambda figure, caption="", alt="": caption)
+    monkeypatch.setattr(
+        "freqopt.reporting.report.figure_html", lambda figure, caption="", alt="": caption
+    )
 
 
 def _tensorrt_missing() -> bool:

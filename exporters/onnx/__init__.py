@@ -1,0 +1,1 @@
+"""Export to ONNX: the file, its function bodies, and the operator library."""

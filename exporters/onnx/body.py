@@ -1,0 +1,332 @@
+"""The split as an ONNX function body: what any runtime computes where our kernels are not present.
+
+A transcription of `freqopt.kernels.reference` without its mid band into plain ONNX operators,
+computed in float32. Query tiles are walked by a Scan, so memory holds one tile against all keys:
+4 B H 128 (1.02 T + X) bytes.
+"""
+
+from __future__ import annotations
+
+import onnx
+from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
+from freqopt.exporters.onnx.graph import Nodes, Value
+from freqopt.kernels.reference import C_MAX, EXACT, G_MAX, LOW, NEWTON_STEPS
+from onnx import AttributeProto, TensorProto, helper
+
+DOMAIN = "freqopt"
+OP_NAME = "SplitAttention"
+ORDER_NAME = "TokenOrder"
+OP_VERSION = 2
+"""Opset version of the domain; raised when inputs, attributes or meaning change."""
+
+INPUTS = ("query", "key", "value", "budget", "key_mask", "order", "text_before")
+ATTRIBUTES = ("scale", "density", "probes")
+
+INFINITY = float("inf")
+PER_TILE = QUERY_TILE // SUB_TILE
+
+
+class _Split:
+    """Builds the body; one method per step of `reference.split_tokens`, same shapes."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.n = nodes
+        query, key, value, budget, mask, order, before = (Value(nodes, x) for x in INPUTS)
+        self.query_in, self.mask_in, self.budget = query, mask, budget
+        self.scale = nodes.attribute("scale", "float", AttributeProto.FLOAT)
+        self.density = nodes.attribute("density", "float", AttributeProto.FLOAT)
+        self.probes = nodes.attribute("probes", "int", AttributeProto.INT)
+        self.order, self.before = order.cast(TensorProto.INT64), before
+        self.batch, self.heads = query.size(0), query.size(1)
+        self.length, self.dim = query.size(2), query.size(3)
+        self.tokens = self.order.size(0)
+        self.blocks = (self.tokens + (KEY_BLOCK - 1)) // KEY_BLOCK
+        self.tiles = (self.tokens + (QUERY_TILE - 1)) // QUERY_TILE
+        self.count = self._counts(KEY_BLOCK, self.blocks)
+        self.text_index = nodes.concat(
+            0, nodes.range(0, before), nodes.range(before + self.tokens, self.length)
+        )
+        video_index = self.order + before
+        whole = [query.float(), *(self._repeat_heads(x.float()) for x in (key, value))]
+        self.query, self.key, self.value = (x.gather(video_index, 2) for x in whole)
+        self.text_query, self.text_key, self.text_value = (
+            x.gather(self.text_index, 2) for x in whole
+        )
+
+    def _repeat_heads(self, x: Value) -> Value:
+        """(B, Hkv, N, D) -> (B, H, N, D)."""
+        group = self.heads // x.size(1)
+        wide = x.unsqueeze(2).expand(1, 1, group, 1, 1)
+        return wide.reshape(self.batch, self.heads, self.length, self.dim)
+
+    def _counts(self, size: int, blocks: Value) -> Value:
+        """True tokens of each block, int64; 0 past the end."""
+        starts = self.n.range(0, blocks) * size
+        return (self.tokens - starts).minimum(size).maximum(0)
+
+    def _blocks_of(self, x: Value, size: int, blocks: Value) -> Value:
+        """(B, H, T, D) -> (B, H, blocks, size, D), zero-padded."""
+        pads = self.n.shape(0, 0, 0, 0, 0, 0, blocks * size - self.tokens, 0)
+        padded = self.n.op("Pad", x, pads)
+        return padded.reshape(self.batch, self.heads, blocks, size, self.dim)
+
+    def _present(self) -> Value:
+        """(J, 64, 1): 1 where a block has a token."""
+        present = self.n.range(0, KEY_BLOCK) < self.count.unsqueeze(1)
+        return present.float().unsqueeze(2)
+
+    def summarise(self) -> tuple[Value, Value, Value, Value]:
+        """Key and value mean, key variance (B, H, J, D) of the blocks, and H-bar (B, H, D, D)."""
+        divisor, valid = self.count.float().unsqueeze(1), self._present()
+        keys = self._blocks_of(self.key, KEY_BLOCK, self.blocks)
+        values = self._blocks_of(self.value, KEY_BLOCK, self.blocks)
+        key_mean, value_mean = keys.sum(3) / divisor, values.sum(3) / divisor
+        offset = (keys - key_mean.unsqueeze(3)) * valid
+        key_var = (offset * offset).sum(3) / divisor
+        flat = [x.reshape(self.batch, self.heads, -1, self.dim) for x in (values, offset)]
+        first_order = flat[0].transposed(0, 1, 3, 2) @ flat[1] / self.tokens.float()
+        return key_mean, value_mean, key_var, first_order
+
+    def value_spread(self, value_mean: Value) -> Value:
+        """(B, H, J): a block's rms distance of values from their mean, relative to the head's."""
+        tokens = self.tokens.float()
+        values = self._blocks_of(self.value, KEY_BLOCK, self.blocks)
+        offset = (values - value_mean.unsqueeze(3)) * self._present()
+        block = (offset * offset).sum(3, 4) / self.count.float()
+        centred = self.value - self.value.sum(2, keep=True) / tokens
+        head = (centred * centred).sum(2, 3) / tokens
+        return (block / head.maximum(1e-30).unsqueeze(2)).sqrt()
+
+    def score(
+        self, key_mean: Value, key_var: Value, spread: Value, square: Value
+    ) -> tuple[Value, Value]:
+        """Routing score and second-order mass term, (B, H, I, J) each.
+
+        square: (B, H, I, D), the tiles' mean squared queries.
+        """
+        subs = self.tiles * PER_TILE
+        count = self._counts(SUB_TILE, subs)
+        queries = self._blocks_of(self.query, SUB_TILE, subs)
+        mean = queries.sum(3) / count.maximum(1).float().unsqueeze(1)
+        capacity = self.count.float().log()
+        dispersion = square @ key_var.transposed(0, 1, 3, 2) * (self.scale * self.scale)
+        term = (dispersion * 0.5).minimum(capacity)
+
+        def by_tile(x: Value) -> Value:
+            return x.reshape(self.batch, self.heads, self.tiles, PER_TILE, self.blocks)
+
+        logit = mean @ key_mean.transposed(0, 1, 3, 2) * self.scale + capacity
+        mass = self.n.op("Softmax", by_tile(logit) + term.unsqueeze(3), axis=-1)
+        present = (count > 0).float().reshape(self.tiles, PER_TILE, 1)
+        error = (mass * mass * present).sum(3) / present.sum(1) * dispersion
+        return error.sqrt() * spread.unsqueeze(2) * self.blocks.float(), term
+
+    def threshold(self, score: Value, own: Value) -> Value:
+        """Threshold (B or 1, H, 1, 1)."""
+        flat = self.n.where(own, INFINITY, score).reshape(self.batch, self.heads, -1)
+        pairs = flat.size(2)
+        # The attribute is a float32: shaving off its rounding keeps the true product's ceiling.
+        share = self.density.cast(TensorProto.DOUBLE) * pairs.cast(TensorProto.DOUBLE)
+        shaved = share - share * self.n.constant(1e-7).cast(TensorProto.DOUBLE)
+        kept = self.n.op("Ceil", shaved).cast(TensorProto.INT64)
+        kept = kept.maximum(1).minimum(pairs)
+        largest, _ = self.n.ops("TopK", 2, flat, kept, axis=2)
+        by_density = largest.slice(2, kept - 1, kept).unsqueeze(3)
+        return self.n.where(self.density > 0.0, by_density, self.budget.float().unsqueeze(0, 2, 3))
+
+    def route(self, score: Value) -> Value:
+        """(B, H, I, J) int64: 0 low, 2 exact."""
+        block_tile = self.n.range(0, self.blocks) * KEY_BLOCK // QUERY_TILE
+        own = block_tile.equals(self.n.range(0, self.tiles).unsqueeze(1))
+        return self.n.where((score >= self.threshold(score, own)) | own, EXACT, LOW)
+
+    def repeat(self, x: Value) -> Value:
+        """Repeat every entry of the last axis, blocks to tokens."""
+        wide = x.unsqueeze(4).expand(1, 1, 1, 1, KEY_BLOCK)
+        return wide.reshape(0, 0, 0, self.blocks * KEY_BLOCK)
+
+    def build(self) -> dict[str, Value]:
+        """The whole split; returns named results, `out` (B, H, N, D) among them."""
+        n = self.n
+        low_key, low_value, low_var, low_order = self.summarise()
+        tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
+        tile_count = self._counts(QUERY_TILE, self.tiles).float().unsqueeze(1)
+        square = (tiles * tiles).sum(3) / tile_count
+        score, low_term = self.score(low_key, low_var, self.value_spread(low_value), square)
+        route = self.route(score)
+
+        capacity = self.count.float().log()
+        columns = self.blocks * KEY_BLOCK
+        real = n.range(0, columns) < self.tokens
+        self.padded_key, self.padded_value = (
+            self._blocks_of(x, KEY_BLOCK, self.blocks).reshape(
+                self.batch, self.heads, columns, self.dim
+            )
+            for x in (self.key, self.value)
+        )
+        text_bias = self.text_bias()
+
+        def bands(pair: Value) -> tuple[Value, Value]:
+            """For pairs (B, H, 1 or Q, J): the low band's bias, and which columns are exact.
+
+            The latter over tokens, (B, H, 1 or Q, 64 J).
+            """
+            bias = n.where(pair.equals(LOW), capacity, -INFINITY)
+            exact = self.repeat(pair.equals(EXACT).cast(TensorProto.INT32))
+            return bias, (exact > n.constant(0).cast(TensorProto.INT32)) & real
+
+        means = low_key.transposed(0, 1, 3, 2)
+        keys = n.concat(2, self.padded_key, self.text_key).transposed(0, 1, 3, 2)
+        values = n.concat(2, self.padded_value, self.text_value)
+        turn = low_order.transposed(0, 1, 3, 2)
+
+        def exact_bias(exact: Value) -> Value:
+            return n.where(exact, 0.0, -INFINITY)
+
+        # The probe: exact attention of a few queries, and what the bands make of them.
+        chosen, tile = self.probe_positions()
+        probe_query = self.query.gather(chosen, 2)
+        bias, exact = bands(route.gather(tile, 2))
+        logits = probe_query @ keys * self.scale
+        token_logit = logits.slice(3, 0, columns)
+        text_logit = logits.slice(3, columns, columns + self.text_index.size(0)) + text_bias
+        full = n.concat(3, n.where(real, token_logit, -INFINITY), text_logit)
+        peak = full.max(3, keep=True)
+        log_total = (full - peak).exp().sum(3, keep=True).log() + peak
+        share = (full - log_total).exp()
+        exact_share = n.concat(
+            3,
+            n.where(exact, share.slice(3, 0, columns), 0.0),
+            share.slice(3, columns, columns + self.text_index.size(0)),
+        )
+        c, g, error = self.fit_probe(
+            relative=probe_query @ means * self.scale + bias - log_total,
+            term=low_term.gather(tile, 2),
+            low_value=low_value,
+            exact_mass=exact_share.sum(3, keep=True),
+            exact_out=exact_share @ values,
+            target=(share - exact_share).sum(2, 3),
+            truth=share @ values,
+            turned=probe_query @ turn * self.scale,
+        )
+
+        def attend(query: Value, pair: Value, term: Value) -> Value:
+            pair, term = (x.unsqueeze(2) for x in (pair, term))
+            bias, exact = bands(pair)
+            low = query @ means * self.scale + bias + c * term
+            logit = query @ keys * self.scale + n.concat(3, exact_bias(exact), text_bias)
+            weight = n.op("Softmax", n.concat(3, low, logit), axis=-1)
+            out = weight @ n.concat(2, low_value, values)
+            mass = weight.slice(3, 0, self.blocks).sum(3, keep=True)
+            return out + g * mass * (query @ turn * self.scale)
+
+        def tile_first(x: Value, rank: int) -> Value:
+            return x.transposed(2, 0, 1, *range(3, rank))
+
+        video = n.scan(
+            attend,
+            [
+                (tile_first(tiles, 5), TensorProto.FLOAT),
+                (tile_first(route, 4), TensorProto.INT64),
+                (tile_first(low_term, 4), TensorProto.FLOAT),
+            ],
+            rank=4,
+        )
+        video = video.transposed(1, 2, 0, 3, 4)
+        video = video.reshape(self.batch, self.heads, self.tiles * QUERY_TILE, self.dim)
+        out = self.assemble(video.slice(2, 0, self.tokens), text_bias)
+        return {
+            "out": n.op("CastLike", out, self.query_in),
+            "route": route,
+            "coefficients": n.concat(2, c.squeeze(3), g.squeeze(3)),
+            "probe_error": error,
+        }
+
+    def text_bias(self) -> Value:
+        """(B, H, 1, X): 0 where a text key is attended, -inf where it is masked."""
+        mask = self.mask_in.cast(TensorProto.INT32).expand(self.batch, self.length)
+        kept = mask.gather(self.text_index, 1).cast(TensorProto.BOOL)
+        bias = self.n.where(kept, 0.0, -INFINITY).unsqueeze(1, 2)
+        return bias.expand(1, self.heads, 1, 1)
+
+    def probe_positions(self) -> tuple[Value, Value]:
+        """Token-order positions (P,) and their tiles; one where there are no probes."""
+        probes = self.probes.maximum(1).minimum(self.tokens)
+        numerator = (self.n.range(0, probes) * 2 + 1) * self.tokens
+        positions = numerator // (probes * 2)
+        return positions, positions // QUERY_TILE
+
+    def fit_probe(
+        self,
+        *,
+        relative: Value,
+        term: Value,
+        low_value: Value,
+        exact_mass: Value,
+        exact_out: Value,
+        target: Value,
+        truth: Value,
+        turned: Value,
+    ) -> tuple[Value, Value, Value]:
+        """`reference.fit_probe` on tensors relative to the softmax sum; c, g (B, H, 1, 1).
+
+        turned: (B, H, P, D), the first-order term of each probe before its mass.
+        """
+        n = self.n
+        safe_target = target.maximum(1e-30)
+        c = target * 0.0 + 1.0
+        for _ in range(NEWTON_STEPS):
+            mass = (relative + c.unsqueeze(2, 3) * term).exp()
+            total, slope = mass.sum(2, 3), (mass * term).sum(2, 3)
+            step = (total.maximum(1e-30) / safe_target).log() * total
+            usable = (slope > 1e-12) & (target > 1e-12)
+            moved = n.where(usable, c - step / slope.maximum(1e-12), c)
+            c = moved.maximum(0.0).minimum(C_MAX)
+        mass = (relative + c.unsqueeze(2, 3) * term).exp()
+        low = mass.sum(3, keep=True)
+        total = exact_mass + low
+        plain = (exact_out + mass @ low_value) / total
+        correction = low * turned / total
+        energy = (correction * correction).sum(2, 3)
+        aligned = ((truth - plain) * correction).sum(2, 3)
+        g = n.where(energy > 1e-30, aligned / energy.maximum(1e-30), 1.0)
+        g = g.maximum(0.0).minimum(G_MAX)
+        left = truth - plain - g.unsqueeze(2, 3) * correction
+        error = ((left * left).sum(2, 3) / (truth * truth).sum(2, 3).maximum(1e-30)).sqrt()
+        fitted = self.probes > 0
+        c, g = (n.where(fitted, x, 1.0).unsqueeze(2, 3) for x in (c, g))
+        return c, g, n.where(fitted, error, float("nan"))
+
+    def assemble(self, video: Value, text_bias: Value) -> Value:
+        """Video (B, H, T, D) in token order and densely attended text, in the model's order."""
+        n = self.n
+        keys = n.concat(2, self.key, self.text_key)
+        zeros = text_bias.slice(3, 0, 0)
+        no_bias = n.op("Pad", zeros, n.shape(0, 0, 0, 0, 0, 0, 0, self.tokens))
+        bias = n.concat(3, no_bias, text_bias)
+        logit = self.text_query @ keys.transposed(0, 1, 3, 2) * self.scale + bias
+        text = n.op("Softmax", logit, axis=-1) @ n.concat(2, self.value, self.text_value)
+        places = n.range(0, self.tokens)
+        inverse = n.op("ScatterElements", places, self.order, places, axis=0)
+        end = self.before + self.tokens
+        index = n.concat(0, n.range(self.tokens, end), inverse, n.range(end, self.length))
+        return n.concat(2, video, text).gather(index, 2)
+
+
+def split_function(opset: int, outputs: tuple[str, ...] = ("out",)) -> onnx.FunctionProto:
+    """The body of `freqopt::SplitAttention` at an opset of the default domain (18 or later).
+
+    Inputs: query (B, H, N, D), key, value (B, Hkv, N, D) of one floating type; budget (H,)
+    float32; key_mask bool, broadcast to (B, N), True = attend, only its text entries are read;
+    order (T,) int, the video tokens' raster index in token order; text_before (1,) int64.
+    Attributes: scale, density (0: use the budget), probes. Output: (B, H, N, D), the query's type.
+    `outputs` may name route, coefficients and probe_error as well, for tests.
+    """
+    nodes = Nodes(opset)
+    results = _Split(nodes).build()
+    for name in outputs:
+        nodes.nodes.append(helper.make_node("Identity", [results[name].name], [name]))
+    return helper.make_function(
+        DOMAIN, OP_NAME, list(INPUTS), list(outputs), nodes.nodes,
+        [helper.make_opsetid("", opset)], attributes=list(ATTRIBUTES),
+    )  # fmt: skip

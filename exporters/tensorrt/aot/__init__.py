@@ -1,0 +1,1 @@
+"""PROTOTYPE: TensorRT nodes of one kernel each, compiled ahead of time."""

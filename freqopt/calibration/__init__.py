@@ -1,0 +1,1 @@
+"""Calibration: an error target in, a plan that holds it out. `calibrate` is the way in."""

@@ -1,0 +1,171 @@
+"""The journal: results of calibration's steps, kept in a file so that an interrupted run resumes.
+
+Every step of a calibration is a pure function of the model, the samples and the seed, so a result
+that is in the journal stands for the run that made it. The file is safetensors with JSON metadata:
+data only, safe to load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import freqopt
+from freqopt.calibration.samples import SampleSet
+from freqopt.config import SPLIT_VERSION
+from freqopt.errors import CalibrationError
+from freqopt.plan.plan import model_fingerprint
+
+FORMAT = "freqopt-journal-3"
+WRITE_EVERY = 10.0
+"""Seconds between writes while calibration runs; an interruption writes too."""
+
+DIGEST_VALUES = 1024
+"""Values of each parameter that the identity looks at, evenly spaced."""
+
+
+class Entry(NamedTuple):
+    """Result of one step. facts: anything that JSON can express."""
+
+    facts: Any
+    tensors: Mapping[str, Tensor]
+
+
+class Journal:
+    """Results by key. Without a path they are kept in memory only."""
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.entries: dict[str, Entry] = {}
+        self.written = time.monotonic()
+        if path is not None and path.exists():
+            self.entries = _read(path, identity)
+
+    def find(self, key: str) -> Entry | None:
+        """The result of a step that was done before."""
+        return self.entries.get(key)
+
+    def keep(self, key: str, facts: Any, tensors: Mapping[str, Tensor] | None = None) -> Entry:
+        """Add the result of a step; returns it."""
+        entry = self.entries[key] = Entry(facts, dict(tensors or {}))
+        if time.monotonic() - self.written > WRITE_EVERY:
+            self.write()
+        return entry
+
+    def write(self) -> None:
+        """Write the file; an existing one is replaced only by a complete one."""
+        if self.path is None or not self.entries:
+            return
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{key}|{name}": tensor.contiguous()
+            for key, entry in self.entries.items()
+            for name, tensor in entry.tensors.items()
+        }
+        facts = json.dumps({key: entry.facts for key, entry in self.entries.items()})
+        metadata = {
+            "format": FORMAT, "identity": self.identity, "facts": facts,
+            "content": _content(facts, tensors),
+        }  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, self.path)
+        self.written = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file, which a finished calibration needs no more."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_journal(path: str | os.PathLike[str] | None, identity: str) -> Iterator[Journal]:
+    """A journal that is written if the block is left by an exception, and removed otherwise.
+
+    Raises:
+        CalibrationError: the file is damaged, or belongs to another calibration.
+    """
+    journal = Journal(None if path is None else Path(path), identity)
+    try:
+        yield journal
+    except BaseException:
+        journal.write()
+        raise
+    journal.remove()
+
+
+def identity_of(model: nn.Module, samples: SampleSet, **settings: Any) -> str:
+    """Hash of all that results depend on: model with its values, samples, settings, versions."""
+    digest = hashlib.sha256()
+    versions = (freqopt.__version__, str(torch.__version__), SPLIT_VERSION)
+    digest.update(repr((model_fingerprint(model), versions, sorted(settings.items()))).encode())
+    for parameter in model.parameters():
+        step = max(1, parameter.numel() // DIGEST_VALUES)
+        _add(digest, parameter.detach().flatten()[::step])
+    digest.update(repr((samples.timestep_name, samples.timestep_edges)).encode())
+    for part in (samples.fit, samples.held_out):
+        for sample in part:
+            for leaf in pytree.tree_leaves((sample.args, sample.kwargs)):
+                _add(digest, leaf)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(repr((value.dtype, tuple(value.shape), value.device.type)).encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    elif isinstance(value, (int, float, str, bool, type(None))):
+        digest.update(repr(value).encode())
+    else:  # its repr may hold an address
+        digest.update(type(value).__qualname__.encode())
+
+
+def _content(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash of what a file holds, so that a damaged one is not resumed from."""
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        _add(digest, tensors[name].cpu())
+    return digest.hexdigest()
+
+
+def _read(path: Path, identity: str) -> dict[str, Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    advice = "delete it to calibrate from the start, or name another file"
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CalibrationError(f"{path} is not a journal of this version; {advice}")
+            if metadata.get("identity") != identity:
+                raise CalibrationError(
+                    f"{path} keeps what was measured with another model, other weights, samples, "
+                    f"settings or versions, so it cannot be resumed here; {advice}"
+                )
+            whole = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata["content"] != _content(metadata["facts"], whole):
+                raise ValueError("its content does not match its own hash")
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in whole.items():
+                key, _, leaf = name.partition("|")
+                tensors.setdefault(key, {})[leaf] = tensor
+            facts = json.loads(metadata["facts"])
+            return {key: Entry(found, tensors.get(key, {})) for key, found in facts.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"{path} is not a complete journal ({error}); {advice}") from error

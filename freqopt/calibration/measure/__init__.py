@@ -1,0 +1,1 @@
+"""Measuring attention where it runs: recorders, and what they read."""

@@ -1,0 +1,136 @@
+"""What calibration knows about sites: readings of single calls, and their sums by timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqopt.calibration.measure.spectrum import spectrum_axes
+from freqopt.calibration.search.allocate import AttentionShape
+from freqopt.grid import Grid
+
+CURVES = ("density", "own", "site", "bias", "site_bias", "probe")
+"""Curves of a reading over the ladder; see `Reading`."""
+
+FINE = "fine"
+"""The curve of a reading over all choices between the ladder's rungs."""
+
+SPECTRA = ("power", "low")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one call of a site showed; float64 on the CPU.
+
+    energy: (H,) share of the site's output energy. curves: by name, [rung][head]: density; own:
+    squared error relative to the head's output; site: the same relative to the whole site's; bias:
+    signed share of the head's output lost; site_bias: squared bias relative to the site; probe:
+    squared probe error; fine: density at each of `ladder_choices` in place of the rungs, read off
+    the routing scores. spectrum: as `key_spectrum` returns it.
+    """
+
+    site: str
+    shape: AttentionShape
+    grid: Grid
+    energy: Tensor
+    curves: dict[str, Tensor]
+    spectrum: tuple[Tensor, Tensor]
+
+
+def pack(readings: Sequence[Reading]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Readings as JSON and named tensors; `unpack` undoes it."""
+    facts = [[reading.site, list(reading.shape), list(reading.grid)] for reading in readings]
+    tensors: dict[str, Tensor] = {}
+    for index, reading in enumerate(readings):
+        parts = {"energy": reading.energy, **reading.curves}
+        parts.update(zip(SPECTRA, reading.spectrum, strict=True))
+        tensors.update({f"{index}/{name}": tensor for name, tensor in parts.items()})
+    return facts, tensors
+
+
+def unpack(facts: Sequence[Any], tensors: dict[str, Tensor]) -> list[Reading]:
+    """Readings that `pack` packed."""
+    found = []
+    for index, (site, (heads, tokens, head_dim), (t, h, w)) in enumerate(facts):
+        power, low = (tensors[f"{index}/{name}"] for name in SPECTRA)
+        curves = {name: tensors[f"{index}/{name}"] for name in (*CURVES, FINE)}
+        shape, energy = AttentionShape(heads, tokens, head_dim), tensors[f"{index}/energy"]
+        found.append(Reading(site, shape, (t, h, w), energy, curves, (power, low)))
+    return found
+
+
+@dataclass
+class Sums:
+    """Sums of readings' energies and curves; divide by `calls` for means."""
+
+    calls: int = 0
+    energy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    curves: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, energy: Tensor, curves: dict[str, Tensor]) -> None:
+        """Add one call's values."""
+        self.energy = self.energy + energy if self.calls else energy
+        for name, value in curves.items():
+            self.curves[name] = self.curves[name] + value if self.calls else value
+        self.calls += 1
+
+    def merged(self, other: Sums) -> Sums:
+        """Sums over the calls of both."""
+        if not (self.calls and other.calls):
+            return self if self.calls else other
+        curves = {name: self.curves[name] + other.curves[name] for name in self.curves}
+        return Sums(self.calls + other.calls, self.energy + other.energy, curves)
+
+    def mean(self, name: str) -> Tensor:
+        """Mean curve [rung][head]."""
+        return self.curves[name] / self.calls
+
+
+@dataclass
+class SpectrumSums:
+    """Sums over calls of each head's key power per radial bin, [head][bin], shares of 1."""
+
+    edges: list[float]
+    cutoff: float
+    power: Tensor
+    low: Tensor
+    calls: int = 1
+
+
+@dataclass
+class Measured:
+    """Everything known about one site."""
+
+    name: str
+    heads: int = 0
+    head_dim: int = 0
+    tokens: int = 0
+    grids: set[Grid] = field(default_factory=set)
+    buckets: dict[int, Sums] = field(default_factory=dict)
+    spectrum: SpectrumSums | None = None
+    failure: str | None = None
+
+    def add(self, bucket: int, reading: Reading) -> None:
+        """Add what one call in a timestep bucket showed."""
+        if not self.heads:
+            self.heads, self.tokens, self.head_dim = reading.shape
+        self.grids.add(reading.grid)
+        self.buckets.setdefault(bucket, Sums()).add(reading.energy, reading.curves)
+        power, low = reading.spectrum
+        if self.spectrum is None:
+            self.spectrum = SpectrumSums(*spectrum_axes(reading.grid), power, low)
+            return
+        found = self.spectrum
+        found.power, found.low = found.power + power, found.low + low
+        found.calls += 1
+
+    def total(self) -> Sums:
+        """Sums over all timestep buckets."""
+        total = Sums()
+        for bucket in sorted(self.buckets):
+            total = total.merged(self.buckets[bucket])
+        return total

@@ -1,0 +1,121 @@
+"""Runs the model under calibration: evaluation mode, seeded, recorders for its attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqopt.calibration.measure.recorder import Mode, Session, recording_backend
+from freqopt.calibration.samples import Sample, SampleSet
+from freqopt.errors import unwrapped
+from freqopt.grid import Grid
+from freqopt.passes.find import Grids
+
+RECOMPILE_LIMIT = 256
+
+
+class Runner:
+    """A model whose attention does what a session says; use as ``with opened(...) as runner``."""
+
+    def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
+        self.model, self.samples, self.seed = model, samples, seed
+        self.session = Session()
+        backend = recording_backend(self.session, Grids(grid, tuple(samples.grids)))
+        self.compiled = torch.compile(model, dynamic=False, backend=backend)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model's parameters are on a GPU."""
+        first = next(self.model.parameters(), None)
+        return first is not None and first.is_cuda
+
+    def run(self, sample: Sample, mode: Mode) -> list[Tensor]:
+        """Floating-point output tensors of one call of the model."""
+        self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)
+        with self._ready():
+            return output_tensors(self.compiled(*sample.args, **sample.kwargs))
+
+    def generate(self, pipeline: Callable[[], Any], mode: Mode) -> Any:
+        """What a pipeline returns whose calls of the model run in a mode of the session."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.session.mode = mode
+            self.session.bucket = self.samples.bucket_of_call(self.model, args, kwargs)
+            self.model._compiled_call_impl = before
+            try:
+                return self.compiled(*args, **kwargs)
+            finally:
+                self.model._compiled_call_impl = call
+
+        before = self.model._compiled_call_impl
+        self.model._compiled_call_impl = call
+        try:
+            with self._ready():
+                return pipeline()
+        finally:
+            self.model._compiled_call_impl = before
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with unwrapped(), torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
+            torch.manual_seed(self.seed)
+            yield
+
+
+@contextmanager
+def opened(model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> Iterator[Runner]:
+    """A runner; the model is in evaluation mode meanwhile and left as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield Runner(model, samples, grid, seed)
+    finally:
+        for module in training:
+            module.training = True
+        _forget_compiled(model)
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Drop the recorders' graphs, which hold what was measured and count as recompilations."""
+    code = getattr(model.forward, "__code__", None)
+    if code is not None:
+        torch._dynamo.eval_frame.remove_from_cache(code)
+
+
+def _many_recompiles() -> Any:
+    """Samples of many shapes each need their own graph; hitting the limit would skip sites."""
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            return torch._dynamo.config.patch({name: RECOMPILE_LIMIT})
+    return nullcontext()
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Floating-point tensors of whatever a model returns, in a fixed order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in output_tensors(item)]
+    if dataclasses.is_dataclass(output):
+        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
+    return []
+
+
+def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
+    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
+    difference = energy = 0.0
+    for got, want in zip(output, reference, strict=True):
+        want = want.to(got.device)
+        difference += float((got.double() - want.double()).square().sum())
+        energy += float(want.double().square().sum())
+    error = math.sqrt(difference / max(energy, 1e-30))
+    return error if math.isfinite(error) else math.inf

@@ -1,0 +1,1 @@
+"""Choosing budgets: what there is to choose, what it costs, and what it does to the output."""

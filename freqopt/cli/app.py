@@ -1,0 +1,366 @@
+"""The command line: inspect, calibrate, report, export, run, kernels, demo and doctor.
+
+Errors of freqopt come out as one line and exit status 2; anything else that goes wrong is a
+defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import freqopt
+from freqopt.calibration.samples import MAX_BUCKETS
+from freqopt.cli import export as commands
+from freqopt.cli.kernels import kernels_app
+from freqopt.errors import FreqoptError, InputError, OptionError
+
+logger = logging.getLogger(__name__)
+
+BAD_INPUT = 2
+BROKEN = 1
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="freqopt",
+    help="Rewrite dense attention of video transformers into frequency-split attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.add_typer(commands.export_app)
+app.add_typer(kernels_app)
+app.command()(commands.run)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="What makes the model: an importable module or a .py file, and a function in it that "
+        "returns a torch.nn.Module when called without arguments (or the module itself).",
+    ),
+]
+SamplesFile = Annotated[
+    Path,
+    typer.Option(
+        "--samples",
+        help="Inputs as safetensors, with tensors named '<call>/<argument>': '0/video', "
+        "'0/timestep', '1/video', ...; other values as JSON in the metadata "
+        "(freqopt.calibration.samples_file.save_samples writes such files).",
+    ),
+]
+GridText = Annotated[
+    str | None,
+    typer.Option(
+        "--grid", help="Extents t,h,w of the video tokens, where the graph does not tell them."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cuda or cpu; cuda where there is one by default.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def _global(
+    ctx: typer.Context,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log decisions.")] = False,
+) -> None:
+    ctx.find_root().obj = {"traceback": traceback}
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    samples: SamplesFile,
+    grid: GridText = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan file: what the backend would do with it.")
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Shorter sites stay dense, as in the backend's option.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Tell which attention of a model could be split, and why not the rest; or what a plan does."""
+    from freqopt.calibration.samples_file import load_samples
+
+    where = choose_device(device)
+    module = load_model(model).to(where)
+    args, kwargs = load_samples(samples, where)[0]
+    extents = None if grid is None else parse_grid(grid)
+    with torch.no_grad():
+        found = freqopt.inspect(
+            module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
+        )
+    print(found)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    samples: SamplesFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan to write.")] = Path(
+        "plan.json"
+    ),
+    target_error: Annotated[
+        float, typer.Option(help="Relative L2 error of the model's output against dense.")
+    ] = 0.03,
+    target_density: Annotated[
+        float | None, typer.Option(help="Share of pairs to attend exactly, instead of an error.")
+    ] = None,
+    grid: GridText = None,
+    timestep: Annotated[
+        str | None, typer.Option(help="Name of the model's timestep argument, if it is unusual.")
+    ] = None,
+    timestep_buckets: Annotated[
+        int, typer.Option(help="Ranges of the timestep with budgets of their own, at most.")
+    ] = MAX_BUCKETS,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Rounds of marginals, 0 for none (default: 3 on a GPU for small models)."
+        ),
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Find the cheapest budgets that hold an error target, and write them as a plan.
+
+    Ctrl-C keeps what was measured beside the plan, and the same command goes on from there.
+    """
+    from freqopt.calibration.samples_file import load_samples
+
+    where = choose_device(device)
+    calls = load_samples(samples, where)
+    checkpoint = output.with_name(f"{output.name}.resume")
+    try:
+        plan = freqopt.calibrate(
+            load_model(model).to(where),
+            calls,
+            target_error=target_error,
+            target_density=target_density,
+            grid=None if grid is None else parse_grid(grid),
+            timestep=timestep,
+            timestep_buckets=timestep_buckets,
+            rounds=rounds,
+            checkpoint=checkpoint,
+            progress=not quiet,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        kept = "nothing was measured yet"
+        if checkpoint.exists():
+            kept = f"what was measured is in {checkpoint}; the same command goes on from there"
+        print(f"freqopt: interrupted: {kept}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    plan.save(output)
+    print(plan)
+    print(f"wrote {output}")
+
+
+@app.command()
+def report(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page to write; by default beside the plan."),
+    ] = None,
+) -> None:
+    """Show what a plan does, and why, as one HTML page."""
+    print(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
+
+
+@app.command()
+def demo(
+    device: Device = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Token grid t,h,w; instead of --frames, --height and --width."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 4.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Relative L2 error of the model's output (0.03).")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Calibrate to this share of pairs attended exactly instead."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the video.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Inputs to calibrate on.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs; the fastest counts.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    inner: Annotated[
+        str | None, typer.Option(help="Backend that compiles the rewritten graph.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Its mode (on a GPU reduce-overhead: CUDA graphs).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write into (demo).")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="A tiny untrained model, to try things out.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate and compile the zoo's video transformer, sample a video, write a report."""
+    from freqopt.demo.demo import run_demo
+    from freqopt.demo.settings import default_settings
+
+    if grid is not None:
+        if (frames, height, width) != (None, None, None):
+            raise OptionError("--grid was given with --frames, --height or --width; pass either")
+        from freqopt.models_zoo.video_dit import VideoDiTConfig
+
+        patch = VideoDiTConfig().patch
+        frames, height, width = (n * p for n, p in zip(parse_grid(grid), patch, strict=True))
+    settings = default_settings(
+        device, frames=frames, height=height, width=width, steps=steps, target_error=target_error,
+        density=density, seed=seed, samples=samples, repeats=repeats, dtype=dtype, inner=inner,
+        mode=mode, out=out, random_weights=random_weights, progress=not quiet,
+    )  # fmt: skip
+    run_demo(settings, Console(quiet=quiet))
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what works on this machine, and why the rest does not."""
+    from freqopt.doctor import examine
+
+    console = Console()
+    with console.status("looking"):
+        findings = examine()
+    style = {"ok": "green", "absent": "yellow", "broken": "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "what", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    group = ""
+    for found in findings:
+        state = f"[{style[found.state]}]{found.state}[/]"
+        heading = found.group if found.group != group else ""
+        group = found.group
+        table.add_row(f"[bold]{heading}[/]", found.name, state, found.detail.replace("[", "\\["))
+    console.print(table)
+    if any(found.state == "broken" for found in findings):
+        raise typer.Exit(BROKEN)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, by default the first GPU where there is one.
+
+    Raises:
+        OptionError: no such kind of device, or none here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(
+            f"device {name!r} is unknown; supported: cpu, cuda, cuda:0, ..."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {name!r}: there is no CUDA here; `freqopt doctor` says why")
+    return device
+
+
+def parse_grid(text: str) -> tuple[int, int, int]:
+    """(t, h, w) from "t,h,w" or "txhxw".
+
+    Raises:
+        OptionError: anything else.
+    """
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise OptionError(f"grid {text!r}: three positive numbers t,h,w are needed, as in 21,30,52")
+    t, h, w = (int(part) for part in parts)
+    return t, h, w
+
+
+def load_model(text: str) -> nn.Module:
+    """The model that "module:factory" names, in evaluation mode; see `Model`.
+
+    Raises:
+        OptionError: a text of another form, or no such module or name.
+        InputError: what it names is not, and does not return, a torch.nn.Module.
+    """
+    name, colon, attribute = text.rpartition(":")
+    if not colon or not name or not attribute:
+        raise OptionError(f"{text!r} is not MODULE:FACTORY, as in my_models:make or models.py:make")
+    module = _import(name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise OptionError(f"{name} has no {part!r}{hint}")
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module) and callable(found):
+        found = found()
+    if not isinstance(found, nn.Module):
+        raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
+    return found.eval()
+
+
+def _import(name: str) -> ModuleType:
+    """A module by its dotted name, from here too, or by the path of its file."""
+    if name.endswith(".py"):
+        path = Path(name)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise OptionError(f"there is no file {name}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)  # what it defines can then be found by name
+        spec.loader.exec_module(module)
+        return module
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise OptionError(
+            f"there is no module {error.name!r} here ({here}) or installed; a path ending in .py "
+            "is supported too"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="freqopt", standalone_mode=True)
+    except FreqoptError as error:
+        if "--traceback" in given:
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"freqopt: {error}", style="red", markup=False, highlight=False
+        )
+        sys.exit(BAD_INPUT)
+    sys.exit(0)

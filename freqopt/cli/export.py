@@ -1,0 +1,184 @@
+"""`freqopt export onnx|tensorrt` and `freqopt run`, mounted by `freqopt.cli.app`.
+
+Only typer is imported here; everything heavy loads when a command runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from freqopt.errors import InputError, OptionError
+
+export_app = typer.Typer(
+    name="export",
+    help="Write a model with frequency-split attention for ONNX Runtime or TensorRT.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, as for inspect.")
+]
+Folder = Annotated[Path, typer.Argument(help="The folder to fill.")]
+Samples = Annotated[
+    Path, typer.Option("--samples", help="Inputs as safetensors; the first call is the example.")
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan from freqopt calibrate.")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic", help="Free extents of an input, NAME:DIM,DIM as in video:0,2,3,4; repeatable."
+    ),
+]
+Capability = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--capability",
+        help="Compile GPU kernels for this compute capability, as 90 for Hopper, GPU or not; "
+        "repeatable. By default those of the GPUs here.",
+    ),
+]
+Grid = Annotated[str | None, typer.Option("--grid", help="Extents t,h,w of the video tokens.")]
+
+
+@export_app.command()
+def onnx(
+    model: Model,
+    folder: Folder,
+    samples: Samples,
+    plan: PlanFile = None,
+    dynamic: Dynamic = None,
+    grid: Grid = None,
+    opset: Annotated[int, typer.Option(help="18 to 23.")] = 20,
+    library: Annotated[
+        bool, typer.Option(help="Also build libfreqopt_ort.so, ONNX Runtime's kernels on a GPU.")
+    ] = True,
+    capability: Capability = None,
+) -> None:
+    """Write model.onnx, the operator library and a manifest."""
+    from freqopt.exporters.onnx.export import export_onnx
+
+    print(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
+                      **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
+
+
+@export_app.command()
+def tensorrt(
+    model: Model,
+    folder: Folder,
+    samples: Samples,
+    plan: PlanFile = None,
+    dynamic: Dynamic = None,
+    grid: Grid = None,
+    build: Annotated[str, typer.Option(help="auto, never or always: the engine.")] = "auto",
+    plugin: Annotated[str, typer.Option(help="cpp, or aot: chains of nodes with PTX.")] = "cpp",
+    capability: Capability = None,
+) -> None:
+    """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
+    from freqopt.exporters.tensorrt.export import export_tensorrt
+
+    print(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
+                          **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
+
+
+@export_app.command(name="plan")
+def exchange(
+    artifact: Annotated[Path, typer.Argument(help="A folder written by freqopt export onnx.")],
+    plan: Annotated[Path, typer.Option("--plan", help="The plan whose budgets it gets.")],
+) -> None:
+    """Give an exported folder another plan's budgets, without the model."""
+    from freqopt.exporters.exchange import exchange_plan
+    from freqopt.plan.plan import Plan
+
+    print(exchange_plan(artifact, Plan.load(plan)))
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="An exported folder.")],
+    inputs: Annotated[Path, typer.Option("--inputs", help="Tensors by input name, safetensors.")],
+    outputs: Annotated[
+        Path | None, typer.Option("--outputs", help="Where to write the outputs, safetensors.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    library: Annotated[
+        bool, typer.Option(help="Use the operator library on a GPU; else the function body runs.")
+    ] = True,
+) -> None:
+    """Check an exported folder, run it once, and tell which nodes ran where."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from freqopt.exporters.runner import run_artifact
+
+    try:
+        tensors = load_file(inputs)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
+    result = run_artifact(artifact, tensors, provider=provider, library=library)
+    print(result)
+    for name, tensor in result.outputs.items():
+        print(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    if outputs is not None:
+        save_file({k: v.contiguous() for k, v in result.outputs.items()}, outputs)
+        print(f"wrote {outputs}")
+
+
+run_command_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+run_command_app.command(name="run")(run)
+
+
+def _call(model: str, samples: Path) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    import torch
+
+    from freqopt.calibration.samples_file import load_samples
+    from freqopt.cli.app import load_model
+
+    module = load_model(model)
+    args, kwargs = load_samples(samples, torch.device("cpu"))[0]
+    return module, args, kwargs
+
+
+def _options(
+    samples: Path,
+    plan: Path | None,
+    dynamic: list[str] | None,
+    grid: str | None,
+    capabilities: list[int] | None,
+) -> dict[str, Any]:
+    import torch
+
+    from freqopt.calibration.samples_file import load_samples
+    from freqopt.cli.app import parse_grid
+    from freqopt.plan.plan import Plan
+
+    shapes = None
+    if dynamic:
+        args, kwargs = load_samples(samples, torch.device("cpu"))[0]
+        if args:
+            raise OptionError("--dynamic needs samples whose arguments have names")
+        shapes = _dynamic_shapes(dynamic, kwargs)
+    return {
+        "plan": None if plan is None else Plan.load(plan),
+        "dynamic_shapes": shapes,
+        "grid": None if grid is None else parse_grid(grid),
+        "capabilities": capabilities or None,
+    }
+
+
+def _dynamic_shapes(texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    shapes: dict[str, Any] = dict.fromkeys(kwargs)
+    for text in texts:
+        name, _, dims = text.partition(":")
+        parts = dims.split(",")
+        if name not in shapes or not all(part.strip().isdecimal() for part in parts):
+            raise OptionError(
+                f"--dynamic {text!r} is not NAME:DIM,DIM with one of the inputs {', '.join(shapes)}"
+            )
+        shapes[name] = {int(part): torch.export.Dim.AUTO for part in parts}
+    return shapes

@@ -1,0 +1,1 @@
+"""The demo: the zoo's video transformer calibrated, compiled and sampled."""

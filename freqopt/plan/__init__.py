@@ -1,0 +1,1 @@
+"""The plan: every budget of a model, and the evidence for it."""

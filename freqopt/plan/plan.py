@@ -1,0 +1,324 @@
+"""The plan: every budget of a model, the error they were calibrated to, and the evidence.
+
+A plan is a JSON file that a person can read and that is safe to load from a stranger: it is data
+checked field by field, never pickle. Its hash refuses truncated and hand-edited files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from freqopt.config import MID_RATIO, SPLIT_VERSION
+from freqopt.errors import PlanError
+from freqopt.plan.records import Evidence, ModelIdentity, Record, SitePlan, Versions
+
+logger = logging.getLogger(__name__)
+
+PLAN_VERSION = 3
+"""Version of the file format; raised when a reader of the old one could misread a new file."""
+
+FORMAT = "freqopt-plan"
+MAX_FILE_BYTES = 256 * 2**20
+
+CARRY = 8
+"""Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
+
+SiteShape = tuple[int, int]
+"""(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
+
+
+class Plan(Record):
+    """All budgets and choices for a model, with the error they were calibrated to.
+
+    timestep_edges: boundaries between the timestep buckets of every site's budgets, ascending, in
+    the units of the model's argument `timestep_name`; empty for one bucket. target_error,
+    measured_error: relative L2 error of the model's output, the latter on held-out samples
+    (worst_error: the worst of them). mean_density: share of pairs attended exactly, weighted by the
+    sites' dense cost. target_psnr, measured_psnr: in dB, of what the user's pipeline generated, if
+    that was the criterion; target_density: the share of pairs asked for, if that was. In both cases
+    target_error is the measured error.
+    """
+
+    format: Literal["freqopt-plan"] = "freqopt-plan"
+    version: int = PLAN_VERSION
+    split_version: int = SPLIT_VERSION
+    model: ModelIdentity
+    grids: list[tuple[int, int, int]]
+    device: str
+    versions: Versions
+    seed: int = 0
+    target_error: float = Field(gt=0)
+    measured_error: float = Field(ge=0)
+    worst_error: float = Field(ge=0)
+    target_psnr: float | None = None
+    measured_psnr: float | None = None
+    target_density: float | None = Field(default=None, gt=0, le=1)
+    mean_density: float = Field(ge=0, le=1)
+    timestep_name: str | None = None
+    timestep_edges: list[float] = Field(default=[])
+    sites: dict[str, SitePlan]
+    evidence: Evidence
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if self.timestep_edges != sorted(self.timestep_edges):
+            raise ValueError("timestep_edges are not ascending")
+        if self.timestep_edges and not self.timestep_name:
+            raise ValueError("timestep_edges without a timestep_name")
+        buckets = len(self.timestep_edges) + 1
+        for name, site in self.sites.items():
+            for what, rows in (
+                ("budget", site.budgets),
+                ("row of gains", site.gains),
+                ("row of marginals", site.marginals),
+            ):
+                if rows and len(rows) != buckets:
+                    raise ValueError(f"site {name!r} does not have one {what} per timestep bucket")
+        if len(self.evidence.bucket_samples) not in (0, buckets):
+            raise ValueError("evidence.bucket_samples is not one number per timestep bucket")
+        return self
+
+    def budget(self, site_name: str, bucket: int = 0) -> Tensor:
+        """Budget of a site for the op: (2, H) float32, thresholds of the exact and the mid band.
+
+        A site that the plan leaves dense gets zeros, which is dense attention.
+
+        Raises:
+            PlanError: the plan has no such site or timestep bucket.
+        """
+        site = self._site(site_name)
+        if site.decision == "dense":
+            return torch.zeros(2, site.heads)
+        if not 0 <= bucket < len(site.budgets):
+            raise PlanError(
+                f"timestep bucket {bucket} does not exist; this plan has {len(site.budgets)}"
+            )
+        chosen = site.budgets[bucket]
+        exact = torch.tensor(chosen.threshold, dtype=torch.float32)
+        return torch.stack([exact, torch.where(torch.tensor(chosen.mid), exact * MID_RATIO, exact)])
+
+    def budgets(self, site_name: str) -> Tensor:
+        """Budgets of a site for all timestep buckets, (buckets, 2, H) float32; see `budget`.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        buckets = range(len(self.timestep_edges) + 1)
+        return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
+
+    def uses_mid_band(self, site_name: str) -> bool:
+        """Whether any head of the site uses the mid band, so that its statistics are needed."""
+        return any(any(budget.mid) for budget in self._site(site_name).budgets)
+
+    def mid_band_notes(self, where: str) -> list[str]:
+        """What becomes of the mid band where its pairs are attended exactly; logged once, too.
+
+        where: "on CUDA" or "in an exported file". Empty if no head has a mid band.
+        """
+        using = {name: site for name, site in self.sites.items() if self.uses_mid_band(name)}
+        if not using:
+            return []
+        note = (
+            f"the plan uses the mid band at {len(using)} sites ({some_of(using)}), whose pairs are "
+            f"attended exactly {where}: the error is no larger than the plan's, and the density is"
+        )
+        _warn_once(note)
+        return [note]
+
+    def expected_error(self, site_name: str, tokens: int) -> float:
+        """Output error to expect where a site attends over another number of tokens.
+
+        Thresholds carry over, as scores are scaled by the number of blocks. At equal thresholds the
+        error was seen to fall with the square root of the length (docs/calibration.md); below the
+        calibrated length it is taken to grow likewise.
+
+        Raises:
+            PlanError: the plan has no such site, or the length is more than CARRY times off.
+        """
+        known = self._site(site_name).tokens
+        if not 1 / CARRY <= tokens / known <= CARRY:
+            raise PlanError(
+                f"site {site_name!r} attends over {tokens} tokens here and this plan was calibrated"
+                f" at {known}: more than a factor of {CARRY} is not supported. Calibrate with "
+                "samples of this size"
+            )
+        return self.measured_error * math.sqrt(known / tokens)
+
+    def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Args:
+            model: the model itself, its `model_fingerprint`, or the sites found in its graph as
+                {name: (heads, head_dim)}, which is all that a backend sees. Sites of the plan may
+                be missing from a graph (partial graphs), and a graph may have sites that the plan
+                does not know; but some must be shared, and those must have the same shape.
+
+        Raises:
+            PlanError: saying what differs.
+        """
+        if isinstance(model, Mapping):
+            return self._check_sites(model)
+        fingerprint = model if isinstance(model, str) else model_fingerprint(model)
+        if fingerprint == self.model.fingerprint:
+            return None
+        name = "the model" if isinstance(model, str) else _class_name(model)
+        raise PlanError(
+            f"this plan was calibrated for {self.model.class_name} "
+            f"(fingerprint {self.model.fingerprint}) but {name} has fingerprint {fingerprint}: "
+            "parameter names or shapes differ. Calibrate this model with freqopt.calibrate()"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an existing file is replaced only by a complete one."""
+        content = self.model_dump(mode="json")
+        text = _write_json({"hash": _content_hash(content), **content}) + "\n"
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanError: no such file, or one that is truncated, edited by hand, of another version or
+                not a plan at all.
+        """
+        source = Path(path)
+        try:
+            if source.stat().st_size > MAX_FILE_BYTES:
+                raise PlanError(f"{source} is larger than {MAX_FILE_BYTES} bytes: not a plan")
+            text = source.read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
+        return cls.parse(text, origin=str(source))
+
+    @classmethod
+    def parse(cls, text: str, *, origin: str = "plan") -> Plan:
+        """A plan from the text of its file; `origin` names it in errors (see `load`)."""
+        try:
+            content = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(
+                f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
+                "calibrate again or copy it anew"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise PlanError(f"{origin} is not a plan: it lacks the field format = {FORMAT!r}")
+        for field, supported in (
+            ("version", PLAN_VERSION),
+            ("split_version", SPLIT_VERSION),
+        ):
+            if content.get(field) != supported:
+                raise PlanError(
+                    f"{origin} has {field} {content.get(field)!r} and this freqopt reads "
+                    f"{supported}: calibrate again, or install the version that wrote it"
+                )
+        stated = content.pop("hash", None)
+        if stated != _content_hash(content):
+            raise PlanError(
+                f"{origin} does not match its own hash: it was edited or damaged after it was "
+                "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the plan"
+            raise PlanError(f"{origin}: {where}: {first['msg']}") from error
+
+    def __str__(self) -> str:
+        from freqopt.plan.text import describe
+
+        return describe(self)
+
+    def _site(self, name: str) -> SitePlan:
+        if name in self.sites:
+            return self.sites[name]
+        near = difflib.get_close_matches(name, self.sites, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
+
+    def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
+        shared = [name for name in sites if name in self.sites]
+        if sites and not shared:
+            raise PlanError(
+                f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
+                f"{len(self.sites)} ({some_of(self.sites)}) of this plan for "
+                f"{self.model.class_name}: it was made for another model"
+            )
+        for name in shared:
+            planned = (self.sites[name].heads, self.sites[name].head_dim)
+            if planned != tuple(sites[name]):
+                raise PlanError(
+                    f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
+                    f"{self.model.class_name} has {planned}: it was made for another model"
+                )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's class name and of its parameters' names and shapes (not their values).
+
+    Fine-tuned, merged-LoRA, quantised-in-place and cast weights of one architecture share it;
+    another architecture, size or an unmerged adapter does not. 16 hexadecimal digits.
+    """
+    inner = _unwrap(model)
+    shapes = sorted((name, tuple(p.shape)) for name, p in inner.named_parameters())
+    return hashlib.sha256(repr((_class_name(inner), shapes)).encode()).hexdigest()[:16]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(_unwrap(model)).__name__
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of a plan")
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _write_json(value: Any, indent: str = "") -> str:
+    """JSON with one line per field, and per list of numbers, which keeps curves readable."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        items = [f"{inner}{json.dumps(k)}: {_write_json(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
+        items = [inner + _write_json(item, inner) for item in value]
+        return "[\n" + ",\n".join(items) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+@functools.cache
+def _warn_once(note: str) -> None:
+    logger.warning("%s", note)
+
+
+def some_of(names: Mapping[str, Any]) -> str:
+    """The first names, for a message."""
+    return ", ".join(list(names)[:2]) + (", ..." if len(names) > 2 else "")

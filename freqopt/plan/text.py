@@ -1,0 +1,89 @@
+"""A plan as text, for people: what it holds, at what density, and how every site is served."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from freqopt.plan.plan import Plan, some_of
+
+
+def describe(plan: Plan) -> str:
+    """Several lines: the plan's errors and identity, notes, and a table of its sites."""
+    target = f"target {plan.target_error:g}"
+    if plan.target_psnr is not None and plan.measured_psnr is not None:
+        target = f"PSNR {plan.measured_psnr:.1f} dB, target {plan.target_psnr:g} dB"
+    if plan.target_density is not None:
+        target = f"density {plan.target_density:.3g} was asked for"
+    lines = [
+        f"plan for {plan.model.class_name}: output error {plan.measured_error:.4f} "
+        f"({target}) at {plan.mean_density:.1%} mean density",
+        f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}; {plan.device}; "
+        f"torch {plan.versions.torch}; "
+        f"{plan.evidence.samples} samples + {plan.evidence.held_out} held out; "
+        f"{_costs(plan)}",
+        *(f"note: {note}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
+        "",
+    ]
+    rows = [("site", "heads", "tokens", "decision", "density", "error", "reason")]
+    for name, site in plan.sites.items():
+        rows.append(
+            (
+                name,
+                str(site.heads),
+                str(site.tokens),
+                site.decision,
+                _spread(site.density, 100, "%"),
+                _spread(site.error, 1, ""),
+                site.reason,
+            )
+        )
+    return "\n".join(lines + _table(rows, right=(1, 2, 4, 5)))
+
+
+def slow_sites(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Split sites that were no faster than dense as timed: {name: (dense, split) in ms}."""
+    times = {name: evidence.times_ms for name, evidence in plan.evidence.sites.items()}
+    return {
+        name: found
+        for name, found in times.items()
+        if found and found[1] >= found[0] and plan.sites[name].decision == "split"
+    }
+
+
+def slow_notes(plan: Plan) -> list[str]:
+    """What to say about `slow_sites`, nothing if there are none."""
+    slow = slow_sites(plan)
+    if not slow:
+        return []
+    dense, split = (sum(times[i] for times in slow.values()) for i in range(2))
+    return [
+        f"{len(slow)} split sites ({some_of(slow)}) are no faster than dense attention as timed: "
+        f"{split:.3g} ms against {dense:.3g} ms in a call of the model"
+    ]
+
+
+def _costs(plan: Plan) -> str:
+    if not plan.evidence.timings:
+        return f"costs counted in multiply-adds, not measured on this {plan.device}"
+    return f"costs measured at {len(plan.evidence.timings)} shapes"
+
+
+def _spread(values: Sequence[float], factor: float, unit: str) -> str:
+    if not values:
+        return "-"
+    digits = 1 if unit else 3
+    low, high, mean = min(values), max(values), math.fsum(values) / len(values)
+    cells = [f"{factor * x:.{digits}f}" for x in (mean, low, high)]
+    return f"{cells[0]}{unit} ({cells[1]}-{cells[2]})"
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,142 @@
+"""Heat maps of the report: layer x head, over all timesteps and per timestep bucket."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Curve
+from freqopt.reporting.figures import Array, short, styled
+
+
+@styled
+def heat_maps(plan: Plan) -> Figure:
+    """Layer x head maps of density and error, as verified and fitted over all timesteps."""
+    names = [name for name in plan.sites if name in plan.evidence.sites]
+    density = _matrix(plan, names, "density", dense=1.0)
+    error = _matrix(plan, names, "error", dense=0.0)
+    figure = Figure(figsize=(9.6, _map_height(len(names))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _map(figure, left, 100 * density, "density (%)", "Blues", names, "Density")
+    _map(figure, right, error, "relative L2 error", "Oranges", names, "Error", labels=False)
+    return figure
+
+
+@styled
+def timestep_maps(plan: Plan) -> Figure | None:
+    """The same maps per timestep bucket at its own budgets; None without buckets."""
+    names = [name for name, e in plan.evidence.sites.items() if e.buckets]
+    if not names:
+        return None
+    buckets = sorted({b.bucket for name in names for b in plan.evidence.sites[name].buckets})
+    kinds = (
+        ("density", 100.0, "density (%)", "Blues"),
+        ("error", 1.0, "relative L2 error", "Oranges"),
+    )
+    figure = Figure(
+        figsize=(2.3 * len(buckets) + 1.6, 2 * _map_height(len(names))), layout="constrained"
+    )
+    axes = figure.subplots(2, len(buckets), squeeze=False, sharex=True, sharey=True)
+    for row, (kind, factor, label, colours) in zip(axes, kinds, strict=True):
+        maps = [factor * _bucket_matrix(plan, names, bucket, kind) for bucket in buckets]
+        top = max(float(np.nanmax(m)) for m in maps)
+        for i, (ax, values, bucket) in enumerate(zip(row, maps, buckets, strict=True)):
+            title = bucket_label(plan, bucket)
+            last = i == len(buckets) - 1
+            _map(
+                figure,
+                ax,
+                values,
+                label,
+                colours,
+                names,
+                title,
+                labels=i == 0,
+                bar=last,
+                top=top,
+            )
+    return figure
+
+
+def bucket_label(plan: Plan, bucket: int) -> str:
+    """Range of a timestep bucket in the model's own units."""
+    edges, name = plan.timestep_edges, plan.timestep_name or "timestep"
+    if bucket == 0:
+        return f"{name} < {edges[0]:.3g}"
+    if bucket == len(edges):
+        return f"{name} > {edges[-1]:.3g}"
+    return f"{edges[bucket - 1]:.3g} to {edges[bucket]:.3g}"
+
+
+def _matrix(plan: Plan, names: Sequence[str], kind: str, dense: float) -> Array:
+    matrix = np.full((len(names), max(plan.sites[name].heads for name in names)), np.nan)
+    for row, name in enumerate(names):
+        site = plan.sites[name]
+        matrix[row, : site.heads] = getattr(site, kind) if site.decision == "split" else dense
+    return matrix
+
+
+def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> Array:
+    matrix = np.full((len(names), max(plan.sites[name].heads for name in names)), np.nan)
+    for row, name in enumerate(names):
+        site, evidence = plan.sites[name], plan.evidence.sites[name]
+        curve = next((b.curve for b in evidence.buckets if b.bucket == bucket), None)
+        if curve is None:
+            continue
+        if site.decision == "dense":
+            matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
+            continue
+        for head, threshold in enumerate(site.budgets[bucket].threshold):
+            matrix[row, head] = _at(curve, evidence.thresholds, threshold, head, kind)
+    return matrix
+
+
+def _at(curve: Curve, ladder: Sequence[float], threshold: float, head: int, kind: str) -> float:
+    """Density or error of one head at a threshold, between the rungs of its curve."""
+    if threshold <= 0.0:
+        return 1.0 if kind == "density" else 0.0
+    values = np.maximum([row[head] for row in getattr(curve, kind)], 1e-12)
+    return float(np.exp(np.interp(math.log(threshold), np.log(ladder), np.log(values))))
+
+
+def _last_row(ax: Axes) -> bool:
+    """Whether a panel is in the last row of its figure, where labels go."""
+    place = ax.get_subplotspec()
+    return place is None or place.is_last_row()
+
+
+def _map_height(rows: int) -> float:
+    return min(max(1.6 + 0.22 * rows, 2.4), 9.0)
+
+
+def _map(
+    figure: Figure,
+    ax: Axes,
+    values: Array,
+    label: str,
+    colours: str,
+    names: Sequence[str],
+    title: str,
+    *,
+    labels: bool = True,
+    bar: bool = True,
+    top: float | None = None,
+) -> None:
+    image = ax.imshow(
+        values, aspect="auto", cmap=colours, interpolation="nearest",
+        vmin=0, vmax=top or max(float(np.nanmax(values)), 1e-9),
+    )  # fmt: skip
+    step = max(1, math.ceil(len(names) / 24))
+    ax.set_yticks(range(0, len(names), step), [short(names[i]) for i in range(0, len(names), step)])
+    ax.tick_params(labelleft=labels)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="head" if _last_row(ax) else "", title=title)
+    ax.grid(False)
+    if bar:
+        figure.colorbar(image, ax=ax, label=label, shrink=0.9)

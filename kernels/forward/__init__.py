@@ -1,0 +1,1 @@
+"""The launches of a forward pass."""

@@ -1,0 +1,174 @@
+"""Launches the Gluon kernels where they apply: NVIDIA GPUs of compute capability 9.0."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqopt.config import QUERY_TILE
+from freqopt.kernels.device import processors
+from freqopt.kernels.layout import Sequence
+
+STAGES = {64: 6, 128: 3}
+"""Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
+
+PREPARE_STAGES = {64: 10, 128: 5}
+"""Buffers of a block's keys and values in shared memory of the preparation, by head dim."""
+
+RANGE_START = 4
+"""What a program of the preparation costs beside its blocks, in blocks: filling the ring, and the
+(D, D) sum at its end."""
+
+
+@functools.lru_cache(maxsize=16)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def applies(query: Tensor) -> bool:
+    """Whether `score` and `attend` serve this call."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.shape[-1] in STAGES and _is_hopper(query.device)
+
+
+def _descriptor(x: Tensor) -> Any:
+    """Rows of D channels, loaded in boxes of 64 by 64."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from freqopt.kernels.hopper.attend import OPERAND
+
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [64, 64], OPERAND.value)
+
+
+def _text_rows(x: Tensor, sequence: Sequence) -> Tensor:
+    """Text tokens of (B, Hkv, N, D) with zeros up to whole tiles, (B, Hkv, X rounded up, D)."""
+    before, after = sequence.text_before, sequence.text_before + sequence.tokens
+    missing = -sequence.text % QUERY_TILE
+    zeros = x.new_zeros(1, 1, 1, 1).expand(*x.shape[:2], missing, x.shape[-1])
+    return torch.cat([x[:, :, :before], x[:, :, after:], zeros], 2)
+
+
+def score(
+    sub_mean: Tensor, low_key: Tensor, spread: Tensor, score: Tensor, sequence: Sequence,
+    scale: float, tile_list: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What `triton_score.score_kernel` does, on the same tensors."""
+    from freqopt.kernels.hopper.score import TILES, score_hopper_kernel
+
+    batch, heads, tiles, blocks = score.shape
+    score_hopper_kernel[(batch * heads, -(-tiles // TILES.value))](
+        sub_mean, _descriptor(low_key), spread, score, score if tile_list is None else tile_list,
+        heads, heads // low_key.shape[1], sequence.tokens, tiles, blocks, scale,
+        D=low_key.shape[-1], LISTED=tile_list is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor, order: Tensor, key: Tensor, value: Tensor, text_key: Tensor, text_value: Tensor,
+    key_mask: Tensor | None, low_key: Tensor, low_value: Tensor, low_order: Tensor,
+    key_shift: Tensor, mass_term: Tensor, coefficients: Tensor, exact_list: Tensor, counts: Tensor,
+    out: Tensor, sequence: Sequence, scale: float, tile_list: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The fused low-band, text and exact attention of the video queries, into `out` (B, H, N, D).
+
+    key, value: in token order; text_key, text_value: (B, Hkv, N, D) as the model gave them.
+    tile_list: (tiles,) int32, which tiles the rows of mass terms, lists and counts are; with it
+    key and value are read as the model gave them, too.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, blocks = low_key.shape[1:3]
+    tiles = mass_term.shape[2]
+    texts = [low_key, low_value]  # not read
+    if sequence.text:
+        texts = [_text_rows(x, sequence) for x in (text_key, text_value)]
+    # What both kernels take, in front of the keys' own strides and behind.
+    common = (
+        counts if key_mask is None else key_mask,
+        *map(_descriptor, (low_key, low_value, low_order)), key_shift,
+        mass_term, coefficients, exact_list, counts, out,
+        *query.stride()[:3], 0 if key_mask is None else key_mask.stride(0), *out.stride()[:3],
+        heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text,
+        sequence.text_before, scale,
+    )  # fmt: skip
+    options = {
+        "D": dim, "HAS_MASK": key_mask is not None, "STAGES": STAGES[dim], "num_warps": 4
+    }  # fmt: skip
+    if tile_list is None:
+        from freqopt.kernels.hopper.attend import attend_hopper_kernel
+
+        attend_hopper_kernel[(tiles, batch * heads)](
+            query, order, *map(_descriptor, (key, value, *texts)), *common, **options
+        )
+    else:
+        from freqopt.kernels.hopper.gather import gather_hopper_kernel
+
+        # Longest lists first: a chunk has few rounds of programs, and the last then is short.
+        turn = counts.argsort(dim=-1, descending=True, stable=True)
+        gather_hopper_kernel[(tiles, batch * heads)](
+            query, order, key, value, *map(_descriptor, texts), *common,
+            *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
+        )  # fmt: skip
+
+
+def _wide(x: Tensor) -> bool:
+    """Whether rows of (B, Hkv, N, D) can be copied 16 bytes a thread.
+
+    Triton takes only strides that are multiples of 16 for aligned.
+    """
+    return x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+
+
+def gatherable(x: Tensor) -> Tensor:
+    """Keys or values (B, Hkv, N, D) as `attend` reads them in place: themselves, or a copy."""
+    return x if _wide(x) else x.contiguous()
+
+
+def prepares(key: Tensor, value: Tensor) -> bool:
+    """Whether `prepare` serves these (B, Hkv, N, D) keys and values, whose rows it gathers."""
+    return _wide(key) and _wide(value) and applies(key)
+
+
+@functools.lru_cache(maxsize=256)
+def range_length(pairs: int, blocks: int, processors: int) -> int:
+    """Key blocks per program of the preparation, so that the last round of programs is full, too.
+
+    pairs: key heads over the batch; a processor has room for one program.
+    """
+
+    def rounds(length: int) -> int:
+        return -(-pairs * -(-blocks // length) // processors)
+
+    lengths = {-(-blocks // ranges) for ranges in range(1, min(blocks, processors) + 1)}
+    return min(lengths, key=lambda length: (rounds(length) * (length + RANGE_START), length))
+
+
+def prepare(
+    key: Tensor, value: Tensor, order: Tensor, copies: tuple[Tensor, Tensor] | None,
+    key_mean: Tensor, low_value: Tensor, key_var: Tensor, spread: Tensor, sequence: Sequence,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Summaries of every key block and, where there are tensors for them, copies in token order.
+
+    Returns float32 sums (B, Hkv, ranges, 3, D) of k, v and v * v and (B, Hkv, ranges, D, D) of
+    v (k - mean)^T over ranges of blocks.
+    """
+    from freqopt.kernels.hopper.prepare import prepare_hopper_kernel
+
+    batch, heads, _, dim = key.shape
+    blocks = key_mean.shape[2]
+    length = range_length(batch * heads, blocks, processors(key.device))
+    ranges = -(-blocks // length)
+    per_range = (batch, heads, ranges)
+    sums = torch.empty(*per_range, 3, dim, device=key.device, dtype=torch.float32)
+    first_order = torch.empty(*per_range, dim, dim, device=key.device, dtype=torch.float32)
+    # Without copies these descriptors are not read.
+    targets = map(_descriptor, copies or (low_value, low_value))
+    prepare_hopper_kernel[(batch * heads, ranges)](
+        key, value, order, *targets, key_mean, low_value, key_var, spread, sums, first_order,
+        *key.stride()[:3], *value.stride()[:3],
+        heads, sequence.tokens, blocks, length, sequence.text_before,
+        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], num_warps=4,
+    )  # fmt: skip
+    return sums, first_order

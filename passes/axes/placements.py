@@ -1,0 +1,91 @@
+"""Tokens put in their places by index: text, video and audio written into one sequence of zeros.
+
+Which place is whose stands in data only. Where the pieces written fill the sequence, they are taken
+to lie in it one after the other, as they were written. None of them counts as a lattice, so that
+nothing is split before the user, or a plan, says with a grid that one of them is the video.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from freqopt.passes.axes.dimensions import Atom, Axis, axis_size, hint, join, rank, same
+from freqopt.passes.axes.graph_axes import Dimensions
+from freqopt.passes.axes.rules import dim_of, rule
+from freqopt.passes.nodes import argument, known_int, operation, shape, tensor
+from freqopt.passes.site import Extent
+
+EMPTY = {"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"}
+
+
+@rule("index_copy", "index_copy_")
+def _index_copy(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """`base.index_copy(dim, index, source)`, of which the result may be written to again."""
+    base, dim = argument(node, 0, "input", "self"), known_int(argument(node, 1, "dim"))
+    index, source = argument(node, 2, "index"), argument(node, 3, "tensor", "source")
+    axes = dimensions.of(base)
+    if axes is None or dim is None:
+        return None
+    found = place(dimensions, base, dim_of(dim, len(axes)), index, source)
+    if found is None:
+        return list(axes)
+    dimensions.placed[node] = dimensions.placed[base]
+    if operation(node) == "index_copy":
+        return found
+    dimensions.axes[base] = dimensions.checked(base, found)
+    return found
+
+
+def note_setitem(dimensions: Dimensions, node: fx.Node) -> None:
+    """`base[index] = source` or `base[:, index] = source`, which later readers of the base see."""
+    base, index, source = node.args
+    items = index if isinstance(index, tuple) else (index,)
+    dim = len(items) - 1
+    if not isinstance(base, fx.Node) or any(item != slice(None) for item in items[:-1]):
+        return
+    found = place(dimensions, base, dim, items[-1], source)
+    if found is not None:
+        dimensions.axes[base] = dimensions.checked(base, found)
+
+
+def place(
+    dimensions: Dimensions, base: Any, dim: int, index: Any, source: Any
+) -> list[Axis | None] | None:
+    """Axes of `base` after one more piece was written into it; None if this is something else."""
+    places, written = tensor(index), dimensions.of(source)
+    known = dimensions.of(base)
+    if places is None or places.dim() != 1 or places.is_floating_point() or known is None:
+        return None
+    if str(places.dtype) == "torch.bool" or written is None or len(written) != len(known):
+        return None
+    if base not in dimensions.placed and operation(base) not in EMPTY:
+        return None
+    pieces = [*dimensions.placed.get(base, ()), _as_one(written[dim], source, dim)]
+    dimensions.placed[base] = tuple(pieces)
+    axes: list[Axis | None] = [
+        max(a, b, key=rank) if same(axis_size(a), axis_size(b)) else a
+        for a, b in zip(known, written, strict=True)
+    ]
+    whole = join(pieces)
+    axes[dim] = whole if _fills(axis_size(whole), shape(base)[dim]) else known[dim]
+    return axes
+
+
+def _fills(pieces: Extent, whole: Extent) -> bool:
+    """Whether pieces have as many tokens as the sequence; a guard keeps it so where both vary."""
+    if same(pieces, whole):
+        return True
+    first, second = hint(pieces), hint(whole)
+    return first is not None and first == second and bool(pieces == whole)
+
+
+def _as_one(axis: Axis, source: fx.Node, dim: int) -> Axis:
+    """A written piece as one atom, whatever lattice it was."""
+    if len(axis) == 1 and len(axis[0]) == 1:
+        return axis
+    first = next((segment[0] for segment in axis if segment), None)
+    if first is None:
+        return axis
+    return ((Atom(axis_size(axis), first.origin, first.root, source, dim),),)

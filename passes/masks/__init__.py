@@ -1,0 +1,1 @@
+"""Masks that a split can honour, and whether anybody writes into one."""

@@ -1,0 +1,384 @@
+"""Masks that a split can honour: none, or one over keys that never hides a video token.
+
+That no video key is hidden has to follow from the graph itself. What models build from ones, index
+comparisons and concatenation is followed; any other mask leaves the site dense.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from freqopt.passes.axes.dimensions import at_most, product, same
+from freqopt.passes.masks.memory import is_written, may_share
+from freqopt.passes.masks.writes import written_by
+from freqopt.passes.nodes import (
+    argument,
+    is_plain_index,
+    known_int,
+    operation,
+    shape,
+    tensor,
+    value,
+)
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Extent
+
+PASS = {
+    "view", "reshape", "unsqueeze", "expand", "expand_as", "to", "contiguous", "clone", "detach",
+    "bool", "type_as", "flatten", "alias", "repeat",
+}  # fmt: skip
+"""Operations after which an entry is true if it was before, and the last axis is the same."""
+
+
+def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) -> Why | None:
+    """Why a mask cannot be honoured, or None if it is one over keys that leaves the video alone.
+
+    mask: (B or 1, 1, 1, keys) bool, True = attend. before: text tokens in front; video: number of
+    video tokens.
+    """
+    found = tensor(mask)
+    if found is None:
+        return Reason.MASK_NO_TENSOR()
+    if found.dtype != torch.bool:
+        return Reason.MASK_ADDED(dtype=found.dtype)
+    sizes = shape(mask)
+    if len(sizes) != 4 or not (same(sizes[1], 1) and same(sizes[2], 1)):
+        return Reason.MASK_PAIRS(shape=sizes)
+    if not (same(sizes[0], 1) or same(sizes[0], batch)):
+        return Reason.MASK_BATCH(batch=sizes[0], queries=batch)
+    if not Range(before, before + video).true(mask):
+        return Reason.MASK_UNPROVEN()
+    return None
+
+
+def hides_nothing(mask: fx.Node) -> bool:
+    """Whether a mask of any shape is provably true, or adds provably zero, for all pairs."""
+    sizes = shape(mask)
+    found = tensor(mask)
+    if found is None or not sizes:
+        return False
+    everything = Range(0, sizes[-1])
+    return everything.true(mask) if found.dtype == torch.bool else everything.zero(mask)
+
+
+EVERY = -1
+"""In the place of a row: all of them."""
+
+
+class Range:
+    """Proves things about entries start..stop of the last axis of tensors."""
+
+    def __init__(self, start: Extent, stop: Extent) -> None:
+        self.start, self.stop = start, stop
+
+    def true(self, item: Any) -> bool:
+        """Whether all entries in the range are provably True."""
+        if item is True:
+            return True
+        if not isinstance(item, fx.Node):
+            return False
+        if is_written(item):
+            return self._written(item)
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("ones", "ones_like", "new_ones"):
+            return True
+        if name in ("full", "new_full", "full_like"):
+            return _is_one(argument(item, 2 if name == "new_full" else 1, "fill_value"))
+        if name in PASS or adds_dimensions(item):
+            return self._keeps_last(item, source) and self.true(source)
+        if name == "masked_fill":
+            fill = argument(item, 2, "value")
+            hidden = argument(item, 1, "mask")
+            return self.true(source) and (_is_one(fill) or self._false_at(item, hidden))
+        if name in ("bitwise_and", "logical_and", "mul"):
+            return all(self._true_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_or", "logical_or"):
+            return any(self._true_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_not", "logical_not"):
+            return self.false(source)
+        if name in ("lt", "le", "gt", "ge"):
+            return self._compares(item, True)
+        if name == "cat":
+            return self._concatenated(item)
+        if name in ("pad", "constant_pad_nd"):
+            return self._padded(item)
+        return False
+
+    def false(self, item: Any) -> bool:
+        """Whether all entries in the range are provably False."""
+        if item is False:
+            return True
+        if not isinstance(item, fx.Node) or is_written(item):
+            return False
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if name in PASS or adds_dimensions(item):
+            return self._keeps_last(item, source) and self.false(source)
+        if name in ("bitwise_and", "logical_and"):
+            return any(self._false_at(item, operand) for operand in item.args[:2])
+        if name in ("bitwise_or", "logical_or"):
+            return all(self._false_at(item, operand) for operand in item.args[:2])
+        if name == "logical_not" or (name == "bitwise_not" and value(item).dtype == torch.bool):
+            return self.true(source)
+        if name in ("lt", "le", "gt", "ge"):
+            return self._compares(item, False)
+        return False
+
+    def zero(self, item: Any) -> bool:
+        """Whether all entries in the range of a tensor of numbers are provably 0."""
+        if isinstance(item, (int, float)):
+            return item == 0
+        if not isinstance(item, fx.Node) or is_written(item):
+            return False
+        name = operation(item)
+        source = item.args[0] if item.args else item.kwargs.get("input")
+        if name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if name in ("full", "new_full", "full_like"):
+            fill = argument(item, 2 if name == "new_full" else 1, "fill_value")
+            return isinstance(fill, (int, float)) and fill == 0
+        if name in PASS or adds_dimensions(item):
+            found = tensor(source)
+            if found is not None and found.dtype == torch.bool:
+                return self._keeps_last(item, source) and self.false(source)
+            return self._keeps_last(item, source) and self.zero(source)
+        if name == "masked_fill":
+            return self.zero(source) and self._false_at(item, argument(item, 1, "mask"))
+        if name == "where" and len(item.args) == 3:
+            chosen, yes, no = item.args
+            return (self._true_at(item, chosen) and self._zero_at(item, yes)) or (
+                self._false_at(item, chosen) and self._zero_at(item, no)
+            )
+        if name == "cat":
+            return self._concatenated(item, Range.zero)
+        if name == "mul":
+            pairs = (item.args[:2], item.args[1::-1])
+            return any(_is_finite(factor) and self.zero(other) for other, factor in pairs)
+        if name == "sub" and len(item.args) == 2 and _is_one(item.args[0]):
+            return self._true_number(item, item.args[1])
+        if name == "rsub" and len(item.args) == 2 and _is_one(item.args[1]):
+            return self._true_number(item, item.args[0])
+        return False
+
+    def _true_number(self, node: fx.Node, operand: Any) -> bool:
+        """Whether an operand is a bool mask as numbers, all of them 1 in the range."""
+        while isinstance(operand, fx.Node) and operation(operand) in PASS | {"float", "half"}:
+            found = tensor(operand)
+            if found is not None and found.dtype == torch.bool:
+                break
+            source = operand.args[0]
+            if not (isinstance(source, fx.Node) and self._keeps_last(operand, source)):
+                return False
+            operand = source
+        return self._true_at(node, operand)
+
+    def _zero_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.zero(operand)
+
+    def _written(self, item: fx.Node) -> bool:
+        """Whether writes of True into (rows, entries) cover the range in every row.
+
+        The tensor has to be no view, and all writes to come before it is read for anything else.
+        """
+        sizes, position = shape(item), {node: i for i, node in enumerate(item.graph.nodes)}
+        if len(sizes) != 2 or not _is_made_here(item):
+            return False
+        writes = [user for user in item.users if item in written_by(user)]
+        others = [user for user in item.users if user not in writes]
+        if not writes or not others:
+            return False
+        if max(position[write] for write in writes) > min(position[user] for user in others):
+            return False
+        rows = [self._covered_row(write) for write in writes]
+        if None in rows or any(may_share(user, item) and is_written(user) for user in others):
+            return False
+        return EVERY in rows or (isinstance(sizes[0], int) and set(range(sizes[0])) <= set(rows))
+
+    def _covered_row(self, write: fx.Node) -> int | None:
+        """The row, or EVERY, in which a write makes the whole range True; None if it does not."""
+        if operation(write) != "setitem" or not _is_one(write.args[2]):
+            return None
+        index = write.args[1]
+        row, entries = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
+        if not isinstance(entries, slice) or value(entries.step) not in (None, 1):
+            return None
+        start, stop = value(entries.start), value(entries.stop)
+        inside = start is None or (at_most(0, start) and at_most(start, self.start))
+        if not inside or not (stop is None or at_most(self.stop, stop)):
+            return None
+        if row == slice(None):
+            return EVERY
+        place = known_int(row)
+        return place if place is not None and place >= 0 else None
+
+    def _true_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.true(operand)
+
+    def _false_at(self, node: fx.Node, operand: Any) -> bool:
+        return self._aligned(node, operand) and self.false(operand)
+
+    def _aligned(self, node: fx.Node, operand: Any) -> bool:
+        """Whether an operand has the last axis of the result, so that the range means the same."""
+        if not isinstance(operand, fx.Node):
+            return True
+        sizes = shape(operand)
+        return bool(sizes) and same(sizes[-1], shape(node)[-1])
+
+    def _keeps_last(self, node: fx.Node, source: Any) -> bool:
+        sizes = shape(source)
+        return bool(sizes) and same(sizes[-1], shape(node)[-1])
+
+    def _padded(self, node: fx.Node) -> bool:
+        """Padding of the last axis with True, or what is padded."""
+        pads, source = argument(node, 1, "pad"), node.args[0]
+        mode = argument(node, 2, "mode", default="constant")
+        position = 2 if operation(node) == "constant_pad_nd" else 3
+        if len(pads) != 2 or not (mode == "constant" or position == 2):
+            return False
+        left, filled = value(pads[0]), argument(node, position, "value", default=0) in (True, 1)
+        if at_most(self.stop, left):
+            return filled
+        start, stop = self.start - left, self.stop - left
+        inside = at_most(0, start) and at_most(stop, shape(source)[-1])
+        return inside and Range(start, stop).true(source)
+
+    def _concatenated(self, node: fx.Node, holds: Proof | None = None) -> bool:
+        proof = holds or Range.true
+        pieces = argument(node, 0, "tensors")
+        dim = known_int(argument(node, 1, "dim", "axis", default=0))
+        if dim is None:
+            return False
+        if (dim + len(shape(node))) % len(shape(node)) != len(shape(node)) - 1:
+            return all(proof(self, item) for item in pieces)
+        start: Extent = 0
+        for index, item in enumerate(pieces):
+            if same(start, self.start):
+                return self._covered(pieces[index:], proof)
+            start = start + shape(item)[-1]
+        return False
+
+    def _covered(self, pieces: Any, holds: Proof) -> bool:
+        length: Extent = 0
+        for item in pieces:
+            size = shape(item)[-1]
+            if not holds(Range(0, size), item):
+                return False
+            length = length + size
+            if same(length, self.stop - self.start):
+                return True
+        return False
+
+    def _compares(self, node: fx.Node, wanted: bool) -> bool:
+        """Comparison of an index that runs along the last axis with a bound from below."""
+        left, right = node.args[:2]
+        name = operation(node)
+        if is_index(left, shape(node)[-1]):
+            bound, always = right, name in ("lt", "le")
+        elif is_index(right, shape(node)[-1]):
+            bound, always = left, name in ("gt", "ge")
+        else:
+            return False
+        # index < stop <= bound: "index < bound" is always true and "index >= bound" always false.
+        lowest = lower_bound(bound)
+        return always is wanted and lowest is not None and at_most(self.stop, lowest)
+
+
+Proof = Callable[[Range, Any], bool]
+
+
+def _is_made_here(node: fx.Node) -> bool:
+    """Whether a tensor has memory of its own: it is no input, and no view of another tensor."""
+    sources = node.all_input_nodes
+    return node.op.startswith("call") and not any(may_share(node, source) for source in sources)
+
+
+def adds_dimensions(node: fx.Node) -> bool:
+    """Whether a node indexes with None and full slices only."""
+    if operation(node) != "getitem":
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return all(item is None or item is Ellipsis or item == slice(None) for item in index)
+
+
+def is_index(item: Any, length: Extent) -> bool:
+    """Whether a tensor is 0, 1, 2, ... along its last axis, which has `length` entries."""
+    if not isinstance(item, fx.Node) or is_written(item):
+        return False
+    name = operation(item)
+    if name in ("unsqueeze", "view", "reshape", "to", "expand", "getitem"):
+        if name == "getitem" and not is_plain_index(item.args[1]):
+            return False
+        sizes = shape(item)
+        source = item.args[0]
+        if name == "to" and value(item).dtype.is_floating_point:
+            return False
+        kept = bool(sizes) and same(sizes[-1], length) and same(product(shape(source)), length)
+        return kept and is_index(source, length)
+    if name != "arange" or value(item).dtype.is_floating_point:
+        return False
+    first, second = argument(item, 0, "start", default=0), argument(item, 1, "end")
+    start, step = (
+        (0 if second is None and "end" not in item.kwargs else first),
+        argument(item, 2, "step"),
+    )
+    return value(start) == 0 and step in (None, 1) and same(shape(item)[0], length)
+
+
+def lower_bound(item: Any) -> Extent | None:
+    """A number that no entry of an integer tensor is below.
+
+    A sum over an input is taken to be a count, so not negative: it is how lengths are made from
+    the padding masks that pipelines pass, which hold zeros and ones in any dtype.
+    """
+    found = value(item)
+    if isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool):
+        return found
+    if not isinstance(item, fx.Node) or is_written(item):
+        return None
+    name = operation(item)
+    if name in (
+        "unsqueeze",
+        "view",
+        "reshape",
+        "to",
+        "int",
+        "long",
+        "expand",
+        "squeeze",
+        "getitem",
+    ):
+        return lower_bound(item.args[0])
+    if name == "sum":
+        return 0 if _is_input(item.args[0]) else None
+    if name == "add":
+        parts = [lower_bound(operand) for operand in item.args[:2]]
+        known = [part for part in parts if part is not None]
+        return operator.add(*known) if len(known) == 2 else None
+    return None
+
+
+def _is_input(item: Any) -> bool:
+    """Whether a tensor is an input of the graph as it came, or converted."""
+    while isinstance(item, fx.Node) and not is_written(item):
+        if operation(item) not in ("to", "bool", "int", "long"):
+            return item.op == "placeholder"
+        item = item.args[0]
+    return False
+
+
+def _is_finite(item: Any) -> bool:
+    return isinstance(item, (bool, int, float)) and math.isfinite(item)
+
+
+def _is_one(item: Any) -> bool:
+    """Whether a constant is True, in a mask of bools or of numbers that become bools."""
+    return isinstance(item, (bool, int, float)) and item == 1

@@ -1,0 +1,1 @@
+"""How attention is written: each spelling, found by one anchor node."""

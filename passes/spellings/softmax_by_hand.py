@@ -1,0 +1,105 @@
+"""Softmax that was written out: exp(x - max) / sum, before or after the product with the values.
+
+What is subtracted from a row of scores makes no difference to its softmax, whatever it is; models
+take the row's largest score for the sake of numbers, which fused attention does as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from freqopt.passes.axes.dimensions import same
+from freqopt.passes.nodes import argument, operation, shape
+
+
+class Softmax(NamedTuple):
+    """A softmax over keys: its scores, the node of its weights, and the nodes that make these.
+
+    divided: the node that divides the product with the values instead, if the weights do not add
+    up to 1 yet.
+    """
+
+    scores: Any
+    weights: fx.Node
+    nodes: tuple[fx.Node, ...]
+    divided: fx.Node | None = None
+
+
+def softmax_at(node: fx.Node) -> Softmax | None:
+    """The softmax over the last axis that ends in `node`, None if it is something else."""
+    name = operation(node)
+    if name == "softmax":
+        axis = argument(node, 1, "dim", default=-1)
+        last = axis in (-1, len(shape(node)) - 1)
+        return Softmax(argument(node, 0, "input", "self"), node, (node,)) if last else None
+    if name == "div" and len(node.args) == 2:
+        return _quotient(node)
+    if name == "exp":
+        return _of_log_sum(node)
+    return None
+
+
+def _quotient(node: fx.Node) -> Softmax | None:
+    """exp(x) / exp(x).sum(-1, keepdim=True), or (exp(x) @ v) / that sum."""
+    above, below = node.args
+    if not (isinstance(above, fx.Node) and isinstance(below, fx.Node)):
+        return None
+    if operation(below) != "sum" or not reduces_rows(below):
+        return None
+    exponential = below.args[0]
+    if not isinstance(exponential, fx.Node) or operation(exponential) != "exp":
+        return None
+    scores = exponential.args[0]
+    if above is exponential:
+        return Softmax(scores, node, (exponential, below, node))
+    if operation(above) in ("matmul", "bmm") and above.args[0] is exponential:
+        if set(above.users) == {node}:
+            return Softmax(scores, exponential, (exponential, below), node)
+    return None
+
+
+def _of_log_sum(node: fx.Node) -> Softmax | None:
+    """exp(x - x.logsumexp(-1, keepdim=True))."""
+    difference = node.args[0]
+    if not isinstance(difference, fx.Node) or operation(difference) != "sub":
+        return None
+    scores, total = difference.args[:2]
+    if not isinstance(total, fx.Node) or operation(total) != "logsumexp":
+        return None
+    if total.args[0] is not scores or not reduces_rows(total):
+        return None
+    return Softmax(scores, node, (total, difference, node))
+
+
+def reduces_rows(node: fx.Node) -> bool:
+    """Whether a reduction is over the last axis, which it keeps with one entry."""
+    before, after = shape(node.args[0]), shape(node)
+    dim = argument(node, 1, "dim", "axis")
+    dims = list(dim) if isinstance(dim, (tuple, list)) else [dim]
+    return len(before) == len(after) and dims in ([-1], [len(before) - 1])
+
+
+def shifted(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """The scores of `scores - shift`, where the shift is one number per row, and how it is made."""
+    if operation(node) != "sub" or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    scores, shift = node.args
+    if not (isinstance(scores, fx.Node) and isinstance(shift, fx.Node)):
+        return None
+    sizes, rows = shape(scores), shape(shift)
+    if len(rows) != len(sizes) or not same(rows[-1], 1) or same(sizes[-1], 1):
+        return None
+    made: list[fx.Node] = []
+    step: Any = shift
+    while isinstance(step, fx.Node) and step is not scores and len(made) < 4:
+        if not step.args or not _is_of_rows(step):
+            return scores, ()
+        made.insert(0, step)
+        step = step.args[0]
+    return scores, tuple(made) if step is scores else ()
+
+
+def _is_of_rows(node: fx.Node) -> bool:
+    return operation(node) in ("amax", "max", "detach", "getitem", "to", "values", "float")

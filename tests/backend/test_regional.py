@@ -1,0 +1,137 @@
+"""One compiled block for all layers: each keeps its own budget, and nothing compiles twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import freqopt
+from freqopt.backend import freqopt_backend
+from freqopt.errors import PlanError
+from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+from freqopt.plan.plan import Plan
+
+GRID = (4, 9, 11)
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoDiT:
+    torch.manual_seed(0)
+    model = VideoDiT(VideoDiTConfig(width=32, layers=4, mlp_width=64, rope_axes=(4, 6, 6))).eval()
+    nn.init.normal_(model.head.weight, std=0.2)
+    nn.init.normal_(model.modulation.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, 3, 4, 36, 44, generator=generator), torch.full((1,), 0.5)
+
+
+@pytest.fixture(scope="module")
+def plan(model: VideoDiT, inputs: tuple[torch.Tensor, torch.Tensor]) -> Plan:
+    samples = [
+        {"video": inputs[0] + 0.1 * i, "timestep": torch.full((1,), 0.2 + 0.2 * i)}
+        for i in range(4)
+    ]
+    torch._dynamo.reset()
+    found = freqopt.calibrate(model, samples, target_error=0.2, progress=False)
+    assert any(site.decision == "split" for site in found.sites.values())
+    return found
+
+
+def compile_blocks(model: VideoDiT) -> None:
+    options = {"inner": "eager", "min_tokens": 0, "strict": True}
+    for block in model.blocks:
+        block.compile(backend=freqopt_backend, options=options, fullgraph=True)
+
+
+def uncompile(model: VideoDiT) -> None:
+    for block in model.blocks:
+        block._compiled_call_impl = None
+
+
+def test_regional_equals_full_model_compilation(
+    model: VideoDiT, inputs: tuple[torch.Tensor, torch.Tensor], plan: Plan
+) -> None:
+    torch._dynamo.reset()
+    options = {"plan": plan, "inner": "eager", "min_tokens": 0}
+    whole = torch.compile(model, backend=freqopt_backend, options=options)
+    with torch.no_grad():
+        dense, expected = model(*inputs), whole(*inputs)
+    assert (expected - dense).norm() > 1e-4 * dense.norm()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    freqopt.reset_counters()
+    try:
+        with freqopt.attach(model, plan), torch.no_grad():
+            compile_blocks(model)
+            out = model(*inputs)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finally:
+        uncompile(model)
+    assert graphs == 1
+    found = freqopt.counters()
+    assert (found.split, found.dense) == (4, 0)
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), dense)
+    assert not any(name.endswith("freqopt_budget") for name, _ in model.named_buffers())
+
+
+def test_attaching_changes_nothing_without_a_compiler(
+    model: VideoDiT, inputs: tuple[torch.Tensor, torch.Tensor], plan: Plan
+) -> None:
+    with torch.no_grad():
+        dense = model(*inputs)
+        keys = list(model.state_dict())
+        with freqopt.attach(model, plan):
+            assert torch.equal(model(*inputs), dense)
+            assert list(model.state_dict()) == keys
+
+
+def test_a_plan_of_another_model_is_refused(plan: Plan) -> None:
+    other = VideoDiT(VideoDiTConfig(width=64, layers=2, mlp_width=64, rope_axes=(8, 12, 12)))
+    with pytest.raises(PlanError):
+        freqopt.attach(other, plan)
+
+
+def test_diffusers_compile_repeated_blocks() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=4,
+        out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=3, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+
+    def call(seed: int) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(1, 4, 5, 16, 24, generator=generator),
+            "timestep": torch.tensor([100 + seed]),
+            "encoder_hidden_states": torch.randn(1, 7, 16, generator=generator),
+            "return_dict": False,
+        }
+
+    torch._dynamo.reset()
+    plan = freqopt.calibrate(model, [call(i) for i in range(4)], target_error=0.1, progress=False)
+    options = {"inner": "eager", "min_tokens": 0}
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend=freqopt_backend, options={**options, "plan": plan})
+    with torch.no_grad():
+        dense, expected = model(**call(9))[0], whole(**call(9))[0]
+    assert (expected - dense).norm() > 1e-4 * dense.norm()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    freqopt.reset_counters()
+    with freqopt.attach(model, plan), torch.no_grad():
+        model.compile_repeated_blocks(backend=freqopt_backend, options=options, fullgraph=True)
+        out = model(**call(9))[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (freqopt.counters().split, freqopt.counters().dense) == (3, 3)
+    assert (out - expected).norm() < 1e-5 * expected.norm()

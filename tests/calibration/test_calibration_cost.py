@@ -1,0 +1,268 @@
+"""The measured cost model: the line through timed points, and what allocation makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibration_models import make_model, make_sample
+
+import freqopt
+from freqopt.calibration.measure import recorder as calibration_measure
+from freqopt.calibration.measure.attention import Call
+from freqopt.calibration.search import cost as calibration_cost
+from freqopt.calibration.search.allocate import (
+    AttentionShape,
+    HeadCurves,
+    ProductCost,
+    allocate,
+    make_choices,
+    solve,
+)
+from freqopt.calibration.search.cost import MeasuredCost, cost_model, fit_line, time_call
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import SiteTiming
+from freqopt.plan.text import slow_sites
+from freqopt.reporting.speed import site_times
+
+LADDER = np.array([0.01, 0.1, 1.0, 10.0])
+
+
+def timing(tokens: int, *, dense: float, base: float, slope: float) -> SiteTiming:
+    return SiteTiming(
+        heads=2, tokens=tokens, head_dim=64, dense_ms=dense, base_ms=base, density_ms=slope,
+        points=[(0.1, base + 0.1 * slope)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "points, line",
+    [
+        ([(0.1, 1.5), (0.3, 2.5), (0.5, 3.5)], (1.0, 5.0)),
+        ([(0.1, 0.5), (0.3, 3.0)], (0.0, None)),  # a negative base would be nonsense
+        ([(0.1, 3.0), (0.3, 2.9)], (None, 0.0)),  # and so would a negative slope
+        ([(0.2, 7.0)], (7.0, 0.0)),
+    ],
+)
+def test_fit_line(
+    points: list[tuple[float, float]], line: tuple[float | None, float | None]
+) -> None:
+    for got, want in zip(fit_line(points), line, strict=True):
+        assert got >= 0.0 and (want is None or got == pytest.approx(want, abs=1e-9))
+    base, slope = fit_line(points)
+    middle = sum(ms / (base + slope * d) for d, ms in points) / len(points)
+    assert middle == pytest.approx(1.0, abs=0.35)
+
+
+def test_costs_are_milliseconds_per_head() -> None:
+    cost = MeasuredCost({AttentionShape(2, 1024, 64): timing(1024, dense=8, base=1, slope=10)})
+    shape = AttentionShape(2, 1024, 64)
+    assert cost.dense(shape) == 4.0
+    np.testing.assert_allclose(cost.split(shape, np.array([0.0, 0.1, 0.5])), [0.5, 1.0, 3.0])
+
+
+def test_without_timings_products_are_counted() -> None:
+    assert isinstance(cost_model([]), ProductCost)
+    assert isinstance(cost_model([timing(1024, dense=1, base=1, slope=1)]), MeasuredCost)
+
+
+def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
+    density = np.array([[0.9, 0.5, 0.2, 0.05]] * 2)
+    error = np.array([[1e-6, 1e-4, 1e-3, 1e-2]] * 2)
+    sites = [
+        make_choices(name, tokens, 64, LADDER, HeadCurves(density, error, error))
+        for name, tokens in (("fast", 4096), ("slow", 1024))
+    ]
+    timings = [
+        timing(4096, dense=8.0, base=0.5, slope=10.0),
+        timing(1024, dense=1.0, base=1.5, slope=1.0),  # all overhead: never pays
+    ]
+    measured = solve(sites, math.inf, cost_model(timings))
+    assert [choice.dense for choice in measured.choices] == [False, True]
+    assert measured.cost == pytest.approx(0.5 + 10.0 * 0.05 + 1.0)
+    assert not any(choice.dense for choice in solve(sites, math.inf, ProductCost()).choices)
+    exact = allocate(sites, 1e12, cost_model(timings))
+    assert all(choice.dense for choice in exact.choices) and exact.cost == pytest.approx(9.0)
+
+
+class SimulatedGpu:
+    """A device whose clock is replaced, as the real one needs a GPU; the rest is the real thing.
+
+    Dense attention takes `dense` ms, and a split call 0.5 + 10 * density. slow: sites (by the order
+    in which they are timed last) that take ten times as long when they are timed one by one.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0):
+        self.dense, self.slow, self.timed = dense, set[int](), 0
+        self.calls: list[str] = []
+        real, device = Call.split, self
+
+        def split(call: Call, budget: Any, probes: int) -> Any:
+            device.kind = "split"
+            return real(call, budget, probes)
+
+        monkeypatch.setattr(Call, "split", split)
+        for module in (calibration_cost, calibration_measure):
+            monkeypatch.setattr(module, "milliseconds", self.clock)
+        monkeypatch.setattr(calibration_measure, "has_clock", lambda x: True)
+
+    def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
+        self.kind = "dense"
+        out = run()
+        self.calls.append(self.kind)
+        if self.kind == "dense":
+            return self.dense
+        ms = 0.5 + 10.0 * float(out[1].mean())
+        if repeats:  # a site at its budgets
+            self.timed += 1
+            ms *= 10.0 if self.timed - 1 in self.slow else 1.0
+        return ms
+
+
+def white_noise() -> Call:
+    """All of its scores are alike, so that densities jump from one step of a ladder to the next."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 1024, 16).unbind(0)
+    return Call(query * 2, key * 2, value, None, (4, 16, 16), 0, 0, 0.25)
+
+
+def densities(call: Call, ladder: tuple[float, ...]) -> torch.Tensor:
+    heads = call.query.shape[1]
+    budgets = [torch.full((heads,), threshold) for threshold in ladder]
+    return torch.stack([call.split(budget, 0)[1].mean(0) for budget in budgets])
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        (0.01, 0.1, 0.5, 2.0, 30.0),
+        (0.003, 0.01, 30.0),  # from everything to the local blocks in one step, as white noise does
+        (300.0, 3000.0),  # nothing but local blocks
+        (0.0001, 0.001),  # nothing but everything
+    ],
+)
+def test_timing_spans_densities_whatever_the_ladder(
+    ladder: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, call = SimulatedGpu(monkeypatch), white_noise()
+    found = time_call(call, ladder, densities(call, ladder), 0)
+    assert found.dense_ms == 8.0 and (found.heads, found.tokens, found.head_dim) == (2, 1024, 16)
+    reached = [density for density, _ in found.points]
+    assert reached == sorted(reached) and reached[-1] == 1.0
+    assert all(b > calibration_cost.APART * a for a, b in pairwise(reached))
+    assert gpu.calls.count("dense") == 1 and gpu.calls.count("split") == len(reached)
+    if ladder[-1] < 1.0:
+        assert found.points == [(1.0, 10.5)] and (found.base_ms, found.density_ms) == (10.5, 0.0)
+        return
+    assert len(reached) >= 2 and reached[0] <= 0.2
+    assert found.base_ms == pytest.approx(0.5, abs=1e-3)
+    assert found.density_ms == pytest.approx(10.0, abs=1e-2)
+
+
+@pytest.fixture
+def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    return SimulatedGpu(monkeypatch)
+
+
+@pytest.mark.usefixtures("simulated_clock", "undrawn")
+def test_a_plan_holds_what_was_timed(tmp_path: Path) -> None:
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.1, progress=False)
+    (found,) = plan.evidence.timings
+    assert (found.heads, found.tokens, found.head_dim) == (2, 512, 16)
+    assert (found.dense_ms, found.base_ms) == (8.0, pytest.approx(0.5, abs=1e-3))
+    assert found.density_ms == pytest.approx(10.0, rel=1e-3)
+    times = site_times(plan)
+    assert times.keys() == {n for n, s in plan.sites.items() if s.decision == "split"} != set()
+    for name, (dense, split, modelled) in times.items():
+        assert dense == 8.0 and 0.5 < split < 8.0
+        density = float(np.mean(plan.sites[name].density))
+        assert modelled == pytest.approx(0.5 + 10 * density, rel=1e-4)
+    assert "costs measured at 1 shapes" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    freqopt.report(plan, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text().replace("\n", " ")
+    assert f"{8 * len(times)}.0 ms dense" in page
+
+
+def test_a_plan_has_no_mid_band_and_times_of_its_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch)
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.05, progress=False)
+    assert plan.measured_error <= 0.05
+    split = {name for name, site in plan.sites.items() if site.decision == "split"}
+    assert split and not any(plan.uses_mid_band(name) for name in split)
+    times = [e.times_ms for e in plan.evidence.sites.values() if e.times_ms]
+    assert len(times) == len(split) and all(ms < dense for dense, ms in times)
+
+
+def test_sites_where_no_split_is_faster_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch, dense=1.0)
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert [site.decision for site in plan.sites.values()] == ["dense", "dense"]
+    for site in plan.sites.values():
+        assert "the split is no faster here: as timed" in site.reason
+        assert "dense attention 1 ms" in site.reason
+    assert plan.evidence.notes[-1] == "splitting is no faster anywhere, so every site stays dense"
+    assert (plan.measured_error, plan.mean_density) == (0.0, 1.0)
+
+
+def test_a_site_that_is_slower_at_its_budgets_goes_back_to_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The line promised less than the site then took; the plan is verified again without it."""
+    gpu = SimulatedGpu(monkeypatch)
+    gpu.slow = {0}
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    first, second = plan.sites.values()
+    assert (first.decision, second.decision) == ("dense", "split")
+    assert first.reason.startswith("the split is no faster here: as timed, it takes ")
+    last, before = plan.evidence.trials[-1], plan.evidence.trials[-2]
+    assert plan.measured_error == last.measured_error < before.measured_error <= 0.2
+    assert plan.mean_density == last.mean_density > before.mean_density
+    assert list(site_times(plan)) == [list(plan.sites)[1]]
+    assert slow_sites(plan) == {}
+
+
+def test_a_density_asked_for_rules_over_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites are split although that is slower, and the plan and its report say so."""
+    SimulatedGpu(monkeypatch, dense=1.0)
+    samples = [make_sample(i) for i in range(4)]
+    plan = freqopt.calibrate(make_model(), samples, target_density=0.5, progress=False)
+    assert [site.decision for site in plan.sites.values()] == ["split", "split"]
+    assert list(slow_sites(plan)) == list(plan.sites)
+    assert "2 split sites" in str(plan) and "no faster than dense attention as timed" in str(plan)
+
+
+def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert plan.evidence.timings == [] and site_times(plan) == {}
+    assert "costs counted in multiply-adds, not measured on this cpu" in str(plan)
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu_grow_with_density() -> None:
+    """White noise goes from all blocks to the local ones within a step of the ladder.
+
+    The size makes all blocks take several times as long as the local ones, so that a busy device
+    does not turn their order around.
+    """
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 16, 16384, 64, device="cuda").bfloat16().unbind(0)
+    call = Call(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
+    ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
+    found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
+    assert len(found.points) >= 2
+    assert found.points[0][0] < 0.1 and found.points[-1][0] == pytest.approx(1.0)
+    assert found.density_ms > 0.0 and found.points[-1][1] > found.points[0][1]
+    assert found.dense_ms > 0.0

@@ -1,0 +1,181 @@
+"""The recorder that stands at a site: what it passes on and what it sums up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import freqopt
+from freqopt.calibration.measure import attention as calibration_call
+from freqopt.calibration.measure.attention import Call, head_chunks, head_energy, head_error
+from freqopt.calibration.measure.readings import FINE, pack, unpack
+from freqopt.calibration.measure.recorder import (
+    CHOICES,
+    INJECTED,
+    MOST_AMPLIFIED,
+    THRESHOLDS,
+    Recorder,
+    Session,
+)
+from freqopt.calibration.search.allocate import REFINEMENT
+
+GRID = (3, 8, 10)
+
+
+def make_call(
+    *, before: int = 0, after: int = 0, kv_heads: int = 2, batch: int = 1, masked: bool = False
+) -> dict[str, Any]:
+    torch.manual_seed(1)
+    tokens = 240 + before + after
+    query = torch.randn(batch, 2, tokens, 16)
+    key, value = (torch.randn(batch, kv_heads, tokens, 16) for _ in "kv")
+    mask = None
+    if masked:
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        mask[:, tokens - 3 :] = False
+    return dict(
+        query=query, key=key, value=value, key_mask=mask, grid=GRID, text_before=before,
+        text_after=after, scale=0.4,
+    )  # fmt: skip
+
+
+def dense(call: dict[str, Any]) -> Tensor:
+    mask = None if call["key_mask"] is None else call["key_mask"][:, None, None, :]
+    return F.scaled_dot_product_attention(
+        call["query"], call["key"], call["value"], attn_mask=mask, scale=0.4,
+        enable_gqa=call["key"].shape[1] != 2,
+    )  # fmt: skip
+
+
+CASES = [{}, {"before": 5, "after": 7, "masked": True}, {"kv_heads": 1}, {"batch": 2}]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
+    call, session = make_call(**case), Session(mode="measure")
+    out = Recorder(session, "a")(**call)
+    session.absorb(session.readings, 0)
+    torch.testing.assert_close(out, dense(call))
+    site = session.sites["a"]
+    assert (site.heads, site.head_dim, site.tokens) == (2, 16, call["query"].shape[2])
+    assert site.grids == {GRID} and not site.failure
+    assert list(session.measurable()) == ["a"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_are_those_of_the_public_op(case: dict[str, Any]) -> None:
+    call, session = make_call(**case), Session(mode="measure")
+    truth = Recorder(session, "a")(**call)
+    session.absorb(session.readings, 0)
+    sums = session.sites["a"].total()
+    energy = truth.square().sum((0, 2, 3))
+    torch.testing.assert_close(sums.energy, (energy / energy.sum()).double())
+    for rung in (2, 6, 9):
+        out, stats = freqopt.split_attention(**call, threshold=THRESHOLDS[rung], return_stats=True)
+        error = (out - truth).square().sum((0, 2, 3))
+        along = ((out - truth) * truth).sum((0, 2, 3))
+        for name, want in (
+            ("density", stats.density.mean(0)),
+            ("own", error / energy),
+            ("site", error / energy.sum()),
+            ("bias", along / energy),
+            ("site_bias", along.square() / energy / energy.sum()),
+            ("probe", stats.probe_error.square().mean(0)),
+        ):
+            got = sums.mean(name)[rung]
+            torch.testing.assert_close(got, want.double(), rtol=1e-3, atol=1e-7, msg=name)
+
+
+def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = Call.split
+
+    def split(self: Call, budget: torch.Tensor, probes: int) -> Any:
+        calls.append(budget)
+        return original(self, budget, probes)
+
+    monkeypatch.setattr(Call, "split", split)
+    call = make_call()
+    call["query"] = call["query"] * 0.01  # so flat that most thresholds lift nothing
+    Recorder(Session(mode="measure"), "a")(**call)
+    assert 1 <= len(calls) < len(THRESHOLDS)
+
+
+def test_buckets_are_kept_apart_and_added_up() -> None:
+    session = Session(mode="measure")
+    recorder = Recorder(session, "a")
+    for bucket, scale in ((0, 0.1), (2, 0.8), (2, 0.9)):
+        session.readings = []
+        recorder(**{**make_call(), "scale": scale})
+        facts, tensors = pack(session.readings)
+        session.absorb(unpack(json.loads(json.dumps(facts)), tensors), bucket)
+    site = session.sites["a"]
+    assert {b: s.calls for b, s in site.buckets.items()} == {0: 1, 2: 2}
+    total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
+    torch.testing.assert_close(site.total().curves["own"], total)
+    assert site.total().calls == 3 and site.spectrum is not None and site.spectrum.calls == 3
+    flat, peaked = (site.buckets[b].mean("own")[-1].mean() for b in (0, 2))
+    assert 0.0 < flat < peaked
+
+
+def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
+    call = make_call()
+    budget = torch.tensor([0.5, 2.0])
+    session = Session(mode="split", budgets={"a": budget})
+    out = Recorder(session, "a")(**call)
+    want = freqopt.split_attention(**call, threshold=budget, return_stats=True)
+    torch.testing.assert_close(out, want[0])
+    torch.testing.assert_close(session.densities["a"][0], want[1].density[0])
+    torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
+    assert "b" not in session.densities
+
+
+def test_densities_between_the_rungs_are_those_of_the_op() -> None:
+    for case in CASES:
+        call, session = make_call(**case), Session(mode="measure")
+        Recorder(session, "a")(**call)
+        fine = session.readings[0].curves[FINE]
+        assert fine.shape == (len(CHOICES), 2)
+        for index in (5, 18, 30):
+            _, stats = freqopt.split_attention(**call, threshold=CHOICES[index], return_stats=True)
+            torch.testing.assert_close(
+                fine[index], stats.density.mean(0).double(), atol=1e-6, rtol=1e-5
+            )
+        rungs = fine[::REFINEMENT]
+        torch.testing.assert_close(rungs, session.readings[0].curves["density"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_probe_mode_injects_an_amplified_error(case: dict[str, Any]) -> None:
+    call, truth = make_call(**case), dense(make_call(**case))
+    budget = torch.full((2,), 3.0)
+    split, _ = freqopt.split_attention(**call, threshold=budget, return_stats=True)
+    for head in (-1, 0, 1):
+        session = Session(mode="probe", probed="a", probed_head=head, budgets={"a": budget})
+        torch.testing.assert_close(Recorder(session, "b")(**call), truth)
+        assert session.probe_error is None
+        out = Recorder(session, "a")(**call)
+        assert session.probe_error is not None
+        moved, own = out - truth, split - truth
+        if head >= 0:
+            assert not moved[:, 1 - head].any()
+            own[:, 1 - head] = 0.0
+        own_error = float(own.norm() / truth.norm())
+        factor = min(max(INJECTED / own_error, 1.0), MOST_AMPLIFIED)
+        torch.testing.assert_close(moved, factor * own, atol=1e-5, rtol=1e-3)
+        assert float(session.probe_error) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
+        assert own_error > 1e-3
+
+
+def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
+    whole = head_energy(x), *head_error(x, y)
+    monkeypatch.setattr(calibration_call, "CHUNK_BYTES", 400)
+    assert len(list(head_chunks(x))) == 3
+    for got, want in zip((head_energy(x), *head_error(x, y)), whole, strict=True):
+        torch.testing.assert_close(got, want)

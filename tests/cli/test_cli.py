@@ -1,0 +1,252 @@
+"""The command line: what each command writes, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from freqopt import doctor
+from freqopt.calibration.samples_file import load_samples, save_samples
+from freqopt.cli import app as cli
+from freqopt.errors import InputError, OptionError, PlanError
+from freqopt.plan.plan import Plan
+
+FACTORY = '''
+"""A one-layer video transformer over tokens of a (4, 8, 8) grid, as a user would write it."""
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patchify = nn.Conv3d(3, 32, (1, 2, 2), stride=(1, 2, 2))
+        self.qkv = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, video, timestep):
+        x = self.patchify(video)
+        x = x.flatten(2).transpose(1, 2) * (1 + timestep[:, None, None])
+        q, k, v = (p.unflatten(2, (2, 16)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+def make():
+    torch.manual_seed(0)
+    return Tiny()
+
+READY = make()
+
+def number():
+    return 7
+'''
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with models.py and samples.safetensors, made the current one."""
+    (tmp_path / "models.py").write_text(FACTORY)
+    calls = []
+    for index in range(4):
+        generator = torch.Generator().manual_seed(index)
+        video = torch.randn(1, 3, 4, 16, 16, generator=generator)
+        calls.append({"video": video, "timestep": torch.tensor([index / 4 + 0.1])})
+    save_samples(tmp_path / "samples.safetensors", calls)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("models", None)
+    yield tmp_path
+    sys.modules.pop("models", None)
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(work: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: exit status and both streams."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        torch._dynamo.reset()
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        status = left.value.code or 0
+        assert isinstance(status, int)
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return call
+
+
+def test_calibrate_and_report(work: Path, run: Run) -> None:
+    done = run(
+        "calibrate", "models:make", "--samples", "samples.safetensors", "--target-error", "0.2",
+        "--device", "cpu", "-o", "out/plan.json", "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = Plan.load(work / "out/plan.json")
+    assert plan.model.class_name == "Tiny" and plan.grids == [(4, 8, 8)]
+    assert plan.target_error == 0.2 and plan.measured_error <= 0.2
+    assert "wrote out/plan.json" in done.stdout
+    done = run("report", "out/plan.json")
+    assert done.returncode == 0, done.stderr
+    page = (work / "out/plan.html").read_text()
+    assert "Tiny" in page and "<script src" not in page
+
+
+def test_inspect_prints_the_sites(run: Run) -> None:
+    command = ("inspect", "models.py:make", "--samples", "samples.safetensors")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "self" in done.stdout and "256" in done.stdout and "min_tokens" in done.stdout
+    done = run(*command, "--min-tokens", "1", "--grid", "4,8,8")
+    assert done.returncode == 0 and "min_tokens" not in done.stdout
+
+
+def test_a_damaged_plan_is_one_line(work: Path, run: Run) -> None:
+    (work / "plan.json").write_text('{"format": "freqopt-pl')
+    done = run("report", "plan.json")
+    assert done.returncode == cli.BAD_INPUT
+    assert done.stderr.startswith("freqopt: ") and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(PlanError, match="truncated"):
+        cli.main(["--traceback", "report", "plan.json"])
+
+
+def test_an_unknown_option_is_refused(run: Run) -> None:
+    done = run("demo", "--sedd", "3")
+    assert done.returncode == cli.BAD_INPUT and "--sedd" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_missing_cuda_is_said(run: Run) -> None:
+    done = run("demo", "--device", "cuda")
+    assert done.returncode == cli.BAD_INPUT and "no CUDA" in done.stderr
+    with pytest.raises(OptionError, match="no CUDA"):
+        cli.choose_device("cuda:1")
+
+
+def test_models_are_found_by_module_and_by_file(work: Path) -> None:
+    for text in ("models.py:make", "models:make", "models:READY"):
+        model = cli.load_model(text)
+        assert type(model).__name__ == "Tiny" and not model.training
+    assert isinstance(cli.load_model("torch.nn:Identity"), nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("models", OptionError, "MODULE:FACTORY"),
+        ("models.py:makee", OptionError, "did you mean make"),
+        ("nothing.py:make", OptionError, "no file"),
+        ("no_such_module_of_mine:make", OptionError, "no module"),
+        ("models.py:number", InputError, "gives a int"),
+    ],
+)
+def test_a_wrong_model_is_refused(work: Path, text: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        cli.load_model(text)
+
+
+def test_a_defect_inside_a_users_module_is_not_called_a_missing_one(work: Path) -> None:
+    (work / "wanting.py").write_text("import surely_not_installed_anywhere\n")
+    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+        cli.load_model("wanting:make")
+
+
+@pytest.mark.parametrize("text", ["21,30,52", "21x30x52", "21, 30, 52"])
+def test_grids(text: str) -> None:
+    assert cli.parse_grid(text) == (21, 30, 52)
+
+
+@pytest.mark.parametrize("text", ["", "1,2", "1,2,3,4", "a,b,c", "0,2,3", "-1,2,3", "1.5,2,3"])
+def test_a_wrong_grid_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="t,h,w"):
+        cli.parse_grid(text)
+
+
+@pytest.mark.smoke
+def test_samples_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    tensors = [torch.randn(2, 3), torch.arange(4), torch.randn(3, 4).T, torch.randn(1).bfloat16()]
+    calls = [
+        ((tensors[0], 3), {"ids": tensors[1], "return_dict": False}),
+        ((), {"x": tensors[2], "y": tensors[3], "sizes": [1, 2]}),
+    ]
+    save_samples(path, calls)
+    (args, kwargs), (none, second) = load_samples(path)
+    assert torch.equal(args[0], tensors[0]) and args[1] == 3 and none == ()
+    assert torch.equal(kwargs["ids"], tensors[1]) and kwargs["return_dict"] is False
+    assert torch.equal(second["x"], tensors[2]) and second["y"].dtype == torch.bfloat16
+    assert second["sizes"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "said"),
+    [
+        ({"video": 1}, {}, "'<call>/<argument>'"),
+        ({"0/a b": 1}, {}, "'<call>/<argument>'"),
+        ({"1/video": 1}, {}, "without gaps"),
+        ({"0/1": 1}, {}, "gap"),
+        ({"0/video": 1}, {"0/flag": "nope"}, "not JSON"),
+        ({}, {"format": "pt"}, "no samples"),
+    ],
+)
+def test_wrong_samples_are_refused(
+    tmp_path: Path, tensors: dict[str, int], metadata: dict[str, str], said: str
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "s.safetensors"
+    save_file({name: torch.ones(1) for name in tensors}, path, metadata=metadata)
+    with pytest.raises(InputError, match=said):
+        load_samples(path)
+
+
+def test_missing_and_truncated_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        load_samples(tmp_path / "none.safetensors")
+    path = tmp_path / "s.safetensors"
+    save_samples(path, [{"x": torch.ones(100)}])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match="not a complete"):
+        load_samples(path)
+    with pytest.raises(InputError, match="JSON can express"):
+        save_samples(path, [{"x": object()}])
+
+
+def test_doctor_tries_the_op_and_names_what_is_missing() -> None:
+    findings = {found.name: found for found in doctor.examine()}
+    assert findings["split_attention on cpu"].state == "ok"
+    assert findings["backend"].state == "ok", findings["backend"].detail
+    assert "relative error" in findings["split_attention on cpu"].detail
+    if not torch.cuda.is_available():
+        assert findings["cuda"].state == "absent" and findings["cuda"].detail
+
+
+@pytest.mark.smoke
+def test_doctor_sees_a_broken_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    import freqopt
+
+    monkeypatch.setattr(freqopt, "split_attention", lambda q, k, v, **unused: q * 1.01)
+    found = next(doctor._op())
+    assert found.state == "broken" and "differs" in found.detail
+
+
+def test_bare_python_m_freqopt_is_the_doctor(tmp_path: Path) -> None:
+    """In a process of its own, as every other command would be."""
+    done = subprocess.run(
+        [sys.executable, "-m", "freqopt"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "split_attention on cpu" in done.stdout
+
+
+def test_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREQOPT_COMMIT", "abc123")
+    found = doctor.environment()
+    assert found["commit"] == "abc123" and found["torch"] == torch.__version__

@@ -1,0 +1,45 @@
+"""The kernels that only onnxruntime launches: for text, and for a density."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parents[1] / "support"
+
+
+def run(script: str, *arguments: object) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+BOUNDS = {"float32": 1e-4, "float16": 2e-3}
+
+
+def test_text_kernel_is_dense_attention() -> None:
+    """In one process, as a start of Triton's interpreter takes longer than a case."""
+    cases = [f"{case} {dtype}" for case in (1, 2, 4) for dtype in BOUNDS]
+    found = run("onnx_glue.py", *cases)
+    assert list(found) == cases
+    for name, seen in found.items():
+        assert seen["text"] < BOUNDS[name.split()[1]], name  # a NaN fails too
+        assert seen["video_untouched"], name
+
+
+@pytest.mark.smoke
+def test_density_kernel_finds_the_kth_score() -> None:
+    """tiles x blocks x kept: all kept, one, fewer than a tile's own blocks, several steps."""
+    cases = ["7x13x40", "7x13x1", "7x13x91", "3x5x5", "20x39x200"]
+    assert run("onnx_density.py", *cases) == dict.fromkeys(cases, True)

@@ -1,0 +1,67 @@
+"""Runs triton_checks.py: on the GPU here and now, or in Triton's interpreter in another process.
+
+Triton decides between the two when it is imported, and other tests import it too; hence the process
+of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+CHECKS = Path(__file__).parents[1] / "support" / "triton_checks.py"
+
+if torch.cuda.is_available():
+    from triton_checks import *  # noqa: F403
+else:
+    from triton_checks import (
+        test_a_million_tokens_need_less_than_their_keys_and_values,  # noqa: F401
+        test_cuda_graph_replays_with_other_content,  # noqa: F401
+        test_every_head_dim_on_the_gpu,  # noqa: F401
+        test_gradients_on_the_gpu_are_those_of_the_cpu,  # noqa: F401
+        test_hopper_kernel_is_the_reference,  # noqa: F401
+        test_hopper_preparation_is_the_portable_one,  # noqa: F401
+        test_larger_grids_on_the_gpu,  # noqa: F401
+        test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels,  # noqa: F401
+    )
+
+    @pytest.mark.parametrize(
+        ("name", "cases"),
+        [
+            ("test_kernels_are_the_reference", 14),
+            ("test_a_mid_band_of_a_density_is_attended_exactly", 2),
+            ("test_the_op_attends_a_mid_band_exactly_and_says_so_once", 1),
+            ("test_threshold_zero_is_dense_attention", 4),
+            ("test_same_input_same_bits", 1),
+            ("test_heads_in_turns_are_heads_together", 3),
+            ("test_chunks_of_tiles_are_all_tiles_together", 4),
+            ("test_probes_beside_the_scores_are_probes_after_them", 6),
+            ("test_random_calls_are_the_reference", 1),
+            ("test_every_launch_candidate_gives_the_same_results", 1),
+        ],
+    )
+    def test_in_the_interpreter(name: str, cases: int) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+             f"{CHECKS}", "-k", name],
+            capture_output=True, text=True, check=False, cwd=CHECKS.parent.parent,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert f"{cases} passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_keys_that_no_wide_copy_takes_are_gathered_from_a_copy() -> None:
+    from freqopt.kernels.hopper import launch as hopper
+
+    model = torch.randn(1, 5, 2, 128, dtype=torch.float16).transpose(1, 2)
+    assert hopper.gatherable(model) is model
+    odd = torch.randn(1, 2, 5, 136, dtype=torch.float16)[..., :128]
+    found = hopper.gatherable(odd)
+    assert torch.equal(found, odd) and found.stride() == (1280, 640, 128, 1)

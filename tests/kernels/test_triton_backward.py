@@ -1,0 +1,82 @@
+"""Runs triton_backward_checks.py: on the GPU, or in Triton's interpreter in another process.
+
+Why another process: see test_triton.py. Its kernels compile without a GPU, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+CHECKS = Path(__file__).parents[1] / "support" / "triton_backward_checks.py"
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+KERNELS = {
+    "list_kernel", "rows_kernel", "sum_kernel", "band_gradient_kernel", "mean_gradient_kernel",
+    "order_gradient_kernel", "query_gradient_kernel", "key_gradient_kernel", "finish_kernel",
+}  # fmt: skip
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+from compile_only import CompileOnly
+from freqopt.kernels.backward import launch
+from freqopt.kernels.backward import parts
+from freqopt.kernels.forward import split
+from freqopt.kernels.layout import Sequence
+dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
+found, forward = {{}}, {{}}
+for module in (launch, parts, split):
+    for name in [n for n in dir(module) if n.endswith("_kernel")]:
+        kept = forward if module is split else found
+        setattr(module, name, CompileOnly(getattr(module, name), capability, kept))
+q = torch.zeros(1, 2, 330, dim, dtype=dtype)
+route = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
+launch.split_backward(q, q, q, q, None, q, route, torch.ones(1, 2, 2), Sequence((5, 7, 9), 7, 8),
+                      scale=0.1)
+print(json.dumps({{n: k.metadata.shared for n, k in found.items()}}))
+"""
+
+if torch.cuda.is_available():
+    from triton_backward_checks import *  # noqa: F403
+else:
+    from triton_backward_checks import (  # noqa: F401
+        test_a_graph_of_forward_and_backward_replays_with_other_content,
+        test_gradients_of_every_head_dim_on_the_gpu,
+    )
+
+    def test_in_the_interpreter() -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+             f"{CHECKS}", "-m", "not gpu"],
+            capture_output=True, text=True, check=False, cwd=CHECKS.parent.parent,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "14 passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability"),
+    [("bfloat16", 128, 90), ("bfloat16", 256, 80), ("float32", 256, 80)],
+)
+def test_backward_kernels_fit_shared_memory(dtype: str, dim: int, capability: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(tests=str(CHECKS.parent)), dtype, str(dim),
+         str(capability)],
+        capture_output=True, text=True, check=False, env=environment, cwd=CHECKS.parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert set(found) == KERNELS
+    assert all(shared <= SHARED[capability] for shared in found.values()), found

@@ -1,0 +1,210 @@
+"""Softmax written out by hand, what looks like it and is not, and masks that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passes_toys import DIM, Attention, conv3d_tokens, dense, rewritten, sites_of, video
+from torch import Tensor, nn
+
+from freqopt.passes.find import find_sites
+from freqopt.passes.rewrite.rewrite import insert_split
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / DIM**0.5
+
+
+def largest_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return (x - x.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+def quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    weights = (x - x.max(dim=-1, keepdim=True).values).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def divided_at_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).exp()
+    return (weights @ v) / weights.sum(-1, True)
+
+
+def by_log_of_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return (x - x.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    x = torch.einsum("bqhd,bkhd->bhqk", q, k) * DIM**-0.5
+    weights = torch.exp(x - x.amax(-1, keepdim=True))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).transpose(1, 2)
+
+
+def in_place_in_float(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q.float() @ k.float().mT).div_(DIM**0.5).softmax(-1).to(v.dtype) @ v
+
+
+class Model(nn.Module):
+    """A video made into tokens and one attention."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attention, self.weight = Attention(attend), nn.Parameter(torch.randn(16, 3, 1, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(conv3d_tokens(x, self.weight))
+
+
+FORMS = [
+    largest_subtracted, quotient, divided_at_last, by_log_of_sum, by_einsum, in_place_in_float,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("attend", FORMS)
+def test_softmax_written_out_is_found(attend: Attend, dynamic: bool) -> None:
+    model, inputs = Model(attend), (video(batch=2),)
+    (site,) = sites_of(model, *inputs)
+    assert site.eligible, site.reason
+    assert site.scale == pytest.approx(DIM**-0.5)
+    with torch.no_grad():
+        expected = model(*inputs)
+    got = rewritten(model, dense, inputs, dynamic=dynamic)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", FORMS)
+def test_nothing_of_it_is_left_in_an_exported_program(attend: Attend) -> None:
+    model, x = Model(attend).eval(), video(batch=2)
+    gm = torch.export.export(model, (x,)).module()
+    from freqopt.passes.spellings.packed import packed_opened
+
+    with packed_opened(gm):
+        (site,) = find_sites(gm)
+        insert_split(gm, site, torch.zeros(2, 2), mid_band=False, density=0.0, probes=0)
+    gm.recompile()
+    names = " ".join(str(node.target) for node in gm.graph.nodes)
+    assert "split_attention" in names
+    assert not any(word in names for word in ("softmax", "exp.", "matmul", "einsum"))
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def sum_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).exp()
+    return (weights / weights.sum(-2, keepdim=True)) @ v
+
+
+def sum_plus_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).exp()
+    return (weights / (weights.sum(-1, keepdim=True) + 1)) @ v
+
+
+def sum_of_others(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).exp() / scores(k, q).exp().sum(-1, keepdim=True)) @ v
+
+
+def shift_of_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return (x - x.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def scores_used(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return x.softmax(-1) @ v + x.mean()
+
+
+def largest_used(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    top = x.amax(-1, keepdim=True)
+    return (x - top).softmax(-1) @ v + top
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [sum_over_queries, sum_plus_one, sum_of_others, shift_of_columns, scores_used, largest_used],
+)
+def test_look_alikes_stay_as_they_are(attend: Attend) -> None:
+    assert not any(site.eligible for site in sites_of(Model(attend), video(batch=2)))
+
+
+def all_true(n: int, batch: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool)
+
+
+def all_zero(n: int, batch: int) -> Tensor:
+    return torch.zeros(batch, 1, n, n)
+
+
+def one_minus_ones(n: int, batch: int) -> Tensor:
+    kept = torch.ones(batch, n, dtype=torch.bool)
+    return (1 - kept[:, None, None].to(torch.float32)) * -10000.0
+
+
+def filled_nowhere(n: int, batch: int) -> Tensor:
+    hidden = ~torch.ones(batch, 1, 1, n, dtype=torch.bool)
+    return torch.zeros(batch, 1, 1, n).masked_fill(hidden, -torch.inf)
+
+
+def chosen(n: int, batch: int) -> Tensor:
+    return torch.where(torch.arange(n) < n, 0.0, -torch.inf).expand(batch, 1, n, n)
+
+
+@pytest.mark.parametrize("make", [all_true, all_zero, one_minus_ones, filled_nowhere, chosen])
+def test_masks_that_hide_nothing_fold_away(make: Callable[[int, int], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = make(q.shape[2], q.shape[0])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    model, inputs = Model(attend), (video(batch=2),)
+    (site,) = sites_of(model, *inputs)
+    assert site.eligible and site.attention.mask is None, site.reason
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch.testing.assert_close(rewritten(model, dense, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def causal_zeros(n: int, batch: int) -> Tensor:
+    return torch.zeros(n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+
+
+def written_zeros(n: int, batch: int) -> Tensor:
+    mask = torch.zeros(n, n)
+    mask[:, 3:9] = -1
+    return mask
+
+
+def lower_ones(n: int, batch: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def small_bias(n: int, batch: int) -> Tensor:
+    return torch.full((n, n), 0.5) * torch.linspace(0, 1, n)
+
+
+def other_half(n: int, batch: int) -> Tensor:
+    return torch.where(torch.arange(n) < n - 1, 0.0, -torch.inf).expand(n, n)
+
+
+def not_a_number(n: int, batch: int) -> Tensor:
+    return torch.zeros(n, n) * -torch.inf
+
+
+@pytest.mark.parametrize(
+    "make", [causal_zeros, written_zeros, lower_ones, small_bias, other_half, not_a_number]
+)
+def test_masks_that_hide_something_do_not(make: Callable[[int, int], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = make(q.shape[2], q.shape[0])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    (site,) = sites_of(Model(attend), video(batch=2))
+    assert not site.eligible and "mask" in site.reason

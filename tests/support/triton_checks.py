@@ -1,0 +1,535 @@
+"""The Triton kernels against the reference, on whatever device there is; run by test_triton.py.
+
+In Triton's interpreter float32 and float16 only (its bfloat16 dot is wrong); on a GPU every dtype.
+Routes must be equal. Calls with a mid band must attend its pairs exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    CASES,
+    Case,
+    attended_exactly,
+    budget_for,
+    dense,
+    make_tensors,
+    reference_split,
+    relative,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreted import look_once_a_helper
+
+from freqopt.config import MID_RATIO, QUERY_TILE
+from freqopt.kernels import autotune, op, overlap, reference, scores, tuned, workspace
+from freqopt.kernels.forward import long as long_split
+from freqopt.kernels.forward import split as triton_split
+from freqopt.kernels.hopper import launch as hopper
+from freqopt.kernels.layout import Settings, pack_route, unpack_route
+from freqopt.kernels.tiles import launch_for
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+if not ON_GPU:
+    look_once_a_helper()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or 77: what a kernel forgets to write shows."""
+    plain = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> torch.Tensor:
+        fresh: torch.Tensor = plain(*size, **options)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def run(
+    case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64, density: float = 0.0
+) -> tuple:
+    query, key, value, mask = (x if x is None else x.to(DEVICE) for x in tensors)
+    result = triton_split.split_forward(
+        query, key, value, budget.to(DEVICE), mask, case.sequence,
+        Settings(case.dim**-0.5, density, case.mid, probes),
+    )  # fmt: skip
+    return tuple(x.cpu() for x in result)
+
+
+def cast(tensors: tuple, dtype: torch.dtype) -> tuple:
+    return (*(x.to(dtype) for x in tensors[:3]), tensors[3])
+
+
+def definition(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
+    """What the kernels should make of a call: the reference, a mid band's pairs exact."""
+    case, budget = attended_exactly(case, budget)
+    return reference_split(case, tensors, budget, probes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
+    tensors = cast(make_tensors(case), dtype)
+    budget = budget_for(case, tensors, 0.3)
+    expected, split = definition(case, tensors, budget)
+    out, reached, error, route, coefficients = run(case, tensors, budget)
+    assert torch.equal(route, split.route)
+    assert out.dtype == dtype
+    assert relative(out, expected) < TOLERANCE[dtype]
+    assert torch.allclose(reached, split.density, atol=1e-6)
+    assert torch.allclose(error, split.probe.error, atol=2e-2)
+    assert torch.allclose(coefficients[..., 0], split.probe.c, atol=5e-2)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_mid_band_of_a_density_is_attended_exactly(
+    long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threshold is then a quarter of the density's, where the mid band would begin."""
+    case = Case((5, 7, 9), batch=2, before=3, after=5, masked=True, mid=True)
+    tensors, density = make_tensors(case), 0.15
+    score = scores.route_scores(
+        *tensors[:3], grid=case.grid, text_before=case.before, text_after=case.after
+    )
+    if long:
+        monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+        monkeypatch.setattr(long_split, "chunk_tiles", lambda *given: 2)
+    out, reached, _, route, _ = run(case, tensors, torch.zeros(2, case.heads), density=density)
+    route = unpack_route(route, case.sequence.tokens)
+    exact = reference.threshold_for_density(score, density)
+    for item in range(case.batch):
+        own = slice(item, item + 1)
+        alone = [x if x is None else x[own] for x in tensors]
+        budget = (exact[item] * MID_RATIO).expand(2, -1)
+        expected, split = reference_split(replace(case, mid=False, batch=1), alone, budget)
+        assert torch.equal(route[own], split.route)
+        assert torch.allclose(reached[own], split.density, atol=1e-6)
+        assert float(reached[own].min()) > 1.5 * density
+        assert relative(out[own], expected) < TOLERANCE[torch.float32]
+
+
+def test_the_op_attends_a_mid_band_exactly_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case = CASES[3]
+    assert case.mid
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    expected, split = definition(case, tensors, budget)
+    op._note_exact_mid_band.cache_clear()
+    with caplog.at_level(logging.INFO, "freqopt"):
+        for _ in range(2):
+            out, reached, _, route, _ = op._split_attention_cuda(
+                *(x.to(DEVICE) for x in tensors[:3]), budget.to(DEVICE), None, list(case.grid), 0,
+                0, case.dim**-0.5, 0.0, True, 64,
+            )  # fmt: skip
+            assert torch.equal(route.cpu(), split.route)
+            assert relative(out.cpu(), expected) < TOLERANCE[torch.float32]
+            assert torch.allclose(reached.cpu(), split.density, atol=1e-6)
+    assert [r.levelno for r in caplog.records if "mid_band" in r.message] == [logging.INFO]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_threshold_zero_is_dense_attention(case: Case, dtype: torch.dtype) -> None:
+    tensors = cast(make_tensors(case), dtype)
+    out, reached, *_ = run(case, tensors, torch.zeros(2, case.heads))
+    assert relative(out, dense(case, tensors)) < TOLERANCE[dtype]
+    assert torch.equal(reached, torch.ones_like(reached))
+
+
+@cache
+def heads_together() -> tuple:
+    """A call of two tiles, on a GPU of three, and what it gives where all heads fit."""
+    grid = (2, 7, 13) if ON_GPU else (1, 7, 13)
+    case = Case(grid, heads=6, kv_heads=3, batch=3, before=3, after=2, masked=True)
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    return case, tensors, budget, run(case, tensors, budget, 16)
+
+
+@pytest.mark.parametrize(("items", "heads"), [(1, 1), (1, 2), (2, 2)])
+def test_heads_in_turns_are_heads_together(
+    items: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, tensors, budget, together = heads_together()
+    per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
+    fitting = heads if items == 1 else items * case.kv_heads
+    monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
+    calls = []
+    forward = triton_split.split_heads
+
+    def counted(query: torch.Tensor, *rest: Any) -> tuple:
+        calls.append(tuple(query.shape[:2]))
+        return forward(query, *rest)
+
+    monkeypatch.setattr(triton_split, "split_heads", counted)
+    in_turns = run(case, tensors, budget, 16)
+    assert calls == {
+        (1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)],
+    }[items, heads]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(in_turns, together, strict=True))
+
+
+HOPPER_CASES = [
+    Case((4, 8, 8), dim=128, heads=2, kv_heads=1),
+    Case((5, 9, 11), dim=128, heads=4, kv_heads=2),
+    Case((5, 9, 11), dim=64, heads=4, kv_heads=2),
+    Case((1, 1, 333), dim=128),
+    Case((1, 1, 60), dim=128),
+    Case((1, 1, 60), dim=64, after=1),
+    Case((11, 13, 17), dim=128, batch=1),
+    Case((11, 13, 17), dim=64, heads=4, kv_heads=2, before=5, after=130, masked=True),
+    Case((7, 8, 9), dim=128, heads=4, kv_heads=2, before=256, masked=True),
+    Case((7, 8, 9), dim=128, after=77),
+    Case((7, 8, 9), dim=64, before=128),
+]
+
+
+LONG_CASES = [
+    (Case((5, 7, 9), batch=2, before=3, after=5, masked=True), 0.0),
+    (Case((3, 7, 19), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True, mid=True), 0.0),
+    (Case((2, 9, 17), dim=16, heads=2, kv_heads=1, batch=1, mid=True), 0.3),
+    (Case((1, 1, 600), dim=64, heads=1, kv_heads=1, batch=1), 0.07),
+]
+if ON_GPU:
+    LONG_CASES += [(HOPPER_CASES[i], 0.0) for i in (1, 2, 5, 7, 8)]
+
+
+@pytest.mark.parametrize(("case", "density"), LONG_CASES, ids=str)
+def test_chunks_of_tiles_are_all_tiles_together(
+    case: Case, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long sequences' way through a small workspace, forced onto short ones: the same bits."""
+    tensors = make_tensors(case) if not ON_GPU else cast(make_tensors(case), torch.bfloat16)
+    budget = budget_for(case, tensors, 0.3)
+    together = run(case, tensors, budget, 16, density)
+    monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+    monkeypatch.setattr(long_split, "chunk_tiles", lambda *given: 2)
+    attended = []
+    attend = triton_split.attend
+
+    def counted(*given: Any, **options: Any) -> None:
+        attended.append(len(options["tile_list"]))
+        attend(*given, **options)
+
+    monkeypatch.setattr(triton_split, "attend", counted)
+    in_chunks = list(run(case, tensors, budget, 16, density))
+    tiles, blocks = together[3].shape[2:]
+    assert sum(attended) == tiles and len(attended) == -(-tiles // 2)
+    assert in_chunks[3].shape == (*together[3].shape[:3], -(-blocks // 4))
+    assert torch.equal(pack_route(together[3]), in_chunks[3])
+    in_chunks[3] = unpack_route(in_chunks[3], case.sequence.tokens)
+    for found, wanted in zip(in_chunks, together, strict=True):
+        assert torch.equal(found, wanted)
+
+
+BESIDE_CASES = [
+    Case((3, 6, 8), batch=2, before=3, after=5, masked=True),
+    Case((3, 5, 9), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True, mid=True),
+    Case((1, 1, 60), dim=16, heads=2, kv_heads=1),
+]
+if ON_GPU:
+    BESIDE_CASES += [LONG_CASES[0][0], LONG_CASES[1][0]]
+    BESIDE_CASES += [Case((11, 13, 17), dim=128, batch=1), Case((9, 30, 52), heads=24, dim=128)]
+
+
+@pytest.mark.parametrize("probes", [16, 64])
+@pytest.mark.parametrize("case", BESIDE_CASES, ids=str)
+def test_probes_beside_the_scores_are_probes_after_them(
+    case: Case, probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probes' chain on a stream of its own, from their own tiles' scores: the same bits."""
+    tensors = make_tensors(case) if not ON_GPU else cast(make_tensors(case), torch.bfloat16)
+    budget = budget_for(case, tensors, 0.3) if case.sequence.tokens < 5000 else torch.ones(2, 24)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1 << 62)
+    after = run(case, tensors, budget, probes)
+    routed = []
+    own = triton_split.route_probes
+
+    def counted(*given: Any, **options: Any) -> Any:
+        routed.append(own(*given, **options))
+        return routed[-1]
+
+    monkeypatch.setattr(triton_split, "route_probes", counted)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1)
+    for _ in range(3 if ON_GPU else 1):
+        beside = run(case, tensors, budget, probes)
+        for found, wanted in zip(beside, after, strict=True):
+            assert torch.equal(found, wanted)
+    tokens = case.sequence.tokens
+    tile = reference.probe_positions(tokens, probes, routed[-1].route.device) // QUERY_TILE
+    expected = after[3].to(tile.device)[:, :, tile]
+    assert torch.equal(routed[-1].route, expected)
+
+
+def test_same_input_same_bits() -> None:
+    case = CASES[3] if ON_GPU else CASES[0]
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    first, second = run(case, tensors, budget), run(case, tensors, budget)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    """Small in the interpreter; on a GPU of several tiles and blocks."""
+    longest = 18 if ON_GPU else 8
+    dim = draw(st.sampled_from([40, 64, 128, 168] if ON_GPU else [24, 32, 40]))
+    kv_heads = draw(st.integers(1, 2))
+    return Case(
+        (draw(st.integers(1, longest)), draw(st.integers(1, 12)), draw(st.integers(4, 13))),
+        dim=dim, kv_heads=kv_heads, heads=kv_heads * draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, 2)), before=draw(st.sampled_from([0, 0, 1, 70])),
+        after=draw(st.sampled_from([0, 0, 3, 130])), masked=draw(st.booleans()),
+        mid=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same (B, H, N, D) values with other strides."""
+    if layout == "B,H,N,D":
+        return x.contiguous()
+    if layout == "a slice of B,N,3,H,D":
+        fused = x.new_zeros(x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3])
+        fused[:, :, 1] = x.transpose(1, 2)
+        return fused[:, :, 1].transpose(1, 2)
+    if layout == "last stride 2":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x
+
+
+LAYOUTS = ["B,N,H,D", "B,H,N,D", "a slice of B,N,3,H,D", "last stride 2"]
+
+
+@settings(
+    max_examples=16 if ON_GPU else 6, deadline=None, derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(
+    case=random_cases(), seed=st.integers(0, 99), density=st.floats(0.05, 0.95),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3),
+    dtype=st.sampled_from(DTYPES), probes=st.sampled_from([0, 1, 16, 64]),
+)  # fmt: skip
+def test_random_calls_are_the_reference(
+    case: Case, seed: int, density: float, layouts: list[str], dtype: torch.dtype, probes: int
+) -> None:
+    tensors = cast(make_tensors(case, seed), dtype)
+    budget = budget_for(case, tensors, density)
+    expected, split = definition(case, tensors, budget, probes)
+    moved = tuple(laid_out(x, layout) for x, layout in zip(tensors[:3], layouts, strict=True))
+    out, reached, _, route, _ = run(case, (*moved, tensors[3]), budget, probes)
+    assert torch.equal(route, split.route)
+    assert torch.allclose(reached, split.density, atol=1e-6)
+    assert relative(out, expected) < TOLERANCE[dtype]
+
+
+def test_every_launch_candidate_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "applies", lambda query: False)
+    problem = autotune.Problem((3, 7, 13), 1, 32, torch.float16, torch.device(DEVICE))
+    shipped, tried = launch_for(problem.dtype, problem.head_dim), 0
+    for part in autotune.parts_of(problem, shipped):
+        wanted = part.run(shipped)
+        for candidate in part.candidates:
+            assert all(value in tuned.ALLOWED[name] for name, value in candidate.items())
+            assert autotune.agrees(part.run(shipped.changed(candidate)), wanted), candidate
+            tried += 1
+    assert tried > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [32, 64, 72, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
+    for mid in (False, True):
+        case = Case(
+            (7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True, mid=mid
+        )
+        tensors = cast(make_tensors(case), dtype)
+        budget = budget_for(case, tensors, 0.25)
+        expected, split = definition(case, tensors, budget)
+        out, _, _, route, _ = run(case, tensors, budget)
+        assert torch.equal(route, split.route)
+        assert relative(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
+    tensors = cast(make_tensors(case), dtype)
+    if not hopper.applies(tensors[0].cuda()):
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    for density in (0.05, 0.3):
+        budget = budget_for(case, tensors, density)
+        expected, split = reference_split(case, tensors, budget)
+        out, _, _, route, _ = run(case, tensors, budget)
+        assert torch.equal(route, split.route)
+        assert relative(out, expected) < TOLERANCE[dtype]
+    out, *_ = run(case, tensors, torch.zeros(2, case.heads))
+    assert relative(out, dense(case, tensors)) < TOLERANCE[dtype]
+    again, *_ = run(case, tensors, torch.zeros(2, case.heads))
+    assert torch.equal(out, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("case", "layout", "dtype"),
+    [
+        (HOPPER_CASES[0], "B,N,H,D", torch.bfloat16),
+        (HOPPER_CASES[5], "B,H,N,D", torch.float16),
+        (HOPPER_CASES[6], "a slice of B,N,3,H,D", torch.float16),
+        (HOPPER_CASES[7], "a slice of B,N,3,H,D", torch.bfloat16),
+        (HOPPER_CASES[7], "B,N,H,D", torch.float16),
+        (Case((11, 13, 17), dim=128, heads=6, kv_heads=3, before=5), "B,N,H,D", torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hopper_preparation_is_the_portable_one(
+    case: Case, layout: str, dtype: torch.dtype, length: int, ordered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Keys and values of a large mean, in ranges of one block, several and all."""
+    tensors = (3 * x.cuda() + 5 for x in make_tensors(case)[1:3])
+    key, value = (laid_out(x.to(dtype), layout) for x in tensors)
+    if not hopper.prepares(key, value):
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    monkeypatch.setattr(hopper, "range_length", lambda *given: length)
+    given = (key, value, case.sequence, launch_for(dtype, case.dim))
+    found, again = (triton_split.summarise(*given, ordered=ordered) for _ in range(2))
+    monkeypatch.setattr(hopper, "prepares", lambda *given: False)
+    wanted = triton_split.summarise(*given, ordered=ordered)
+    assert torch.equal(found.key, wanted.key) and torch.equal(found.value, wanted.value)
+    for name, most in (
+        ("key_shift", 1e-6), ("spread", 1e-4), ("key_var", 1e-3), ("low_value", 1e-3),
+        ("low_order", 1e-2),
+    ):  # fmt: skip
+        x, y = getattr(found, name), getattr(wanted, name)
+        assert x.dtype == y.dtype and relative(x, y) < most, name
+        assert torch.equal(x, getattr(again, name)), name
+    # A single block's mean is the head's: centred, rounding is all that is left of it.
+    x, y = (s.low_key.float() + s.key_shift[:, :, None] for s in (found, wanted))
+    assert relative(x, y) < 1e-3
+    assert torch.equal(found.low_key, again.low_key)
+
+
+@pytest.mark.gpu
+def test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels() -> None:
+    case = HOPPER_CASES[0]
+    key = make_tensors(case)[1].cuda().half()
+    odd = torch.cat([key, key[..., :8]], -1)[..., :128]
+    assert not hopper.prepares(odd, odd)
+    given = (case.sequence, launch_for(key.dtype, case.dim))
+    found, wanted = (triton_split.summarise(x, x, *given) for x in (odd, key))
+    assert torch.equal(found.key, wanted.key)
+    assert relative(found.low_order, wanted.low_order) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", [0, 90])
+def test_larger_grids_on_the_gpu(text: int) -> None:
+    before, after = text, text // 7
+    case = Case((21, 30, 26), dim=128, heads=2, kv_heads=2, batch=1, before=before, after=after)
+    tensors = cast(make_tensors(case), torch.bfloat16)
+    budget = budget_for(case, tensors, 0.1)
+    expected, split = reference_split(case, tensors, budget)
+    out, _, error, route, _ = run(case, tensors, budget)
+    assert (route != split.route).float().mean() < 1e-4
+    assert relative(out, expected) < 1e-2
+    truth = dense(case, tensors)
+    true_error = relative(case.sequence.video_of(out), case.sequence.video_of(truth))
+    assert abs(float(error.mean()) / true_error - 1) < 0.35
+
+
+@pytest.mark.gpu
+def test_a_million_tokens_need_less_than_their_keys_and_values() -> None:
+    import freqopt
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 1, 2**20, 128, device="cuda", generator=generator, dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    allocated = 3 * query.numel() * query.element_size()
+
+    def call(**budget: float) -> torch.Tensor:
+        return freqopt.split_attention(query, key, value, grid=(64, 128, 128), **budget)
+
+    kept = call(threshold=2.0)
+    for budget in ({"threshold": 2.0}, {"density": 0.01}):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = call(**budget)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+        assert extra <= 0.4 * 2 * allocated / 3
+        assert torch.equal(out, kept) == ("threshold" in budget)
+        assert out.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["after", "beside", "long"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cuda_graph_replays_with_other_content(
+    dim: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import freqopt
+
+    if way == "long":
+        monkeypatch.setattr(workspace, "LONG_TOKENS", 1)
+    monkeypatch.setattr(overlap, "OVERLAP_ROWS", 1 if way == "beside" else 1 << 62)
+    case = Case((7, 13, 17), dim=dim, batch=1)
+    query, key, value, _ = (x if x is None else x.cuda().half() for x in make_tensors(case))
+    static = [query.clone(), key.clone(), value.clone()]
+
+    def call() -> torch.Tensor:
+        return freqopt.split_attention(*static, grid=case.grid, threshold=0.7)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (1, 2):
+        other = [x.cuda().half() for x in make_tensors(case, seed)[:3]]
+        for held, new in zip(static, other, strict=True):
+            held.copy_(new)
+        graph.replay()
+        expected = freqopt.split_attention(*other, grid=case.grid, threshold=0.7)
+        assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_gradients_on_the_gpu_are_those_of_the_cpu() -> None:
+    import freqopt.kernels.op  # noqa: F401
+
+    case = CASES[1]
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.4)
+    grads = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).detach().requires_grad_() for x in tensors[:3]]
+        out = torch.ops.freqopt.split_attention(
+            *leaves, budget.to(device), tensors[3].to(device), list(case.grid), case.before,
+            case.after, case.dim**-0.5, 0.0, case.mid, 64,
+        )[0]  # fmt: skip
+        out.square().sum().backward()
+        grads.append([x.grad.cpu() for x in leaves])
+    for on_cpu, on_gpu in zip(*grads, strict=True):
+        assert relative(on_gpu, on_cpu) < 1e-2
