@@ -1,0 +1,48 @@
+"""What is generated inside pages for users: what errors look like, and why a site stays dense."""
+
+from __future__ import annotations
+
+import re
+
+from benchmarks.pages import load, origin, table
+from freqopt.passes.reasons import Reason
+
+SPLIT = {"FITS", "BY_MODULE", "BY_PLAN", "BY_THRESHOLD", "BY_DENSITY", "MEASURED"}
+"""Reasons of what is split, or could be."""
+
+
+def looks() -> str:
+    """Errors of calls beside the video that a sampler made with them, of the zoo's model."""
+    result, demo = load("calibration"), load("demo_h200")
+    plan = result["plan"]
+    rows = [
+        (row["error"], row["density"], row["psnr"], origin(result))
+        for row in result["variants"]
+        if row["variant"] == "calibrated"
+    ]
+    psnrs = plan["psnrs"]
+    rows.append(
+        (plan["unseen_error"], plan["unseen_density"], sum(psnrs) / len(psnrs), origin(result))
+    )
+    rows.append((demo["measured_error"], demo["mean_density"], demo["psnr_db"], origin(demo)))
+    cells = [
+        [f"{error:.4f}", f"{density:.1%}", f"{psnr:.1f} dB", where.rstrip(".")]
+        for error, density, psnr, where in sorted(rows)
+    ]
+    settings = result["settings"]
+    head = ["error of calls", "mean density", "PSNR of the video to the dense one", "measured on"]
+    return "\n".join([
+        f"The zoo's video transformer, {settings['steps']} steps, 32,760 tokens.", "",
+        *table(head, cells),
+    ])  # fmt: skip
+
+
+def reasons() -> str:
+    """Why a site stays dense, as `inspect` says it, and what to do."""
+    rows = []
+    for reason in Reason:
+        if reason.name not in SPLIT:
+            text = reason.value
+            seen = re.sub(r"\{(\w+)\}", lambda m: f"*{m[1].replace('_', ' ')}*", text.seen)
+            rows.append([seen, text.advice])
+    return "\n".join(table(["it says", "what to do"], rows))
