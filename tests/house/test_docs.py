@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 
 import freqopt
@@ -175,6 +177,32 @@ def test_fields_are_described_one_by_one(path: str) -> None:
     text = (made.__doc__ or "").partition("Attributes:\n")[2]
     described = re.findall(r"^ {8}(\w+): \S", text, re.M)
     assert described == list(getattr(made, "model_fields", None) or made.__dataclass_fields__)
+
+
+def test_the_readmes_lines_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+
+    torch.manual_seed(0)
+    config = VideoDiTConfig(width=64, layers=1, heads=2, mlp_width=64, rope_axes=(8, 12, 12))
+    model = VideoDiT(config).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # untrained models end in zeros
+
+    class Pipe:
+        transformer = model
+
+        def __call__(self, prompt: str, *, num_inference_steps: int) -> None:
+            for step in range(2):
+                video, timestep = torch.randn(1, 3, 5, 28, 36), torch.full((1,), 0.4 * (step + 1))
+                self.transformer(video=video, timestep=timestep)
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {"pipe": Pipe()}
+    exec(block, names)
+    assert names["plan"].measured_error <= 0.03
+    assert freqopt.Plan.load("plan.json") == names["plan"]
+    assert "for VideoDiT" in Path("report.html").read_text()
+    assert model._compiled_call_impl is not None
 
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed; see `make docs`")
