@@ -10,6 +10,9 @@ from freqopt.passes.reasons import Reason
 SPLIT = {"FITS", "BY_MODULE", "BY_PLAN", "BY_THRESHOLD", "BY_DENSITY", "MEASURED"}
 """Reasons of what is split, or could be."""
 
+WORDS = {"problem": "a type, head dim or device that has no kernel", "how_many": "how many"}
+"""What stands for a detail whose name does not say it."""
+
 
 def looks() -> str:
     """Errors of calls beside the video that a sampler made with them, of the zoo's model."""
@@ -38,11 +41,22 @@ def looks() -> str:
 
 
 def reasons() -> str:
-    """Why a site stays dense, as `inspect` says it, and what to do."""
-    rows = []
+    """Why a site stays dense, as `inspect` says it: first what something can be done about."""
+    advised, others = [], []
     for reason in Reason:
-        if reason.name not in SPLIT:
-            text = reason.value
-            seen = re.sub(r"\{(\w+)\}", lambda m: f"*{m[1].replace('_', ' ')}*", text.seen)
-            rows.append([seen, text.advice])
-    return "\n".join(table(["it says", "what to do"], rows))
+        if reason.name in SPLIT:
+            continue
+        text = reason.value
+        seen = re.sub(r"\{(\w+)\}", lambda m: f"*{WORDS.get(m[1], m[1])}*", text.seen)
+        if text.advice:
+            advised.append([seen, text.advice])
+        else:
+            others.append(f"- {seen}" if len(seen) < 100 else f"- {split_line(seen)}")
+    lines = [*table(["it says", "what to do"], advised), "", "The others:", "", *others]
+    return "\n".join(lines)
+
+
+def split_line(text: str) -> str:
+    """A long item of a list on two lines."""
+    at = text.rindex(" ", 0, 100)
+    return f"{text[:at]}\n  {text[at + 1 :]}"
