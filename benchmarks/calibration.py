@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import freqopt
-from benchmarks.calibration_bench import Bench, Budgets, Generated, open_bench, sampled_inputs
+from benchmarks.calibration_bench import Bench, Generated, make_bench, sampled_inputs
 from benchmarks.calibration_plots import draw
 from benchmarks.calibration_variants import (
     ALL,
@@ -34,12 +33,13 @@ from benchmarks.calibration_variants import (
     variant_without_probes,
 )
 from benchmarks.common import RESULTS, environment, write
-from freqopt.calibration.calibrate import Calibration
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.measure.recorder import THRESHOLDS
+from freqopt.calibration.checkpoint import Checkpoint
+from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.requests import Measure, Split
+from freqopt.calibration.phases import Calibration
 from freqopt.calibration.runner import opened
-from freqopt.calibration.samples import SampleSet, collect_samples
-from freqopt.calibration.search.allocate import SiteChoices
+from freqopt.calibration.samples import collect_samples
+from freqopt.calibration.search.workbench import Workbench
 from freqopt.demo.settings import DTYPES, Settings, default_settings, load_model
 from freqopt.demo.video import decibels
 from freqopt.plan.plan import Plan
@@ -47,6 +47,7 @@ from freqopt.progress import Progress, open_progress
 
 CALIBRATION_SEED, UNSEEN_SEED = 1000, 5000
 UNSEEN = 8
+SETTINGS = ("frames", "height", "width", "steps", "dtype", "samples")
 PROBED = 4
 """Unseen samples on which the op's probes are compared with the true error."""
 
@@ -92,10 +93,10 @@ class Results:
 
 
 class Match(NamedTuple):
-    """Budgets, their videos and mean density, and the density that was predicted for them."""
+    """Thresholds, their videos and mean density, and the density that was predicted for them."""
 
     density: float
-    budgets: Budgets
+    request: Split
     videos: list[Generated]
     predicted: float
 
@@ -107,10 +108,10 @@ def at_density(bench: Bench, variant: Variant, density: float, predicted: float)
     """
     tried: list[Match] = []
     for _ in range(MATCHES):
-        chosen = variant.budgets_at(predicted)
-        videos = [bench.video(chosen, seed) for seed in bench.videos]
+        request = variant.at(predicted)
+        videos = [bench.video(request, seed) for seed in bench.videos]
         found = float(np.mean([video.density for video in videos]))
-        tried.append(Match(found, chosen, videos, predicted))
+        tried.append(Match(found, request, videos, predicted))
         if TOLERANCE * density <= found <= density:
             break
         predicted = min(predicted * 0.99 * density / found, 1.0)
@@ -126,10 +127,8 @@ def compare(
     bench: Bench, variant: Variant, density: float, predicted: float
 ) -> tuple[dict[str, Any], float]:
     """A row of the comparison, and what was predicted for its budgets."""
-    bench.runner.session.probes = variant.probes
     match = at_density(bench, variant, density, predicted)
-    error, _ = bench.error(match.budgets)
-    bench.runner.session.probes = freqopt.config.DEFAULT_PROBES
+    error, _ = bench.error(match.request)
     mse = float(np.mean([10 ** (-video.psnr / 10) for video in match.videos]))
     row = {
         "variant": variant.name,
@@ -150,7 +149,7 @@ def compare(
 
 def curve(bench: Bench, variant: Variant, densities: Sequence[float]) -> list[tuple[float, float]]:
     """(density, error) on the unseen samples, those with everything exact left out."""
-    found = [bench.error(variant.budgets_at(density)) for density in densities]
+    found = [bench.error(variant.at(density)) for density in densities]
     return sorted((density, error) for error, density in found if error > 0.0)
 
 
@@ -168,12 +167,9 @@ def density_ratio(ours: Sequence[tuple[float, float]], other: Sequence[tuple[flo
 def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
     """How well probes know the error of their call, at the plan's budgets (nearest rungs)."""
     true, probe = [], []
-    session = bench.runner.session
     for unseen in bench.unseen.fit[:: max(1, len(bench.unseen.fit) // PROBED)]:
-        session.readings = []
-        bench.runner.run(unseen, "measure")
         bucket = bench.unseen.bucket(unseen)
-        for reading in session.readings:
+        for reading in bench.runner.run(unseen, Measure()).readings:
             site = plan.sites[reading.site]
             if site.decision == "dense":
                 continue
@@ -230,18 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--targets-only", action="store_true", help="only the variants that targets are about"
     )
     parser.add_argument(
-        "--seconds", type=float, default=math.inf,
+        "--seconds",
+        type=float,
+        default=math.inf,
         help="after so many no other ablation is begun (default: no limit)",
-    )  # fmt: skip
+    )
     parser.add_argument("--random-weights", action="store_true", help="to try the benchmark out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     given = parser.parse_args(arguments)
-    settings = default_settings(
-        given.device, frames=given.frames, height=given.height, width=given.width,
-        steps=given.steps, dtype=given.dtype, samples=given.samples,
-        target_error=given.target_error, random_weights=given.random_weights,
-    )  # fmt: skip
+    names = "frames height width steps dtype samples target_error random_weights"
+    settings = default_settings(given.device, **{n: getattr(given, n) for n in names.split()})
     on_gpu = torch.device(settings.device).type == "cuda"
     densities = given.densities or ((0.1, 0.05) if on_gpu else (0.4, 0.25))
     results = Results(given.out, densities)
@@ -275,85 +270,91 @@ def measure(
     results.add(
         environment=environment(),
         settings={
-            "frames": settings.frames, "height": settings.height, "width": settings.width,
-            "steps": settings.steps, "dtype": settings.dtype, "samples": settings.samples,
-            "seeds": seeds, "unseen": UNSEEN,
+            **{name: getattr(settings, name) for name in SETTINGS},
+            "seeds": seeds,
+            "unseen": UNSEEN,
         },
-    )  # fmt: skip
+    )
     wanted = [(settings.samples, CALIBRATION_SEED), (UNSEEN, UNSEEN_SEED)]
     inputs, unseen_inputs = sampled_inputs(model, settings, wanted, bars)
-    samples, journal = collect_samples(model, inputs), Journal(None, "")
-    begun = time.perf_counter()
+    samples, begun = collect_samples(model, inputs), time.perf_counter()
     with opened(model, samples, None, 0) as runner:
-        plan = Calibration(runner, bars, journal).for_error(settings.target_error)
-    seconds = time.perf_counter() - begun
-    unseen = collect_samples(model, unseen_inputs)
-    every = [*unseen.fit, *unseen.held_out]
-    unseen = replace(samples, fit=every, held_out=every)
-    with open_bench(model, settings, unseen, seeds, bars) as bench:
+        calibration = Calibration(Workbench(runner, bars, Checkpoint(None, "")))
+        plan = calibration.for_error(settings.target_error)
+        seconds = time.perf_counter() - begun
+        unseen = collect_samples(model, unseen_inputs)
+        every = [*unseen.fit, *unseen.held_out]
+        unseen = replace(samples, fit=every, held_out=every)
+        bench = make_bench(runner, settings, unseen, seeds, bars)
+        bench.cost = calibration.bench.cost
         results.add(plan=judge(bench, plan, seconds))
         print(
             f"calibrated in {seconds:.0f} s; error on unseen samples "
             f"{results.found['plan']['unseen_error']:.4f}, target {plan.target_error:g}",
             flush=True,
         )
-        calibration, sites = remembered(bench, samples, journal, bars)
-        bench.cost = calibration.cost()
-        first, second, third, *others = make_variants(
-            bench, calibration, sites, [densities[0], 0.7 * min(densities)], bars
-        )
-        rows: list[dict[str, Any]] = []
-        predicted = {density: density for density in densities}
+        compare_variants(bench, calibration, plan, densities, results, until=until)
 
-        def run(variant: Variant) -> None:
-            for density in densities:
-                row, predicted[density] = compare(bench, variant, density, predicted[density])
-                rows.append(row)
-                results.add(variants=rows)
 
-        for variant in (first, second):
-            run(variant)
-        low = min(densities)
-        curves = {
-            variant.name: curve(bench, variant, [min(factor * low, 0.9) for factor in factors])
-            for variant, factors in ((first, CURVE), (second, (*CURVE, BEYOND)))
-        }
-        ratio = density_ratio(curves[ALL], curves[UNIFORM])
-        results.add(curves=curves, density_ratio=ratio)
-        print(f"density at equal error, calibrated / uniform: {ratio}", flush=True)
-        run(third)
-        path = results.add(probe=probe_agreement(bench, plan))
-        draw(results.found, path.with_suffix(".png"))
-        for variant in others:
-            if time.perf_counter() - results.started < until:
-                run(variant)
+def compare_variants(
+    bench: Bench,
+    calibration: Calibration,
+    plan: Plan,
+    densities: Sequence[float],
+    results: Results,
+    *,
+    until: float,
+) -> None:
+    """Thresholds from all ingredients, from one, and from all but one, at equal densities."""
+    at = [densities[0], 0.7 * min(densities)]
+    first, second, third, *others = make_variants(bench, calibration, at)
+    rows: list[dict[str, Any]] = []
+    predicted = {density: density for density in densities}
+
+    def run(variant: Variant) -> None:
+        for density in densities:
+            row, predicted[density] = compare(bench, variant, density, predicted[density])
+            rows.append(row)
+            results.add(variants=rows)
+
+    for variant in (first, second):
+        run(variant)
+    low = min(densities)
+    curves = {
+        variant.name: curve(bench, variant, [min(factor * low, 0.9) for factor in factors])
+        for variant, factors in ((first, CURVE), (second, (*CURVE, BEYOND)))
+    }
+    ratio = density_ratio(curves[ALL], curves[UNIFORM])
+    results.add(curves=curves, density_ratio=ratio)
+    print(f"density at equal error, calibrated / uniform: {ratio}", flush=True)
+    run(third)
+    path = results.add(probe=probe_agreement(bench, plan))
+    draw(results.found, path.with_suffix(".png"))
+    for variant in others:
         if time.perf_counter() - results.started < until:
-            run(variant_without_probes(bench, calibration, bars))
+            run(variant)
+    if time.perf_counter() - results.started < until:
+        run(variant_without_probes(calibration))
 
 
 def judge(bench: Bench, plan: Plan, seconds: float) -> dict[str, Any]:
     """What a plan does on inputs that it was not calibrated on."""
-    chosen = {
-        n: plan.budgets(n)[:, 0] for n, site in plan.sites.items() if site.decision == "split"
-    }
-    error, density = bench.error(chosen)
+    request = Split(
+        {n: plan.budgets(n)[:, 0] for n, site in plan.sites.items() if site.decision == "split"}
+    )
+    error, density = bench.error(request)
     return {
-        "target_error": plan.target_error, "measured_error": plan.measured_error,
-        "unseen_error": error, "mean_density": plan.mean_density, "unseen_density": density,
-        "psnrs": [bench.video(chosen, seed).psnr for seed in bench.videos], "seconds": seconds,
+        "target_error": plan.target_error,
+        "measured_error": plan.measured_error,
+        "unseen_error": error,
+        "mean_density": plan.mean_density,
+        "unseen_density": density,
+        "psnrs": [bench.video(request, seed).psnr for seed in bench.videos],
+        "seconds": seconds,
         "timestep_edges": plan.timestep_edges,
         "times_ms": {n: e.times_ms for n, e in plan.evidence.sites.items() if e.times_ms},
         "timings": [timing.model_dump() for timing in plan.evidence.timings],
-    }  # fmt: skip
-
-
-def remembered(
-    bench: Bench, samples: SampleSet, journal: Journal, bars: Progress
-) -> tuple[Calibration, list[SiteChoices]]:
-    """A calibration that knows all that its journal does, and the choices it made of it."""
-    with opened(bench.model, samples, None, 0) as runner:
-        calibration = Calibration(runner, bars, journal)
-        return calibration, calibration.choices()
+    }
 
 
 if __name__ == "__main__":

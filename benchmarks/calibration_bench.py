@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,23 +11,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from freqopt.calibration.runner import Runner, opened, relative_error
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.requests import Dense, Split
+from freqopt.calibration.runner import Runner, relative_error
 from freqopt.calibration.samples import SampleSet
-from freqopt.calibration.search.allocate import AttentionShape, CostModel, ProductCost
-from freqopt.calibration.search.verify import budget_key, mean_densities
+from freqopt.calibration.search.cost import CostModel, ProductCost
+from freqopt.calibration.search.verify import mean_over_runs, thresholds_key
 from freqopt.demo.settings import DTYPES, Settings
 from freqopt.demo.video import psnr
 from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.progress import Progress
 
-Budgets = dict[str, Tensor]
-"""{site: (buckets, 2, H)}; a site without one stays dense."""
+Thresholds = dict[str, Tensor]
+"""{site: (buckets, H)}; a site without any stays dense."""
 
 VIDEO_SEED = 7
 
 
 class Generated(NamedTuple):
-    """A video at some budgets.
+    """A video at some thresholds.
 
     psnr: in dB, against the dense one. density: over its steps. cost: of its attention as modelled,
     over that of dense attention.
@@ -48,7 +49,6 @@ class Bench:
     device. known: results of `video`.
     """
 
-    model: nn.Module
     settings: Settings
     runner: Runner
     unseen: SampleSet
@@ -57,73 +57,70 @@ class Bench:
     cost: CostModel = field(default_factory=ProductCost)
     known: dict[str, Generated] = field(default_factory=dict)
 
-    def error(self, chosen: Budgets) -> tuple[float, float]:
+    def error(self, request: Split) -> tuple[float, float]:
         """Root mean square error of the model's output over the unseen samples, and the density."""
-        self.choose(chosen)
+        results = [self.runner.run(sample, request) for sample in self.unseen.fit]
         errors = [
-            relative_error(self.runner.run(s, "split"), reference)
-            for s, reference in zip(self.unseen.fit, self.references, strict=True)
+            relative_error(result.output, reference)
+            for result, reference in zip(results, self.references, strict=True)
         ]
-        return math.sqrt(float(np.mean(np.square(errors)))), self.density()
+        densities = mean_over_runs([result.densities for result in results])
+        density = self.density(results[0].shapes, densities)
+        return math.sqrt(float(np.mean(np.square(errors)))), density
 
-    def video(self, chosen: Budgets, seed: int) -> Generated:
+    def video(self, request: Split, seed: int) -> Generated:
         """The video of a seed, split, against its dense twin."""
-        key = budget_key(f"{seed}/{self.runner.session.probes}", chosen)
+        key = thresholds_key(f"{seed}/{request.probes}", request.thresholds)
         if key not in self.known:
-            self.choose(chosen)
-            video = self.runner.generate(self.pipeline(seed), "split")
+            video, result = self.runner.generate(self.pipeline(seed), request)
+            densities = result.mean_densities()
             self.known[key] = Generated(
-                psnr(video, self.videos[seed]), self.density(), self.relative_cost()
+                psnr(video, self.videos[seed]),
+                self.density(result.shapes, densities),
+                self.relative_cost(result.shapes, densities),
             )
         return self.known[key]
 
     def pipeline(self, seed: int) -> Callable[[], Tensor]:
         """Sampling of a video."""
         s = self.settings
-        return partial(
-            sample, self.model, frames=s.frames, height=s.height, width=s.width, steps=s.steps,
-            seed=seed, device=s.device, dtype=DTYPES[s.dtype],
-        )  # fmt: skip
+        size = {"frames": s.frames, "height": s.height, "width": s.width}
+        where: dict[str, Any] = {"device": s.device, "dtype": DTYPES[s.dtype]}
+        return partial(sample, self.runner.model, **size, steps=s.steps, seed=seed, **where)
 
-    def choose(self, chosen: Budgets) -> None:
-        """Budgets of the runs that follow; their densities are collected from here on."""
-        session = self.runner.session
-        session.budgets, session.densities = chosen, {}
+    def density(
+        self, shapes: Mapping[str, AttentionShape], densities: Mapping[str, Tensor]
+    ) -> float:
+        """Over all attentions; dense ones count as 1."""
+        return sum(float(densities[n].mean()) if n in densities else 1.0 for n in shapes) / len(
+            shapes
+        )
 
-    def density(self) -> float:
-        """Of the runs since budgets were chosen, over all attentions; dense ones count as 1."""
-        found = mean_densities(self.runner.session.densities)
-        sites = self.runner.session.sites
-        return sum(float(found[n].mean()) if n in found else 1.0 for n in sites) / len(sites)
-
-    def relative_cost(self) -> float:
-        """Cost of the attention of those runs over that of dense attention, by the cost model."""
-        session, spent, dense = self.runner.session, 0.0, 0.0
-        found = mean_densities(session.densities)
-        for name, site in session.sites.items():
-            shape = AttentionShape(site.heads, site.tokens, site.head_dim)
-            whole = self.cost.dense(shape) * site.heads
+    def relative_cost(
+        self, shapes: Mapping[str, AttentionShape], densities: Mapping[str, Tensor]
+    ) -> float:
+        """Cost of the attention over that of dense attention, by the cost model."""
+        spent = dense = 0.0
+        for name, shape in shapes.items():
+            whole = self.cost.dense(shape) * shape.heads
             dense += whole
-            if name in found:
-                split = self.cost.split(shape, found[name].numpy())
-                whole = float(split.sum())
+            if name in densities:
+                whole = float(self.cost.split(shape, densities[name].numpy()).sum())
             spent += whole
         return spent / dense
 
 
-@contextmanager
-def open_bench(
-    model: nn.Module, settings: Settings, unseen: SampleSet, seeds: int, bars: Progress
-) -> Iterator[Bench]:
+def make_bench(
+    runner: Runner, settings: Settings, unseen: SampleSet, seeds: int, bars: Progress
+) -> Bench:
     """A bench with its references: dense outputs for the unseen samples, and dense videos."""
-    with opened(model, unseen, None, 0) as runner:
-        references = [runner.run(s, "dense") for s in unseen.fit]
-        bench = Bench(model, settings, runner, unseen, references)
-        with bars.phase("dense videos", seeds) as step:
-            for seed in range(VIDEO_SEED, VIDEO_SEED + seeds):
-                bench.videos[seed] = runner.generate(bench.pipeline(seed), "dense")
-                step()
-        yield bench
+    references = [runner.run(s, Dense()).output for s in unseen.fit]
+    bench = Bench(settings, runner, unseen, references)
+    with bars.phase("dense videos", seeds) as step:
+        for seed in range(VIDEO_SEED, VIDEO_SEED + seeds):
+            bench.videos[seed], _ = runner.generate(bench.pipeline(seed), Dense())
+            step()
+    return bench
 
 
 def sampled_inputs(
@@ -133,10 +130,7 @@ def sampled_inputs(
     size = {"frames": settings.frames, "height": settings.height, "width": settings.width}
     where: dict[str, Any] = {"device": settings.device, "dtype": DTYPES[settings.dtype]}
     with bars.phase("inputs", sum(trajectories(n) for n, _ in counts) * settings.steps) as step:
+        sampled = partial(denoising_samples, model, steps=settings.steps, **size, **where)
         return [
-            denoising_samples(
-                model, count, seed=seed, steps=settings.steps,
-                callback=lambda done, total: step(), **size, **where,
-            )
-            for count, seed in counts
-        ]  # fmt: skip
+            sampled(count, seed=seed, callback=lambda done, total: step()) for count, seed in counts
+        ]

@@ -46,14 +46,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
             right.plot(density, error, "o-", color=colour, label=name)
         plan = result["plan"]
         right.axhline(plan["target_error"], color=ORANGE, lw=1.2, ls=(0, (4, 3)))
-        right.scatter(
-            [plan["unseen_density"]], [plan["unseen_error"]], s=90, color=ORANGE, zorder=3,
-            label="plan of freqopt.calibrate",
-        )  # fmt: skip
-        right.set(
-            xscale="log", yscale="log", xlabel="mean density", title="On unseen inputs",
-            ylabel="relative L2 error of the output",
-        )  # fmt: skip
+        point = [plan["unseen_density"]], [plan["unseen_error"]]
+        label = "plan of freqopt.calibrate"
+        right.scatter(*point, s=90, color=ORANGE, zorder=3, label=label)
+        right.set(xscale="log", yscale="log", title="On unseen inputs")
+        right.set(xlabel="mean density", ylabel="relative L2 error of the output")
         percent_axis(right)
         right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))
         right.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:.2g}"))

@@ -1,8 +1,8 @@
-"""The journal: results of calibration's steps, kept in a file so that an interrupted run resumes.
+"""The checkpoint: results of calibration's steps, in a file, so that an interrupted run resumes.
 
 Every step of a calibration is a pure function of the model, the samples and the seed, so a result
-that is in the journal stands for the run that made it. The file is safetensors with JSON metadata:
-data only, safe to load.
+that is in the checkpoint stands for the run that made it. The file is safetensors with JSON
+metadata: data only, safe to load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import model_fingerprint
 
-FORMAT = "freqopt-journal-3"
+FORMAT = "freqopt-checkpoint-1"
 WRITE_EVERY = 10.0
 """Seconds between writes while calibration runs; an interruption writes too."""
 
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-class Journal:
+class Checkpoint:
     """Results by key. Without a path they are kept in memory only."""
 
     def __init__(self, path: Path | None, identity: str) -> None:
@@ -74,10 +74,8 @@ class Journal:
             for name, tensor in entry.tensors.items()
         }
         facts = json.dumps({key: entry.facts for key, entry in self.entries.items()})
-        metadata = {
-            "format": FORMAT, "identity": self.identity, "facts": facts,
-            "content": _content(facts, tensors),
-        }  # fmt: skip
+        metadata = {"format": FORMAT, "identity": self.identity, "facts": facts}
+        metadata["content"] = _content(facts, tensors)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         save_file(tensors, partial, metadata=metadata)
@@ -91,19 +89,19 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: str | os.PathLike[str] | None, identity: str) -> Iterator[Journal]:
-    """A journal that is written if the block is left by an exception, and removed otherwise.
+def open_checkpoint(path: str | os.PathLike[str] | None, identity: str) -> Iterator[Checkpoint]:
+    """A checkpoint that is written if the block is left by an exception, and removed otherwise.
 
     Raises:
         CalibrationError: the file is damaged, or belongs to another calibration.
     """
-    journal = Journal(None if path is None else Path(path), identity)
+    checkpoint = Checkpoint(None if path is None else Path(path), identity)
     try:
-        yield journal
+        yield checkpoint
     except BaseException:
-        journal.write()
+        checkpoint.write()
         raise
-    journal.remove()
+    checkpoint.remove()
 
 
 def identity_of(model: nn.Module, samples: SampleSet, **settings: Any) -> str:
@@ -150,7 +148,7 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CalibrationError(f"{path} is not a journal of this version; {advice}")
+                raise CalibrationError(f"{path} is not a checkpoint of this version; {advice}")
             if metadata.get("identity") != identity:
                 raise CalibrationError(
                     f"{path} keeps what was measured with another model, other weights, samples, "
@@ -164,8 +162,10 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
                 key, _, leaf = name.partition("|")
                 tensors.setdefault(key, {})[leaf] = tensor
             facts = json.loads(metadata["facts"])
-            return {key: Entry(found, tensors.get(key, {})) for key, found in facts.items()}
+            return {key: Entry(fact, tensors.get(key, {})) for key, fact in facts.items()}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
         if isinstance(error, CalibrationError):
             raise
-        raise CalibrationError(f"{path} is not a complete journal ({error}); {advice}") from error
+        raise CalibrationError(
+            f"{path} is not a complete checkpoint ({error}); {advice}"
+        ) from error

@@ -5,8 +5,8 @@ Numbers are rounded to five significant digits, so that a plan stays readable an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.calibration.measure.readings import Measured, SpectrumSums, Sums
-from freqopt.calibration.measure.recorder import THRESHOLDS, Session
-from freqopt.calibration.samples import SampleSet
-from freqopt.calibration.search.allocate import (
-    CostModel,
-    HeadCurves,
-    SiteChoice,
-    SiteChoices,
-    join_curves,
-    make_choices,
-)
-from freqopt.calibration.search.cost import MeasuredCost
-from freqopt.calibration.search.sensitivity import Array
-from freqopt.calibration.search.verify import Found, Goal
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.ladder import THRESHOLDS, Array
+from freqopt.calibration.measure.readings import MeasuredSite, SpectrumSums, Sums
+from freqopt.calibration.search.allocate import SiteChoice
+from freqopt.calibration.search.choices import HeadCurves, SiteChoices, join_curves, make_choices
+from freqopt.calibration.search.cost import CostModel, MeasuredCost
+from freqopt.calibration.search.verify import Goal, Outcome
+from freqopt.calibration.search.video import decibels_of
+from freqopt.calibration.search.workbench import Workbench
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     BucketCurves,
@@ -48,74 +43,83 @@ MAX_PSNR = 200.0
 """In dB; stands for equal outputs too, as JSON has no infinity."""
 
 
-def build_plan(
-    model: nn.Module,
-    session: Session,
-    samples: SampleSet,
-    sites: list[SiteChoices],
-    gains: Mapping[str, Array],
-    marginals: Mapping[str, Array],
-    found: Found,
-    trials: list[Trial],
-    *,
-    cost: CostModel,
-    reasons: Mapping[str, str],
-    error: Trial,
-    goal: Goal,
-    measured_psnr: float | None,
-    seed: int,
-    notes: list[str],
-    rounding: float,
-) -> Plan:
-    """The plan of a finished calibration.
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a finished calibration came to.
 
-    found: what the search ended with. reasons: why sites stay dense that allocation would split.
-    error: the trial of it on the held-out samples. rounding: output error at threshold 0.
+    sites: what there was to choose from. sensitivities, marginals: by site (buckets, H). rounding:
+    output error at threshold 0. outcome: what the search ended with, after its trials. error: the
+    trial of it on the held-out samples. times: (dense, split) of a call in ms, by site. reasons:
+    why sites stay dense that allocation would split.
     """
-    measured = session.measurable()
-    plans: dict[str, SitePlan] = {}
-    for site, choice in zip(sites, found.allocation.choices, strict=True):
-        known = measured[site.name]
-        if choice.dense:
-            reason = reasons.get(site.name) or dense_reason(site, choice, cost)
-            plans[site.name] = _dense_site(known, reason, gains)
-        else:
-            density = found.densities.get(site.name)
-            plans[site.name] = _split_site(site, choice, known, gains, marginals, density)
-    for name, known in session.sites.items():
-        if known.failure:
-            plans[name] = _dense_site(known, known.failure, gains)
+
+    sites: Sequence[SiteChoices]
+    sensitivities: Mapping[str, Array]
+    marginals: Mapping[str, Array]
+    rounding: float
+    outcome: Outcome
+    trials: Sequence[Trial]
+    error: Trial
+    goal: Goal
+    times: Mapping[str, tuple[float, float]]
+    reasons: Mapping[str, str]
+    notes: list[str]
+
+
+def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
+    """The plan of a finished calibration."""
+    survey, samples, model = bench.survey, bench.samples, bench.runner.model
+    goal, error, outcome = facts.goal, facts.error, facts.outcome
+    measured = survey.measurable()
+    sites = _site_plans(bench, facts)
+    psnr = None
+    if goal.psnr is not None:
+        psnr = _round(min(decibels_of(outcome.trial.measured_error), MAX_PSNR))
     return Plan(
         model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
-        grids=sorted({grid for known in measured.values() for grid in known.grids}),
+        grids=sorted({grid for site in measured.values() for grid in site.grids}),
         device=_device_name(model),
         versions=_versions(),
-        seed=seed,
+        seed=bench.runner.seed,
         target_error=goal.error or max(_round(error.measured_error), 1e-9),
         measured_error=_round(error.measured_error),
         worst_error=_round(error.worst_error),
         target_psnr=goal.psnr,
         target_density=goal.density,
-        measured_psnr=None if measured_psnr is None else _round(min(measured_psnr, MAX_PSNR)),
-        mean_density=_round(found.trial.mean_density),
+        measured_psnr=psnr,
+        mean_density=_round(outcome.trial.mean_density),
         timestep_name=samples.timestep_name,
         timestep_edges=samples.timestep_edges,
-        sites=plans,
+        sites=sites,
         evidence=Evidence(
             samples=len(samples.fit),
             held_out=len(samples.held_out),
-            notes=notes,
-            rounding_error=_round(rounding),
+            notes=facts.notes,
+            rounding_error=_round(facts.rounding),
             bucket_samples=samples.bucket_samples,
-            timings=[_rounded_timing(timing) for timing in session.timings.values()],
-            trials=[_rounded_trial(trial) for trial in trials],
-            dense_sites=dict(session.dense_sites),
+            timings=[_rounded_timing(timing) for timing in survey.timings.values()],
+            trials=[_rounded_trial(trial) for trial in facts.trials],
+            dense_sites=dict(survey.dense_sites),
             sites={
-                name: _site_evidence(known, session.times.get(name))
-                for name, known in measured.items()
+                name: _site_evidence(site, facts.times.get(name)) for name, site in measured.items()
             },
         ),
     )
+
+
+def _site_plans(bench: Workbench, facts: PlanFacts) -> dict[str, SitePlan]:
+    """What the plan says about every site, those among them that could not be measured."""
+    measured, plans = bench.survey.measurable(), {}
+    for site, choice in zip(facts.sites, facts.outcome.allocation.choices, strict=True):
+        if choice.dense:
+            reason = facts.reasons.get(site.name) or dense_reason(site, choice, bench.cost)
+            plans[site.name] = _dense_site(measured[site.name], reason, facts.sensitivities)
+        else:
+            plans[site.name] = _split_site(site, choice, measured[site.name], facts)
+    for name, unmeasured in bench.survey.sites.items():
+        if unmeasured.failure:
+            plans[name] = _dense_site(unmeasured, unmeasured.failure, facts.sensitivities)
+    return plans
 
 
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
@@ -141,62 +145,56 @@ def slower_reason(dense_ms: float, split_ms: float, when: str) -> str:
     )
 
 
-def _dense_site(found: Measured, reason: str, gains: Mapping[str, Array]) -> SitePlan:
-    return SitePlan(
-        heads=found.heads, head_dim=found.head_dim, tokens=found.tokens, decision="dense",
-        reason=reason, gains=_gains(gains, found.name),
-    )  # fmt: skip
+def _dense_site(site: MeasuredSite, reason: str, sensitivities: Mapping[str, Array]) -> SitePlan:
+    rows = _by_bucket(sensitivities, site.name)
+    return SitePlan(**site.shape._asdict(), decision="dense", reason=reason, gains=rows)
 
 
 def _split_site(
-    site: SiteChoices,
-    choice: SiteChoice,
-    found: Measured,
-    gains: Mapping[str, Array],
-    marginals: Mapping[str, Array],
-    density: Tensor | None,
+    site: SiteChoices, choice: SiteChoice, measured: MeasuredSite, facts: PlanFacts
 ) -> SitePlan:
-    row = np.arange(len(choice.index))
-    own, buckets = _own_errors(site, found, gains[site.name]), len(site.shares)
+    row, buckets = np.arange(len(choice.index)), len(site.shares)
+    own = _own_errors(site, measured, facts.sensitivities[site.name])
     error = np.sqrt((site.weight * own[row, choice.index]).reshape(buckets, -1).sum(0))
-    expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
+    density = facts.outcome.densities.get(site.name)
+    if density is None:
+        expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
+        density = torch.tensor(expected)
     threshold = site.threshold[choice.index].reshape(buckets, -1)
     return SitePlan(
-        heads=site.heads,
-        head_dim=site.head_dim,
-        tokens=site.tokens,
+        **site.shape._asdict(),
         decision="split",
         reason="",
         budgets=[
             Budget(threshold=_row(torch.tensor(row)), mid=[False] * site.heads) for row in threshold
         ],
-        density=_row(torch.tensor(expected) if density is None else density),
+        density=_row(density),
         error=_row(torch.tensor(error)),
-        gains=_gains(gains, site.name),
-        marginals=_gains(marginals, site.name),
+        gains=_by_bucket(facts.sensitivities, site.name),
+        marginals=_by_bucket(facts.marginals, site.name),
     )
 
 
-def _own_errors(site: SiteChoices, found: Measured, gains: Array) -> Array:
+def _own_errors(site: SiteChoices, measured: MeasuredSite, sensitivity: Array) -> Array:
     """Squared errors of a site's choices relative to each head's own output, (R, C)."""
-    total = found.total()
+    total = measured.total()
     energies = []
     for bucket in range(len(site.shares)):
-        sums = found.buckets.get(bucket, total)
+        sums = measured.buckets.get(bucket, total)
         energies.append((sums.energy / sums.calls).clamp(min=1e-30).numpy())
-    scale = site.weight * np.square(gains).ravel() * np.concatenate(energies)
+    scale = site.weight * np.square(sensitivity).ravel() * np.concatenate(energies)
     own: Array = site.error / np.maximum(scale, 1e-300)[:, None]
     return own
 
 
-def _gains(gains: Mapping[str, Array], name: str) -> list[list[float]]:
-    return _rows(torch.tensor(gains[name])) if name in gains else []
+def _by_bucket(values: Mapping[str, Array], name: str) -> list[list[float]]:
+    return _rows(torch.tensor(values[name])) if name in values else []
 
 
-def _site_evidence(found: Measured, times: tuple[float, float] | None) -> SiteEvidence:
-    total = found.total()
+def _site_evidence(site: MeasuredSite, times: tuple[float, float] | None) -> SiteEvidence:
+    total = site.total()
     buckets = []
-    if len(found.buckets) > 1:
+    if len(site.buckets) > 1:
         buckets = [
             BucketCurves(
                 bucket=bucket,
@@ -204,14 +202,14 @@ def _site_evidence(found: Measured, times: tuple[float, float] | None) -> SiteEv
                 energy=_row(sums.energy / sums.calls),
                 curve=_curve(sums),
             )
-            for bucket, sums in sorted(found.buckets.items())
+            for bucket, sums in sorted(site.buckets.items())
         ]
     return SiteEvidence(
         thresholds=[_round(x) for x in THRESHOLDS],
         energy=_row(total.energy / total.calls),
         curve=_curve(total),
         buckets=buckets,
-        spectrum=None if found.spectrum is None else _spectrum(found.spectrum),
+        spectrum=None if site.spectrum is None else _spectrum(site.spectrum),
         times_ms=None if times is None else (_round(times[0]), _round(times[1])),
     )
 
@@ -284,21 +282,22 @@ def _versions() -> Versions:
 
 def choices_of_plan(plan: Plan) -> list[SiteChoices]:
     """The choices a plan was allocated from, rebuilt from its evidence (bias left out)."""
-    found = []
+    choices = []
     samples = plan.evidence.bucket_samples or [1]
     shares = [count / sum(samples) for count in samples]
     for name, evidence in plan.evidence.sites.items():
         site = plan.sites[name]
-        known = {bucket.bucket: bucket for bucket in evidence.buckets}
+        by_bucket = {bucket.bucket: bucket for bucket in evidence.buckets}
         rows = []
         for bucket, share in enumerate(shares):
-            source = known.get(bucket, evidence)
+            source = by_bucket.get(bucket, evidence)
             scale = share * np.square(site.gains[bucket]) * np.array(source.energy)
             rows.append(_head_curves(source.curve, scale[:, None]))
         ladder = np.array(evidence.thresholds)
-        choices = make_choices(name, site.tokens, site.head_dim, ladder, join_curves(rows), shares)
-        found.append(replace(choices, forced=plan.target_density is not None))
-    return found
+        shape = AttentionShape(site.heads, site.tokens, site.head_dim)
+        of_site = make_choices(name, shape, ladder, join_curves(rows), shares)
+        choices.append(replace(of_site, forced=plan.target_density is not None))
+    return choices
 
 
 def _head_curves(curve: Curve, scale: Array) -> HeadCurves:

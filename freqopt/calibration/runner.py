@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.measure.recorder import Mode, Session, recording_backend
+from freqopt.calibration.measure.recorder import Desk, recording_backend
+from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.errors import unwrapped
 from freqopt.grid import Grid
@@ -21,12 +22,12 @@ RECOMPILE_LIMIT = 256
 
 
 class Runner:
-    """A model whose attention does what a session says; use as ``with opened(...) as runner``."""
+    """A model whose attention does what is asked for; use as ``with opened(...) as runner``."""
 
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
         self.model, self.samples, self.seed = model, samples, seed
-        self.session = Session()
-        backend = recording_backend(self.session, Grids(grid, tuple(samples.grids)))
+        self._desk = Desk()
+        backend = recording_backend(self._desk, Grids(grid, tuple(samples.grids)))
         self.compiled = torch.compile(model, dynamic=False, backend=backend)
 
     @property
@@ -35,18 +36,23 @@ class Runner:
         first = next(self.model.parameters(), None)
         return first is not None and first.is_cuda
 
-    def run(self, sample: Sample, mode: Mode) -> list[Tensor]:
-        """Floating-point output tensors of one call of the model."""
-        self.session.mode, self.session.bucket = mode, self.samples.bucket(sample)
-        with self._ready():
-            return output_tensors(self.compiled(*sample.args, **sample.kwargs))
+    @property
+    def dense_sites(self) -> dict[str, str]:
+        """Attention in the graphs seen so far that cannot be split, with the reason."""
+        return dict(self._desk.dense_sites)
 
-    def generate(self, pipeline: Callable[[], Any], mode: Mode) -> Any:
-        """What a pipeline returns whose calls of the model run in a mode of the session."""
+    def run(self, sample: Sample, request: Request) -> Result:
+        """What one call of the model shows, its output among it."""
+        with self._asking(request) as result, self._ready():
+            self._desk.bucket = self.samples.bucket(sample)
+            result.output = output_tensors(self.compiled(*sample.args, **sample.kwargs))
+        return result
+
+    def generate(self, pipeline: Callable[[], Any], request: Request) -> tuple[Any, Result]:
+        """What a pipeline returns that calls the model, and what all those calls show."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.session.mode = mode
-            self.session.bucket = self.samples.bucket_of_call(self.model, args, kwargs)
+            self._desk.bucket = self.samples.bucket_of_call(self.model, args, kwargs)
             self.model._compiled_call_impl = before
             try:
                 return self.compiled(*args, **kwargs)
@@ -56,10 +62,20 @@ class Runner:
         before = self.model._compiled_call_impl
         self.model._compiled_call_impl = call
         try:
-            with self._ready():
-                return pipeline()
+            with self._asking(request) as result, self._ready():
+                return pipeline(), result
         finally:
             self.model._compiled_call_impl = before
+
+    @contextmanager
+    def _asking(self, request: Request) -> Iterator[Result]:
+        """The recorders answer a request; afterwards they hold none of what it says."""
+        desk = self._desk
+        desk.request, desk.result = request, Result()
+        try:
+            yield desk.result
+        finally:
+            desk.request, desk.result = Dense(), Result()
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

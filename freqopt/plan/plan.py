@@ -15,20 +15,19 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.plan.records import Evidence, ModelIdentity, Record, SitePlan, Versions
+from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
+from freqopt.plan.records import SitePlan
+from freqopt.plan.text import describe
 
 logger = logging.getLogger(__name__)
-
-PLAN_VERSION = 3
-"""Version of the file format; raised when a reader of the old one could misread a new file."""
 
 FORMAT = "freqopt-plan"
 MAX_FILE_BYTES = 256 * 2**20
@@ -40,7 +39,7 @@ SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
-class Plan(Record):
+class Plan(PlanContent):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     Where a PSNR or a density was asked for, `target_error` is the measured error.
@@ -67,45 +66,6 @@ class Plan(Record):
         sites: what is decided about each site, by its name.
         evidence: why the plan is what it is.
     """
-
-    format: Literal["freqopt-plan"] = "freqopt-plan"
-    version: int = PLAN_VERSION
-    split_version: int = SPLIT_VERSION
-    model: ModelIdentity
-    grids: list[tuple[int, int, int]]
-    device: str
-    versions: Versions
-    seed: int = 0
-    target_error: float = Field(gt=0)
-    measured_error: float = Field(ge=0)
-    worst_error: float = Field(ge=0)
-    target_psnr: float | None = None
-    measured_psnr: float | None = None
-    target_density: float | None = Field(default=None, gt=0, le=1)
-    mean_density: float = Field(ge=0, le=1)
-    timestep_name: str | None = None
-    timestep_edges: list[float] = Field(default=[])
-    sites: dict[str, SitePlan]
-    evidence: Evidence
-
-    @model_validator(mode="after")
-    def _check(self) -> Plan:
-        if self.timestep_edges != sorted(self.timestep_edges):
-            raise ValueError("timestep_edges are not ascending")
-        if self.timestep_edges and not self.timestep_name:
-            raise ValueError("timestep_edges without a timestep_name")
-        buckets = len(self.timestep_edges) + 1
-        for name, site in self.sites.items():
-            for what, rows in (
-                ("budget", site.budgets),
-                ("row of gains", site.gains),
-                ("row of marginals", site.marginals),
-            ):
-                if rows and len(rows) != buckets:
-                    raise ValueError(f"site {name!r} does not have one {what} per timestep bucket")
-        if len(self.evidence.bucket_samples) not in (0, buckets):
-            raise ValueError("evidence.bucket_samples is not one number per timestep bucket")
-        return self
 
     def budget(self, site_name: str, bucket: int = 0) -> Tensor:
         """Budget of a site for the op: (2, H) float32, thresholds of the exact and the mid band.
@@ -261,8 +221,6 @@ class Plan(Record):
             raise PlanError(f"{origin}: {where}: {first['msg']}") from error
 
     def __str__(self) -> str:
-        from freqopt.plan.text import describe
-
         return describe(self)
 
     def _site(self, name: str) -> SitePlan:
@@ -333,8 +291,3 @@ def _write_json(value: Any, indent: str = "") -> str:
 @functools.cache
 def _warn_once(note: str) -> None:
     logger.warning("%s", note)
-
-
-def some_of(names: Mapping[str, Any]) -> str:
-    """The first names, for a message."""
-    return ", ".join(list(names)[:2]) + (", ..." if len(names) > 2 else "")

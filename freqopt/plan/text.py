@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from freqopt.plan.plan import Plan, some_of
+from freqopt.plan.content import PlanContent, some_of
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: PlanContent) -> str:
     """Several lines: the plan's errors and identity, notes, and a table of its sites."""
     target = f"target {plan.target_error:g}"
     if plan.target_psnr is not None and plan.measured_psnr is not None:
@@ -41,7 +41,7 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines + _table(rows, right=(1, 2, 4, 5)))
 
 
-def slow_sites(plan: Plan) -> dict[str, tuple[float, float]]:
+def slow_sites(plan: PlanContent) -> dict[str, tuple[float, float]]:
     """Split sites that were no faster than dense as timed: {name: (dense, split) in ms}."""
     times = {name: evidence.times_ms for name, evidence in plan.evidence.sites.items()}
     return {
@@ -51,7 +51,7 @@ def slow_sites(plan: Plan) -> dict[str, tuple[float, float]]:
     }
 
 
-def slow_notes(plan: Plan) -> list[str]:
+def slow_notes(plan: PlanContent) -> list[str]:
     """What to say about `slow_sites`, nothing if there are none."""
     slow = slow_sites(plan)
     if not slow:
@@ -63,7 +63,7 @@ def slow_notes(plan: Plan) -> list[str]:
     ]
 
 
-def _costs(plan: Plan) -> str:
+def _costs(plan: PlanContent) -> str:
     if not plan.evidence.timings:
         return f"costs counted in multiply-adds, not measured on this {plan.device}"
     return f"costs measured at {len(plan.evidence.timings)} shapes"

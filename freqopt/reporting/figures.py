@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from freqopt.calibration.evidence import choices_of_plan
-from freqopt.calibration.search.allocate import Allocation, SiteChoices, solve
+from freqopt.calibration.search.allocate import Allocation, solve
+from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import cost_model
 from freqopt.calibration.search.video import decibels_of
 from freqopt.plan.plan import Plan

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from freqopt.calibration.search.allocate import AttentionShape
+from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.search.cost import cost_model
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SiteTiming

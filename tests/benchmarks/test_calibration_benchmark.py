@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_calibration_allocation import random_site
+from calibration_sites import random_site
 from torch import Tensor
 
 from benchmarks.calibration import Results, density_ratio
@@ -17,7 +17,9 @@ from benchmarks.calibration_variants import (
     timesteps_tied,
     uniform,
 )
-from freqopt.calibration.search.allocate import ProductCost, SiteChoices, allocate
+from freqopt.calibration.search.allocate import allocate
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.cost import ProductCost
 
 SHARES = (0.25, 0.75)
 

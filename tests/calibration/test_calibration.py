@@ -13,7 +13,8 @@ from calibration_models import GRID, make_model, make_sample
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.calibration.measure import recorder as calibration_measure
+from freqopt.calibration.measure import recorder
+from freqopt.calibration.measure.requests import Measure
 from freqopt.calibration.measure.spectrum import band_cutoff, key_spectrum, spectrum_axes
 from freqopt.calibration.runner import output_tensors, relative_error
 from freqopt.errors import CalibrationError, OptionError
@@ -190,14 +191,14 @@ def test_target_out_of_range(target: float) -> None:
 
 
 def test_a_failing_site_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calibration_measure.Recorder._measure
+    original = Measure.attend
 
-    def fail(self: Any, call: Any) -> Tensor:
-        if self.site.name == "blocks.1.attn":
+    def fail(self: Measure, visit: Any) -> Tensor:
+        if visit.site == "blocks.1.attn":
             raise RuntimeError("no kernel image")
-        return original(self, call)
+        return original(self, visit)
 
-    monkeypatch.setattr(calibration_measure.Recorder, "_measure", fail)
+    monkeypatch.setattr(Measure, "attend", fail)
     plan = calibrate(target_error=0.2)
     assert plan.sites["blocks.0.attn"].decision == "split"
     assert plan.sites["blocks.1.attn"].decision == "dense"
@@ -205,7 +206,7 @@ def test_a_failing_site_stays_dense_with_its_reason(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_site_that_cannot_be_replaced_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calibration_measure.replace_site
+    original = recorder.replace_site
 
     def fail(gm: Any, site: Any, target: Any) -> Any:
         if site.name == "blocks.0.attn":
@@ -214,7 +215,7 @@ def test_a_site_that_cannot_be_replaced_stays_dense(monkeypatch: pytest.MonkeyPa
             raise RuntimeError("half way")
         return original(gm, site, target)
 
-    monkeypatch.setattr(calibration_measure, "replace_site", fail)
+    monkeypatch.setattr(recorder, "replace_site", fail)
     plan = calibrate(target_error=0.2)
     assert list(plan.sites) == ["blocks.1.attn"]
     assert "half way" in plan.evidence.dense_sites["blocks.0.attn"]
@@ -229,10 +230,10 @@ def test_attention_that_the_output_does_not_depend_on() -> None:
 
 
 def test_interrupting_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Any, call: Any) -> Tensor:
+    def stop(self: Any, visit: Any) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration_measure.Recorder, "_measure", stop)
+    monkeypatch.setattr(Measure, "attend", stop)
     model = make_model().train()
     with pytest.raises(KeyboardInterrupt):
         freqopt.calibrate(model, [make_sample(0)], progress=False)

@@ -8,44 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from calibration_sites import random_site
 
-from freqopt.calibration.search.allocate import (
-    REFINEMENT,
-    HeadCurves,
-    ProductCost,
-    SiteChoices,
-    allocate,
-    ladder_choices,
-    make_choices,
-    refine,
-    solve,
-)
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.ladder import REFINEMENT, ladder_choices
+from freqopt.calibration.search.allocate import allocate, solve
+from freqopt.calibration.search.choices import HeadCurves, SiteChoices, make_choices, refine
+from freqopt.calibration.search.cost import ProductCost
 
 COST = ProductCost()
 
 
-def random_site(
-    rng: np.random.Generator, name: str, choices: int = 4, shares: tuple[float, ...] = (1.0,)
-) -> SiteChoices:
-    """Two heads whose curves fall with density but are not convex, in each timestep bucket."""
-    rows = 2 * len(shares)
-    density = np.sort(rng.uniform(0.02, 0.9, (rows, choices)))[:, ::-1]
-    damage = np.sort(rng.exponential(1e-3, (rows, choices)))
-    one, none = np.ones((rows, 1)), np.zeros((rows, 1))
-    return SiteChoices(
-        name=name,
-        tokens=int(rng.integers(256, 2048)),
-        head_dim=64,
-        threshold=np.arange(choices + 1.0),
-        density=np.concatenate([one, density], 1),
-        error=np.concatenate([none, damage], 1),
-        damage=np.concatenate([none, damage], 1),
-        shares=shares,
-    )
-
-
 def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
-    """(cost, damage) of every possible allocation, dense sites included."""
+    """(cost, error) of every possible allocation, dense sites included."""
     options = []
     for site in sites:
         shares = [share for share in site.shares for _ in range(site.heads)]
@@ -53,7 +28,7 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
         rows = [(COST.dense(site.shape) * site.heads, 0.0)]
         for index in itertools.product(range(site.density.shape[1]), repeat=len(shares)):
             each = range(len(shares))
-            rows.append((cost[each, index].sum(), site.damage[each, index].sum()))
+            rows.append((cost[each, index].sum(), site.weighted_error[each, index].sum()))
         options.append(rows)
     return [
         (sum(c for c, _ in pick), sum(d for _, d in pick)) for pick in itertools.product(*options)
@@ -62,7 +37,7 @@ def enumerate_all(sites: list[SiteChoices]) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("choices, shares", [(4, (1.0,)), (2, (0.25, 0.75))])
-def test_nothing_cheaper_does_as_little_damage(
+def test_nothing_cheaper_does_as_little_error(
     seed: int, choices: int, shares: tuple[float, ...]
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -70,9 +45,13 @@ def test_nothing_cheaper_does_as_little_damage(
     everything = enumerate_all(sites)
     for exponent in range(6, 16):
         found = allocate(sites, 10.0**exponent, COST)
-        best = min(cost + found.multiplier * damage for cost, damage in everything)
-        assert found.cost + found.multiplier * found.damage == pytest.approx(best, rel=1e-12)
-        cheapest = min(cost for cost, damage in everything if damage <= found.damage * (1 + 1e-12))
+        best = min(cost + found.multiplier * error for cost, error in everything)
+        assert found.cost + found.multiplier * found.weighted_error == pytest.approx(
+            best, rel=1e-12
+        )
+        cheapest = min(
+            cost for cost, damage in everything if damage <= found.weighted_error * (1 + 1e-12)
+        )
         assert found.cost == pytest.approx(cheapest, rel=1e-12)
 
 
@@ -84,7 +63,7 @@ def test_solve_meets_the_target_and_stays_near_the_best(seed: int) -> None:
     for target in (0.02, 0.04, 0.08):
         found = solve(sites, target, COST)
         assert found.error <= target
-        best = min(cost for cost, damage in everything if damage <= target**2)
+        best = min(cost for cost, error in everything if error <= target**2)
         # the gap of a Lagrangian relaxation is at most one head's dearest choice
         slack = max(COST.split(s.shape, s.density).max() for s in sites)
         assert best * (1 - 1e-12) <= found.cost <= best + 2 * slack
@@ -117,8 +96,8 @@ def test_cost_falls_as_the_target_rises() -> None:
 def test_heads_with_little_effect_get_little() -> None:
     site = random_site(np.random.default_rng(3), "a", choices=20)
     density = np.repeat(site.density[:1], 2, 0)
-    damage = np.stack([site.damage[0], 1e-4 * site.damage[0]])
-    same = replace(site, tokens=1024, density=density, error=damage, damage=damage)
+    error = np.stack([site.weighted_error[0], 1e-4 * site.weighted_error[0]])
+    same = replace(site, tokens=1024, density=density, error=error, weighted_error=error)
     index = allocate([same], 3e10, COST).choices[0].index
     assert density[0, index[0]] > density[1, index[1]]
 
@@ -127,7 +106,7 @@ def test_a_site_that_saves_nothing_stays_dense() -> None:
     ladder = np.array([0.1, 1.0])
     density = np.full((2, 2), 0.9)  # local blocks alone are most of a short sequence
     error = np.full((2, 2), 1e-9)
-    site = make_choices("a", 128, 64, ladder, HeadCurves(density, error, error))
+    site = make_choices("a", AttentionShape(2, 128, 64), ladder, HeadCurves(density, error, error))
     assert allocate([site], 1.0, COST).choices[0].dense
 
 

@@ -14,18 +14,12 @@ import torch
 from calibration_models import make_model, make_sample
 
 import freqopt
-from freqopt.calibration.measure import recorder as calibration_measure
-from freqopt.calibration.measure.attention import Call
-from freqopt.calibration.search import cost as calibration_cost
-from freqopt.calibration.search.allocate import (
-    AttentionShape,
-    HeadCurves,
-    ProductCost,
-    allocate,
-    make_choices,
-    solve,
-)
-from freqopt.calibration.search.cost import MeasuredCost, cost_model, fit_line, time_call
+from freqopt.calibration.measure import clock, requests
+from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
+from freqopt.calibration.measure.clock import fit_line, time_call
+from freqopt.calibration.search.allocate import allocate, solve
+from freqopt.calibration.search.choices import HeadCurves, make_choices
+from freqopt.calibration.search.cost import MeasuredCost, ProductCost, cost_model
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SiteTiming
 from freqopt.plan.text import slow_sites
@@ -35,10 +29,9 @@ LADDER = np.array([0.01, 0.1, 1.0, 10.0])
 
 
 def timing(tokens: int, *, dense: float, base: float, slope: float) -> SiteTiming:
-    return SiteTiming(
-        heads=2, tokens=tokens, head_dim=64, dense_ms=dense, base_ms=base, density_ms=slope,
-        points=[(0.1, base + 0.1 * slope)],
-    )  # fmt: skip
+    line = {"dense_ms": dense, "base_ms": base, "density_ms": slope}
+    points = [(0.1, base + 0.1 * slope)]
+    return SiteTiming(heads=2, tokens=tokens, head_dim=64, points=points, **line)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +69,7 @@ def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
     density = np.array([[0.9, 0.5, 0.2, 0.05]] * 2)
     error = np.array([[1e-6, 1e-4, 1e-3, 1e-2]] * 2)
     sites = [
-        make_choices(name, tokens, 64, LADDER, HeadCurves(density, error, error))
+        make_choices(name, AttentionShape(2, tokens, 64), LADDER, HeadCurves(density, error, error))
         for name, tokens in (("fast", 4096), ("slow", 1024))
     ]
     timings = [
@@ -101,16 +94,16 @@ class SimulatedGpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0):
         self.dense, self.slow, self.timed = dense, set[int](), 0
         self.calls: list[str] = []
-        real, device = Call.split, self
+        real, device = AttentionCall.split, self
 
-        def split(call: Call, budget: Any, probes: int) -> Any:
+        def split(call: AttentionCall, threshold: Any, probes: int) -> Any:
             device.kind = "split"
-            return real(call, budget, probes)
+            return real(call, threshold, probes)
 
-        monkeypatch.setattr(Call, "split", split)
-        for module in (calibration_cost, calibration_measure):
+        monkeypatch.setattr(AttentionCall, "split", split)
+        for module in (clock, requests):
             monkeypatch.setattr(module, "milliseconds", self.clock)
-        monkeypatch.setattr(calibration_measure, "has_clock", lambda x: True)
+        monkeypatch.setattr(requests, "has_clock", lambda x: True)
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
         self.kind = "dense"
@@ -125,17 +118,17 @@ class SimulatedGpu:
         return ms
 
 
-def white_noise() -> Call:
+def white_noise() -> AttentionCall:
     """All of its scores are alike, so that densities jump from one step of a ladder to the next."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 1024, 16).unbind(0)
-    return Call(query * 2, key * 2, value, None, (4, 16, 16), 0, 0, 0.25)
+    return AttentionCall(query * 2, key * 2, value, None, (4, 16, 16), 0, 0, 0.25)
 
 
-def densities(call: Call, ladder: tuple[float, ...]) -> torch.Tensor:
+def densities(call: AttentionCall, ladder: tuple[float, ...]) -> torch.Tensor:
     heads = call.query.shape[1]
-    budgets = [torch.full((heads,), threshold) for threshold in ladder]
-    return torch.stack([call.split(budget, 0)[1].mean(0) for budget in budgets])
+    every = [torch.full((heads,), threshold) for threshold in ladder]
+    return torch.stack([call.split(threshold, 0)[1].mean(0) for threshold in every])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +148,7 @@ def test_timing_spans_densities_whatever_the_ladder(
     assert found.dense_ms == 8.0 and (found.heads, found.tokens, found.head_dim) == (2, 1024, 16)
     reached = [density for density, _ in found.points]
     assert reached == sorted(reached) and reached[-1] == 1.0
-    assert all(b > calibration_cost.APART * a for a, b in pairwise(reached))
+    assert all(b > clock.APART * a for a, b in pairwise(reached))
     assert gpu.calls.count("dense") == 1 and gpu.calls.count("split") == len(reached)
     if ladder[-1] < 1.0:
         assert found.points == [(1.0, 10.5)] and (found.base_ms, found.density_ms) == (10.5, 0.0)
@@ -259,7 +252,7 @@ def test_times_on_a_gpu_grow_with_density() -> None:
     """
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 16, 16384, 64, device="cuda").bfloat16().unbind(0)
-    call = Call(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
+    call = AttentionCall(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
     ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
     found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
     assert len(found.points) >= 2

@@ -16,22 +16,26 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.search.allocate import ProductCost, SiteChoices, allocate, total
+from freqopt.calibration.checkpoint import Checkpoint
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.readings import Survey
+from freqopt.calibration.measure.requests import Request, Result, Split
+from freqopt.calibration.search.allocate import allocate, total
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.cost import ProductCost
 from freqopt.calibration.search.marginals import (
     BOUNDS,
-    Moves,
+    Neighbours,
     coupled,
     couplings_of,
     marginal_units,
-    measure_moves,
+    measure_neighbours,
 )
 from freqopt.calibration.search.refine import ALONE, TIED, Refinement, best_at_density, cheapest
-from freqopt.calibration.search.sensitivity import Dense
-from freqopt.calibration.search.strategies import Way
-from freqopt.calibration.search.verify import budgets, mean_density
+from freqopt.calibration.search.strategies import Strategy
+from freqopt.calibration.search.verify import mean_density, thresholds_of
+from freqopt.calibration.search.workbench import Workbench
 from freqopt.progress import Step
 
 TOKENS, CHOICES = 4096, 40
@@ -77,45 +81,35 @@ class SumModel:
         error = (scale.reshape(-1, 1) * alone) ** 2 / buckets
         points = zip(density[0].tolist(), alone.tolist(), strict=True)
         self.curve = dict(zip(np.float32(threshold).tolist(), points, strict=True))
-        self.site = SiteChoices(
-            "site", TOKENS, 64, threshold, density, error, error,
-            (1.0 / buckets,) * buckets, forced=True,
-        )  # fmt: skip
+        shares = (1.0 / buckets,) * buckets
+        curves = density, error, error
+        self.site = SiteChoices("site", TOKENS, 64, threshold, *curves, shares, forced=True)
         self.samples = SimpleNamespace(
             buckets=buckets, bucket=lambda sample: sample, fit=list(range(buckets))
         )
-        measured = SimpleNamespace(heads=heads)
-        self.session = SimpleNamespace(
-            budgets={}, densities={}, errors={}, measurable=lambda: {"site": measured}
-        )
-        self.runs = 0
+        self.bench = Workbench(self, Silent(), Checkpoint(None, ""), Survey())  # type: ignore[arg-type]
+        self.bench.survey.add_sites({"site": AttentionShape(heads, TOKENS, 64)}, {})
 
-    def run(self, bucket: int, mode: str) -> list[Tensor]:
+    def run(self, bucket: int, request: Request) -> Result:
         """The dense output is a unit vector that no error has a part in."""
         dense = torch.zeros(self.vectors.shape[-1] + 1, dtype=torch.float64)
         dense[-1] = 1.0
-        if mode == "dense":
-            return [dense]
-        self.runs += 1
-        if "site" not in self.session.budgets:
-            return [dense]
-        thresholds = self.session.budgets["site"][bucket].tolist()
-        found = [self.curve[threshold] for threshold in thresholds]
-        self.session.densities.setdefault("site", []).append(torch.tensor([d for d, _ in found]))
-        away = torch.tensor([a for _, a in found]) * self.scale[bucket]
-        dense[:-1] = away @ self.vectors[bucket]
-        return [dense]
+        result = Result([dense])
+        if isinstance(request, Split) and "site" in request.thresholds:
+            points = [self.curve[t] for t in request.thresholds["site"][bucket].tolist()]
+            result.densities["site"] = [torch.tensor([density for density, _ in points])]
+            away = torch.tensor([error for _, error in points]) * self.scale[bucket]
+            dense[:-1] = away @ self.vectors[bucket]
+        return result
 
     def refinement(self) -> Refinement:
-        references = [Dense(self, bucket) for bucket in self.samples.fit]  # type: ignore[arg-type]
-        journal = Journal(None, "")
-        return Refinement(self, COST, Silent(), journal, references, 3)  # type: ignore[arg-type]
+        references = [self.bench.reference(bucket) for bucket in self.samples.fit]
+        return Refinement(self.bench, references, 3)
 
-    def true_error(self, way: Way, allocation: Any) -> float:
-        self.session.budgets = budgets(way.sites, allocation)
-        squares = []
+    def true_error(self, strategy: Strategy, allocation: Any) -> float:
+        request, squares = Split(thresholds_of(strategy.sites, allocation)), []
         for bucket in self.samples.fit:
-            output = self.run(bucket, "split")[0]
+            output = self.run(bucket, request).output[0]
             squares.append(float(output[:-1].square().sum()))
         return math.sqrt(sum(squares) / len(squares))
 
@@ -129,13 +123,11 @@ def pair(cosine: float) -> NDArray[np.float64]:
 def test_couplings_are_twice_the_products_with_all_others(cosine: float) -> None:
     model = SumModel(pair(cosine), np.array([[0.02, 0.015, 0.01]]))
     refinement = model.refinement()
-    allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
-    errors = refinement.fitted(1.0).measure(budgets([model.site], allocation)).errors
-    moves = measure_moves(
-        model, [model.site], allocation, refinement.references, errors, Silent(),  # type: ignore[arg-type]
-        Journal(None, ""),
-    )  # fmt: skip
-    found = couplings_of([model.site], allocation, moves)[0]
+    allocation = Strategy(ALONE, [model.site]).solve_density(0.1, COST)
+    errors = refinement.fitted(1.0).measure(thresholds_of([model.site], allocation)).errors
+    points = list(zip(range(1), refinement.references, errors, strict=True))
+    neighbours = measure_neighbours(model.bench, [model.site], allocation, points)
+    found = couplings_of([model.site], allocation, neighbours)[0]
     row = np.arange(3)
     alone = np.sqrt(model.site.error[row, allocation.choices[0].index])
     expected = 2 * np.array([cosine * alone[1], cosine * alone[0], 0.0])
@@ -146,16 +138,18 @@ def test_couplings_are_twice_the_products_with_all_others(cosine: float) -> None
 def test_couplings_are_drawn_together_less_the_more_samples_tell() -> None:
     """Two buckets whose heads make the same errors alone, coupled by 1 and by 3 times those."""
     model = SumModel(np.repeat(np.eye(3)[None], 2, 0), np.full((2, 3), 0.01))
-    allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
+    allocation = Strategy(ALONE, [model.site]).solve_density(0.1, COST)
     rows = np.arange(6)
     alone = np.sqrt(2 * model.site.error[rows, allocation.choices[0].index]).reshape(2, 3)
     for samples, drawn in ((1, 0.5), (2, 1 / 3), (4, 0.2)):
-        moves = [
-            Moves(bucket, (1.0 + 2.0 * bucket) * alone[bucket], np.array([True, True, bucket > 0]))
+        neighbours = [
+            Neighbours(
+                bucket, (1.0 + 2.0 * bucket) * alone[bucket], np.array([True, True, bucket > 0])
+            )
             for bucket in (0, 1)
             for _ in range(samples)
         ]
-        ratio = couplings_of([model.site], allocation, moves)[0] / alone
+        ratio = couplings_of([model.site], allocation, neighbours)[0] / alone
         np.testing.assert_allclose(ratio[:, :2], np.array([[1 + drawn] * 2, [3 - drawn] * 2]))
         np.testing.assert_allclose(ratio[:, 2], 3.0)  # where nothing is known, what others know
 
@@ -171,11 +165,11 @@ def test_rounds_take_samples_in_turn_and_the_latest_of_each_counts() -> None:
     refinement.references = [dense[0], dense[1], dense[1]]
     assert [refinement._turn(number) for number in range(3)] == [[0, 1, 2]] * 3
     refinement.references = [dense[i // 8] for i in range(16)]
-    allocation = Way(ALONE, [model.site]).solve_density(0.1, COST)
-    errors = refinement.fitted(1.0).measure(budgets([model.site], allocation)).errors
+    allocation = Strategy(ALONE, [model.site]).solve_density(0.1, COST)
+    errors = refinement.fitted(1.0).measure(thresholds_of([model.site], allocation)).errors
 
     def known(number: int) -> int:
-        return len(refinement._moves([model.site], allocation, errors, number))
+        return len(refinement._neighbours([model.site], allocation, errors, number))
 
     assert [known(number) for number in range(3)] == [8, 16, 16]
     assert known(0) == 8  # another allocation's first
@@ -198,9 +192,9 @@ def optimum(model: SumModel, density: float) -> float:
 def test_rounds_come_near_the_optimum_where_errors_alone_mislead(cosine: float) -> None:
     model = SumModel(pair(cosine), np.array([[0.02, 0.015, 0.01]]))
     refinement = model.refinement()
-    ways = refinement.ways_at_density([model.site], 0.1)
+    ways = refinement.strategies_at_density([model.site], 0.1)
     errors = {way.name: model.true_error(way, way.solve_density(0.1, COST)) for way in ways}
-    best = best_at_density(ways, refinement.fitted(1.0), 0.1, COST, Silent())[0].way
+    best = best_at_density(ways, refinement.fitted(1.0), 0.1, model.bench)[0].strategy
     least = optimum(model, 0.1)
     chosen = model.true_error(best, best.solve_density(0.1, COST))
     assert least <= chosen * (1 + 1e-9)
@@ -210,7 +204,7 @@ def test_rounds_come_near_the_optimum_where_errors_alone_mislead(cosine: float) 
         assert errors[ALONE] > 1.04 * chosen
 
 
-def least_cost(model: SumModel, way: Way, target: float) -> tuple[float, float]:
+def least_cost(model: SumModel, way: Strategy, target: float) -> tuple[float, float]:
     """Cost at which a way meets a true error, infinite if never; and its least true error."""
     least, found = math.inf, [(math.inf, 0.0)]
 
@@ -242,12 +236,12 @@ def test_no_way_that_is_taken_costs_more_than_one_threshold(seed: int) -> None:
     model = SumModel(vectors, scale)
     refinement = model.refinement()
     target = 0.03
-    ways = refinement.ways([model.site], target)
-    order = cheapest(ways, refinement.fitted(target), COST, Silent())
+    ways = refinement.strategies([model.site], target)
+    order = cheapest(ways, refinement.fitted(target), model.bench)
     found = {way.name: least_cost(model, way, target) for way in ways}
     # The first comes to the target; that of seed 1 ends two thousandths above it.
-    assert found[order[0].way.name][1] <= 1.002 * target
-    costs = [found[settled.way.name][0] for settled in order]
+    assert found[order[0].strategy.name][1] <= 1.002 * target
+    costs = [found[settled.strategy.name][0] for settled in order]
     taken = next(cost for cost in costs if cost < math.inf)
     assert taken <= 1.01 * found[TIED][0]
     assert taken <= 1.01 * found[ALONE][0]
@@ -256,7 +250,7 @@ def test_no_way_that_is_taken_costs_more_than_one_threshold(seed: int) -> None:
 def test_one_threshold_moves_a_site_at_a_time() -> None:
     model = SumModel(np.eye(3)[None], np.full((1, 3), 0.01))
     sites = [model.site, SiteChoices(**{**vars(model.site), "name": "other"})]
-    way = Way(TIED, sites, tied=True)
+    way = Strategy(TIED, sites, tied=True)
     steps = [way.solve(target, COST) for target in (0.0, 0.004, 0.02, 0.05, math.inf)]
     for target, found in zip((0.0, 0.004, 0.02, 0.05, math.inf), steps, strict=True):
         assert found.error <= target
@@ -273,9 +267,9 @@ def test_one_threshold_moves_a_site_at_a_time() -> None:
 
 def test_densities_stay_within_reach_of_the_working_point() -> None:
     model = SumModel(np.eye(3)[None], np.array([[0.03, 0.01, 0.001]]))
-    base = Way(ALONE, [model.site]).solve_density(0.1, COST)
+    base = Strategy(ALONE, [model.site]).solve_density(0.1, COST)
     here = model.site.density[np.arange(3), base.choices[0].index]
-    way = Way("near", [model.site], around=(base, 1.5))
+    way = Strategy("near", [model.site], around=(base, 1.5))
     for target in (0.0, 0.02, math.inf):
         index = way.solve(target, COST).choices[0].index
         there = model.site.density[np.arange(3), index]
@@ -299,7 +293,7 @@ def test_models_of_many_heads_are_moved_a_site_at_a_time() -> None:
     vectors = np.eye(heads)[None]
     model = SumModel(vectors, rng.uniform(0.001, 0.02, (1, heads)))
     sites = [SiteChoices(**{**vars(model.site), "name": name}) for name in "abcd"]
-    allocation = Way(ALONE, sites).solve_density(0.1, COST)
+    allocation = Strategy(ALONE, sites).solve_density(0.1, COST)
     units = marginal_units(sites, allocation)
     assert [tuple(unit) for unit in units] == [(0, -1), (1, -1), (2, -1), (3, -1)]
 

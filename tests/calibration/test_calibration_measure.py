@@ -11,18 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import freqopt
-from freqopt.calibration.measure import attention as calibration_call
-from freqopt.calibration.measure.attention import Call, head_chunks, head_energy, head_error
-from freqopt.calibration.measure.readings import FINE, pack, unpack
-from freqopt.calibration.measure.recorder import (
-    CHOICES,
+from freqopt.calibration.measure import attention
+from freqopt.calibration.measure.attention import (
+    AttentionCall,
+    head_chunks,
+    head_energy,
+    head_error,
+)
+from freqopt.calibration.measure.ladder import CHOICES, REFINEMENT, THRESHOLDS
+from freqopt.calibration.measure.readings import FINE, Survey, pack, unpack
+from freqopt.calibration.measure.recorder import Desk, Recorder
+from freqopt.calibration.measure.requests import (
     INJECTED,
     MOST_AMPLIFIED,
-    THRESHOLDS,
-    Recorder,
-    Session,
+    Inject,
+    Measure,
+    Request,
+    Result,
+    Split,
 )
-from freqopt.calibration.search.allocate import REFINEMENT
 
 GRID = (3, 8, 10)
 
@@ -38,18 +45,27 @@ def make_call(
     if masked:
         mask = torch.ones(batch, tokens, dtype=torch.bool)
         mask[:, tokens - 3 :] = False
-    return dict(
-        query=query, key=key, value=value, key_mask=mask, grid=GRID, text_before=before,
-        text_after=after, scale=0.4,
-    )  # fmt: skip
+    tokens = dict(query=query, key=key, value=value, key_mask=mask)
+    return {**tokens, "grid": GRID, "text_before": before, "text_after": after, "scale": 0.4}
 
 
 def dense(call: dict[str, Any]) -> Tensor:
     mask = None if call["key_mask"] is None else call["key_mask"][:, None, None, :]
-    return F.scaled_dot_product_attention(
-        call["query"], call["key"], call["value"], attn_mask=mask, scale=0.4,
-        enable_gqa=call["key"].shape[1] != 2,
-    )  # fmt: skip
+    grouped = call["key"].shape[1] != 2
+    tokens = call["query"], call["key"], call["value"]
+    return F.scaled_dot_product_attention(*tokens, attn_mask=mask, scale=0.4, enable_gqa=grouped)
+
+
+def asked(request: Request, call: dict[str, Any], site: str = "a") -> tuple[Tensor, Result]:
+    """What a recorder passes on when asked, and the result that it wrote into."""
+    desk = Desk(request)
+    return Recorder(desk, site)(**call), desk.result
+
+
+def surveyed(result: Result) -> Survey:
+    survey = Survey()
+    survey.add_readings(result.readings, 0)
+    return survey
 
 
 CASES = [{}, {"before": 5, "after": 7, "masked": True}, {"kv_heads": 1}, {"batch": 2}]
@@ -57,22 +73,21 @@ CASES = [{}, {"before": 5, "after": 7, "masked": True}, {"kv_heads": 1}, {"batch
 
 @pytest.mark.parametrize("case", CASES)
 def test_measuring_passes_on_the_dense_result(case: dict[str, Any]) -> None:
-    call, session = make_call(**case), Session(mode="measure")
-    out = Recorder(session, "a")(**call)
-    session.absorb(session.readings, 0)
+    call = make_call(**case)
+    out, result = asked(Measure(), call)
     torch.testing.assert_close(out, dense(call))
-    site = session.sites["a"]
-    assert (site.heads, site.head_dim, site.tokens) == (2, 16, call["query"].shape[2])
+    survey = surveyed(result)
+    site = survey.sites["a"]
+    assert site.shape == result.shapes["a"] == (2, call["query"].shape[2], 16)
     assert site.grids == {GRID} and not site.failure
-    assert list(session.measurable()) == ["a"]
+    assert list(survey.measurable()) == ["a"] and not result.densities
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sums_are_those_of_the_public_op(case: dict[str, Any]) -> None:
-    call, session = make_call(**case), Session(mode="measure")
-    truth = Recorder(session, "a")(**call)
-    session.absorb(session.readings, 0)
-    sums = session.sites["a"].total()
+    call = make_call(**case)
+    truth, result = asked(Measure(), call)
+    sums = surveyed(result).sites["a"].total()
     energy = truth.square().sum((0, 2, 3))
     torch.testing.assert_close(sums.energy, (energy / energy.sum()).double())
     for rung in (2, 6, 9):
@@ -93,28 +108,26 @@ def test_sums_are_those_of_the_public_op(case: dict[str, Any]) -> None:
 
 def test_equal_routes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = Call.split
+    original = AttentionCall.split
 
-    def split(self: Call, budget: torch.Tensor, probes: int) -> Any:
-        calls.append(budget)
-        return original(self, budget, probes)
+    def split(self: AttentionCall, threshold: torch.Tensor, probes: int) -> Any:
+        calls.append(threshold)
+        return original(self, threshold, probes)
 
-    monkeypatch.setattr(Call, "split", split)
+    monkeypatch.setattr(AttentionCall, "split", split)
     call = make_call()
     call["query"] = call["query"] * 0.01  # so flat that most thresholds lift nothing
-    Recorder(Session(mode="measure"), "a")(**call)
+    asked(Measure(), call)
     assert 1 <= len(calls) < len(THRESHOLDS)
 
 
 def test_buckets_are_kept_apart_and_added_up() -> None:
-    session = Session(mode="measure")
-    recorder = Recorder(session, "a")
+    survey = Survey()
     for bucket, scale in ((0, 0.1), (2, 0.8), (2, 0.9)):
-        session.readings = []
-        recorder(**{**make_call(), "scale": scale})
-        facts, tensors = pack(session.readings)
-        session.absorb(unpack(json.loads(json.dumps(facts)), tensors), bucket)
-    site = session.sites["a"]
+        _, result = asked(Measure(), {**make_call(), "scale": scale})
+        facts, tensors = pack(result.readings)
+        survey.add_readings(unpack(json.loads(json.dumps(facts)), tensors), bucket)
+    site = survey.sites["a"]
     assert {b: s.calls for b, s in site.buckets.items()} == {0: 1, 2: 2}
     total = site.buckets[0].curves["own"] + site.buckets[2].curves["own"]
     torch.testing.assert_close(site.total().curves["own"], total)
@@ -123,23 +136,38 @@ def test_buckets_are_kept_apart_and_added_up() -> None:
     assert 0.0 < flat < peaked
 
 
-def test_split_mode_uses_the_sites_budget_and_others_stay_dense() -> None:
-    call = make_call()
-    budget = torch.tensor([0.5, 2.0])
-    session = Session(mode="split", budgets={"a": budget})
-    out = Recorder(session, "a")(**call)
-    want = freqopt.split_attention(**call, threshold=budget, return_stats=True)
+def test_a_split_request_uses_the_sites_thresholds_and_others_stay_dense() -> None:
+    call, threshold = make_call(), torch.tensor([0.5, 2.0])
+    request = Split({"a": threshold})
+    out, result = asked(request, call)
+    want = freqopt.split_attention(**call, threshold=threshold, return_stats=True)
     torch.testing.assert_close(out, want[0])
-    torch.testing.assert_close(session.densities["a"][0], want[1].density[0])
-    torch.testing.assert_close(Recorder(session, "b")(**call), dense(call))
-    assert "b" not in session.densities
+    torch.testing.assert_close(result.densities["a"][0], want[1].density[0])
+    other, result = asked(request, call, "b")
+    torch.testing.assert_close(other, dense(call))
+    assert not result.densities
+
+
+def test_a_site_that_fails_is_dense_and_noted_or_stops_the_run() -> None:
+    call = make_call()
+    call["grid"] = (3, 8, 9)
+    out, result = asked(Measure(), call)
+    torch.testing.assert_close(out, dense(call))
+    assert result.failures["a"].startswith("InputError: ") and not result.readings
+    survey = Survey()
+    survey.add_sites(result.shapes, result.failures)
+    assert not survey.measurable() and survey.failures() == result.failures
+    _, result = asked(Measure(skipped=survey.failures()), call)
+    assert not result.failures
+    with pytest.raises(RuntimeError, match="expanded size"):
+        asked(Split({"a": torch.ones(3)}), make_call())
 
 
 def test_densities_between_the_rungs_are_those_of_the_op() -> None:
     for case in CASES:
-        call, session = make_call(**case), Session(mode="measure")
-        Recorder(session, "a")(**call)
-        fine = session.readings[0].curves[FINE]
+        call = make_call(**case)
+        curves = asked(Measure(), call)[1].readings[0].curves
+        fine = curves[FINE]
         assert fine.shape == (len(CHOICES), 2)
         for index in (5, 18, 30):
             _, stats = freqopt.split_attention(**call, threshold=CHOICES[index], return_stats=True)
@@ -147,20 +175,21 @@ def test_densities_between_the_rungs_are_those_of_the_op() -> None:
                 fine[index], stats.density.mean(0).double(), atol=1e-6, rtol=1e-5
             )
         rungs = fine[::REFINEMENT]
-        torch.testing.assert_close(rungs, session.readings[0].curves["density"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(rungs, curves["density"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_probe_mode_injects_an_amplified_error(case: dict[str, Any]) -> None:
+def test_an_injection_is_an_amplified_error(case: dict[str, Any]) -> None:
     call, truth = make_call(**case), dense(make_call(**case))
-    budget = torch.full((2,), 3.0)
-    split, _ = freqopt.split_attention(**call, threshold=budget, return_stats=True)
+    threshold = torch.full((2,), 3.0)
+    split, _ = freqopt.split_attention(**call, threshold=threshold, return_stats=True)
     for head in (-1, 0, 1):
-        session = Session(mode="probe", probed="a", probed_head=head, budgets={"a": budget})
-        torch.testing.assert_close(Recorder(session, "b")(**call), truth)
-        assert session.probe_error is None
-        out = Recorder(session, "a")(**call)
-        assert session.probe_error is not None
+        request = Inject("a", head, threshold)
+        out, result = asked(request, call, "b")
+        torch.testing.assert_close(out, truth)
+        assert result.injected is None
+        out, result = asked(request, call)
+        assert result.injected is not None
         moved, own = out - truth, split - truth
         if head >= 0:
             assert not moved[:, 1 - head].any()
@@ -168,14 +197,14 @@ def test_probe_mode_injects_an_amplified_error(case: dict[str, Any]) -> None:
         own_error = float(own.norm() / truth.norm())
         factor = min(max(INJECTED / own_error, 1.0), MOST_AMPLIFIED)
         torch.testing.assert_close(moved, factor * own, atol=1e-5, rtol=1e-3)
-        assert float(session.probe_error) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
+        assert float(result.injected) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
         assert own_error > 1e-3
 
 
 def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(2, 5, 7, 3), torch.randn(2, 5, 7, 3)
     whole = head_energy(x), *head_error(x, y)
-    monkeypatch.setattr(calibration_call, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 400)
     assert len(list(head_chunks(x))) == 3
     for got, want in zip((head_energy(x), *head_error(x, y)), whole, strict=True):
         torch.testing.assert_close(got, want)

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freqopt
-from freqopt.calibration import checkpoint as calibration_journal
-from freqopt.calibration.checkpoint import Journal
+from freqopt.calibration import checkpoint
+from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.recorder import Recorder
 from freqopt.calibration.samples_file import save_samples
-from freqopt.calibration.search import marginals as calibration_marginals
+from freqopt.calibration.search import marginals
 from freqopt.cli.app import INTERRUPTED
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
@@ -35,22 +35,22 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def calibrate(checkpoint: Path | None, **options: Any) -> Plan:
+def calibrate(path: Path | None, **options: Any) -> Plan:
     samples = [make_sample(i) for i in range(4)]
     settings = {"progress": False, "target_error": 0.05, **options}
-    return freqopt.calibrate(make_model(), samples, checkpoint=checkpoint, **settings)
+    return freqopt.calibrate(make_model(), samples, checkpoint=path, **settings)
 
 
 class Counter:
-    """Counts calls of attention by mode, and interrupts at one of them."""
+    """Keeps what every call of attention was asked for, and interrupts at one of them."""
 
     def __init__(self, patch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
-        self.modes: list[str] = []
+        self.kinds: list[str] = []
         original = Recorder.__call__
 
         def call(recorder: Recorder, *args: Any) -> Any:
-            self.modes.append(recorder.session.mode)
-            if stop_at is not None and len(self.modes) == stop_at:
+            self.kinds.append(type(recorder.desk.request).__name__)
+            if stop_at is not None and len(self.kinds) == stop_at:
                 raise KeyboardInterrupt
             return original(recorder, *args)
 
@@ -59,21 +59,21 @@ class Counter:
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[Plan, list[str]]:
-    """The plan of a run without interruption, and the modes of its calls of attention."""
+    """The plan of a run without interruption, and the kinds of its calls of attention."""
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         plan = calibrate(None)
-    assert {"measure", "probe", "split", "dense"} == set(counter.modes)
-    return plan, counter.modes
+    assert {"Measure", "Inject", "Split", "Dense"} == set(counter.kinds)
+    return plan, counter.kinds
 
 
-@pytest.mark.parametrize("when", ["measure", "probe", "end"])
+@pytest.mark.parametrize("when", ["Measure", "Inject", "end"])
 def test_interrupted_and_resumed_gives_the_identical_plan(
     whole: tuple[Plan, list[str]], when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, modes = whole
-    path = tmp_path / "journal"
-    calls = [i for i, mode in enumerate(modes) if mode == when] or [len(modes) - 1]
+    expected, kinds = whole
+    path = tmp_path / "checkpoint"
+    calls = [i for i, kind in enumerate(kinds) if kind == when] or [len(kinds) - 1]
     stop_at = calls[-1] + 1  # the last call of that kind: all before it is kept
     with monkeypatch.context() as patch:
         Counter(patch, stop_at)
@@ -84,10 +84,10 @@ def test_interrupted_and_resumed_gives_the_identical_plan(
         counter = Counter(patch)
         resumed = calibrate(path)
     assert resumed == expected
-    left = {mode: counter.modes.count(mode) for mode in ("measure", "probe")}
+    left = {kind: counter.kinds.count(kind) for kind in ("Measure", "Inject")}
     # one sample is measured again at most, and one head probed
-    assert left["measure"] == (2 if when == "measure" else 0)
-    assert when == "measure" or left["probe"] <= 2
+    assert left["Measure"] == (2 if when == "Measure" else 0)
+    assert when == "Measure" or left["Inject"] <= 2
     assert not path.exists()
 
 
@@ -95,9 +95,9 @@ def test_interrupted_among_the_marginals(
     whole: tuple[Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was moved and compared before Ctrl-C is not run again."""
-    expected, modes = whole
-    path, seen = tmp_path / "journal", []
-    original = calibration_marginals._squared_error
+    expected, kinds = whole
+    path, seen = tmp_path / "checkpoint", []
+    original = marginals._squared_error
 
     def interrupt(*args: Any) -> float:
         seen.append(args)
@@ -106,19 +106,19 @@ def test_interrupted_among_the_marginals(
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_marginals, "_squared_error", interrupt)
+        patch.setattr(marginals, "_squared_error", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrate(path)
-    assert sum(key.startswith("marginal/") for key in Journal(path, identity(path)).entries) == 7
+    assert sum(key.startswith("marginal/") for key in Checkpoint(path, identity(path)).entries) == 7
     counter = Counter(monkeypatch)
     assert calibrate(path) == expected
-    assert {"measure", "probe"}.isdisjoint(counter.modes)
+    assert {"Measure", "Inject"}.isdisjoint(counter.kinds)
     sites = 2
-    assert counter.modes.count("split") <= modes.count("split") - 7 * sites
+    assert counter.kinds.count("Split") <= kinds.count("Split") - 7 * sites
 
 
 def identity(path: Path) -> str:
-    """What a journal's file says it belongs to."""
+    """What a checkpoint's file says it belongs to."""
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
@@ -128,7 +128,7 @@ def identity(path: Path) -> str:
 def test_interrupted_many_times(
     whole: tuple[Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, plan, runs = tmp_path / "journal", None, 0
+    path, plan, runs = tmp_path / "checkpoint", None, 0
     while plan is None:
         runs += 1
         with monkeypatch.context() as patch:
@@ -141,19 +141,19 @@ def test_interrupted_many_times(
 
 
 def test_measurements_serve_another_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "journal"
+    path = tmp_path / "checkpoint"
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "remove", Journal.write)
+        patch.setattr(Checkpoint, "remove", Checkpoint.write)
         calibrate(path)
     counter = Counter(monkeypatch)
     plan = calibrate(path, target_error=0.1)
-    assert "measure" not in counter.modes and "probe" not in counter.modes
+    assert {"Measure", "Inject"}.isdisjoint(counter.kinds)
     assert plan == calibrate(None, target_error=0.1)
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("journal") / "journal"
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint"
     with pytest.MonkeyPatch.context() as patch:
         Counter(patch, 20)
         with pytest.raises(KeyboardInterrupt):
@@ -161,44 +161,44 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_file_is_readable_data(journal: Path) -> None:
+def test_the_file_is_readable_data(interrupted: Path) -> None:
     from safetensors import safe_open
 
-    with safe_open(str(journal), "pt") as file:
+    with safe_open(str(interrupted), "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         assert "measure/0" in facts and any(key.startswith("measure/0|") for key in file.keys())
-    assert [file.name for file in journal.parent.iterdir()] == ["journal"]
+    assert [file.name for file in interrupted.parent.iterdir()] == ["checkpoint"]
 
 
-def test_other_weights_samples_and_seeds_are_refused(journal: Path) -> None:
+def test_other_weights_samples_and_seeds_are_refused(interrupted: Path) -> None:
     with pytest.raises(CalibrationError, match="other weights, samples"):
-        calibrate(journal, seed=1)
+        calibrate(interrupted, seed=1)
     changed = make_model()
     with torch.no_grad():
         changed.head.bias[0] += 1.0
     samples = [make_sample(i) for i in range(4)]
     for model, given_samples in ((changed, samples), (make_model(), samples[::-1][:3])):
         with pytest.raises(CalibrationError, match="delete it to calibrate from the start"):
-            freqopt.calibrate(model, given_samples, checkpoint=journal, progress=False)
+            freqopt.calibrate(model, given_samples, checkpoint=interrupted, progress=False)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_is_refused_or_harmless(journal: Path, data: st.DataObject) -> None:
+def test_a_damaged_file_is_refused_or_harmless(interrupted: Path, data: st.DataObject) -> None:
     from safetensors import safe_open
 
-    with safe_open(str(journal), "pt") as file:
+    with safe_open(str(interrupted), "pt") as file:
         identity = file.metadata()["identity"]
-    original = journal.read_bytes()
+    original = interrupted.read_bytes()
     head = int.from_bytes(original[:8], "little") + 8
     at = data.draw(st.integers(0, head - 1) | st.integers(head, len(original) - 1))
     damage = data.draw(st.binary(max_size=8))
     damaged = original[:at] + damage + original[at + data.draw(st.integers(0, 30)) :]
-    other = journal.with_suffix(".damaged")
+    other = interrupted.with_suffix(".damaged")
     other.write_bytes(damaged)
-    kept = Journal(journal, identity).entries
+    kept = Checkpoint(interrupted, identity).entries
     try:
-        found = Journal(other, identity).entries
+        found = Checkpoint(other, identity).entries
     except CalibrationError as error:
         assert "delete it" in str(error)
     else:
@@ -211,7 +211,7 @@ def test_a_damaged_file_is_refused_or_harmless(journal: Path, data: st.DataObjec
 
 def test_nothing_is_written_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration_journal, "WRITE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "WRITE_EVERY", 0.0)
     Counter(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         calibrate(None)
@@ -221,22 +221,22 @@ def test_nothing_is_written_without_a_path(tmp_path: Path, monkeypatch: pytest.M
 MODELS = """
 import os, signal
 import calibration_models
-from freqopt.calibration.measure.recorder import Recorder
+from freqopt.calibration.measure.requests import Measure
 
 # A shell that runs tests in the background has its children ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def make():
-    original, seen = Recorder._measure, []
+    original, seen = Measure.attend, []
 
-    def measure(recorder, call):
-        seen.append(recorder.site.name)
+    def attend(request, visit):
+        seen.append(visit.site)
         if len(seen) == 4 and os.path.exists("stop"):
             os.remove("stop")
             os.kill(os.getpid(), signal.SIGINT)
-        return original(recorder, call)
+        return original(request, visit)
 
-    Recorder._measure = measure
+    Measure.attend = attend
     return calibration_models.make_model()
 """
 
@@ -246,17 +246,13 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(MODELS)
     (tmp_path / "stop").touch()
     save_samples(tmp_path / "samples.safetensors", [make_sample(i) for i in range(4)])
-    command = [
-        sys.executable, "-m", "freqopt", "calibrate", "models:make", "--samples",
-        "samples.safetensors", "--target-error", "0.05", "--device", "cpu", "--quiet",
-    ]  # fmt: skip
+    options = "models:make --samples samples.safetensors --target-error 0.05 --device cpu --quiet"
+    command = [sys.executable, "-m", "freqopt", "calibrate", *options.split()]
     path = os.pathsep.join(
         [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
     )
-    run = functools.partial(
-        subprocess.run, command, capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": path}}
+    run = functools.partial(subprocess.run, command, capture_output=True, text=True, **where)
     done = run()
     assert done.returncode == INTERRUPTED, done.stderr
     assert "plan.json.resume; the same command goes on" in done.stderr

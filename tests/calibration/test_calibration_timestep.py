@@ -51,18 +51,29 @@ def make_plan(model: nn.Module, *, buckets: int = 3, only: int | None = None) ->
     """A plan by bucket, or one with the budgets of a single bucket for all timesteps."""
     rows = range(buckets) if only is None else [only]
     site = SitePlan(
-        heads=2, head_dim=16, tokens=396, decision="split", reason="",
+        heads=2,
+        head_dim=16,
+        tokens=396,
+        decision="split",
+        reason="",
         budgets=[Budget(threshold=THRESHOLDS[b], mid=[b == 2, False]) for b in rows],
-        density=[0.5, 0.5], error=[0.1, 0.1],
-    )  # fmt: skip
+        density=[0.5, 0.5],
+        error=[0.1, 0.1],
+    )
     return Plan(
         model=ModelIdentity(class_name="VideoDiT", fingerprint=model_fingerprint(model)),
-        grids=[GRID], device="cpu", versions=Versions(freqopt="0", torch="0"),
-        target_error=0.1, measured_error=0.1, worst_error=0.1, mean_density=0.5,
-        timestep_name="timestep", timestep_edges=EDGES[: len(rows) - 1],
+        grids=[GRID],
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.1,
+        measured_error=0.1,
+        worst_error=0.1,
+        mean_density=0.5,
+        timestep_name="timestep",
+        timestep_edges=EDGES[: len(rows) - 1],
         sites={f"blocks.{i}.attn": site for i in range(LAYERS)},
         evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+    )
 
 
 def video(batch: int = 1) -> Tensor:
@@ -397,9 +408,8 @@ def test_selection_on_a_gpu_never_waits_for_it(mode: str | None) -> None:
             wanted.append(compiled(model, plan, "eager")(x, time))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        options = {
-            "plan": of_heads_of_32(make_plan(model)), "min_tokens": 0, "strict": True, "mode": mode,
-        }  # fmt: skip
+        plan = of_heads_of_32(make_plan(model))
+        options = {"plan": plan, "min_tokens": 0, "strict": True, "mode": mode}
         step = torch.compile(model, backend=freqopt_backend, options=options, fullgraph=True)
         for _ in range(4):  # compile, warm up, record
             step(x, times[0])

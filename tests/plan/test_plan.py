@@ -15,7 +15,8 @@ from torch import nn
 
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.plan.plan import PLAN_VERSION, Plan, _content_hash, model_fingerprint
+from freqopt.plan.content import PLAN_VERSION
+from freqopt.plan.plan import Plan, _content_hash, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Trial, Versions
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from freqopt.calibration.measure.recorder import THRESHOLDS
+from freqopt.calibration.measure.ladder import THRESHOLDS
 from freqopt.calibration.measure.spectrum import band_cutoff
 from freqopt.errors import PlanError
 from freqopt.plan.plan import Plan

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
-from freqopt.calibration.measure.recorder import Recorder, Session, recording_backend
+from freqopt.calibration.measure.recorder import Desk, Recorder, recording_backend
 from freqopt.exporters.program import make_program
 from freqopt.passes.find import Grids, module_path
 from freqopt.passes.nodes import value
@@ -78,20 +78,20 @@ def inspected(case: Case, **options: Any) -> Account:
 
 def recorded(case: Case, monkeypatch: pytest.MonkeyPatch, *grids: Any) -> Account:
     """What calibration records, given a grid or some to try."""
-    session, seen = Session(), {}
+    desk, seen = Desk(), {}
     original = Recorder.__call__
 
     def call(self: Recorder, *arguments: Any) -> Tensor:
-        seen[self.site.name] = Said(tuple(arguments[4]))
+        seen[self.site] = Said(tuple(arguments[4]))
         return original(self, *arguments)
 
     torch._dynamo.reset()
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(Recorder, "__call__", call)
-        backend = recording_backend(session, Grids(*grids))
+        backend = recording_backend(desk, Grids(*grids))
         torch.compile(case.model, backend=backend, dynamic=False)(**case.inputs)
-    assert set(seen) == set(session.sites)
-    return {**seen, **{name: Said(None, why) for name, why in session.dense_sites.items()}}
+    assert set(seen) == set(desk.result.shapes)
+    return {**seen, **{name: Said(None, why) for name, why in desk.dense_sites.items()}}
 
 
 def exported(case: Case, **options: Any) -> Account:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,16 @@ CHUNK_BYTES = 256 * 2**20
 """Bound on float32 temporaries while errors and spectra are summed up."""
 
 
+class AttentionShape(NamedTuple):
+    """What the cost of a site's attention depends on, beside its density."""
+
+    heads: int
+    tokens: int
+    head_dim: int
+
+
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """The arguments of one attention: (B, H, N, D) query, (B, Hkv, N, D) key and value."""
 
     query: Tensor
@@ -27,6 +36,11 @@ class Call:
     text_before: int
     text_after: int
     scale: float
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Heads, tokens and head dim of the queries."""
+        return AttentionShape(*self.query.shape[1:])
 
     def dense(self) -> Tensor:
         """Exact attention, (B, H, N, D)."""
@@ -40,15 +54,16 @@ class Call:
             enable_gqa=self.query.shape[1] != self.key.shape[1],
         )
 
-    def split(self, budget: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split attention with a budget (H,): out (B, H, N, D), density and probe error (B, H)."""
+    def split(self, threshold: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Split attention at thresholds (H,): out (B, H, N, D), density, probe error (B, H)."""
         from freqopt.kernels.op import split_attention_op
 
-        budget = budget.to(self.query.device, non_blocking=True).expand(2, -1)
+        budget = threshold.to(self.query.device, non_blocking=True).expand(2, -1)
+        tokens = self.query, self.key, self.value
+        layout = list(self.grid), self.text_before, self.text_after
         out, density, probe, _, _ = split_attention_op(
-            self.query, self.key, self.value, budget, self.key_mask, list(self.grid),
-            self.text_before, self.text_after, self.scale, 0.0, False, probes,
-        )  # fmt: skip
+            *tokens, budget, self.key_mask, *layout, self.scale, 0.0, False, probes
+        )
         return out, density, probe
 
     def ordered_scores(self) -> Tensor:
@@ -64,17 +79,21 @@ class Call:
         for head in range(self.query.shape[1]):
             of_query, of_key = slice(head, head + 1), slice(head // group, head // group + 1)
             score = route_scores(
-                self.query[:, of_query], self.key[:, of_key], self.value[:, of_key],
-                grid=self.grid, text_before=self.text_before, text_after=self.text_after,
+                self.query[:, of_query],
+                self.key[:, of_key],
+                self.value[:, of_key],
+                grid=self.grid,
+                text_before=self.text_before,
+                text_after=self.text_after,
                 scale=self.scale,
-            )  # fmt: skip
+            )
             own = own_blocks(score.shape[2], score.shape[3], score.device)
             rows.append(torch.where(own, torch.inf, score).flatten(2).sort(-1).values)
         return torch.cat(rows, 1)
 
 
 def count_lifted(ordered: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """How many pairs of `Call.ordered_scores` score at least each threshold: (T, B, H) int64."""
+    """(T, B, H) int64: how many pairs of `ordered_scores` score at least each threshold."""
     asked = torch.tensor(thresholds, device=ordered.device).expand(*ordered.shape[:2], -1)
     below = torch.searchsorted(ordered, asked.contiguous())
     return (ordered.shape[-1] - below).movedim(-1, 0)

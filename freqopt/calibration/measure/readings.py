@@ -1,17 +1,18 @@
-"""What calibration knows about sites: readings of single calls, and their sums by timestep."""
+"""What calibration knows about sites: readings of single calls, their sums, and all of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.spectrum import spectrum_axes
-from freqopt.calibration.search.allocate import AttentionShape
 from freqopt.grid import Grid
+from freqopt.plan.records import SiteTiming
 
 CURVES = ("density", "own", "site", "bias", "site_bias", "probe")
 """Curves of a reading over the ladder; see `Reading`."""
@@ -54,13 +55,13 @@ def pack(readings: Sequence[Reading]) -> tuple[list[Any], dict[str, Tensor]]:
 
 def unpack(facts: Sequence[Any], tensors: dict[str, Tensor]) -> list[Reading]:
     """Readings that `pack` packed."""
-    found = []
+    readings = []
     for index, (site, (heads, tokens, head_dim), (t, h, w)) in enumerate(facts):
         power, low = (tensors[f"{index}/{name}"] for name in SPECTRA)
         curves = {name: tensors[f"{index}/{name}"] for name in (*CURVES, FINE)}
         shape, energy = AttentionShape(heads, tokens, head_dim), tensors[f"{index}/energy"]
-        found.append(Reading(site, shape, (t, h, w), energy, curves, (power, low)))
-    return found
+        readings.append(Reading(site, shape, (t, h, w), energy, curves, (power, low)))
+    return readings
 
 
 @dataclass
@@ -102,31 +103,32 @@ class SpectrumSums:
 
 
 @dataclass
-class Measured:
-    """Everything known about one site."""
+class MeasuredSite:
+    """Everything known about one site. failure: why measuring it failed."""
 
     name: str
-    heads: int = 0
-    head_dim: int = 0
-    tokens: int = 0
+    shape: AttentionShape
     grids: set[Grid] = field(default_factory=set)
     buckets: dict[int, Sums] = field(default_factory=dict)
     spectrum: SpectrumSums | None = None
     failure: str | None = None
 
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.shape.heads
+
     def add(self, bucket: int, reading: Reading) -> None:
         """Add what one call in a timestep bucket showed."""
-        if not self.heads:
-            self.heads, self.tokens, self.head_dim = reading.shape
         self.grids.add(reading.grid)
         self.buckets.setdefault(bucket, Sums()).add(reading.energy, reading.curves)
         power, low = reading.spectrum
         if self.spectrum is None:
             self.spectrum = SpectrumSums(*spectrum_axes(reading.grid), power, low)
             return
-        found = self.spectrum
-        found.power, found.low = found.power + power, found.low + low
-        found.calls += 1
+        sums = self.spectrum
+        sums.power, sums.low = sums.power + power, sums.low + low
+        sums.calls += 1
 
     def total(self) -> Sums:
         """Sums over all timestep buckets."""
@@ -134,3 +136,42 @@ class Measured:
         for bucket in sorted(self.buckets):
             total = total.merged(self.buckets[bucket])
         return total
+
+
+@dataclass
+class Survey:
+    """What was measured of a model.
+
+    sites: those that runs reached, in order. dense_sites: attention that cannot be split, with the
+    reason. timings: one for each shape of attention seen on a GPU.
+    """
+
+    sites: dict[str, MeasuredSite] = field(default_factory=dict)
+    dense_sites: dict[str, str] = field(default_factory=dict)
+    timings: dict[AttentionShape, SiteTiming] = field(default_factory=dict)
+
+    def add_sites(self, shapes: Mapping[str, Sequence[int]], failures: Mapping[str, str]) -> None:
+        """Add the sites that a run reached, and why measuring some of them failed."""
+        for name, shape in shapes.items():
+            self.sites.setdefault(name, MeasuredSite(name, AttentionShape(*shape)))
+        for name, failure in failures.items():
+            self.sites[name].failure = failure
+
+    def add_readings(self, readings: Sequence[Reading], bucket: int) -> None:
+        """Add readings of a run over a sample in a timestep bucket to their sites."""
+        for reading in readings:
+            self.add_sites({reading.site: reading.shape}, {})
+            self.sites[reading.site].add(bucket, reading)
+
+    def add_timing(self, timing: SiteTiming) -> None:
+        """Add the times of attention of one shape."""
+        shape = AttentionShape(timing.heads, timing.tokens, timing.head_dim)
+        self.timings.setdefault(shape, timing)
+
+    def measurable(self) -> dict[str, MeasuredSite]:
+        """Sites that did not fail."""
+        return {name: site for name, site in self.sites.items() if not site.failure}
+
+    def failures(self) -> dict[str, str]:
+        """Why measuring sites failed."""
+        return {name: site.failure for name, site in self.sites.items() if site.failure}

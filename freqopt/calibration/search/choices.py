@@ -1,30 +1,175 @@
-"""From what was measured at a site to what there is to choose from there."""
+"""Choices of a site: an order and a threshold for every head, at what density and error.
+
+What was measured on the ladder is carried to the model's output and interpolated between rungs.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from freqopt.calibration.measure.readings import FINE, Measured
-from freqopt.calibration.measure.recorder import THRESHOLDS
-from freqopt.calibration.search.allocate import (
-    Array,
-    HeadCurves,
-    SiteChoices,
-    join_curves,
-    make_choices,
-)
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.ladder import REFINEMENT, THRESHOLDS, Array, ladder_choices
+from freqopt.calibration.measure.readings import FINE, MeasuredSite
 
 BIAS_WEIGHT = 4.0
 """How much more a squared bias counts than noise: it adds up over layers and denoising steps."""
 
+LEVEL = 1e-3
+"""Relative fall of the density between two rungs below which it says nothing about the error."""
 
-def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteChoices:
+_TINY = 1e-30
+_UNWANTED = 1e9  # density and error of choices that must not be taken; they keep their columns
+
+
+@dataclass(frozen=True)
+class SiteChoices:
+    """Choices of one site, C for each of R rows; choice 0 is exact (threshold 0, no error).
+
+    A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
+    of the model's calls in each bucket, sum 1. threshold, order (C,): the choices; order is an
+    index into ORDERS, of length 1 where all have the same. density, error, weighted_error (R, C):
+    share of pairs attended exactly; squared relative error that the row brings to the model's
+    output, mean over all calls; the same with bias weighed up, which is what allocation minimises.
+    forced: split it even where dense attention is cheaper, unless everything would be exact anyway.
+    """
+
+    name: str
+    tokens: int
+    head_dim: int
+    threshold: Array
+    density: Array
+    error: Array
+    weighted_error: Array
+    shares: tuple[float, ...] = (1.0,)
+    forced: bool = False
+    order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return int(self.density.shape[0]) // len(self.shares)
+
+    @property
+    def shape(self) -> AttentionShape:
+        """What a cost model is asked about."""
+        return AttentionShape(self.heads, self.tokens, self.head_dim)
+
+    @property
+    def weight(self) -> Array:
+        """Share of the calls that each row stands for, (R,); sums to the number of heads."""
+        return np.repeat(np.array(self.shares), self.heads)
+
+    def mean_density(self, index: NDArray[np.int64]) -> float:
+        """Density over heads and calls with a choice (R,) for every row."""
+        rows = self.density[np.arange(len(index)), index]
+        return float((self.weight * rows).sum()) / self.heads
+
+    def scaled(self, factor: float) -> SiteChoices:
+        """The same choices with errors larger by a factor."""
+        square = factor * factor
+        return replace(self, error=self.error * square, weighted_error=self.weighted_error * square)
+
+    def near(self, index: NDArray[np.int64], factor: float) -> SiteChoices:
+        """The same choices, of which those far from one of them are never taken.
+
+        index: (R,) that choice. factor: how far a density may be from its own.
+        """
+        here = self.density[np.arange(len(index)), index]
+        away = np.abs(np.log(self.density / here[:, None])) > math.log(factor) + 1e-9
+        density, error, weighted_error = (
+            np.where(away, _UNWANTED, curve)
+            for curve in (self.density, self.error, self.weighted_error)
+        )
+        return replace(self, density=density, error=error, weighted_error=weighted_error)
+
+
+class HeadCurves(NamedTuple):
+    """Measured curves of a site's rows over the ladder, (R, rungs) each; see `SiteChoices`.
+
+    fine: (R, choices) density at each of `ladder_choices`, where that is known.
+    """
+
+    density: Array
+    error: Array
+    weighted_error: Array
+    fine: Array | None = None
+
+
+def join_curves(buckets: Sequence[HeadCurves]) -> HeadCurves:
+    """Curves in successive timestep buckets as the rows of one."""
+    density, error, weighted_error = (
+        np.concatenate(column) for column in list(zip(*buckets, strict=True))[:3]
+    )
+    read = [bucket.fine for bucket in buckets if bucket.fine is not None]
+    fine = np.concatenate(read) if len(read) == len(buckets) else None
+    return HeadCurves(density, error, weighted_error, fine)
+
+
+def refine(
+    thresholds: Array, density: Array, *errors: Array, fine: Array | None = None
+) -> tuple[Array, ...]:
+    """Curves (R, rungs) over a ladder (rungs,) at all of `ladder_choices`: densities, then errors.
+
+    Errors are interpolated over density, both logarithmic; values are kept above zero. Where the
+    densities of the choices are not known (`fine`), they are interpolated over the thresholds.
+    A head whose scores are alike goes from dense to sparse within a hundredth of a threshold, so
+    that guess may be off several times, and an allocation would seek out where it is too low.
+    """
+    steps = np.arange((len(thresholds) - 1) * REFINEMENT + 1)
+    rung = np.minimum(steps // REFINEMENT, len(thresholds) - 2)
+    along = np.broadcast_to(steps / REFINEMENT - rung, (len(density), len(steps)))
+
+    def between(logs: Array, where: Array) -> Array:
+        mixed: Array = logs[:, rung] * (1.0 - where) + logs[:, rung + 1] * where
+        return mixed
+
+    logs = np.log(np.maximum(density, _TINY))
+    if fine is None:
+        refined = between(logs, along)
+    else:
+        refined = np.log(np.maximum(fine, _TINY)).clip(logs[:, rung + 1], logs[:, rung])
+        refined[:, ::REFINEMENT] = logs
+        fall = logs[:, rung] - logs[:, rung + 1]
+        along = np.where(fall > LEVEL, (logs[:, rung] - refined) / np.maximum(fall, LEVEL), along)
+    every = [between(np.log(np.maximum(curve, _TINY)), along) for curve in errors]
+    return np.exp(refined), *(np.exp(curve) for curve in every)
+
+
+def make_choices(
+    name: str,
+    shape: AttentionShape,
+    ladder: Array,
+    curves: HeadCurves,
+    shares: Sequence[float] = (1.0,),
+) -> SiteChoices:
+    """All choices of a site: exact first, then the curves refined between the ladder's rungs."""
+    one = np.ones((curves.density.shape[0], 1))
+    density, error, weighted_error = refine(
+        ladder, curves.density, curves.error, curves.weighted_error, fine=curves.fine
+    )
+    return SiteChoices(
+        name,
+        shape.tokens,
+        shape.head_dim,
+        np.concatenate([np.zeros(1), ladder_choices(ladder)]),
+        np.concatenate([one, density], axis=1),
+        np.concatenate([0.0 * one, error], axis=1),
+        np.concatenate([0.0 * one, weighted_error], axis=1),
+        tuple(shares),
+    )
+
+
+def site_choices(site: MeasuredSite, sensitivity: Array, samples: Sequence[int]) -> SiteChoices:
     """The choices of a site from what was measured, errors carried to the model's output.
 
     Args:
-        gains: (buckets, H), from `measure_gains`.
+        sensitivity: (buckets, H), from `measure_sensitivities`.
         samples: fitted samples in each timestep bucket. A site that was not reached in one of them
             is taken to behave there as it does on average.
     """
@@ -32,13 +177,11 @@ def site_choices(site: Measured, gains: Array, samples: Sequence[int]) -> SiteCh
     total = site.total()
     rows: list[HeadCurves] = []
     for bucket, share in enumerate(shares):
-        sums, weight = site.buckets.get(bucket, total), np.square(gains[bucket])[:, None]
+        sums, weight = site.buckets.get(bucket, total), np.square(sensitivity[bucket])[:, None]
         density, error, bias, fine = (
             sums.mean(name).T.numpy() for name in ("density", "site", "site_bias", FINE)
         )
-        damage = error + (BIAS_WEIGHT - 1.0) * bias
+        weighted_error = error + (BIAS_WEIGHT - 1.0) * bias
         scale = share * weight
-        rows.append(HeadCurves(density, scale * error, scale * damage, fine))
-    return make_choices(
-        site.name, site.tokens, site.head_dim, np.array(THRESHOLDS), join_curves(rows), shares
-    )
+        rows.append(HeadCurves(density, scale * error, scale * weighted_error, fine))
+    return make_choices(site.name, site.shape, np.array(THRESHOLDS), join_curves(rows), shares)

@@ -1,35 +1,47 @@
-"""The cost model of the device at hand: attention timed at a few densities, and lines through it.
+"""Cost models: what attention at a site costs dense, and split at a density.
 
-What a choice saves depends on the kernel, the GPU and the site's shape, not on products alone.
+Times of the device at hand where it has a clock; what a choice saves depends on the kernel, the GPU
+and the site's shape. Elsewhere products are counted.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from freqopt.calibration.measure.attention import Call
-from freqopt.calibration.search.allocate import Array, AttentionShape, CostModel, ProductCost
+from freqopt.calibration.measure.attention import AttentionShape
+from freqopt.calibration.measure.ladder import Array
+from freqopt.config import KEY_BLOCK
 from freqopt.plan.records import SiteTiming
 
-TIMED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Densities near which the op is timed; also at threshold 0, which is density 1 for any input."""
+SPLIT_EFFICIENCY = 0.6
+"""Rate of the split's exact band over that of the best dense attention (docs/design/calibration.md)."""
 
-APART = 1.25
-"""Least ratio of two densities that are both worth timing."""
 
-REPEATS = 7
-LEAST_HEAD_START = 5e-3
-"""Seconds that the GPU waits, at least, while calls to be timed are queued."""
+class CostModel(Protocol):
+    """Cost of attention at one site, per head; any unit, but one unit for all sites."""
 
-CLOCK_HZ = 2e9
-"""Rate of the clock that the wait is counted in; a slower one makes the wait longer."""
+    def dense(self, shape: AttentionShape) -> float:
+        """Cost of one head of dense attention."""
+
+    def split(self, shape: AttentionShape, density: Array) -> Array:
+        """Cost of one head of split attention at the given densities (any shape)."""
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """Cost in multiply-adds at dense attention's rate: what is true of a kernel near its peak."""
+
+    efficiency: float = SPLIT_EFFICIENCY
+
+    def dense(self, shape: AttentionShape) -> float:
+        """See `CostModel`."""
+        return 2.0 * shape.tokens * shape.tokens * shape.head_dim
+
+    def split(self, shape: AttentionShape, density: Array) -> Array:
+        """See `CostModel`; the low band costs one product per key block."""
+        return self.dense(shape) * (density / self.efficiency + 1.0 / KEY_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -48,88 +60,7 @@ class MeasuredCost:
         return (timing.base_ms + timing.density_ms * density) / shape.heads
 
 
-def cost_model(timings: Sequence[SiteTiming]) -> CostModel:
+def cost_model(timings: Iterable[SiteTiming]) -> CostModel:
     """The cost model of a plan or of a calibration: measured where there are timings."""
-    if not timings:
-        return ProductCost()
-    return MeasuredCost({AttentionShape(t.heads, t.tokens, t.head_dim): t for t in timings})
-
-
-def time_call(call: Call, thresholds: Sequence[float], density: Tensor, probes: int) -> SiteTiming:
-    """Time an attention on its GPU: dense, and split, and the line through the split's times.
-
-    thresholds, density (rungs, H): a ladder, ascending, and what it led to. Thresholds are
-    interpolated where densities are TIMED_DENSITIES; the density that counts is that of the call,
-    and of times at almost the same density one is taken.
-    """
-    _, heads, tokens, head_dim = call.query.shape
-    points: list[tuple[float, float]] = []
-    for threshold in spread_thresholds(thresholds, density.mean(1).tolist()):
-        budget = torch.full((heads,), threshold, device=call.query.device)
-        reached = float(call.split(budget, 0)[1].mean())
-        if all(abs(math.log(reached / known)) > math.log(APART) for known, _ in points):
-            ms = milliseconds(lambda budget=budget: call.split(budget, probes))  # type: ignore[misc]
-            points.append((reached, ms))
-    base, slope = fit_line(points)
-    return SiteTiming(
-        heads=heads, tokens=tokens, head_dim=head_dim, dense_ms=milliseconds(call.dense),
-        base_ms=base, density_ms=slope, points=sorted(points),
-    )  # fmt: skip
-
-
-def spread_thresholds(thresholds: Sequence[float], density: Sequence[float]) -> list[float]:
-    """Thresholds whose densities are near TIMED_DENSITIES, by interpolation; 0 comes first."""
-    falling, steps = -np.log(np.maximum(density, 1e-9)), np.log(np.array(thresholds))
-    falling = np.maximum.accumulate(falling)
-    wanted = -np.log(np.array(TIMED_DENSITIES))
-    inside = wanted[(falling[0] < wanted) & (wanted < falling[-1])]
-    ends = falling[-1:] if falling[-1] > 0.0 else falling[:0]
-    found = np.interp(np.concatenate([np.sort(inside), ends]), falling, steps)
-    return [0.0, *np.exp(found).tolist()]
-
-
-def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least-squares (base, slope) through (density, ms) points, neither of them negative.
-
-    Relative errors count, so that the cheap end, where plans live, is fitted as well as the other.
-    A single point is at density 1, the only one that the input allows, and gives a constant.
-    """
-    densities, times = np.array(points).T
-    if len(points) == 1:
-        return float(times[0]), 0.0
-    weight = 1.0 / times
-    columns = np.stack([weight, weight * densities], 1)
-    base, slope = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)[0]
-    if base < 0.0:
-        return 0.0, float((densities * weight).sum() / np.square(densities * weight).sum())
-    if slope < 0.0:
-        return float(1.0 / weight.mean()), 0.0
-    return float(base), float(slope)
-
-
-def has_clock(x: Tensor) -> bool:
-    """Whether work on a tensor's device can be timed here; if not, products are counted."""
-    return x.is_cuda
-
-
-def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Mean time of a call on the GPU, all of whose inputs must be there.
-
-    The calls are queued behind a kernel that does nothing for a while, so that they run back to
-    back and the time that Python needs for launching them does not count. A call that waits for the
-    GPU, as a copy from ordinary memory does, would undo that.
-    """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    launch = time.perf_counter() - begun
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(CLOCK_HZ * max(2.0 * repeats * launch, LEAST_HEAD_START)))
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / repeats
+    by_shape = {AttentionShape(t.heads, t.tokens, t.head_dim): t for t in timings}
+    return MeasuredCost(by_shape) if by_shape else ProductCost()

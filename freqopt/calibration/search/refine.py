@@ -1,7 +1,8 @@
-"""Refinement: rounds of allocation and of marginals measured there, and the best of the ways.
+"""Refinement: rounds of allocation and of marginals measured there, and the best of the strategies.
 
-Whatever is believed of errors, what budgets do is measured, on fitted samples or in the video, and
-the way is taken that costs least at the target; one threshold for everything is always among them.
+Whatever is believed of errors, what thresholds do is measured, on fitted samples or in the video,
+and the strategy is taken that costs least at the target; one threshold for everything is always
+among them.
 """
 
 from __future__ import annotations
@@ -13,36 +14,37 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.runner import Runner
-from freqopt.calibration.search.allocate import (
-    Allocation,
-    CostModel,
-    SiteChoices,
-    same_choices,
-    total,
-)
+from freqopt.calibration.measure.ladder import Array
+from freqopt.calibration.search.allocate import Allocation, same_choices, total
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.cost import CostModel
 from freqopt.calibration.search.marginals import (
-    Moves,
+    Neighbours,
     Unit,
     coupled,
     couplings_of,
     marginal_ratio,
     marginal_units,
-    measure_moves,
+    measure_neighbours,
 )
-from freqopt.calibration.search.sensitivity import Array, Dense, probe_units
-from freqopt.calibration.search.strategies import Way
-from freqopt.calibration.search.verify import Criterion, OutputError, Verdict, budgets, mean_density
-from freqopt.progress import Progress
+from freqopt.calibration.search.sensitivity import probe_units
+from freqopt.calibration.search.strategies import Strategy
+from freqopt.calibration.search.verify import (
+    Criterion,
+    OutputError,
+    Verdict,
+    mean_density,
+    thresholds_of,
+)
+from freqopt.calibration.search.workbench import Reference, Workbench
 
 logger = logging.getLogger(__name__)
 
 ALONE, TIED = "heads one at a time", "one threshold for all"
 
 ROUNDS = 3
-"""Rounds of marginals, each as long as probing gains, in a model that is on a GPU and whose heads
-are moved one by one; elsewhere one."""
+"""Rounds of marginals, each as long as probing sensitivities, in a model that is on a GPU and whose
+heads are moved one by one; elsewhere one."""
 
 ROUND_SAMPLES = (8, 8, 16)
 """Samples that heads are moved in, in each round, those of a timestep bucket in turn; the latest
@@ -50,7 +52,7 @@ that is known of every sample counts. Couplings carry over from round to round n
 while those of samples differ a lot, so the first rounds take other samples instead of all."""
 
 MAX_REFINED_SAMPLES = max(ROUND_SAMPLES)
-"""Fitted samples that ways are made and compared on, shared out among the timestep buckets."""
+"""Fitted samples that strategies are made and compared on, shared out among timestep buckets."""
 
 REACH = (3.0, 2.0, 2.0)
 """Most that a density may change in each round: further away marginals tell nothing."""
@@ -60,21 +62,21 @@ SETTLED = 1.12
 
 TRIES = 4
 MOST_MOVED = 16.0
-"""Trials of a way, and the most that one changes the predicted error by."""
+"""Trials of a strategy, and the most that one changes the predicted error by."""
 
 FALL = 0.53
 """Power of the density that errors fall with, where two nearly equal densities are compared."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """An allocation of a way near a target.
+class Candidate:
+    """An allocation of a strategy near a target.
 
     predicted: what it was asked for. cost: by the cost model, at the densities that were measured,
     and carried to the target exactly.
     """
 
-    way: Way
+    strategy: Strategy
     allocation: Allocation
     verdict: Verdict
     predicted: float
@@ -82,13 +84,13 @@ class Settled:
 
 
 def settle(
-    way: Way, criterion: Criterion, cost: CostModel, start: float, tries: int = TRIES
-) -> Settled:
+    strategy: Strategy, criterion: Criterion, cost: CostModel, start: float, tries: int = TRIES
+) -> Candidate:
     """Move the predicted error until the measured one is near the criterion's target."""
     predicted, target, low, high = start, criterion.target, 0.0, math.inf
     while True:
-        allocation = way.solve(predicted, cost)
-        verdict, tries = criterion.measure(budgets(way.sites, allocation)), tries - 1
+        allocation = strategy.solve(predicted, cost)
+        verdict, tries = criterion.measure(thresholds_of(strategy.sites, allocation)), tries - 1
         ratio = min(max(target / max(verdict.error, 1e-12), 1.0 / MOST_MOVED), MOST_MOVED)
         then = (predicted if ratio >= 1.0 else min(predicted, allocation.error)) * ratio
         if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
@@ -98,14 +100,14 @@ def settle(
         else:
             high = min(predicted, allocation.error)
         predicted = then if low < then < high else math.sqrt(max(low, 1e-2 * high) * high)
-    there = way.solve(then, cost)
-    spent = spent_cost(way.sites, verdict, cost)
+    there = strategy.solve(then, cost)
+    spent = spent_cost(strategy.sites, verdict, cost)
     if ratio < SETTLED:  # what is further from the target has nothing nearer to it
         spent *= there.cost / allocation.cost
     if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
         spent = math.inf  # it may not get there
-    logger.info("%s: error %.3g at a cost of %.4g", way.name, verdict.error, spent)
-    return Settled(way, allocation, verdict, then, spent)
+    logger.info("%s: error %.3g at a cost of %.4g", strategy.name, verdict.error, spent)
+    return Candidate(strategy, allocation, verdict, then, spent)
 
 
 def spent_cost(sites: Sequence[SiteChoices], verdict: Verdict, cost: CostModel) -> float:
@@ -124,56 +126,54 @@ def spent_cost(sites: Sequence[SiteChoices], verdict: Verdict, cost: CostModel) 
 class Refinement:
     """What rounds of refinement share. references: dense outputs of fitted samples.
 
-    rounds: how many to make; None: as many as the model allows. moves: the latest that is known of
-    each reference, by its number, where the units in `units` were moved.
+    rounds: how many to make; None: as many as the model allows. neighbours: the latest that is
+    known of each reference, by its number, for the units in `units`.
     """
 
-    runner: Runner
-    cost: CostModel
-    progress: Progress
-    journal: Journal
-    references: list[Dense]
+    bench: Workbench
+    references: list[Reference]
     rounds: int | None = None
     units: list[Unit] = field(default_factory=list)
-    moves: dict[int, Moves] = field(default_factory=dict)
+    neighbours: dict[int, Neighbours] = field(default_factory=dict)
 
     def fitted(self, target: float) -> OutputError:
-        """The criterion that ways are compared by where the model's output counts."""
-        samples = [reference.sample for reference in self.references]
-        outputs = [reference.output for reference in self.references]
-        return OutputError(self.runner, samples, outputs, target, self.journal, "fitted")
+        """The criterion that strategies are compared by where the model's output counts."""
+        return OutputError(self.bench, self.references, target, "fitted")
 
-    def ways(self, sites: list[SiteChoices], target: float) -> list[Way]:
-        """Ways to choose budgets for a relative error of the output.
+    def strategies(self, sites: list[SiteChoices], target: float) -> list[Strategy]:
+        """Ways to choose thresholds for a relative error of the output.
 
         One threshold for all, as measured one head at a time, and one more with each round of
         marginals.
         """
-        criterion, ways = self.fitted(target), simple_ways(sites)
+        criterion, strategies = self.fitted(target), simple_strategies(sites)
         for number in range(self._rounds()):
-            settled = settle(ways[-1], criterion, self.cost, ways[-1].start or criterion.start)
-            reached = not number or math.isfinite(settled.cost)
-            if not reached or not self._add_round(
-                ways, settled.allocation, settled.verdict, number
-            ):
+            last = strategies[-1]
+            candidate = settle(last, criterion, self.bench.cost, last.start or criterion.start)
+            if number and math.isinf(candidate.cost):
                 break
-            ways[-1] = replace(ways[-1], start=target)
-        return ways
+            taught = self._taught(sites, candidate.allocation, candidate.verdict, number)
+            if taught is None:
+                break
+            strategies.append(replace(taught, start=target))
+        return strategies
 
-    def ways_at_density(self, sites: list[SiteChoices], density: float) -> list[Way]:
+    def strategies_at_density(self, sites: list[SiteChoices], density: float) -> list[Strategy]:
         """The same for a mean density."""
-        criterion, ways = self.fitted(1.0), simple_ways(sites)
+        criterion, strategies = self.fitted(1.0), simple_strategies(sites)
         for number in range(self._rounds()):
-            allocation = ways[-1].solve_density(density, self.cost)
-            verdict = criterion.measure(budgets(sites, allocation))
-            if not self._add_round(ways, allocation, verdict, number):
+            allocation = strategies[-1].solve_density(density, self.bench.cost)
+            verdict = criterion.measure(thresholds_of(sites, allocation))
+            taught = self._taught(sites, allocation, verdict, number)
+            if taught is None:
                 break
-        return ways
+            strategies.append(taught)
+        return strategies
 
     def bucket_errors(self, sites: list[SiteChoices], allocation: Allocation) -> Array:
-        """Squared relative error of the output by timestep bucket, with an allocation's budgets."""
-        samples = self.runner.samples
-        squares = np.square(self.fitted(1.0).measure(budgets(sites, allocation)).errors)
+        """Squared relative error of the output by timestep bucket, at an allocation."""
+        samples = self.bench.samples
+        squares = np.square(self.fitted(1.0).measure(thresholds_of(sites, allocation)).errors)
         of = np.array([samples.bucket(reference.sample) for reference in self.references])
         return np.array([squares[of == bucket].mean() for bucket in range(samples.buckets)])
 
@@ -181,92 +181,95 @@ class Refinement:
         """Rounds to make: those asked for, or those that the model's size and device allow."""
         if self.rounds is not None:
             return self.rounds
-        measured = list(self.runner.session.measurable().values())
+        measured = list(self.bench.survey.measurable().values())
         small = any(head >= 0 for _, head in probe_units(measured))
-        return ROUNDS if small and self.runner.on_gpu else 1
+        return ROUNDS if small and self.bench.runner.on_gpu else 1
 
     def _turn(self, number: int) -> list[int]:
         """The references of a round: of each timestep bucket as many, those that come next."""
-        found: dict[int, list[int]] = {}
+        buckets: dict[int, list[int]] = {}
         for at, reference in enumerate(self.references):
-            found.setdefault(self.runner.samples.bucket(reference.sample), []).append(at)
-        shares = [max(1, most // len(found)) for most in ROUND_SAMPLES]
+            buckets.setdefault(self.bench.samples.bucket(reference.sample), []).append(at)
+        shares = [max(1, most // len(buckets)) for most in ROUND_SAMPLES]
         at = min(number, len(shares) - 1)
         start, count = sum(shares[:at]), shares[at]
         return sorted(
-            {inside[(start + i) % len(inside)] for inside in found.values() for i in range(count)}
+            {inside[(start + i) % len(inside)] for inside in buckets.values() for i in range(count)}
         )
 
-    def _moves(
+    def _neighbours(
         self, sites: list[SiteChoices], allocation: Allocation, errors: Sequence[float], number: int
-    ) -> list[Moves]:
-        """The latest moves of all references, those of this round's measured at an allocation.
+    ) -> list[Neighbours]:
+        """The latest neighbours of all references, those of this round's at an allocation.
 
         errors: of all references there.
         """
         units, turn = marginal_units(sites, allocation), self._turn(number)
         if not number or units != self.units:
-            self.units, self.moves = units, {}
-        found = measure_moves(
-            self.runner, sites, allocation, self.references, errors, self.progress, self.journal,
-            turn,
-        )  # fmt: skip
-        self.moves.update(zip(turn, found, strict=True))
-        return list(self.moves.values())
+            self.units, self.neighbours = units, {}
+        points = [(at, self.references[at], errors[at]) for at in turn]
+        latest = measure_neighbours(self.bench, sites, allocation, points)
+        self.neighbours.update(zip(turn, latest, strict=True))
+        return list(self.neighbours.values())
 
-    def _add_round(
-        self, ways: list[Way], allocation: Allocation, verdict: Verdict, number: int
-    ) -> bool:
-        """Add the way that marginals at an allocation teach; not where nothing is split, or off."""
+    def _taught(
+        self, sites: list[SiteChoices], allocation: Allocation, verdict: Verdict, number: int
+    ) -> Strategy | None:
+        """The strategy that marginals at an allocation teach; none where nothing is split, or off.
+
+        sites: as measured one head at a time.
+        """
         if all(choice.dense for choice in allocation.choices) or verdict.error <= 0.0:
-            return False
-        sites = ways[0].sites
-        moves = self._moves(sites, allocation, verdict.errors, number)
-        couplings = couplings_of(sites, allocation, moves)
+            return None
+        neighbours = self._neighbours(sites, allocation, verdict.errors, number)
+        couplings = couplings_of(sites, allocation, neighbours)
         believed = [coupled(site, c) for site, c in zip(sites, couplings, strict=True)]
-        there = total(believed, allocation.choices, 0.0, self.cost).error
+        there = total(believed, allocation.choices, 0.0, self.bench.cost).error
         factor = verdict.error / there if there > 0.0 else 1.0
-        name = f"marginals, round {number + 1}"
         marginals = {
             site.name: marginal_ratio(site, choice, coupling)
             for site, choice, coupling in zip(sites, allocation.choices, couplings, strict=True)
             if not choice.dense
         }
-        way = Way(name, believed, around=(allocation, REACH[min(number, 2)]), marginals=marginals)
-        ways.append(way.scaled([factor] * len(believed)))
-        return True
+        around = allocation, REACH[min(number, 2)]
+        name = f"marginals, round {number + 1}"
+        strategy = Strategy(name, believed, around=around, marginals=marginals)
+        return strategy.scaled([factor] * len(believed))
 
 
-def simple_ways(sites: list[SiteChoices]) -> list[Way]:
+def simple_strategies(sites: list[SiteChoices]) -> list[Strategy]:
     """What needs no more runs: one threshold for all, and errors as heads make them alone."""
-    return [Way(TIED, sites, tied=True), Way(ALONE, sites)]
+    return [Strategy(TIED, sites, tied=True), Strategy(ALONE, sites)]
 
 
 def cheapest(
-    ways: Sequence[Way], criterion: Criterion, cost: CostModel, progress: Progress
-) -> list[Settled]:
-    """Ways near the criterion's target, that which costs least there first."""
-    found: list[Settled] = []
-    with progress.phase("comparing ways", len(ways)) as step:
-        for way in ways:
-            found.append(settle(way, criterion, cost, way.start or criterion.start))
+    strategies: Sequence[Strategy], criterion: Criterion, bench: Workbench
+) -> list[Candidate]:
+    """Candidates near the criterion's target, that which costs least there first."""
+    candidates: list[Candidate] = []
+    with bench.progress.phase("comparing strategies", len(strategies)) as step:
+        for strategy in strategies:
+            start = strategy.start or criterion.start
+            candidates.append(settle(strategy, criterion, bench.cost, start))
             step()
-    return sorted(found, key=lambda settled: settled.cost)
+    return sorted(candidates, key=lambda candidate: candidate.cost)
 
 
 def best_at_density(
-    ways: Sequence[Way], criterion: Criterion, density: float, cost: CostModel, progress: Progress
-) -> list[Settled]:
-    """Ways at a mean density, that with the least error there first."""
-    found: list[tuple[float, Settled]] = []
-    with progress.phase("comparing ways", len(ways)) as step:
-        for way in ways:
-            allocation = way.solve_density(density, cost)
-            verdict = criterion.measure(budgets(way.sites, allocation))
-            there = mean_density(way.sites, verdict.densities, cost)
+    strategies: Sequence[Strategy], criterion: Criterion, density: float, bench: Workbench
+) -> list[Candidate]:
+    """Candidates at a mean density, that with the least error there first."""
+    candidates: list[tuple[float, Candidate]] = []
+    cost = bench.cost
+    with bench.progress.phase("comparing strategies", len(strategies)) as step:
+        for strategy in strategies:
+            sites, allocation = strategy.sites, strategy.solve_density(density, cost)
+            verdict = criterion.measure(thresholds_of(sites, allocation))
+            there = mean_density(sites, verdict.densities, cost)
             error = verdict.error * (there / density) ** FALL
-            spent = spent_cost(way.sites, verdict, cost)
-            found.append((error, Settled(way, allocation, verdict, allocation.error, spent)))
-            logger.info("%s: error %.3g at a density of %.4g", way.name, verdict.error, there)
+            spent = spent_cost(sites, verdict, cost)
+            candidate = Candidate(strategy, allocation, verdict, allocation.error, spent)
+            candidates.append((error, candidate))
+            logger.info("%s: error %.3g at a density of %.4g", strategy.name, verdict.error, there)
             step()
-    return [settled for _, settled in sorted(found, key=lambda one: one[0])]
+    return [candidate for _, candidate in sorted(candidates, key=lambda one: one[0])]

@@ -1,4 +1,4 @@
-"""Gains: how much of an error made at a site, or at one of its heads, reaches the model's output.
+"""Sensitivities: how much of an error at a site, or at a head, reaches the model's output.
 
 A site's error is damped or amplified by its output projection and by everything after it. So errors
 are injected one at a time, and the model's output is compared.
@@ -11,27 +11,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.measure.readings import Measured
-from freqopt.calibration.measure.recorder import THRESHOLDS, Session
-from freqopt.calibration.runner import Runner, relative_error
+from freqopt.calibration.measure.ladder import THRESHOLDS, Array
+from freqopt.calibration.measure.readings import MeasuredSite
+from freqopt.calibration.measure.requests import Inject
 from freqopt.calibration.samples import Sample, SampleSet
+from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.errors import CalibrationError
-from freqopt.progress import Progress
-
-Array = NDArray[np.float64]
 
 MAX_PROBED_HEADS = 64
 """Up to as many heads in the whole model are probed one by one; with more, sites are."""
 
 MAX_PROBED_SITES = 16
-"""Sites probed in a large model, evenly spaced; between them gains are interpolated over depth."""
+"""Sites probed in a large model, evenly spaced; those between are interpolated over depth."""
 
 MAX_PROBED_SAMPLES = 8
-"""Samples that gains are measured on, shared out among the timestep buckets (one each at least)."""
+"""Samples for sensitivities, shared out among the timestep buckets (one each at least)."""
 
 PROBE_DENSITY = 0.05
 """Density whose errors are injected."""
@@ -46,73 +42,114 @@ LEAST_SHARE = 0.1
 """Least share of an observed output error that is ascribed to the injection, not to rounding."""
 
 
-def measure_gains(
-    runner: Runner, references: Sequence[Dense], progress: Progress, journal: Journal
-) -> tuple[dict[str, Array], float]:
-    """Gain of every head by timestep bucket, and the output error with everything exact (rounding).
+class Probing:
+    """Runs with errors injected, and what they tell of every timestep bucket.
 
-    A gain is the relative error of the model's output over the relative error of the site's output
-    that caused it; without unit. Squares of the errors that heads cause are taken to add up; where
-    all of them together cause more, as errors that point the same way do, or less, all gains of the
-    timestep bucket are raised or lowered. references: of `probed_samples`.
+    squares: by bucket and (site, head), squared sensitivities of the samples there. roundings: of
+    each reference, the output error with everything exact.
+    """
+
+    def __init__(self, bench: Workbench, references: Sequence[Reference]) -> None:
+        self.bench, self.references = bench, references
+        self.sites = list(bench.survey.measurable().values())
+        self.squares: list[dict[tuple[int, int], list[float]]] = [
+            {} for _ in range(bench.samples.buckets)
+        ]
+        self.roundings: list[float] = []
+
+    def rounding(self, number: int) -> None:
+        """Run a reference with everything exact."""
+        exact = {site.name: torch.zeros(site.heads) for site in self.sites}
+        self.roundings.append(
+            self.bench.kept(
+                f"rounding/{number}",
+                lambda: self.bench.split_error(self.references[number], exact),
+            )
+        )
+
+    def inject(self, number: int, unit: tuple[int, int]) -> None:
+        """Run a reference with errors injected at a unit of `probe_units`."""
+        reference, (index, head) = self.references[number], unit
+        injected, error = self.bench.kept(
+            f"sensitivity/{number}/{index}/{head}",
+            lambda: self._injected(reference, self.sites[index], head),
+        )
+        if injected < 1e-14:
+            return
+        caused = max(above(error, self.roundings[number]), 1e-12 * injected)
+        row = self.squares[self.bench.samples.bucket(reference.sample)]
+        row.setdefault(unit, []).append(caused / injected)
+
+    def _injected(self, reference: Reference, site: MeasuredSite, head: int) -> tuple[float, float]:
+        """Squared relative error put into a site, and the relative error of the output."""
+        request = Inject(site.name, head, probe_threshold(site))
+        result = self.bench.runner.run(reference.sample, request)
+        self.bench.survey.add_sites({}, result.failures)
+        if result.injected is None:
+            return 0.0, 0.0
+        return float(result.injected), reference.error_of(result.output)
+
+    def rows(self) -> list[dict[str, Array]]:
+        """Sensitivities (H,) by bucket and site, from squares: the target is a mean square."""
+        rows = []
+        for bucket in self.squares:
+            logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
+            rows.append(spread_over_depth(self.sites, logs))
+        return rows
+
+    def excess(self, number: int, rows: Sequence[dict[str, Array]]) -> tuple[int, float]:
+        """Bucket of a reference, and its squared error over the predicted one, everything split."""
+        reference = self.references[number]
+        bucket = self.bench.samples.bucket(reference.sample)
+        threshold, predicted = together(self.sites, rows[bucket], bucket)
+        every = {site.name: torch.full((site.heads,), threshold) for site in self.sites}
+        error = self.bench.kept(
+            f"together/{number}/{threshold:.6g}",
+            lambda: self.bench.split_error(reference, every),
+        )
+        return bucket, above(error, self.roundings[number]) / predicted
+
+
+def measure_sensitivities(
+    bench: Workbench, references: Sequence[Reference]
+) -> tuple[dict[str, Array], float]:
+    """Sensitivity of every head by timestep bucket, and the output error with everything exact.
+
+    A sensitivity is the relative error of the model's output over the relative error of the site's
+    output that caused it; without unit. Squares of the errors that heads cause are taken to add up;
+    where all of them together cause more, as errors that point the same way do, or less, all
+    sensitivities of the timestep bucket are raised or lowered. references: of `probed_samples`.
     Returns {site: (buckets, H)} and the rounding error.
     """
-    session, sites = runner.session, list(runner.session.measurable().values())
-    samples, units = runner.samples, probe_units(sites)
-    squares: list[dict[tuple[int, int], list[float]]] = [{} for _ in range(samples.buckets)]
-    roundings = []
-    with progress.phase("probing gains", len(references) * (len(units) + 3)) as step:
-        for number, reference in enumerate(references):
-            sample = reference.sample
-            exact = journal.find(f"rounding/{number}")
-            if exact is None:
-                session.budgets = {site.name: torch.zeros(site.heads) for site in sites}
-                output = runner.run(sample, "split")
-                exact = journal.keep(f"rounding/{number}", reference.error_of(output))
-            rounding = float(exact.facts)
-            roundings.append(rounding)
+    probing = Probing(bench, references)
+    units, numbers = probe_units(probing.sites), range(len(references))
+    phase = bench.progress.phase("probing sensitivities", len(references) * (len(units) + 3))
+    with phase as step:
+        for number in numbers:
+            probing.rounding(number)
             step(2)
-            for index, head in units:
-                key = f"gain/{number}/{index}/{head}"
-                found = journal.find(key) or journal.keep(
-                    key, _inject(session, sites[index], head, runner, reference)
-                )
+            for unit in units:
+                probing.inject(number, unit)
                 step()
-                injected, error = found.facts
-                if injected < 1e-14:
-                    continue
-                caused = max(above(error, rounding), 1e-12 * injected)
-                known = squares[samples.bucket(sample)]
-                known.setdefault((index, head), []).append(caused / injected)
-        every = [value for bucket in squares for row in bucket.values() for value in row]
+        every = [value for bucket in probing.squares for row in bucket.values() for value in row]
         if every and max(every) <= 1e-12:
             raise CalibrationError(
                 "errors injected at the attention sites do not change the model's output: it does "
                 "not depend on them. Calibrate with the output that you will use"
             )
-        # The target is a mean square over samples, so squares are averaged, not logarithms.
-        rows = []
-        for bucket in squares:
-            logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
-            rows.append(spread_gains(sites, logs))
+        rows = probing.rows()
         ratios: list[list[float]] = [[] for _ in rows]
-        for number, reference in enumerate(references):
-            bucket_of = samples.bucket(reference.sample)
-            threshold, predicted = together(sites, rows[bucket_of], bucket_of)
-            key = f"together/{number}/{threshold:.6g}"
-            entry = journal.find(key)
-            if entry is None:
-                session.budgets = {s.name: torch.full((s.heads,), threshold) for s in sites}
-                entry = journal.keep(key, reference.error_of(runner.run(reference.sample, "split")))
+        for number in numbers:
+            bucket, ratio = probing.excess(number, rows)
+            ratios[bucket].append(ratio)
             step()
-            ratios[bucket_of].append(above(float(entry.facts), roundings[number]) / predicted)
     bounds = MOST_COHERENT**-2, MOST_COHERENT**2
     scales = [float(np.sqrt(np.clip(np.mean(x), *bounds))) if x else 1.0 for x in ratios]
-    gains = {
+    sensitivities = {
         site.name: np.stack([s * row[site.name] for s, row in zip(scales, rows, strict=True)])
-        for site in sites
+        for site in probing.sites
     }
-    return gains, max(roundings, default=0.0)
+    return sensitivities, max(probing.roundings, default=0.0)
 
 
 def above(error: float, rounding: float) -> float:
@@ -125,49 +162,20 @@ def nearest(values: Sequence[float] | Array, wanted: float) -> int:
     return int(np.abs(np.log(np.maximum(values, 1e-30)) - math.log(wanted)).argmin())
 
 
-def together(sites: list[Measured], gains: dict[str, Array], bucket: int) -> tuple[float, float]:
+def together(
+    sites: list[MeasuredSite], sensitivities: dict[str, Array], bucket: int
+) -> tuple[float, float]:
     """One threshold for everything, and the squared error of the output predicted for it.
 
-    gains: (H,) by site, in the timestep bucket. The threshold is the rung whose predicted error is
-    nearest to TOGETHER: about what budgets will be, and not where errors saturate.
+    sensitivities: (H,) by site, in the timestep bucket. The threshold is the rung whose predicted
+    error is nearest to TOGETHER: about what thresholds will be, and not where errors saturate.
     """
     predicted = np.zeros(len(THRESHOLDS))
     for site in sites:
         curve = site.buckets.get(bucket, site.total()).mean("site")[0].numpy()
-        predicted += curve @ np.square(gains[site.name])
+        predicted += curve @ np.square(sensitivities[site.name])
     rung = nearest(predicted, TOGETHER**2)
     return THRESHOLDS[rung], max(float(predicted[rung]), 1e-30)
-
-
-class Dense:
-    """The dense output for a sample, computed when it is first needed."""
-
-    def __init__(self, runner: Runner, sample: Sample) -> None:
-        self.runner, self.sample = runner, sample
-        self._output: list[Tensor] | None = None
-
-    @property
-    def output(self) -> list[Tensor]:
-        """The dense output."""
-        if self._output is None:
-            self._output = self.runner.run(self.sample, "dense")
-        return self._output
-
-    def error_of(self, output: list[Tensor]) -> float:
-        """Relative L2 error of another output."""
-        return relative_error(output, self.output)
-
-
-def _inject(
-    session: Session, site: Measured, head: int, runner: Runner, reference: Dense
-) -> tuple[float, float]:
-    """Squared relative error put into a site, and the relative error that reaches the output."""
-    session.probed, session.probed_head, session.probe_error = site.name, head, None
-    session.budgets = {site.name: probe_budget(site)}
-    output = runner.run(reference.sample, "probe")
-    if session.probe_error is None:
-        return 0.0, 0.0
-    return float(session.probe_error), reference.error_of(output)
 
 
 def probed_samples(samples: SampleSet, most: int = MAX_PROBED_SAMPLES) -> list[Sample]:
@@ -181,7 +189,7 @@ def probed_samples(samples: SampleSet, most: int = MAX_PROBED_SAMPLES) -> list[S
     return used
 
 
-def probe_units(sites: list[Measured]) -> list[tuple[int, int]]:
+def probe_units(sites: list[MeasuredSite]) -> list[tuple[int, int]]:
     """(site, head) for every head of a small model; (site, -1), all heads at once, for a large."""
     if sum(site.heads for site in sites) <= MAX_PROBED_HEADS:
         return [(index, head) for index, site in enumerate(sites) for head in range(site.heads)]
@@ -189,23 +197,25 @@ def probe_units(sites: list[Measured]) -> list[tuple[int, int]]:
     return [(index, -1) for index in sorted(chosen)]
 
 
-def spread_gains(sites: list[Measured], logs: dict[tuple[int, int], float]) -> dict[str, Array]:
-    """Gains of all heads from the logarithms of those probed, interpolated over depth."""
+def spread_over_depth(
+    sites: list[MeasuredSite], logs: dict[tuple[int, int], float]
+) -> dict[str, Array]:
+    """Sensitivities of all heads from the logarithms of those probed, interpolated over depth."""
     if not logs:
         return {site.name: np.full(site.heads, len(sites) ** -0.5) for site in sites}
     by_site: dict[int, list[float]] = {}
     for (index, _), value in logs.items():
         by_site.setdefault(index, []).append(value)
-    known = sorted(by_site)
-    means = [sum(by_site[index]) / len(by_site[index]) for index in known]
-    every = np.interp(np.arange(len(sites)), known, means)
+    probed = sorted(by_site)
+    means = [sum(by_site[index]) / len(by_site[index]) for index in probed]
+    every = np.interp(np.arange(len(sites)), probed, means)
     return {
         site.name: np.exp([logs.get((index, head), every[index]) for head in range(site.heads)])
         for index, site in enumerate(sites)
     }
 
 
-def probe_budget(site: Measured) -> Tensor:
-    """Budget (H,) that gives every head about PROBE_DENSITY."""
+def probe_threshold(site: MeasuredSite) -> Tensor:
+    """Thresholds (H,) that give every head about PROBE_DENSITY."""
     density = site.total().mean("density")
     return torch.tensor(THRESHOLDS)[(density - PROBE_DENSITY).abs().argmin(0)]

@@ -1,7 +1,7 @@
-"""Ways to choose budgets: per head and timestep by what was measured, or one threshold for all.
+"""Strategies: thresholds per head and timestep by what was measured, or one threshold for all.
 
-What was measured is never all that counts, so ways are compared by what their budgets do, and one
-threshold for everything is among them: no plan costs more than that does.
+What was measured is never all that counts, so strategies are compared by what their thresholds do,
+and one threshold for everything is among them: no plan costs more than that does.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from freqopt.calibration.measure.ladder import Array
 from freqopt.calibration.search.allocate import (
     Allocation,
-    Array,
-    CostModel,
     SiteChoice,
-    SiteChoices,
     solve,
     solve_density,
     split_cost,
     total,
 )
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.cost import CostModel
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to choose budgets. sites: what there is to choose from, with the errors believed in.
+class Strategy:
+    """A way to choose thresholds. sites: what there is to choose from, with the errors believed in.
 
     tied: one threshold for all heads, sites and timesteps. around: the allocation at which errors
     were looked into, and the factor within which densities must stay of its own: further away they
@@ -42,22 +42,24 @@ class Way:
     marginals: Mapping[str, Array] = field(default_factory=dict)
 
     def solve(self, target: float, cost: CostModel) -> Allocation:
-        """The cheapest allocation of this way whose predicted error is within a target."""
+        """The cheapest allocation of this strategy whose predicted error is within a target."""
         if not self.tied:
             return solve(self._open(), target, cost)
-        return self._last_before(lambda found: found.error > target, cost)
+        return self._last_before(lambda allocation: allocation.error > target, cost)
 
     def solve_density(self, density: float, cost: CostModel) -> Allocation:
-        """The allocation of this way with the least damage within a predicted density.
+        """The allocation of this strategy with the least error within a predicted density.
 
         Where even the loosest allocation needs more, that one.
         """
         if not self.tied:
             return solve_density(self._open(), density, cost)
-        return self._last_before(lambda found: found.density <= density, cost, beyond=True)
+        return self._last_before(
+            lambda allocation: allocation.density <= density, cost, beyond=True
+        )
 
-    def scaled(self, factors: Sequence[float]) -> Way:
-        """The same way where errors of every site are larger by a factor."""
+    def scaled(self, factors: Sequence[float]) -> Strategy:
+        """The same strategy where errors of every site are larger by a factor."""
         sites = [site.scaled(f) for site, f in zip(self.sites, factors, strict=True)]
         return replace(self, sites=sites)
 

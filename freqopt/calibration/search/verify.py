@@ -1,4 +1,4 @@
-"""Verification: candidate budgets are run, and the multiplier moved until a criterion is met."""
+"""Verification: candidate thresholds are run, and the multiplier moved until a criterion is met."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.runner import Runner, relative_error
-from freqopt.calibration.samples import Sample
-from freqopt.calibration.search.allocate import (
-    Allocation,
-    CostModel,
-    SiteChoices,
-    same_choices,
-)
-from freqopt.calibration.search.strategies import Way
+from freqopt.calibration.measure.requests import Split, Thresholds
+from freqopt.calibration.search.allocate import Allocation, same_choices
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.cost import CostModel
+from freqopt.calibration.search.strategies import Strategy
+from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.errors import OptionError
 from freqopt.plan.records import Trial
-from freqopt.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +64,8 @@ class Criterion(Protocol):
     start: float
     comparable: bool
 
-    def measure(self, budgets: dict[str, Tensor]) -> Verdict:
-        """Run the model with these budgets; sites without one stay dense."""
+    def measure(self, thresholds: Thresholds) -> Verdict:
+        """Run the model with these thresholds; sites without any stay dense."""
 
 
 @dataclass(frozen=True)
@@ -89,68 +84,61 @@ class Verdict:
 class OutputError:
     """Criterion: relative L2 error of the model's output on samples, those held out in the end.
 
-    kind: which samples, as the journal calls them.
+    kind: which samples, as the checkpoint calls them.
     """
 
     comparable = True
 
     def __init__(
-        self,
-        runner: Runner,
-        samples: Sequence[Sample],
-        references: Sequence[list[Tensor]],
-        target: float,
-        journal: Journal,
-        kind: str,
+        self, bench: Workbench, references: Sequence[Reference], target: float, kind: str
     ) -> None:
-        self.runner, self.samples, self.references = runner, samples, references
-        self.journal, self.kind = journal, kind
+        self.bench, self.references, self.kind = bench, references, kind
         self.target, self.start = target, target * AIM
 
-    def measure(self, budgets: dict[str, Tensor]) -> Verdict:
+    def measure(self, thresholds: Thresholds) -> Verdict:
         """See `Criterion`."""
-        return remembered(self.journal, self.kind, budgets, self._run)
+        return remembered(self.bench, self.kind, thresholds, self._run)
 
-    def _run(self, budgets: dict[str, Tensor]) -> Verdict:
-        session = self.runner.session
-        session.budgets, session.densities = budgets, {}
-        errors = [
-            relative_error(self.runner.run(sample, "split"), reference)
-            for sample, reference in zip(self.samples, self.references, strict=True)
-        ]
-        return Verdict(errors, mean_densities(session.densities))
-
-
-def mean_densities(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """(H,) per site, the mean over calls."""
-    return {name: torch.stack(rows).mean(0).cpu() for name, rows in found.items()}
+    def _run(self, thresholds: Thresholds) -> Verdict:
+        request, errors, densities = Split(thresholds), [], []
+        for reference in self.references:
+            result = self.bench.runner.run(reference.sample, request)
+            errors.append(reference.error_of(result.output))
+            densities.append(result.densities)
+        return Verdict(errors, mean_over_runs(densities))
 
 
-def budget_key(kind: str, budgets: dict[str, Tensor]) -> str:
-    """Key in the journal of what budgets led to."""
+def mean_over_runs(runs: Sequence[Mapping[str, list[Tensor]]]) -> dict[str, Tensor]:
+    """(H,) per site, the mean over its calls in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return {
+        name: torch.stack([row for run in runs for row in run.get(name, [])]).mean(0).cpu()
+        for name in names
+    }
+
+
+def thresholds_key(kind: str, thresholds: Thresholds) -> str:
+    """Key in the checkpoint of what thresholds led to."""
     digest = hashlib.sha256()
-    for name, budget in budgets.items():
-        digest.update(repr((name, budget.tolist())).encode())
+    for name, threshold in thresholds.items():
+        digest.update(repr((name, threshold.tolist())).encode())
     return f"{kind}/{digest.hexdigest()[:24]}"
 
 
 def remembered(
-    journal: Journal,
-    kind: str,
-    budgets: dict[str, Tensor],
-    run: Callable[[dict[str, Tensor]], Verdict],
+    bench: Workbench, kind: str, thresholds: Thresholds, run: Callable[[Thresholds], Verdict]
 ) -> Verdict:
-    """The verdict about budgets that is in the journal, or that of a run, which is then kept."""
-    key = budget_key(kind, budgets)
-    entry = journal.find(key)
+    """The verdict about thresholds that is in the checkpoint, or that of a run, which is kept."""
+    key = thresholds_key(kind, thresholds)
+    entry = bench.checkpoint.find(key)
     if entry is None:
-        verdict = run(budgets)
-        entry = journal.keep(key, verdict.errors, verdict.densities)
+        verdict = run(thresholds)
+        entry = bench.checkpoint.keep(key, verdict.errors, verdict.densities)
     return Verdict(list(entry.facts), dict(entry.tensors))
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What a search ended with. notes: what the plan should say about it."""
 
     allocation: Allocation
@@ -162,28 +150,22 @@ class Found:
 class Search:
     """Moves the predicted error until the measured one is within [ACCEPT, 1] of the target."""
 
-    def __init__(
-        self,
-        way: Way,
-        cost: CostModel,
-        criterion: Criterion,
-        progress: Progress,
-    ) -> None:
-        self.way, self.cost, self.criterion = way, cost, criterion
-        self.sites, self.progress = way.sites, progress
+    def __init__(self, strategy: Strategy, bench: Workbench, criterion: Criterion) -> None:
+        self.strategy, self.criterion = strategy, criterion
+        self.cost, self.progress = bench.cost, bench.progress
         self.trials: list[Trial] = []
 
-    def run(self, start: float | None = None) -> Found | None:
-        """The cheapest allocation found that meets the target, None if none does.
+    def run(self, start: float | None = None) -> Outcome | None:
+        """The cheapest allocation tried that meets the target, None if none does.
 
         start: predicted error to try first, in place of the criterion's.
         """
         criterion, low, high = self.criterion, 0.0, math.inf
         predicted = criterion.start if start is None else start
         target, aim = criterion.target, criterion.target * AIM
-        best: tuple[float, Found] | None = None
-        believed = self.way
-        loosest = self.way.solve(math.inf, self.cost).multiplier
+        best: tuple[float, Outcome] | None = None
+        believed = self.strategy
+        loosest = self.strategy.solve(math.inf, self.cost).multiplier
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
@@ -191,13 +173,13 @@ class Search:
                 if previous is not None and same_choices(allocation, previous):
                     break
                 previous = allocation
-                found = self.try_out(allocation)
-                measured = found.trial.measured_error
+                outcome = self.try_out(allocation)
+                measured = outcome.trial.measured_error
                 step()
                 if measured <= target:
                     low = predicted
                     if best is None or allocation.cost < best[1].allocation.cost:
-                        best = (measured, found)
+                        best = (measured, outcome)
                     if measured >= ACCEPT * target or allocation.multiplier == loosest:
                         break
                 elif criterion.comparable and measured > DISBELIEF * allocation.error > 0.0:
@@ -223,8 +205,8 @@ class Search:
             best[1].notes.append(f"the error is well below the target: {why}")
         return best[1]
 
-    def run_density(self, target: float) -> Found:
-        """The allocation of the least predicted damage whose measured density is within a target.
+    def run_density(self, target: float) -> Outcome:
+        """The allocation of the least predicted error whose measured density is within a target.
 
         Raises:
             OptionError: even the loosest budgets need more.
@@ -233,16 +215,16 @@ class Search:
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
-                allocation = self.way.solve_density(predicted, self.cost)
+                allocation = self.strategy.solve_density(predicted, self.cost)
                 if previous is not None and same_choices(allocation, previous):
                     break
                 previous = allocation
-                found = self.try_out(allocation)
-                measured = found.trial.mean_density
+                outcome = self.try_out(allocation)
+                measured = outcome.trial.mean_density
                 lowest = min(lowest, measured)
                 step()
                 if measured <= target and (best is None or measured > best.trial.mean_density):
-                    best = found
+                    best = outcome
                 if NEAR * target <= measured <= target:
                     break
                 predicted = min(predicted * math.sqrt(NEAR) * target / measured, 1.0)
@@ -253,40 +235,41 @@ class Search:
             )
         return best
 
-    def try_out(self, allocation: Allocation, notes: Sequence[str] = ()) -> Found:
-        """Run the model with an allocation's budgets; the trial is added to `trials`."""
-        verdict = self.criterion.measure(budgets(self.sites, allocation))
+    def try_out(self, allocation: Allocation, notes: Sequence[str] = ()) -> Outcome:
+        """Run the model with an allocation's thresholds; the trial is added to `trials`."""
+        verdict = self.criterion.measure(thresholds_of(self.strategy.sites, allocation))
         trial = Trial(
             multiplier=allocation.multiplier,
             predicted_error=allocation.error,
             measured_error=verdict.error,
             worst_error=max(verdict.errors),
-            mean_density=mean_density(self.sites, verdict.densities, self.cost),
+            mean_density=mean_density(self.strategy.sites, verdict.densities, self.cost),
             sample_errors=verdict.errors,
         )
         self.trials.append(trial)
         logger.info("trial %s", trial)
-        return Found(allocation, trial, verdict.densities, list(notes))
+        return Outcome(allocation, trial, verdict.densities, list(notes))
 
 
 def mean_density(
-    sites: Sequence[SiteChoices], found: Mapping[str, Tensor], cost: CostModel
+    sites: Sequence[SiteChoices], densities: Mapping[str, Tensor], cost: CostModel
 ) -> float:
-    """Density over all sites, weighted by dense cost. found: (H,) by site, of those not dense."""
+    """Density over all sites, weighted by dense cost. densities: (H,) of those not dense."""
     density = dense = 0.0
     for site in sites:
         weight = cost.dense(site.shape) * site.heads
-        density += weight * (float(found[site.name].mean()) if site.name in found else 1.0)
+        share = float(densities[site.name].mean()) if site.name in densities else 1.0
+        density += weight * share
         dense += weight
     return density / dense
 
 
-def budgets(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
-    """Budgets (buckets, H) of the sites that an allocation splits."""
-    found = {}
+def thresholds_of(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
+    """Thresholds (buckets, H) of the sites that an allocation splits."""
+    thresholds = {}
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
         threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
-        found[site.name] = threshold.unflatten(0, (len(site.shares), site.heads))
-    return found
+        thresholds[site.name] = threshold.unflatten(0, (len(site.shares), site.heads))
+    return thresholds

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freqopt.calibration.checkpoint import Journal
-from freqopt.calibration.runner import Runner
-from freqopt.calibration.search.allocate import Allocation, SiteChoices, total
-from freqopt.calibration.search.refine import ALONE, Refinement, settle, simple_ways
-from freqopt.calibration.search.strategies import Way
-from freqopt.calibration.search.verify import Verdict, budgets, mean_densities, remembered
+from freqopt.calibration.measure.ladder import Array
+from freqopt.calibration.measure.requests import Dense, Split, Thresholds
+from freqopt.calibration.search.allocate import Allocation, total
+from freqopt.calibration.search.choices import SiteChoices
+from freqopt.calibration.search.refine import ALONE, Refinement, settle, simple_strategies
+from freqopt.calibration.search.strategies import Strategy
+from freqopt.calibration.search.verify import Verdict, remembered, thresholds_of
+from freqopt.calibration.search.workbench import Workbench
 from freqopt.errors import CalibrationError
 
 START = 0.03
@@ -54,14 +56,12 @@ class GeneratedVideo:
 
     comparable = False
 
-    def __init__(
-        self, runner: Runner, pipeline: Callable[[], Any], decibels: float, journal: Journal
-    ) -> None:
-        self.runner, self.pipeline, self.journal = runner, pipeline, journal
+    def __init__(self, bench: Workbench, pipeline: Callable[[], Any], decibels: float) -> None:
+        self.bench, self.pipeline = bench, pipeline
         self.target, self.start = relative_of(decibels), START
-        self.reference = pixels(runner.generate(pipeline, "dense"))
+        self.reference = pixels(bench.runner.generate(pipeline, Dense())[0])
         self.range = value_range(self.reference)
-        again = self._error(pixels(runner.generate(pipeline, "dense")))
+        again = self._error(pixels(bench.runner.generate(pipeline, Dense())[0]))
         if again > self.target:
             raise CalibrationError(
                 f"two dense runs of the pipeline already differ by {decibels_of(again):.1f} dB, so "
@@ -69,15 +69,13 @@ class GeneratedVideo:
                 "(pass a torch.Generator, or rely on torch.manual_seed, which is set before it)"
             )
 
-    def measure(self, budgets: dict[str, Tensor]) -> Verdict:
+    def measure(self, thresholds: Thresholds) -> Verdict:
         """See `Criterion`."""
-        return remembered(self.journal, "generated", budgets, self._run)
+        return remembered(self.bench, "generated", thresholds, self._run)
 
-    def _run(self, budgets: dict[str, Tensor]) -> Verdict:
-        session = self.runner.session
-        session.budgets, session.densities = budgets, {}
-        error = self._error(pixels(self.runner.generate(self.pipeline, "split")))
-        return Verdict([error], mean_densities(session.densities))
+    def _run(self, thresholds: Thresholds) -> Verdict:
+        output, result = self.bench.runner.generate(self.pipeline, Split(thresholds))
+        return Verdict([self._error(pixels(output))], result.mean_densities())
 
     def _error(self, output: list[Tensor]) -> float:
         if [x.shape for x in output] != [x.shape for x in self.reference]:
@@ -109,13 +107,13 @@ def pixels(output: Any) -> list[Tensor]:
     Raises:
         CalibrationError: there are none.
     """
-    found = _pixels(output)
-    if not found:
+    tensors = _pixels(output)
+    if not tensors:
         raise CalibrationError(
             f"the pipeline returned a {type(output).__name__} without tensors, arrays or images; "
             "with target_psnr it must return what it generated, such as `return pipe(...).frames`"
         )
-    return found
+    return tensors
 
 
 def _pixels(output: Any) -> list[Tensor]:
@@ -134,59 +132,65 @@ def _pixels(output: Any) -> list[Tensor]:
     return []
 
 
-def video_ways(
+def video_strategies(
     refinement: Refinement, criterion: GeneratedVideo, sites: list[SiteChoices]
-) -> list[Way]:
-    """Ways to choose budgets for what is generated.
+) -> list[Strategy]:
+    """Ways to choose thresholds for what is generated.
 
     Those for single calls of the model, at errors that come to the target in the video, and weighed
     by how much each timestep bucket shows.
     """
-    first = settle(Way(ALONE, sites), criterion, refinement.cost, criterion.start)
-    level = refinement.fitted(1.0).measure(budgets(sites, first.allocation)).error
+    cost = refinement.bench.cost
+    first = settle(Strategy(ALONE, sites), criterion, cost, criterion.start)
+    level = refinement.fitted(1.0).measure(thresholds_of(sites, first.allocation)).error
     if level <= 0.0:
-        return simple_ways(sites)
-    ways = refinement.ways(sites, level)
-    believed = replace(ways[-1], start=level)
-    last = settle(believed, criterion, refinement.cost, level)
-    weighed = weighed_ways(refinement, criterion, believed, last.allocation)
-    return [*simple_ways(sites), believed, *weighed]
+        return simple_strategies(sites)
+    believed = replace(refinement.strategies(sites, level)[-1], start=level)
+    last = settle(believed, criterion, cost, level)
+    weighed = weighed_strategies(refinement, criterion, believed, last.allocation)
+    return [*simple_strategies(sites), believed, *weighed]
 
 
-def weighed_ways(
-    refinement: Refinement, criterion: GeneratedVideo, way: Way, allocation: Allocation
-) -> list[Way]:
-    """A way with the errors of each timestep bucket rescaled by how much they show in the video.
+def weighed_strategies(
+    refinement: Refinement, criterion: GeneratedVideo, strategy: Strategy, allocation: Allocation
+) -> list[Strategy]:
+    """A strategy with the errors of each timestep bucket rescaled by what the video shows of them.
 
     An error at one denoising step is corrected by later ones, or carried on, so equal errors of the
     model's output do not count equally. One run of the pipeline per bucket tells, in which that
-    bucket alone has its budgets and the others are exact.
+    bucket alone has its thresholds and the others are exact.
     """
-    sites, heads = way.sites, [site.heads for site in way.sites]
-    shares = np.array(sites[0].shares)
+    sites, shares = strategy.sites, np.array(strategy.sites[0].shares)
     if len(shares) == 1 or all(choice.dense for choice in allocation.choices):
         return []
     called = shares * refinement.bucket_errors(sites, allocation)
-    chosen, effects = budgets(sites, allocation), []
-    with refinement.progress.phase("probing timesteps", len(shares)) as step:
+    chosen, effects = thresholds_of(sites, allocation), []
+    with refinement.bench.progress.phase("probing timesteps", len(shares)) as step:
         for bucket in range(len(shares)):
-            alone = {name: torch.zeros_like(budget) for name, budget in chosen.items()}
-            for name, budget in chosen.items():
-                alone[name][bucket] = budget[bucket]
+            alone = {name: torch.zeros_like(threshold) for name, threshold in chosen.items()}
+            for name, threshold in chosen.items():
+                alone[name][bucket] = threshold[bucket]
             effects.append(criterion.measure(alone).error ** 2)
             step()
     ratio = np.array(effects) / np.maximum(called, 1e-30)
     ratio = np.maximum(ratio / (ratio * shares).sum(), 1e-3)
-    found = []
-    for power in POWERS:
-        rows = [np.repeat(ratio**power, count)[:, None] for count in heads]
-        weighed = [
-            replace(site, error=site.error * row, damage=site.damage * row)
-            for site, row in zip(sites, rows, strict=True)
-        ]
-        start = total(weighed, allocation.choices, 0.0, refinement.cost).error
-        name = f"{way.name}, timesteps by the video to the power {power:g}"
-        found.append(
-            replace(way, name=name, sites=weighed, around=(allocation, REACH), start=start or None)
-        )
-    return found
+    return [_weighed(refinement, strategy, allocation, ratio, power) for power in POWERS]
+
+
+def _weighed(
+    refinement: Refinement, strategy: Strategy, allocation: Allocation, ratio: Array, power: float
+) -> Strategy:
+    """The strategy with errors of each timestep bucket larger by a power of a ratio."""
+    sites = []
+    for site in strategy.sites:
+        row = np.repeat(ratio**power, site.heads)[:, None]
+        error, weighted = site.error * row, site.weighted_error * row
+        sites.append(replace(site, error=error, weighted_error=weighted))
+    start = total(sites, allocation.choices, 0.0, refinement.bench.cost).error
+    return replace(
+        strategy,
+        name=f"{strategy.name}, timesteps by the video to the power {power:g}",
+        sites=sites,
+        around=(allocation, REACH),
+        start=start or None,
+    )

@@ -1,0 +1,192 @@
+"""Requests: what a run of the model is asked for at its attention sites, and what it answers.
+
+A request says everything about a run; its `attend` stands at every site. What it notices goes into
+the `Result` of that run, and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freqopt.calibration.measure.attention import (
+    AttentionCall,
+    AttentionShape,
+    head_chunks,
+    head_energy,
+    head_error,
+)
+from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call
+from freqopt.calibration.measure.curves import measure_curves
+from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.readings import Reading
+from freqopt.config import DEFAULT_PROBES
+from freqopt.plan.records import SiteTiming
+
+INJECTED, MOST_AMPLIFIED = 0.2, 8.0
+"""Relative error of a site's output that injected errors are amplified to, and how much at most.
+One head's own error would drown in the rounding of a bfloat16 model."""
+
+TIMED_REPEATS = 3
+"""Repetitions of the times taken at every site, at the plan's thresholds."""
+
+Thresholds = Mapping[str, Tensor]
+"""Thresholds by site, (H,) or (buckets, H); a site without any stays dense."""
+
+
+@dataclass
+class Result:
+    """What one run of the model showed, at the sites that it reached.
+
+    output: floating-point tensors of the model. shapes: of every site reached, in order. densities:
+    (H,) for each call that was split. injected: squared relative error that was put into a site's
+    output, None if it was not reached. times: of one call, (dense, split) in ms. timings: of shapes
+    of attention that were timed. failures: why measuring a site failed.
+    """
+
+    output: list[Tensor] = field(default_factory=list)
+    shapes: dict[str, AttentionShape] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
+    densities: dict[str, list[Tensor]] = field(default_factory=dict)
+    injected: Tensor | None = None
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    timings: dict[AttentionShape, SiteTiming] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def mean_densities(self) -> dict[str, Tensor]:
+        """(H,) of every site that was split, the mean over its calls."""
+        return {name: torch.stack(rows).mean(0).cpu() for name, rows in self.densities.items()}
+
+
+class Visit(NamedTuple):
+    """One call of a site's attention in a run: which site, in which timestep bucket."""
+
+    site: str
+    bucket: int
+    call: AttentionCall
+    result: Result
+
+    def threshold(self, thresholds: Thresholds) -> Tensor:
+        """(H,) of this site in this timestep bucket."""
+        rows = thresholds[self.site]
+        return rows if rows.dim() == 1 else rows[self.bucket]
+
+
+class Request(ABC):
+    """What is done at every site. lenient: a site where that fails is dense, and noted."""
+
+    lenient: ClassVar[bool] = False
+
+    @abstractmethod
+    def attend(self, visit: Visit) -> Tensor:
+        """Attention (B, H, N, D) of a call, to be passed on."""
+
+
+class Dense(Request):
+    """The dense model."""
+
+    def attend(self, visit: Visit) -> Tensor:
+        """See `Request`."""
+        return visit.call.dense()
+
+
+@dataclass(frozen=True)
+class Measure(Request):
+    """Curves of all sites; the model runs on dense attention.
+
+    skipped: sites to leave out, as measuring them failed before. timed: shapes whose times are
+    known. on_site: called at each site.
+    """
+
+    skipped: Collection[str] = ()
+    timed: Collection[AttentionShape] = ()
+    probes: int = DEFAULT_PROBES
+    on_site: Callable[[], None] = lambda: None
+    lenient = True
+
+    def attend(self, visit: Visit) -> Tensor:
+        """See `Request`."""
+        site, _, call, result = visit
+        dense = call.dense()
+        if site in self.skipped or site in result.failures:
+            return dense
+        self.on_site()
+        reading = measure_curves(site, call, dense, self.probes)
+        known = call.shape in self.timed or call.shape in result.timings
+        if has_clock(dense) and not known:
+            density = reading.curves["density"]
+            result.timings[call.shape] = time_call(call, THRESHOLDS, density, self.probes)
+        result.readings.append(reading)
+        return dense
+
+
+@dataclass(frozen=True)
+class Inject(Request):
+    """Dense attention with the split's error, amplified, at one site: at a head, or -1 for all."""
+
+    site: str
+    head: int
+    threshold: Tensor
+    probes: int = DEFAULT_PROBES
+    lenient = True
+
+    def attend(self, visit: Visit) -> Tensor:
+        """See `Request`."""
+        site, _, call, result = visit
+        dense = call.dense()
+        if site != self.site:
+            return dense
+        out, _, _ = call.split(self.threshold, self.probes)
+        error, _ = head_error(out, dense)
+        if self.head >= 0:
+            at = torch.arange(len(error), device=error.device)
+            error = torch.where(at == self.head, error, 0.0)
+        injected = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
+        factor = (INJECTED / injected.sqrt().clamp(min=1e-30)).clamp(1.0, MOST_AMPLIFIED)
+        for part in head_chunks(out):
+            truth, chosen = dense[:, part].float(), (error[part] > 0.0)[None, :, None, None]
+            amplified = truth + factor * (out[:, part].float() - truth) * chosen
+            out[:, part] = amplified.to(out.dtype)
+        result.injected = injected * factor.square()
+        return out
+
+
+@dataclass(frozen=True)
+class Split(Request):
+    """Sites with thresholds are split, the others dense."""
+
+    thresholds: Thresholds
+    probes: int = DEFAULT_PROBES
+
+    def attend(self, visit: Visit) -> Tensor:
+        """See `Request`."""
+        site, _, call, result = visit
+        if site not in self.thresholds:
+            return call.dense()
+        out, density, _ = call.split(visit.threshold(self.thresholds), self.probes)
+        result.densities.setdefault(site, []).append(density.mean(0))
+        return out
+
+
+@dataclass(frozen=True)
+class Time(Request):
+    """Sites with thresholds are timed, dense and split; the model runs on dense attention."""
+
+    thresholds: Thresholds
+    probes: int = DEFAULT_PROBES
+
+    def attend(self, visit: Visit) -> Tensor:
+        """See `Request`."""
+        site, _, call, result = visit
+        if site in self.thresholds:
+            threshold = visit.threshold(self.thresholds).to(call.query.device)
+            result.times[site] = (
+                milliseconds(call.dense, TIMED_REPEATS),
+                milliseconds(lambda: call.split(threshold, self.probes), TIMED_REPEATS),
+            )
+        return call.dense()

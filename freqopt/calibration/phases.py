@@ -1,0 +1,278 @@
+"""One calibration: its phases in order, from measuring the sites to the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqopt.calibration.checkpoint import Entry
+from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
+from freqopt.calibration.measure.ladder import Array
+from freqopt.calibration.measure.readings import Survey, pack, unpack
+from freqopt.calibration.measure.requests import Measure, Thresholds, Time
+from freqopt.calibration.search.allocate import solve, with_dense
+from freqopt.calibration.search.choices import SiteChoices, site_choices
+from freqopt.calibration.search.refine import (
+    ALONE,
+    MAX_REFINED_SAMPLES,
+    Candidate,
+    Refinement,
+    best_at_density,
+    cheapest,
+)
+from freqopt.calibration.search.sensitivity import measure_sensitivities, probed_samples
+from freqopt.calibration.search.verify import (
+    ACCEPT,
+    Criterion,
+    Goal,
+    Outcome,
+    OutputError,
+    Search,
+    thresholds_key,
+    thresholds_of,
+)
+from freqopt.calibration.search.video import GeneratedVideo, video_strategies
+from freqopt.calibration.search.workbench import Workbench
+from freqopt.config import DEFAULT_PROBES
+from freqopt.errors import CalibrationError
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import SiteTiming
+
+
+class Calibration:
+    """One calibration: its phases in order.
+
+    sensitivities, rounding: of `measure_sensitivities`. sites: what there is to choose from.
+    """
+
+    def __init__(self, bench: Workbench, rounds: int | None = None) -> None:
+        self.bench, self.rounds = bench, rounds
+        self.sensitivities: dict[str, Array] = {}
+        self.rounding = 0.0
+        self.sites: list[SiteChoices] = []
+
+    def for_error(self, target: float) -> Plan:
+        """The plan that holds a relative error of the model's output."""
+        sites = self.choices()
+        refinement = self.refinement()
+        strategies = refinement.strategies(sites, target)
+        best = cheapest(strategies, refinement.fitted(target), self.bench)
+        return self._plan(best, self.held_out(target), Goal(error=target))
+
+    def for_density(self, target: float) -> Plan:
+        """The plan with the least error whose density is within a target."""
+        self.sites = [replace(site, forced=True) for site in self.choices()]
+        refinement = self.refinement()
+        strategies = refinement.strategies_at_density(self.sites, target)
+        best = best_at_density(strategies, refinement.fitted(1.0), target, self.bench)
+        return self._plan(best, self.held_out(1.0), Goal(density=target))
+
+    def for_psnr(self, target: float, pipeline: Callable[[], Any]) -> Plan:
+        """The plan that holds a PSNR, in dB, of what a pipeline generates."""
+        sites = self.choices()
+        with self.bench.progress.phase("dense pipeline", 2) as step:
+            criterion = GeneratedVideo(self.bench, pipeline, target)
+            step(2)
+        strategies = video_strategies(self.refinement(), criterion, sites)
+        best = cheapest(strategies, criterion, self.bench)
+        return self._plan(best, criterion, Goal(psnr=target))
+
+    def choices(self) -> list[SiteChoices]:
+        """Measure all sites and sensitivities: what there is to choose from at each of them."""
+        bench = self.bench
+        measure_sites(bench)
+        probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
+        self.sensitivities, self.rounding = measure_sensitivities(bench, probed)
+        self.sites = [
+            site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
+            for name, site in bench.survey.measurable().items()
+        ]
+        return self.sites
+
+    def refinement(self) -> Refinement:
+        """What rounds of refinement need; once all sites are measured."""
+        refined = probed_samples(self.bench.samples, MAX_REFINED_SAMPLES)
+        references = [self.bench.reference(sample) for sample in refined]
+        return Refinement(self.bench, references, self.rounds)
+
+    def held_out(self, target: float) -> OutputError:
+        """The criterion that a plan is verified by; runs the dense model on the samples."""
+        samples = self.bench.samples.held_out
+        references = [self.bench.reference(sample) for sample in samples]
+        with self.bench.progress.phase("dense references", len(references)) as step:
+            for reference in references:
+                reference.compute()
+                step()
+        return OutputError(self.bench, references, target, "held out")
+
+    def _plan(self, best: Sequence[Candidate], criterion: Criterion, goal: Goal) -> Plan:
+        """Search for the goal along the best of the strategies, and write down what came of it."""
+        bench = self.bench
+        search = Search(best[0].strategy, bench, criterion)
+        reasons: dict[str, str] = {}
+        if goal.density is not None:
+            outcome = search.run_density(goal.density)
+            times = self._times(thresholds_of(self.sites, outcome.allocation))
+        else:
+            search, outcome = self._search(best, criterion)
+            times = self._times(thresholds_of(self.sites, outcome.allocation))
+            reasons = slow_sites(times)
+        if reasons:
+            sites = search.strategy.sites
+            faster = with_dense(sites, outcome.allocation, reasons, bench.cost)
+            outcome = search.try_out(faster, outcome.notes)
+        notes = [*bench.samples.notes, *outcome.notes]
+        if search.strategy.tied:
+            notes.append("one threshold serves all heads and timesteps: no other way cost less")
+        error = outcome.trial
+        if goal.psnr is not None:
+            held_out = Search(search.strategy, bench, self.held_out(1.0))
+            error = held_out.try_out(outcome.allocation).trial
+        facts = PlanFacts(
+            sites=self.sites,
+            sensitivities=self.sensitivities,
+            marginals=search.strategy.marginals,
+            rounding=self.rounding,
+            outcome=outcome,
+            trials=search.trials,
+            error=error,
+            goal=goal,
+            times=times,
+            reasons=reasons,
+            notes=notes,
+        )
+        return build_plan(bench, facts)
+
+    def _search(self, best: Sequence[Candidate], criterion: Criterion) -> tuple[Search, Outcome]:
+        """The search that met the target, along the first strategy.
+
+        Where that ends far from it, along that of heads alone, which reaches everything that can be
+        reached.
+        """
+        met: tuple[Search, Outcome] | None = None
+        alone = next(candidate for candidate in best if candidate.strategy.name == ALONE)
+        for candidate in (best[0], alone):
+            search = Search(candidate.strategy, self.bench, criterion)
+            outcome = search.run(candidate.predicted)
+            if outcome and (met is None or outcome.allocation.cost < met[1].allocation.cost):
+                met = search, outcome
+            if candidate is alone or (
+                outcome and outcome.trial.measured_error >= ACCEPT * criterion.target
+            ):
+                break
+        return met or (search, self._everything_dense(search, criterion))
+
+    def _times(self, thresholds: Thresholds) -> dict[str, tuple[float, float]]:
+        """Time (dense, split) of every site that is split, in ms; if costs were measured too."""
+        bench, samples = self.bench, self.bench.samples.held_out
+        if not bench.survey.timings or not thresholds:
+            return {}
+        middle = samples[len(samples) // 2]
+        times = bench.kept(
+            thresholds_key("times", thresholds),
+            lambda: bench.runner.run(middle, Time(thresholds)).times,
+        )
+        return {name: (dense, split) for name, (dense, split) in times.items()}
+
+    def _everything_dense(self, search: Search, criterion: Criterion) -> Outcome:
+        """The plan that splits nothing, unless exact attention misses the target as well."""
+        exact = {site.name: torch.zeros(site.heads) for site in self.sites}
+        floor = max(criterion.measure(exact).errors)
+        if floor > criterion.target:
+            raise CalibrationError(
+                f"the target {criterion.target:g} cannot be met: with every pair attended exactly "
+                f"(threshold 0) the output already differs by {floor:.1e}, which is rounding "
+                "amplified by the model; ask for more than that"
+            )
+        outcome = search.try_out(solve(self.sites, 0.0, search.cost))
+        loosest = solve(self.sites, math.inf, search.cost)
+        pays = not all(choice.dense for choice in loosest.choices)
+        why = "no split met the target" if pays else "splitting is no faster anywhere"
+        outcome.notes.append(f"{why}, so every site stays dense")
+        return outcome
+
+
+def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:
+    """Sites whose split, as timed at its thresholds, is no faster than dense; with the reason.
+
+    Allocation goes by a line through a few times, which a short call may miss.
+    """
+    return {
+        name: slower_reason(dense, split, "at its budgets")
+        for name, (dense, split) in times.items()
+        if split >= dense
+    }
+
+
+def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
+    """Measure all sites in runs on the fitted samples, those that the checkpoint has excepted.
+
+    Raises:
+        CalibrationError: samples that the model cannot serve, or nothing that can be split.
+    """
+    fit, survey = bench.samples.fit, bench.survey
+    sites = 0
+    with bench.progress.phase("measuring sites", None) as step:
+        for index, sample in enumerate(fit):
+            key = f"measure/{index}"
+            before = bench.checkpoint.find(key)
+            request = Measure(survey.failures(), survey.timings, probes, on_site=step)
+            entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))
+            _take_in(survey, entry, bench.samples.bucket(sample))
+            sites = sites or len(survey.measurable())
+            step.total(sites * len(fit))
+            if before is not None:
+                step(sites)
+    if not survey.measurable():
+        raise CalibrationError(_nothing_measured(survey))
+
+
+def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, dict[str, Tensor]]:
+    """One measuring run, as the facts and tensors that `_take_in` takes."""
+    result = bench.runner.run(bench.samples.fit[index], request)
+    if not all(bool(torch.isfinite(x).all()) for x in result.output):
+        raise CalibrationError(
+            f"sample {index} (of those fitted): the dense model's own output has NaN "
+            "or infinite values; calibration needs samples that the model can serve"
+        )
+    if not any(bool(x.any()) for x in result.output):
+        raise CalibrationError(
+            f"sample {index} (of those fitted): the dense model's output is zero "
+            "everywhere, so no relative error exists; are its weights loaded?"
+        )
+    readings, tensors = pack(result.readings)
+    facts = {
+        "readings": readings,
+        "shapes": result.shapes,
+        "failures": result.failures,
+        "dense": bench.runner.dense_sites,
+        "timings": [timing.model_dump() for timing in result.timings.values()],
+    }
+    return facts, tensors
+
+
+def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
+    """Take in a measuring run, of this calibration or of one before it."""
+    facts = entry.facts
+    survey.add_sites(facts["shapes"], facts["failures"])
+    survey.dense_sites.update(facts["dense"])
+    for timing in facts["timings"]:
+        survey.add_timing(SiteTiming.model_validate(timing, strict=False))
+    survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)
+
+
+def _nothing_measured(survey: Survey) -> str:
+    reasons = {**survey.dense_sites, **survey.failures()}
+    if not reasons:
+        return (
+            "no attention was found in the model's graph: it may be of a form that is not "
+            "recognised, or the compiler may have left its frame; "
+            "freqopt.inspect(model, ...) tells which"
+        )
+    listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+    return f"none of the {len(reasons)} attention sites can be split ({listed})"
