@@ -175,8 +175,8 @@ def probe_agreement(bench: Bench, plan: Plan) -> dict[str, float]:
                 continue
             for head, threshold in enumerate(site.budgets[bucket].threshold):
                 rung = int(np.abs(np.log(THRESHOLDS) - math.log(max(threshold, 1e-9))).argmin())
-                true.append(math.sqrt(float(reading.curves["own"][rung, head])))
-                probe.append(math.sqrt(float(reading.curves["probe"][rung, head])))
+                true.append(math.sqrt(float(reading.curves["own"][0, rung, head])))
+                probe.append(math.sqrt(float(reading.curves["probe"][0, rung, head])))
     ranks = np.stack([np.argsort(np.argsort(values)) for values in (true, probe)])
     return {
         "calls": len(true),

@@ -295,7 +295,7 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
             rows.append(_head_curves(source.curve, scale[:, None]))
         ladder = np.array(evidence.thresholds)
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
-        of_site = make_choices(name, shape, ladder, join_curves(rows), shares)
+        of_site = make_choices(name, shape, ladder, [join_curves(rows)], shares)
         choices.append(replace(of_site, forced=plan.target_density is not None))
     return choices
 

@@ -221,7 +221,7 @@ def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
         for index, sample in enumerate(fit):
             key = f"measure/{index}"
             before = bench.checkpoint.find(key)
-            request = Measure(survey.failures(), survey.timings, probes, on_site=step)
+            request = Measure(survey.failures(), survey.timings, probes, index, on_site=step)
             entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))
             _take_in(survey, entry, bench.samples.bucket(sample))
             sites = sites or len(survey.measurable())

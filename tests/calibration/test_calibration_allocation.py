@@ -106,7 +106,9 @@ def test_a_site_that_saves_nothing_stays_dense() -> None:
     ladder = np.array([0.1, 1.0])
     density = np.full((2, 2), 0.9)  # local blocks alone are most of a short sequence
     error = np.full((2, 2), 1e-9)
-    site = make_choices("a", AttentionShape(2, 128, 64), ladder, HeadCurves(density, error, error))
+    site = make_choices(
+        "a", AttentionShape(2, 128, 64), ladder, [HeadCurves(density, error, error)]
+    )
     assert allocate([site], 1.0, COST).choices[0].dense
 
 

@@ -69,7 +69,9 @@ def test_allocation_leaves_dense_what_this_device_is_slow_at() -> None:
     density = np.array([[0.9, 0.5, 0.2, 0.05]] * 2)
     error = np.array([[1e-6, 1e-4, 1e-3, 1e-2]] * 2)
     sites = [
-        make_choices(name, AttentionShape(2, tokens, 64), LADDER, HeadCurves(density, error, error))
+        make_choices(
+            name, AttentionShape(2, tokens, 64), LADDER, [HeadCurves(density, error, error)]
+        )
         for name, tokens in (("fast", 4096), ("slow", 1024))
     ]
     timings = [

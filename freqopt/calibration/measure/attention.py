@@ -66,34 +66,9 @@ class AttentionCall:
         )
         return out, density, probe
 
-    def ordered_scores(self) -> Tensor:
-        """(B, H, pairs) scores of all (query tile, key block) pairs, ascending.
-
-        Infinite for the local blocks, which are exact at any threshold. Heads in turn: scoring all
-        would need gigabytes.
-        """
-        from freqopt.kernels.reference import own_blocks
-        from freqopt.kernels.scores import route_scores
-
-        group, rows = self.query.shape[1] // self.key.shape[1], []
-        for head in range(self.query.shape[1]):
-            of_query, of_key = slice(head, head + 1), slice(head // group, head // group + 1)
-            score = route_scores(
-                self.query[:, of_query],
-                self.key[:, of_key],
-                self.value[:, of_key],
-                grid=self.grid,
-                text_before=self.text_before,
-                text_after=self.text_after,
-                scale=self.scale,
-            )
-            own = own_blocks(score.shape[2], score.shape[3], score.device)
-            rows.append(torch.where(own, torch.inf, score).flatten(2).sort(-1).values)
-        return torch.cat(rows, 1)
-
 
 def count_lifted(ordered: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """(T, B, H) int64: how many pairs of `ordered_scores` score at least each threshold."""
+    """(T, B, H) int64: how many of ordered scores (B, H, pairs) are at least each threshold."""
     asked = torch.tensor(thresholds, device=ordered.device).expand(*ordered.shape[:2], -1)
     below = torch.searchsorted(ordered, asked.contiguous())
     return (ordered.shape[-1] - below).movedim(-1, 0)

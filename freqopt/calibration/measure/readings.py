@@ -14,7 +14,7 @@ from freqopt.calibration.measure.spectrum import spectrum_axes
 from freqopt.grid import Grid
 from freqopt.plan.records import SiteTiming
 
-CURVES = ("density", "own", "site", "bias", "site_bias", "probe")
+CURVES = ("density", "own", "site", "bias", "site_bias", "probe", "variance")
 """Curves of a reading over the ladder; see `Reading`."""
 
 FINE = "fine"
@@ -27,11 +27,11 @@ SPECTRA = ("power", "low")
 class Reading:
     """What one call of a site showed; float64 on the CPU.
 
-    energy: (H,) share of the site's output energy. curves: by name, [rung][head]: density; own:
-    squared error relative to the head's output; site: the same relative to the whole site's; bias:
-    signed share of the head's output lost; site_bias: squared bias relative to the site; probe:
-    squared probe error; fine: density at each of `ladder_choices` in place of the rungs, read off
-    the routing scores. spectrum: as `key_spectrum` returns it.
+    energy: (H,) share of the site's output energy. curves: by name, [order][rung][head]: density;
+    own: squared error relative to the head's output; site: the same relative to the whole site's;
+    bias: signed share of the head's output lost; site_bias: squared bias relative to the site;
+    probe: squared probe error; variance: of `site`, as only some tiles are measured; fine: density
+    at each of `ladder_choices` in place of the rungs. spectrum: as `key_spectrum` returns it.
     """
 
     site: str
@@ -86,9 +86,13 @@ class Sums:
         curves = {name: self.curves[name] + other.curves[name] for name in self.curves}
         return Sums(self.calls + other.calls, self.energy + other.energy, curves)
 
-    def mean(self, name: str) -> Tensor:
-        """Mean curve [rung][head]."""
-        return self.curves[name] / self.calls
+    def mean(self, name: str, order: int = 0) -> Tensor:
+        """Mean curve [rung][head] in one of ORDERS."""
+        return self.curves[name][order] / self.calls
+
+    def deviation(self, order: int = 0) -> Tensor:
+        """Standard error [rung][head] of the mean curve `site`."""
+        return self.curves["variance"][order].sqrt() / self.calls
 
 
 @dataclass

@@ -25,6 +25,7 @@ from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.ladder import THRESHOLDS
 from freqopt.calibration.measure.readings import Reading
+from freqopt.calibration.measure.tiles import SAMPLED_TILES
 from freqopt.config import DEFAULT_PROBES
 from freqopt.plan.records import SiteTiming
 
@@ -100,12 +101,15 @@ class Measure(Request):
     """Curves of all sites; the model runs on dense attention.
 
     skipped: sites to leave out, as measuring them failed before. timed: shapes whose times are
-    known. on_site: called at each site.
+    known. number: of the run, as runs measure different tiles. tiles: query tiles of a site's call
+    that errors are measured on, SAMPLED_TILES where none are given. on_site: called at each site.
     """
 
     skipped: Collection[str] = ()
     timed: Collection[AttentionShape] = ()
     probes: int = DEFAULT_PROBES
+    number: int = 0
+    tiles: Mapping[str, int] = field(default_factory=dict)
     on_site: Callable[[], None] = lambda: None
     lenient = True
 
@@ -116,10 +120,11 @@ class Measure(Request):
         if site in self.skipped or site in result.failures:
             return dense
         self.on_site()
-        reading = measure_curves(site, call, dense, self.probes)
+        tiles = self.tiles.get(site, SAMPLED_TILES)
+        reading = measure_curves(site, call, dense, self.probes, self.number, tiles)
         known = call.shape in self.timed or call.shape in result.timings
         if has_clock(dense) and not known:
-            density = reading.curves["density"]
+            density = reading.curves["density"][0]
             result.timings[call.shape] = time_call(call, THRESHOLDS, density, self.probes)
         result.readings.append(reading)
         return dense

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.ladder import REFINEMENT, THRESHOLDS, Array, ladder_choices
+from freqopt.calibration.measure.ladder import (
+    ORDERS,
+    REFINEMENT,
+    THRESHOLDS,
+    Array,
+    ladder_choices,
+)
 from freqopt.calibration.measure.readings import FINE, MeasuredSite
 
 BIAS_WEIGHT = 4.0
@@ -59,6 +65,11 @@ class SiteChoices:
     def shape(self) -> AttentionShape:
         """What a cost model is asked about."""
         return AttentionShape(self.heads, self.tokens, self.head_dim)
+
+    @property
+    def ladder(self) -> int:
+        """Number of choices in the first order, the exact one among them; they come first."""
+        return int((np.broadcast_to(self.order, self.threshold.shape) == 0).sum())
 
     @property
     def weight(self) -> Array:
@@ -145,23 +156,30 @@ def make_choices(
     name: str,
     shape: AttentionShape,
     ladder: Array,
-    curves: HeadCurves,
+    by_order: Sequence[HeadCurves],
     shares: Sequence[float] = (1.0,),
 ) -> SiteChoices:
-    """All choices of a site: exact first, then the curves refined between the ladder's rungs."""
-    one = np.ones((curves.density.shape[0], 1))
-    density, error, weighted_error = refine(
-        ladder, curves.density, curves.error, curves.weighted_error, fine=curves.fine
-    )
+    """All choices of a site: exact first, then for each order the curves between its rungs.
+
+    by_order: curves in each of ORDERS.
+    """
+    one = np.ones((by_order[0].density.shape[0], 1))
+    columns: list[tuple[Array, ...]] = [(one, 0.0 * one, 0.0 * one)]
+    for curves in by_order:
+        errors = curves.error, curves.weighted_error
+        columns.append(refine(ladder, curves.density, *errors, fine=curves.fine))
+    density, error, weighted = (np.concatenate(c, axis=1) for c in zip(*columns, strict=True))
+    rungs = ladder_choices(ladder)
     return SiteChoices(
         name,
         shape.tokens,
         shape.head_dim,
-        np.concatenate([np.zeros(1), ladder_choices(ladder)]),
-        np.concatenate([one, density], axis=1),
-        np.concatenate([0.0 * one, error], axis=1),
-        np.concatenate([0.0 * one, weighted_error], axis=1),
+        np.concatenate([np.zeros(1), np.tile(rungs, len(by_order))]),
+        density,
+        error,
+        weighted,
         tuple(shares),
+        order=np.concatenate([[0], np.repeat(np.arange(len(by_order)), len(rungs))]),
     )
 
 
@@ -175,13 +193,16 @@ def site_choices(site: MeasuredSite, sensitivity: Array, samples: Sequence[int])
     """
     shares = [count / sum(samples) for count in samples]
     total = site.total()
-    rows: list[HeadCurves] = []
-    for bucket, share in enumerate(shares):
-        sums, weight = site.buckets.get(bucket, total), np.square(sensitivity[bucket])[:, None]
-        density, error, bias, fine = (
-            sums.mean(name).T.numpy() for name in ("density", "site", "site_bias", FINE)
-        )
-        weighted_error = error + (BIAS_WEIGHT - 1.0) * bias
-        scale = share * weight
-        rows.append(HeadCurves(density, scale * error, scale * weighted_error, fine))
-    return make_choices(site.name, site.shape, np.array(THRESHOLDS), join_curves(rows), shares)
+    by_order: list[HeadCurves] = []
+    for order in range(len(ORDERS)):
+        rows: list[HeadCurves] = []
+        for bucket, share in enumerate(shares):
+            sums = site.buckets.get(bucket, total)
+            density, error, bias, fine = (
+                sums.mean(name, order).T.numpy() for name in ("density", "site", "site_bias", FINE)
+            )
+            weighted = error + (BIAS_WEIGHT - 1.0) * bias
+            scale = share * np.square(sensitivity[bucket])[:, None]
+            rows.append(HeadCurves(density, scale * error, scale * weighted, fine))
+        by_order.append(join_curves(rows))
+    return make_choices(site.name, site.shape, np.array(THRESHOLDS), by_order, shares)

@@ -65,11 +65,14 @@ def neighbour(
 
 
 def _nearest(site: SiteChoices, row: int, choice: int) -> int:
-    """The choice whose density is nearest to that of `choice` over STEP.
+    """The choice in the same order whose density is nearest to that of `choice` over STEP.
 
     At the loose end, to that times STEP.
     """
-    others = np.setdiff1d(np.arange(1, len(site.threshold)), choice)
+    alike = np.broadcast_to(
+        site.order == site.order[choice % len(site.order)], site.threshold.shape
+    )
+    others = np.setdiff1d(np.flatnonzero(alike), [0, choice])
     away = np.log(site.density[row, others] / site.density[row, choice])
     wanted = np.log(STEP) if away.min() > -0.5 * np.log(STEP) else -np.log(STEP)
     return int(others[np.abs(away - wanted).argmin()])

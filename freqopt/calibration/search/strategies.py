@@ -81,7 +81,7 @@ class Strategy:
         The last allocation before `stop`, or `beyond` the first at which it holds, by bisection.
         """
         count = len(self.sites)
-        low, high = 0, (len(self.sites[0].threshold) - 1) * count
+        low, high = 0, (self.sites[0].ladder - 1) * count
 
         def at(position: int) -> Allocation:
             return uniform(self.sites, position // count, cost, looser=position % count)

@@ -212,10 +212,16 @@ class Search:
             OptionError: even the loosest budgets need more.
         """
         predicted, best, lowest = target, None, math.inf
+        loosest = self.strategy.solve_density(0.0, self.cost)
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
             for _ in range(MAX_TRIALS):
                 allocation = self.strategy.solve_density(predicted, self.cost)
+                while previous and same_choices(allocation, previous):
+                    if best is not None or same_choices(allocation, loosest):
+                        break
+                    predicted *= NEAR
+                    allocation = self.strategy.solve_density(predicted, self.cost)
                 if previous is not None and same_choices(allocation, previous):
                     break
                 previous = allocation

@@ -1,0 +1,127 @@
+"""Errors from a sample of query tiles: unbiased, of known deviation, those of the op on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import freqopt
+from freqopt.calibration.measure import tiles
+from freqopt.calibration.measure.attention import AttentionCall
+from freqopt.calibration.measure.curves import head_tokens, measure_curves
+from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.tiles import (
+    even_sample,
+    offset_of,
+    tile_errors,
+    variance_of_sum,
+)
+
+GRID = (5, 16, 20)  # 1,600 tokens: 12 whole tiles and a ragged one
+CPU = torch.device("cpu")
+
+
+def make_call(grid: tuple[int, int, int] = GRID, batch: int = 1) -> AttentionCall:
+    torch.manual_seed(0)
+    tokens = grid[0] * grid[1] * grid[2]
+    query, key, value = torch.randn(3, batch, 2, tokens, 16).unbind(0)
+    drift = torch.linspace(-2, 2, tokens)[:, None]
+    return AttentionCall(1.5 * query + drift, key - drift, value, None, grid, 0, 0, 0.25)
+
+
+@pytest.fixture(scope="module")
+def call() -> AttentionCall:
+    return make_call()
+
+
+def errors(call: AttentionCall, chosen: Tensor, probes: int = 64) -> Tensor:
+    thresholds = torch.tensor(THRESHOLDS)
+    return tile_errors(head_tokens(call, 1, "grid"), thresholds, chosen, probes).error
+
+
+@pytest.mark.parametrize("probes", [64, 0])
+@pytest.mark.parametrize("grid, batch", [((3, 6, 10), 1), ((5, 7, 9), 2), ((1, 1, 600), 1)])
+def test_every_tile_has_the_error_that_the_op_makes_there(
+    probes: int, grid: tuple[int, int, int], batch: int
+) -> None:
+    call = make_call(grid, batch)
+    count = -(-call.query.shape[2] // 128)
+    got = tile_errors(
+        head_tokens(call, 1, "grid"), torch.tensor(THRESHOLDS), torch.arange(count), probes
+    )
+    order = freqopt.grid.token_order(grid, CPU).long()
+    dense = call.dense()[:, 1, order]
+    for rung in (1, 7, 9, 12):
+        out, _, probe = call.split(torch.full((2,), THRESHOLDS[rung]), probes)
+        wrong = out[:, 1, order] - dense
+        for tile in range(count):
+            rows = slice(128 * tile, 128 * tile + 128)
+            error, along = wrong[:, rows].square().sum(), (wrong * dense)[:, rows].sum()
+            torch.testing.assert_close(got.error[rung, tile], error, rtol=2e-3, atol=1e-5)
+            torch.testing.assert_close(got.along[rung, tile], along, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(
+            got.probe_error[rung], probe[:, 1], rtol=2e-3, atol=1e-6, equal_nan=True
+        )
+    assert got.error[12].min() > 1e-2
+
+
+def test_expanded_sums_are_unbiased_over_offsets(call: AttentionCall) -> None:
+    """Offsets that take every tile equally often have the mean of all tiles."""
+    whole = errors(call, torch.arange(13)).sum(1)
+    for count in (4, 5):
+        steps = 13 * count
+        samples = [even_sample(13, count, (i + 0.5) / steps, CPU) for i in range(steps)]
+        taken = torch.cat(samples).bincount(minlength=13)
+        assert taken.min() == taken.max() == steps * count / 13
+        mean = sum(13 / count * errors(call, chosen).sum(1) for chosen in samples) / steps
+        torch.testing.assert_close(mean, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_are_even_and_all_tiles_where_there_are_few() -> None:
+    assert even_sample(591, 32, 0.3, CPU).diff().unique().tolist() == [18, 19]
+    assert even_sample(9, 32, 0.999, CPU).tolist() == list(range(9))
+    offsets = torch.tensor([offset_of(f"blocks.{i}.attn", n) for i in range(40) for n in range(8)])
+    assert offsets.min() >= 0.0 and offsets.max() < 1.0
+    assert torch.histc(offsets, 8, 0, 1).min() > 20
+
+
+def test_the_deviation_is_that_of_samples_over_offsets() -> None:
+    """Errors of 640 tiles, rough or smooth along the curve; the mean variance is the true one."""
+    generator = torch.Generator().manual_seed(1)
+    smooth = 2.0 + torch.sin(torch.linspace(0, 3, 640))
+    samples = [even_sample(640, 32, (i + 0.5) / 20, CPU) for i in range(20)]
+    for roughness in (1.0, 0.3):
+        true, said = [], []
+        for _ in range(12):
+            noise = torch.rand(640, generator=generator, dtype=torch.float64)
+            values = smooth * (1.0 + roughness * (noise - 0.5))
+            true.append(torch.stack([20 * values[x].sum() for x in samples]).var(correction=0))
+            said += [variance_of_sum(values[x], 640) for x in samples]
+        ratio = torch.stack(said).mean() / torch.stack(true).mean()
+        assert 0.8 < ratio < 1.5
+    assert variance_of_sum(values, 640) == 0.0
+
+
+def test_a_reading_of_some_tiles_is_near_that_of_all(call: AttentionCall) -> None:
+    dense = call.dense()
+    whole = measure_curves("a", call, dense, 64)
+    assert not whole.curves["variance"].any()
+    far = []
+    for number in range(8):
+        part = measure_curves("a", call, dense, 64, number, sampled=6)
+        for name in ("density", "fine", "probe"):
+            torch.testing.assert_close(part.curves[name], whole.curves[name])
+        away = (part.curves["site"] - whole.curves["site"])[0, 8:]
+        far.append(away / part.curves["variance"][0, 8:].sqrt())
+    # 16 rungs and heads that go together, 8 samples: unbiased, and as far off as is said
+    assert torch.stack(far).mean().abs() < 0.5
+    assert 0.4 < torch.stack(far).square().mean().sqrt() < 1.8
+
+
+def test_chunks_do_not_change_the_result(
+    call: AttentionCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = errors(call, torch.arange(13))
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(errors(call, torch.arange(13)), whole)
