@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.op import SplitStats, split_attention
     from freqopt.plan.plan import Plan
+    from freqopt.plan.plans import Plans
     from freqopt.regional import attach
     from freqopt.reporting.report import report
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Artifact": "exporters.manifest",
     "Inspection": "inspection",
     "Plan": "plan.plan",
+    "Plans": "plan.plans",
     "SplitStats": "kernels.op",
     "attach": "regional",
     "calibrate": "calibration.calibrate",
@@ -44,6 +46,7 @@ __all__ = [
     "Artifact",
     "Inspection",
     "Plan",
+    "Plans",
     "SplitStats",
     "__version__",
     "attach",

@@ -7,49 +7,94 @@ most, and verifies the result on samples that were not fitted. How: docs/design/
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from torch import nn
 
 from freqopt.calibration.checkpoint import identity_of, open_checkpoint
 from freqopt.calibration.phases import Calibration
 from freqopt.calibration.runner import opened
-from freqopt.calibration.samples import MAX_BUCKETS, Samples, collect_samples
+from freqopt.calibration.samples import (
+    MAX_BUCKETS,
+    Samples,
+    collect_samples,
+    samples_by_model,
+)
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
 from freqopt.plan.plan import Plan
+from freqopt.plan.plans import Plans
 from freqopt.progress import open_progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """Options of `calibrate`, which says what they are."""
+
+    target_error: float
+    quantile: float | None
+    target_psnr: float | None
+    target_density: float | None
+    grid: Grid | None
+    timestep: str | None
+    timestep_buckets: int
+    rounds: int | None
+    passes: int | None
+    checkpoint: str | os.PathLike[str] | None
+    progress: bool
+    seed: int
+
+
+@overload
+def calibrate(model: nn.Module, samples: Samples, **options: Unpack[Options]) -> Plan: ...
+
+
+@overload
+def calibrate(
+    model: Mapping[str, nn.Module],
+    samples: Samples | Mapping[str, Samples],
+    **options: Unpack[Options],
+) -> Plans: ...
 
 
 def calibrate(
-    model: nn.Module,
-    samples: Samples,
+    model: nn.Module | Mapping[str, nn.Module],
+    samples: Samples | Mapping[str, Samples],
     *,
     target_error: float = 0.03,
+    quantile: float | None = None,
     target_psnr: float | None = None,
     target_density: float | None = None,
     grid: Grid | None = None,
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
     rounds: int | None = None,
+    passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
-) -> Plan:
+) -> Plan | Plans:
     """Find the cheapest budgets that hold an error target on the model's output.
 
     The model runs a dozen or so times per sample where it is, without gradients, in evaluation
     mode; it is left as it was. One seed gives one plan.
 
     Args:
-        model: the model that will be compiled with ``backend="freqopt"``.
+        model: the model that will be compiled with ``backend="freqopt"``; or several that share the
+            denoising steps, by name, such as ``{"transformer": a, "transformer_2": b}``.
         samples: keyword arguments of calls of the model as dicts, or (args, kwargs) pairs; or a
             callable that runs your own pipeline once, whose calls of `model` are then recorded
-            (up to 16, evenly spaced). Every other one is held out for verification.
+            (up to 16, evenly spaced). Every other one is held out for verification. For several
+            models a callable that runs them all, or samples by the models' names.
         target_error: relative L2 error of the model's output against the dense model, without unit,
             in (0, 1); held on the held-out samples (root mean square over them).
+        quantile: the share of inputs, in (0, 1), that `target_error` is held for, instead of their
+            root mean square: 0.9 lets a tenth of the held-out samples be further off.
         target_psnr: instead of `target_error`, the PSNR in dB of what the pipeline generates
             against what it generates with the dense model. `samples` must then be a callable that
             returns it (tensors, arrays or PIL images) and does the same every time: PyTorch's
@@ -66,21 +111,100 @@ def calibrate(
         rounds: of measuring what each head's error adds among those of all others, and allocating
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.
+        passes: runs of the model that may be spent on finding out how errors at heads reach its
+            output, beside measuring, comparing and verifying. By default 30 where a run takes a
+            second or more on a GPU, elsewhere as many as all heads take (or 16 sites of a model of
+            more than 64 heads, in 8 samples). With fewer, heads between those probed are guessed.
         checkpoint: a file that keeps what was measured if calibration is interrupted. Called again
             with it, calibration goes on from there and ends with the same plan. It is removed then.
         progress: show progress and time left.
         seed: seeds PyTorch's generators before every run of the model.
 
     Returns:
-        The plan, with the evidence for `freqopt.report`.
+        The plan, with the evidence for `freqopt.report`; for several models one for each, as a
+        `Plans`, which goes into one file.
 
     Raises:
         CalibrationError: unusable samples (none, NaN, of another form), no site that can be split,
             a target below what even exact attention in another order of summation gives, or a
             checkpoint of another calibration.
         OptionError: a target outside its range, two of them, a density that the loosest budgets do
-            not reach, a target_psnr without a pipeline, or fewer than one timestep bucket.
+            not reach, a target_psnr without a pipeline or for several models, a quantile without a
+            target_error, or fewer than one pass or timestep bucket.
     """
+    options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
+    _check_targets(target_error, quantile, target_psnr, target_density)
+    for name, value, least in (("rounds", rounds, 0), ("passes", passes, 1)):
+        if value is not None and value < least:
+            raise OptionError(f"{name} {value} must be {least} or more")
+    if timestep_buckets < 1:
+        raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
+    if isinstance(model, Mapping):
+        return _calibrate_each(model, samples, options)
+    if isinstance(samples, Mapping):
+        raise OptionError(
+            "samples is a dict, which belongs to several models by name; for one model pass a list "
+            "of calls, or a callable that runs your pipeline"
+        )
+    return _calibrate_one(model, samples, options)
+
+
+def _calibrate_one(
+    model: nn.Module, samples: Samples, options: Mapping[str, Any], *, keep: bool = False
+) -> Plan:
+    """The plan of one model. keep: leave the checkpoint's file when it is done."""
+    inner = getattr(model, "_orig_mod", model)
+    psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
+    pipeline = None if psnr is None else _pipeline(model, samples, psnr)
+    collected = collect_samples(
+        model, samples, timestep=options["timestep"], buckets=options["timestep_buckets"]
+    )
+    path, seed, identity = options["checkpoint"], options["seed"], ""
+    if path is not None:
+        identity = identity_of(inner, collected, grid=grid, seed=seed)
+    with (
+        open_checkpoint(path, identity, keep=keep) as results,
+        opened(inner, collected, grid, seed) as runner,
+        open_progress(options["progress"]) as bars,
+    ):
+        bench = Workbench(runner, bars, results)
+        calibration = Calibration(bench, options["rounds"], options["passes"])
+        if density is not None:
+            return calibration.for_density(density)
+        if pipeline is not None:
+            return calibration.for_psnr(psnr, pipeline)
+        return calibration.for_error(options["target_error"], options["quantile"])
+
+
+def _calibrate_each(
+    models: Mapping[str, nn.Module],
+    samples: Samples | Mapping[str, Samples],
+    options: Mapping[str, Any],
+) -> Plans:
+    """Plans of several models; each has a checkpoint named after it, until all are done."""
+    if options["target_psnr"] is not None:
+        raise OptionError(
+            "target_psnr is for one model; for several pass target_error or target_density, or "
+            "calibrate one at a time with the others dense"
+        )
+    calls, path = samples_by_model(models, samples), options["checkpoint"]
+    paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
+    plans = {
+        name: _calibrate_one(model, calls[name], {**options, "checkpoint": paths[name]}, keep=True)
+        for name, model in models.items()
+    }
+    for kept in paths.values():
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+    return Plans(plans)
+
+
+def _check_targets(
+    target_error: float,
+    quantile: float | None,
+    target_psnr: float | None,
+    target_density: float | None,
+) -> None:
     if not 0.0 < target_error < 1.0:
         raise OptionError(
             f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "
@@ -93,27 +217,17 @@ def calibrate(
         )
     if target_density is not None and target_psnr is not None:
         raise OptionError("target_density and target_psnr were both given; pass one of them")
-    if rounds is not None and rounds < 0:
-        raise OptionError(f"rounds {rounds} must be 0 (no marginals) or more")
-    if timestep_buckets < 1:
-        raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
-    inner = getattr(model, "_orig_mod", model)
-    pipeline: Callable[[], Any] | None = None
-    if target_psnr is not None:
-        pipeline = _pipeline(model, samples, target_psnr)
-    sample_set = collect_samples(model, samples, timestep=timestep, buckets=timestep_buckets)
-    identity = "" if checkpoint is None else identity_of(inner, sample_set, grid=grid, seed=seed)
-    with (
-        open_checkpoint(checkpoint, identity) as results,
-        opened(inner, sample_set, grid, seed) as runner,
-        open_progress(progress) as bars,
-    ):
-        calibration = Calibration(Workbench(runner, bars, results), rounds)
-        if target_density is not None:
-            return calibration.for_density(target_density)
-        if pipeline is not None and target_psnr is not None:
-            return calibration.for_psnr(target_psnr, pipeline)
-        return calibration.for_error(target_error)
+    if quantile is None:
+        return
+    if target_density is not None or target_psnr is not None:
+        raise OptionError(
+            "quantile is the share of inputs that target_error is for, and of no other"
+        )
+    if not 0.0 < quantile < 1.0:
+        raise OptionError(
+            f"quantile {quantile} is outside (0, 1): it is the share of inputs that the error is "
+            "held for, such as 0.9"
+        )
 
 
 def _pipeline(model: nn.Module, samples: Samples, target_psnr: float) -> Callable[[], Any]:

@@ -89,8 +89,12 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(path: str | os.PathLike[str] | None, identity: str) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    path: str | os.PathLike[str] | None, identity: str, *, keep: bool = False
+) -> Iterator[Checkpoint]:
     """A checkpoint that is written if the block is left by an exception, and removed otherwise.
+
+    keep: write it in any case.
 
     Raises:
         CalibrationError: the file is damaged, or belongs to another calibration.
@@ -101,7 +105,10 @@ def open_checkpoint(path: str | os.PathLike[str] | None, identity: str) -> Itera
     except BaseException:
         checkpoint.write()
         raise
-    checkpoint.remove()
+    if keep:
+        checkpoint.write()
+    else:
+        checkpoint.remove()
 
 
 def identity_of(model: nn.Module, samples: SampleSet, **settings: Any) -> str:

@@ -20,7 +20,12 @@ from freqopt.calibration.measure.readings import MeasuredSite, SpectrumSums, Sum
 from freqopt.calibration.search.allocate import SiteChoice
 from freqopt.calibration.search.choices import HeadCurves, SiteChoices, join_curves, make_choices
 from freqopt.calibration.search.cost import CostModel, MeasuredCost
-from freqopt.calibration.search.verify import Goal, Outcome
+from freqopt.calibration.search.verify import (
+    Goal,
+    Outcome,
+    quantile_of,
+    root_mean_square,
+)
 from freqopt.calibration.search.video import decibels_of
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.plan.plan import Plan, model_fingerprint
@@ -35,6 +40,7 @@ from freqopt.plan.records import (
     SiteTiming,
     Spectrum,
     Trial,
+    Verified,
     Versions,
 )
 
@@ -49,8 +55,8 @@ class PlanFacts:
 
     sites: what there was to choose from. sensitivities, marginals: by site (buckets, H). rounding:
     output error at threshold 0. outcome: what the search ended with, after its trials. error: the
-    trial of it on the held-out samples. times: (dense, split) of a call in ms, by site. reasons:
-    why sites stay dense that allocation would split.
+    trial of it on the held-out samples. times: (dense, split) of a call in ms, by site. model_ms:
+    the same of the whole model. reasons: why sites stay dense that allocation would split.
     """
 
     sites: Sequence[SiteChoices]
@@ -62,6 +68,7 @@ class PlanFacts:
     error: Trial
     goal: Goal
     times: Mapping[str, tuple[float, float]]
+    model_ms: tuple[float, float] | None
     reasons: Mapping[str, str]
     notes: list[str]
 
@@ -69,7 +76,8 @@ class PlanFacts:
 def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
     """The plan of a finished calibration."""
     survey, samples, model = bench.survey, bench.samples, bench.runner.model
-    goal, error, outcome = facts.goal, facts.error, facts.outcome
+    goal, outcome, errors = facts.goal, facts.outcome, facts.error.sample_errors
+    error = _round(root_mean_square(errors))
     measured = survey.measurable()
     sites = _site_plans(bench, facts)
     psnr = None
@@ -81,9 +89,11 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
         device=_device_name(model),
         versions=_versions(),
         seed=bench.runner.seed,
-        target_error=goal.error or max(_round(error.measured_error), 1e-9),
-        measured_error=_round(error.measured_error),
-        worst_error=_round(error.worst_error),
+        target_error=goal.error or max(error, 1e-9),
+        measured_error=error,
+        worst_error=_round(max(errors)),
+        target_quantile=goal.quantile,
+        verified=_verified(model, facts),
         target_psnr=goal.psnr,
         target_density=goal.density,
         measured_psnr=psnr,
@@ -104,6 +114,18 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
                 name: _site_evidence(site, facts.times.get(name)) for name, site in measured.items()
             },
         ),
+    )
+
+
+def _verified(model: nn.Module, facts: PlanFacts) -> Verified:
+    errors, quantile, times = facts.error.sample_errors, facts.goal.quantile, facts.model_ms
+    parameter = next(model.parameters(), None)
+    return Verified(
+        sample_errors=[_round(x) for x in errors],
+        spread=_round(float(np.std(errors))),
+        quantile_error=None if quantile is None else _round(quantile_of(errors, quantile)),
+        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        model_ms=None if times is None else (_round(times[0]), _round(times[1])),
     )
 
 

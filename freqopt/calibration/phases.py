@@ -12,9 +12,10 @@ from torch import Tensor
 
 from freqopt.calibration.checkpoint import Entry
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
+from freqopt.calibration.measure.clock import compare_runs, run_milliseconds
 from freqopt.calibration.measure.ladder import Array
 from freqopt.calibration.measure.readings import Survey, pack, unpack
-from freqopt.calibration.measure.requests import Measure, Thresholds, Time
+from freqopt.calibration.measure.requests import Dense, Measure, Split, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -25,7 +26,14 @@ from freqopt.calibration.search.refine import (
     best_at_density,
     cheapest,
 )
-from freqopt.calibration.search.sensitivity import measure_sensitivities, probed_samples
+from freqopt.calibration.search.sensitivity import (
+    FIXED_RUNS,
+    PASSES_WHEN_SLOW,
+    SLOW_PASS,
+    measure_sensitivities,
+    probe_units,
+    probed_samples,
+)
 from freqopt.calibration.search.verify import (
     ACCEPT,
     Criterion,
@@ -37,7 +45,7 @@ from freqopt.calibration.search.verify import (
     thresholds_of,
 )
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
-from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.config import DEFAULT_PROBES
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
@@ -47,22 +55,25 @@ from freqopt.plan.records import SiteTiming
 class Calibration:
     """One calibration: its phases in order.
 
-    sensitivities, rounding: of `measure_sensitivities`. sites: what there is to choose from.
+    rounds, passes: as in `freqopt.calibrate`. sensitivities, rounding: of `measure_sensitivities`.
+    sites: what there is to choose from.
     """
 
-    def __init__(self, bench: Workbench, rounds: int | None = None) -> None:
-        self.bench, self.rounds = bench, rounds
+    def __init__(
+        self, bench: Workbench, rounds: int | None = None, passes: int | None = None
+    ) -> None:
+        self.bench, self.rounds, self.passes = bench, rounds, passes
         self.sensitivities: dict[str, Array] = {}
         self.rounding = 0.0
         self.sites: list[SiteChoices] = []
 
-    def for_error(self, target: float) -> Plan:
-        """The plan that holds a relative error of the model's output."""
+    def for_error(self, target: float, quantile: float | None = None) -> Plan:
+        """The plan that holds a relative error of the model's output, for a share of inputs."""
         sites = self.choices()
-        refinement = self.refinement()
+        refinement = self.refinement(quantile)
         strategies = refinement.strategies(sites, target)
         best = cheapest(strategies, refinement.fitted(target), self.bench)
-        return self._plan(best, self.held_out(target), Goal(error=target))
+        return self._plan(best, self.held_out(target, quantile), Goal(target, quantile))
 
     def for_density(self, target: float) -> Plan:
         """The plan with the least error whose density is within a target."""
@@ -87,20 +98,27 @@ class Calibration:
         bench = self.bench
         measure_sites(bench)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
-        self.sensitivities, self.rounding = measure_sensitivities(bench, probed)
+        if self.passes is None and seconds_of_pass(bench, probed[0]) >= SLOW_PASS:
+            self.passes = PASSES_WHEN_SLOW
+        self.sensitivities, self.rounding = measure_sensitivities(bench, probed, self.passes)
         self.sites = [
             site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
             for name, site in bench.survey.measurable().items()
         ]
         return self.sites
 
-    def refinement(self) -> Refinement:
+    def refinement(self, quantile: float | None = None) -> Refinement:
         """What rounds of refinement need; once all sites are measured."""
         refined = probed_samples(self.bench.samples, MAX_REFINED_SAMPLES)
         references = [self.bench.reference(sample) for sample in refined]
-        return Refinement(self.bench, references, self.rounds)
+        passes = self.passes
+        if passes is not None:
+            units = probe_units(list(self.bench.survey.measurable().values()))
+            probed = len(probed_samples(self.bench.samples))
+            passes = max(0, passes - probed * (len(units) + FIXED_RUNS))
+        return Refinement(self.bench, references, self.rounds, passes, quantile)
 
-    def held_out(self, target: float) -> OutputError:
+    def held_out(self, target: float, quantile: float | None = None) -> OutputError:
         """The criterion that a plan is verified by; runs the dense model on the samples."""
         samples = self.bench.samples.held_out
         references = [self.bench.reference(sample) for sample in samples]
@@ -108,7 +126,7 @@ class Calibration:
             for reference in references:
                 reference.compute()
                 step()
-        return OutputError(self.bench, references, target, "held out")
+        return OutputError(self.bench, references, target, "held out", quantile)
 
     def _plan(self, best: Sequence[Candidate], criterion: Criterion, goal: Goal) -> Plan:
         """Search for the goal along the best of the strategies, and write down what came of it."""
@@ -126,6 +144,17 @@ class Calibration:
             sites = search.strategy.sites
             faster = with_dense(sites, outcome.allocation, reasons, bench.cost)
             outcome = search.try_out(faster, outcome.notes)
+        model_ms = self._model_times(thresholds_of(self.sites, outcome.allocation))
+        if model_ms and model_ms[1] >= model_ms[0]:
+            slower = model_is_slower(*model_ms)
+            if goal.density is None:
+                reasons = {site.name: slower for site in self.sites}
+                everything = with_dense(
+                    search.strategy.sites, outcome.allocation, reasons, bench.cost
+                )
+                outcome = search.try_out(everything, [f"{slower}, so every site stays dense"])
+            else:
+                outcome.notes.append(f"{slower}; the density asked for rules")
         notes = [*bench.samples.notes, *outcome.notes]
         if search.strategy.tied:
             notes.append("one threshold serves all heads and timesteps: no other way cost less")
@@ -143,6 +172,7 @@ class Calibration:
             error=error,
             goal=goal,
             times=times,
+            model_ms=model_ms,
             reasons=reasons,
             notes=notes,
         )
@@ -179,6 +209,21 @@ class Calibration:
         )
         return {name: (dense, split) for name, (dense, split) in times.items()}
 
+    def _model_times(self, thresholds: Thresholds) -> tuple[float, float] | None:
+        """Time of the whole model, dense and split, in ms; if costs were measured too."""
+        bench, samples = self.bench, self.bench.samples.held_out
+        if not bench.survey.timings or not thresholds:
+            return None
+        middle, request = samples[len(samples) // 2], Split(thresholds)
+        dense, split = bench.kept(
+            thresholds_key("model times", thresholds),
+            lambda: compare_runs(
+                lambda: bench.runner.run(middle, Dense()),
+                lambda: bench.runner.run(middle, request),
+            ),
+        )
+        return dense, split
+
     def _everything_dense(self, search: Search, criterion: Criterion) -> Outcome:
         """The plan that splits nothing, unless exact attention misses the target as well."""
         exact = {site.name: torch.zeros(site.heads) for site in self.sites}
@@ -195,6 +240,21 @@ class Calibration:
         why = "no split met the target" if pays else "splitting is no faster anywhere"
         outcome.notes.append(f"{why}, so every site stays dense")
         return outcome
+
+
+def seconds_of_pass(bench: Workbench, reference: Reference) -> float:
+    """Seconds that a dense run of the model takes, as its output is computed; 0 without a clock."""
+    if not bench.survey.timings:
+        return 0.0
+    return float(bench.kept("seconds of a pass", lambda: run_milliseconds(reference.compute) / 1e3))
+
+
+def model_is_slower(dense_ms: float, split_ms: float) -> str:
+    """Why nothing is split where the whole model is no faster for it."""
+    return (
+        f"the whole model is no faster split: as timed, {split_ms:.4g} ms against {dense_ms:.4g} "
+        "ms dense"
+    )
 
 
 def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:

@@ -191,6 +191,38 @@ def recording(model: nn.Module, *, most: int = MAX_RECORDED) -> Iterator[list[Ca
             kept[:] = [kept[round(i * last / (most - 1))] for i in range(most)]
 
 
+def samples_by_model(
+    models: Mapping[str, nn.Module], samples: Samples | Mapping[str, Samples]
+) -> dict[str, Samples]:
+    """Samples of each of several models; a pipeline is run once, and the calls of all recorded.
+
+    Raises:
+        CalibrationError: a model without samples, samples without a model, or one list for all.
+    """
+    if isinstance(samples, Mapping):
+        if set(samples) != set(models):
+            raise CalibrationError(
+                f"there are samples for {sorted(samples)} and models {sorted(models)}; every model "
+                "needs samples of its own name"
+            )
+        return dict(samples)
+    if not callable(samples):
+        raise CalibrationError(
+            "one list of samples was given for several models; pass a dict of lists by the models' "
+            "names, or a callable that runs the pipeline"
+        )
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        calls = {name: stack.enter_context(recording(model)) for name, model in models.items()}
+        samples()
+    unused = [name for name, recorded in calls.items() if not recorded]
+    if unused:
+        raise CalibrationError(
+            f"the callable finished without calling {', '.join(unused)}: it must run the very "
+            "objects that are being calibrated, over all denoising steps"
+        )
+    return dict(calls)
+
+
 def _record(model: nn.Module, pipeline: Callable[[], Any]) -> list[Call]:
     with torch.no_grad(), recording(model) as calls:
         pipeline()

@@ -127,6 +127,10 @@ def calibrate(
     target_error: Annotated[
         float, typer.Option(help="Relative L2 error of the model's output against dense.")
     ] = 0.03,
+    quantile: Annotated[
+        float | None,
+        typer.Option(help="Share of inputs the error is held for, such as 0.9 (default: rms)."),
+    ] = None,
     target_density: Annotated[
         float | None, typer.Option(help="Share of pairs to attend exactly, instead of an error.")
     ] = None,
@@ -142,6 +146,10 @@ def calibrate(
         typer.Option(
             help="Rounds of marginals, 0 for none (default: 3 on a GPU for small models)."
         ),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(help="Runs of the model for sensitivities (default: 30 for slow models)."),
     ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,
@@ -161,11 +169,13 @@ def calibrate(
             load_model(model).to(where),
             calls,
             target_error=target_error,
+            quantile=quantile,
             target_density=target_density,
             grid=None if grid is None else parse_grid(grid),
             timestep=timestep,
             timestep_buckets=timestep_buckets,
             rounds=rounds,
+            passes=passes,
             checkpoint=checkpoint,
             progress=not quiet,
             seed=seed,

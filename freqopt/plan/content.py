@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from freqopt.config import SPLIT_VERSION
-from freqopt.plan.records import Evidence, ModelIdentity, Record, SitePlan, Versions
+from freqopt.plan.records import Evidence, ModelIdentity, Record, SitePlan, Verified, Versions
 
 PLAN_VERSION = 3
 """Version of the file format; raised when a reader of the old one could misread a new file."""
@@ -28,6 +28,8 @@ class PlanContent(Record):
     target_error: float = Field(gt=0)
     measured_error: float = Field(ge=0)
     worst_error: float = Field(ge=0)
+    target_quantile: float | None = Field(default=None, gt=0, lt=1)
+    verified: Verified | None = None
     target_psnr: float | None = None
     measured_psnr: float | None = None
     target_density: float | None = Field(default=None, gt=0, le=1)

@@ -56,6 +56,9 @@ class Plan(PlanContent):
         target_error: relative L2 error of the model's output that was asked for, without unit.
         measured_error: the same as measured on held-out samples, root mean square over them.
         worst_error: that of the worst of them.
+        target_quantile: share of inputs that `target_error` was asked for; None: for their root
+            mean square.
+        verified: errors of the held-out samples one by one, and times of the whole model.
         target_psnr: PSNR in dB of what the pipeline generates, if that was asked for.
         measured_psnr: the same as measured, in dB.
         target_density: share of pairs to attend exactly, if that was asked for.
@@ -159,13 +162,16 @@ class Plan(PlanContent):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only by a complete one."""
-        content = self.model_dump(mode="json")
-        text = _write_json({"hash": _content_hash(content), **content}) + "\n"
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(f"{self.text()}\n", encoding="utf-8")
         os.replace(partial, target)
+
+    def text(self) -> str:
+        """The text of the plan's file, which `parse` reads."""
+        content = self.model_dump(mode="json")
+        return _write_json({"hash": _content_hash(content), **content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -220,6 +220,22 @@ class Trial(Record):
     sample_errors: list[float]
 
 
+class Verified(Record):
+    """What the model did with the plan on the held-out samples.
+
+    sample_errors: relative L2 error of the output, by sample; spread: their standard deviation.
+    quantile_error: what the share `Plan.target_quantile` of the samples stays within. dtype: of the
+    model's parameters. model_ms: of a whole run of the model, (dense, split), where there is a
+    clock; the model was not compiled outside of attention.
+    """
+
+    sample_errors: list[float]
+    spread: float = Field(ge=0)
+    quantile_error: float | None = None
+    dtype: str
+    model_ms: tuple[float, float] | None = None
+
+
 class Evidence(Record):
     """Why the plan is what it is; read by the report, not by the backend.
 

@@ -11,6 +11,8 @@ from freqopt.plan.content import PlanContent, some_of
 def describe(plan: PlanContent) -> str:
     """Several lines: the plan's errors and identity, notes, and a table of its sites."""
     target = f"target {plan.target_error:g}"
+    if plan.target_quantile is not None:
+        target += f" for {plan.target_quantile:.0%} of inputs"
     if plan.target_psnr is not None and plan.measured_psnr is not None:
         target = f"PSNR {plan.measured_psnr:.1f} dB, target {plan.target_psnr:g} dB"
     if plan.target_density is not None:
@@ -22,6 +24,7 @@ def describe(plan: PlanContent) -> str:
         f"torch {plan.versions.torch}; "
         f"{plan.evidence.samples} samples + {plan.evidence.held_out} held out; "
         f"{_costs(plan)}",
+        *_verified(plan),
         *(f"note: {note}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
         "",
     ]
@@ -61,6 +64,23 @@ def slow_notes(plan: PlanContent) -> list[str]:
         f"{len(slow)} split sites ({some_of(slow)}) are no faster than dense attention as timed: "
         f"{split:.3g} ms against {dense:.3g} ms in a call of the model"
     ]
+
+
+def _verified(plan: PlanContent) -> list[str]:
+    """What was verified, in a line; none in plans of earlier versions."""
+    verified = plan.verified
+    if verified is None:
+        return []
+    line = (
+        f"verified in {verified.dtype}: error of a held-out sample {plan.worst_error:.4f} at "
+        f"worst, standard deviation {verified.spread:.4f}"
+    )
+    if verified.quantile_error is not None and plan.target_quantile is not None:
+        line += f"; {plan.target_quantile:.0%} of them within {verified.quantile_error:.4f}"
+    if verified.model_ms is not None:
+        dense, split = verified.model_ms
+        line += f"; whole model {dense:.4g} ms dense, {split:.4g} ms split"
+    return [line]
 
 
 def _costs(plan: PlanContent) -> str:

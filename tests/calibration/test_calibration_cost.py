@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from calibration_models import make_model, make_sample
 
 import freqopt
+from freqopt.calibration import phases
 from freqopt.calibration.measure import clock, requests
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.clock import fit_line, time_call
@@ -91,9 +93,16 @@ class SimulatedGpu:
 
     Dense attention takes `dense` ms, and a split call 0.5 + 10 * density. slow: sites (by the order
     in which they are timed last) that take ten times as long when they are timed one by one.
+    model_ms: of the whole model, dense and split.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, dense: float = 8.0):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        dense: float = 8.0,
+        model_ms: tuple[float, float] = (100.0, 80.0),
+    ):
         self.dense, self.slow, self.timed = dense, set[int](), 0
         self.calls: list[str] = []
         real, device = AttentionCall.split, self
@@ -106,6 +115,8 @@ class SimulatedGpu:
         for module in (clock, requests):
             monkeypatch.setattr(module, "milliseconds", self.clock)
         monkeypatch.setattr(requests, "has_clock", lambda x: True)
+        monkeypatch.setattr(phases, "compare_runs", lambda first, second: model_ms)
+        monkeypatch.setattr(phases, "run_milliseconds", lambda run: run() and 100.0)
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
         self.kind = "dense"
@@ -226,6 +237,63 @@ def test_a_site_that_is_slower_at_its_budgets_goes_back_to_dense(
     assert plan.mean_density == last.mean_density > before.mean_density
     assert list(site_times(plan)) == [list(plan.sites)[1]]
     assert slow_sites(plan) == {}
+
+
+def test_a_plan_that_makes_the_whole_model_slower_splits_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every site is faster by itself, and the model is not."""
+    SimulatedGpu(monkeypatch, model_ms=(100.0, 100.5))
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert {site.decision for site in plan.sites.values()} == {"dense"}
+    slower = "the whole model is no faster split: as timed, 100.5 ms against 100 ms dense"
+    assert {site.reason for site in plan.sites.values()} == {slower}
+    assert f"{slower}, so every site stays dense" in plan.evidence.notes
+    assert (plan.measured_error, plan.mean_density) == (0.0, 1.0)
+    assert plan.verified is not None and plan.verified.model_ms == (100.0, 100.5)
+
+
+def test_a_density_that_makes_the_whole_model_slower_is_kept_and_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    SimulatedGpu(monkeypatch, model_ms=(100.0, 120.0))
+    samples = [make_sample(i) for i in range(2)]
+    plan = freqopt.calibrate(make_model(), samples, target_density=0.5, progress=False)
+    assert {site.decision for site in plan.sites.values()} == {"split"}
+    assert any("120 ms against 100 ms dense; the density" in n for n in plan.evidence.notes)
+
+
+def test_whole_runs_are_compared_in_turn_and_the_least_time_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter([9.0, 7.0, 5.0, 8.0, 6.0, 9.0, 5.5, 6.5, 7.0, 7.0])
+    monkeypatch.setattr(clock, "run_milliseconds", lambda run: run() or next(times))
+    calls: list[str] = []
+    dense, split = partial(calls.append, "dense"), partial(calls.append, "split")
+    assert clock.compare_runs(dense, split) == (5.0, 6.5)
+    assert calls == ["dense", "split"] * clock.COMPARED_RUNS
+    calls.clear()
+    monkeypatch.setattr(clock, "run_milliseconds", lambda run: run() or 3000.0)
+    clock.compare_runs(dense, split)
+    assert calls == ["dense", "split"]
+
+
+def test_slow_models_have_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch)
+    monkeypatch.setattr(phases, "run_milliseconds", lambda run: run() and 11_000.0)
+    monkeypatch.setattr(phases, "PASSES_WHEN_SLOW", 7)
+    asked: list[int | None] = []
+    original = phases.measure_sensitivities
+
+    def measure(bench: Any, references: Any, passes: int | None) -> Any:
+        asked.append(passes)
+        return original(bench, references, passes)
+
+    monkeypatch.setattr(phases, "measure_sensitivities", measure)
+    samples = [make_sample(i) for i in range(2)]
+    freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    assert asked == [7]
 
 
 def test_a_density_asked_for_rules_over_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ APART = 1.25
 """Least ratio of two densities that are both worth timing."""
 
 REPEATS = 7
+COMPARED_RUNS, LONG_ENOUGH_MS = 5, 5e3
+"""Runs of the whole model, dense and split, that are compared, and the time that suffices."""
+
 LEAST_HEAD_START = 5e-3
 """Seconds that the GPU waits, at least, while calls to be timed are queued."""
 
@@ -86,6 +89,26 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def has_clock(x: Tensor) -> bool:
     """Whether work on a tensor's device can be timed here; if not, products are counted."""
     return x.is_cuda
+
+
+def run_milliseconds(run: Callable[[], object]) -> float:
+    """Time of a run of the whole model, launches included, until the GPU is done with it."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def compare_runs(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
+    """Least time of each of two runs of the whole model, in ms, taken in turn.
+
+    Runs of long models are repeated less, as they vary less.
+    """
+    times: list[tuple[float, float]] = []
+    while len(times) < COMPARED_RUNS and sum(map(sum, times)) < LONG_ENOUGH_MS:
+        times.append((run_milliseconds(first), run_milliseconds(second)))
+    return min(a for a, _ in times), min(b for _, b in times)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:

@@ -7,6 +7,7 @@ among them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -126,19 +127,22 @@ def spent_cost(sites: Sequence[SiteChoices], verdict: Verdict, cost: CostModel) 
 class Refinement:
     """What rounds of refinement share. references: dense outputs of fitted samples.
 
-    rounds: how many to make; None: as many as the model allows. neighbours: the latest that is
+    rounds: how many to make; None: as many as the model allows. passes: runs of the model that may
+    be spent on them; None: any number. quantile: see `Verdict`. neighbours: the latest that is
     known of each reference, by its number, for the units in `units`.
     """
 
     bench: Workbench
     references: list[Reference]
     rounds: int | None = None
+    passes: int | None = None
+    quantile: float | None = None
     units: list[Unit] = field(default_factory=list)
     neighbours: dict[int, Neighbours] = field(default_factory=dict)
 
     def fitted(self, target: float) -> OutputError:
         """The criterion that strategies are compared by where the model's output counts."""
-        return OutputError(self.bench, self.references, target, "fitted")
+        return OutputError(self.bench, self.references, target, "fitted", self.quantile)
 
     def strategies(self, sites: list[SiteChoices], target: float) -> list[Strategy]:
         """Ways to choose thresholds for a relative error of the output.
@@ -178,12 +182,15 @@ class Refinement:
         return np.array([squares[of == bucket].mean() for bucket in range(samples.buckets)])
 
     def _rounds(self) -> int:
-        """Rounds to make: those asked for, or those that the model's size and device allow."""
-        if self.rounds is not None:
-            return self.rounds
-        measured = list(self.bench.survey.measurable().values())
-        small = any(head >= 0 for _, head in probe_units(measured))
-        return ROUNDS if small and self.bench.runner.on_gpu else 1
+        """Rounds to make: those asked for, or what size and device allow, within the passes."""
+        units = probe_units(list(self.bench.survey.measurable().values()))
+        small = any(head >= 0 for _, head in units)
+        rounds = ROUNDS if small and self.bench.runner.on_gpu else 1
+        rounds = rounds if self.rounds is None else self.rounds
+        if self.passes is None:
+            return rounds
+        spent = itertools.accumulate(len(units) * len(self._turn(n)) for n in range(rounds))
+        return sum(passes <= self.passes for passes in spent)
 
     def _turn(self, number: int) -> list[int]:
         """The references of a round: of each timestep bucket as many, those that come next."""

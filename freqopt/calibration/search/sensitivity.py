@@ -32,6 +32,13 @@ MAX_PROBED_SAMPLES = 8
 PROBE_DENSITY = 0.05
 """Density whose errors are injected."""
 
+FIXED_RUNS = 2
+"""Runs of a sample beside those with injections: everything exact, and everything split."""
+
+SLOW_PASS, PASSES_WHEN_SLOW = 1.0, 30
+"""Seconds from which a run of the model is dear, and runs spent on sensitivities and marginals
+there, where no number is asked for; elsewhere as many as they take."""
+
 TOGETHER = 0.02
 """Predicted error of the output, about, at which all sites are split at once."""
 
@@ -89,10 +96,19 @@ class Probing:
             return 0.0, 0.0
         return float(result.injected), reference.error_of(result.output)
 
-    def rows(self) -> list[dict[str, Array]]:
-        """Sensitivities (H,) by bucket and site, from squares: the target is a mean square."""
-        rows = []
-        for bucket in self.squares:
+    def rows(self, *, pooled: bool) -> list[dict[str, Array]]:
+        """Sensitivities (H,) by bucket and site, from squares: the target is a mean square.
+
+        pooled: those of all buckets serve each of them.
+        """
+        rows, squares = [], self.squares
+        if pooled:
+            together: dict[tuple[int, int], list[float]] = {}
+            for bucket in squares:
+                for unit, values in bucket.items():
+                    together.setdefault(unit, []).extend(values)
+            squares = [together] * len(squares)
+        for bucket in squares:
             logs = {unit: 0.5 * math.log(sum(x) / len(x)) for unit, x in bucket.items()}
             rows.append(spread_over_depth(self.sites, logs))
         return rows
@@ -110,8 +126,30 @@ class Probing:
         return bucket, above(error, self.roundings[number]) / predicted
 
 
+def share_out(
+    units: Sequence[tuple[int, int]], references: int, passes: int | None
+) -> list[list[tuple[int, int]]]:
+    """Units to inject errors at in each reference, so that runs come to at most so many passes.
+
+    A reference takes two more runs. Where not all units can be probed in all references, those
+    probed are evenly spaced and take turns; references that no passes are left for have none.
+    """
+    whole = [list(units) for _ in range(references)]
+    if passes is None or references * (len(units) + FIXED_RUNS) <= passes:
+        return whole
+    used = min(references, max(1, passes // (2 * FIXED_RUNS)))
+    left = max(passes - FIXED_RUNS * used, 1)
+    spaced = {round(x) for x in np.linspace(0, len(units) - 1, min(left, len(units)))}
+    chosen = [units[at] for at in sorted(spaced)]
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(used)]
+    for run in range(min(left, used * len(chosen))):
+        turn, at = divmod(run, len(chosen))
+        shares[(at + turn) % used].append(chosen[at])
+    return shares
+
+
 def measure_sensitivities(
-    bench: Workbench, references: Sequence[Reference]
+    bench: Workbench, references: Sequence[Reference], passes: int | None = None
 ) -> tuple[dict[str, Array], float]:
     """Sensitivity of every head by timestep bucket, and the output error with everything exact.
 
@@ -119,16 +157,23 @@ def measure_sensitivities(
     output that caused it; without unit. Squares of the errors that heads cause are taken to add up;
     where all of them together cause more, as errors that point the same way do, or less, all
     sensitivities of the timestep bucket are raised or lowered. references: of `probed_samples`.
+    passes: runs of the model that may be spent, beside the dense ones; None: any number. With too
+    few for all heads, samples take turns, and what they tell serves all timestep buckets.
     Returns {site: (buckets, H)} and the rounding error.
     """
     probing = Probing(bench, references)
-    units, numbers = probe_units(probing.sites), range(len(references))
-    phase = bench.progress.phase("probing sensitivities", len(references) * (len(units) + 3))
-    with phase as step:
+    units = probe_units(probing.sites)
+    shares = share_out(units, len(references), passes)
+    if len(shares) < len(references):
+        at = np.linspace(0, len(references) - 1, len(shares)).round()
+        probing.references = [references[int(i)] for i in at]
+    pooled, numbers = shares != [units] * len(references), range(len(shares))
+    total = sum(map(len, shares)) + 3 * len(shares)
+    with bench.progress.phase("probing sensitivities", total) as step:
         for number in numbers:
             probing.rounding(number)
             step(2)
-            for unit in units:
+            for unit in shares[number]:
                 probing.inject(number, unit)
                 step()
         every = [value for bucket in probing.squares for row in bucket.values() for value in row]
@@ -137,14 +182,15 @@ def measure_sensitivities(
                 "errors injected at the attention sites do not change the model's output: it does "
                 "not depend on them. Calibrate with the output that you will use"
             )
-        rows = probing.rows()
+        rows = probing.rows(pooled=pooled)
         ratios: list[list[float]] = [[] for _ in rows]
         for number in numbers:
             bucket, ratio = probing.excess(number, rows)
             ratios[bucket].append(ratio)
             step()
     bounds = MOST_COHERENT**-2, MOST_COHERENT**2
-    scales = [float(np.sqrt(np.clip(np.mean(x), *bounds))) if x else 1.0 for x in ratios]
+    fallback = [x for row in ratios for x in row] if pooled else [1.0]
+    scales = [float(np.sqrt(np.clip(np.mean(x or fallback), *bounds))) for x in ratios]
     sensitivities = {
         site.name: np.stack([s * row[site.name] for s, row in zip(scales, rows, strict=True)])
         for site in probing.sites

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,11 +44,13 @@ CAUTION = 1.3
 class Goal:
     """What a plan is for, one of three.
 
-    error: relative L2, of the model's output. psnr: in dB, of what a pipeline generates. density:
+    error: relative L2, of the model's output; quantile: the share of inputs that it is for, None
+    for the root mean square. psnr: in dB, of what a pipeline generates. density:
     share of pairs attended exactly.
     """
 
     error: float | None = None
+    quantile: float | None = None
     psnr: float | None = None
     density: float | None = None
 
@@ -70,34 +72,55 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of the runs of one trial, the mean square of which counts, and (H,) densities."""
+    """Errors of the runs of one trial, and (H,) densities.
+
+    quantile: of the errors, which counts; None: their root mean square does.
+    """
 
     errors: list[float]
     densities: dict[str, Tensor]
+    quantile: float | None = None
 
     @property
     def error(self) -> float:
-        """Root mean square over the runs."""
-        return math.sqrt(sum(error * error for error in self.errors) / len(self.errors))
+        """The error that counts."""
+        if self.quantile is None:
+            return root_mean_square(self.errors)
+        return quantile_of(self.errors, self.quantile)
+
+
+def root_mean_square(errors: Sequence[float]) -> float:
+    """Root mean square."""
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
+
+
+def quantile_of(errors: Sequence[float], share: float) -> float:
+    """The least error that at least this share of them is within."""
+    return sorted(errors)[max(math.ceil(share * len(errors) - 1e-9), 1) - 1]
 
 
 class OutputError:
     """Criterion: relative L2 error of the model's output on samples, those held out in the end.
 
-    kind: which samples, as the checkpoint calls them.
+    kind: which samples, as the checkpoint calls them. quantile: see `Verdict`.
     """
 
-    comparable = True
-
     def __init__(
-        self, bench: Workbench, references: Sequence[Reference], target: float, kind: str
+        self,
+        bench: Workbench,
+        references: Sequence[Reference],
+        target: float,
+        kind: str,
+        quantile: float | None = None,
     ) -> None:
         self.bench, self.references, self.kind = bench, references, kind
-        self.target, self.start = target, target * AIM
+        self.target, self.start, self.quantile = target, target * AIM, quantile
+        self.comparable = quantile is None
 
     def measure(self, thresholds: Thresholds) -> Verdict:
         """See `Criterion`."""
-        return remembered(self.bench, self.kind, thresholds, self._run)
+        verdict = remembered(self.bench, self.kind, thresholds, self._run)
+        return replace(verdict, quantile=self.quantile)
 
     def _run(self, thresholds: Thresholds) -> Verdict:
         request, errors, densities = Split(thresholds), [], []

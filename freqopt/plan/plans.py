@@ -1,0 +1,73 @@
+"""Plans of several models that work together, in one file: the experts of a pipeline by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from freqopt.errors import PlanError
+from freqopt.plan.plan import Plan
+
+FORMAT = "freqopt-plans"
+
+
+class Plans(Mapping[str, Plan]):
+    """A plan for each of several models, by name: ``plans["transformer"]`` is a `Plan`."""
+
+    def __init__(self, plans: Mapping[str, Plan]) -> None:
+        self._plans = dict(plans)
+
+    def __getitem__(self, name: str) -> Plan:
+        """The plan of one model.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}: {plan}" for name, plan in self._plans.items())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all plans into one JSON file, which replaces one only when it is complete."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        head = f'"format": {json.dumps(FORMAT)}, "version": 1'
+        partial.write_text(f'{{{head}, "plans": {{\n{plans}\n}}}}\n', encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plans:
+        """Read plans written by `save`; each is checked as `Plan.load` does.
+
+        Raises:
+            PlanError: no such file, one that is damaged, or one that holds no plans by name.
+        """
+        source = Path(path)
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plans {source}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{source} is not complete JSON ({error}); copy it anew") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise PlanError(
+                f"{source} does not hold plans of several models (format {FORMAT!r}); a file of "
+                "one plan is read by Plan.load"
+            )
+        plans = content.get("plans")
+        if content.get("version") != 1 or not isinstance(plans, dict):
+            raise PlanError(f"{source} is of another version, or damaged; calibrate again")
+        return cls(
+            {n: Plan.parse(json.dumps(p), origin=f"{source}: {n}") for n, p in plans.items()}
+        )
