@@ -14,7 +14,7 @@ from benchmarks.calibration_bench import Bench, Thresholds
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.ladder import Array
 from freqopt.calibration.measure.requests import Split
-from freqopt.calibration.phases import Calibration, measure_sites
+from freqopt.calibration.phases import Calibration
 from freqopt.calibration.search.allocate import solve_density
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.cost import CostModel
@@ -23,6 +23,7 @@ from freqopt.calibration.search.strategies import Strategy
 from freqopt.calibration.search.verify import thresholds_of
 from freqopt.calibration.search.video import GeneratedVideo, weighed_strategies
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.survey import measure_sites
 from freqopt.config import DEFAULT_PROBES
 
 ALL, UNIFORM, NO_PROBES = "calibrated", "one threshold for all", "without probes"

@@ -8,14 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from freqopt.calibration.checkpoint import Entry
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
 from freqopt.calibration.measure.clock import compare_runs, run_milliseconds
 from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.measure.readings import Survey, pack, unpack
-from freqopt.calibration.measure.requests import Dense, Measure, Split, Thresholds, Time
+from freqopt.calibration.measure.requests import Dense, Split, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -46,10 +43,9 @@ from freqopt.calibration.search.verify import (
 )
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Reference, Workbench
-from freqopt.config import DEFAULT_PROBES
+from freqopt.calibration.survey import measure_sites
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import SiteTiming
 
 
 class Calibration:
@@ -267,72 +263,3 @@ def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:
         for name, (dense, split) in times.items()
         if split >= dense
     }
-
-
-def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
-    """Measure all sites in runs on the fitted samples, those that the checkpoint has excepted.
-
-    Raises:
-        CalibrationError: samples that the model cannot serve, or nothing that can be split.
-    """
-    fit, survey = bench.samples.fit, bench.survey
-    sites = 0
-    with bench.progress.phase("measuring sites", None) as step:
-        for index, sample in enumerate(fit):
-            key = f"measure/{index}"
-            before = bench.checkpoint.find(key)
-            request = Measure(survey.failures(), survey.timings, probes, index, on_site=step)
-            entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))
-            _take_in(survey, entry, bench.samples.bucket(sample))
-            sites = sites or len(survey.measurable())
-            step.total(sites * len(fit))
-            if before is not None:
-                step(sites)
-    if not survey.measurable():
-        raise CalibrationError(_nothing_measured(survey))
-
-
-def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, dict[str, Tensor]]:
-    """One measuring run, as the facts and tensors that `_take_in` takes."""
-    result = bench.runner.run(bench.samples.fit[index], request)
-    if not all(bool(torch.isfinite(x).all()) for x in result.output):
-        raise CalibrationError(
-            f"sample {index} (of those fitted): the dense model's own output has NaN "
-            "or infinite values; calibration needs samples that the model can serve"
-        )
-    if not any(bool(x.any()) for x in result.output):
-        raise CalibrationError(
-            f"sample {index} (of those fitted): the dense model's output is zero "
-            "everywhere, so no relative error exists; are its weights loaded?"
-        )
-    readings, tensors = pack(result.readings)
-    facts = {
-        "readings": readings,
-        "shapes": result.shapes,
-        "failures": result.failures,
-        "dense": bench.runner.dense_sites,
-        "timings": [timing.model_dump() for timing in result.timings.values()],
-    }
-    return facts, tensors
-
-
-def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
-    """Take in a measuring run, of this calibration or of one before it."""
-    facts = entry.facts
-    survey.add_sites(facts["shapes"], facts["failures"])
-    survey.dense_sites.update(facts["dense"])
-    for timing in facts["timings"]:
-        survey.add_timing(SiteTiming.model_validate(timing, strict=False))
-    survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)
-
-
-def _nothing_measured(survey: Survey) -> str:
-    reasons = {**survey.dense_sites, **survey.failures()}
-    if not reasons:
-        return (
-            "no attention was found in the model's graph: it may be of a form that is not "
-            "recognised, or the compiler may have left its frame; "
-            "freqopt.inspect(model, ...) tells which"
-        )
-    listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
-    return f"none of the {len(reasons)} attention sites can be split ({listed})"

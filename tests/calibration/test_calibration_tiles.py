@@ -11,11 +11,19 @@ from freqopt.calibration.measure import tiles
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.curves import head_tokens, measure_curves
 from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.readings import Survey
 from freqopt.calibration.measure.tiles import (
+    SAMPLED_TILES,
     even_sample,
     offset_of,
     tile_errors,
     variance_of_sum,
+)
+from freqopt.calibration.survey import (
+    MOST_TILES,
+    WELL_KNOWN,
+    relative_deviation,
+    tiles_wanted,
 )
 
 GRID = (5, 16, 20)  # 1,600 tokens: 12 whole tiles and a ragged one
@@ -125,3 +133,18 @@ def test_chunks_do_not_change_the_result(
     whole = errors(call, torch.arange(13))
     monkeypatch.setattr(tiles, "CHUNK_BYTES", 1)
     torch.testing.assert_close(errors(call, torch.arange(13)), whole)
+
+
+def test_more_tiles_are_measured_where_errors_are_not_well_known(call: AttentionCall) -> None:
+    """Errors of 3 tiles of 13 tell little, those of all tell everything."""
+    dense = call.dense()
+    survey = Survey()
+    survey.add_readings([measure_curves("rough", call, dense, 64, sampled=3)], 0)
+    survey.add_readings([measure_curves("whole", call, dense, 64)], 0)
+    rough, whole = survey.sites["rough"], survey.sites["whole"]
+    assert relative_deviation(whole) == 0.0 < WELL_KNOWN < relative_deviation(rough)
+    wanted = tiles_wanted(survey)
+    assert list(wanted) == ["rough"] and SAMPLED_TILES < wanted["rough"] <= MOST_TILES
+    before = relative_deviation(rough)
+    survey.add_readings([measure_curves("rough", call, dense, 64, 1, wanted["rough"])], 0)
+    assert relative_deviation(rough) < 0.7 * before

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "freqopt"
 FLOORS = (
     *("samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "evidence", "phases", "calibrate"),
+    *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
 

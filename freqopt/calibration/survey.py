@@ -1,0 +1,123 @@
+"""Surveying: runs of the model on the fitted samples, in which all of its sites are measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqopt.calibration.checkpoint import Entry
+from freqopt.calibration.measure.readings import MeasuredSite, Survey, pack, unpack
+from freqopt.calibration.measure.requests import Measure
+from freqopt.calibration.measure.tiles import SAMPLED_TILES
+from freqopt.calibration.search.sensitivity import PROBE_DENSITY, nearest
+from freqopt.calibration.search.workbench import Workbench
+from freqopt.config import DEFAULT_PROBES
+from freqopt.errors import CalibrationError
+from freqopt.plan.records import SiteTiming
+
+WELL_KNOWN = 0.1
+"""Relative standard error of a site's squared error that is small enough: 5 % of the error."""
+
+MOST_TILES = 8 * SAMPLED_TILES
+
+
+def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
+    """Measure all sites in runs on the fitted samples, those that the checkpoint has excepted.
+
+    Raises:
+        CalibrationError: samples that the model cannot serve, or nothing that can be split.
+    """
+    fit, survey = bench.samples.fit, bench.survey
+    sites = 0
+    with bench.progress.phase("measuring sites", None) as step:
+        for index, sample in enumerate(fit):
+            key = f"measure/{index}"
+            before = bench.checkpoint.find(key)
+            request = Measure(
+                skipped=survey.failures(),
+                timed=survey.timings,
+                probes=probes,
+                number=index,
+                tiles=tiles_wanted(survey),
+                on_site=step,
+            )
+            entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))
+            _take_in(survey, entry, bench.samples.bucket(sample))
+            sites = sites or len(survey.measurable())
+            step.total(sites * len(fit))
+            if before is not None:
+                step(sites)
+    if not survey.measurable():
+        raise CalibrationError(_nothing_measured(survey))
+
+
+def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, dict[str, Tensor]]:
+    """One measuring run, as the facts and tensors that `_take_in` takes."""
+    result = bench.runner.run(bench.samples.fit[index], request)
+    if not all(bool(torch.isfinite(x).all()) for x in result.output):
+        raise CalibrationError(
+            f"sample {index} (of those fitted): the dense model's own output has NaN "
+            "or infinite values; calibration needs samples that the model can serve"
+        )
+    if not any(bool(x.any()) for x in result.output):
+        raise CalibrationError(
+            f"sample {index} (of those fitted): the dense model's output is zero "
+            "everywhere, so no relative error exists; are its weights loaded?"
+        )
+    readings, tensors = pack(result.readings)
+    facts = {
+        "readings": readings,
+        "shapes": result.shapes,
+        "failures": result.failures,
+        "dense": bench.runner.dense_sites,
+        "timings": [timing.model_dump() for timing in result.timings.values()],
+    }
+    return facts, tensors
+
+
+def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
+    """Take in a measuring run, of this calibration or of one before it."""
+    facts = entry.facts
+    survey.add_sites(facts["shapes"], facts["failures"])
+    survey.dense_sites.update(facts["dense"])
+    for timing in facts["timings"]:
+        survey.add_timing(SiteTiming.model_validate(timing, strict=False))
+    survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)
+
+
+def tiles_wanted(survey: Survey) -> dict[str, int]:
+    """Query tiles to measure in the next run: more where the error of a site is not well known."""
+    return {
+        name: _tiles_of(site)
+        for name, site in survey.measurable().items()
+        if site.buckets and relative_deviation(site) > WELL_KNOWN
+    }
+
+
+def _tiles_of(site: MeasuredSite) -> int:
+    """Tiles that would have given WELL_KNOWN if each run so far had taken as many."""
+    ratio = relative_deviation(site) / WELL_KNOWN
+    return min(math.ceil(SAMPLED_TILES * ratio**2), MOST_TILES)
+
+
+def relative_deviation(site: MeasuredSite) -> float:
+    """Standard error of a site's squared error over it, at the rung of about PROBE_DENSITY."""
+    sums = site.total()
+    rung = nearest(sums.mean("density").mean(1).numpy(), PROBE_DENSITY)
+    error = float(sums.mean("site")[rung].sum())
+    return float(sums.deviation()[rung].square().sum().sqrt()) / max(error, 1e-30)
+
+
+def _nothing_measured(survey: Survey) -> str:
+    reasons = {**survey.dense_sites, **survey.failures()}
+    if not reasons:
+        return (
+            "no attention was found in the model's graph: it may be of a form that is not "
+            "recognised, or the compiler may have left its frame; "
+            "freqopt.inspect(model, ...) tells which"
+        )
+    listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+    return f"none of the {len(reasons)} attention sites can be split ({listed})"
