@@ -120,6 +120,12 @@ def _cards(plan: Plan) -> list[dict[str, Any]]:
         target = (label, f"{plan.measured_psnr:.1f} dB", plan.measured_psnr >= plan.target_psnr)
     if plan.target_density is not None:
         target = ("target: mean density", f"{100 * plan.target_density:.3g} %", True)
+    verified = plan.verified
+    within = None if verified is None else verified.quantile_error
+    if within is not None and plan.target_quantile is not None:
+        label = f"{plan.target_quantile:.0%} of held-out samples are within, target "
+        met = within <= plan.target_error
+        target = (f"{label}{100 * plan.target_error:.3g} %", f"{100 * within:.2f} %", met)
     low = [share for e in plan.evidence.sites.values() if e.spectrum for share in e.spectrum.low]
     cards = [
         ("output error (relative L2), held out", f"{100 * plan.measured_error:.2f} %", met),
@@ -127,6 +133,14 @@ def _cards(plan: Plan) -> list[dict[str, Any]]:
         ("mean density: pairs attended exactly", f"{100 * plan.mean_density:.1f} %", True),
         ("attention sites split", f"{split} of {len(plan.sites)}", split > 0),
     ]
+    if verified is not None:
+        worst, spread = 100 * plan.worst_error, 100 * verified.spread
+        label = f"error of the worst held-out sample; standard deviation {spread:.2f} %"
+        cards.append((label, f"{worst:.2f} %", True))
+    if verified is not None and verified.model_ms is not None:
+        dense, split_ms = verified.model_ms
+        label = f"whole model, {dense:.4g} ms dense, {split_ms:.4g} ms split: times faster"
+        cards.append((label, f"{dense / split_ms:.2f}", split_ms < dense))
     if low:
         cards.append(
             ("of the keys' power is in the low band", f"{100 * sum(low) / len(low):.0f} %", True)

@@ -28,11 +28,12 @@ from freqopt.plan.records import (
     SiteTiming,
     Spectrum,
     Trial,
+    Verified,
     Versions,
 )
 from freqopt.reporting.figures import frontier, probe_scatter, thin
 from freqopt.reporting.maps import heat_maps, timestep_maps
-from freqopt.reporting.report import Section, figure_html, report, table_html
+from freqopt.reporting.report import Section, _cards, figure_html, report, table_html
 from freqopt.reporting.speed import site_times
 
 HEADS = 3
@@ -182,6 +183,19 @@ def test_page_needs_no_network(html: str) -> None:
 def test_extra_sections_come_first_and_are_linked(html: str) -> None:
     assert html.index("Contact sheets</h2>") < html.index("Error against cost</h2>")
     assert '<a href="#s1">Contact sheets</a>' in html and 'id="s1"' in html
+
+
+def test_cards_say_what_was_verified() -> None:
+    errors = {"sample_errors": [0.01, 0.02, 0.04], "spread": 0.0125, "dtype": "bfloat16"}
+    verified = Verified(**errors, quantile_error=0.04, model_ms=(300.0, 150.0))
+    told = {"verified": verified, "target_quantile": 0.9, "target_error": 0.03}
+    cards = {card["label"]: card for card in _cards(make_plan().model_copy(update=told))}
+    within = cards["90% of held-out samples are within, target 3 %"]
+    assert (within["value"], within["good"]) == ("4.00 %", False)
+    assert any("standard deviation 1.25 %" in label for label in cards)
+    faster = cards["whole model, 300 ms dense, 150 ms split: times faster"]
+    assert (faster["value"], faster["good"]) == ("2.00", True)
+    assert not any("worst" in card["label"] for card in _cards(make_plan()))
 
 
 def test_same_plan_same_page(tmp_path: Path) -> None:
