@@ -199,9 +199,10 @@ class Calibration:
         if not bench.survey.timings or not thresholds:
             return {}
         middle = samples[len(samples) // 2]
+        dense_ms = {shape: timing.dense_ms for shape, timing in bench.survey.timings.items()}
         times = bench.kept(
             thresholds_key("times", thresholds),
-            lambda: bench.runner.run(middle, Time(thresholds)).times,
+            lambda: bench.runner.run(middle, Time(thresholds, dense_ms)).times,
         )
         return {name: (dense, split) for name, (dense, split) in times.items()}
 

@@ -184,9 +184,10 @@ class Refinement:
     def _rounds(self) -> int:
         """Rounds to make: those asked for, or what size and device allow, within the passes."""
         units = probe_units(list(self.bench.survey.measurable().values()))
-        small = any(head >= 0 for _, head in units)
-        rounds = ROUNDS if small and self.bench.runner.on_gpu else 1
-        rounds = rounds if self.rounds is None else self.rounds
+        rounds = self.rounds
+        if rounds is None:
+            small = any(head >= 0 for _, head in units)
+            rounds = ROUNDS if small and self.bench.runner.on_gpu else 1
         if self.passes is None:
             return rounds
         spent = itertools.accumulate(len(units) * len(self._turn(n)) for n in range(rounds))
