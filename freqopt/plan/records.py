@@ -223,10 +223,13 @@ class Trial(Record):
 class Verified(Record):
     """What the model did with the plan on the held-out samples.
 
-    sample_errors: relative L2 error of the output, by sample; spread: their standard deviation.
-    quantile_error: what the share `Plan.target_quantile` of the samples stays within. dtype: of the
-    model's parameters. model_ms: of a whole run of the model, (dense, split), where there is a
-    clock; the model was not compiled outside of attention.
+    Attributes:
+        sample_errors: relative L2 error of the output, by sample.
+        spread: their standard deviation.
+        quantile_error: what the share `Plan.target_quantile` of the samples stays within.
+        dtype: of the model's parameters.
+        model_ms: ms of a whole run of the model, dense and split, where there is a clock; it was
+            not compiled outside of attention.
     """
 
     sample_errors: list[float]

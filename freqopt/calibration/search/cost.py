@@ -16,7 +16,7 @@ from freqopt.config import KEY_BLOCK
 from freqopt.plan.records import SiteTiming
 
 SPLIT_EFFICIENCY = 0.6
-"""Rate of the split's exact band over that of the best dense attention (docs/design/calibration.md)."""
+"""Rate of the split's exact band over dense attention's (docs/design/calibration.md)."""
 
 
 class CostModel(Protocol):
