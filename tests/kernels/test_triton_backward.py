@@ -32,7 +32,7 @@ from compile_only import CompileOnly
 from freqopt.kernels.backward import launch
 from freqopt.kernels.backward import parts
 from freqopt.kernels.forward import split
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.layout import TokenLayout
 dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found, forward = {{}}, {{}}
 for module in (launch, parts, split):
@@ -41,7 +41,7 @@ for module in (launch, parts, split):
         setattr(module, name, CompileOnly(getattr(module, name), capability, kept))
 q = torch.zeros(1, 2, 330, dim, dtype=dtype)
 route = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
-launch.split_backward(q, q, q, q, None, q, route, torch.ones(1, 2, 2), Sequence((5, 7, 9), 7, 8),
+launch.split_backward(q, q, q, q, None, q, route, torch.ones(1, 2, 2), TokenLayout((5, 7, 9), 7, 8),
                       scale=0.1)
 print(json.dumps({{n: k.metadata.shared for n, k in found.items()}}))
 """

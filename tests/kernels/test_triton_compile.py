@@ -27,7 +27,7 @@ from compile_only import CompileOnly
 from freqopt.kernels import overlap
 from freqopt.kernels.forward import probe as triton_probe
 from freqopt.kernels.forward import split
-from freqopt.kernels.layout import Sequence, Settings
+from freqopt.kernels.layout import TokenLayout, Settings
 dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found = {{}}
 overlap.OVERLAP_ROWS = 1 if sys.argv[4] == "beside" else 10**9
@@ -35,8 +35,8 @@ for module in (split, triton_probe):
     for name in [n for n in dir(module) if n.endswith("_kernel")]:
         setattr(module, name, CompileOnly(getattr(module, name), capability, found))
 q = torch.zeros(1, 330, 2, dim, dtype=dtype).transpose(1, 2)
-split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
-                    Settings(0.1, 0.0, False, 64))
+split.split_forward(q, q, q, torch.ones(2, 2), None, TokenLayout((5, 7, 9), 7, 8),
+                    Settings(0.1, 0.0, 64))
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 

@@ -44,10 +44,10 @@ class Call:
         """Split attention with a budget (H,): out (B, H, N, D), density and probe error (B, H)."""
         from freqopt.kernels.op import split_attention_op
 
-        budget = budget.to(self.query.device, non_blocking=True).expand(2, -1)
-        out, density, probe, _, _ = split_attention_op(
+        budget = budget.to(self.query.device, non_blocking=True)
+        out, density, probe, *_ = split_attention_op(
             self.query, self.key, self.value, budget, self.key_mask, list(self.grid),
-            self.text_before, self.text_after, self.scale, 0.0, False, probes,
+            self.text_before, self.text_after, self.scale, 0.0, probes,
         )  # fmt: skip
         return out, density, probe
 
