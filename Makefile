@@ -13,11 +13,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.freqopt-ready
 CHECKED := $(VENV)/.freqopt-checked
+DOCS_READY := $(VENV)/.freqopt-docs-ready
 FOLDERS := freqopt passes kernels exporters models_zoo tests benchmarks examples
 SOURCES := $(shell find $(FOLDERS) -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types pytest bench doctor release clean
+.PHONY: help demo test check lint types pytest bench docs doctor release clean
 
 help:
 	@echo 'make demo    install, then calibrate, compile and sample a video; writes demo/report.html'
@@ -27,6 +28,7 @@ help:
 	@echo 'make types   mypy, strict'
 	@echo 'make pytest  the tests alone; ARGS="-m slow" for the long ones'
 	@echo 'make bench   time the op against dense attention (needs an NVIDIA GPU)'
+	@echo 'make docs    the documentation as a site in build/site; a broken link fails'
 	@echo 'make doctor  what works on this machine, and why the rest does not'
 	@echo 'make release build what would be released and check it; uploads nothing'
 	@echo 'make clean   remove caches, build output and the demo (not $(VENV))'
@@ -70,6 +72,15 @@ pytest: $(READY)
 
 bench: $(READY)
 	'$(BIN)/python' -m benchmarks.attention $(ARGS)
+
+$(DOCS_READY): $(READY)
+	'$(BIN)/python' -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	  mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+docs: $(DOCS_READY)
+	'$(BIN)/python' -m benchmarks.docs --check
+	NO_MKDOCS_2_WARNING=1 '$(BIN)/python' -m mkdocs build --strict
 
 doctor: $(READY)
 	'$(BIN)/freqopt' doctor

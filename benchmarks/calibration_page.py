@@ -1,23 +1,12 @@
-"""Writes the measured tables of docs/calibration.md: `python -m benchmarks.calibration_page`.
+"""The measured tables of calibration, from benchmarks/results/calibration.json.
 
-Every figure in them comes from benchmarks/results/calibration.json, which `benchmarks.calibration`
-wrote. `--check` fails where the page says something else.
+`benchmarks.calibration` writes that file, `python -m benchmarks.docs` the page with these tables.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from benchmarks.pages import DOCS, RESULTS, markers, rewrite
-
-PAGE = DOCS / "calibration.md"
-NAME = "calibration"
-BEGIN, END = markers(NAME)
 
 WANTED = {
     "error on unseen samples / target": "at most 1.1 (aim 0.8 to 1.0)",
@@ -32,16 +21,11 @@ WANTED = {
 
 def rows(result: dict[str, Any]) -> Iterator[str]:
     """The targets' table and the variants', in Markdown."""
-    where, settings = result["environment"], result["settings"]
+    settings = result["settings"]
     grid = f"{settings['frames']} x {settings['height'] // 4} x {settings['width'] // 4}"
     tokens = settings["frames"] * settings["height"] * settings["width"] // 16
-    yield (
-        f"{where['device']}, torch {where['torch']}, commit {where['commit']}: zoo DiT at {grid} = "
-        f"{tokens:,} tokens, {settings['dtype']}, {settings['steps']} steps, "
-        f"{settings['samples']} samples, {settings['seeds']} seeds "
-        f"([numbers](../benchmarks/results/calibration.json), "
-        f"[picture](../benchmarks/results/calibration.png)):"
-    )
+    yield f"The zoo's DiT at {grid} = {tokens:,} tokens, {settings['dtype']}."
+    yield f"{settings['steps']} steps, {settings['samples']} samples, {settings['seeds']} seeds."
     yield ""
     yield "| what | measured | wanted |"
     yield "|---|---|---|"
@@ -73,26 +57,3 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
             for d in densities
         ]
         yield f"| {variant} | " + " | ".join(cells) + " |"
-
-
-def measured(path: Path = RESULTS / "calibration.json") -> str:
-    """Everything between the page's markers."""
-    if not path.exists():
-        return "There is no result file yet."
-    return "\n".join(rows(json.loads(path.read_text())))
-
-
-def main() -> None:
-    """Rewrite the page, or check it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    if not rewrite(PAGE, NAME, measured(), check=check) and check:
-        sys.exit(
-            "docs/calibration.md differs from benchmarks/results/: run "
-            "`python -m benchmarks.calibration_page`"
-        )
-
-
-if __name__ == "__main__":
-    main()

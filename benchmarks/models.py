@@ -1,7 +1,7 @@
-"""What is found in real models' graphs, for docs/models.md: `python -m benchmarks.models`.
+"""What is found in real models' graphs: `python -m benchmarks.models` writes results/models.json.
 
-Runs the cases of tests/model_cases_*.py on the CPU: small configurations with random weights, each
-compiled once with every site split at threshold 0 and compared with dense attention.
+Runs the cases of tests/support/model_cases_*.py on the CPU: small configurations with random
+weights, each compiled once with every site split at threshold 0 and compared with dense attention.
 """
 
 from __future__ import annotations
@@ -11,40 +11,26 @@ import logging
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.common import environment, write
 from freqopt.passes.reasons import Reason, Why
 
 if TYPE_CHECKING:
     from model_cases import Case
     from model_checks import Seen
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "models.md"
-
-HEAD = """# Models
-
-What freqopt finds in the graphs of public models, written by `python -m benchmarks.models` with
-{versions}.
-The configurations are small and the weights random (see
-[tests/support/model_cases.py](../tests/support/model_cases.py)); each model is compiled once with
-every site split at threshold 0, which must equal dense attention at each site and at the output.
-
-- **split**: attentions that can be split, of all in the graphs.
-- **grid from**: `graph`, read off the model's own operations; `grid=`, packed before the model, so
-  that it has to be given in the options or comes with the plan.
-- **rest**: why the other attentions stay dense.
-
-"""
+SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 COLUMNS = ("class", "split", "kind", "text", "grid", "grid from", "rest", "notes")
 
 
-def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) -> tuple[str, ...]:
-    """One row of the table."""
+def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) -> list[str]:
+    """One row of the table, in the order of COLUMNS."""
     dense = [site for site in seen.used if site.eligible]
     kinds = " / ".join(dict.fromkeys(site.kind for site in dense)) or "-"
     sides = []
@@ -59,7 +45,7 @@ def row(case: Case, grid: tuple[int, int, int], seen: Seen, wrong: list[str]) ->
     notes = "; ".join([*([case.note] if case.note else []), *(f"WRONG: {item}" for item in wrong)])
     found = f"{len(dense)} of {len(seen.used)}"
     place = " and ".join(sides) or ("-" if not dense else "none")
-    return f"`{case.name}`", found, kinds, place, extents, source, why, notes
+    return [f"`{case.name}`", found, kinds, place, extents, source, why, notes]
 
 
 BRIEF = {
@@ -86,19 +72,18 @@ def brief(why: Why) -> str:
     return BRIEF.get(why.reason, str(why))
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-    return "\n".join(lines) + "\n"
+    return ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; returns how many models do not behave as expected."""
+    """Write the result file; returns how many models do not behave as expected."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", help="cases, such as wan or flux (default: all)")
-    parser.add_argument("--out", type=Path, help=f"file to write (default: {PAGE}; - for stdout)")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
     given = parser.parse_args(arguments)
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(SUPPORT))
     from model_cases import load_all
     from model_checks import look, problems
 
@@ -106,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     cases, failed = load_all(), 0
-    rows: list[tuple[str, ...]] = []
+    rows: list[list[str]] = []
     for index, (name, case) in enumerate(cases.items()):
         if given.names and name not in given.names:
             continue
@@ -116,12 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
         failed += bool(wrong)
         rows.append(row(case, grid, seen, wrong))
         print(f"{name}: {'; '.join(wrong) or 'ok'}", file=sys.stderr)
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
-    page = HEAD.format(versions=packages) + table(rows)
-    if given.names or str(given.out) == "-":
-        print(page)
-    else:
-        (given.out or PAGE).write_text(page, encoding="utf-8")
+    if given.names:
+        print("\n".join(table(rows)))
+        return failed
+    libraries = {name: version(name) for name in ("diffusers", "transformers")}
+    write("models", {"environment": environment(), "libraries": libraries, "rows": rows}, given.out)
     return failed
 
 

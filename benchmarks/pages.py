@@ -1,43 +1,48 @@
-"""Pages whose tables come from result files: what stands between a page's markers of one name."""
+"""Pages whose figures come from result files: where they are, and how they are written or compared.
+
+`benchmarks.docs` is the command; the tables are made beside the benchmarks that measured them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = RESULTS.parent.parent / "docs"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
 
 
-def markers(name: str) -> tuple[str, str]:
-    """What stands before and after the lines of that name."""
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """A result file, by its name without the ending."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
-def rewrite(page: Path, name: str, text: str, *, check: bool) -> bool:
-    """Put text between a page's markers of that name; whether it was there already.
-
-    check: only look.
-    """
-    begin, end = markers(name)
-    old = page.read_text()
-    head, rest = old.split(begin)
-    _, tail = rest.split(end)
-    new = "\n".join([head + begin, text, end + tail])
-    if not check:
-        page.write_text(new)
-    return new == old
+def origin(result: dict[str, Any]) -> str:
+    """Device, versions and commit of a result, as a sentence that begins a line."""
+    where = result["environment"]
+    parts = [where["device"], f"torch {where['torch']}"]
+    if "onnxruntime" in where:
+        parts.append(f"onnxruntime {where['onnxruntime']}")
+    return f"{', '.join(parts)}, commit {where['commit']}."
 
 
-def rewrite_kernels(
-    result: str, table: Callable[[dict[str, Any]], list[str]], *, check: bool
-) -> bool:
-    """The table of a result file in docs/kernels.md, as `rewrite`.
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Cells as the lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
-    result: the file's name, without its ending; the marker has spaces for its underscores.
-    """
-    found = json.loads((RESULTS / f"{result}.json").read_text())
-    text = "\n".join(table(found))
-    return rewrite(DOCS / "kernels.md", result.replace("_", " "), text, check=check)
+
+def between(text: str, name: str) -> tuple[str, str, str]:
+    """A page before, between and after the markers of a name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    inside, tail = rest.split(end)
+    return head + begin, inside, end + tail
+
+
+def filled(text: str, name: str, inside: str) -> str:
+    """A page with other lines between the markers of a name."""
+    head, _, tail = between(text, name)
+    return f"{head}\n{inside}\n{tail}"

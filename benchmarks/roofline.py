@@ -6,7 +6,6 @@ the memory bus at least once; a kernel that reads a tensor twice is charged for 
 
 Kernels are timed one after the other: those that run beside each other (`kernels/overlap.py`) share
 the GPU, and each takes longer. The time of everything but attention is that of a call as it is.
-`--docs` only writes docs/kernels.md's table from the result file.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,7 +21,6 @@ import torch
 
 from benchmarks.attention import GRIDS, graph_times, relative_errors, threshold_for
 from benchmarks.common import environment, write
-from benchmarks.pages import rewrite_kernels
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.forward.summaries import GROUP, ORDER_GROUP
@@ -212,8 +209,7 @@ def table(result: dict[str, Any]) -> list[str]:
     floors = sum(r["floor_ms"] or 0.0 for r in problem["rows"] if r not in attention)
     lines = [
         f"{problem['heads']} heads x {problem['tokens']:,} tokens at "
-        f"{100 * problem['density']:.1f} % density, {where['device']}, torch {where['torch']}, "
-        f"Triton {where['triton']}, commit {where['commit']} (`{where['command']}`):",
+        f"{100 * problem['density']:.1f} % density, Triton {where['triton']}.",
         "",
         "| kernel | ms | floor, ms |",
         "|---|---|---|",
@@ -230,10 +226,6 @@ def table(result: dict[str, Any]) -> list[str]:
     return [line.replace("`everything else`", "everything else") for line in lines]
 
 
-rewrite_docs = partial(rewrite_kernels, "roofline", table)
-"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -242,13 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, help="dense half-precision TFLOP/s of the GPU")
     parser.add_argument("--tbs", type=float, help="TB/s of its memory")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
-    parser.add_argument(
-        "--docs", action="store_true", help="only rewrite the documentation's table"
-    )
     given = parser.parse_args(arguments)
-    if given.docs:
-        rewrite_docs(check=False)
-        return
     if not torch.cuda.is_available():
         parser.error("this measures kernels, so it needs an NVIDIA GPU and none is visible")
     name = torch.cuda.get_device_name()

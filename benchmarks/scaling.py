@@ -7,7 +7,6 @@ little of density: so the budget of the target error of the sampled queries is s
 The density an error needs is a property of the field, of which one has few large waves: so every
 length has several fields, whose geometric means are reported.
 Times are those of CUDA graphs: below 256K tokens one head is done before Python has launched it.
-`--docs` only rewrites the table in docs/kernels.md from the result file.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,6 @@ from torch import Tensor
 import freqopt
 from benchmarks.common import environment, graph_milliseconds, write
 from benchmarks.natural import natural_attention
-from benchmarks.pages import rewrite_kernels
 from benchmarks.tensors import Attention
 
 GRIDS = {
@@ -265,10 +262,11 @@ def table(result: dict[str, Any]) -> list[str]:
     heads = f"{result['heads']} head" + "s" * (result["heads"] > 1)
     fields = len(result["rows"][0]["fields"])
     lines = [
-        f"{heads} of {HEAD_DIM}, bfloat16, {where['device']}, torch {where['torch']}, Triton "
-        f"{where['triton']}, commit {where['commit']}, CUDA graphs; relative L2 {target:g} by the "
-        f"op's own probes, *error* that of {SAMPLED_QUERIES:,} queries, and on the right the call "
-        f"whose *error* is the target; geometric means of {fields} fields:",
+        f"{heads} of {HEAD_DIM}, bfloat16, Triton {where['triton']}, CUDA graphs.",
+        f"The budget is that of relative L2 {target:g} by the op's own probes.",
+        f"*error* is that of {SAMPLED_QUERIES:,} queries.",
+        "On the right is the call whose *error* is the target.",
+        f"Figures are geometric means of {fields} fields.",
         "",
         "| tokens | density | error | whole call | dense | against dense | beside Q, K, V, O | "
         "density, call at that error |",
@@ -287,18 +285,15 @@ def table(result: dict[str, Any]) -> list[str]:
         exact = result["growth_sampled"]
         lines += [
             "",
-            f"From {result['growth_from']:,} tokens on time grows as tokens^"
-            f"**{result['growth']:.2f}**"
-            f", at the target of the sampled queries tokens^**{exact:.2f}**; dense attention's "
-            f"as {result['dense_growth']:.2f}. From its first to its last length alone: "
+            f"From {result['growth_from']:,} tokens on time grows as "
+            f"tokens^**{result['growth']:.2f}**.",
+            f"At the target of the sampled queries it grows as tokens^**{exact:.2f}**, "
+            f"dense attention's as tokens^{result['dense_growth']:.2f}.",
+            "From the first to the last of these lengths alone the exponents are "
             f"{result['ends']['growth']:.2f}, {result['ends']['growth_sampled']:.2f} and "
             f"{result['ends']['dense_growth']:.2f}.",
         ]
     return lines
-
-
-rewrite_docs = partial(rewrite_kernels, "scaling", table)
-"""Put the result file's table into docs/kernels.md; with `check` only say if it is there."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -310,11 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fields", type=int, default=3, help="fields of each length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="only rewrite the docs' table")
     given = parser.parse_args(arguments)
-    if given.docs:
-        rewrite_docs(check=False)
-        return
     device = torch.device(given.device)
     found = [measure(size, given.target, device, given.heads, given.fields) for size in given.sizes]
     rows = [row for row in found if row is not None]

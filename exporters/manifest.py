@@ -29,8 +29,9 @@ TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 class Artifact:
     """An exported folder.
 
-    path: the folder. manifest: the content of its manifest.json. sites: names of the attentions
-    that were split; dense_sites: those that were not, with the reason; notes: what was left out.
+    Attributes:
+        path: the folder.
+        manifest: the content of its manifest.json.
     """
 
     path: Path

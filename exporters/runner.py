@@ -39,9 +39,13 @@ ELEMENT_TYPES = {
 class RunResult:
     """Outputs by name, and the evidence of how they were made.
 
-    provider: the one that was wanted and ran. nodes: provider -> operator -> how many nodes ran
-    there. split: "library", "plugin" or "function body": what computed the split sites. seconds:
-    one run. kernels: which of the library's GPU kernels attended -> how often.
+    Attributes:
+        outputs: tensors by name.
+        provider: the one that was wanted and ran.
+        nodes: by provider and operator: how many nodes ran there.
+        split: what computed the split sites: "library", "plugin" or "function body".
+        seconds: one run.
+        kernels: which of the library's GPU kernels attended, and how often.
     """
 
     outputs: dict[str, Tensor]

@@ -1,7 +1,7 @@
 """Constants of the split, shared by the definition, the kernels and everything built on them.
 
-They are part of the mathematics (docs/mathematics.md), not tuning knobs: changing one changes what
-a plan's budgets mean, so `SPLIT_VERSION` must be raised with them.
+They are part of the mathematics (docs/design/mathematics.md), not tuning knobs: changing one
+changes what a plan's budgets mean, so `SPLIT_VERSION` must be raised with them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,14 @@ from freqopt.passes.decision import Decision
 
 @dataclass(frozen=True)
 class SiteCount:
-    """Calls of one site in one compiled graph. reason: why it is split or stays dense."""
+    """Calls of one site in one compiled graph.
+
+    Attributes:
+        site: name of the site, as plans have it.
+        split: whether it is split in this graph.
+        calls: how often the graph ran.
+        reason: why it is split or stays dense.
+    """
 
     site: str
     split: bool
@@ -27,8 +34,10 @@ class SiteCount:
 class Counters:
     """What ran since the start or the last `reset_counters`.
 
-    split, dense: calls of attention that were split, and that ran as they were in the model.
-    sites: the same site by site, one entry for each compiled graph that it is in.
+    Attributes:
+        split: calls of attention that were split.
+        dense: calls that ran as they were in the model.
+        sites: the same site by site, one entry for each compiled graph that it is in.
     """
 
     split: int

@@ -37,10 +37,23 @@ ATTENTION_FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_for
 
 @dataclass(frozen=True)
 class InspectedSite:
-    """One attention. Lengths in tokens; grid (t, h, w) from the slowest to the fastest axis.
+    """One attention.
 
-    eligible: could be split, whatever its length. decision: what the backend would do, without a
-    plan if none was given. reason: why it stays dense, or can be split.
+    Attributes:
+        name: path of the module around it, with #1, #2 for further attention in the same module; it
+            is what plans refer to.
+        kind: what it attends over: self, joint, text in keys, cross or other.
+        heads: number of query heads.
+        head_dim: channels of a head.
+        query_length: queries, in tokens.
+        key_length: keys, in tokens.
+        grid: extents (t, h, w) of the video tokens, from the slowest to the fastest axis; None if
+            unknown.
+        text_before: text tokens before the video.
+        text_after: text tokens after it.
+        eligible: whether it could be split, whatever its length.
+        decision: what the backend would do, "split" or "dense"; without a plan if none was given.
+        reason: why it stays dense, or can be split.
     """
 
     name: str
@@ -59,7 +72,13 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """A place where torch.compile leaves the graph. where: file and line; advice: what to do."""
+    """A place where torch.compile leaves the graph.
+
+    Attributes:
+        reason: torch.compile's own words.
+        where: file and line.
+        advice: what to do.
+    """
 
     reason: str
     where: str
@@ -70,9 +89,14 @@ class GraphBreak:
 class Inspection:
     """All attention of a model that a backend sees, and what it does not see.
 
-    graphs: number of graphs the model was captured in; 1 is best. unseen: modules whose attention
-    ran outside all graphs, where no backend can do anything about it. positions: inputs that hold
-    the positions of tokens (such as img_ids), and the grid that these are in raster order on.
+    Attributes:
+        sites: attention in the graphs, in the order of execution.
+        graph_breaks: where torch.compile left a graph.
+        graphs: number of graphs the model was captured in; 1 is best.
+        unseen: modules whose attention ran outside all graphs, where no backend can do anything
+            about it.
+        positions: inputs that hold the positions of tokens (such as img_ids), and the grid that
+            these are in raster order on.
     """
 
     sites: list[InspectedSite]

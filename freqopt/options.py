@@ -23,13 +23,18 @@ Compiled = Callable[..., Any]
 class Options:
     """Options of the backend.
 
-    plan: a `Plan` or the path of one. grid: extents (t, h, w) of the video tokens, where the graph
-    does not tell them. grids: several of these, for a model that is called at several resolutions:
-    where a graph tells none, the one that has as many tokens is taken. threshold: one budget for
-    all sites instead of a plan; 0 is exact. min_tokens: shorter sites stay dense (default: by
-    `freqopt.break_even`, from the site's heads). strict: raise where a site cannot be rewritten.
-    inner: the backend that compiles the rewritten graph. mode: its mode, such as "reduce-overhead"
-    (torch.compile does not take options and a mode at once).
+    Attributes:
+        plan: a `Plan` or the path of one.
+        grid: extents (t, h, w) of the video tokens, where the graph does not tell them.
+        grids: several of these, for a model that is called at several resolutions; where a graph
+            tells none, the one that has as many tokens is taken.
+        threshold: one budget for all sites instead of a plan; 0 is exact.
+        min_tokens: shorter sites stay dense; by default by `freqopt.break_even`, from the site's
+            heads.
+        strict: raise where a site cannot be rewritten.
+        inner: the backend that compiles the rewritten graph.
+        mode: its mode, such as "reduce-overhead" (torch.compile does not take options and a mode at
+            once).
     """
 
     plan: Plan | str | os.PathLike[str] | None = None

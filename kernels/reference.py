@@ -2,7 +2,7 @@
 
 Every other implementation is tested against this one. It favours reading over speed and builds
 (tokens x keys) tensors, so it is for short sequences; `freqopt.kernels.chunked` reuses its
-summaries, scores and probe and attends tile by tile. The mathematics is in docs/mathematics.md.
+summaries, scores and probe and attends tile by tile. The mathematics: docs/design/mathematics.md.
 
 Shapes: B batch, H query heads, T video tokens in token order, X text tokens, D head dim,
 J = ceil(T / 64) key blocks, I = ceil(T / 128) query tiles, S = 16 * I sub-tiles of 8 queries.
@@ -78,7 +78,7 @@ def block_counts(tokens: int, size: int, device: torch.device) -> Tensor:
 def summarise(key: Tensor, value: Tensor, size: int) -> Summary:
     """Block means, second moments, value spread and the token-mean first-order matrix.
 
-    key, value: (B, H, T, D) in token order. Source: docs/mathematics.md §2.
+    key, value: (B, H, T, D) in token order. Source: docs/design/mathematics.md §2.
     """
     tokens = key.shape[2]
     count = block_counts(tokens, size, key.device)
@@ -138,7 +138,7 @@ def score_pairs(
     The score is J x rms over sub-tiles of the pooled softmax mass, times the tile's logit
     dispersion in the block and the block's value spread: an estimate of the error made by keeping
     the block low, free of the units of q, k and v and of the number of blocks. Source:
-    docs/mathematics.md §4.
+    docs/design/mathematics.md §4.
     """
     mean, count = pool_queries(query)
     capacity = summary.counts.log()
@@ -271,7 +271,7 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     """Fit c and g on queries whose exact attention is known, and measure the error that is left.
 
     c makes the mean approximate mass unbiased (Newton on its logarithm), g is the least-squares
-    factor of the first-order term. Source: docs/mathematics.md §5.
+    factor of the first-order term. Source: docs/design/mathematics.md §5.
     """
     relative = estimate.logit - observed.log_total
     target = observed.missing_mass.sum((2, 3))

@@ -30,7 +30,7 @@ def route_scores(
         query: (B, H, N, D); key, value: (B, Hkv, N, D); as in `split_attention`.
 
     Returns:
-        (B, H, tiles, blocks) float32, without unit (docs/mathematics.md §4).
+        (B, H, tiles, blocks) float32, without unit (docs/design/mathematics.md §4).
 
     Raises:
         InputError: if the grid and the text do not add up to N.

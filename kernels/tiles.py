@@ -17,7 +17,7 @@ from freqopt.kernels.device import HOPPER_SHARED
 
 
 class Launch(NamedTuple):
-    """Tile choices for one (dtype, head dim, shared memory); see docs/kernels.md.
+    """Tile choices for one (dtype, head dim, shared memory); see docs/design/kernels.md.
 
     rows, wide, warps, stages: of the portable attention kernel (queries per program, key blocks per
     step is 2 where wide). order_*: of the first-order products. disperse_side: query tiles and key

@@ -1,7 +1,7 @@
 """Calibration: an error target on the model's output in, a plan that holds it out.
 
 Measures every choice at every site while the model runs on samples, spends the error where it buys
-most, and verifies the result on samples that were not fitted. The method is in docs/calibration.md.
+most, and verifies the result on samples that were not fitted. How: docs/design/calibration.md.
 """
 
 from __future__ import annotations

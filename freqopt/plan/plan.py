@@ -43,13 +43,29 @@ SiteShape = tuple[int, int]
 class Plan(Record):
     """All budgets and choices for a model, with the error they were calibrated to.
 
-    timestep_edges: boundaries between the timestep buckets of every site's budgets, ascending, in
-    the units of the model's argument `timestep_name`; empty for one bucket. target_error,
-    measured_error: relative L2 error of the model's output, the latter on held-out samples
-    (worst_error: the worst of them). mean_density: share of pairs attended exactly, weighted by the
-    sites' dense cost. target_psnr, measured_psnr: in dB, of what the user's pipeline generated, if
-    that was the criterion; target_density: the share of pairs asked for, if that was. In both cases
-    target_error is the measured error.
+    Where a PSNR or a density was asked for, `target_error` is the measured error.
+
+    Attributes:
+        format: what kind of file this is.
+        version: of the file's format.
+        split_version: of the definition of the split, see `SPLIT_VERSION`.
+        model: which model the plan belongs to.
+        grids: extents (t, h, w) that the error was verified at, in tokens.
+        device: where it was calibrated.
+        versions: of the libraries it was calibrated with.
+        seed: of PyTorch's generators.
+        target_error: relative L2 error of the model's output that was asked for, without unit.
+        measured_error: the same as measured on held-out samples, root mean square over them.
+        worst_error: that of the worst of them.
+        target_psnr: PSNR in dB of what the pipeline generates, if that was asked for.
+        measured_psnr: the same as measured, in dB.
+        target_density: share of pairs to attend exactly, if that was asked for.
+        mean_density: share of pairs attended exactly, weighted by the sites' dense cost.
+        timestep_name: the model's argument that selects the timestep bucket.
+        timestep_edges: boundaries between the buckets of every site's budgets, ascending, in that
+            argument's units; empty for one bucket.
+        sites: what is decided about each site, by its name.
+        evidence: why the plan is what it is.
     """
 
     format: Literal["freqopt-plan"] = "freqopt-plan"
@@ -142,8 +158,8 @@ class Plan(Record):
         """Output error to expect where a site attends over another number of tokens.
 
         Thresholds carry over, as scores are scaled by the number of blocks. At equal thresholds the
-        error was seen to fall with the square root of the length (docs/calibration.md); below the
-        calibrated length it is taken to grow likewise.
+        error was seen to fall with the square root of the length
+        (docs/decisions/other-lengths.md); below the calibrated length it is taken to grow likewise.
 
         Raises:
             PlanError: the plan has no such site, or the length is more than CARRY times off.

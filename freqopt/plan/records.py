@@ -23,14 +23,25 @@ class Record(BaseModel):
 
 
 class ModelIdentity(Record):
-    """Which model a plan belongs to: class name and `model_fingerprint`."""
+    """Which model a plan belongs to.
+
+    Attributes:
+        class_name: of the model's class.
+        fingerprint: `model_fingerprint` of the model.
+    """
 
     class_name: str
     fingerprint: str
 
 
 class Versions(Record):
-    """Library versions the plan was calibrated with."""
+    """Library versions the plan was calibrated with.
+
+    Attributes:
+        freqopt: of this package.
+        torch: of PyTorch.
+        triton: of Triton, where it was installed.
+    """
 
     freqopt: str
     torch: str
@@ -40,8 +51,10 @@ class Versions(Record):
 class Budget(Record):
     """Budgets of one site in one timestep bucket, one entry per head.
 
-    threshold: routing scores at or above it are attended exactly; 0 is dense. mid: whether pairs
-    just below the threshold are served from means of 8 tokens, which no calibration chooses.
+    Attributes:
+        threshold: routing scores at or above it are attended exactly; 0 is dense.
+        mid: whether pairs just below the threshold are served from means of 8 tokens, which no
+            calibration chooses.
     """
 
     threshold: list[float]
@@ -59,12 +72,20 @@ class Budget(Record):
 class SitePlan(Record):
     """What the plan says about one site.
 
-    budgets: one `Budget` per timestep bucket (empty if the site stays dense). density, error: per
-    head, as measured, over all timesteps: share of pairs attended exactly, relative L2 error of the
-    head's output. gains: [bucket][head], relative error of the model's output over that of the
-    site which caused it. marginals: [bucket][head], change of the output's squared error with that
-    of the head, all others split too, over what it would be with that error alone; below 0 where
-    the head undoes errors of others. Empty where they decided nothing.
+    Attributes:
+        heads: number of query heads.
+        head_dim: channels of a head.
+        tokens: length that it was calibrated at.
+        decision: "split" or "dense".
+        reason: why.
+        budgets: one `Budget` per timestep bucket; empty if the site stays dense.
+        density: share of pairs attended exactly, per head, as measured over all timesteps.
+        error: relative L2 error of the head's output, per head, likewise.
+        gains: by bucket and head: relative error of the model's output over that of the site which
+            caused it.
+        marginals: by bucket and head: change of the output's squared error with that of the head,
+            all others split too, over what it would be with that error alone; below 0 where the
+            head undoes errors of others. Empty where they decided nothing.
     """
 
     heads: int = Field(ge=1, le=MOST_HEADS)
@@ -90,10 +111,13 @@ class SitePlan(Record):
 
 
 class Curve(Record):
-    """Error and cost of a ladder of thresholds at one site, [rung][head] throughout.
+    """Error and cost of a ladder of thresholds at one site, by rung and head throughout.
 
-    density: share of pairs attended exactly. error: relative L2 error of the head's output. bias:
-    signed part of it along the head's own output. probe_error: what the op's probes reported.
+    Attributes:
+        density: share of pairs attended exactly.
+        error: relative L2 error of the head's output.
+        bias: signed part of it along the head's own output.
+        probe_error: what the op's probes reported.
     """
 
     density: list[list[float]]
@@ -105,7 +129,11 @@ class Curve(Record):
 class BucketCurves(Record):
     """The curve of one site over the samples of one timestep bucket.
 
-    energy: each head's share of the site's output energy in these samples.
+    Attributes:
+        bucket: number of the bucket.
+        samples: how many told.
+        energy: each head's share of the site's output energy in these samples.
+        curve: as measured on them.
     """
 
     bucket: int
@@ -117,8 +145,11 @@ class BucketCurves(Record):
 class Spectrum(Record):
     """Power of the keys over the token lattice, per head, as shares that sum to 1 over the bins.
 
-    edges: upper edges of the radial bins, in cycles per token. low: share of the power that means
-    of 64 tokens can carry, [head]; cutoff: up to which frequency, in cycles per token.
+    Attributes:
+        edges: upper edges of the radial bins, in cycles per token.
+        power: by head and bin.
+        cutoff: frequency up to which means of 64 tokens carry power, in cycles per token.
+        low: share of the power that they can carry, by head.
     """
 
     edges: list[float]
@@ -130,9 +161,13 @@ class Spectrum(Record):
 class SiteEvidence(Record):
     """Measurements of one site.
 
-    energy, curve: over all samples; energy is each head's share of the site's output energy.
-    buckets: the same for each timestep bucket that has samples, empty if there is only one.
-    times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
+    Attributes:
+        thresholds: the ladder, ascending.
+        energy: each head's share of the site's output energy, over all samples.
+        curve: over all samples.
+        buckets: the same for each timestep bucket that has samples; empty if there is only one.
+        spectrum: of the keys, where it was taken.
+        times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
     """
 
     thresholds: list[float]
@@ -146,8 +181,14 @@ class SiteEvidence(Record):
 class SiteTiming(Record):
     """Times of attention of one shape on the device of the calibration, in ms for all heads.
 
-    points: (mean density, ms) of split attention as timed. base_ms, density_ms: the line through
-    them, ms = base_ms + density_ms * density. dense_ms: `scaled_dot_product_attention`.
+    Attributes:
+        base_ms: of the line ms = base_ms + density_ms * density through the points.
+        density_ms: its slope.
+        points: (mean density, ms) of split attention as timed.
+        heads: number of query heads.
+        tokens: length.
+        head_dim: channels of a head.
+        dense_ms: `scaled_dot_product_attention`.
     """
 
     base_ms: float = Field(ge=0)
@@ -160,7 +201,16 @@ class SiteTiming(Record):
 
 
 class Trial(Record):
-    """One verification: the model run with candidate budgets on held-out samples."""
+    """One verification: the model run with candidate budgets on held-out samples.
+
+    Attributes:
+        multiplier: Lagrange multiplier that the budgets were allocated with.
+        predicted_error: what allocation expected.
+        measured_error: root mean square over the samples.
+        worst_error: of the worst sample.
+        mean_density: share of pairs attended exactly.
+        sample_errors: one by one.
+    """
 
     multiplier: float
     predicted_error: float
@@ -173,11 +223,18 @@ class Trial(Record):
 class Evidence(Record):
     """Why the plan is what it is; read by the report, not by the backend.
 
-    timings: what the cost model was made from, one entry for each shape of attention; empty where
-    costs were counted in multiply-adds, as on a CPU.
-    bucket_samples: fitted samples in each timestep bucket. dense_sites: attention that cannot be
-    split at all, with the reason. rounding_error: output error with every pair attended exactly by
-    the op: a floor for all plans.
+    Attributes:
+        samples: fitted samples.
+        held_out: samples held out for verification.
+        notes: what was odd, or is otherwise than one may think.
+        rounding_error: output error with every pair attended exactly by the op: a floor for all
+            plans.
+        bucket_samples: fitted samples in each timestep bucket.
+        timings: what the cost model was made from, one entry for each shape of attention; empty
+            where costs were counted in multiply-adds, as on a CPU.
+        trials: verifications, in their order.
+        dense_sites: attention that cannot be split at all, with the reason.
+        sites: what was measured at each site.
     """
 
     samples: int

@@ -58,8 +58,8 @@ def report(
 
     shown = plan if isinstance(plan, Plan) else Plan.load(plan)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    source = resources.files("freqopt").joinpath("templates/report.html").read_text("utf-8")
-    html = environment.from_string(source).render(
+    template = resources.files("freqopt.reporting").joinpath("templates/report.html")
+    html = environment.from_string(template.read_text("utf-8")).render(
         title=f"Frequency-split attention for {shown.model.class_name}",
         lead=_lead(shown),
         cards=_cards(shown),

@@ -54,7 +54,7 @@ def shapes_for(dtype: torch.dtype, head_dim: int) -> Shapes:
     """Shapes that fit registers and the shared memory of sm_80 and later.
 
     Four warps with 64 queries or keys leave room for a second program on each multiprocessor, whose
-    products run beside this one's exponentials (docs/kernels.md).
+    products run beside this one's exponentials (docs/design/kernels.md).
     """
     padded = padded_dim(head_dim)
     row_bytes = padded * dtype.itemsize

@@ -2,7 +2,7 @@
 
 Logits live in base 2 and in the frame of centred keys: subtracting the mean key from every key is
 exact for a softmax, and lets the low band keep its means in half precision
-(docs/mathematics.md §3).
+(docs/design/mathematics.md §3).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How operations that compute carry the axes of tensors on: products, joins, convolutions.
 
-See `axis_rules` for what a rule is.
+See `rules` for what a rule is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How operations on pixels carry the axes of tensors on: convolution, pooling, padding, shuffling.
 
-See `axis_rules` for what a rule is. An extent that changes is still one of the same input.
+See `rules` for what a rule is. An extent that changes is still one of the same input.
 """
 
 from __future__ import annotations

@@ -60,10 +60,6 @@ def test_a_run_writes_rows_and_a_picture(
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_docs_table_is_that_of_the_result_file() -> None:
-    assert scaling.rewrite_docs(check=True)
-
-
 def test_a_row_that_fails_its_gate_reports_no_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,5 +156,5 @@ def test_both_kinds_of_files_lie_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(ort_library, "_compile", pretend)
     monkeypatch.setattr(ort_library, "compiler", lambda: "c++")
-    ort_library.build_library(tmp_path / "artifact")
+    ort_library.build_library(tmp_path / "artifact", [])
     assert built[0].is_relative_to(tmp_path / "cache" / "ort")

@@ -205,14 +205,3 @@ def test_no_large_file_is_tracked() -> None:
         if file.is_file() and not file.is_symlink():
             limit = LARGEST_WEIGHTS if file.suffix == ".safetensors" else LARGEST
             assert file.stat().st_size <= limit, f"{name} is larger than {limit} bytes"
-
-
-@pytest.mark.parametrize(
-    "page",
-    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")]),
-    ids=lambda page: str(page.relative_to(ROOT)),
-)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"

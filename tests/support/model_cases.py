@@ -48,7 +48,7 @@ class Case:
     if it has to be, "" if there is nothing to split. order: of the grid's axes in memory. image:
     the grid is (1, h, w). frames: further ones on the same grid, from other inputs. fullgraph: the
     model is compiled so. tolerance: of the output. grids, batches: those to try, instead of
-    `VARIANTS`. note: what is special, for docs/models.md.
+    `VARIANTS`. note: what is special, for docs/results/models.md.
     """
 
     name: str

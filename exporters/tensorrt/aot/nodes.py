@@ -2,7 +2,7 @@
 
 The nodes stand in model.trt.onnx under names of their own; `aot/aot_plugin.py` registers them. The
 kernels are the portable ones: the Hopper kernel's tensor maps are arguments that such a plugin
-cannot pass (docs/export.md).
+cannot pass (docs/design/export.md).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ LEVEL = 1e-3
 """Relative fall of the density between two rungs below which it says nothing about the error."""
 
 SPLIT_EFFICIENCY = 0.6
-"""Rate of the split's exact band over that of the best dense attention (docs/calibration.md)."""
+"""Rate of the split's exact band over dense attention's (docs/design/calibration.md)."""
 
 _TINY = 1e-30
 _UNWANTED = 1e9  # density and error of choices that must not be taken; they keep their columns

@@ -1,0 +1,178 @@
+"""The pages of docs/results, whole: a few sentences each, and tables from the result files.
+
+`python -m benchmarks.docs` writes them; nobody edits them by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks import calibration_page, models, readme, roofline, scaling
+from benchmarks.pages import load, origin, table
+
+FILES = "../../benchmarks/results"
+
+
+class Page(NamedTuple):
+    """A page. files: the results it is made of. body: its lines below the title."""
+
+    name: str
+    title: str
+    about: str
+    files: tuple[str, ...]
+    body: Callable[[], Iterator[str]]
+
+    def text(self) -> str:
+        """The whole page."""
+        commands = dict.fromkeys(commanded(load(name)) for name in self.files)
+        sources = [f"- [{name}.json]({FILES}/{name}.json)" for name in self.files]
+        lines = [
+            f"# {self.title}", "", f"{self.about}.", "",
+            "This page is written by `python -m benchmarks.docs`.",
+            "Its figures are those of these files,", "", *sources, "", "written by", "",
+            *(f"- `{command}`" for command in commands), "", *self.body(),
+        ]  # fmt: skip
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def commanded(result: dict[str, Any]) -> str:
+    """The command that wrote a result file."""
+    found: str = result["environment"].get("command") or result["command"]
+    return found
+
+
+def attention() -> Iterator[str]:
+    """The op on two GPUs."""
+    yield "The tensors are queries, keys and values of the zoo's video transformer."
+    yield "All heads have one threshold, so that the mean density is the one in the first column."
+    yield "*Whole call* is what a caller waits for; in a CUDA graph Python launches nothing."
+    yield "A row whose error fails its gate has no time."
+    for name, title in (("attention", "NVIDIA H200"), ("attention_h100", "NVIDIA H100")):
+        result = load(name)
+        yield from ("", f"## {title}", "", origin(result), "")
+        yield from readme.attention(result)
+    yield from ("", f"![Error against time on an H200]({FILES}/attention.png)")
+
+
+def gradients() -> Iterator[str]:
+    """The backward pass."""
+    result = load("backward")
+    yield from (origin(result), *readme.backward(result))
+
+
+def overhead() -> Iterator[str]:
+    """Each kernel beside its floor."""
+    result = load("roofline")
+    yield "The floor of a kernel is the larger of two times:"
+    yield "of its bytes at the memory's rate, and of its products at the tensor cores' rate."
+    yield "Kernels are timed one after the other; in a call some run beside each other."
+    yield from ("", origin(result), *roofline.table(result), "")
+    yield f"![Kernels and their floors]({FILES}/roofline.png)"
+
+
+def lengths() -> Iterator[str]:
+    """From thousands of tokens to a million, at one error."""
+    result = load("scaling")
+    yield "Fields have the statistics of natural video; all grids have the proportions 1:2:2."
+    yield "What density an error needs differs between fields of one length by up to 1.7 times."
+    yield from ("", origin(result), *scaling.table(result), "")
+    yield f"![Time and density against length]({FILES}/scaling.png)"
+
+
+def calibration() -> Iterator[str]:
+    """Calibrated budgets against what they are made of, less one thing each."""
+    result = load("calibration")
+    yield "Calibrated budgets are compared with one threshold for everything,"
+    yield "and with budgets from all ingredients but one."
+    yield "Rows about the mid band are of a calibration that still measured it"
+    yield "([why it does not](../decisions/mid-band.md))."
+    yield from ("", origin(result), *calibration_page.rows(result), "")
+    yield f"![Ingredients, and error against density]({FILES}/calibration.png)"
+
+
+def exported() -> Iterator[str]:
+    """One node in ONNX Runtime against the op in PyTorch."""
+    yield "One node of an exported file, under ONNX Runtime's CUDA provider, on the same tensors as"
+    yield "the op in PyTorch: with the operator library, and with the function body."
+    yield "*L2* is the library's relative L2 distance from the op in PyTorch."
+    yield "The smallest case is bound by launches in PyTorch."
+    for name in ("export", "export_564acc8"):
+        result = load(name)
+        yield from ("", f"## Commit {result['environment']['commit']}", "", origin(result), "")
+        head = ["case", "type", "head dim", "tokens", "PyTorch", "library", "ratio", "body", "L2"]
+        yield from table(head, [export_row(row) for row in result["rows"]])
+    yield ""
+    yield "The earlier run, 564acc8, had a mid band, which exported files no longer have,"
+    yield "and a kernel for text queries that was not pipelined yet."
+
+
+def export_row(row: dict[str, Any]) -> list[str]:
+    """One case; times in ms."""
+    ms = row["ms"]
+    return [
+        row["name"], row["dtype"], str(row["head_dim"]), f"{row['tokens']:,}",
+        f"{ms['pytorch']:.3f} ms", f"{ms['library']:.3f} ms",
+        f"{ms['library'] / ms['pytorch']:.3f}", f"{ms['body']:.1f} ms",
+        f"{row['l2']['library']:.1e}",
+    ]  # fmt: skip
+
+
+def demos() -> Iterator[str]:
+    """The video of the demo."""
+    yield "The zoo's model is small (8 million parameters) and was trained for minutes."
+    yield "It has two heads a layer, so that a call is bound by launches where it is short."
+    yield "On a CPU the split is correct, not fast."
+    for name in ("demo_h200", "demo_cpu"):
+        yield from ("", *readme.demo(load(name)))
+
+
+def found() -> Iterator[str]:
+    """What is found in the graphs of public models."""
+    result = load("models")
+    libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
+    yield "Configurations are small and weights random"
+    yield "([tests/support/model_cases.py](../../tests/support/model_cases.py))."
+    yield "Each model is compiled once with every site split at threshold 0,"
+    yield "which must equal dense attention at each site and at the output."
+    yield ""
+    yield origin(result)
+    yield f"{libraries}."
+    yield ""
+    yield "- **split**: attentions that can be split, of all in the graphs."
+    yield "- **grid from**: `graph`, read off the model's own operations; or `grid=`, packed before"
+    yield "  the model, so that it has to be given in the options or comes with the plan."
+    yield "- **rest**: why the other attentions stay dense."
+    yield ""
+    yield from models.table(result["rows"])
+
+
+PAGES = (
+    Page("attention", "The op", "What the op costs, beside dense attention, and how far its "
+         "output is from it", ("attention", "attention_h100"), attention),
+    Page("backward", "Gradients", "What the backward pass costs, and how far gradients are from "
+         "dense attention's", ("backward",), gradients),
+    Page("overhead", "What everything but attention costs", "Each kernel of one call beside the "
+         "time that it needs at least", ("roofline",), overhead),
+    Page("lengths", "How time grows with the length", "Time, density and memory at one error",
+         ("scaling",), lengths),
+    Page("calibration", "Calibration", "What budgets per head and timestep are worth",
+         ("calibration",), calibration),
+    Page("export", "Exported operators", "The op inside ONNX Runtime against the op in PyTorch",
+         ("export", "export_564acc8"), exported),
+    Page("demo", "The demo", "A video sampled from the zoo's model, dense and rewritten",
+         ("demo_h200", "demo_cpu"), demos),
+    Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
+)  # fmt: skip
+
+
+def index() -> str:
+    """The folder's first page."""
+    rows = [[f"[{page.title}]({page.name}.md)", page.about] for page in PAGES]
+    lines = [
+        "# Results", "",
+        "Every page here is written whole by `python -m benchmarks.docs`, from the files under",
+        f"[benchmarks/results]({FILES}/).",
+        "Each file names device, versions and commit.", "", *table(["page", "what"], rows),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

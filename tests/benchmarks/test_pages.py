@@ -1,0 +1,115 @@
+"""Generated pages say what the result files say, and what is wanted of them can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import itertools
+
+from benchmarks import calibration_page, docs, models, picture, readme, results_pages
+from benchmarks.pages import RESULTS, between, filled
+
+WHERE = {"device": "a GPU", "torch": "2.11", "commit": "abc", "command": "python -m it"}
+
+
+@pytest.mark.smoke
+def test_generated_pages_are_up_to_date() -> None:
+    assert not docs.stale(), "run `python -m benchmarks.docs`"
+
+
+def test_a_page_that_differs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, other = tmp_path / "results" / "a.md", tmp_path / "results" / "b.md"
+    page.parent.mkdir()
+    page.write_text("as it should be\n")
+    monkeypatch.setattr(docs, "DOCS", tmp_path)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "wanted", lambda: {page: "as it should be\n"})
+    docs.main(["--check"])
+    other.write_text("nobody makes this")
+    with pytest.raises(SystemExit, match=r"results/b\.md"):
+        docs.main(["--check"])
+    other.unlink()
+    page.write_text("edited by hand\n")
+    with pytest.raises(SystemExit, match=r"results/a\.md"):
+        docs.main(["--check"])
+    docs.main([])
+    assert page.read_text() == "as it should be\n"
+
+
+def test_every_result_file_is_on_a_page() -> None:
+    used = {name for page in results_pages.PAGES for name in page.files}
+    assert used == {path.stem for path in RESULTS.glob("*.json")}
+
+
+def test_markers() -> None:
+    page = "before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n"
+    assert between(page, "x")[1].strip() == "old"
+    assert filled(page, "x", "new") == page.replace("old", "new")
+
+
+def attention_problem(**more: Any) -> dict[str, Any]:
+    row = {"density": 0.1, "l1": 0.06, "l2": 0.05, "ms": 4.0, "speedup": 5.7, **more}
+    return {
+        "heads": 24, "tokens": 32760, "head_dim": 128, "dtype": "torch.bfloat16",
+        "dense_ms": {"cudnn": 22.9, "flash": 30.0}, "rows": [row, {**row, "density": 0.3}],
+    }  # fmt: skip
+
+
+def test_rows_carry_error_and_density_beside_every_time(tmp_path: Path) -> None:
+    said = readme.summary({"environment": WHERE, "problems": [attention_problem()]})
+    assert "a GPU, torch 2.11, commit abc." in said
+    assert "| 32,760 | 10 % | 0.0600 | 0.0500 | 4.00 ms | 22.9 ms | **5.70x** |" in said
+    assert not any("30 %" in line for line in said)
+    every = readme.attention({"problems": [attention_problem(other_share=0.0804)]})
+    assert "| 10.0 % | 0.0600 | 0.0500 | 4.00 ms |  | 5.70x | 8.0 % |" in every
+    assert "| 30.0 % | 0.0600 | 0.0500 | 4.00 ms |  | 5.70x | 8.0 % |" in every
+    assert "No GPU figures" in readme.measured(tmp_path / "empty")
+
+
+def test_calibration_rows() -> None:
+    variants = [
+        {"variant": name, "wanted_density": d, "density": d - 0.001, "error": 0.01, "psnr": 37.0}
+        for name in ("calibrated", "one threshold for all")
+        for d in (0.1, 0.05)
+    ]
+    result = {
+        "environment": WHERE,
+        "settings": {
+            "frames": 21, "height": 120, "width": 208, "steps": 25, "dtype": "bfloat16",
+            "samples": 8, "seeds": 2,
+        },
+        "variants": variants,
+        "summary": {"PSNR at the first density, dB": 37.0, "calibration, s": None},
+    }  # fmt: skip
+    said = "\n".join(calibration_page.rows(result))
+    assert "21 x 30 x 52 = 32,760 tokens" in said
+    assert "| PSNR at 10% density, dB | 37 | at least 36 (aim 42) |" in said
+    assert "| calibration, s | not measured |" in said
+    assert "| calibrated | 9.9%; 0.0100; 37.0 dB | 4.9%; 0.0100; 37.0 dB |" in said
+    del result["variants"]
+    said = "\n".join(calibration_page.rows(result))
+    assert "| PSNR at the first density, dB | 37 | at least 36 (aim 42) |" in said
+    assert "| budgets |" not in said
+
+
+def test_the_picture_is_of_the_real_token_order() -> None:
+    path = picture.cells()
+    assert sorted(path) == [(row, column) for row in range(8) for column in range(8)]
+    steps = itertools.pairwise(path)
+    assert all(abs(r - s) + abs(c - d) == 1 for (r, c), (s, d) in steps)
+    tile = picture.parts(picture.TILE)[picture.SHOWN]
+    exact = [picture.is_exact(tile, block) for block in picture.parts(picture.BLOCK)]
+    assert any(exact) and not all(exact)
+
+
+def test_models_table() -> None:
+    row = ["`A`", "2 of 4", "self", "none", "3 x 6 x 10", "graph", "2 cross", ""]
+    lines = models.table([row])
+    assert len(lines) == 3 and lines[2].startswith("| `A` | 2 of 4 |")
