@@ -206,4 +206,7 @@ def spread(tokens: Tensor, order: Tensor, size: int = KEY_BLOCK) -> Tensor:
     whole = placed[:, :, : order.shape[-1] // size * size]
     blocks = whole.unflatten(2, (-1, size))
     within = (blocks - blocks.mean(3, keepdim=True)).square().sum((2, 3, 4))
-    return within / (whole - whole.mean(2, keepdim=True)).square().sum((2, 3)).clamp(min=1e-30)
+    share: Tensor = within / (whole - whole.mean(2, keepdim=True)).square().sum((2, 3)).clamp(
+        min=1e-30
+    )
+    return share

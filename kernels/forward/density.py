@@ -1,6 +1,6 @@
 """Finds the threshold that makes a share of pairs exact, without waiting for the device.
 
-Its bits are found from the top, by histograms of the scores: reading all of them three times.
+Its bits are found from the top, by histograms of the scores: reading all of them twice.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from freqopt.kernels.portable.density import histogram_kernel, narrow_kernel
 
-RANK_BITS = ((11, 20), (10, 10), (10, 0))
+RANK_BITS = ((11, 20), (11, 9))
 """Bits of a score that one pass over all scores finds of a threshold: how many, and how many lower
-ones are left. The sign is no bit of a score."""
+ones are left. The sign is no bit of a score; those left are below a ten-thousandth of it."""
 
 CELLS, PARTS = 4096, 24
 """Scores that a program counts at a time, and programs that a head's are spread over at most."""
@@ -30,10 +30,10 @@ def threshold_of_density(
     *,
     own: bool,
 ) -> Tensor:
-    """Thresholds (B, H) float32 of a density, as reference.threshold_for_density finds them.
+    """Thresholds (B, H) float32 of a density: at most those of reference.threshold_for_density.
 
     Args:
-        scores: called three times; gives tiles that go together, (tiles,) int32, and their scores
+        scores: called twice; gives tiles that go together, (tiles,) int32, and their scores
             (B, H, tiles, blocks) float32, until all tiles were given.
         shape: (B, H, tiles, blocks) of all scores.
         density: share of pairs that are to be exact.
@@ -57,6 +57,13 @@ def threshold_of_density(
                 BITS=bits, BELOW=below, CELLS=CELLS, OWN=own, num_warps=8,
             )  # fmt: skip
         narrow_kernel[(pairs,)](
-            histogram, prefix, left, limits, BITS=bits, LAST=below == 0, num_warps=4
+            histogram,
+            prefix,
+            left,
+            limits,
+            below,
+            BITS=bits,
+            LAST=below == RANK_BITS[-1][1],
+            num_warps=4,
         )
     return limits

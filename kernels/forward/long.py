@@ -98,7 +98,7 @@ class Walk:
         return Route(self.packed, exact_list, counts, mass_term)
 
     def limits_of(self, density: float) -> Tensor:
-        """Thresholds (B, H) of a density: everything is scored three times."""
+        """Thresholds (B, H) of a density: everything is scored twice."""
         space = self.space()
 
         def scores() -> Iterator[tuple[Tensor, Tensor]]:

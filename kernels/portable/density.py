@@ -92,11 +92,14 @@ def histogram_kernel(
 
 
 @triton.jit
-def narrow_kernel(histogram, prefix, left, limits, BITS: tl.constexpr, LAST: tl.constexpr):
+def narrow_kernel(
+    histogram, prefix, left, limits, below, BITS: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
     """One program per (batch, head): BITS more bits of the score that `left` scores reach.
 
     Appends them to the prefix, takes what lies above off `left` (pairs,) int32, and empties the
-    histogram for the next bits; after the LAST the prefix is the threshold, limits (pairs,).
+    histogram for the next bits; after the LAST the prefix, with its `below` lower bits zero, is the
+    threshold, limits (pairs,).
     """
     pair = tl.program_id(0)
     bins = tl.arange(0, 2**BITS)
@@ -111,4 +114,4 @@ def narrow_kernel(histogram, prefix, left, limits, BITS: tl.constexpr, LAST: tl.
     tl.store(prefix + pair, found)
     tl.store(here, tl.zeros((2**BITS,), tl.int32))
     if LAST:
-        tl.store(limits + pair, found.to(tl.float32, bitcast=True))
+        tl.store(limits + pair, (found << below).to(tl.float32, bitcast=True))

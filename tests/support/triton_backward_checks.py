@@ -32,7 +32,11 @@ from freqopt.kernels.layout import Inputs, Settings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {
+    torch.float32: 5e-4 if ON_GPU else 2e-4,  # tensor cores split float32 in three
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
 if not ON_GPU:
     look_once_a_helper()
 
