@@ -50,60 +50,50 @@ def relative_errors(out: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(l1.mean()), float(l2.mean())
 
 
-def launch_of(a: Attention) -> Any:
-    """Tile choices of the op for this problem."""
-    from freqopt.kernels.tuned import launch_on
+def call_on(a: Attention) -> Any:
+    """The call of this problem, as its launches take it."""
+    from freqopt.kernels.forward.split import call_of
+    from freqopt.kernels.layout import Inputs, Settings, TokenLayout
 
-    return launch_on(a.query.device, a.query.dtype, a.query.shape[-1], a.query.shape[2])
+    layout = TokenLayout(a.grid, 0, 0)
+    inputs = Inputs(a.query, a.key, a.value, a.query.new_zeros(a.query.shape[1]), None, layout)
+    return call_of(inputs, Settings(a.query.shape[-1] ** -0.5, 0.0, DEFAULT_PROBES), None, None)
 
 
 def threshold_for(a: Attention, density: float) -> float:
     """One threshold for all heads whose mean density is the given one (0 for density 1)."""
     from freqopt.kernels.autotune import threshold_at
-    from freqopt.kernels.forward import split
-    from freqopt.kernels.layout import Sequence
+    from freqopt.kernels.forward.summaries import summarise
 
     if density >= 1.0:
         return 0.0
-    sequence, launch = Sequence(a.grid, 0, 0), launch_of(a)
-    summaries = split.summarise(a.key, a.value, sequence, launch)
-    return threshold_at(a.query, summaries, sequence, density, launch)
+    call = call_on(a)
+    return threshold_at(call, summarise(call), density)
 
 
 def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
     """Milliseconds of each part of one call, and its route."""
-    from freqopt.kernels.forward import split
+    from freqopt.kernels.forward import attention, routing, summaries
+    from freqopt.kernels.forward.call import Target
     from freqopt.kernels.forward.probe import fit_probes, probe_space
-    from freqopt.kernels.layout import Sequence
 
-    sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
-    launch = launch_of(a)
-    budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
-    blocks = -(-a.query.shape[2] // KEY_BLOCK)
-    space = probe_space(a.query, blocks, DEFAULT_PROBES)
+    call = call_on(a)
+    thresholds = torch.full((a.query.shape[1],), threshold, device=a.query.device)
+    space = probe_space(call, -(-a.query.shape[2] // KEY_BLOCK), DEFAULT_PROBES)
+    target = Target(torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2), None)
     made: dict[str, Any] = {}
 
     def summarise() -> None:
-        made["summaries"] = split.summarise(a.key, a.value, sequence, launch)
+        made["summaries"] = summaries.summarise(call)
 
     def route() -> None:
-        made["route"] = split.make_route(
-            a.query, made["summaries"], budget, sequence, scale=scale, launch=launch
-        )
+        made["route"] = routing.make_route(call, made["summaries"], thresholds)
 
     def probe() -> None:
-        fit_probes(
-            a.query, a.key, a.value, None, made["summaries"], made["route"], sequence, space,
-            scale=scale, launch=launch,
-        )  # fmt: skip
-
-    out = torch.empty_like(a.query.transpose(1, 2)).transpose(1, 2)
+        fit_probes(call, made["summaries"], made["route"], space)
 
     def attend() -> None:
-        split.attend(
-            a.query, a.key, a.value, None, made["summaries"], made["route"],
-            space.coefficients, out, sequence, scale=scale, launch=launch,
-        )  # fmt: skip
+        attention.attend(call, made["summaries"], made["route"], space.coefficients, target)
 
     steps: list[Callable[[], None]] = [summarise, route, probe, attend]
     return {step.__name__: milliseconds(step, repeat=50) for step in steps}, made["route"]
@@ -112,9 +102,9 @@ def part_times(a: Attention, threshold: float) -> tuple[dict[str, float], Any]:
 @contextlib.contextmanager
 def without_attention() -> Iterator[None]:
     """Calls in here leave out the attention kernel, and give no output: everything else is left."""
-    from freqopt.kernels.forward import split
+    from freqopt.kernels.forward import short
 
-    with mock.patch.object(split, "attend", lambda *given, **options: None):
+    with mock.patch.object(short, "attend", lambda *given, **options: None):
         yield
 
 

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention import DENSE, GRIDS, threshold_for
 from benchmarks.common import environment, milliseconds, write
 from benchmarks.tensors import Attention, zoo_attention
-from freqopt.kernels.layout import Sequence
 
 GATE = 2e-2
 """Largest relative L2 error of a gradient for which a time is printed."""
@@ -33,33 +32,42 @@ class Prepared(NamedTuple):
     backward: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
+def inputs_of(a: Attention) -> Any:
+    """The call's tensors as the backward pass takes them."""
+    from freqopt.kernels.layout import Inputs, TokenLayout
+
+    thresholds = a.query.new_zeros(a.query.shape[1], dtype=torch.float32)
+    return Inputs(a.query, a.key, a.value, thresholds, None, TokenLayout(a.grid, 0, 0))
+
+
 def prepare(a: Attention, grad: Tensor, threshold: float) -> Prepared:
     """Run the forward."""
-    from freqopt.kernels.backward import launch as triton_backward_launch
+    from freqopt.kernels.backward import launch
     from freqopt.kernels.op import split_attention_op
 
-    sequence, scale = Sequence(a.grid, 0, 0), a.query.shape[-1] ** -0.5
-    budget = torch.full((2, a.query.shape[1]), threshold, device=a.query.device)
-    out, _, _, route, coefficients = split_attention_op(
-        *a[:3], budget, None, list(a.grid), 0, 0, scale, 0.0, False, 64
+    scale = a.query.shape[-1] ** -0.5
+    thresholds = torch.full((a.query.shape[1],), threshold, device=a.query.device)
+    out, _, _, route, coefficients, *_ = split_attention_op(
+        *a[:3], thresholds, None, list(a.grid), 0, 0, scale, 0.0, 64
     )
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
-        return triton_backward_launch.split_backward(
-            grad, *a[:3], None, out, route, coefficients, sequence, scale=scale
-        )
+        found = launch.Forward(out, route, coefficients)
+        return launch.split_backward(grad, None, inputs_of(a), found, scale)
 
     return Prepared(route, coefficients, backward)
 
 
 def gradient_errors(a: Attention, grad: Tensor, prepared: Prepared) -> dict[str, float]:
     """Relative L2 error of each gradient of the first head, against float32."""
-    from freqopt.kernels import chunked
+    from freqopt.kernels.chunked import Orders
+    from freqopt.kernels.chunked_backward import Gradients, split_backward
 
     q, k, v, g = (x[:, :1].float() for x in (a.query, a.key, a.value, grad))
-    truth = chunked.split_backward(
-        g, q, k, v, None, prepared.route[:, :1], prepared.coefficients[:, :1],
-        Sequence(a.grid, 0, 0), scale=q.shape[-1] ** -0.5, mid_band=False,
+    inputs = inputs_of(a)._replace(query=q, key=k, value=v)
+    truth = split_backward(
+        Gradients(g, None), inputs, Orders(None, None), prepared.route[:, :1],
+        prepared.coefficients[:, :1], q.shape[-1] ** -0.5,
     )  # fmt: skip
     return {
         name: float((mine[:, :1].float() - true).norm() / true.norm())

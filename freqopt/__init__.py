@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from freqopt.exporters.onnx.export import export_onnx
     from freqopt.exporters.tensorrt.export import export_tensorrt
     from freqopt.inspection import Inspection, inspect
-    from freqopt.kernels.op import SplitStats, split_attention
+    from freqopt.kernels.attention import SplitStats, merge_attention, split_attention
     from freqopt.plan.plan import Plan
     from freqopt.plan.plans import Plans
     from freqopt.regional import attach
@@ -29,17 +29,18 @@ _HOMES = {
     "Inspection": "inspection",
     "Plan": "plan.plan",
     "Plans": "plan.plans",
-    "SplitStats": "kernels.op",
+    "SplitStats": "kernels.attention",
     "attach": "regional",
     "calibrate": "calibration.calibrate",
     "counters": "counting",
     "export_onnx": "exporters.onnx.export",
     "export_tensorrt": "exporters.tensorrt.export",
     "inspect": "inspection",
+    "merge_attention": "kernels.attention",
     "recording": "calibration.samples",
     "report": "reporting.report",
     "reset_counters": "counting",
-    "split_attention": "kernels.op",
+    "split_attention": "kernels.attention",
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "export_onnx",
     "export_tensorrt",
     "inspect",
+    "merge_attention",
     "recording",
     "report",
     "reset_counters",

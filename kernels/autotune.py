@@ -9,17 +9,20 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
 from freqopt.config import DEFAULT_PROBES
-from freqopt.kernels.forward import split
+from freqopt.kernels.forward.attention import attend
+from freqopt.kernels.forward.call import Call, Order, Route, Summaries, Target
 from freqopt.kernels.forward.probe import fit_probes, probe_space
+from freqopt.kernels.forward.routing import make_route
+from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.reference import EXACT
 from freqopt.kernels.tiles import Launch
 
@@ -78,60 +81,59 @@ def _every(**values: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
 
 
-def threshold_at(
-    query: Tensor, summaries: split.Summaries, sequence: Sequence, density: float, launch: Launch
-) -> float:
+def threshold_at(call: Call, summaries: Summaries, density: float) -> float:
     """One threshold for all heads at which their mean density is the given one, by bisection."""
     low, high = -6.0, 6.0
     for _ in range(24):
         middle = (low + high) / 2
-        budget = torch.full((2, query.shape[1]), 10.0**middle, device=query.device)
-        route = split.make_route(
-            query, summaries, budget, sequence, scale=query.shape[-1] ** -0.5, launch=launch
-        )
+        threshold = torch.full((call.heads,), 10.0**middle, device=call.query.device)
+        route = make_route(call, summaries, threshold)
         reached = float((route.route == EXACT).float().mean())
         low, high = (middle, high) if reached > density else (low, middle)
     return float(10.0**low)
 
 
-def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
-    """Parts of a call on random tensors, in its order; each is run on what `shipped` makes."""
+def call_on(problem: Problem, shipped: Launch) -> Call:
+    """The call on random tensors, in the grid's order."""
     shape = (1, problem.heads, problem.tokens, problem.head_dim)
     generator = torch.Generator(problem.device).manual_seed(0)
     query, key, value = (
         torch.randn(shape, generator=generator, device=problem.device, dtype=problem.dtype)
         for _ in range(3)
     )
-    sequence, scale = Sequence(problem.grid, 0, 0), problem.head_dim**-0.5
-    options: dict[str, Any] = {"scale": scale}
-    summaries = split.summarise(key, value, sequence, shipped)
-    threshold = threshold_at(query, summaries, sequence, DENSITY, shipped)
-    budget = torch.full((2, problem.heads), threshold, device=problem.device)
+    layout = TokenLayout(problem.grid, 0, 0)
+    order = Order.shared(layout.base_order(problem.device))
+    return Call(
+        query, key, value, None, layout, order, layout, order, True, problem.head_dim**-0.5, shipped
+    )
 
-    def routed(launch: Launch) -> split.Route:
-        return split.make_route(query, summaries, budget, sequence, launch=launch, **options)
+
+def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
+    """Parts of a call on random tensors, in its order; each is run on what `shipped` makes."""
+    call = call_on(problem, shipped)
+    query, key, value = call.query, call.key, call.value
+    summaries = summarise(call)
+    threshold = torch.full((call.heads,), threshold_at(call, summaries, DENSITY)).to(query.device)
+
+    def routed(launch: Launch) -> Route:
+        return make_route(call._replace(launch=launch), summaries, threshold)
 
     route = routed(shipped)
 
     def fitted(launch: Launch) -> tuple[Tensor, ...]:
-        space = probe_space(query, route.route.shape[3], DEFAULT_PROBES)
-        fit_probes(
-            query, key, value, None, summaries, route, sequence, space, launch=launch, **options
-        )
+        space = probe_space(call, route.route.shape[3], DEFAULT_PROBES)
+        fit_probes(call._replace(launch=launch), summaries, route, space)
         return space.coefficients, space.error
 
     coefficients = fitted(shipped)[0]
 
     def attended(launch: Launch) -> tuple[Tensor, ...]:
         out = torch.empty_like(query)
-        split.attend(
-            query, key, value, None, summaries, route, coefficients, out, sequence,
-            launch=launch, **options,
-        )  # fmt: skip
+        attend(call._replace(launch=launch), summaries, route, coefficients, Target(out, None))
         return (out,)
 
     def summarised(launch: Launch) -> tuple[Tensor, ...]:
-        return (split.summarise(key, value, sequence, launch).low_order,)
+        return (summarise(call._replace(launch=launch)).low_order,)
 
     def scored(launch: Launch) -> tuple[Tensor, ...]:
         # Means: a pair whose score is the threshold itself may fall on either side.
@@ -149,8 +151,8 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
     probe = _every(probe_rows=(16, 32, 64))
     yield Part("probe", probe + _every(fit_rows=(16, 32, 64), fit_columns=(32, 64)), fitted)
     if not hopper.applies(query):
-        attend = _every(rows=(64, 128), warps=(4, 8), stages=(1, 2, 3, 4))
-        yield Part("attention", attend + _every(wide=(2,), stages=(1, 2), warps=(8,)), attended)
+        tiles = _every(rows=(64, 128), warps=(4, 8), stages=(1, 2, 3, 4))
+        yield Part("attention", tiles + _every(wide=(2,), stages=(1, 2), warps=(8,)), attended)
 
 
 def agrees(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:

@@ -1,30 +1,30 @@
-"""Split attention in plain PyTorch that never builds a (tokens x keys) tensor.
+"""Split attention on a CPU: PyTorch's fused attention over the blocks that a route made exact.
 
-Serves CPU tensors: each chunk of query tiles gathers only the key blocks its route made exact, so
-time and memory follow the density. Summaries, scores, route and probe are those of
-`freqopt.kernels.reference`.
+Tiles with as many exact blocks go together, each with its own keys gathered; the low band is one
+more fused call over all tiles. Their softmax sums join them. Summaries, scores, route and probe
+are those of `freqopt.kernels.reference`, orders those of `freqopt.kernels.content_order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Parts
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_BLOCK
+from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels import reference as ref
-from freqopt.kernels.layout import Sequence, Settings, repeat_heads, text_bias
+from freqopt.kernels.content_order import content_order
+from freqopt.kernels.layout import Inputs, Settings, TokenLayout, repeat_heads, text_bias
 
-CHUNK_BYTES = 192 * 2**20
-"""Target size of one chunk's temporaries: small against a model, large enough to hide Python."""
+CHUNK_BYTES = 48 * 2**20
+"""Target size of the keys and values that are gathered at a time: they should stay in a cache."""
 
 
 class Tokens(NamedTuple):
-    """One call's tensors in float32, heads repeated, video in token order (see reference.py)."""
+    """One call's tensors in float32, heads repeated, all but text in their orders."""
 
     query: Tensor
     key: Tensor
@@ -35,165 +35,179 @@ class Tokens(NamedTuple):
     text_bias: Tensor
 
 
-def take_apart(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, sequence: Sequence
-) -> Tokens:
-    """Split (B, H, N, D) tensors of any floating dtype into the parts of `Tokens`."""
-    heads = query.shape[1]
-    q, k, v = (repeat_heads(x, heads).float() for x in (query, key, value))
-    text_key = sequence.text_of(k)
+class Orders(NamedTuple):
+    """Orders (B, Hkv, T) of the keys and (B, H, Tq) of the queries; None for the base order."""
+
+    key: Tensor | None
+    query: Tensor | None
+
+
+def orders_of(inputs: Inputs, settings: Settings) -> Orders:
+    """The orders of a call: given ones, or made by content where chunks ask for it."""
+    share = inputs.query.shape[1] // inputs.key.shape[1]
+    of_keys = _order(inputs.key, inputs.layout, inputs.key_order, inputs.chunks, settings)
+    if inputs.query_layout is None:
+        return Orders(of_keys, None if of_keys is None else of_keys.repeat_interleave(share, 1))
+    chunks = None if inputs.chunks is None else inputs.chunks.repeat_interleave(share)
+    layout = inputs.query_layout
+    return Orders(of_keys, _order(inputs.query, layout, inputs.query_order, chunks, settings))
+
+
+def _order(
+    x: Tensor, layout: TokenLayout, given: Tensor | None, chunks: Tensor | None, settings: Settings
+) -> Tensor | None:
+    if given is not None or chunks is None or not settings.largest_chunk:
+        return given
+    tokens = x[:, :, layout.text_before : layout.text_before + layout.tokens]
+    return content_order(tokens, layout.base_order(x.device), chunks)
+
+
+def take_apart(inputs: Inputs, orders: Orders) -> Tokens:
+    """Split the (B, H, N, D) tensors, of any floating dtype, into the parts of `Tokens`."""
+    heads = inputs.query.shape[1]
+    query = inputs.query.float()
+    key, value = (repeat_heads(x, heads).float() for x in (inputs.key, inputs.value))
+    layout, of_keys = inputs.layout, orders.key
+    if of_keys is not None:
+        of_keys = of_keys.repeat_interleave(heads // of_keys.shape[1], 1)
+    queries = inputs.query_layout or layout
+    text_key = layout.text_of(key)
     return Tokens(
-        query=sequence.video_of(q),
-        key=sequence.video_of(k),
-        value=sequence.video_of(v),
-        text_query=sequence.text_of(q),
+        query=queries.video_of(query, orders.query),
+        key=layout.video_of(key, of_keys),
+        value=layout.video_of(value, of_keys),
+        text_query=queries.text_of(query),
         text_key=text_key,
-        text_value=sequence.text_of(v),
-        text_bias=text_bias(sequence.text_mask(key_mask), text_key),
+        text_value=layout.text_of(value),
+        text_bias=text_bias(layout.text_mask(inputs.key_mask), text_key),
     )
 
 
-class Context(NamedTuple):
-    """What a chunk of tiles attends to: key and value blocks, summaries, text."""
+class Part(NamedTuple):
+    """Attention of queries over some of the keys, to be joined with the rest.
 
-    key_blocks: Tensor
-    value_blocks: Tensor
-    text_key: Tensor
-    text_value: Tensor
-    low: ref.Summary
-    mid: ref.Summary | None
+    out (.., Q, D): normalised over these keys alone; log_sum (.., Q): of their softmax sum.
+    """
+
+    out: Tensor
+    log_sum: Tensor
 
 
-def make_context(tokens: Tokens, mid_band: bool) -> Context:
-    """Summaries and padded blocks of one call."""
-    return Context(
-        key_blocks=ref.split_blocks(tokens.key, KEY_BLOCK),
-        value_blocks=ref.split_blocks(tokens.value, KEY_BLOCK),
-        text_key=tokens.text_key,
-        text_value=tokens.text_value,
-        low=ref.summarise(tokens.key, tokens.value, KEY_BLOCK),
-        mid=ref.summarise(tokens.key, tokens.value, SUB_BLOCK) if mid_band else None,
+def fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Part:
+    """Attention of (A, C, Q, D) queries over (A, C, K, D) keys with a bias (A, C, 1, K) or wider.
+
+    A row whose keys are all hidden has weight zero: log_sum -inf.
+    """
+    if not key.shape[2]:
+        return Part(torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf))
+    wide = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=wide, scale=scale
     )
+    if bias is None:
+        return Part(out, log_sum)
+    hidden = (bias.amax(-1) == -torch.inf).expand(query.shape[:3])
+    return Part(out.masked_fill(hidden[..., None], 0.0), log_sum.masked_fill(hidden, -torch.inf))
 
 
-def _selected(route: Tensor, band: int) -> tuple[Tensor, Tensor]:
-    """Blocks of one band, per tile: indices (B, H, C, L) and which of them are real."""
-    chosen = route == band
-    longest = int(chosen.sum(-1).max())
-    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
-    order = order[..., :longest]
-    return order, chosen.gather(-1, order)
+def equal_lists(route: Tensor, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a flat route (R, J) with as many exact blocks: (n,), and those blocks (n, L).
+
+    So none has to be filled up and masked. block_bytes: of a block's keys and values.
+    """
+    exact = route == ref.EXACT
+    counts = exact.sum(-1)
+    for length in counts.unique().tolist():
+        if not length:
+            continue
+        alike = (counts == length).nonzero().squeeze(1)
+        for rows in alike.split(max(CHUNK_BYTES // (length * block_bytes), 1)):
+            yield rows, exact[rows].nonzero()[:, 1].view(-1, length)
 
 
-def _gather(blocks: Tensor, index: Tensor) -> Tensor:
-    """(B, H, J, R, D) at (B, H, C, L) -> (B, H, C, L * R, D)."""
-    rows, dim = blocks.shape[3:]
-    flat = index.flatten(2)[..., None, None].expand(-1, -1, -1, rows, dim)
-    gathered: Tensor = blocks.gather(2, flat)
-    return torch.unflatten(gathered, 2, index.shape[2:]).flatten(3, 4)
+def attend_exact(tokens: Tokens, tiles: Tensor, route: Tensor, scale: float) -> Part:
+    """All query tiles (B, H, I, 128, D) over the blocks that the route (B, H, I, J) made exact."""
+    batch, heads, count, rows, dim = tiles.shape
+    blocks = route.shape[-1]
+    keys, values = (
+        ref.split_blocks(x, KEY_BLOCK).reshape(-1, KEY_BLOCK * dim)
+        for x in (tokens.key, tokens.value)
+    )
+    flat = tiles.reshape(-1, rows, dim)
+    out = torch.zeros_like(flat)
+    log_sum = flat.new_full(flat.shape[:2], -torch.inf)
+    lane = torch.arange(KEY_BLOCK, device=route.device)
+    ragged = tokens.key.shape[2] % KEY_BLOCK
+    for chosen, listed in equal_lists(route.reshape(-1, blocks), 8 * KEY_BLOCK * dim):
+        where = (listed + (chosen // count * blocks)[:, None]).flatten()
+        key, value = (
+            x.index_select(0, where).view(len(chosen), 1, -1, dim) for x in (keys, values)
+        )
+        bias = None
+        if ragged:
+            past = (listed == blocks - 1)[..., None] & (lane >= ragged)
+            bias = flat.new_zeros(past.shape).masked_fill(past, -torch.inf)
+            bias = bias.view(len(chosen), 1, 1, -1)
+        part = fused(flat[chosen][:, None], key, value, bias, scale)
+        out[chosen], log_sum[chosen] = part.out[:, 0], part.log_sum[:, 0]
+    return Part(out.view_as(tiles), log_sum.view(batch, heads, count, rows))
 
 
-def _bias(index: Tensor, real: Tensor, weight: Tensor) -> Tensor:
-    """Additive logit (B, H, C, 1, L * R) of gathered columns: log of `weight` (J, R), or -inf."""
-    bias = torch.where(real[..., None], weight.log()[index], -torch.inf)
-    return bias.flatten(3).unsqueeze(3)
-
-
-def _column_weights(count: Tensor, size: int, rows: int) -> Tensor:
-    """(J, rows) tokens behind each column of each block, when a column stands for `size` tokens."""
-    starts = torch.arange(rows, device=count.device) * size
-    return (count[:, None] - starts).clamp(0, size)
+def attend_low(
+    low: ref.Summary, mass_term: Tensor, tiles: Tensor, route: Tensor, c: Tensor, scale: float
+) -> Part:
+    """All query tiles (B, H, I, 128, D) over the means of the blocks that the route left low."""
+    batch, heads, count, rows = tiles.shape[:4]
+    bias = low.counts.log() + c[..., None, None] * mass_term
+    bias = bias.masked_fill(route != ref.LOW, -torch.inf)
+    key, value = (
+        x.flatten(0, 1)[:, None].expand(-1, count, -1, -1) for x in (low.key_mean, low.value_mean)
+    )
+    part = fused(tiles.flatten(0, 1), key, value, bias.flatten(0, 1)[:, :, None], scale)
+    return Part(part.out.view_as(tiles), part.log_sum.view(batch, heads, count, rows))
 
 
 def attend_tiles(
-    query: Tensor,
-    count: Tensor,
-    context: Context,
-    bias: Tensor,
-    route: Tensor,
-    c: Tensor,
-    g: Tensor,
+    tokens: Tokens, low: ref.Summary, scores: ref.Scores, route: Tensor, probe: ref.Probe,
     scale: float,
-) -> Tensor:
-    """Split attention of some query tiles; differentiable in `query` and `context`.
-
-    Args:
-        query: (B, H, C, 128, D), the last tile zero-padded.
-        count: (C,) true queries of each tile.
-        bias: (B, 1, 1, X) of the text keys.
-        route: (B, H, C, J) int8.
-        c, g: (B, H), the probe's scalars.
-
-    Returns:
-        (B, H, C, 128, D); rows past a tile's true queries are meaningless.
-    """
-    low, mid = context.low, context.mid
-    c, g = c[..., None, None, None], g[..., None, None, None]
-    mean_square = query.square().sum(3) / count[:, None]
-    capacity = low.counts.log()
-
-    index, real = _selected(route, ref.EXACT)
-    weights = _column_weights(low.counts, 1, KEY_BLOCK)
-    logits = [query @ _gather(context.key_blocks, index).mT * scale + _bias(index, real, weights)]
-    values = [_gather(context.value_blocks, index)]
-
-    logits.append(query @ context.text_key.unsqueeze(2).mT * scale + bias.unsqueeze(2))
-    values.append(context.text_value.unsqueeze(2))
-
-    term = torch.minimum(0.5 * scale**2 * (mean_square @ low.key_var.mT), capacity)
-    used = torch.where(route == ref.LOW, capacity + c.squeeze(-1) * term, -torch.inf)
-    logits.append(query @ low.key_mean.unsqueeze(2).mT * scale + used.unsqueeze(3))
-    values.append(low.value_mean.unsqueeze(2))
-    orders = [(len(logits) - 1, low.first_order)]
-
-    if mid is not None:
-        rows = KEY_BLOCK // SUB_BLOCK
-        index, real = _selected(route, ref.MID)
-        mean, value, var = (
-            _gather(ref.split_blocks(x, rows), index)
-            for x in (mid.key_mean, mid.value_mean, mid.key_var)
+) -> Part:  # fmt: skip
+    """Split attention of all queries (B, H, Tq, D), in their order, in one softmax."""
+    tiles = ref.split_blocks(tokens.query, QUERY_TILE)
+    parts = [
+        attend_exact(tokens, tiles, route, scale),
+        attend_low(low, scores.mass_term, tiles, route, probe.c, scale),
+    ]
+    if tokens.text_key.shape[2]:
+        text = fused(tokens.query, tokens.text_key, tokens.text_value, tokens.text_bias, scale)
+        parts.append(
+            Part(
+                ref.split_blocks(text.out, QUERY_TILE),
+                ref.split_blocks(text.log_sum[..., None], QUERY_TILE)[..., 0],
+            )
         )
-        fine = _bias(index, real, _column_weights(low.counts, SUB_BLOCK, rows))
-        spread = 0.5 * scale**2 * (mean_square.unsqueeze(3) @ var.mT)
-        logits.append(query @ mean.mT * scale + fine + c * torch.minimum(spread, fine.clamp(min=0)))
-        values.append(value)
-        orders.append((len(logits) - 1, mid.first_order))
-
-    peak = torch.stack([x.amax(-1) for x in logits if x.shape[-1]]).amax(0)[..., None].detach()
-    weights_of = [(x - peak).exp() for x in logits]
-    mass = [x.sum(-1, keepdim=True) for x in weights_of]
-    out = weights_of[0] @ values[0]
-    for w, v in zip(weights_of[1:], values[1:], strict=True):
-        out = out + w @ v
-    for band, matrix in orders:
-        out = out + g * mass[band] * (query @ matrix.unsqueeze(2).mT * scale)
-    return out / torch.stack(mass).sum(0)
+    log_sum = torch.stack([part.log_sum for part in parts]).logsumexp(0)
+    out = torch.zeros_like(tiles)
+    for part in parts:
+        out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
+    low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
+    turned = tiles @ low.first_order.mT.unsqueeze(2)
+    out.addcmul_(turned.mul_(low_share), (scale * probe.g)[..., None, None, None])
+    queries = tokens.query.shape[2]
+    return Part(out.flatten(2, 3)[:, :, :queries], log_sum.flatten(2)[..., :queries])
 
 
-def chunks_of(query: Tensor, route: Tensor, columns: int) -> Iterator[slice]:
-    """Ranges of tiles whose temporaries stay near CHUNK_BYTES."""
-    batch, heads, tiles, _ = route.shape
-    densest = int((route == ref.EXACT).sum(-1).max()) * KEY_BLOCK
-    per_tile = batch * heads * 4 * (densest * 2 * query.shape[-1])
-    per_tile += batch * heads * 4 * 3 * QUERY_TILE * (densest + columns)
-    step = max(CHUNK_BYTES // max(per_tile, 1), 1)
-    for start in range(0, tiles, step):
-        yield slice(start, min(start + step, tiles))
-
-
-def probe_bands(
-    tokens: Tokens,
-    context: Context,
-    scores: ref.Scores,
-    route: Tensor,
-    positions: Tensor,
-    scale: float,
+def fit_probe(
+    tokens: Tokens, low: ref.Summary, scores: ref.Scores, route: Tensor, probes: int, scale: float
 ) -> ref.Probe:
-    """Fit the probe's scalars on the queries at `positions` (see reference.fit_probe)."""
+    """Fit the probe's scalars on some queries (see reference.fit_probe); ones without probes."""
+    ones = torch.ones_like(scores.score[..., 0, 0])
+    if not probes:
+        return ref.Probe(ones, ones, ones * torch.nan)
+    positions = ref.probe_positions(tokens.query.shape[2], probes, tokens.query.device)
     chosen = tokens.query[:, :, positions]
     bands = ref.make_bands(
         chosen, positions // QUERY_TILE, tokens.key, tokens.value, tokens.text_key,
-        tokens.text_value, tokens.text_bias, route, context.low, context.mid, scores,
+        tokens.text_value, tokens.text_bias, route, low, None, scores,
         ref.tile_mean_square(tokens.query), scale,
     )  # fmt: skip
     text = chosen @ tokens.text_key.mT * scale + tokens.text_bias
@@ -201,122 +215,49 @@ def probe_bands(
     return ref.fit_probe(ref.observe(bands, full), bands.estimate)
 
 
-def attend_text(tokens: Tokens, scale: float) -> Tensor:
-    """Dense attention of the text queries over every key, (B, H, X, D) float32."""
+def attend_text(tokens: Tokens, scale: float) -> Part:
+    """Dense attention of the text queries (B, H, X, D) over every key."""
     keys = torch.cat([tokens.key, tokens.text_key], 2)
     values = torch.cat([tokens.value, tokens.text_value], 2)
-    video_bias = tokens.text_bias.new_zeros(keys.shape[0], 1, 1, tokens.key.shape[2])
-    bias = torch.cat([video_bias, tokens.text_bias], -1)
-    return F.scaled_dot_product_attention(
-        tokens.text_query, keys, values, attn_mask=bias, scale=scale
-    )
+    bias = F.pad(tokens.text_bias, (tokens.key.shape[2], 0))
+    return fused(tokens.text_query, keys, values, bias, scale)
 
 
-def split_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    key_mask: Tensor | None,
-    sequence: Sequence,
-    settings: Settings,
-) -> tuple[Tensor, ref.Split]:
-    """Forward pass: out (B, H, N, D) in the model's order, and the split's findings."""
-    scale, density, mid_band, probes = settings
-    tokens = take_apart(query, key, value, key_mask, sequence)
-    context = make_context(tokens, mid_band)
-    scores = ref.score_pairs(tokens.query, context.low, scale, query.dtype)
-    thresholds = ref.resolve_thresholds(scores.score, budget, density, mid_band)
-    route = ref.route_pairs(scores.score, *thresholds)
-    ones = torch.ones_like(scores.score[..., 0, 0])
-    probe = ref.Probe(ones, ones, ones * torch.nan)
-    if probes:
-        positions = ref.probe_positions(sequence.tokens, probes, query.device)
-        probe = probe_bands(tokens, context, scores, route, positions, scale)
+class Forward(NamedTuple):
+    """What a forward pass returns.
 
-    tiles = ref.split_blocks(tokens.query, QUERY_TILE)
-    count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
-    video = torch.empty_like(tiles)
-    columns = context.low.counts.numel() + sequence.text
-    for part in chunks_of(tiles, route, columns):
-        video[:, :, part] = attend_tiles(
-            tiles[:, :, part], count[part], context, tokens.text_bias, route[:, :, part],
-            probe.c, probe.g, scale,
-        )  # fmt: skip
+    out (B, H, Nq, D) and log_sum (B, H, Nq) float32 as the model numbers its queries; split: the
+    findings, in the queries' order; orders: those used.
+    """
+
+    out: Tensor
+    log_sum: Tensor
+    split: ref.Split
+    orders: Orders
+
+
+def split_forward(inputs: Inputs, settings: Settings) -> Forward:
+    """Forward pass of a call on a CPU."""
+    query, scale = inputs.query, settings.scale
+    orders = orders_of(inputs, settings)
+    tokens = take_apart(inputs, orders)
+    own = inputs.query_layout is None
+    low = ref.summarise(tokens.key, tokens.value, KEY_BLOCK)
+    scores = ref.score_pairs(tokens.query, low, scale, query.dtype)
+    thresholds = ref.resolve_thresholds(scores.score, inputs.threshold, settings.density, own=own)
+    route = ref.route_pairs(scores.score, *thresholds, own=own)
+    probe = fit_probe(tokens, low, scores, route, settings.probes, scale)
+    video = attend_tiles(tokens, low, scores, route, probe, scale)
+
     batch, heads, length, dim = query.shape
     out = query.new_empty(batch, length, heads, dim).transpose(1, 2)
-    text = attend_text(tokens, scale) if sequence.text else None
-    sequence.store(out, video.flatten(2, 3)[:, :, : sequence.tokens], text)
-    return out, ref.Split(out, route, ref.route_density(route), probe)
-
-
-def split_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    route: Tensor,
-    coefficients: Tensor,
-    sequence: Sequence,
-    *,
-    scale: float,
-    mid_band: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value with the route and the probe's scalars held fixed.
-
-    Recomputes chunk by chunk, so memory is that of one chunk beside float32 copies of the inputs.
-    """
-    c, g = coefficients.unbind(-1)
-    count = ref.block_counts(sequence.tokens, QUERY_TILE, query.device)
-    bias = text_bias(sequence.text_mask(key_mask), sequence.text_of(key).float())
-    grad_tiles = ref.split_blocks(sequence.video_of(grad).float(), QUERY_TILE)
-
-    def prepare(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        tokens = take_apart(query, key, value, key_mask, sequence)
-        context = make_context(tokens, mid_band)
-        text = (attend_text(tokens, scale),) if sequence.text else ()
-        tiles = ref.split_blocks(tokens.query, QUERY_TILE)
-        return (tiles, *text, *_differentiable(context))
-
-    # torch.func, not torch.autograd: inside an op's kernel the autograd keys are switched off.
-    prepared, prepare_vjp, *_ = torch.func.vjp(prepare, query, key, value)
-    fixed = 2 if sequence.text else 1
-    tiles, leaves = prepared[0], prepared[fixed:]
-    sums = [torch.zeros_like(x) for x in leaves]
-    grad_query = torch.zeros_like(tiles)
-    columns = -(-sequence.tokens // KEY_BLOCK) + sequence.text
-    for part in chunks_of(tiles, route, columns):
-
-        def attend(chunk: Tensor, *parts: Tensor, part: slice = part) -> Tensor:
-            context = _context_of(parts, sequence.tokens)
-            return attend_tiles(chunk, count[part], context, bias, route[:, :, part], c, g, scale)
-
-        _, attend_vjp, *_ = torch.func.vjp(attend, tiles[:, :, part], *leaves)
-        grads = attend_vjp(grad_tiles[:, :, part])
-        grad_query[:, :, part] = grads[0]
-        for total, part_grad in zip(sums, grads[1:], strict=True):
-            total += part_grad
-    text_grad = (sequence.text_of(grad).float(),) if sequence.text else ()
-    results = prepare_vjp((grad_query, *text_grad, *sums))
-    return results[0], results[1], results[2]
-
-
-def _differentiable(context: Context) -> list[Tensor]:
-    """The tensors of a context that gradients flow through, in the order `_context_of` takes."""
-    summaries = [context.low] if context.mid is None else [context.low, context.mid]
-    each = [(s.key_mean, s.value_mean, s.key_var, s.first_order) for s in summaries]
-    return [*context[:4], *(x for parts in each for x in parts)]
-
-
-def _context_of(parts: Parts[Tensor], tokens: int) -> Context:
-    """A context from its differentiable tensors; routing is done, so no value spread."""
-
-    def summary(values: Parts[Tensor], size: int) -> ref.Summary:
-        mean, value, var, first = values
-        count = ref.block_counts(tokens, size, mean.device)
-        return ref.Summary(count, mean, value, var, torch.empty(0), first)
-
-    low = summary(parts[4:8], KEY_BLOCK)
-    mid = summary(parts[8:12], SUB_BLOCK) if len(parts) > 8 else None
-    return Context(parts[0], parts[1], parts[2], parts[3], low, mid)
+    log_sum = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
+    layout = inputs.query_layout or inputs.layout
+    text = attend_text(tokens, scale) if layout.text else None
+    layout.store(out, video.out, None if text is None else text.out, orders.query)
+    layout.store(
+        log_sum, video.log_sum[..., None], None if text is None else text.log_sum[..., None],
+        orders.query,
+    )  # fmt: skip
+    split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
+    return Forward(out, log_sum[..., 0], split, orders)

@@ -1,11 +1,13 @@
-"""Between the model's sequence and the split's: text taken apart, video in token order.
+"""Between the model's sequence and the split's: text taken apart, the other tokens in their order.
 
-The op takes and returns tokens in the model's own order; only the implementations see token order.
+The op takes and returns tokens as the model numbers them; only the implementations see the order in
+which they are cut into tiles and blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,23 +22,34 @@ PER_BYTE = 4
 
 
 class Settings(NamedTuple):
-    """Constants of one call, in the order of the op's schema; as in `split_attention`.
+    """Constants of one call; as in `split_attention`.
 
-    density: 0 where a budget rules instead.
+    density: 0 where thresholds rule instead. largest_chunk: of the content orders, 0 for none.
+    log_sum: whether the softmax sums' logarithms are wanted.
     """
 
     scale: float
     density: float
-    mid_band: bool
     probes: int
+    largest_chunk: int = 0
+    log_sum: bool = False
 
 
-class Sequence(NamedTuple):
-    """How one sequence of N tokens is laid out: text_before + t*h*w + text_after."""
+class TokenLayout(NamedTuple):
+    """How a sequence of N tokens is laid out: text_before + t*h*w + text_after.
+
+    grid: extents of the tokens that are split; (1, 1, T) where they have none, for memory order.
+    """
 
     grid: Grid
     text_before: int
     text_after: int
+
+    @classmethod
+    def of(cls, extents: Sequence[int]) -> TokenLayout:
+        """From (t, h, w, text_before, text_after)."""
+        t, h, w, before, after = extents
+        return cls((t, h, w), before, after)
 
     @property
     def tokens(self) -> int:
@@ -48,10 +61,16 @@ class Sequence(NamedTuple):
         """Number of text tokens, before and after together."""
         return self.text_before + self.text_after
 
-    def video_of(self, x: Tensor) -> Tensor:
-        """Video tokens of (B, H, N, D), in token order."""
+    def base_order(self, device: torch.device) -> Tensor:
+        """The order (T,) int32 by the grid alone, counted from the first token that is no text."""
+        return token_order(self.grid, device)
+
+    def video_of(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """Video tokens of (B, H, N, D), in an order (B, H, T), or in the base order."""
         video = x[:, :, self.text_before : self.text_before + self.tokens]
-        return video[:, :, token_order(self.grid, x.device).long()]
+        if order is None:
+            return video.index_select(2, self.base_order(x.device))
+        return video.gather(2, order.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
 
     def text_of(self, x: Tensor) -> Tensor:
         """Text tokens of (B, H, N, D), those before the video first."""
@@ -74,13 +93,73 @@ class Sequence(NamedTuple):
         whole[:, self.text_before : self.text_before + self.tokens] = True
         return whole
 
-    def store(self, out: Tensor, video: Tensor, text: Tensor | None) -> None:
-        """Write video (token order) and text tokens back into `out` (B, H, N, D)."""
-        order = token_order(self.grid, out.device).long() + self.text_before
-        out.index_copy_(2, order, video.to(out.dtype))
-        if text is not None and self.text:
-            out[:, :, : self.text_before] = text[:, :, : self.text_before]
-            out[:, :, self.text_before + self.tokens :] = text[:, :, self.text_before :]
+    def store(
+        self, out: Tensor, video: Tensor, text: Tensor | None, order: Tensor | None = None
+    ) -> None:
+        """Write video (in `order`, or the base order) and text back into `out` (B, H, N, D)."""
+        index = self.base_order(out.device).expand(*out.shape[:2], -1) if order is None else order
+        where = (index.long() + self.text_before)[..., None].expand_as(video)
+        out.scatter_(2, where, video.to(out.dtype))
+        if text is not None:
+            self.store_text(out, text)
+
+    def store_text(self, out: Tensor, text: Tensor) -> None:
+        """Write text tokens (B, H, X, D) back into `out` (B, H, N, D)."""
+        out[:, :, : self.text_before] = text[:, :, : self.text_before]
+        out[:, :, self.text_before + self.tokens :] = text[:, :, self.text_before :]
+
+
+class Inputs(NamedTuple):
+    """The op's tensors and how their tokens are laid out; as in `split_attention_op`.
+
+    query_layout: None where the queries are the keys' own tokens.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    threshold: Tensor
+    key_mask: Tensor | None
+    layout: TokenLayout
+    query_layout: TokenLayout | None = None
+    chunks: Tensor | None = None
+    key_order: Tensor | None = None
+    query_order: Tensor | None = None
+
+    def heads(self, items: slice, kv: slice) -> Inputs:
+        """Of some batch items and key heads, with the query heads that share them."""
+        share = self.query.shape[1] // self.key.shape[1]
+        own = slice(kv.start * share, kv.stop * share)
+
+        def of(x: Tensor | None, heads: slice) -> Tensor | None:
+            return None if x is None else x[items, heads]
+
+        return self._replace(
+            query=self.query[items, own], key=self.key[items, kv], value=self.value[items, kv],
+            threshold=self.threshold[own],
+            key_mask=None if self.key_mask is None else self.key_mask[items],
+            chunks=None if self.chunks is None else self.chunks[kv],
+            key_order=of(self.key_order, kv), query_order=of(self.query_order, own),
+        )  # fmt: skip
+
+    def order_memory(self, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+        """Memory for the orders (B, Hkv, T) of keys and (B, H, Tq) of queries that are made."""
+        if self.chunks is None or not settings.largest_chunk:
+            return None, None
+        of_keys = of_queries = None
+        if self.key_order is None:
+            shape = (*self.key.shape[:2], self.layout.tokens)
+            of_keys = torch.empty(shape, device=self.key.device, dtype=torch.int32)
+        if self.query_layout is not None and self.query_order is None:
+            shape = (*self.query.shape[:2], self.query_layout.tokens)
+            of_queries = torch.empty(shape, device=self.query.device, dtype=torch.int32)
+        return of_keys, of_queries
+
+    def log_sum_memory(self, settings: Settings) -> Tensor | None:
+        """Memory for the logarithms (B, H, Nq) of the softmax sums, if they are wanted."""
+        if not settings.log_sum:
+            return None
+        return torch.empty(self.query.shape[:3], device=self.query.device, dtype=torch.float32)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -64,7 +64,8 @@ class Probe(NamedTuple):
 def split_blocks(x: Tensor, size: int) -> Tensor:
     """(B, H, T, D) -> (B, H, blocks, size, D), the last block padded with zeros."""
     blocks = -(-x.shape[2] // size)
-    padded: Tensor = F.pad(x, (0, 0, 0, blocks * size - x.shape[2]))
+    missing = blocks * size - x.shape[2]
+    padded: Tensor = F.pad(x, (0, 0, 0, missing)) if missing else x
     return torch.unflatten(padded, 2, (blocks, size))
 
 
@@ -167,21 +168,31 @@ def own_blocks(tiles: int, blocks: int, device: torch.device) -> Tensor:
     return block * KEY_BLOCK // QUERY_TILE == tile[:, None]
 
 
-def route_pairs(score: Tensor, threshold: Tensor, mid_threshold: Tensor) -> Tensor:
+def route_pairs(
+    score: Tensor, threshold: Tensor, mid_threshold: Tensor, *, own: bool = True
+) -> Tensor:
     """Choose the band of every pair: EXACT from the threshold up, MID between the two, else LOW.
 
-    score: (B, H, I, J); thresholds (B, H). Returns (B, H, I, J) int8.
+    score: (B, H, I, J); thresholds (B, H). own: the queries are the keys' tokens, and a tile's own
+    blocks are exact whatever they score; else the block of its highest score is. Returns
+    (B, H, I, J) int8.
     """
-    own = own_blocks(score.shape[2], score.shape[3], score.device)
-    exact = (score >= threshold[..., None, None]) | own
+    if own:
+        always = own_blocks(score.shape[2], score.shape[3], score.device)
+    else:
+        best = score.argmax(-1, keepdim=True)
+        always = torch.arange(score.shape[3], device=score.device) == best
+    exact = (score >= threshold[..., None, None]) | always
     middle = score >= mid_threshold[..., None, None]
     return torch.where(exact, EXACT, torch.where(middle, MID, LOW)).to(torch.int8)
 
 
-def threshold_for_density(score: Tensor, density: float) -> Tensor:
+def threshold_for_density(score: Tensor, density: float, *, own: bool = True) -> Tensor:
     """Threshold (B, H) that makes the given share of pairs exact, own blocks counted in."""
-    own = own_blocks(score.shape[2], score.shape[3], score.device)
-    flat = torch.where(own, torch.inf, score).flatten(2)
+    if own:
+        local = own_blocks(score.shape[2], score.shape[3], score.device)
+        score = torch.where(local, torch.inf, score)
+    flat = score.flatten(2)
     kept = min(max(math.ceil(density * flat.shape[-1]), 1), flat.shape[-1])
     return flat.kthvalue(flat.shape[-1] - kept + 1, dim=-1).values
 
@@ -248,6 +259,12 @@ def attend_bands(bands: Bands, c: Tensor, g: Tensor) -> Tensor:
     out = weights[..., columns:] @ bands.value
     out = out + weights[..., :columns] @ bands.estimate.value
     return out + g[..., None, None] * first_order
+
+
+def log_sum_of(bands: Bands, c: Tensor) -> Tensor:
+    """Logarithms (B, H, Q) of the softmax sums over all bands."""
+    approximate = bands.estimate.logit + c[..., None, None] * bands.estimate.term
+    return torch.cat([approximate, bands.exact], -1).logsumexp(-1)
 
 
 def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
@@ -337,23 +354,28 @@ def make_bands(
 
 
 class Split(NamedTuple):
-    """Result of the reference: out (B, H, T, D) in token order, route, density, probe."""
+    """Result of the reference.
+
+    out (B, H, Tq, D) in the queries' order, route (B, H, I, J), density (B, H), probe, and log_sum
+    (B, H, Tq), the natural logarithms of the softmax sums over all bands.
+    """
 
     out: Tensor
     route: Tensor
     density: Tensor
     probe: Probe
+    log_sum: Tensor
 
 
 def resolve_thresholds(
-    score: Tensor, budget: Tensor, density: float, mid_band: bool
+    score: Tensor, threshold: Tensor, density: float, mid_band: bool = False, *, own: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Thresholds (B, H) of the exact and the mid band, from a budget (2, H) or from a density."""
+    """Thresholds (B, H) of the exact and the mid band, from the heads' (H,) or from a density."""
     if density > 0.0:
-        threshold = threshold_for_density(score, density)
-        return threshold, threshold * MID_RATIO if mid_band else threshold
-    threshold, mid_threshold = budget.float().expand(score.shape[0], *budget.shape).unbind(1)
-    return threshold, mid_threshold if mid_band else threshold
+        exact = threshold_for_density(score, density, own=own)
+    else:
+        exact = threshold.float().expand(score.shape[0], -1)
+    return exact, exact * MID_RATIO if mid_band else exact
 
 
 def split_tokens(
@@ -363,22 +385,25 @@ def split_tokens(
     text_key: Tensor,
     text_value: Tensor,
     text_bias: Tensor,
-    budget: Tensor,
+    threshold: Tensor,
     *,
     scale: float,
     density: float = 0.0,
     mid_band: bool = False,
     probes: int = 64,
     dtype: torch.dtype = torch.float32,
+    own: bool = True,
 ) -> Split:
-    """Frequency-split attention of video queries (B, H, T, D), all in token order, float32.
+    """Frequency-split attention of queries (B, H, Tq, D), all in their orders, float32.
 
-    dtype: of the tensors that were attended, as in `score_pairs`.
+    threshold: (H,), used where density is 0. dtype: of the tensors that were attended, as in
+    `score_pairs`. own: the queries are the keys' own tokens, in one order with them.
     """
     low = summarise(key, value, KEY_BLOCK)
     mid = summarise(key, value, SUB_BLOCK) if mid_band else None
     scores = score_pairs(query, low, scale, dtype)
-    route = route_pairs(scores.score, *resolve_thresholds(scores.score, budget, density, mid_band))
+    thresholds = resolve_thresholds(scores.score, threshold, density, mid_band, own=own)
+    route = route_pairs(scores.score, *thresholds, own=own)
     mean_square = tile_mean_square(query)
 
     def bands_of(positions: Tensor) -> Bands:
@@ -399,4 +424,5 @@ def split_tokens(
             probe = fit_probe(observe(bands, full), bands.estimate)
     everything = bands_of(torch.arange(query.shape[2], device=query.device))
     out = attend_bands(everything, probe.c, probe.g)
-    return Split(out, route, route_density(route), probe)
+    log_sum = log_sum_of(everything, probe.c)
+    return Split(out, route, route_density(route), probe, log_sum)

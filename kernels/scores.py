@@ -10,7 +10,7 @@ from torch import Tensor
 from freqopt.config import KEY_BLOCK
 from freqopt.grid import check_grid
 from freqopt.kernels import reference
-from freqopt.kernels.layout import Sequence, repeat_heads
+from freqopt.kernels.layout import TokenLayout, repeat_heads
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def route_scores(
         InputError: if the grid and the text do not add up to N.
     """
     extents = check_grid(grid, query.shape[2], text=text_before + text_after)
-    sequence = Sequence(extents, text_before, text_after)
+    sequence = TokenLayout(extents, text_before, text_after)
     heads = query.shape[1]
     tokens = [sequence.video_of(repeat_heads(x, heads).float()) for x in (query, key, value)]
     summary = reference.summarise(tokens[1], tokens[2], KEY_BLOCK)

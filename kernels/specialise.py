@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.kernels.forward import probe, split
-from freqopt.kernels.forward.long import RANK_BITS, ROUTE_STEP
+from freqopt.kernels.forward import density, probe, routing, summaries
+from freqopt.kernels.forward.density import RANK_BITS
+from freqopt.kernels.forward.long import ROUTE_STEP
 from freqopt.kernels.hopper import attend as gluon_attend
 from freqopt.kernels.hopper import gather as gluon_gather
 from freqopt.kernels.hopper import launch as hopper
@@ -129,17 +130,17 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
 
     yield Specialised("limits", glue.limits_kernel, {}, {"num_warps": 1, "num_stages": 1}, 0)
     yield Specialised(
-        "summarise", prepare.summarise_kernel, {**size, "GROUP": split.GROUP},
-        {"num_warps": split.SUMMARY_WARPS, "num_stages": 1}, split.GROUP,
+        "summarise", prepare.summarise_kernel, {**size, "GROUP": summaries.GROUP},
+        {"num_warps": summaries.SUMMARY_WARPS, "num_stages": 1}, summaries.GROUP,
     )  # fmt: skip
-    first = {**size, "GROUP": split.ORDER_GROUP}
-    yield Specialised("first", prepare.first_order_kernel, first, streamed, split.ORDER_GROUP)
-    cols = min(split.TOTAL_COLS, padded_dim(dim))
-    total = {**size, "COLS": cols, "ROWS": split.TOTAL_ROWS}
+    first = {**size, "GROUP": summaries.ORDER_GROUP}
+    yield Specialised("first", prepare.first_order_kernel, first, streamed, summaries.ORDER_GROUP)
+    cols = min(summaries.TOTAL_COLS, padded_dim(dim))
+    total = {**size, "COLS": cols, "ROWS": summaries.TOTAL_ROWS}
     yield Specialised("total", glue.total_kernel, total, few, cols)
-    centre = {**size, "COLS": cols, "BJ": split.CENTRE_BLOCKS}
-    yield Specialised("centre", glue.centre_kernel, centre, few, split.CENTRE_BLOCKS)
-    cells = split.ORDER_CELLS
+    centre = {**size, "COLS": cols, "BJ": summaries.CENTRE_BLOCKS}
+    yield Specialised("centre", glue.centre_kernel, centre, few, summaries.CENTRE_BLOCKS)
+    cells = summaries.ORDER_CELLS
     yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
     yield Specialised("pool_tiles", triton_score.pool_tiles_kernel, size, few, 0)
     side = launch.disperse_side
@@ -151,8 +152,8 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
          "WIDE": launch.score_wide},
         {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
     )  # fmt: skip
-    routing = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
-    yield Specialised("route", prepare.route_kernel, {"BJ": split.ROUTE_BLOCKS}, routing, 0)
+    routed = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
+    yield Specialised("route", prepare.route_kernel, {"BJ": routing.ROUTE_BLOCKS}, routed, 0)
     yield Specialised(
         "probe", triton_attend.probe_kernel, {**size, **mask, **precision, "BP": launch.probe_rows},
         {"num_warps": 4, "num_stages": launch.probe_stages}, launch.probe_rows,
@@ -189,7 +190,7 @@ run beside the scores (`freqopt.kernels.overlap`) change those of BY_PROBE."""
 
 
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
-    """Every kernel that one call on a long sequence launches through PyTorch; see long_split."""
+    """Every kernel that one call on a long sequence launches through PyTorch; see forward.long."""
     for given in _chosen(variant):
         if given.name in ("density", "text", "route"):
             continue
@@ -201,19 +202,23 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         else:
             yield given
     yield Specialised(
-        "probe_tiles", triton_glue.probe_tiles_kernel, {"ROWS": split.PROBE_TILES},
+        "probe_tiles", triton_glue.probe_tiles_kernel, {"ROWS": routing.PROBE_TILES},
         {"num_warps": 1, "num_stages": 1}, 0,
     )  # fmt: skip
-    rows = {"BJ": split.ROUTE_BLOCKS, "LISTS": False}
-    options = {"num_warps": split.ROUTE_WARPS, "num_stages": 1}
+    rows = {"BJ": routing.ROUTE_BLOCKS, "LISTS": False}
+    options = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
     given = Specialised("probe_route", triton_prepare.route_kernel, rows, options, 0)
     yield given.with_defaults(besides=("tile_list",))
     few = {"num_warps": 4, "num_stages": 3}
-    yield Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
+    route = Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
+    yield route.with_defaults()
     for bits, below in RANK_BITS:
-        constants = {"BITS": bits, "BELOW": below, "BJ": ROUTE_STEP}
+        constants = {"BITS": bits, "BELOW": below, "CELLS": density.CELLS}
         name = f"rank_{below}"
-        yield Specialised(name, triton_long.rank_kernel, constants, {**few, "num_warps": 8}, 0)
+        counting = Specialised(
+            name, triton_density.histogram_kernel, constants, {**few, "num_warps": 8}, 0
+        )
+        yield counting.with_defaults()
 
 
 def _has_gluon(variant: Variant) -> bool:
@@ -229,7 +234,7 @@ def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialise
     dim = variant.head_dim
     constants = {"D": dim, "HAS_MASK": variant.masked, "STAGES": hopper.STAGES[dim]}
     function = gluon_gather.gather_hopper_kernel if long else gluon_attend.attend_hopper_kernel
-    return Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128)
+    return Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128).with_defaults()
 
 
 def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised | None:
@@ -239,7 +244,7 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
     dim = variant.head_dim
     constants = {"D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim]}
     function = gluon_prepare.prepare_hopper_kernel
-    return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0)
+    return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0).with_defaults()
 
 
 def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None:
@@ -248,7 +253,7 @@ def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None
         return None
     constants, tiles = {"D": variant.head_dim, "LISTED": long}, gluon_score.TILES.value
     function = gluon_score.score_hopper_kernel
-    return Specialised("score_hopper", function, constants, {"num_warps": 4}, tiles)
+    return Specialised("score_hopper", function, constants, {"num_warps": 4}, tiles).with_defaults()
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:

@@ -101,13 +101,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         text_after: Any,
         scale: float,
         density: float,
-        mid_band: bool,
         probes: int,
     ) -> list[Any]:
-        """One node; only the op's first output, its result, is ever used in a model.
-
-        mid_band is not passed on: in an export both thresholds are the same.
-        """
+        """One node; only the op's first output, its result, is ever used in a model."""
         if key_mask is None:
             whole = onnx.numpy_helper.from_array(np.ones((1, 1), np.bool_))
             key_mask = opset18.Constant(value=whole)
@@ -132,8 +128,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 def name_budgets(model: ir.Model, names: list[str]) -> None:
     """Give each split node a budget initialiser (H,) of its own, in graph order.
 
-    The exporter merges equal initialisers; a plan could then not be exchanged site by site. Of the
-    op's budget (2, H) a node takes the thresholds alone.
+    The exporter merges equal initialisers; a plan could then not be exchanged site by site.
     """
     graph = model.graph
     nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_NAME)]
@@ -143,7 +138,7 @@ def name_budgets(model: ir.Model, names: list[str]) -> None:
     for node in nodes:
         budget = node.inputs[BUDGET_INPUT]
         assert budget is not None and budget.const_value is not None
-        found.append((node, budget, budget.const_value.numpy()[0].copy()))
+        found.append((node, budget, budget.const_value.numpy().copy()))
     for node, _, _ in found:
         node.replace_input_with(BUDGET_INPUT, None)
     for value in {id(budget): budget for _, budget, _ in found}.values():

@@ -13,10 +13,8 @@ import triton
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
-from freqopt.grid import token_order
 from freqopt.kernels import reference as ref
-from freqopt.kernels.forward.split import Summaries
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.forward.call import Call, Summaries
 from freqopt.kernels.portable.backward import sum_kernel
 from freqopt.kernels.portable.backward_bands import list_kernel, rows_kernel
 from freqopt.kernels.tiles import padded_dim
@@ -136,29 +134,18 @@ class Sums(NamedTuple):
     plain: Tensor
 
 
-class Call(NamedTuple):
-    """What every step of one turn needs: sizes, constants, and launch options."""
+class Turn(NamedTuple):
+    """What every step of one turn needs: the call of its heads, sizes, and launch options."""
 
-    batch: int
-    heads: int
-    kv_heads: int
-    dim: int
+    call: Call
     tiles: int
     blocks: int
-    sequence: Sequence
-    scale: float
     shapes: Shapes
-    device: torch.device
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share a key head."""
-        return self.heads // self.kv_heads
 
     @property
     def all_blocks(self) -> int:
-        """Blocks of the video and of the text."""
-        return self.blocks + -(-self.sequence.text // KEY_BLOCK)
+        """Blocks of the keys and of their text."""
+        return self.blocks + -(-self.call.layout.text // KEY_BLOCK)
 
     @property
     def rows(self) -> int:
@@ -166,19 +153,14 @@ class Call(NamedTuple):
         return self.tiles * QUERY_TILE
 
     @property
-    def pairs(self) -> int:
-        """(batch item, query head) pairs."""
-        return self.batch * self.heads
-
-    @property
     def key_pairs(self) -> int:
         """(batch item, key head) pairs."""
-        return self.batch * self.kv_heads
+        return self.call.batch * self.call.kv_heads
 
     @property
-    def order(self) -> Tensor:
-        """Source rows of the video's tokens."""
-        return token_order(self.sequence.grid, self.device)
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.call.query.device
 
     def single(self, *shape: int) -> Tensor:
         """Fresh float32 memory."""
@@ -187,9 +169,8 @@ class Call(NamedTuple):
     def options(self, shape: Shape) -> dict[str, Any]:
         """Constants and launch options of a kernel of BM rows."""
         return {
-            "D": self.dim, "DP": padded_dim(self.dim), "BM": shape.rows,
-            "PRECISION": self.shapes.precision, "num_warps": shape.warps,
-            "num_stages": shape.stages,
+            **self.call.size, "BM": shape.rows, "PRECISION": self.shapes.precision,
+            "num_warps": shape.warps, "num_stages": shape.stages,
         }  # fmt: skip
 
 
@@ -214,45 +195,47 @@ def make_lists(route: Tensor, all_blocks: int) -> Lists:
     return found
 
 
-def with_text(
-    summaries: Summaries, key: Tensor, value: Tensor, key_mask: Tensor | None, sequence: Sequence
-) -> Blocks:
-    """Put text behind the video's last block."""
-    text = sequence.text
-    batch, device = key.shape[0], key.device
-    video = torch.ones(batch, sequence.tokens, device=device, dtype=torch.int8)
-    mask = sequence.text_mask(key_mask)
-    seen = video.new_ones(batch, text) if mask is None else mask.to(torch.int8)
+def with_text(call: Call, summaries: Summaries) -> Blocks:
+    """Put text behind the last block of the other keys."""
+    layout = call.layout
+    video = torch.ones(call.batch, layout.tokens, device=call.key.device, dtype=torch.int8)
+    mask = layout.text_mask(call.key_mask)
+    seen = video.new_ones(call.batch, layout.text) if mask is None else mask.to(torch.int8)
     valid = torch.cat([F.pad(x, (0, -x.shape[1] % KEY_BLOCK)) for x in (video, seen)], 1)
     blocks = [summaries.key, summaries.value]
-    if text:
-        for i, x in enumerate((key, value)):
-            behind = F.pad(sequence.text_of(x), (0, 0, 0, -text % KEY_BLOCK))
+    if layout.text:
+        for i, x in enumerate((call.key, call.value)):
+            behind = F.pad(layout.text_of(x), (0, 0, 0, -layout.text % KEY_BLOCK))
             blocks[i] = torch.cat([blocks[i], behind], 2)
     return Blocks(blocks[0], blocks[1], valid)
 
 
 def copy_rows(
-    call: Call, query: Tensor, grad: Tensor, out: Tensor, summaries: Summaries, coefficients: Tensor
-) -> Rows:
-    """Queries and output gradients in token order, with their row sums."""
-    shape = call.shapes.bands
-    parts = call.rows // shape.rows
-    per_row = (call.batch, call.heads, call.rows)
+    turn: Turn, grad: Tensor, log_sum_grad: Tensor | None, out: Tensor, summaries: Summaries,
+    coefficients: Tensor,
+) -> Rows:  # fmt: skip
+    """Queries and output gradients in the queries' order, with their row sums."""
+    shape, call = turn.shapes.bands, turn.call
+    parts = turn.rows // shape.rows
+    per_row = (*call.per_head, turn.rows)
     copies = [
-        torch.empty(*per_row, call.dim, device=x.device, dtype=x.dtype) for x in (query, grad)
+        torch.empty(*per_row, call.dim, device=x.device, dtype=x.dtype) for x in (call.query, grad)
     ]
-    offset, delta, low_delta = (call.single(*per_row) for _ in range(3))
-    squares = call.single(call.batch, call.heads, parts, call.dim)
+    offset, delta, low_delta = (turn.single(*per_row) for _ in range(3))
+    squares = turn.single(*call.per_head, parts, call.dim)
+    sums = {}
+    if log_sum_grad is not None:
+        sums = {"log_sum_grad": log_sum_grad, "log_sum_row": log_sum_grad.shape[-1]}
+    order = call.query_order
     rows_kernel[(parts, call.pairs)](
-        query, grad, out, call.order, summaries.key_shift, coefficients, summaries.low_order,
-        *copies, offset, delta, low_delta, squares,
-        *query.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
-        call.heads, call.group_size, call.sequence.tokens, call.tiles,
-        call.sequence.text_before, call.scale, **call.options(shape),
+        call.query, grad, out, order.index, summaries.key_shift, coefficients,
+        summaries.low_order, *copies, offset, delta, low_delta, squares,
+        *call.query.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
+        call.heads, call.group_size, call.queries, turn.tiles, call.query_layout.text_before,
+        call.scale, order.row, order.share, **turn.options(shape), **sums,
     )  # fmt: skip
-    count = ref.block_counts(call.sequence.tokens, QUERY_TILE, call.device)
-    pooled = squares.unflatten(2, (call.tiles, -1)).sum(3) / count[:, None]
+    count = ref.block_counts(call.queries, QUERY_TILE, turn.device)
+    pooled = squares.unflatten(2, (turn.tiles, -1)).sum(3) / count[:, None]
     return Rows(copies[0], copies[1], offset, delta, low_delta, pooled)
 
 
@@ -261,12 +244,13 @@ def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     return torch.unflatten(x, 1, (kv_heads, -1)).flatten(2, 3)
 
 
-def make_band(call: Call, summaries: Summaries, route: Tensor, pooled: Tensor, c: Tensor) -> Band:
+def make_band(turn: Turn, summaries: Summaries, route: Tensor, pooled: Tensor, c: Tensor) -> Band:
     """The low band with its biases; c: (B, H, 1, 1)."""
-    capacity = ref.block_counts(call.sequence.tokens, KEY_BLOCK, call.device).log()
+    call = turn.call
+    capacity = ref.block_counts(call.tokens, KEY_BLOCK, turn.device).log()
     var = summaries.key_var.float()
     spread = by_key_head(pooled, call.kv_heads) @ var.mT * (0.5 * call.scale**2)
-    spread = spread.view(call.batch, call.heads, call.tiles, -1)
+    spread = spread.view(*call.per_head, turn.tiles, -1)
     logit = (capacity + c * torch.minimum(spread, capacity)) * LOG2E
     bias = torch.where(route == ref.LOW, logit, -torch.inf)
     return Band(
@@ -275,14 +259,14 @@ def make_band(call: Call, summaries: Summaries, route: Tensor, pooled: Tensor, c
     )  # fmt: skip
 
 
-def softmax_sums(call: Call, rows: Rows, blocks: Blocks, band: Band, lists: Lists) -> Sums:
+def softmax_sums(turn: Turn, rows: Rows, blocks: Blocks, band: Band, lists: Lists) -> Sums:
     """Walk everything the queries attend to, for their weights' normaliser."""
-    shape = call.shapes.sums
-    sums = Sums(*(call.single(call.batch, call.heads, call.rows) for _ in range(2)))
-    sum_kernel[(call.rows // shape.rows, call.pairs)](
+    shape, call = turn.shapes.sums, turn.call
+    sums = Sums(*(turn.single(*call.per_head, turn.rows) for _ in range(2)))
+    sum_kernel[(turn.rows // shape.rows, call.pairs)](
         rows.query, rows.offset, blocks.key, blocks.valid, band.key, band.bias,
         lists.blocks, lists.block_counts, *sums,
-        call.heads, call.group_size, call.sequence.tokens, call.tiles, call.blocks,
-        call.all_blocks, call.scale, BN=call.shapes.sum_columns, **call.options(shape),
+        call.heads, call.group_size, call.tokens, call.queries, turn.tiles, turn.blocks,
+        turn.all_blocks, call.scale, BN=turn.shapes.sum_columns, **turn.options(shape),
     )  # fmt: skip
     return sums

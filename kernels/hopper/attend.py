@@ -26,6 +26,7 @@ TILE = gl.constexpr(128)  # freqopt.config.QUERY_TILE, and keys per step: two bl
 ROWS = gl.constexpr(64)  # queries of one consumer
 HALF = gl.constexpr(64)  # channels in one swizzled row of 128 bytes
 LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
 
 OPERAND = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 MMA = gl.constexpr(
@@ -189,10 +190,11 @@ def _as_operand(weight, dtype: gl.constexpr, ACC: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    query, order, key_shift, mass_term, coefficients, exact_list, n_exact, key_mask, out,
+    query, order, key_shift, mass_term, coefficients, exact_list, n_exact, key_mask, out, log_sum,
     q_buffer, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    first_position, tokens, blocks, text, text_tiles, text_before, stride_qn, stride_on, scale,
-    D: gl.constexpr, HAS_MASK: gl.constexpr, STAGES: gl.constexpr,
+    first_position, tokens, blocks, text, text_tiles, text_before, queries, query_before,
+    stride_qn, stride_on, scale,
+    D: gl.constexpr, HAS_MASK: gl.constexpr, STAGES: gl.constexpr, LOG_SUM: gl.constexpr,
 ):  # fmt: skip
     """64 queries through the low band, its first-order term, the text, and the exact blocks."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
@@ -204,8 +206,8 @@ def _consume(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GATHERED))
     col = gl.arange(0, D, layout=gl.SliceLayout(0, GATHERED))
     position = first_position + row
-    real = position < tokens
-    source = gl.load(order + position, mask=real, other=0).to(gl.int64) + text_before
+    real = position < queries
+    source = gl.load(order + position, mask=real, other=0).to(gl.int64) + query_before
     rows = gl.expand_dims(source, 1)
     cols = gl.expand_dims(col, 0)
     there = gl.expand_dims(real, 1)
@@ -292,6 +294,10 @@ def _consume(
     growing = _start_values(operand, v_ring, v_full, step + pairs - 1, acc, STAGES)
     acc, operand = warpgroup_mma_wait(0, deps=[growing, operand])
 
+    if LOG_SUM:
+        total = (gl.log2(mass) + peak) * LN2
+        total = gl.convert_layout(total, gl.SliceLayout(1, GATHERED))
+        gl.store(log_sum + source, total, mask=real)
     mass = gl.expand_dims(gl.convert_layout(mass, gl.SliceLayout(1, ACC)), 1)
     q_buffer.store((acc / mass).to(out.dtype.element_ty))
     barrier()
@@ -335,8 +341,14 @@ def attend_hopper_kernel(
     stride_qb, stride_qh, stride_qn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
     D: gl.constexpr, HAS_MASK: gl.constexpr, STAGES: gl.constexpr,
+    order_row=0, order_share=1, queries=0, query_before=0, OWN: gl.constexpr = True,
+    log_sum=None, log_sum_row=0, LOG_SUM: gl.constexpr = False,
 ):  # fmt: skip
     """One program: the 128 queries of one tile of one head; see the module.
+
+    order: the queries', (T,) entries from pair // order_share * order_row on. queries,
+    query_before: how many there are and where they begin, unless they are the keys' OWN tokens.
+    log_sum: (pairs, log_sum_row) float32, which with LOG_SUM gets the softmax sums' logarithms.
 
     key, value (pairs * blocks * 64, D), text_key, text_value (pairs * text rounded up to 128, D),
     low_key, low_value (pairs * blocks, D) and low_order (pairs * D, D) are tensor descriptors with
@@ -349,6 +361,13 @@ def attend_hopper_kernel(
     key_pair = (batch * (heads // group_size) + head // group_size).to(gl.int32)
     row = pair * tiles + tile
     query += batch * stride_qb + head * stride_qh
+    order += pair // order_share * order_row
+    if OWN:
+        queries, query_before = tokens, text_before
+    if LOG_SUM:
+        log_sum += pair * log_sum_row
+    else:
+        log_sum = out
     out += batch * stride_ob + head * stride_oh
     key_mask += batch * stride_mb
     exact_list += row * blocks
@@ -369,18 +388,19 @@ def attend_hopper_kernel(
                 _consume,
                 (
                     query, order, shift, mass_term, coefficients + pair * 2, exact_list, n_exact,
-                    key_mask, out, q_buffers.index(0), k_ring, v_ring, k_full, k_empty, v_full,
-                    v_empty, first, tokens, blocks, text, text_tiles, text_before, stride_qn,
-                    stride_on, scale, D, HAS_MASK, STAGES,
+                    key_mask, out, log_sum, q_buffers.index(0), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first, tokens, blocks, text, text_tiles, text_before, queries,
+                    query_before, stride_qn, stride_on, scale, D, HAS_MASK, STAGES, LOG_SUM,
                 ),
             ),
             (
                 _consume,
                 (
                     query, order, shift, mass_term, coefficients + pair * 2, exact_list, n_exact,
-                    key_mask, out, q_buffers.index(1), k_ring, v_ring, k_full, k_empty, v_full,
-                    v_empty, first + ROWS, tokens, blocks, text, text_tiles, text_before,
-                    stride_qn, stride_on, scale, D, HAS_MASK, STAGES,
+                    key_mask, out, log_sum, q_buffers.index(1), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first + ROWS, tokens, blocks, text, text_tiles, text_before,
+                    queries, query_before, stride_qn, stride_on, scale, D, HAS_MASK, STAGES,
+                    LOG_SUM,
                 ),
             ),
             (

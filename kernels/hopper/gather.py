@@ -121,12 +121,14 @@ def gather_hopper_kernel(
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, tile_list, turn,
     D: gl.constexpr, HAS_MASK: gl.constexpr, STAGES: gl.constexpr,
+    order_row=0, order_share=1, queries=0, query_before=0, OWN: gl.constexpr = True,
+    log_sum=None, log_sum_row=0, LOG_SUM: gl.constexpr = False, key_order=None, key_order_row=0,
 ):  # fmt: skip
     """One program: the 128 queries of one listed tile of one head.
 
     key, value: the model's own; the rest is as in attend.attend_hopper_kernel, with a row of
     mass_term, exact_list and counts for each listed tile. turn: (pairs, tiles) int64, which of
-    these rows each program takes.
+    these rows each program takes. key_order: the keys', where they are not the queries' OWN.
     """
     pair = gl.program_id(1).to(gl.int64)
     at = gl.load(turn + pair * tiles + gl.program_id(0)).to(gl.int32)
@@ -136,6 +138,15 @@ def gather_hopper_kernel(
     key_pair = (batch * (heads // group_size) + key_head).to(gl.int32)
     row = pair * tiles + at
     query += batch * stride_qb + head * stride_qh
+    order += pair // order_share * order_row
+    if OWN:
+        queries, query_before, key_order = tokens, text_before, order
+    else:
+        key_order += key_pair.to(gl.int64) * key_order_row
+    if LOG_SUM:
+        log_sum += pair * log_sum_row
+    else:
+        log_sum = out
     key += batch * stride_kb + key_head * stride_kh
     value += batch * stride_vb + key_head * stride_vh
     out += batch * stride_ob + head * stride_oh
@@ -158,24 +169,25 @@ def gather_hopper_kernel(
                 _consume,
                 (
                     query, order, shift, mass_term, coefficients + pair * 2, exact_list, n_exact,
-                    key_mask, out, q_buffers.index(0), k_ring, v_ring, k_full, k_empty, v_full,
-                    v_empty, first, tokens, blocks, text, text_tiles, text_before, stride_qn,
-                    stride_on, scale, D, HAS_MASK, STAGES,
+                    key_mask, out, log_sum, q_buffers.index(0), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first, tokens, blocks, text, text_tiles, text_before, queries,
+                    query_before, stride_qn, stride_on, scale, D, HAS_MASK, STAGES, LOG_SUM,
                 ),
             ),
             (
                 _consume,
                 (
                     query, order, shift, mass_term, coefficients + pair * 2, exact_list, n_exact,
-                    key_mask, out, q_buffers.index(1), k_ring, v_ring, k_full, k_empty, v_full,
-                    v_empty, first + ROWS, tokens, blocks, text, text_tiles, text_before,
-                    stride_qn, stride_on, scale, D, HAS_MASK, STAGES,
+                    key_mask, out, log_sum, q_buffers.index(1), k_ring, v_ring, k_full, k_empty,
+                    v_full, v_empty, first + ROWS, tokens, blocks, text, text_tiles, text_before,
+                    queries, query_before, stride_qn, stride_on, scale, D, HAS_MASK, STAGES,
+                    LOG_SUM,
                 ),
             ),
             (
                 _gather,
                 (
-                    key, value, order, text_key, text_value, low_key, low_value, low_order,
+                    key, value, key_order, text_key, text_value, low_key, low_value, low_order,
                     exact_list, n_exact, stride_kn, stride_vn, key_pair, tokens, blocks,
                     text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
                     D, STAGES,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from freqopt.config import QUERY_TILE
 from freqopt.kernels.device import processors
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.forward.call import Call, Route, Summaries, Target
+from freqopt.kernels.layout import TokenLayout
 
 STAGES = {64: 6, 128: 3}
 """Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
@@ -43,7 +44,7 @@ def _descriptor(x: Tensor) -> Any:
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [64, 64], OPERAND.value)
 
 
-def _text_rows(x: Tensor, sequence: Sequence) -> Tensor:
+def _text_rows(x: Tensor, sequence: TokenLayout) -> Tensor:
     """Text tokens of (B, Hkv, N, D) with zeros up to whole tiles, (B, Hkv, X rounded up, D)."""
     before, after = sequence.text_before, sequence.text_before + sequence.tokens
     missing = -sequence.text % QUERY_TILE
@@ -51,65 +52,72 @@ def _text_rows(x: Tensor, sequence: Sequence) -> Tensor:
     return torch.cat([x[:, :, :before], x[:, :, after:], zeros], 2)
 
 
+def _query_side(call: Call) -> dict[str, Any]:
+    """Optional arguments of a kernel that reads queries."""
+    return {**call.both_sides, "OWN": call.own}
+
+
 def score(
-    sub_mean: Tensor, low_key: Tensor, spread: Tensor, score: Tensor, sequence: Sequence,
-    scale: float, tile_list: Tensor | None = None,
+    call: Call, sub_mean: Tensor, low_key: Tensor, spread: Tensor, score: Tensor,
+    tile_list: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """What `triton_score.score_kernel` does, on the same tensors."""
+    """What `portable.score.score_kernel` does, on the same tensors."""
     from freqopt.kernels.hopper.score import TILES, score_hopper_kernel
 
-    batch, heads, tiles, blocks = score.shape
-    score_hopper_kernel[(batch * heads, -(-tiles // TILES.value))](
+    tiles, blocks = score.shape[2:]
+    score_hopper_kernel[(call.pairs, -(-tiles // TILES.value))](
         sub_mean, _descriptor(low_key), spread, score, score if tile_list is None else tile_list,
-        heads, heads // low_key.shape[1], sequence.tokens, tiles, blocks, scale,
-        D=low_key.shape[-1], LISTED=tile_list is not None, num_warps=4,
+        call.heads, call.group_size, call.tokens, tiles, blocks, call.scale,
+        D=call.dim, LISTED=tile_list is not None, OWN=call.own, queries=call.queries, num_warps=4,
     )  # fmt: skip
 
 
 def attend(
-    query: Tensor, order: Tensor, key: Tensor, value: Tensor, text_key: Tensor, text_value: Tensor,
-    key_mask: Tensor | None, low_key: Tensor, low_value: Tensor, low_order: Tensor,
-    key_shift: Tensor, mass_term: Tensor, coefficients: Tensor, exact_list: Tensor, counts: Tensor,
-    out: Tensor, sequence: Sequence, scale: float, tile_list: Tensor | None = None,
+    call: Call, summaries: Summaries, route: Route, coefficients: Tensor, target: Target,
+    tile_list: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The fused low-band, text and exact attention of the video queries, into `out` (B, H, N, D).
+    """The fused low-band, text and exact attention of all queries but text, into `target`.
 
-    key, value: in token order; text_key, text_value: (B, Hkv, N, D) as the model gave them.
-    tile_list: (tiles,) int32, which tiles the rows of mass terms, lists and counts are; with it
-    key and value are read as the model gave them, too.
+    tile_list: (tiles,) int32, which tiles the rows of the route are; with it keys and values are
+    read as the model gave them.
     """
-    batch, heads, _, dim = query.shape
-    kv_heads, blocks = low_key.shape[1:3]
-    tiles = mass_term.shape[2]
-    texts = [low_key, low_value]  # not read
-    if sequence.text:
-        texts = [_text_rows(x, sequence) for x in (text_key, text_value)]
+    query, mask, out, log_sum = call.query, call.key_mask, target.out, target.log_sum
+    tiles, blocks = route.mass_term.shape[2:]
+    texts = [summaries.low_key, summaries.low_value]  # not read
+    if call.layout.text:
+        texts = [_text_rows(x, call.layout) for x in (call.key, call.value)]
+    means = (summaries.low_key, summaries.low_value, summaries.low_order)
     # What both kernels take, in front of the keys' own strides and behind.
     common = (
-        counts if key_mask is None else key_mask,
-        *map(_descriptor, (low_key, low_value, low_order)), key_shift,
-        mass_term, coefficients, exact_list, counts, out,
-        *query.stride()[:3], 0 if key_mask is None else key_mask.stride(0), *out.stride()[:3],
-        heads, heads // kv_heads, sequence.tokens, tiles, blocks, sequence.text,
-        sequence.text_before, scale,
+        route.counts if mask is None else mask, *map(_descriptor, means), summaries.key_shift,
+        route.mass_term, coefficients, route.exact_list, route.counts, out,
+        *query.stride()[:3], 0 if mask is None else mask.stride(0), *out.stride()[:3],
+        call.heads, call.group_size, call.tokens, tiles, blocks, call.layout.text,
+        call.layout.text_before, call.scale,
     )  # fmt: skip
     options = {
-        "D": dim, "HAS_MASK": key_mask is not None, "STAGES": STAGES[dim], "num_warps": 4
+        "D": call.dim, "HAS_MASK": mask is not None, "STAGES": STAGES[call.dim], "num_warps": 4,
+        **_query_side(call),
     }  # fmt: skip
+    if log_sum is not None:
+        options |= {"log_sum": log_sum, "log_sum_row": log_sum.shape[-1], "LOG_SUM": True}
+    order = call.query_order.index
     if tile_list is None:
         from freqopt.kernels.hopper.attend import attend_hopper_kernel
 
-        attend_hopper_kernel[(tiles, batch * heads)](
-            query, order, *map(_descriptor, (key, value, *texts)), *common, **options
-        )
+        attend_hopper_kernel[(tiles, call.pairs)](
+            query, order, *map(_descriptor, (summaries.key, summaries.value, *texts)), *common,
+            **options,
+        )  # fmt: skip
     else:
         from freqopt.kernels.hopper.gather import gather_hopper_kernel
 
         # Longest lists first: a chunk has few rounds of programs, and the last then is short.
-        turn = counts.argsort(dim=-1, descending=True, stable=True)
-        gather_hopper_kernel[(tiles, batch * heads)](
-            query, order, key, value, *map(_descriptor, texts), *common,
-            *key.stride()[:3], *value.stride()[:3], tile_list, turn, **options,
+        turn = route.counts.argsort(dim=-1, descending=True, stable=True)
+        gather_hopper_kernel[(tiles, call.pairs)](
+            query, order, call.key, call.value, *map(_descriptor, texts), *common,
+            *call.key.stride()[:3], *call.value.stride()[:3], tile_list, turn,
+            **options, **call.keys_in_place,
         )  # fmt: skip
 
 
@@ -146,16 +154,17 @@ def range_length(pairs: int, blocks: int, processors: int) -> int:
 
 
 def prepare(
-    key: Tensor, value: Tensor, order: Tensor, copies: tuple[Tensor, Tensor] | None,
-    key_mean: Tensor, low_value: Tensor, key_var: Tensor, spread: Tensor, sequence: Sequence,
+    call: Call, copies: tuple[Tensor, Tensor] | None, key_mean: Tensor, low_value: Tensor,
+    key_var: Tensor, spread: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summaries of every key block and, where there are tensors for them, copies in token order.
+    """Summaries of every key block and, where there are tensors for them, copies in order.
 
     Returns float32 sums (B, Hkv, ranges, 3, D) of k, v and v * v and (B, Hkv, ranges, D, D) of
     v (k - mean)^T over ranges of blocks.
     """
     from freqopt.kernels.hopper.prepare import prepare_hopper_kernel
 
+    key, value = call.key, call.value
     batch, heads, _, dim = key.shape
     blocks = key_mean.shape[2]
     length = range_length(batch * heads, blocks, processors(key.device))
@@ -166,9 +175,9 @@ def prepare(
     # Without copies these descriptors are not read.
     targets = map(_descriptor, copies or (low_value, low_value))
     prepare_hopper_kernel[(batch * heads, ranges)](
-        key, value, order, *targets, key_mean, low_value, key_var, spread, sums, first_order,
-        *key.stride()[:3], *value.stride()[:3],
-        heads, sequence.tokens, blocks, length, sequence.text_before,
-        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], num_warps=4,
+        key, value, call.order.index, *targets, key_mean, low_value, key_var, spread, sums,
+        first_order, *key.stride()[:3], *value.stride()[:3],
+        heads, call.tokens, blocks, length, call.layout.text_before,
+        D=dim, COPY=copies is not None, STAGES=PREPARE_STAGES[dim], **call.key_side, num_warps=4,
     )  # fmt: skip
     return sums, first_order

@@ -206,13 +206,13 @@ def prepare_hopper_kernel(
     key_out, value_out, key_mean, low_value, key_var, spread, sums, first_order,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, length, text_before,
-    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, COPY: gl.constexpr, STAGES: gl.constexpr, order_row=0,
 ):  # fmt: skip
     """One program: `length` consecutive key blocks of one key head; see the module.
 
     key_out, value_out: tensor descriptors of (pairs * blocks * 64, D) with boxes of (64, 64); not
     read without COPY. sums: (pairs, ranges, 3, D) of k, v and v * v; first_order: (pairs, ranges,
-    D, D). The rest is as in triton_prepare.summarise_kernel.
+    D, D). The rest is as in portable.prepare.summarise_kernel.
     """
     # Heads run fastest: rows of different heads lie side by side in the model's memory.
     pair = gl.program_id(0)
@@ -221,6 +221,7 @@ def prepare_hopper_kernel(
     head = (pair % heads).to(gl.int64)
     key += batch * stride_kb + head * stride_kh
     value += batch * stride_vb + head * stride_vh
+    order += pair.to(gl.int64) * order_row
     at = pair.to(gl.int64) * gl.num_programs(1) + part
     sums += at * (3 * D)
     first_order += at * (D * D)

@@ -96,13 +96,16 @@ def _add_step(product, weight, peak, total, slope):
 def score_hopper_kernel(
     sub_mean, low_key, spread, score, tile_list,
     heads, group_size, tokens, tiles, blocks, scale,
-    D: gl.constexpr, LISTED: gl.constexpr,
+    D: gl.constexpr, LISTED: gl.constexpr, OWN: gl.constexpr = True, queries=0,
 ):  # fmt: skip
     """One program: eight query tiles of one head against every key block, in two passes.
 
     low_key (pairs * blocks, D) is a tensor descriptor with boxes of (64, 64). tile_list: (tiles,)
-    int32, read where LISTED. The rest as in triton_score.score_kernel.
+    int32, read where LISTED. queries: how many, unless they are the keys' OWN. The rest as in
+    portable.score.score_kernel.
     """
+    if OWN:
+        queries = tokens
     first = gl.program_id(1) * TILES
     pair = gl.program_id(0).to(gl.int64)
     key_pair = pair // heads * (heads // group_size) + pair % heads // group_size
@@ -130,7 +133,9 @@ def score_hopper_kernel(
     _fetch(low_key, first_block, 0, steps, pieces, full, D)
 
     slope = gl.abs(scale) * LOG2E
-    ragged = gl.log2((tokens - (blocks - 1) * BLOCK).to(gl.float32))
+    # The program's number makes it a tensor where counts are constants.
+    ragged = tokens - (blocks - 1) * BLOCK + gl.program_id(0) * 0
+    ragged = gl.log2(ragged.to(gl.float32))
     four = gl.arange(0, TILES // 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, CELLS)))
     one = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, CELLS)))
     tile = gl.expand_dims(four, 1) * 4 + gl.expand_dims(one, 0)
@@ -171,11 +176,11 @@ def score_hopper_kernel(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, BY_BLOCK))
     index = first + row // 64 * 4 + row // 2 % 4
     sub = row % 64 // 8 * 2 + row % 2
-    past = (tokens + TILE - 1) // TILE
+    past = (queries + TILE - 1) // TILE
     at_tile = gl.where(index < tiles, index, past)
     if LISTED:
         at_tile = gl.load(tile_list + index, mask=index < tiles, other=past)
-    left = tokens - at_tile * TILE
+    left = queries - at_tile * TILE
     present = gl.minimum(gl.maximum((left + SUB - 1) // SUB, 0), 16)
     share = gl.where(sub < present, 1.0 / gl.maximum(present, 1).to(gl.float32), 0.0)
     offset = gl.expand_dims(gl.log2(share) - 2.0 * mass, 0)

@@ -13,6 +13,7 @@ import triton.language as tl
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 EXACT = tl.constexpr(2)  # freqopt.kernels.reference.EXACT
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -53,8 +54,13 @@ def probe_kernel(
     heads, group_size, tokens, tiles, blocks, probes, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr, IN_PLACE: tl.constexpr = False, BY_PROBE: tl.constexpr = False,
+    order_row=0, order_share=1, queries=None, query_before=0, key_order=None, key_order_row=0,
 ):  # fmt: skip
     """One program: BP probes of one head against one range of key blocks (text in the last range).
+
+    order: the queries', (T,) entries from pair // order_share * order_row on. queries and
+    query_before: how many there are and where they begin, if they are not the keys' tokens;
+    key_order: the keys' order then, where it is read.
 
     IN_PLACE: key and value are the model's own, as text_key and text_value. BY_PROBE: the route has
     a row for each probe, not for each tile.
@@ -71,8 +77,15 @@ def probe_kernel(
     in_dim = col < D
     probe = tl.program_id(2) * BP + tl.arange(0, BP)
     real = probe < probes
-    position = (2 * probe.to(tl.int64) + 1) * tokens // (2 * probes)
-    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
+    order += pair // order_share * order_row
+    if queries is None:
+        queries, query_before = tokens, text_before
+    if key_order is None:
+        key_order = order
+    else:
+        key_order += key_pair * key_order_row
+    position = (2 * probe.to(tl.int64) + 1) * queries // (2 * probes)
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + query_before
     q = tl.load(
         query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn + col[None, :],
         mask=real[:, None] & in_dim[None, :],
@@ -95,7 +108,7 @@ def probe_kernel(
     span = tl.cdiv(blocks, parts)
     for block in range(part * span, tl.minimum((part + 1) * span, blocks)):
         if IN_PLACE:
-            rows = _source_rows(order, row + block * BLOCK, tokens, text_before)[:, None]
+            rows = _source_rows(key_order, row + block * BLOCK, tokens, text_before)[:, None]
             k = tl.load(key + rows * stride_kn + col[None, :], mask=in_dim[None, :], other=0.0)
             v = tl.load(value + rows * stride_vn + col[None, :], mask=in_dim[None, :], other=0.0)
         else:
@@ -223,8 +236,13 @@ def attend_kernel(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TEXT: tl.constexpr,
     HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     IN_PLACE: tl.constexpr = False, tile_list=None,
+    order_row=0, order_share=1, queries=None, query_before=0, key_order=None, key_order_row=0,
+    log_sum=None, log_sum_row=0,
 ):  # fmt: skip
     """One program: BM queries of one tile, through low band, text and exact blocks.
+
+    order and the arguments after tile_list: as in probe_kernel. log_sum: (pairs, log_sum_row)
+    float32, where the logarithms of the softmax sums go, if anywhere.
 
     WIDE: key blocks per step of the exact loop. IN_PLACE: key and value are the model's own, as
     text_key and text_value. tile_list: as in score_kernel, of mass terms, lists and counts. The low
@@ -243,9 +261,16 @@ def attend_kernel(
         part = tile * (128 // BM) + part % (128 // BM)
     col = tl.arange(0, DP)
     in_dim = col < D
+    order += pair // order_share * order_row
+    if queries is None:
+        queries, query_before = tokens, text_before
+    if key_order is None:
+        key_order = order
+    else:
+        key_order += key_pair * key_order_row
     position = part * BM + tl.arange(0, BM)
-    real = position < tokens
-    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
+    real = position < queries
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + query_before
     query_rows = query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn
     q = tl.load(query_rows + col[None, :], mask=real[:, None] & in_dim[None, :], other=0.0)
     scale_log2 = scale * LOG2E
@@ -315,7 +340,7 @@ def attend_kernel(
             rows = tl.load(exact_list + i) * BLOCK + lane
         else:
             rows = tl.load(exact_list + i + lane // BLOCK) * BLOCK + lane % BLOCK
-        rows = _source_rows(order, rows, tokens, text_before) if IN_PLACE else base + rows
+        rows = _source_rows(key_order, rows, tokens, text_before) if IN_PLACE else base + rows
         peak, mass, acc = _exact_step(
             q, key, value, rows, stride_kn if IN_PLACE else D, stride_vn if IN_PLACE else D, col,
             shift, scale_log2, peak, mass, acc, D, DP, PRECISION,
@@ -323,7 +348,7 @@ def attend_kernel(
     if WIDE > 1:
         for i in range(n_wide, n_full):
             rows = tl.load(exact_list + i) * BLOCK + column
-            rows = _source_rows(order, rows, tokens, text_before) if IN_PLACE else base + rows
+            rows = _source_rows(key_order, rows, tokens, text_before) if IN_PLACE else base + rows
             peak, mass, acc = _exact_step(
                 q, key, value, rows, stride_kn if IN_PLACE else D, stride_vn if IN_PLACE else D,
                 col, shift, scale_log2, peak, mass, acc, D, DP, PRECISION,
@@ -332,7 +357,7 @@ def attend_kernel(
         if n_full < n_exact:
             if IN_PLACE:
                 rows = (blocks - 1) * BLOCK + column
-                rows = _source_rows(order, rows, tokens, text_before)[:, None]
+                rows = _source_rows(key_order, rows, tokens, text_before)[:, None]
                 k_where = rows * stride_kn + col[None, :]
                 v_where = rows * stride_vn + col[None, :]
             else:
@@ -346,6 +371,9 @@ def attend_kernel(
                 q, k, v, bias[None, :], shift, scale_log2, peak, mass, acc, PRECISION
             )
 
+    if log_sum is not None:
+        total = (peak + tl.log2(mass) + shift) * LN2
+        tl.store(log_sum + pair * log_sum_row + source, total, mask=real)
     result = acc / mass[:, None]
     tl.store(
         out + batch * stride_ob + head * stride_oh + source[:, None] * stride_on + col[None, :],

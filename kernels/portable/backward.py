@@ -73,7 +73,7 @@ def _masked_block(exact_list, i, n_exact, blocks):
 @triton.jit
 def sum_kernel(
     query, offset, key, valid, low_key, low_bias, exact_list, counts, centred_sum, log_sum,
-    heads, group_size, tokens, tiles, blocks, all_blocks, scale,
+    heads, group_size, tokens, queries, tiles, blocks, all_blocks, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def sum_kernel(
         b = tl.where(tl.load(valid + rows) != 0, 0.0, -float("inf"))
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         peak, mass = _grown(logit + b[None, :] - shift[:, None], peak, mass)
-    total = tl.where(position < tokens, peak + tl.log2(mass), float("inf"))
+    total = tl.where(position < queries, peak + tl.log2(mass), float("inf"))
     tl.store(centred_sum + at, total)
     tl.store(log_sum + at, total + shift)
 
@@ -134,7 +134,8 @@ def query_gradient_kernel(
     query, grad, key, value, valid, log_sum, delta, exact_list, counts, banded, pooled_grad, order,
     query_grad,
     stride_gb, stride_gh, stride_gn,
-    heads, group_size, tokens, tiles, blocks, all_blocks, text_before, scale,
+    heads, group_size, tokens, queries, tiles, blocks, all_blocks, text_before, scale,
+    order_row, order_share,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BM queries of one tile of one head, in the model's order.
@@ -183,10 +184,12 @@ def query_gradient_kernel(
         weight = tl.where((tl.load(valid + rows) != 0)[None, :], weight, 0.0)
         d_logit = weight * (slope - d_sum[:, None])
         acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
-    inside = (position < tokens)[:, None] & (col < D)[None, :]
-    source = tl.load(order + position, mask=position < tokens, other=0).to(tl.int64) + text_before
+    real = position < queries
+    inside = real[:, None] & (col < D)[None, :]
+    order += pair // order_share * order_row
+    source = tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before
     pooled = tl.load(pooled_grad + row * D + col, mask=col < D, other=0.0)
-    count = tl.minimum(tokens - tile * TILE, TILE).to(tl.float32)
+    count = tl.minimum(queries - tile * TILE, TILE).to(tl.float32)
     before = _load_rows(banded + first_row * D, position, col, D, DP)
     q = _load_rows(query + first_row * D, position, col, D, DP)
     total = acc * scale + before + q.to(tl.float32) * (pooled * (2.0 / count))[None, :]

@@ -53,10 +53,15 @@ def rows_kernel(
     query_rows, grad_rows, offset, delta, low_delta, squares,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh,
     stride_on,
-    heads, group_size, tokens, tiles, text_before, scale,
+    heads, group_size, queries, tiles, text_before, scale, order_row, order_share,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    log_sum_grad=None, log_sum_row=0,
 ):  # fmt: skip
     """One program: BM queries of one head and their output gradients, copied in token order.
+
+    order, text_before: the queries', (T,) entries from pair // order_share * order_row on.
+    log_sum_grad: (pairs, log_sum_row) float32 gradients of the softmax sums' logarithms, if any:
+    what an output's dot product takes from every logit's gradient, they give.
 
     Writes the dot product of each output with its gradient, `delta`, and the same less what the
     first-order term adds to each block of the low band; the mean key's logit; and the sum of the
@@ -69,8 +74,9 @@ def rows_kernel(
     col = tl.arange(0, DP)
     in_dim = col < D
     position = part * BM + tl.arange(0, BM)
-    real = position < tokens
+    real = position < queries
     mask = real[:, None] & in_dim[None, :]
+    order += pair // order_share * order_row
     source = (tl.load(order + position, mask=real, other=0).to(tl.int64) + text_before)[:, None]
     q_rows = query + batch * stride_qb + head * stride_qh + source * stride_qn
     q = tl.load(q_rows + col[None, :], mask=mask, other=0.0)
@@ -88,6 +94,9 @@ def rows_kernel(
     square = tl.sum(q32 * q32, 0)
     tl.store(squares + (pair * tl.num_programs(0) + part) * D + col, square, mask=in_dim)
     d_sum = tl.sum(d32 * o.to(tl.float32), 1)
+    if log_sum_grad is not None:
+        here = log_sum_grad + pair * log_sum_row + tl.sum(source, 1)
+        d_sum -= tl.load(here, mask=real, other=0.0)
     tl.store(delta + at, d_sum)
     g = tl.load(coefficients + pair * 2 + 1) * scale
     h = low_order + key_pair * D * D
@@ -306,7 +315,7 @@ def _through_means(
 def finish_kernel(
     own, other, valid, exact_grad, order, out, mean_grad, var_grad, order_grad, order_factor,
     stride_ob, stride_oh, stride_on,
-    kv_heads, tokens, blocks, all_blocks, text, text_before,
+    kv_heads, tokens, blocks, all_blocks, text, text_before, order_row,
     D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -339,6 +348,7 @@ def finish_kernel(
     is_video = block < blocks
     inside = tl.where(is_video, rows < tokens, x < text)
     text_row = x + tl.where(x >= text_before, tokens, 0)
+    order += key_pair * order_row
     video_row = tl.load(order + rows, mask=is_video & inside, other=0) + text_before
     source = tl.where(is_video, video_row, text_row.to(tl.int64))
     mask = inside[:, None] & (col < D)[None, :]

@@ -195,8 +195,11 @@ def estimate_kernel(
     heads, group_size, tokens, tiles, blocks, probes, parts, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr,
     PRECISION: tl.constexpr, BY_PROBE: tl.constexpr = False,
+    order_row=0, order_share=1, queries=None,
 ):  # fmt: skip
     """One program: BP probes of one head against BJ key blocks of the low band.
+
+    order, text_before: the queries', as in pool_tiles_kernel; queries: how many, if not `tokens`.
 
     BY_PROBE: mass_term has a row for each probe, not for each tile.
 
@@ -210,9 +213,11 @@ def estimate_kernel(
     real = probe < probes
     col = tl.arange(0, DP)
     in_dim = (col < D)[None, :]
+    if queries is None:
+        queries = tokens
     _rows, q, tile = _probe_rows(
-        query + batch * stride_qb + head * stride_qh, order, probe, probes, tokens, text_before,
-        stride_qn, col, D,
+        query + batch * stride_qb + head * stride_qh, order + pair // order_share * order_row,
+        probe, probes, queries, text_before, stride_qn, col, D,
     )  # fmt: skip
     row = (pair * tiles + (probe if BY_PROBE else tile))[:, None] * blocks
     log_total = tl.load(peak + pair * parts * probes + probe, mask=real, other=0.0)
@@ -255,17 +260,18 @@ def fit_kernel(
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, blocks, probes, parts, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, order_row=0, order_share=1,
 ):  # fmt: skip
     """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
 
-    ROWS: units whose moments are read at a time. Writes (c, g) and the relative L2 error left after
-    them.
+    order, tokens, text_before: the queries', as in pool_tiles_kernel. ROWS: units whose moments are
+    read at a time. Writes (c, g) and the relative L2 error left after them.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key_pair = batch * (heads // group_size) + head // group_size
     query += batch * stride_qb + head * stride_qh
+    order += pair // order_share * order_row
     low_value += key_pair * blocks * D
     mass += pair * parts * probes * 2
     exact_out += pair * parts * probes * D

@@ -1,4 +1,4 @@
-"""Triton kernels of the walk over long sequences: routes of some tiles, and ranks of scores.
+"""Triton kernel of the walk over long sequences: routes of some tiles.
 
 A long sequence's query tiles go through one small workspace, some at a time
 (`freqopt.kernels.forward.long`): what is kept of a route is two bits a pair.
@@ -9,20 +9,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from freqopt.kernels.portable.prepare import EXACT, LOW
+from freqopt.kernels.portable.prepare import EXACT, LOW, best_block
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 TILE = tl.constexpr(128)  # freqopt.config.QUERY_TILE
 PER_BYTE = tl.constexpr(4)  # freqopt.kernels.layout.PER_BYTE
-INFINITY = tl.constexpr(0x7F800000)  # as bits
 
 
 @triton.jit
 def route_tiles_kernel(
     score, threshold, mass_term, packed, exact_list, counts, tile_list,
-    tiles, all_tiles, blocks, bytes_per_tile, BJ: tl.constexpr,
+    tiles, all_tiles, blocks, bytes_per_tile, BJ: tl.constexpr, OWN: tl.constexpr = True,
 ):  # fmt: skip
-    """One program: the route of one listed tile, as `triton_prepare.route_kernel` finds it.
+    """One program: the route of one listed tile, as `prepare.route_kernel` finds it.
 
     score and exact_list may be the same memory: a row's scores are read before entries, which are
     never more, take their place. packed: (pairs, all_tiles, bytes_per_tile), as layout.pack_route.
@@ -38,12 +37,16 @@ def route_tiles_kernel(
     exact_from = tl.load(threshold + pair)
     exact_count = tl.zeros((), tl.int32)
     shifts = tl.arange(0, PER_BYTE) * 2
+    best = tl.zeros((), tl.int32)
+    if not OWN:
+        best = best_block(score, blocks, BJ)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
         inside = block < blocks
         s = tl.load(score + block, mask=inside, other=-1.0)
         tl.debug_barrier()  # every thread has read its scores
-        exact = ((s >= exact_from) | (block * BLOCK // TILE == tile)) & inside
+        always = (block * BLOCK // TILE == tile) if OWN else (block == best)
+        exact = ((s >= exact_from) | always) & inside
         place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
         tl.store(exact_list + place, block, mask=exact)
         exact_count += tl.sum(exact.to(tl.int32), 0)
@@ -54,31 +57,3 @@ def route_tiles_kernel(
         minus = tl.full((BJ,), -1.0, mass_term.dtype.element_ty)
         tl.store(mass_term + block, minus, mask=exact)
     tl.store(counts + row, exact_count)
-
-
-@triton.jit
-def rank_kernel(
-    score, tile_list, prefix, histogram, tiles, blocks,
-    BITS: tl.constexpr, BELOW: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
-    """One program: adds one listed tile's scores to its head's histogram (pairs, 2**BITS) int32.
-
-    Counted by BITS bits of a score, those above its lowest BELOW, where the bits still above are
-    the head's prefix (pairs,) int32. Scores are not negative, so their bits are ordered as they
-    are. A tile's own blocks count as infinite, being exact at any threshold.
-    """
-    at = tl.program_id(0)
-    tile = tl.load(tile_list + at)
-    pair = tl.program_id(1).to(tl.int64)
-    wanted = tl.load(prefix + pair)
-    score += (pair * tiles + at) * blocks
-    found = tl.zeros((2**BITS,), tl.int32)
-    for start in range(0, blocks, BJ):
-        block = start + tl.arange(0, BJ)
-        inside = block < blocks
-        bits = tl.load(score + block, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-        bits = tl.where(block * BLOCK // TILE == tile, INFINITY, bits)
-        counted = inside & ((bits >> (BITS + BELOW)) == wanted)
-        found += tl.histogram((bits >> BELOW) & (2**BITS - 1), 2**BITS, mask=counted)
-    bins = tl.arange(0, 2**BITS)
-    tl.atomic_add(histogram + pair * 2**BITS + bins, found, mask=found > 0)

@@ -30,9 +30,11 @@ def summarise_kernel(
     key_out, value_out, key_mean, low_value, key_var, spread, sums,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     heads, tokens, blocks, text_before,
-    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, COPY: tl.constexpr = True,
+    D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, COPY: tl.constexpr = True, order_row=0,
 ):  # fmt: skip
     """One program: GROUP consecutive key blocks of one key head.
+
+    order: (T,) entries from pair * order_row on.
 
     Writes the keys and values in token order (with COPY), each block's means, key variance (in the
     keys' type: routing needs no more) and squared value spread, and the group's sums of k, v and
@@ -49,6 +51,7 @@ def summarise_kernel(
     batch, head = pair // heads, pair % heads
     key += batch * stride_kb + head * stride_kh
     value += batch * stride_vb + head * stride_vh
+    order += pair * order_row
     row = tl.arange(0, SUB)
     col = tl.arange(0, DP)
     in_dim = col < D
@@ -109,7 +112,7 @@ def first_order_kernel(
     key, value, key_mean, first_order, tokens, blocks,
     D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     order=None, stride_kb=0, stride_kh=0, stride_kn=0, stride_vb=0, stride_vh=0, stride_vn=0,
-    heads=1, text_before=0,
+    heads=1, text_before=0, order_row=0,
 ):  # fmt: skip
     """One program: sum of v (k - block mean)^T over GROUP consecutive key blocks of one key head.
 
@@ -132,7 +135,8 @@ def first_order_kernel(
             v = tl.load(value + where, mask=mask, other=0.0)
         else:
             position = block * BLOCK + row
-            source = tl.load(order + position, mask=position < tokens, other=0).to(tl.int64)
+            own_order = order + pair * order_row
+            source = tl.load(own_order + position, mask=position < tokens, other=0).to(tl.int64)
             source = (source + text_before)[:, None]
             k_head = key + pair // heads * stride_kb + pair % heads * stride_kh
             v_head = value + pair // heads * stride_vb + pair % heads * stride_vh
@@ -150,15 +154,32 @@ def first_order_kernel(
 
 
 @triton.jit
+def best_block(score, blocks, BJ: tl.constexpr):
+    """The block of the highest of a tile's scores, the first of several."""
+    best = tl.zeros((), tl.int32)
+    top = tl.full((), -1.0, tl.float32)
+    for start in range(0, blocks, BJ):
+        block = start + tl.arange(0, BJ)
+        s = tl.load(score + block, mask=block < blocks, other=-1.0)
+        highest = tl.max(s, 0)
+        at = start + tl.argmax(s, 0)
+        best = tl.where(highest > top, at, best)
+        top = tl.maximum(top, highest)
+    return best
+
+
+@triton.jit
 def route_kernel(
     score, threshold, mass_term, route, exact_list, counts,
     tiles, blocks, BJ: tl.constexpr, LISTS: tl.constexpr = True, tile_list=None,
+    OWN: tl.constexpr = True,
 ):  # fmt: skip
     """One program: the route of one query tile.
 
-    threshold: (pairs,). Writes the route, the ascending list of exact blocks with its length, and
-    marks in `mass_term` (by -1) the pairs that left the low band. Without LISTS it writes neither
-    list nor length. tile_list: as in score_kernel.
+    threshold: (pairs,). OWN: the queries are the keys' tokens, and a tile's own blocks are exact;
+    else the block of its highest score is. Writes the route, the ascending list of exact blocks
+    with its length, and marks in `mass_term` (by -1) the pairs that left the low band. Without
+    LISTS it writes neither list nor length. tile_list: as in score_kernel.
     """
     tile = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
@@ -167,11 +188,15 @@ def route_kernel(
         tile = tl.load(tile_list + tile)
     exact_from = tl.load(threshold + pair)
     exact_count = tl.zeros((), tl.int32)
+    best = tl.zeros((), tl.int32)
+    if not OWN:
+        best = best_block(score + row * blocks, blocks, BJ)
     for start in range(0, blocks, BJ):
         block = start + tl.arange(0, BJ)
         inside = block < blocks
         s = tl.load(score + row * blocks + block, mask=inside, other=-1.0)
-        exact = ((s >= exact_from) | (block * BLOCK // 128 == tile)) & inside
+        always = (block * BLOCK // 128 == tile) if OWN else (block == best)
+        exact = ((s >= exact_from) | always) & inside
         if LISTS:
             place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
             tl.store(exact_list + row * blocks + place, block, mask=exact)

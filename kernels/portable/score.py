@@ -43,17 +43,19 @@ def _row_of(index, sub):
 def pool_tiles_kernel(
     query, order, sub_mean, tile_square,
     stride_qb, stride_qh, stride_qn, heads, tokens, tiles, text_before, scale,
-    D: tl.constexpr, DP: tl.constexpr, tile_list=None,
+    D: tl.constexpr, DP: tl.constexpr, tile_list=None, order_row=0, order_share=1,
 ):  # fmt: skip
     """One program: mean queries of a tile's 16 sub-tiles, and the tile's mean squared query.
 
     sub_mean: (pairs, ceil(tiles / 4) * 64, D) in the order above, negated where the scale is
-    negative; tile_square: (pairs, tiles, D). Both are of the queries' type.
+    negative; tile_square: (pairs, tiles, D). order: (T,) entries from pair // order_share *
+    order_row on. Both are of the queries' type.
     """
     index = tl.program_id(1)
     pair = tl.program_id(0).to(tl.int64)
     tile = _tile_at(index, tile_list, tiles, 0)
     query += pair // heads * stride_qb + pair % heads * stride_qh
+    order += pair // order_share * order_row
     sub = tl.arange(0, SUBS)
     col = tl.arange(0, DP)
     in_dim = col < D
@@ -115,7 +117,9 @@ def disperse_kernel(
     square = tl.load(tile_square + index[:, None] * D + col[None, :], mask=rows & in_dim, other=0.0)
     var = tl.load(key_var + block[:, None] * D + col[None, :], mask=columns & in_dim, other=0.0)
     half = tl.dot(square, tl.trans(var), input_precision=PRECISION) * (0.5 * scale * scale * LOG2E)
-    capacity = _log_counts(block, blocks, tl.log2((tokens - (blocks - 1) * BLOCK).to(tl.float32)))
+    capacity = _log_counts(
+        block, blocks, tl.log2(tl.cast(tokens - (blocks - 1) * BLOCK, tl.float32))
+    )
     corner = (pair * tiles + tl.program_id(1) * BI) * blocks + tl.program_id(2) * BJ
     where = tl.arange(0, BI)[:, None] * blocks + tl.arange(0, BJ)[None, :]
     inside = rows & (block < blocks)[None, :]
@@ -143,11 +147,12 @@ def score_kernel(
     sub_mean, low_key, spread, score,
     heads, group_size, tokens, tiles, blocks, scale,
     D: tl.constexpr, DP: tl.constexpr, TILES: tl.constexpr, BJ: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, tile_list=None,
+    PRECISION: tl.constexpr, tile_list=None, queries=None,
 ):  # fmt: skip
     """One program: TILES query tiles of one head against every key block, in two passes.
 
     tile_list: (tiles,) int32, which tiles the `tiles` rows of the results are; without it, all.
+    queries: how many there are, if not one for each of the `tokens` keys.
 
     The first pass, WIDE blocks a step, finds the softmax normaliser of each sub-tile; the second,
     BJ blocks a step, puts the score (float32) of a pair in the place of half its dispersion. What
@@ -179,7 +184,7 @@ def score_kernel(
     # Logits are in base 2. The means carry the scale's sign, so that the largest product is the
     # largest logit.
     slope = tl.abs(scale) * LOG2E
-    ragged = tl.log2((tokens - (blocks - 1) * BLOCK).to(tl.float32))
+    ragged = tl.log2(tl.cast(tokens - (blocks - 1) * BLOCK, tl.float32))
 
     peak = tl.full((ROWS, LANES), -1e30, tl.float32)
     total = tl.zeros((ROWS, LANES), tl.float32)
@@ -204,8 +209,10 @@ def score_kernel(
     total = tl.sum(total * tl.exp2((peak - top[:, None]) * slope), 1)
 
     # Squared mass and the sub-tile's share in its tile's mean come from one exponential.
-    past = tl.cdiv(tokens, TILE)
-    left = tokens - _tile_at(index, tile_list, tiles, past) * TILE
+    if queries is None:
+        queries = tokens
+    past = tl.cdiv(queries, TILE)
+    left = queries - _tile_at(index, tile_list, tiles, past) * TILE
     present = tl.minimum(tl.maximum(tl.cdiv(left, SUB), 0), SUBS)
     share = tl.where(sub < present, 1.0 / tl.maximum(present, 1).to(tl.float32), 0.0)
     offset = tl.log2(share) - 2.0 * (top * slope + tl.log2(total))

@@ -92,7 +92,8 @@ def insert_split(
     Args:
         budget: (2, H) float32 thresholds of the exact and the mid band: a tensor, kept with the
             graph as a constant on the site's device, or a node of the graph.
-        mid_band, density, probes: as the op takes them.
+        mid_band: take the mid band's thresholds, as its pairs are attended exactly.
+        density, probes: as the op takes them.
 
     Returns:
         The op's nodes; the output has taken all uses of the attention.
@@ -106,15 +107,17 @@ def insert_split(
 
     graph, node = site.node.graph, site.node
     if isinstance(budget, fx.Node):
-        constant = budget
+        with graph.inserting_before(node):
+            constant = graph.call_function(torch.select, (budget, 0, int(mid_band)))
+            constant.meta["example_value"] = value(budget)[int(mid_band)]
     else:
         name = f"freqopt_budget_{site.name}"
-        constant = add_constant(gm, graph, name, budget.to(site.device))
+        constant = add_constant(gm, graph, name, budget[int(mid_band)].to(site.device))
     with graph.inserting_before(node):
         query, key, values, key_mask, grid, before, after, scale = site_operands(site)
         arguments = (
             query, key, values, constant, key_mask, list(grid), before, after, scale, density,
-            mid_band, probes,
+            probes,
         )  # fmt: skip
         call = graph.call_function(torch.ops.freqopt.split_attention.default, arguments)
         call.meta = _meta_of_call(node, call)

@@ -94,10 +94,10 @@ def test_threshold_zero_is_exact_and_a_threshold_is_not() -> None:
         expected = model(*inputs)
     got, inner = run(model, inputs, threshold=0.0, min_tokens=1, strict=True)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert [node.args[-3:] for node in inner.calls()] == [(0.0, False, 0)] * 2
+    assert [node.args[-2:] for node in inner.calls()] == [(0.0, 0)] * 2
     got, inner = run(model, inputs, threshold=1e9, min_tokens=1, strict=True)
     assert not torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
-    assert [node.args[-3:] for node in inner.calls()] == [(0.0, False, DEFAULT_PROBES)] * 2
+    assert [node.args[-2:] for node in inner.calls()] == [(0.0, DEFAULT_PROBES)] * 2
     assert all(bool((budget == 1e9).all()) for budget in inner.budgets())
 
 
@@ -156,9 +156,7 @@ def test_without_a_plan_a_cautious_density_and_one_warning(
         for _ in range(2):
             torch._dynamo.reset()
             _, inner = run(Toy(), (video(GRID),), min_tokens=1)
-            assert [n.args[-3:] for n in inner.calls()] == [
-                (DEFAULT_DENSITY, False, DEFAULT_PROBES)
-            ] * 2
+            assert [n.args[-2:] for n in inner.calls()] == [(DEFAULT_DENSITY, DEFAULT_PROBES)] * 2
     (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("freqopt")]
     assert "freqopt.calibrate(model, samples)" in warning
 
@@ -170,8 +168,8 @@ def test_a_plan_says_what_is_split_and_how(saved: bool, tmp_path: Path) -> None:
     given = str(tmp_path / "plan.json") if saved else plan
     _, inner = run(Toy(), (video(GRID),), plan=given, min_tokens=1, strict=True)
     (call,), (budget,) = inner.calls(), inner.budgets()
-    torch.testing.assert_close(budget, plan.budget("blocks.0"))
-    assert call.args[-3:] == (0.0, True, DEFAULT_PROBES)
+    torch.testing.assert_close(budget, plan.budget("blocks.0")[1])  # where the mid band begins
+    assert call.args[-2:] == (0.0, DEFAULT_PROBES)
 
 
 def test_a_mid_band_is_noted_once_where_it_is_attended_exactly(

@@ -10,7 +10,7 @@ pytest.importorskip("onnxruntime")
 
 import numpy as np
 import onnxruntime
-from attention_cases import CASES, Case, attended_exactly, budget_for, make_tensors, relative
+from attention_cases import CASES, Case, budget_for, make_tensors, relative
 from onnx import TensorProto, helper
 from onnx_cases import feed, session, split_model
 
@@ -29,15 +29,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_body_is_the_op(case: Case, opset: int, dtype: torch.dtype) -> None:
     tensors = make_tensors(case)
-    case, budget = attended_exactly(case, budget_for(case, tensors, 0.3))
+    budget = budget_for(case, tensors, 0.3)
     query, key, value = (x.to(dtype) for x in tensors[:3])
     scale = case.dim**-0.5
     model = split_model(opset, dtype, ALL, scale=scale, density=0.0, probes=64)
     onnx.checker.check_model(model, full_check=True)
-    found = session(model).run(None, feed(case, (query, key, value, tensors[3]), budget[0]))
-    out, _, error, route, coefficients = torch.ops.freqopt.split_attention(
+    found = session(model).run(None, feed(case, (query, key, value, tensors[3]), budget))
+    out, _, error, route, coefficients, *_ = torch.ops.freqopt.split_attention(
         query, key, value, budget, tensors[3], list(case.grid), case.before, case.after,
-        scale, 0.0, False, 64,
+        scale, 0.0, 64,
     )  # fmt: skip
     assert set(route.unique().tolist()) >= {0, 2}
     assert torch.equal(torch.from_numpy(found[1]), route.long())
@@ -50,11 +50,11 @@ def test_body_is_the_op(case: Case, opset: int, dtype: torch.dtype) -> None:
 def test_density_and_probe_attributes(density: float, probes: int) -> None:
     case = Case((4, 8, 9), after=4)
     tensors = make_tensors(case)
-    budget = torch.zeros(2, case.heads)
+    budget = torch.zeros(case.heads)
     model = split_model(20, torch.float32, ALL, scale=0.2, density=density, probes=probes)
-    found = session(model).run(None, feed(case, tensors, budget[0]))
-    out, _, error, route, coefficients = torch.ops.freqopt.split_attention(
-        *tensors[:3], budget, None, list(case.grid), 0, case.after, 0.2, density, False, probes
+    found = session(model).run(None, feed(case, tensors, budget))
+    out, _, error, route, coefficients, *_ = torch.ops.freqopt.split_attention(
+        *tensors[:3], budget, None, list(case.grid), 0, case.after, 0.2, density, probes
     )
     assert torch.equal(torch.from_numpy(found[1]), route.long())
     assert relative(torch.from_numpy(found[0]), out) < 1e-5
@@ -75,14 +75,14 @@ def test_bfloat16() -> None:
     }
     runner = session(split_model(20, torch.bfloat16, scale=0.2, density=0.0, probes=64))
     value = onnxruntime.OrtValue
-    inputs = {k: value.ortvalue_from_numpy(v) for k, v in feed(case, tensors, budget[0]).items()}
+    inputs = {k: value.ortvalue_from_numpy(v) for k, v in feed(case, tensors, budget).items()}
     for name, x in halves.items():
         raw = x.contiguous().view(torch.uint16).numpy()
         inputs[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
     found = _to_tensor(runner.run_with_ort_values(None, inputs)[0])
     out = torch.ops.freqopt.split_attention(
         *halves.values(), budget, tensors[3], list(case.grid), case.before, case.after, 0.2, 0.0,
-        False, 64,
+        64,
     )[0]  # fmt: skip
     assert found.dtype == torch.bfloat16
     assert relative(found, out) < 1e-2
@@ -93,10 +93,10 @@ def test_one_session_serves_two_token_counts() -> None:
     for case in (Case((3, 6, 10), batch=1), Case((5, 7, 9), before=3, after=2)):
         tensors = make_tensors(case)
         budget = budget_for(case, tensors, 0.3)
-        found = runner.run(None, feed(case, tensors, budget[0]))[0]
+        found = runner.run(None, feed(case, tensors, budget))[0]
         out = torch.ops.freqopt.split_attention(
             *tensors[:3], budget, None, list(case.grid), case.before, case.after, 0.18, 0.0,
-            False, 64,
+            64,
         )[0]  # fmt: skip
         assert relative(torch.from_numpy(found), out) < 1e-5
 

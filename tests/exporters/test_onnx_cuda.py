@@ -125,15 +125,15 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
     The compiler compares them, wherever and however the source defines them.
     """
     from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
-    from freqopt.kernels.forward import probe, split
+    from freqopt.kernels.forward import probe, routing, summaries
     from freqopt.kernels.portable.glue import MOMENTS, UNIT
 
     expected = {
         "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE,
-        "kGroup": split.GROUP, "kOrderGroup": split.ORDER_GROUP,
+        "kGroup": summaries.GROUP, "kOrderGroup": summaries.ORDER_GROUP,
         "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
         "kMoments": MOMENTS.value, "kUnit": UNIT.value,
-        "kPooledTiles": split.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
+        "kPooledTiles": routing.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
     }  # fmt: skip
 
     def disagree(values: dict[str, int]) -> list[str]:

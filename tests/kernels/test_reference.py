@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from attention_cases import CASES, Case, budget_for, dense, make_tensors, reference_split, relative
+from attention_cases import (
+    BASE,
+    CASES,
+    Case,
+    budget_for,
+    dense,
+    make_tensors,
+    reference_split,
+    relative,
+)
 
 from freqopt.kernels import chunked, reference
 
@@ -14,7 +23,7 @@ from freqopt.kernels import chunked, reference
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_threshold_zero_is_dense_attention(case: Case) -> None:
     tensors = make_tensors(case)
-    out, split = reference_split(case, tensors, torch.zeros(2, case.heads))
+    out, split = reference_split(case, tensors, torch.zeros(case.heads))
     assert relative(out, dense(case, tensors)) < 2e-6
     assert torch.equal(split.density, torch.ones_like(split.density))
     assert split.probe.error.max() < 1e-5
@@ -33,14 +42,14 @@ def test_summaries_count_the_ragged_block() -> None:
 
 
 def test_constant_blocks_are_served_exactly_by_their_means() -> None:
-    case = Case((4, 8, 8), batch=1, mid=False)
+    case = Case((4, 8, 8), batch=1)
     query, key, value, _ = make_tensors(case)
     order = case.sequence.video_of(torch.arange(case.length).float().view(1, 1, -1, 1)).long()
     block = torch.empty(case.length, dtype=torch.long)
     block[order.flatten()] = torch.arange(case.length) // 64
     key, value = key[:, :, :4][:, :, block], value[:, :, :4][:, :, block]
     tensors = (query, key, value, None)
-    out, split = reference_split(case, tensors, torch.full((2, case.heads), torch.inf))
+    out, split = reference_split(case, tensors, torch.full((case.heads,), torch.inf))
     assert split.density.max() < 0.6
     assert relative(out, dense(case, tensors)) < 1e-5
 
@@ -49,7 +58,7 @@ def test_second_order_mass_takes_most_of_the_bias_of_means_alone() -> None:
     case = Case((6, 16, 16), batch=1, dim=32)
     query, key, value, _ = make_tensors(case)
     tensors = (query * 0.3, key, value, None)
-    tokens = chunked.take_apart(*tensors, case.sequence)
+    tokens = chunked.take_apart(case.inputs(tensors, torch.zeros(case.heads)), BASE)
     summary = reference.summarise(tokens.key, tokens.value, 64)
     scores = reference.score_pairs(tokens.query, summary, case.dim**-0.5)
     logits = tokens.query @ tokens.key.mT * case.dim**-0.5

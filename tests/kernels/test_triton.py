@@ -35,8 +35,8 @@ else:
         ("name", "cases"),
         [
             ("test_kernels_are_the_reference", 14),
-            ("test_a_mid_band_of_a_density_is_attended_exactly", 2),
-            ("test_the_op_attends_a_mid_band_exactly_and_says_so_once", 1),
+            ("test_given_an_order_kernels_are_the_reference", 7),
+            ("test_the_threshold_of_a_density_is_the_definitions", 4),
             ("test_threshold_zero_is_dense_attention", 4),
             ("test_same_input_same_bits", 1),
             ("test_heads_in_turns_are_heads_together", 3),

@@ -31,18 +31,19 @@ import torch
 from compile_only import CompileOnly
 from freqopt.kernels.backward import launch
 from freqopt.kernels.backward import parts
-from freqopt.kernels.forward import split
-from freqopt.kernels.layout import Sequence
+from freqopt.kernels.forward import summaries
+from freqopt.kernels.layout import Inputs, TokenLayout
 dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found, forward = {{}}, {{}}
-for module in (launch, parts, split):
+for module in (launch, parts, summaries):
     for name in [n for n in dir(module) if n.endswith("_kernel")]:
-        kept = forward if module is split else found
+        kept = forward if module is summaries else found
         setattr(module, name, CompileOnly(getattr(module, name), capability, kept))
 q = torch.zeros(1, 2, 330, dim, dtype=dtype)
 route = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
-launch.split_backward(q, q, q, q, None, q, route, torch.ones(1, 2, 2), Sequence((5, 7, 9), 7, 8),
-                      scale=0.1)
+inputs = Inputs(q, q, q, torch.ones(2), None, TokenLayout((5, 7, 9), 7, 8))
+forward_found = launch.Forward(q, route, torch.ones(1, 2, 2))
+launch.split_backward(q, torch.ones(1, 2, 330), inputs, forward_found, 0.1)
 print(json.dumps({{n: k.metadata.shared for n, k in found.items()}}))
 """
 
@@ -62,7 +63,7 @@ else:
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
-        assert "14 passed" in done.stdout and "skipped" not in done.stdout
+        assert "18 passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,22 @@ sys.path.insert(0, {tests!r})
 import torch
 from compile_only import CompileOnly
 from freqopt.kernels import overlap
-from freqopt.kernels.forward import probe as triton_probe
-from freqopt.kernels.forward import split
-from freqopt.kernels.layout import Sequence, Settings
+from freqopt.kernels.forward import attention, density, order, probe, routing, split, summaries
+from freqopt.kernels.layout import Inputs, Settings, TokenLayout
 dtype, dim, capability = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:4])
 found = {{}}
 overlap.OVERLAP_ROWS = 1 if sys.argv[4] == "beside" else 10**9
-for module in (split, triton_probe):
+for module in (attention, density, order, probe, routing, summaries):
     for name in [n for n in dir(module) if n.endswith("_kernel")]:
         setattr(module, name, CompileOnly(getattr(module, name), capability, found))
 q = torch.zeros(1, 330, 2, dim, dtype=dtype).transpose(1, 2)
-split.split_forward(q, q, q, torch.ones(2, 2), None, Sequence((5, 7, 9), 7, 8),
-                    Settings(0.1, 0.0, False, 64))
+layout, chunks = TokenLayout((5, 7, 9), 7, 8), torch.full((2,), 512, dtype=torch.int32)
+inputs = Inputs(q, q, q, torch.ones(2), None, layout)
+split.split_forward(inputs, Settings(0.1, 0.0, 64))
+if sys.argv[4] == "beside":
+    queries = TokenLayout((1, 1, 200), 0, 0)
+    other = Inputs(q[:, :, :200], q, q, torch.ones(2), None, layout, queries, chunks)
+    split.split_forward(other, Settings(0.1, 0.2, 64, 512, True))
 print(json.dumps({{n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.items()}}))
 """
 

@@ -45,8 +45,8 @@ def test_long_routes_are_packed_on_every_device(monkeypatch: pytest.MonkeyPatch)
     """What a trace expects is what runs, and gradients see the same route."""
     op = torch.ops.freqopt.split_attention
     query, key, value = (torch.randn(1, 2, 315, 16, requires_grad=True) for _ in range(3))
-    budget = torch.full((2, 2), 0.7)
-    constants = ([5, 7, 9], 0, 0, 0.25, 0.0, False, 16)
+    budget = torch.full((2,), 0.7)
+    constants = ([5, 7, 9], 0, 0, 0.25, 0.0, 16)
     results = []
     for limit in (workspace.LONG_TOKENS, 1):
         monkeypatch.setattr(workspace, "LONG_TOKENS", limit)

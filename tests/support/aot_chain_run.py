@@ -20,7 +20,6 @@ if not ON_GPU:
 from attention_cases import (
     CASES,
     Case,
-    attended_exactly,
     budget_for,
     make_tensors,
     reference_split,
@@ -94,13 +93,13 @@ def main() -> None:
     case = Case(**{**vars(case), "masked": False})
     query, key, value, _ = make_tensors(case)
     tensors = tuple(x.to(dtype).contiguous() for x in (query, key, value))
-    case, budget = attended_exactly(case, budget_for(case, (*tensors, None), 0.3))
+    budget = budget_for(case, (*tensors, None), 0.3)
     expected, split = reference_split(case, (*tensors, None), budget)
     t, h, w = case.grid
     call = Call(case.heads, case.kv_heads, case.length, case.dim, t * h * w, case.before, 0.0, 64)
     given = dict(zip(("query", "key", "value"), (x.to(DEVICE) for x in tensors), strict=True))
     given |= {
-        "budget": budget[0].contiguous().to(DEVICE),
+        "budget": budget.contiguous().to(DEVICE),
         "order": token_order(case.grid, torch.device(DEVICE)).long().contiguous(),
     }
     found = run_chain(case, call, given, small)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         if self.budget is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = freqopt.split_attention(q, k, v, grid=GRID, threshold=self.budget[0])
+            out = freqopt.split_attention(q, k, v, grid=GRID, threshold=self.budget)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -71,7 +71,7 @@ def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         coarse = torch.ops.freqopt.split_attention.default(
-            query, key, value, budget, mask, lattice, before, after, scale, 0.02, False, 0
+            query, key, value, budget, mask, lattice, before, after, scale, 0.02, 0
         )
         seen.errors.append(float((exact[0] - dense).norm() / dense.norm()))
         seen.noise.append(float((coarse[0] - dense).norm() / dense.norm()))

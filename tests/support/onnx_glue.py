@@ -19,7 +19,8 @@ if not ON_GPU:
 import triton
 from attention_cases import CASES, Case, dense, make_tensors, relative
 
-from freqopt.kernels.forward import split
+from freqopt.kernels.forward.call import Call, Order
+from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.portable import glue
 from freqopt.kernels.tiles import launch_for, padded_dim
 
@@ -31,7 +32,10 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
     query, key, value, mask = tensors
     sequence, heads, tokens = case.sequence, query.shape[1], case.sequence.tokens
     launch = launch_for(query.dtype, query.shape[-1])
-    summaries = split.summarise(key, value, sequence, launch)
+    order = Order.shared(sequence.base_order(query.device))
+    summaries = summarise(
+        Call(query, key, value, None, sequence, order, sequence, order, True, 1.0, launch)
+    )
     blocks = triton.cdiv(tokens, 64)
     out = torch.full_like(query, torch.nan)
     given = mask if mask is not None else query

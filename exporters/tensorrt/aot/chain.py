@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.forward.probe import MAX_PARTS, PROBE_PROGRAMS, moment_units
-from freqopt.kernels.forward.split import GROUP, ORDER_GROUP, POOLED_TILES, TOTAL_COLS
+from freqopt.kernels.forward.routing import POOLED_TILES
+from freqopt.kernels.forward.summaries import GROUP, ORDER_GROUP, TOTAL_COLS
 from freqopt.kernels.portable.glue import MOMENTS
 from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.tiles import padded_dim

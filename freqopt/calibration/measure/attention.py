@@ -58,11 +58,11 @@ class AttentionCall:
         """Split attention at thresholds (H,): out (B, H, N, D), density, probe error (B, H)."""
         from freqopt.kernels.op import split_attention_op
 
-        budget = threshold.to(self.query.device, non_blocking=True).expand(2, -1)
         tokens = self.query, self.key, self.value
         layout = list(self.grid), self.text_before, self.text_after
-        out, density, probe, _, _ = split_attention_op(
-            *tokens, budget, self.key_mask, *layout, self.scale, 0.0, False, probes
+        limits = threshold.to(self.query.device, non_blocking=True)
+        out, density, probe, *_ = split_attention_op(
+            *tokens, limits, self.key_mask, *layout, self.scale, 0.0, probes
         )
         return out, density, probe
 

@@ -23,7 +23,7 @@ from freqopt.calibration.measure.tiles import (
 )
 from freqopt.config import KEY_BLOCK
 from freqopt.kernels import reference
-from freqopt.kernels.layout import Sequence, text_bias
+from freqopt.kernels.layout import TokenLayout, text_bias
 
 _TINY = 1e-30
 
@@ -69,7 +69,7 @@ def head_tokens(call: AttentionCall, head: int, order: str) -> HeadTokens:
     """A head's tokens in one of ORDERS, and how its router scores them."""
     if order != "grid":
         raise NotImplementedError(f"no order {order!r} of tokens; supported: {ORDERS}")
-    layout = Sequence(call.grid, call.text_before, call.text_after)
+    layout = TokenLayout(call.grid, call.text_before, call.text_after)
     at = head // (call.query.shape[1] // call.key.shape[1])
     query, key, value = (
         x[:, i : i + 1].float() for x, i in ((call.query, head), (call.key, at), (call.value, at))

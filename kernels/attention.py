@@ -1,0 +1,336 @@
+"""The public call: `freqopt.split_attention` checks its arguments and calls the op.
+
+`freqopt.merge_attention` joins results over parts of the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES, MID_RATIO
+from freqopt.errors import InputError
+from freqopt.grid import Grid, check_grid
+from freqopt.kernels.content_order import ALL, SMALLEST_CHUNK, enclosing
+from freqopt.kernels.layout import TokenLayout
+from freqopt.kernels.op import check_site, split_attention_op
+
+DEFAULT_CHUNK = 1024
+"""Tokens of a content order's chunks where none are named: most of what ordering all gains, at less
+than half its time."""
+
+
+class SplitStats(NamedTuple):
+    """What one call of split attention did, per batch item and head.
+
+    Attributes:
+        density: (B, H) float32, share of (query tile, key block) pairs attended exactly.
+        probe_error: (B, H) float32, relative L2 error of this call measured on the probes; NaN
+            without.
+        key_order: (B, Hkv, T) int32, the order that the keys without text were given by content,
+            counted from the first of them; None for the base order, or where it was given.
+        query_order: (B, H, Tq) int32, the same of queries that are other tokens than the keys.
+    """
+
+    density: Tensor
+    probe_error: Tensor
+    key_order: Tensor | None
+    query_order: Tensor | None
+
+
+class _Orders(NamedTuple):
+    """How a call orders its tokens, as the op takes it."""
+
+    chunks: Tensor | None = None
+    largest_chunk: int = 0
+    key_order: Tensor | None = None
+    query_order: Tensor | None = None
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    order: str | Tensor | None = None,
+    chunk: int | str = DEFAULT_CHUNK,
+    threshold: float | Tensor | None = None,
+    density: float | None = None,
+    mid_band: bool | Tensor = False,
+    text_before: int = 0,
+    text_after: int = 0,
+    query_grid: Sequence[int] | None = None,
+    query_text_before: int = 0,
+    query_text_after: int = 0,
+    query_order: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    probes: int = DEFAULT_PROBES,
+    return_stats: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Frequency-split attention: exact where it matters, summarised content elsewhere, one softmax.
+
+    Queries are the keys' own tokens where there are as many (self-attention), or other tokens.
+
+    Args:
+        query: (B, H, Nq, D) float32, float16 or bfloat16, any strides with unit last stride.
+        key, value: (B, Hkv, Nk, D) of the same dtype and device; H a multiple of Hkv.
+        grid: extents (t, h, w) of the video's keys, in raster order within the sequence;
+            t*h*w + text_before + text_after = Nk. Without it the tokens are taken as they are
+            numbered, and ordered by content.
+        order: what stands in a block together. "grid": what is near in the grid. "content": what
+            is alike, within chunks of the base order (the grid's, or the tokens' own numbers). A
+            tensor (Hkv,) of integers: each key head's chunk, 0 for the grid. A tensor (B, Hkv, T)
+            of integers: the order itself, entry p the number of the key that stands at p, counted
+            from the first that is no text. Default: "grid" with a grid, else "content".
+        chunk: tokens of the chunks of "content": a power of two from 256, or "all".
+        threshold: a float or an (H,) tensor, in units of the routing score (no unit: around 1
+            keeps some 5-20 % exact); 0 is dense attention, inf only the local blocks.
+        density: instead of a threshold, the share of (query tile, key block) pairs to attend
+            exactly, in (0, 1]; resolved to a threshold per batch item and head on the device.
+            Without either, 0.25.
+        mid_band: attend pairs from a quarter of the threshold exactly; a bool or (H,) bool. The
+            definition (`freqopt.kernels.reference`) serves them from means of 8 tokens.
+        text_before, text_after: text tokens at either end; always exact as keys, dense as queries.
+        query_grid, query_text_before, query_text_after: the same of queries that are other tokens
+            than the keys.
+        query_order: (B, H, Tq) integers, the order of queries that are other tokens.
+        key_mask: (B, Nk) bool, True = attend. Only text entries are read: video keys always count.
+        scale: factor of the logits; D**-0.5 if None.
+        probes: queries per head attended exactly to unbias the split and to measure its error
+            (0: none).
+        return_stats: also return `SplitStats`.
+        return_lse: also return the natural logarithms of the softmax sums, (B, H, Nq) float32.
+
+    Returns:
+        (B, H, Nq, D) in the inputs' dtype, laid out as (B, Nq, H, D) in memory; a tuple with the
+        log sums and the stats behind it, where these are asked for, in this order.
+
+    Raises:
+        InputError: shapes, dtypes, devices, grid, order or thresholds that do not fit, with what
+            would.
+    """
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    _check_tensors(shapes, query, key, value)
+    layout = _layout(shapes, "", grid, key.shape[2], text_before, text_after)
+    other = None
+    if query.shape[2] != key.shape[2] or query_grid is not None or query_order is not None:
+        other = _layout(
+            shapes, "query_", query_grid, query.shape[2], query_text_before, query_text_after
+        )
+    _check_mask(key_mask, key)
+    heads = query.shape[1]
+    if threshold is not None and density is not None:
+        raise InputError("threshold and density were both given; pass one of them")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise InputError(f"density {density} is outside (0, 1]; 1.0 is dense attention")
+    if not 0 <= probes <= 1024:
+        raise InputError(f"probes {probes} is outside 0..1024; the default is {DEFAULT_PROBES}")
+    if threshold is None and density is None:
+        density = DEFAULT_DENSITY
+    limits = _thresholds(0.0 if threshold is None else threshold, mid_band, heads, query.device)
+    if order is None:
+        order = "content" if grid is None else "grid"
+    orders = _orders(order, chunk, query_order, query, key, layout, other)
+    out, reached, error, _, _, log_sum, key_order, made = split_attention_op(
+        query, key, value, limits, key_mask, list(layout.grid), text_before, text_after,
+        query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, probes,
+        *orders, None if other is None else [*other.grid, other.text_before, other.text_after],
+        return_lse,
+    )  # fmt: skip
+    results: list[Tensor | SplitStats] = [out]
+    if return_lse:
+        results.append(log_sum)
+    if return_stats:
+        used = (x if x.numel() else None for x in (key_order, made))
+        results.append(SplitStats(reached, error, *used))
+    return out if len(results) == 1 else tuple(results)  # type: ignore[arg-type]
+
+
+def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, from attentions of the same queries over parts of them.
+
+    Args:
+        parts: pairs of an output (B, H, N, D) and its log sums (B, H, N) float32, as
+            `split_attention(..., return_lse=True)` returns them, or any other attention. A part
+            whose log sum is -inf has no keys for a query.
+
+    Returns:
+        The same for the union of their keys; the output in the parts' dtype. Differentiable.
+
+    Raises:
+        InputError: no parts, or shapes that differ.
+    """
+    if not parts:
+        raise InputError("merge_attention got no parts; pass at least one (out, lse) pair")
+    shapes = [(tuple(out.shape), tuple(log_sum.shape)) for out, log_sum in parts]
+    if any(s != shapes[0] or s[1] != s[0][:-1] for s in shapes):
+        raise InputError(
+            f"parts have shapes {shapes}; outputs of one shape (B, H, N, D) with log sums "
+            "(B, H, N) are supported"
+        )
+    log_sums = torch.stack([log_sum.float() for _, log_sum in parts])
+    total = log_sums.logsumexp(0)
+    out = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    for (part, _), log_sum in zip(parts, log_sums, strict=True):
+        share = (log_sum - total).exp()[..., None]
+        out = out + torch.where(share > 0, share * part.float(), 0.0)
+    return out.to(parts[0][0].dtype), total
+
+
+def _layout(
+    shapes: str, prefix: str, grid: Sequence[int] | None, length: int, before: int, after: int
+) -> TokenLayout:
+    if before < 0 or after < 0:
+        raise InputError(
+            f"{prefix}text_before {before} and {prefix}text_after {after} must be 0 or more"
+        )
+    if grid is not None:
+        return TokenLayout(check_grid(grid, length, text=before + after), before, after)
+    if before + after >= length:
+        raise InputError(
+            f"{shapes}: {prefix}text_before {before} and {prefix}text_after {after} leave no "
+            f"tokens of {length}; at least one that is no text is supported"
+        )
+    own: Grid = (1, 1, length - before - after)
+    return TokenLayout(own, before, after)
+
+
+def _check_tensors(shapes: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise InputError(f"{shapes}: expected (batch, heads, tokens, head_dim) tensors")
+    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise InputError(
+            f"{shapes}: batch and head_dim must agree and key and value must have one shape, "
+            f"(batch, heads, tokens, head_dim){_swapped(query, key)}"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}; cast them to one"
+        )
+    if not query.device == key.device == value.device:
+        raise InputError(f"devices differ: {query.device}, {key.device}, {value.device}")
+    reason = check_site(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device)
+    if reason:
+        raise InputError(f"{shapes}: {reason}{_swapped(query, key)}")
+
+
+def _swapped(query: Tensor, key: Tensor) -> str:
+    """A hint for (batch, tokens, heads, head_dim) tensors: many heads of few tokens."""
+    if query.dim() == 4 and query.shape[1] > 8 * query.shape[2] and key.shape[1] > key.shape[2]:
+        return "; if these are (batch, tokens, heads, head_dim), pass x.transpose(1, 2)"
+    return ""
+
+
+def _check_mask(mask: Tensor | None, key: Tensor) -> None:
+    shape = (key.shape[0], key.shape[2])
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise InputError(
+            f"key_mask is {mask.dtype} of shape {tuple(mask.shape)}; bool of shape "
+            f"{shape} (batch, tokens), True = attend, is supported"
+        )
+
+
+def _thresholds(
+    threshold: float | Tensor, mid_band: bool | Tensor, heads: int, device: torch.device
+) -> Tensor:
+    """(H,) float32: from where pairs are exact."""
+    if isinstance(threshold, Tensor):
+        if threshold.shape != (heads,):
+            raise InputError(
+                f"threshold has shape {tuple(threshold.shape)}; a float or one value for each of "
+                f"the {heads} heads is supported"
+            )
+        exact = threshold.to(device=device, dtype=torch.float32)
+    else:
+        if math.isnan(threshold) or threshold < 0:
+            raise InputError(f"threshold {threshold} must be 0 (dense) or larger")
+        exact = torch.full((heads,), float(threshold), device=device)
+    if isinstance(mid_band, Tensor):
+        if mid_band.shape != (heads,) or mid_band.dtype != torch.bool:
+            raise InputError(
+                f"mid_band is {mid_band.dtype} of shape {tuple(mid_band.shape)}; a bool or an "
+                f"({heads},) bool tensor is supported"
+            )
+        return torch.where(mid_band.to(device), exact * MID_RATIO, exact)
+    return exact * MID_RATIO if mid_band else exact
+
+
+def _orders(
+    order: str | Tensor, chunk: int | str, query_order: Tensor | None, query: Tensor, key: Tensor,
+    layout: TokenLayout, other: TokenLayout | None,
+) -> _Orders:  # fmt: skip
+    """The op's arguments for the orders that a call asks for."""
+    batch, kv_heads = key.shape[:2]
+    if query_order is not None:
+        assert other is not None
+        query_order = _permutation("query_order", query_order, (*query.shape[:2], other.tokens))
+        query_order = query_order.to(query.device)
+    if isinstance(order, Tensor) and order.dim() == 3:
+        given = _permutation("order", order, (batch, kv_heads, layout.tokens)).to(key.device)
+        return _Orders(key_order=given, query_order=query_order)
+    longest = max(layout.tokens, 0 if other is None else other.tokens)
+    if isinstance(order, Tensor):
+        if order.shape != (kv_heads,) or order.dtype.is_floating_point or order.dtype.is_complex:
+            raise InputError(
+                f"order is {order.dtype} of shape {tuple(order.shape)}; 'grid', 'content', "
+                f"integers ({kv_heads},), the chunk of each key head, or an order "
+                f"{(batch, kv_heads, layout.tokens)} are supported"
+            )
+        largest = 0
+        for each in set(order.tolist()):
+            largest = max(largest, each and check_chunk(each))
+        chunks = order.to(device=key.device, dtype=torch.int32)
+        return _Orders(chunks, min(largest, enclosing(longest)), query_order=query_order)
+    if order == "grid":
+        return _Orders(query_order=query_order)
+    if order != "content":
+        raise InputError(
+            f"order is {order!r}; 'grid', 'content', an integer for each key head or an order "
+            "(B, Hkv, T) are supported"
+        )
+    size = check_chunk(chunk)
+    chunks = torch.full((kv_heads,), size, device=key.device, dtype=torch.int32)
+    return _Orders(chunks, min(size, enclosing(longest)), query_order=query_order)
+
+
+def check_chunk(chunk: int | str) -> int:
+    """Tokens of a chunk, `ALL` for "all".
+
+    Raises:
+        InputError: neither "all" nor a power of two from `SMALLEST_CHUNK` up.
+    """
+    if chunk == "all":
+        return ALL
+    if isinstance(chunk, int) and chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1):
+        return min(chunk, ALL)
+    raise InputError(
+        f"chunk {chunk!r}: a power of two from {SMALLEST_CHUNK} up, or 'all', is supported"
+    )
+
+
+def _permutation(name: str, order: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An order as int32, checked.
+
+    The check waits for the device, so a call that is traced or captured must have passed it before.
+    """
+    if order.shape != shape or order.dtype.is_floating_point:
+        raise InputError(
+            f"{name} is {order.dtype} of shape {tuple(order.shape)}; integers of shape {shape} "
+            "(batch, heads, tokens without text) are supported"
+        )
+    capturing = order.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing:
+        numbers = torch.arange(shape[-1], device=order.device)
+        if not bool((order.sort(-1).values == numbers).all()):
+            raise InputError(
+                f"{name} is no permutation of 0..{shape[-1] - 1} in each head; every token has to "
+                "stand at one place"
+            )
+    return order.to(torch.int32)

@@ -1,0 +1,69 @@
+"""Finds the threshold that makes a share of pairs exact, without waiting for the device.
+
+Its bits are found from the top, by histograms of the scores: reading all of them twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+from torch import Tensor
+
+from freqopt.kernels.portable.density import histogram_kernel, narrow_kernel
+
+RANK_BITS = ((11, 20), (11, 9))
+"""Bits of a score that one pass over all scores finds of a threshold: how many, and how many lower
+ones are left. The sign is no bit of a score; those left are below a ten-thousandth of it."""
+
+CELLS, PARTS = 4096, 24
+"""Scores that a program counts at a time, and programs that a head's are spread over at most."""
+
+
+def threshold_of_density(
+    scores: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    shape: tuple[int, int, int, int],
+    density: float,
+    device: torch.device,
+    *,
+    own: bool,
+) -> Tensor:
+    """Thresholds (B, H) float32 of a density: at most those of reference.threshold_for_density.
+
+    Args:
+        scores: called twice; gives tiles that go together, (tiles,) int32, and their scores
+            (B, H, tiles, blocks) float32, until all tiles were given.
+        shape: (B, H, tiles, blocks) of all scores.
+        density: share of pairs that are to be exact.
+        own: the queries are the keys' tokens, so that a tile's own blocks are exact anyway.
+    """
+    batch, heads, tiles, blocks = shape
+    pairs, cells = batch * heads, tiles * blocks
+
+    def whole(*size: int) -> Tensor:
+        return torch.zeros(*size, device=device, dtype=torch.int32)
+
+    histogram, prefix = whole(pairs, 2 ** max(bits for bits, _ in RANK_BITS)), whole(pairs)
+    left = whole(pairs).fill_(min(max(math.ceil(density * cells), 1), cells))
+    limits = torch.empty(batch, heads, device=device, dtype=torch.float32)
+    for bits, below in RANK_BITS:
+        for tile_list, score in scores():
+            steps = triton.cdiv(len(tile_list) * blocks, CELLS)
+            span = triton.cdiv(steps, PARTS) * CELLS
+            histogram_kernel[(triton.cdiv(len(tile_list) * blocks, span), pairs)](
+                score, tile_list, prefix, histogram, len(tile_list), blocks, span,
+                BITS=bits, BELOW=below, CELLS=CELLS, OWN=own, num_warps=8,
+            )  # fmt: skip
+        narrow_kernel[(pairs,)](
+            histogram,
+            prefix,
+            left,
+            limits,
+            below,
+            BITS=bits,
+            LAST=below == RANK_BITS[-1][1],
+            num_warps=4,
+        )
+    return limits

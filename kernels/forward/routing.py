@@ -1,0 +1,152 @@
+"""Launches the router: scores of (query tile, key block) pairs, and their bands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from freqopt.config import QUERY_TILE, SUB_TILE
+from freqopt.kernels.forward.call import Call, Route, Summaries
+from freqopt.kernels.forward.density import threshold_of_density
+from freqopt.kernels.hopper import launch as hopper
+from freqopt.kernels.portable.glue import limits_kernel, probe_tiles_kernel
+from freqopt.kernels.portable.prepare import route_kernel
+from freqopt.kernels.portable.score import LANES, disperse_kernel, pool_tiles_kernel, score_kernel
+
+POOLED_TILES = int(LANES.value)
+"""Tiles whose pooled queries lie together."""
+
+ROUTE_BLOCKS = 512
+ROUTE_WARPS = 2
+"""Key blocks per step of the routing, and its warps: 0.06 ms of 24 heads x 75,600 tokens, where
+1,024 and 4 took 0.08."""
+
+PROBE_TILES = 64
+
+
+def score_tiles(
+    call: Call, summaries: Summaries, score: Tensor, mass_term: Tensor,
+    tile_list: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write scores (float32) and mass terms (float16) of tiles, both (B, H, tiles, blocks).
+
+    tile_list: (tiles,) int32, which ones; all of them without it.
+    """
+    query, launch = call.query, call.launch
+    tiles, blocks = score.shape[2:]
+    heads, pairs = call.heads, call.batch * call.heads
+    rows = triton.cdiv(tiles, POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
+    sub_mean, tile_square = (
+        torch.empty(pairs, n, call.dim, device=query.device, dtype=query.dtype)
+        for n in (rows, tiles)
+    )
+    listed = {} if tile_list is None else {"tile_list": tile_list}
+    pool_tiles_kernel[(pairs, tiles)](
+        query, call.query_order.index, sub_mean, tile_square,
+        *query.stride()[:3], heads, call.queries, tiles, call.query_layout.text_before, call.scale,
+        **call.size, **listed, **call.query_side, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    side = launch.disperse_side
+    disperse_kernel[(pairs, triton.cdiv(tiles, side), triton.cdiv(blocks, side))](
+        tile_square, summaries.key_var, score, mass_term,
+        heads, call.group_size, call.tokens, tiles, blocks, call.scale,
+        **call.size, BI=side, BJ=side, PRECISION=launch.precision, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if hopper.applies(query):
+        hopper.score(call, sub_mean, summaries.low_key, summaries.spread, score, tile_list)
+        return
+    score_kernel[(pairs, triton.cdiv(tiles, launch.score_tiles))](
+        sub_mean, summaries.low_key, summaries.spread, score,
+        heads, call.group_size, call.tokens, tiles, blocks, call.scale,
+        **call.size, **listed, TILES=launch.score_tiles, BJ=launch.score_blocks,
+        WIDE=launch.score_wide, PRECISION=launch.precision,
+        queries=None if call.own else call.queries,
+        num_warps=launch.score_warps, num_stages=launch.score_stages,
+    )  # fmt: skip
+
+
+def limits_of(threshold: Tensor, batch: int) -> Tensor:
+    """Thresholds (B, H) from those of the heads, (H,)."""
+    heads = threshold.shape[0]
+    limits = torch.empty(batch, heads, device=threshold.device, dtype=torch.float32)
+    limits_kernel[(batch * heads,)](threshold.float().contiguous(), limits, heads)
+    return limits
+
+
+def make_route(
+    call: Call, summaries: Summaries, threshold: Tensor, density: float = 0.0,
+    limits: Tensor | None = None,
+) -> Route:  # fmt: skip
+    """Score every (query tile, key block) pair and choose its band.
+
+    threshold: (H,), used where density is 0. limits: thresholds (B, H), where they are in hand.
+    """
+    blocks = summaries.low_key.shape[2]
+    tiles = triton.cdiv(call.queries, QUERY_TILE)
+    shape, device = (call.batch, call.heads, tiles, blocks), call.query.device
+    score = torch.empty(shape, device=device, dtype=torch.float32)
+    mass_term = torch.empty(shape, device=device, dtype=torch.float16)
+    score_tiles(call, summaries, score, mass_term)
+    if limits is None and density == 0.0:
+        limits = limits_of(threshold, call.batch)
+    elif limits is None:
+        every = torch.arange(tiles, device=device, dtype=torch.int32)
+        limits = threshold_of_density(
+            lambda: [(every, score)], shape, density, device, own=call.own
+        )
+    route = torch.empty(shape, device=device, dtype=torch.int8)
+    exact_list = torch.empty(shape, device=device, dtype=torch.int32)
+    counts = torch.empty(shape[:3], device=device, dtype=torch.int32)
+    route_kernel[(tiles, call.batch * call.heads)](
+        score, limits, mass_term, route, exact_list, counts, tiles, blocks,
+        BJ=route_step(blocks), OWN=call.own, num_warps=ROUTE_WARPS,
+    )  # fmt: skip
+    return Route(route, exact_list, counts, mass_term)
+
+
+def route_step(blocks: int) -> int:
+    """Key blocks that a program of the routing takes at a time."""
+    return min(int(triton.next_power_of_2(blocks)), ROUTE_BLOCKS)
+
+
+class ProbeRows(NamedTuple):
+    """Memory for the bands of the probes alone, a row (B, H, probes, blocks) for each.
+
+    tile_list: (probes,) int32, their tiles; score float32, route int8, mass_term float16.
+    """
+
+    tile_list: Tensor
+    score: Tensor
+    route: Tensor
+    mass_term: Tensor
+
+
+def probe_rows(call: Call, blocks: int, probes: int) -> ProbeRows:
+    """Memory for `route_probes`."""
+    shape, query = (*call.per_head, probes, blocks), call.query
+    return ProbeRows(
+        torch.empty(probes, device=query.device, dtype=torch.int32),
+        torch.empty(shape, device=query.device, dtype=torch.float32),
+        torch.empty(shape, device=query.device, dtype=torch.int8),
+        torch.empty(shape, device=query.device, dtype=torch.float16),
+    )
+
+
+def route_probes(call: Call, summaries: Summaries, limits: Tensor, rows: ProbeRows) -> Route:
+    """Bands of the probes' tiles, without lists: those that `make_route` finds.
+
+    limits: thresholds (B, H). Results are in `rows`; what `score_tiles` allocates on the way
+    stays on the stream that this is called on.
+    """
+    probes, blocks = rows.score.shape[2:]
+    tiles = rows.tile_list
+    probe_tiles_kernel[(1,)](tiles, call.queries, probes, ROWS=PROBE_TILES, num_warps=1)
+    score_tiles(call, summaries, rows.score, rows.mass_term, tiles)
+    route_kernel[(probes, call.batch * call.heads)](
+        rows.score, limits, rows.mass_term, rows.route, tiles, tiles, probes, blocks,
+        BJ=route_step(blocks), LISTS=False, tile_list=tiles, OWN=call.own, num_warps=ROUTE_WARPS,
+    )  # fmt: skip
+    return Route(rows.route, tiles, tiles, rows.mass_term)
