@@ -26,6 +26,15 @@ SUB_TILE: Final = 8
 MID_RATIO: Final = 0.25
 """With the mid band on, pairs scoring in [MID_RATIO * threshold, threshold) go to it."""
 
+SMALLEST_CHUNK: Final = 256
+"""Fewest tokens of a chunk that is ordered by content; all sizes are powers of two."""
+
+ALL: Final = 1 << 30
+"""The chunk that holds all tokens, however many there are."""
+
+DEFAULT_CHUNK: Final = 1024
+"""Tokens of the chunks where none are named: most of what ordering all gains, at half its time."""
+
 DEFAULT_PROBES: Final = 64
 """Queries per head attended exactly in every call, to unbias the split and to measure its error."""
 

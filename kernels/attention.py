@@ -12,16 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES, MID_RATIO
+from freqopt.config import (
+    ALL,
+    DEFAULT_CHUNK,
+    DEFAULT_DENSITY,
+    DEFAULT_PROBES,
+    MID_RATIO,
+    SMALLEST_CHUNK,
+)
 from freqopt.errors import InputError
 from freqopt.grid import Grid, check_grid
-from freqopt.kernels.content_order import ALL, SMALLEST_CHUNK, enclosing
+from freqopt.kernels.content_order import enclosing
 from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.op import check_site, split_attention_op
-
-DEFAULT_CHUNK = 1024
-"""Tokens of a content order's chunks where none are named: most of what ordering all gains, at less
-than half its time."""
 
 
 class SplitStats(NamedTuple):

@@ -33,12 +33,6 @@ LEAF = KEY_BLOCK
 SEGMENT_SAMPLES = 2048
 """Tokens at most, evenly spaced, that a segment's direction is found on."""
 
-SMALLEST_CHUNK = 256
-"""Fewest tokens of a chunk."""
-
-ALL = 1 << 30
-"""The chunk that holds all tokens, however many there are."""
-
 
 def signs(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """(rows, columns) float32 of fixed signs: parities of the bits of row and column numbers.

@@ -98,6 +98,15 @@ class Plan(PlanContent):
         buckets = range(len(self.timestep_edges) + 1)
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
 
+    def chunks(self, site_name: str) -> Tensor | None:
+        """Chunks (Hkv,) int32 of a site's key heads as the op takes them; None for the grid's order.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        chunks = self._site(site_name).chunks
+        return torch.tensor(chunks, dtype=torch.int32) if any(chunks) else None
+
     def uses_mid_band(self, site_name: str) -> bool:
         """Whether any head of the site uses the mid band, so that its statistics are needed."""
         return any(any(budget.mid) for budget in self._site(site_name).budgets)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from freqopt.config import ALL, SMALLEST_CHUNK
+
 MAX_THRESHOLD = 1e30
 """Largest threshold in a plan: no score comes near it, and float32 holds it."""
 
@@ -79,6 +81,8 @@ class SitePlan(Record):
         decision: "split" or "dense".
         reason: why.
         budgets: one `Budget` per timestep bucket; empty if the site stays dense.
+        chunks: tokens of each key head's chunks, a power of two, where tokens are ordered by
+            content; 0 where by the grid. Empty if all are by the grid.
         density: share of pairs attended exactly, per head, as measured over all timesteps.
         error: relative L2 error of the head's output, per head, likewise.
         gains: by bucket and head: relative error of the model's output over that of the site which
@@ -94,6 +98,7 @@ class SitePlan(Record):
     decision: Literal["split", "dense"]
     reason: str
     budgets: list[Budget] = []
+    chunks: list[int] = []
     density: list[float] = []
     error: list[float] = []
     gains: list[list[float]] = []
@@ -107,6 +112,10 @@ class SitePlan(Record):
         rows += [self.density, self.error, *self.gains, *self.marginals]
         if any(row and len(row) != self.heads for row in rows):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
+        if self.chunks and self.heads % len(self.chunks):
+            raise ValueError(f"{len(self.chunks)} chunks do not go with {self.heads} heads")
+        if any(c and (c < SMALLEST_CHUNK or c & (c - 1) or c > ALL) for c in self.chunks):
+            raise ValueError(f"a chunk is no power of two from {SMALLEST_CHUNK} to {ALL}")
         return self
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import freqopt
+from freqopt.config import ALL, DEFAULT_CHUNK
 from freqopt.errors import InputError
 from freqopt.kernels import content_order as definition
-from freqopt.kernels.attention import DEFAULT_CHUNK
-from freqopt.kernels.content_order import ALL, content_order, spread
+from freqopt.kernels.content_order import content_order, spread
 
 
 def clustered(tokens: int, dim: int = 24, heads: int = 2, clusters: int = 12) -> Tensor:
