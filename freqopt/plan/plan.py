@@ -99,7 +99,7 @@ class Plan(PlanContent):
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
 
     def chunks(self, site_name: str) -> Tensor | None:
-        """Chunks (Hkv,) int32 of a site's key heads as the op takes them; None for the grid's order.
+        """Chunks (Hkv,) int32 of a site, as the op takes them; None where all are by the grid.
 
         Raises:
             PlanError: the plan has no such site.
