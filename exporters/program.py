@@ -156,6 +156,8 @@ def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decis
     """
     if not decision.split:
         return decision
+    if decision.chunks is not None or decision.site.query_arguments:
+        return Decision(decision.site, False, Reason.CONTENT_EXPORT())
     if decision.site.node.graph is not graph.graph:
         return Decision(decision.site, False, Reason.IN_A_BODY())
     budget = decision.budget
@@ -183,12 +185,14 @@ def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
 def _check_plan_used(plan: Plan, program: Program) -> None:
     planned = [name for name, site in plan.sites.items() if site.decision == "split"]
     missing = [name for name in planned if name not in program.split]
-    if planned and len(missing) == len(planned):
+    if planned and not any(name in program.split or name in program.dense for name in planned):
         raise PlanError(
             f"none of the {len(planned)} sites that this plan splits was found in the exported "
             f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
         )
-    program.notes += [f"the plan splits {name}, which is not split here" for name in missing]
+    for name in missing:
+        why = program.dense.get(name, "it was not found")
+        program.notes.append(f"the plan splits {name}, which is not split here: {why}")
     program.notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         program.notes.append(

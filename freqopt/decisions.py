@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from freqopt.break_even import default_min_tokens
+from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.options import Options, load_plan
+from freqopt.passes.content import by_content
 from freqopt.passes.decision import Decision, Timestep
 from freqopt.passes.find import Grids
 from freqopt.passes.nodes import shape
@@ -63,11 +65,21 @@ def decide(
         if any((device or site.device).type == "cuda" for site in sites):
             plan.mid_band_notes("on CUDA")
     decisions = []
-    for site in sites:
+    for found in sites:
+        site = _by_content(settings, plan, found)
         problem = why_not(site, device) or _too_short(settings, site, guard)
         dense = None if problem is None else Decision(site, False, problem)
         decisions.append(dense or _budgeted(settings, plan, site))
     return decisions
+
+
+def _by_content(settings: Options, plan: Plan | None, site: Site) -> Site:
+    """A site without a usable grid as an order by content serves it, if one was asked for."""
+    planned = None if plan is None else plan.sites.get(site.name)
+    asked = settings.order == "content" or (planned is not None and any(planned.chunks))
+    if site.eligible or not asked:
+        return site
+    return by_content(site) or site
 
 
 def why_not(site: Site, device: torch.device | None = None) -> Why | None:
@@ -86,9 +98,10 @@ def why_not(site: Site, device: torch.device | None = None) -> Why | None:
 
 def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
     least = least_tokens(settings, site)
-    if not is_shorter(site.query_length, least, guard=guard):
-        return None
-    return Reason.TOO_SHORT(tokens=site.query_length, least=least)
+    for length in (site.query_length, site.key_length):
+        if is_shorter(length, least, guard=guard):
+            return Reason.TOO_SHORT(tokens=length, least=least)
+    return None
 
 
 def _budgeted(settings: Options, plan: Plan | None, site: Site) -> Decision:
@@ -100,14 +113,17 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site) -> Decision:
         )  # fmt: skip
     if plan is not None:
         return _planned(plan, site)
+    chunks = None
+    if settings.order == "content":
+        chunks = torch.full((site.kv_heads,), check_chunk(settings.chunk), dtype=torch.int32)
     if settings.threshold is not None:
         budget = torch.full((2, site.heads), float(settings.threshold))
         probes = DEFAULT_PROBES if settings.threshold > 0 else 0
         why = Reason.BY_THRESHOLD(threshold=settings.threshold)
-        return Decision(site, True, why, budget, probes=probes)
+        return Decision(site, True, why, budget, probes=probes, chunks=chunks)
     return Decision(
         site, True, Reason.BY_DENSITY(density=DEFAULT_DENSITY), torch.zeros(2, site.heads),
-        density=DEFAULT_DENSITY, probes=DEFAULT_PROBES,
+        density=DEFAULT_DENSITY, probes=DEFAULT_PROBES, chunks=chunks,
     )  # fmt: skip
 
 
@@ -123,7 +139,7 @@ def _planned(plan: Plan, site: Site) -> Decision:
     return Decision(
         site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
         mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
-        timestep=Timestep(name, edges) if name and edges else None,
+        timestep=Timestep(name, edges) if name and edges else None, chunks=plan.chunks(site.name),
     )  # fmt: skip
 
 

@@ -142,6 +142,7 @@ def inspect(
     grids: Any = None,
     plan: Any = None,
     min_tokens: Any = None,
+    order: Any = None,
     **kwargs: Any,
 ) -> Inspection:
     """Find the attention of a model and say what the backend would do about it.
@@ -152,9 +153,9 @@ def inspect(
     Args:
         model: the model; one that was compiled already is inspected as it was before.
         args, kwargs: inputs of one call of the model.
-        grid, grids, plan, min_tokens: as the backend's options: (t, h, w) in tokens, several of
-            these, a plan or its path, and tokens. (Not typed, so that a dict of a model's own
-            inputs may be passed as ``**inputs``.)
+        grid, grids, plan, min_tokens, order: as the backend's options: (t, h, w) in tokens, several
+            of these, a plan or its path, tokens, and "grid" or "content". (Not typed, so that a
+            dict of a model's own inputs may be passed as ``**inputs``.)
 
     Raises:
         OptionError: a malformed grid, grids or min_tokens.
@@ -164,7 +165,8 @@ def inspect(
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; inspect takes a torch.nn.Module")
-    settings = parse_options({"grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens})
+    given = {"grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order}
+    settings = parse_options(given)
     capture = _Capture(settings, inner)
     with torch.no_grad(), _random_state_kept():
         with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):

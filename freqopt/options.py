@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from freqopt.errors import OptionError
+from freqopt.chunks import check_chunk
+from freqopt.config import DEFAULT_CHUNK
+from freqopt.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -28,6 +30,9 @@ class Options:
         grid: extents (t, h, w) of the video tokens, where the graph does not tell them.
         grids: several of these, for a model that is called at several resolutions; where a graph
             tells none, the one that has as many tokens is taken.
+        order: "grid" or "content", how tokens are ordered without a plan, which has orders of its
+            own: by default by the grid, and sites without one stay dense.
+        chunk: tokens that are ordered by content together: a power of two from 256, or "all".
         threshold: one budget for all sites instead of a plan; 0 is exact.
         min_tokens: shorter sites stay dense; by default by `freqopt.break_even`, from the site's
             heads.
@@ -40,6 +45,8 @@ class Options:
     plan: Plan | str | os.PathLike[str] | None = None
     grid: tuple[int, int, int] | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    order: Literal["grid", "content"] | None = None
+    chunk: int | Literal["all"] = DEFAULT_CHUNK
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False
@@ -76,6 +83,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
             raise OptionError(f"threshold {threshold} must be 0 (exact) or larger")
         if "plan" in given:
             raise OptionError("plan and threshold were both given; a plan has its own budgets")
+    _check_order(given)
     least = given.get("min_tokens")
     if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
         raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")
@@ -88,6 +96,21 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
     _check_mode(inner, given.get("mode"))
     return Options(**given)
+
+
+def _check_order(given: Mapping[str, Any]) -> None:
+    order = given.get("order")
+    if order not in (None, "grid", "content"):
+        raise OptionError(f"order {order!r} must be 'grid' or 'content'")
+    if order is not None and "plan" in given:
+        raise OptionError("plan and order were both given; a plan says how tokens are ordered")
+    if "chunk" in given:
+        if order != "content":
+            raise OptionError("chunk was given without order='content'")
+        try:
+            check_chunk(given["chunk"])
+        except InputError as error:
+            raise OptionError(str(error)) from error
 
 
 def _check_mode(inner: object, mode: object) -> None:

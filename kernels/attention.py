@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from freqopt.chunks import check_chunk
 from freqopt.config import (
-    ALL,
     DEFAULT_CHUNK,
     DEFAULT_DENSITY,
     DEFAULT_PROBES,
     MID_RATIO,
-    SMALLEST_CHUNK,
 )
 from freqopt.errors import InputError
 from freqopt.grid import Grid, check_grid
@@ -286,9 +285,7 @@ def _orders(
                 f"integers ({kv_heads},), the chunk of each key head, or an order "
                 f"{(batch, kv_heads, layout.tokens)} are supported"
             )
-        largest = 0
-        for each in set(order.tolist()):
-            largest = max(largest, each and check_chunk(each))
+        largest = max(each and check_chunk(each) for each in order.tolist())
         chunks = order.to(device=key.device, dtype=torch.int32)
         return _Orders(chunks, min(largest, enclosing(longest)), query_order=query_order)
     if order == "grid":
@@ -301,21 +298,6 @@ def _orders(
     size = check_chunk(chunk)
     chunks = torch.full((kv_heads,), size, device=key.device, dtype=torch.int32)
     return _Orders(chunks, min(size, enclosing(longest)), query_order=query_order)
-
-
-def check_chunk(chunk: int | str) -> int:
-    """Tokens of a chunk, `ALL` for "all".
-
-    Raises:
-        InputError: neither "all" nor a power of two from `SMALLEST_CHUNK` up.
-    """
-    if chunk == "all":
-        return ALL
-    if isinstance(chunk, int) and chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1):
-        return min(chunk, ALL)
-    raise InputError(
-        f"chunk {chunk!r}: a power of two from {SMALLEST_CHUNK} up, or 'all', is supported"
-    )
 
 
 def _permutation(name: str, order: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -50,6 +50,8 @@ def classify(
     if kind == "cross":
         if all(came_ready_made(node) for node in (attention.query, attention.key)):
             return "other", Layout(), Reason.READY_MADE()
+        if came_ready_made(attention.key):
+            return kind, Layout(), Reason.CACHE()
         return kind, Layout(), Reason.CROSS()
     slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
     if slices:

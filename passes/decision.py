@@ -27,7 +27,8 @@ class Decision:
 
     budget: thresholds, used where density is 0: (2, H) float32, or (buckets, 2, H) by `timestep`;
     a node of the graph where the module brings its own. What stands in the site's place need not
-    have one.
+    have one. chunks: (Hkv,) int32, tokens of the key heads' chunks that are ordered by content, 0
+    for the grid's order; None for that of all.
     """
 
     site: Site
@@ -38,6 +39,7 @@ class Decision:
     density: float = 0.0
     probes: int = 0
     timestep: Timestep | None = None
+    chunks: Tensor | None = None
 
     @property
     def reason(self) -> str:

@@ -25,6 +25,7 @@ class Reason(Enum):
 
     # Of what is, or may be, split
     FITS = Text("dense attention on a known grid{remark}")
+    FITS_BY_CONTENT = Text("dense attention, by content ({instead})")
     BY_MODULE = Text("by the budget attached to its module")
     BY_PLAN = Text("by the plan")
     BY_THRESHOLD = Text("threshold {threshold:g}")
@@ -71,6 +72,11 @@ class Reason(Enum):
     )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")
+    CACHE = Text(
+        "its keys are a cache, or made elsewhere: they enter this graph ready-made, and are not "
+        "the queries' own tokens",
+        'an order by content needs no grid: pass order="content"',
+    )
     OTHER_KEYS = Text("its keys cover other tokens than its queries")
     MANY_KEYS = Text("its keys have {others} tokens more than its queries: too many to fill up")
     OTHER_VALUES = Text("its values are of other tokens than its keys")
@@ -122,6 +128,10 @@ class Reason(Enum):
     IN_A_BODY = Text(
         "it lies inside a higher-order operator's subgraph", "export without checkpointing"
     )
+    CONTENT_EXPORT = Text(
+        "its tokens are ordered by content, which an exported file cannot do yet",
+        'calibrate with order="grid" for exports',
+    )
     FAILED = Text("rewriting it failed: {error}")
 
     def __call__(self, **details: object) -> Why:
@@ -136,7 +146,12 @@ class Why:
     reason: Reason
     details: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def seen(self) -> str:
+        """What was seen, without advice."""
+        text: Text = self.reason.value
+        return text.seen.format(**self.details)
+
     def __str__(self) -> str:
         text: Text = self.reason.value
-        seen = text.seen.format(**self.details)
-        return f"{seen}: {text.advice}" if text.advice else seen
+        return f"{self.seen}: {text.advice}" if text.advice else self.seen

@@ -96,7 +96,8 @@ class Site:
     usually (t, h, w), None if unknown. text_before, text_after: tokens around them, in the keys at
     least. why: `Reason.FITS` if it could be split, whatever its length; else why not.
     pad_before_arguments, pad_after_arguments: tokens that only the keys have, in whose places the
-    op gets queries of zeros. mark: the budget that its module brings along.
+    op gets queries of zeros. query_arguments: (t, h, w, text before, text after) of queries that
+    are other tokens than the keys. mark: the budget that its module brings along.
     """
 
     name: str
@@ -119,12 +120,13 @@ class Site:
     text_after_arguments: tuple[Argument, ...] = ()
     pad_before_arguments: tuple[Argument, ...] = ()
     pad_after_arguments: tuple[Argument, ...] = ()
+    query_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
 
     @property
     def eligible(self) -> bool:
         """Whether it could be split, whatever its length."""
-        return self.why.reason is Reason.FITS
+        return self.why.reason in (Reason.FITS, Reason.FITS_BY_CONTENT)
 
     @property
     def reason(self) -> str:

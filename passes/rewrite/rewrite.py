@@ -29,6 +29,10 @@ from freqopt.passes.site import Argument, Product, Site, Size, Total
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""
 
+REPLACED_BY = "freqopt_replaced_by"
+"""Marks the node of an attention that was replaced with what stands in its place: another site,
+described before, may have it among its operands."""
+
 
 def replace_site(
     gm: fx.GraphModule,
@@ -74,7 +78,7 @@ def split_as_decided(gm: fx.GraphModule, decision: Decision) -> Inserted:
     assert decision.budget is not None
     return insert_split(
         gm, decision.site, decision.budget, mid_band=decision.mid_band, density=decision.density,
-        probes=decision.probes,
+        probes=decision.probes, chunks=decision.chunks,
     )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def insert_split(
     mid_band: bool,
     density: float,
     probes: int,
+    chunks: Tensor | None = None,
 ) -> Inserted:
     """Put the op `freqopt::split_attention` in place of the attention of an eligible site.
 
@@ -94,6 +99,7 @@ def insert_split(
             graph as a constant on the site's device, or a node of the graph.
         mid_band: take the mid band's thresholds, as its pairs are attended exactly.
         density, probes: as the op takes them.
+        chunks: (Hkv,) int32, of the orders by content; None for the grid's order.
 
     Returns:
         The op's nodes; the output has taken all uses of the attention.
@@ -113,11 +119,18 @@ def insert_split(
     else:
         name = f"freqopt_budget_{site.name}"
         constant = add_constant(gm, graph, name, budget[int(mid_band)].to(site.device))
+    ordering: tuple[Any, ...] = ()
+    if chunks is not None:
+        named = add_constant(gm, graph, f"freqopt_chunks_{site.name}", chunks.to(site.device))
+        ordering = (named, int(chunks.max()))
     with graph.inserting_before(node):
         query, key, values, key_mask, grid, before, after, scale = site_operands(site)
+        if site.query_arguments:
+            layout = [_argument(site, argument) for argument in site.query_arguments]
+            ordering = (*(ordering or (None, 0)), None, None, layout)
         arguments = (
             query, key, values, constant, key_mask, list(grid), before, after, scale, density,
-            probes,
+            probes, *ordering,
         )  # fmt: skip
         call = graph.call_function(torch.ops.freqopt.split_attention.default, arguments)
         call.meta = _meta_of_call(node, call)
@@ -181,7 +194,7 @@ def site_operands(site: Site) -> tuple[Any, ...]:
 def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Query, key and value as (B, H, N, D): keys upright, heads out of the batch."""
     found = site.attention
-    query, key, values = found.query, found.key, found.value
+    query, key, values = (_standing(node) for node in (found.query, found.key, found.value))
     if found.key_transposed:
         key = _method(site, "transpose", key, -2, -1)
     if len(shape(query)) == 3:
@@ -191,6 +204,13 @@ def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
         before, after = _sum(site, site.pad_before_arguments), _sum(site, site.pad_after_arguments)
         query = add_function(site.node.meta, F.pad, query, (0, 0, before, after))
     return query, key, values
+
+
+def _standing(node: fx.Node) -> fx.Node:
+    """What stands in the place of a node, if it was replaced."""
+    while REPLACED_BY in node.meta:
+        node = node.meta[REPLACED_BY]
+    return node
 
 
 def pads_queries(site: Site) -> bool:
@@ -290,17 +310,18 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
         return _combined(site, argument.parts, operator.mul, 1)
     if not isinstance(argument, Size):
         return argument
-    for user in argument.node.users:
+    measured = _standing(argument.node)
+    for user in measured.users:
         if user.meta.get(READ_SIZE) == argument.dim:
             return bring(user, site.node.graph)
-    graph = argument.node.graph
-    place = argument.node
+    graph = measured.graph
+    place = measured
     while place.next.op == "placeholder":
         place = place.next
     with graph.inserting_after(place):
-        node = graph.call_method("size", (argument.node, argument.dim))
+        node = graph.call_method("size", (measured, argument.dim))
     node.meta = {k: v for k, v in place.meta.items() if k in ("stack_trace", "nn_module_stack")}
-    node.meta["example_value"] = shape(argument.node)[argument.dim]
+    node.meta["example_value"] = shape(measured)[argument.dim]
     node.meta[READ_SIZE] = argument.dim
     return bring(node, site.node.graph)
 
@@ -352,7 +373,9 @@ def _size_of(site: Site, node: fx.Node, dim: int) -> int | fx.Node:
 
 def _take_over(site: Site, new: fx.Node) -> None:
     old = site.node
-    old.replace_all_uses_with(_in_old_form(site, new))
+    result = _in_old_form(site, new)
+    old.replace_all_uses_with(result)
+    old.meta[REPLACED_BY] = result
     graph = old.graph
     for node in reversed(site.attention.nodes):
         for user in [user for user in node.users if is_idle(user)]:

@@ -23,7 +23,7 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"break_even", "config", "errors", "files", "grid", "positions"}
+BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
     "backend", "calibration", "counting", "decisions", "inspection", "options", "plan", "regional",
 }  # fmt: skip
