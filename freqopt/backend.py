@@ -17,7 +17,7 @@ from torch import fx
 
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.counting import counted
-from freqopt.decisions import decide, grids_of
+from freqopt.decisions import grids_of
 from freqopt.errors import FreqoptError, SiteError
 from freqopt.options import Compiled, Options, parse_options
 from freqopt.passes.decision import Decision
@@ -25,6 +25,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
+from freqopt.pieces import Part, decide_in_part, part_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ def freqopt_backend(
     settings = replace(settings, mode=mode or settings.mode)
     start = time.perf_counter()
     decisions: list[Decision] = []
+    part = part_of_model(settings)
     try:
         decisions = rewrite(
-            gm, functools.partial(_decide, settings), split_as_decided, grids_of(settings),
-            strict=settings.strict,
+            gm, functools.partial(_decide, settings, part, gm), split_as_decided,
+            grids_of(settings), strict=settings.strict, model=part.model,
         ).decisions  # fmt: skip
     except FreqoptError:
         raise
@@ -59,8 +61,9 @@ def freqopt_backend(
             raise SiteError(f"the passes failed on this graph: {error}") from error
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
-    compiled: Compiled = inner_backend(settings.inner, settings.mode)(gm, example_inputs)
-    return counted(compiled, decisions)
+    inputs = [*example_inputs, *(each.example for each in part.inputs)]
+    compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(gm), inputs)
+    return counted(part.fed(compiled), decisions)
 
 
 def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:
@@ -76,13 +79,15 @@ def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Com
     return found if mode in (None, "default") else functools.partial(found, mode=mode)
 
 
-def _decide(settings: Options, sites: Sequence[Site]) -> list[Decision]:
+def _decide(
+    settings: Options, part: Part, gm: fx.GraphModule, sites: Sequence[Site]
+) -> list[Decision]:
     """As `decide`, and tell of what was meant to be split and is not.
 
     Raises:
         PlanError, SiteError: as in `freqopt_backend`.
     """
-    decisions = decide(settings, sites)
+    decisions = decide_in_part(settings, part, gm, sites)
     for decision in decisions:
         if _is_missed(settings, decision):
             _complain(settings, f"attention at {decision.site.name} stays dense: {decision.why}")
@@ -92,7 +97,7 @@ def _decide(settings: Options, sites: Sequence[Site]) -> list[Decision]:
             _complain(
                 settings, f"grid={settings.grid} fits no attention of this graph: {misfits[0].why}"
             )
-    own = [d for d in decisions if d.split and d.site.mark is None]
+    own = [d for d in decisions if d.split and not isinstance(d.budget, fx.Node)]
     if settings.plan is None and settings.threshold is None and own:
         _warn_of_no_plan()
     return decisions

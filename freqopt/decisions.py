@@ -15,13 +15,15 @@ import torch
 from freqopt.break_even import default_min_tokens
 from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
+from freqopt.errors import PlanError
+from freqopt.modules import match_names
 from freqopt.options import Options, load_plan
 from freqopt.passes.content import by_content
 from freqopt.passes.decision import Decision, Timestep
 from freqopt.passes.find import Grids
 from freqopt.passes.nodes import shape
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.site import Extent, Site
+from freqopt.passes.site import Extent, Mark, Site
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -64,18 +66,22 @@ def decide(
             _check_lengths(plan, sites)
         if any((device or site.device).type == "cuda" for site in sites):
             plan.mid_band_notes("on CUDA")
+    names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
     decisions = []
     for found in sites:
-        site = _by_content(settings, plan, found)
-        problem = why_not(site, device) or _too_short(settings, site, guard)
+        site = _by_content(settings, plan, found, names.get(found.name))
+        problem = why_dense(settings, site, device, guard=guard)
         dense = None if problem is None else Decision(site, False, problem)
-        decisions.append(dense or _budgeted(settings, plan, site))
+        decisions.append(dense or _budgeted(settings, plan, site, names.get(site.name)))
     return decisions
 
 
-def _by_content(settings: Options, plan: Plan | None, site: Site) -> Site:
-    """A site without a usable grid as an order by content serves it, if one was asked for."""
-    planned = None if plan is None else plan.sites.get(site.name)
+def _by_content(settings: Options, plan: Plan | None, site: Site, name_there: str | None) -> Site:
+    """A site without a usable grid as an order by content serves it, if one was asked for.
+
+    name_there: of the site in the plan.
+    """
+    planned = None if plan is None or name_there is None else plan.sites[name_there]
     asked = settings.order == "content" or (planned is not None and any(planned.chunks))
     if site.eligible or not asked:
         return site
@@ -96,6 +102,13 @@ def why_not(site: Site, device: torch.device | None = None) -> Why | None:
     return None if problem is None else Reason.NO_KERNEL(problem=problem)
 
 
+def why_dense(
+    settings: Options, site: Site, device: torch.device | None = None, *, guard: bool = True
+) -> Why | None:
+    """Why a site stays dense whatever its budget: it cannot be split, or is too short to gain."""
+    return why_not(site, device) or _too_short(settings, site, guard)
+
+
 def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
     least = least_tokens(settings, site)
     for length in (site.query_length, site.key_length):
@@ -104,15 +117,16 @@ def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
     return None
 
 
-def _budgeted(settings: Options, plan: Plan | None, site: Site) -> Decision:
-    """What is decided about a site that can be split."""
+def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | None) -> Decision:
+    """What is decided about a site that can be split. planned: its name in the plan."""
     if site.mark is not None:
+        _check_mark(site, site.mark)
         return Decision(
             site, True, Reason.BY_MODULE(), site.mark.budget, mid_band=site.mark.mid_band,
             probes=DEFAULT_PROBES,
         )  # fmt: skip
     if plan is not None:
-        return _planned(plan, site)
+        return _planned(plan, site, planned)
     chunks = None
     if settings.order == "content":
         chunks = torch.full((site.kv_heads,), check_chunk(settings.chunk), dtype=torch.int32)
@@ -127,19 +141,28 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site) -> Decision:
     )  # fmt: skip
 
 
-def _planned(plan: Plan, site: Site) -> Decision:
+def _check_mark(site: Site, mark: Mark) -> None:
+    heads = shape(mark.budget)[-1:]
+    if heads and heads != (site.heads,):
+        raise PlanError(
+            f"attention at {site.name} has {site.heads} heads and the budget attached to its "
+            f"module is for {heads[0]}: the plan was made for another model"
+        )
+
+
+def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     """What a plan decides about a site."""
-    if site.name not in plan.sites:
+    if name_there is None:
         return Decision(site, False, Reason.NOT_PLANNED())
-    planned = plan.sites[site.name]
+    planned = plan.sites[name_there]
     if planned.decision == "dense":
         return Decision(site, False, Reason.PLANNED_DENSE(reason=planned.reason))
     name, edges = plan.timestep_name, tuple(plan.timestep_edges)
-    budgets = plan.budgets(site.name)
+    budgets = plan.budgets(name_there)
     return Decision(
         site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
-        mid_band=plan.uses_mid_band(site.name), probes=DEFAULT_PROBES,
-        timestep=Timestep(name, edges) if name and edges else None, chunks=plan.chunks(site.name),
+        mid_band=plan.uses_mid_band(name_there), probes=DEFAULT_PROBES,
+        timestep=Timestep(name, edges) if name and edges else None, chunks=plan.chunks(name_there),
     )  # fmt: skip
 
 
@@ -149,13 +172,14 @@ def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     Raises:
         PlanError: a length that is too far off.
     """
+    names = match_names([site.name for site in sites], plan.sites)
     for site in sites:
-        planned, length = plan.sites.get(site.name), site.query_length
+        planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:
             continue
         if not isinstance(length, int) or length == planned.tokens:
             continue
-        expected = plan.expected_error(site.name, length)
+        expected = plan.expected_error(names[site.name], length)
         grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
         logger.warning(
             "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "

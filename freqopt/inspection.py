@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,26 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from freqopt.decisions import decide, grids_of
+from freqopt.eager import uncompiled, written
 from freqopt.errors import InputError, unwrapped
-from freqopt.options import Options, parse_options
+from freqopt.modules import match_names, module_of_site, modules_of, names_of, running
+from freqopt.options import Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
-from freqopt.passes.find import module_path, readable_path
+from freqopt.passes.find import Model
 from freqopt.passes.manager import rewrite
-from freqopt.passes.site import Extent, Kind
+from freqopt.passes.naming import plain_path, site_name
+from freqopt.passes.site import Extent, Kind, Known
 from freqopt.positions import grids_of_positions
 
 FULLGRAPH = (
     "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
     "cause is; or change that line"
+)
+
+IN_PIECES = (
+    "it can be split, but the model's graph is in pieces, and that of this attention does not show "
+    "what its tokens are: make a plan with freqopt.calibrate(model, samples), which measures it, "
+    "and compile with the plan or call freqopt.attach(model, plan)"
 )
 
 ATTENTION_FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -168,19 +177,42 @@ def inspect(
     given = {"grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order}
     settings = parse_options(given)
     capture = _Capture(settings, inner)
-    with torch.no_grad(), _random_state_kept():
+    with torch.no_grad(), _random_state_kept(), uncompiled(inner):
         with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
-    unseen = [name for name in ran if name not in capture.seen]
+        unseen = [name for name in ran if name not in capture.seen]
+        sites = capture.sites
+        if unseen or capture.breaks or capture.graphs != 1:
+            graph, _ = written(inner, args, kwargs)
+            sites = _of_pieces(capture, capture.described(graph))
     positions = grids_of_positions(args, kwargs)
-    return Inspection(capture.sites, capture.breaks, capture.graphs, unseen, positions)
+    return Inspection(sites, capture.breaks, capture.graphs, unseen, positions)
+
+
+def _of_pieces(capture: _Capture, whole: Sequence[InspectedSite]) -> list[InspectedSite]:
+    """Sites as the whole call shows them, with what the backend does about each in its piece.
+
+    Sites that only a piece shows come last, as they are.
+    """
+    pieces = {site.name: site for site in capture.sites}
+    sites = []
+    for site in whole:
+        piece = pieces.pop(site.name, None) or capture.served.get(site.name)
+        if piece is not None and (piece.eligible or not site.eligible):
+            sites.append(piece)
+        elif site.eligible and site.decision == "split":
+            sites.append(replace(site, decision="dense", reason=IN_PIECES))
+        else:
+            sites.append(site)
+    return sites + list(pieces.values())
 
 
 class _Capture:
     """A backend that describes the sites of every graph and runs it as it is.
 
-    seen: paths of the modules of `model` whose attention is in some graph.
+    seen: paths of the modules of `model` whose attention is in some graph. served: by name, what is
+    said of a site for all modules that its graph serves.
     """
 
     def __init__(self, settings: Options, model: nn.Module) -> None:
@@ -189,35 +221,45 @@ class _Capture:
         self.breaks: list[GraphBreak] = []
         self.graphs = 0
         self.seen: set[str] = set()
-        self.classes = {name: type(module) for name, module in model.named_modules()}
-        self.parameters = {id(tensor): name for name, tensor in model.named_parameters()}
+        self.served: dict[str, InspectedSite] = {}
+        self.model, self.names = model, names_of(model)
+        self.classes = {name: type(module) for name, module in modules_of(model).items()}
+        self.plan = None if settings.plan is None else load_plan(settings.plan)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        roots = self._roots(gm, example_inputs)
-        decide_here = functools.partial(decide, self.settings, guard=False)
-        for decision in rewrite(gm, decide_here, None, grids_of(self.settings)).decisions:
-            self.sites.append(_described(decision))
-            inside = module_path(decision.site.node)
-            self.seen.update(".".join(filter(None, (root, inside))) for root in roots)
+        running_here = next(running(), self.model)
+        inside = "" if running_here is self.model else self.names.get(id(running_here), "")
+        sites = self.described(gm, inside)
+        self.sites += sites
+        for site in sites:
+            path, nth = module_of_site(site.name)
+            served = self._alike(path, inside)
+            self.seen |= served
+            for name in (site_name(each, 0, nth) for each in served):
+                self.served.setdefault(name, replace(site, name=name))
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    def _roots(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
-        """Paths of the modules that a graph serves: the model, or after a break all its blocks.
+    def described(self, gm: fx.GraphModule, inside: str = "") -> list[InspectedSite]:
+        """What is decided about each site of a graph, which a module of the model runs."""
+        decide_here = functools.partial(decide, self.settings, guard=False)
+        model = Model(self.names, self._known, inside)
+        found = rewrite(gm, decide_here, None, grids_of(self.settings), model=model).decisions
+        return [_described(decision) for decision in found]
 
-        Parameters tell: each has its path in the model, and one from where the graph begins.
-        """
-        for node, given in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
-            path = self.parameters.get(id(given))
-            source = getattr(node.meta.get("grapharg"), "source", None)
-            if path is None or source is None:
-                continue
-            inside = readable_path(source.name() if callable(source.name) else source.name)
-            if path.endswith(inside):
-                root = path[: -len(inside)].rstrip(".")
-                return [n for n, kind in self.classes.items() if kind is self.classes.get(root)]
-        return [""]
+    def _known(self, name: str) -> Sequence[Known]:
+        if self.plan is None:
+            return ()
+        planned = match_names([name], self.plan.sites).get(name)
+        return () if planned is None else self.plan.known(planned)
+
+    def _alike(self, path: str, inside: str) -> set[str]:
+        """Paths of the modules that a graph serves which one runs: the same in all of its kind."""
+        if not inside or not path.startswith(inside):
+            return {path}
+        kind, relative = self.classes.get(inside), path[len(inside) :]
+        return {name + relative for name, other in self.classes.items() if other is kind}
 
 
 def _described(decision: Decision) -> InspectedSite:
@@ -329,7 +371,7 @@ def attention_modules(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         watch = _Watch(running)
         with watch, torch.compiler.set_stance("force_eager"):
             run()
-    return list(watch.found)
+    return [plain_path(name) for name in watch.found]
 
 
 def _leave(running: list[str]) -> None:

@@ -7,6 +7,7 @@ diffusers' compile_repeated_blocks) still spend what the plan gives each layer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,31 +17,41 @@ from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.errors import PlanError
+from freqopt.modules import base_name, module_of_site, modules_of, unwrapped_module
+from freqopt.passes.marks import numbers_of
+from freqopt.passes.site import Known
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
     from freqopt.plan.plan import Plan
 
-BUFFER = "freqopt_budget"
+BUDGET = "freqopt_budget"
+"""Attribute of a module for the budget of its first attention; of others with their number."""
 
-_marked: dict[type[nn.Module], type[nn.Module]] = {}
+ATTACHED = "freqopt_attached"
+"""Attribute of modules that have budgets: what else there is to know about them."""
+
+HANDLE = "freqopt_handle"
+"""Attribute of the model that `attach` was given."""
+
+MARKS, SELECTS = -20_260_000, -20_260_001
+"""Keys of our hooks, the same in all modules: the compiler guards on the keys of hooks, and numbers
+that differ from layer to layer would compile every layer anew."""
 
 
 class Attached:
     """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block."""
 
-    def __init__(self, modules: Sequence[nn.Module], hook: RemovableHandle | None) -> None:
-        self.modules, self.hook = list(modules), hook
+    def __init__(self, model: nn.Module, root: nn.Module, modules: Sequence[nn.Module]) -> None:
+        self.model, self.root, self.modules = model, root, list(modules)
 
     def remove(self) -> None:
-        """Give the modules back their own classes."""
-        if self.hook is not None:
-            self.hook.remove()
+        """Leave the model as it was; once is enough."""
         for module in self.modules:
-            module.__class__ = type(module).__mro__[1]
-            del module._buffers[BUFFER]
-            del module.__dict__["freqopt_grids"], module.__dict__["freqopt_mid_band"]
+            for nth, _ in module.__dict__.pop(ATTACHED, ()):
+                module.__dict__.pop(attribute_of(nth), None)
+            _unhook(module, MARKS)
+        _unhook(self.root, SELECTS)
+        self.model.__dict__.pop(HANDLE, None)
         self.modules = []
 
     def __enter__(self) -> Attached:
@@ -63,44 +74,112 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
     A layer that the plan leaves dense gets threshold 0, which is exact, as its graph is shared. The
     grid is one of the plan's, the one that accounts for the tokens of the call. Budgets by timestep
     are put in place as the model is called, on the device and without waiting for it, so the
-    timestep must be among the arguments of `model` itself.
+    timestep must be among the arguments of the model that was calibrated.
+
+    Budgets are no parameters and no buffers: moving, casting or offloading the model leaves them
+    alone, and copying or pickling the model takes them along.
 
     Args:
-        model: the model that the plan was calibrated for, or one of the same architecture.
-        plan: its plan; one attention per module (no "#1" sites).
+        model: the model that the plan was calibrated for, one of the same architecture (with an
+            adapter, quantised or fused weights, compiled blocks), or a module around it.
+        plan: its plan.
 
     Returns:
         A handle whose `remove` undoes it.
 
     Raises:
-        PlanError: the plan is for another model, or names a module that has two attentions.
+        PlanError: the plan is for another model, or the model has budgets already.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrapped_module(model)
+    names = plan.modules(inner)
     plan.check_model(inner)
-    if torch.device(_device_of(inner)).type == "cuda":
+    modules = modules_of(inner)
+    taken = [name for name in names.values() if ATTACHED in modules[name].__dict__]
+    if taken:
+        raise PlanError(
+            f"{taken[0] or 'the model'} has budgets already: call remove() of what the earlier "
+            f"freqopt.attach returned (model.{HANDLE} is the same), then attach again"
+        )
+    if _device_of(inner).type == "cuda":
         plan.mid_band_notes("on CUDA")
-    extents = [extent for grid in plan.grids for extent in grid]
     mid_band = any(plan.uses_mid_band(name) for name in plan.sites)
-    modules = []
-    for name in plan.sites:
-        if "#" in name:
-            raise PlanError(
-                f"{name}: its module has more than one attention, and a budget attached to a "
-                "module serves one; compile the whole model with options={'plan': plan} instead"
-            )
-        module = inner.get_submodule(name)
-        budget = plan.budgets(name).amin(0).to(_device_of(module))
-        module.register_buffer(BUFFER, budget, persistent=False)
-        module.__dict__["freqopt_grids"] = extents
-        module.__dict__["freqopt_mid_band"] = mid_band
-        module.__class__ = marked_class(type(module))
-        modules.append(module)
-    hook = None
-    if plan.timestep_name is not None and plan.timestep_edges:
-        tables = [plan.budgets(name) for name in plan.sites]
-        select = _Selector(modules, tables, plan.timestep_name, plan.timestep_edges)
-        hook = inner.register_forward_pre_hook(select, with_kwargs=True)
-    return Attached(modules, hook)
+    places = []
+    for site, name in names.items():
+        if base_name(site) != site:
+            continue  # a further call of a module has the budget of the first
+        module, (_, nth) = modules[name], module_of_site(site)
+        budget = plan.budgets(site).amin(0)
+        with torch.inference_mode(False):
+            module.__dict__[attribute_of(nth)] = budget.to(_device_of(module, inner), copy=True)
+        about = (*module.__dict__.get(ATTACHED, ()), (nth, _Facts(plan.known(site), mid_band)))
+        module.__dict__[ATTACHED] = about
+        _hook(module, MARKS, mark_call)
+        places.append((module, nth, plan.budgets(site)))
+    root = modules[_root_of(names)]
+    _hook(root, SELECTS, _Selector(places, plan.timestep_name, plan.timestep_edges))
+    handle = Attached(inner, root, list(dict.fromkeys(module for module, _, _ in places)))
+    inner.__dict__[HANDLE] = handle
+    return handle
+
+
+class _Facts:
+    """What the mark of an attention says beside its budget, as the compiler can read it."""
+
+    def __init__(self, known: tuple[Known, ...], mid_band: bool) -> None:
+        self.known, self.mid_band = known, mid_band
+        self.layouts = numbers_of(known)
+
+
+def attribute_of(nth: int) -> str:
+    """The attribute of a module that holds the budget (2, H) of its nth attention."""
+    return f"{BUDGET}_{nth}" if nth else BUDGET
+
+
+def mark_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a module with budgets: in a graph, marks a tensor that it is called with.
+
+    One function for all layers: one for each would be another guard for each.
+    """
+    if not torch.compiler.is_compiling():
+        return None
+    from freqopt.kernels.mark import mark
+
+    for nth, facts in module.__dict__[ATTACHED]:
+        budget = getattr(module, attribute_of(nth))
+        done = False
+        for index, item in enumerate(args):
+            if not done and isinstance(item, Tensor):
+                budget = budget.to(item.device)
+                marked = mark(item, budget, facts.layouts, nth, facts.mid_band)
+                args, done = (*args[:index], marked, *args[index + 1 :]), True
+        for name, item in kwargs.items():
+            if not done and isinstance(item, Tensor):
+                budget = budget.to(item.device)
+                marked = mark(item, budget, facts.layouts, nth, facts.mid_band)
+                kwargs, done = {**kwargs, name: marked}, True
+    return args, kwargs
+
+
+def _hook(module: nn.Module, key: int, hook: Any) -> None:
+    module._forward_pre_hooks[key] = hook
+    module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def _unhook(module: nn.Module, key: int) -> None:
+    module._forward_pre_hooks.pop(key, None)
+    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _root_of(names: dict[str, str]) -> str:
+    """Name of the module that was calibrated, in the model: what stands before all plan's names."""
+    for site, name in names.items():
+        module = module_of_site(site)[0]
+        if name == module or not name.endswith(module):
+            return ""
+        return name[: len(name) - len(module)].rstrip(".")
+    return ""
 
 
 class _Selector:
@@ -108,17 +187,21 @@ class _Selector:
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
-        tables: Sequence[Tensor],
-        name: str,
+        places: Sequence[tuple[nn.Module, int, Tensor]],
+        name: str | None,
         edges: Sequence[float],
     ) -> None:
-        self.modules, self.name = list(modules), name
-        self.sizes = [table[0].numel() for table in tables]
-        self.table = torch.cat([table.flatten(1) for table in tables], 1)
+        self.places = [(module, attribute_of(nth)) for module, nth, _ in places]
+        self.name = name if edges else None
+        self.sizes = [table[0].numel() for _, _, table in places]
+        self.table = torch.cat([table.flatten(1) for _, _, table in places], 1)
         self.edges = torch.tensor(list(edges), dtype=torch.float32)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._follow(model)
+        if self.name is None:
+            return
         named = named_arguments(forward_signature(model), args, kwargs)
         timestep = named.get(self.name)
         if not isinstance(timestep, (Tensor, int, float)):
@@ -126,7 +209,7 @@ class _Selector:
                 f"the plan selects budgets by the argument {self.name!r} of the model, and this "
                 f"call has none with a value (it has {', '.join(named)})"
             )
-        budgets = [getattr(module, BUFFER) for module in self.modules]
+        budgets = [getattr(module, attribute) for module, attribute in self.places]
         device = budgets[0].device
         if self.table.device != device:
             self.table, self.edges = self.table.to(device), self.edges.to(device)
@@ -136,6 +219,18 @@ class _Selector:
         torch._foreach_copy_(
             budgets, [part.view_as(b).to(b.device) for part, b in zip(parts, budgets, strict=True)]
         )
+
+    def _follow(self, model: nn.Module) -> None:
+        """Bring the budgets to where the modules are now, if the first has moved."""
+        first, attribute = self.places[0]
+        weight = next(first.parameters(), None)
+        moved = None if weight is None else weight.device
+        if moved is None or moved.type == "meta" or moved == first.__dict__[attribute].device:
+            return
+        with torch.inference_mode(False):
+            for module, attribute in self.places:
+                budget = module.__dict__[attribute]
+                module.__dict__[attribute] = budget.to(_device_of(module, model))
 
 
 def budget_at(table: Tensor, edges: Tensor, timestep: Tensor) -> Tensor:
@@ -150,30 +245,14 @@ def budget_at(table: Tensor, edges: Tensor, timestep: Tensor) -> Tensor:
     return table.index_select(0, (times.reshape(-1, 1) > edges).sum(-1)).amin(0)
 
 
-def _device_of(module: nn.Module) -> Any:
-    weight = next(module.parameters(), None)
-    return "cpu" if weight is None else weight.device
-
-
-def marked_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `base` that marks its first tensor argument.
-
-    One class for all layers: a wrapper for each would make the compiler guard on its identity, and
-    compile the block again for every layer.
-    """
-    if base in _marked:
-        return _marked[base]
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from freqopt.kernels.mark import mark
-
-        budget, grids, mid = self.freqopt_budget, self.freqopt_grids, self.freqopt_mid_band
-        if args and isinstance(args[0], Tensor):
-            args = (mark(args[0], budget, grids, mid), *args[1:])
-        elif isinstance(kwargs.get("hidden_states"), Tensor):
-            kwargs = {**kwargs, "hidden_states": mark(kwargs["hidden_states"], budget, grids, mid)}
-        return base.forward(self, *args, **kwargs)
-
-    made = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    _marked[base] = made
-    return made
+def _device_of(module: nn.Module, around: nn.Module | None = None) -> torch.device:
+    """Where a module computes; the CPU where its weights are nowhere at the moment."""
+    for place in filter(None, (module, around)):
+        hook = getattr(place, "_hf_hook", None)  # accelerate's, of weights that are brought in
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+        for tensor in (*place.parameters(), *place.buffers()):
+            if tensor.device.type != "meta":
+                return tensor.device
+    return torch.device("cpu")

@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("freqopt", "FRAGMENT")
-_library.define("mark(Tensor(a) x, Tensor budget, int[] grids, bool mid_band) -> Tensor(a)")
+_library.define(
+    "mark(Tensor(a) x, Tensor budget, int[] layouts, int nth, bool mid_band) -> Tensor(a)"
+)
 
 
-def _identity(x: Tensor, budget: Tensor, grids: Sequence[int], mid_band: bool) -> Tensor:
+def _identity(
+    x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, mid_band: bool
+) -> Tensor:
     return x.view_as(x)
 
 
 _library.impl("mark", _identity, "CompositeImplicitAutograd")
 
 
-def mark(x: Tensor, budget: Tensor, grids: Sequence[int], mid_band: bool) -> Tensor:
-    """`x` itself; in a graph also the budget (2, H) and grids (3 * n extents) of its module."""
-    marked: Tensor = torch.ops.freqopt.mark.default(x, budget, grids, mid_band)
+def mark(x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, mid_band: bool) -> Tensor:
+    """`x` itself; in a graph also the budget (2, H) of the nth attention of its module.
+
+    layouts: how its tokens lie, as `freqopt.passes.marks.numbers_of` writes it.
+    """
+    marked: Tensor = torch.ops.freqopt.mark.default(x, budget, layouts, nth, mid_band)
     return marked

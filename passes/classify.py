@@ -15,6 +15,7 @@ from freqopt.passes.axes.operands import operands_of
 from freqopt.passes.axes.provenance import (
     alike,
     is_lost,
+    is_projection,
     kind_of_axes,
     place_in,
     same_lattices,
@@ -22,16 +23,22 @@ from freqopt.passes.axes.provenance import (
 )
 from freqopt.passes.masks.masks import hides_nothing, mask_problem
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
-from freqopt.passes.nodes import VIEWS, operation, shape
+from freqopt.passes.nodes import shape
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention, Extent, Kind
 
 
 def came_ready_made(node: fx.Node) -> bool:
-    """Whether a tensor is an input of the graph, or a view of one: it was projected elsewhere."""
-    while operation(node) in VIEWS and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "placeholder"
+    """Whether a tensor was projected outside the graph, and at most normed and turned in it."""
+    seen, pending = {node}, [node]
+    while pending:
+        reached = pending.pop()
+        if is_projection(reached):
+            return False
+        sources = [source for source in reached.all_input_nodes if source not in seen]
+        seen.update(sources)
+        pending += sources
+    return any(each.op == "placeholder" for each in seen)
 
 
 def classify(

@@ -7,8 +7,7 @@ Works on the graph that Dynamo hands to a backend and, by the same rules, on the
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,11 @@ from freqopt.passes.axes.grid import Layout
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
 from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.classify import classify
+from freqopt.passes.known import believe
+from freqopt.passes.naming import Names, Numbered
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.site import OURS, Attention, Extent, Kind, Mark, Site
+from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
 from freqopt.passes.spellings.anchors import find_attention
 
 logger = logging.getLogger(__name__)
@@ -41,36 +42,66 @@ class Grids:
     likely: tuple[Grid, ...] = ()
 
 
-def find_on_grids(gm: fx.GraphModule, grids: Grids, marks: Mapping[str, Mark]) -> list[Site]:
+@dataclass(frozen=True)
+class Model:
+    """What is known of the model that a graph is of, from elsewhere than the graph.
+
+    names: of its modules, by their `id`. known: how the tokens of a site lay when it was
+    calibrated, by the site's name. inside: name of the module that runs the graph where that is a
+    part of the model: attention in no module of the graph is in this one. totals: lengths of all
+    calibrated sites.
+    """
+
+    names: Names | None = None
+    known: Callable[[str], Sequence[Known]] | None = None
+    inside: str = ""
+    totals: tuple[int, ...] = ()
+
+
+def find_on_grids(
+    gm: fx.GraphModule, grids: Grids, marks: Mapping[str, Mark], model: Model | None = None
+) -> list[Site]:
     """Sites of a graph as `find_sites` describes them, each with the mark of its module.
 
     Where the graph tells no grid, those of the marks and the likely ones are tried, and the one
-    that accounts for most sites is taken.
+    that accounts for most sites is taken; then what calibration saw of a site is believed.
     """
-    sites = find_sites(gm, grid=grids.given)
+    model = model or Model()
+    sites = find_sites(gm, grid=grids.given, model=model)
     if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
         marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
-        tried = [find_sites(gm, grid=grid) for grid in dict.fromkeys([*marked, *grids.likely])]
+        tried = [
+            find_sites(gm, grid=grid, model=model)
+            for grid in dict.fromkeys([*marked, *grids.likely])
+        ]
         sites = max([sites, *tried], key=lambda found: sum(site.eligible for site in found))
     for site in sites:
-        site.mark = marks.get("" if site.name == "model" else site.name)
+        site.mark = marks.get(site.name)
+        own = () if model.known is None else tuple(model.known(site.name))
+        if grids.given is not None and site.why.reason is Reason.READY_MADE:
+            own = (*own, Known(grids.given))
+        believe(site, site.mark.known if site.mark else own, model.totals)
     return sites
 
 
-def find_sites(gm: fx.GraphModule, *, grid: Grid | None = None) -> list[Site]:
+def find_sites(
+    gm: fx.GraphModule, *, grid: Grid | None = None, model: Model | None = None
+) -> list[Site]:
     """All attention of a graph, in the order of execution, with what may be done to it.
 
     Args:
         gm: a Dynamo or export graph whose nodes carry example values.
         grid: extents of the video tokens, slowest first, instead of those inferred. They must fit.
+        model: what is known of the model that the graph is of.
 
     Returns:
         Every site, eligible or not; bodies of activation checkpoints are included.
     """
     dimensions = follow_axes(gm.graph)
-    seen: dict[str, int] = {}
+    model = model or Model()
+    numbered = Numbered(model.names, model.inside)
     sites = [
-        _describe(attention, inside, grid, _unique(module_path(attention.node), seen))
+        _describe(attention, inside, grid, numbered.name(attention.node))
         for attention, inside in _walk(gm.graph, dimensions)
     ]
     for site in sites:
@@ -90,30 +121,6 @@ def _walk(graph: fx.Graph, dimensions: Dimensions) -> Iterator[tuple[Attention, 
         elif node in dimensions.bodies:
             body, inner = dimensions.bodies[node]
             yield from _walk(body.graph, inner)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the module that a node is in, such as "blocks.3.attn1"; "" for the model itself.
-
-    The same on all versions of torch and in Dynamo and export graphs.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in stack.values()]
-    return readable_path(str(paths[-1])) if paths else ""
-
-
-def readable_path(path: str) -> str:
-    """The path in the model: "blocks.3.attn1" of "L['self'].blocks._modules['3'].attn1"."""
-    path = re.sub(r"^[LG]\[['\"][^'\"]*['\"]\]", "", path)
-    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
-    noise = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", ""}
-    return ".".join(part for part in path.split(".") if part not in noise)
-
-
-def _unique(name: str, seen: dict[str, int]) -> str:
-    name = name or "model"
-    seen[name] = seen.get(name, -1) + 1
-    return f"{name}#{seen[name]}" if seen[name] else name
 
 
 def _describe(attention: Attention, dimensions: Dimensions, grid: Grid | None, name: str) -> Site:

@@ -16,7 +16,7 @@ from torch._logging._internal import trace_structured
 
 from freqopt.errors import SiteError
 from freqopt.passes.decision import Decision, Rewritten
-from freqopt.passes.find import Grids, find_on_grids
+from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.passes.marks import take_marks
 from freqopt.passes.rewrite.timestep import select_by_timestep
 from freqopt.passes.site import Site
@@ -38,6 +38,7 @@ def rewrite(
     grids: Grids,
     *,
     strict: bool = False,
+    model: Model | None = None,
 ) -> Rewritten:
     """Rewrite, in place, the sites of a graph that `decide` wants split.
 
@@ -45,6 +46,7 @@ def rewrite(
         gm: a graph of Dynamo or of torch.export before decompositions.
         replace: None leaves all sites where they are; decisions are made all the same.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
+        model: what is known of the model that the graph is of.
 
     Raises:
         SiteError: under `strict`.
@@ -52,8 +54,8 @@ def rewrite(
     result = Rewritten()
     with packed_opened(gm):
         with _timed(result, "find"):
-            marks = take_marks(gm)
-            sites = find_on_grids(gm, grids, marks)
+            marks = take_marks(gm, model.names, model.inside) if model else take_marks(gm)
+            sites = find_on_grids(gm, grids, marks, model)
         with _timed(result, "decide"):
             result.decisions = decide(sites)
         if replace is not None and result.count:

@@ -7,25 +7,38 @@ from __future__ import annotations
 
 from torch import fx
 
-from freqopt.passes.find import module_path
+from freqopt.passes.naming import Names, module_call, site_name
 from freqopt.passes.nodes import operation
-from freqopt.passes.site import Mark
+from freqopt.passes.site import Known, Mark
+
+FIELDS = 6
+"""Numbers of one layout in a mark: the grid, text before and after, the mask."""
 
 
-def take_marks(gm: fx.GraphModule) -> dict[str, Mark]:
-    """Marks of a graph by the path of the module that set them; the graph keeps none."""
+def take_marks(gm: fx.GraphModule, names: Names | None = None, inside: str = "") -> dict[str, Mark]:
+    """Marks of a graph by the name of the site that they are for; the graph keeps none."""
     found: dict[str, Mark] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or operation(node) != "mark":
             continue
-        source, budget, extents, mid_band = node.args
+        source, budget, layouts, nth, mid_band = node.args
         assert isinstance(source, fx.Node) and isinstance(budget, fx.Node)
-        assert isinstance(extents, (list, tuple))
-        numbers = [n for n in extents if isinstance(n, int)]
-        grids = tuple(
-            (numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(0, len(numbers), 3)
-        )
-        found[module_path(node)] = Mark(budget, grids, bool(mid_band))
+        assert isinstance(layouts, (list, tuple))
+        assert isinstance(nth, int)
+        path, call = module_call(node, names, inside)
+        found[site_name(path, call, nth)] = Mark(budget, layouts_of(layouts), bool(mid_band))
         node.replace_all_uses_with(source)
         gm.graph.erase_node(node)
     return found
+
+
+def layouts_of(numbers: object) -> tuple[Known, ...]:
+    """Layouts from the numbers of a mark; see `numbers_of`."""
+    assert isinstance(numbers, (list, tuple))
+    rows = [numbers[i : i + FIELDS] for i in range(0, len(numbers), FIELDS)]
+    return tuple(Known((t, h, w), before, after, m) for t, h, w, before, after, m in rows)
+
+
+def numbers_of(layouts: tuple[Known, ...]) -> list[int]:
+    """Layouts as the numbers of a mark, `FIELDS` each."""
+    return [n for k in layouts for n in (*k.grid, k.before, k.after, k.mask)]

@@ -123,6 +123,10 @@ class Reason(Enum):
     # Decisions about sites that could be split
     NO_KERNEL = Text("{problem}")
     TOO_SHORT = Text("{tokens} tokens are fewer than min_tokens = {least}")
+    SHARED = Text(
+        "after a graph break one graph serves several layers here, and does not tell which",
+        "call freqopt.attach(model, plan) and leave the plan out of the options",
+    )
     NOT_PLANNED = Text("the plan has no budget for it", "calibrate again")
     PLANNED_DENSE = Text("by the plan: {reason}")
     IN_A_BODY = Text(

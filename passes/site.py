@@ -6,6 +6,7 @@ whether frequency-split attention may take its place; if not, why.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,15 +75,45 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Known:
+    """How the tokens of a site lay when it was calibrated, which part of a graph may not show.
+
+    grid: extents of the video tokens. before, after: tokens of text around them, as many as there
+    were; another number is believed where they are on one side only. mask: 0 there was none, 1 a
+    mask over keys that was proven to hide text only, 2 the same as a mask over pairs.
+    """
+
+    grid: Grid
+    before: int = 0
+    after: int = 0
+    mask: int = 0
+
+    def around(self, tokens: int) -> tuple[int, int] | None:
+        """Text before and after in a sequence of so many tokens; None if that cannot be told."""
+        rest = tokens - math.prod(self.grid)
+        if rest == self.before + self.after:
+            return self.before, self.after
+        if rest < 0 or (self.before and self.after) or not (self.before or self.after):
+            return None
+        return (rest, 0) if self.before else (0, rest)
+
+
+@dataclass(frozen=True)
 class Mark:
     """What a module brings along, see `freqopt.regional`.
 
-    budget: node (2, H). grids: candidates. mid_band: whether any layer has one.
+    budget: node (2, H). known: how its tokens lay, one for each layout that was calibrated.
+    mid_band: whether any layer has one.
     """
 
     budget: fx.Node
-    grids: tuple[Grid, ...]
+    known: tuple[Known, ...]
     mid_band: bool
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids that its tokens lay on."""
+        return tuple(dict.fromkeys(known.grid for known in self.known))
 
 
 @dataclass
@@ -90,14 +121,15 @@ class Site:
     """One attention computation.
 
     name: path of the module it is in, such as "blocks.3.attn1", with "#1", "#2" for further ones in
-    the same module. kind: "self" (video, or one kind of token, alone), "joint" (text and video),
-    "text in keys" (video queries, keys of text and video), "cross", "other". query_length,
-    key_length: tokens. grid: extents of the video tokens from the slowest to the fastest in memory,
-    usually (t, h, w), None if unknown. text_before, text_after: tokens around them, in the keys at
-    least. why: `Reason.FITS` if it could be split, whatever its length; else why not.
-    pad_before_arguments, pad_after_arguments: tokens that only the keys have, in whose places the
-    op gets queries of zeros. query_arguments: (t, h, w, text before, text after) of queries that
-    are other tokens than the keys. mark: the budget that its module brings along.
+    the same module, and "@1", "@2" in further calls of the module. kind: "self" (video, or one kind
+    of token, alone), "joint" (text and video), "text in keys" (video queries, keys of text and
+    video), "cross", "other". query_length, key_length: tokens. grid: extents of the video tokens
+    from the slowest to the fastest in memory, usually (t, h, w), None if unknown. text_before,
+    text_after: tokens around them, in the keys at least. why: `Reason.FITS` if it could be split,
+    whatever its length; else why not. pad_before_arguments, pad_after_arguments: tokens that only
+    the keys have, in whose places the op gets queries of zeros. query_arguments: (t, h, w, text
+    before, text after) of queries that are other tokens than the keys. mark: the budget that its
+    module brings along.
     """
 
     name: str

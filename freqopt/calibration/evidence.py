@@ -5,7 +5,7 @@ Numbers are rounded to five significant digits, so that a plan stays readable an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from freqopt.calibration.search.verify import (
 )
 from freqopt.calibration.search.video import decibels_of
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.passes.site import Known
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     BucketCurves,
@@ -36,6 +37,7 @@ from freqopt.plan.records import (
     Evidence,
     ModelIdentity,
     SiteEvidence,
+    SiteLayout,
     SitePlan,
     SiteTiming,
     Spectrum,
@@ -141,7 +143,18 @@ def _site_plans(bench: Workbench, facts: PlanFacts) -> dict[str, SitePlan]:
     for name, unmeasured in bench.survey.sites.items():
         if unmeasured.failure:
             plans[name] = _dense_site(unmeasured, unmeasured.failure, facts.sensitivities)
+    for name, layouts in bench.survey.layouts.items():
+        if name in plans:
+            plans[name] = _with_layouts(plans[name], layouts)
     return plans
+
+
+def _with_layouts(plan: SitePlan, layouts: Iterable[Known]) -> SitePlan:
+    found = [
+        SiteLayout(grid=each.grid, before=each.before, after=each.after, mask=each.mask)
+        for each in layouts
+    ]
+    return plan.model_copy(update={"layouts": found})
 
 
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:

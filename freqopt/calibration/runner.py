@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
-from freqopt.errors import unwrapped
+from freqopt.eager import uncompiled
+from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
+from freqopt.modules import names_of
 from freqopt.passes.find import Grids
+
+logger = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 256
 
@@ -27,8 +33,11 @@ class Runner:
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
         self.model, self.samples, self.seed = model, samples, seed
         self._desk = Desk()
-        backend = recording_backend(self._desk, Grids(grid, tuple(samples.grids)))
-        self.compiled = torch.compile(model, dynamic=False, backend=backend)
+        grids = Grids(grid, tuple(samples.grids))
+        self._graphs, self._in_pieces = 0, False
+        backend = recording_backend(self._desk, grids, names_of(model))
+        self.compiled = torch.compile(model, dynamic=False, backend=self._counting(backend))
+        self._eager = EagerRecorders(model, self._desk, grids)
 
     @property
     def on_gpu(self) -> bool:
@@ -41,11 +50,16 @@ class Runner:
         """Attention in the graphs seen so far that cannot be split, with the reason."""
         return dict(self._desk.dense_sites)
 
+    @property
+    def layouts(self) -> dict[str, list[int]]:
+        """How the tokens of the sites seen so far lay, as numbers."""
+        return self._desk.layouts.packed()
+
     def run(self, sample: Sample, request: Request) -> Result:
         """What one call of the model shows, its output among it."""
         with self._asking(request) as result, self._ready():
             self._desk.bucket = self.samples.bucket(sample)
-            result.output = output_tensors(self.compiled(*sample.args, **sample.kwargs))
+            result.output = output_tensors(self._call(sample.args, sample.kwargs))
         return result
 
     def generate(self, pipeline: Callable[[], Any], request: Request) -> tuple[Any, Result]:
@@ -53,19 +67,50 @@ class Runner:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._desk.bucket = self.samples.bucket_of_call(self.model, args, kwargs)
-            self.model._compiled_call_impl = before
+            self.model._compiled_call_impl = None
             try:
-                return self.compiled(*args, **kwargs)
+                return self._call(args, kwargs)
             finally:
                 self.model._compiled_call_impl = call
 
         before = self.model._compiled_call_impl
-        self.model._compiled_call_impl = call
         try:
             with self._asking(request) as result, self._ready():
+                self.model._compiled_call_impl = call
                 return pipeline(), result
         finally:
             self.model._compiled_call_impl = before
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model with recorders in its graph; where it has no one graph, in eager mode."""
+        if self._in_pieces:
+            return self._eager(args, kwargs)
+        if self._graphs:
+            return self.compiled(*args, **kwargs)
+        breaks = _breaks()
+        try:
+            output = self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(getattr(error, "inner_exception", None), FreqoptError):
+                raise
+            logger.info("the model is measured in eager mode, it does not compile: %s", error)
+        else:
+            if self._is_whole() and _breaks() == breaks:
+                return output
+            logger.info("the model is measured in eager mode, its graph is in pieces")
+        self._in_pieces = True
+        self._desk.clear()
+        return self._eager(args, kwargs)
+
+    def _is_whole(self) -> bool:
+        return self._graphs == 1
+
+    def _counting(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(gm: Any, example_inputs: Any) -> Any:
+            self._graphs += 1
+            return backend(gm, example_inputs)
+
+        return counting
 
     @contextmanager
     def _asking(self, request: Request) -> Iterator[Result]:
@@ -80,7 +125,10 @@ class Runner:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with unwrapped(), torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles():
+        with (
+            unwrapped(), torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles(),
+            uncompiled(self.model),
+        ):  # fmt: skip
             torch.manual_seed(self.seed)
             yield
 
@@ -103,6 +151,12 @@ def _forget_compiled(model: nn.Module) -> None:
     code = getattr(model.forward, "__code__", None)
     if code is not None:
         torch._dynamo.eval_frame.remove_from_cache(code)
+
+
+def _breaks() -> int:
+    """How often the compiler has left a graph or skipped a function."""
+    counters = torch._dynamo.utils.counters
+    return sum(sum(counters[name].values()) for name in ("graph_break", "unimplemented"))
 
 
 def _many_recompiles() -> Any:

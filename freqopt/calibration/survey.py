@@ -73,6 +73,7 @@ def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, d
         "shapes": result.shapes,
         "failures": result.failures,
         "dense": bench.runner.dense_sites,
+        "layouts": bench.runner.layouts,
         "timings": [timing.model_dump() for timing in result.timings.values()],
     }
     return facts, tensors
@@ -83,6 +84,7 @@ def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
     facts = entry.facts
     survey.add_sites(facts["shapes"], facts["failures"])
     survey.dense_sites.update(facts["dense"])
+    survey.layouts.take_in(facts.get("layouts", {}))
     for timing in facts["timings"]:
         survey.add_timing(SiteTiming.model_validate(timing, strict=False))
     survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from freqopt.config import MID_RATIO, SPLIT_VERSION
 from freqopt.errors import PlanError
+from freqopt.modules import match_names, module_of_site, modules_of
+from freqopt.passes.site import Known
 from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
@@ -148,6 +151,9 @@ class Plan(PlanContent):
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.
 
+        Of a model itself the sites count: adapters, fused projections, quantised weights and
+        wrappers change parameters, and are noted once.
+
         Args:
             model: the model itself, its `model_fingerprint`, or the sites found in its graph as
                 {name: (heads, head_dim)}, which is all that a backend sees. Sites of the plan may
@@ -159,15 +165,18 @@ class Plan(PlanContent):
         """
         if isinstance(model, Mapping):
             return self._check_sites(model)
-        fingerprint = model if isinstance(model, str) else model_fingerprint(model)
-        if fingerprint == self.model.fingerprint:
+        if isinstance(model, str):
+            if model != self.model.fingerprint:
+                raise PlanError(
+                    f"this plan was calibrated for {self.model.class_name} (fingerprint "
+                    f"{self.model.fingerprint}) but the model has fingerprint {model}: parameter "
+                    "names or shapes differ. Calibrate this model with freqopt.calibrate()"
+                )
             return None
-        name = "the model" if isinstance(model, str) else _class_name(model)
-        raise PlanError(
-            f"this plan was calibrated for {self.model.class_name} "
-            f"(fingerprint {self.model.fingerprint}) but {name} has fingerprint {fingerprint}: "
-            "parameter names or shapes differ. Calibrate this model with freqopt.calibrate()"
-        )
+        if model_fingerprint(model) != self.model.fingerprint:
+            self.modules(model)
+            note_difference(self, model)
+        return None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only by a complete one."""
@@ -238,6 +247,47 @@ class Plan(PlanContent):
     def __str__(self) -> str:
         return describe(self)
 
+    def known(self, site_name: str) -> tuple[Known, ...]:
+        """How the tokens of a site lay when it was calibrated.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        layouts = self._site(site_name).layouts
+        if not layouts:  # a plan that was written before layouts were
+            return tuple(Known(grid) for grid in self.grids)
+        return tuple(Known(each.grid, each.before, each.after, each.mask) for each in layouts)
+
+    def modules(self, model: nn.Module) -> dict[str, str]:
+        """Names in `model` of the modules that the plan's sites are in, by the site's name.
+
+        Raises:
+            PlanError: some are not there, or the model has more of them than were calibrated.
+        """
+        modules = modules_of(model)
+        planned = {name: module_of_site(name)[0] for name in self.sites}
+        found = {plan: name for name, plan in match_names(modules, planned.values()).items()}
+        missing = [name for name, module in planned.items() if module not in found]
+        if missing:
+            raise PlanError(
+                f"this plan was calibrated for {self.model.class_name} and {_class_name(model)} has"
+                f" no module for {len(missing)} of its {len(self.sites)} sites "
+                f"({some_of(dict.fromkeys(missing))}), or more than one: it is another "
+                "architecture or depth. Calibrate this model with freqopt.calibrate()"
+            )
+        known = {module_of_site(name)[0] for name in (*self.sites, *self.evidence.dense_sites)}
+        known = {found.get(name, name) for name in known}
+        like = {(_pattern(name), type(modules[name])) for name in found.values()}
+        more = [n for n, m in modules.items() if (_pattern(n), type(m)) in like and n not in known]
+        if more:
+            raise PlanError(
+                f"this plan was calibrated for {self.model.class_name} with {len(self.sites)} sites"
+                f" and {_class_name(model)} has {len(more)} modules more of the kind "
+                f"({some_of(dict.fromkeys(more))}): it is of another depth. Calibrate this model "
+                "with freqopt.calibrate()"
+            )
+        return {name: found[module] for name, module in planned.items()}
+
     def _site(self, name: str) -> SitePlan:
         if name in self.sites:
             return self.sites[name]
@@ -246,20 +296,40 @@ class Plan(PlanContent):
         raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
 
     def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
-        shared = [name for name in sites if name in self.sites]
+        shared = match_names(sites, self.sites)
         if sites and not shared:
             raise PlanError(
                 f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
                 f"{len(self.sites)} ({some_of(self.sites)}) of this plan for "
                 f"{self.model.class_name}: it was made for another model"
             )
-        for name in shared:
-            planned = (self.sites[name].heads, self.sites[name].head_dim)
+        for name, plan_name in shared.items():
+            planned = (self.sites[plan_name].heads, self.sites[plan_name].head_dim)
             if planned != tuple(sites[name]):
                 raise PlanError(
                     f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
                     f"{self.model.class_name} has {planned}: it was made for another model"
                 )
+
+
+def note_difference(plan: Plan, model: nn.Module) -> None:
+    """Tell, once, that the model's parameters are not those that the plan was calibrated with."""
+    _note_once(
+        f"the parameters of {_class_name(model)} are not named and shaped as those of the "
+        f"{plan.model.class_name} that the plan was calibrated for (an adapter, fused or quantised "
+        f"weights, a wrapper): its {len(plan.sites)} sites are all there and keep their budgets, "
+        "whose error is verified for the calibrated weights only"
+    )
+
+
+@functools.cache
+def _note_once(note: str) -> None:
+    logger.info("%s", note)
+
+
+def _pattern(name: str) -> str:
+    """A name with its numbers left open: blocks.*.attn."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def model_fingerprint(model: nn.Module) -> str:

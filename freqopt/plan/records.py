@@ -71,6 +71,22 @@ class Budget(Record):
         return self
 
 
+class SiteLayout(Record):
+    """How the tokens of a site lay when it was calibrated, see `freqopt.passes.site.Known`.
+
+    Attributes:
+        grid: extents of the video tokens.
+        before: tokens of text before them.
+        after: tokens of text after them.
+        mask: 0 none, 1 a mask over keys, 2 one over pairs; proven to hide text only.
+    """
+
+    grid: tuple[int, int, int]
+    before: int = Field(default=0, ge=0)
+    after: int = Field(default=0, ge=0)
+    mask: int = Field(default=0, ge=0, le=2)
+
+
 class SitePlan(Record):
     """What the plan says about one site.
 
@@ -90,6 +106,7 @@ class SitePlan(Record):
         marginals: by bucket and head: change of the output's squared error with that of the head,
             all others split too, over what it would be with that error alone; below 0 where the
             head undoes errors of others. Empty where they decided nothing.
+        layouts: how its tokens lay, one for each layout in the samples.
     """
 
     heads: int = Field(ge=1, le=MOST_HEADS)
@@ -103,6 +120,7 @@ class SitePlan(Record):
     error: list[float] = []
     gains: list[list[float]] = []
     marginals: list[list[float]] = []
+    layouts: list[SiteLayout] = []
 
     @model_validator(mode="after")
     def _check(self) -> SitePlan:

@@ -162,7 +162,7 @@ def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         node = graph.get_attr(attribute)
-    mode = _fake_mode(graph)
+    mode = fake_mode(graph)
     node.meta["example_value"] = tensor if mode is None else mode.from_tensor(tensor)
     return node
 
@@ -393,7 +393,7 @@ def _erase_idle(node: fx.Node) -> None:
 @contextmanager
 def _faking(graph: fx.Graph) -> Iterator[None]:
     """Operations on example values make example values, of symbolic sizes too."""
-    mode = _fake_mode(graph)
+    mode = fake_mode(graph)
     if mode is None:
         yield
         return
@@ -401,7 +401,7 @@ def _faking(graph: fx.Graph) -> Iterator[None]:
         yield
 
 
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that made the example values.
 
     Not the tracing context's: that is already the mode of the backend to come.
@@ -416,7 +416,7 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
 def _meta_of_call(old: fx.Node, call: fx.Node) -> dict[str, Any]:
     """Meta of the op's node: that of the attention, with example values of all its outputs."""
     meta = dict(old.meta)
-    mode = _fake_mode(old.graph)
+    mode = fake_mode(old.graph)
     assert callable(call.target)
     if mode is not None:
         arguments = torch.fx.node.map_arg(call.args, value)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import pieces_models as models
 import pytest
 import torch
+from plans import plan_of
 from torch import nn
 
 import freqopt
@@ -135,3 +140,115 @@ def test_diffusers_compile_repeated_blocks() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert (freqopt.counters().split, freqopt.counters().dense) == (3, 3)
     assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+LOUD = {"inner": "eager", "min_tokens": 0}
+
+
+@pytest.fixture(scope="module")
+def pieces_plan() -> Plan:
+    return plan_of(models.make(), models.inputs(), 1.0)
+
+
+def by_blocks(model: nn.Module, **options: object) -> torch.Tensor:
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    for block in model.blocks:
+        block.compile(backend=freqopt_backend, options={**LOUD, **options})
+    with torch.no_grad():
+        return model(**models.inputs())
+
+
+def whole(plan: Plan) -> torch.Tensor:
+    torch._dynamo.reset()
+    compiled = torch.compile(models.make(), backend=freqopt_backend, options={**LOUD, "plan": plan})
+    with torch.no_grad():
+        return compiled(**models.inputs())
+
+
+@pytest.mark.parametrize("change", [models.adapted, models.wrapping_blocks])
+def test_adapters_and_replaced_blocks_keep_their_plan(change: object, pieces_plan: Plan) -> None:
+    expected = whole(pieces_plan)
+    model = models.make()
+    change(model)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        freqopt.reset_counters()
+        options = {**LOUD, "plan": pieces_plan}
+        out = torch.compile(model, backend=freqopt_backend, options=options)(**models.inputs())
+    assert freqopt.counters().split == 3
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    with freqopt.attach(model, pieces_plan):
+        out = by_blocks(model)
+    assert freqopt.counters().split == 3
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_module_around_the_calibrated_model(pieces_plan: Plan) -> None:
+    expected = whole(pieces_plan)
+    model = models.make()
+    around = models.Wrapped(models.Wrapped(model))
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    compiled = torch.compile(around, backend=freqopt_backend, options={**LOUD, "plan": pieces_plan})
+    with torch.no_grad():
+        out = compiled(**models.inputs())
+    names = [site.site for site in freqopt.counters().sites if site.split]
+    assert names == [f"inner.inner.blocks.{i}.attn" for i in range(3)]
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    with freqopt.attach(around, pieces_plan):
+        assert (by_blocks(model) - expected).norm() < 1e-5 * expected.norm()
+        assert freqopt.counters().split == 3
+
+
+def test_budgets_survive_what_becomes_of_a_model(pieces_plan: Plan) -> None:
+    expected = whole(pieces_plan)
+    model = models.make()
+    freqopt.attach(model, pieces_plan)
+    wanted = {name: pieces_plan.budget(name) for name in pieces_plan.sites}
+    kept = copy.deepcopy(model.state_dict())
+    model.half().float().to("meta").to_empty(device="cpu").load_state_dict(kept)
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name, budget in wanted.items():
+            assert torch.equal(made.get_submodule(name).freqopt_budget, budget)
+        assert not any("freqopt" in name for name, _ in made.named_buffers())
+        assert (by_blocks(made) - expected).norm() < 1e-5 * expected.norm()
+        assert freqopt.counters().split == 3
+
+
+def test_attaching_twice_is_refused_and_removing_twice_is_not(pieces_plan: Plan) -> None:
+    model = models.make()
+    first = freqopt.attach(model, pieces_plan)
+    with pytest.raises(PlanError, match=r"has budgets already: call remove\(\)"):
+        freqopt.attach(model, pieces_plan)
+    model.freqopt_handle.remove()
+    second = freqopt.attach(model, pieces_plan)
+    first.remove()
+    assert all("freqopt_budget" in block.attn.__dict__ for block in model.blocks)
+    second.remove()
+    second.remove()
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not any("freqopt" in k for k in vars(module))
+
+
+def test_attaching_under_inference_mode_and_after_a_first_run(pieces_plan: Plan) -> None:
+    expected = whole(pieces_plan)
+    model = models.make()
+    dense = by_blocks(model)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        handle = freqopt.attach(model, pieces_plan)
+    out = by_blocks(model)
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    handle.remove()
+    with torch.inference_mode():
+        assert (by_blocks(model, threshold=0.0, grid=models.GRID) - dense).abs().max() < 1e-5
+
+
+def test_another_depth_is_refused(pieces_plan: Plan) -> None:
+    for layers in (2, 4):
+        with pytest.raises(PlanError, match="depth"):
+            freqopt.attach(models.make(layers), pieces_plan)
+    longer = models.make(3)
+    longer.extra = models.Block()
+    freqopt.attach(longer, pieces_plan).remove()

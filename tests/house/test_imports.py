@@ -25,7 +25,8 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "backend", "calibration", "counting", "decisions", "inspection", "options", "plan", "regional",
+    "backend", "calibration", "counting", "decisions", "eager", "inspection",
+    "modules", "options", "pieces", "plan", "regional",
 }  # fmt: skip
 
 NOT_INSTALLED = "models_zoo.training."

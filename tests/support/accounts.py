@@ -13,7 +13,8 @@ import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.calibration.measure.recorder import Desk, Recorder, recording_backend
 from freqopt.exporters.program import make_program
-from freqopt.passes.find import Grids, module_path
+from freqopt.passes.find import Grids
+from freqopt.passes.naming import module_path
 from freqopt.passes.nodes import value
 
 OP = torch.ops.freqopt.split_attention.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.spectrum import spectrum_axes
 from freqopt.grid import Grid
+from freqopt.passes.marks import layouts_of, numbers_of
+from freqopt.passes.site import Known
 from freqopt.plan.records import SiteTiming
 
 CURVES = ("density", "own", "site", "bias", "site_bias", "probe", "variance")
@@ -142,17 +145,42 @@ class MeasuredSite:
         return total
 
 
+class Layouts(dict[str, dict[Known, None]]):
+    """How the tokens of each site lay, by its name."""
+
+    def note(self, name: str, layout: Known) -> None:
+        """Keep a layout, unless one that was seen says as much."""
+        known, around = self.setdefault(name, {}), (layout.before, layout.after)
+        tokens = sum(around) + math.prod(layout.grid)
+        if not any(
+            (k.grid, k.mask, k.around(tokens)) == (layout.grid, layout.mask, around) for k in known
+        ):
+            known[layout] = None
+
+    def packed(self) -> dict[str, list[int]]:
+        """As numbers, see `freqopt.passes.marks`."""
+        return {name: numbers_of(tuple(known)) for name, known in self.items()}
+
+    def take_in(self, packed: Mapping[str, Sequence[int]]) -> None:
+        """Note what another run has packed."""
+        for name, numbers in packed.items():
+            for layout in layouts_of(list(numbers)):
+                self.note(name, layout)
+
+
 @dataclass
 class Survey:
     """What was measured of a model.
 
     sites: those that runs reached, in order. dense_sites: attention that cannot be split, with the
-    reason. timings: one for each shape of attention seen on a GPU.
+    reason. timings: one for each shape of attention seen on a GPU. layouts: how the tokens of each
+    site lay.
     """
 
     sites: dict[str, MeasuredSite] = field(default_factory=dict)
     dense_sites: dict[str, str] = field(default_factory=dict)
     timings: dict[AttentionShape, SiteTiming] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=Layouts)
 
     def add_sites(self, shapes: Mapping[str, Sequence[int]], failures: Mapping[str, str]) -> None:
         """Add the sites that a run reached, and why measuring some of them failed."""

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
+from freqopt.calibration.measure.readings import Layouts
 from freqopt.calibration.measure.requests import Dense, Request, Result, Visit
 from freqopt.decisions import why_not
 from freqopt.grid import Grid
 from freqopt.passes.decision import Decision
-from freqopt.passes.find import Grids
+from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
+from freqopt.passes.naming import Names
 from freqopt.passes.reasons import Reason
-from freqopt.passes.rewrite.rewrite import replace_site
-from freqopt.passes.site import Site
+from freqopt.passes.rewrite.rewrite import pads_queries, replace_site
+from freqopt.passes.site import Known, Site
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +35,29 @@ logger = logging.getLogger(__name__)
 class Desk:
     """Between a runner and the recorders in its model: the run under way.
 
-    dense_sites: attention that cannot be split at all, with the reason.
+    dense_sites: attention that cannot be split at all, with the reason. layouts: of the others'
+    tokens.
     """
 
     request: Request = field(default_factory=Dense)
     bucket: int = 0
     result: Result = field(default_factory=Result)
     dense_sites: dict[str, str] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=Layouts)
+
+    def clear(self) -> None:
+        """Forget what recorders have said so far in this run, and of which sites there are."""
+        vars(self.result).update(vars(Result()))
+        self.dense_sites.clear()
+        self.layouts.clear()
 
 
 class Recorder:
     """Stands where a site's attention was; called with its tensors while the model runs."""
 
-    def __init__(self, desk: Desk, site: str) -> None:
-        self.desk, self.site = desk, site
+    def __init__(self, desk: Desk, site: str, mask: int | None = None) -> None:
+        """mask: as in `Known`; None where its layout is not to be noted."""
+        self.desk, self.site, self.mask = desk, site, mask
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
 
     def __call__(
@@ -64,6 +75,9 @@ class Recorder:
         call = AttentionCall(query, key, value, key_mask, grid, text_before, text_after, scale)
         request, result = self.desk.request, self.desk.result
         result.shapes.setdefault(self.site, call.shape)
+        if self.mask is not None:
+            layout = Known((grid[0], grid[1], grid[2]), text_before, text_after, self.mask)
+            self.desk.layouts.note(self.site, layout)
         try:
             return request.attend(Visit(self.site, self.desk.bucket, call, result))
         except Exception as error:
@@ -74,23 +88,33 @@ class Recorder:
         return call.dense()
 
 
+def mask_of(site: Site) -> int | None:
+    """The mask of a site that may be split, as in `Known`; None where its keys are not its own."""
+    if pads_queries(site):
+        return None
+    return 0 if site.attention.mask is None else 1 + site.attention.masks_queries
+
+
+def measured(sites: Sequence[Site]) -> list[Decision]:
+    """Measure each site that can be split."""
+    problems = [why_not(site) for site in sites]
+    return [
+        Decision(site, problem is None, problem or Reason.MEASURED())
+        for site, problem in zip(sites, problems, strict=True)
+    ]
+
+
 def recording_backend(
-    desk: Desk, grids: Grids
+    desk: Desk, grids: Grids, names: Names | None = None
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
     """A torch.compile backend with a recorder for each site that can be split; it runs eagerly."""
 
-    def decide(sites: Sequence[Site]) -> list[Decision]:
-        problems = [why_not(site) for site in sites]
-        return [
-            Decision(site, problem is None, problem or Reason.MEASURED())
-            for site, problem in zip(sites, problems, strict=True)
-        ]
-
     def put(gm: torch.fx.GraphModule, decision: Decision) -> None:
-        replace_site(gm, decision.site, Recorder(desk, decision.site.name))
+        site = decision.site
+        replace_site(gm, site, Recorder(desk, site.name, mask_of(site)))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        for decision in rewrite(gm, decide, put, grids).decisions:
+        for decision in rewrite(gm, measured, put, grids, model=Model(names)).decisions:
             if not decision.split:
                 desk.dense_sites[decision.site.name] = decision.reason
         return gm.forward

@@ -1,0 +1,251 @@
+"""A model's whole call as one graph, and its attention replaced, without the compiler.
+
+Hooks that move or cast weights, step caches and code that depends on data break the compiler's
+graph. What runs in eager mode can still be written down, call by call of torch's functions, in the
+form that the passes read; and `scaled_dot_product_attention` can be answered by something else.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from freqopt.modules import names_of
+from freqopt.passes.naming import Numbered
+
+ATTENTION = "scaled_dot_product_attention"
+
+Answer = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor | None]
+"""Attention of a site, from the arguments of `scaled_dot_product_attention`; None: as it is."""
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run a model, and all modules in it, as if they had not been compiled in place."""
+    found = [m for m in model.modules() if m._compiled_call_impl is not None]
+    kept = [module._compiled_call_impl for module in found]
+    for module in found:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, compiled in zip(found, kept, strict=True):
+            module._compiled_call_impl = compiled
+
+
+class _Modules:
+    """The modules that are running, outermost first, each with the number of its call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = names_of(model)
+        self.running: list[tuple[nn.Module, int]] = []
+        self.calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note what runs while the body runs."""
+
+        def enter(module: nn.Module, args: object) -> None:
+            call = self.calls.get(module, -1) + 1
+            self.calls[module] = call
+            self.running.append((module, call))
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if any(m is module for m, _ in self.running):
+                while self.running.pop()[0] is not module:
+                    pass
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stack(self) -> dict[str, tuple[str, type[nn.Module]]]:
+        """As Dynamo notes it with a node."""
+        known = [(m, call) for m, call in self.running if self.names.get(id(m))]
+        return {
+            f"{id(m)}@{call}" if call else str(id(m)): (self.names[id(m)], type(m))
+            for m, call in known
+        }
+
+
+class _Writer(TorchFunctionMode):
+    """Writes the functions that are called into a graph like Dynamo's, of this call's sizes."""
+
+    def __init__(self, model: nn.Module, modules: _Modules) -> None:
+        super().__init__()
+        self.graph, self.modules = fx.Graph(), modules
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.nodes = WeakIdKeyDictionary()
+        self.kept = {id(t) for m in model.modules() for t in _tensors_of(m)}
+
+    def input(self, name: str, tensor: Tensor) -> None:
+        """Begin the graph with a tensor."""
+        self.nodes[tensor] = self._noted(self.graph.placeholder(name), tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = fx.node.map_aggregate((args, kwargs), self._node)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) or _name(func) == "__setitem__":
+            self._write(func, before, result)
+        elif isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result):
+            node = self._call(func, *before)
+            for index, each in enumerate(result):
+                if isinstance(each, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, index))
+                    self.nodes[each] = self._noted(part, each)
+            node.meta["example_value"] = pytree.tree_map_only(Tensor, self._example, tuple(result))
+            node.meta["nn_module_stack"] = self.modules.stack()
+        return result
+
+    def _write(self, func: Any, before: Any, result: Any) -> None:
+        node = self._noted(self._call(func, *before), result)
+        if isinstance(result, Tensor):
+            self.nodes[result] = node
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        name = _name(func)
+        if name == "__get__":  # a property, such as T
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            return self.graph.call_function(getattr, (args[0], attribute))
+        if name.startswith("__"):
+            plain = name.strip("_").replace("div", "truediv").replace("truetruediv", "truediv")
+            plain = plain.replace("floortruediv", "floordiv")
+            swapped = getattr(operator, plain[1:], None) if plain.startswith("r") else None
+            if swapped is not None and getattr(operator, plain, None) is None:
+                return self.graph.call_function(swapped, (args[1], args[0]))
+            target = getattr(operator, plain, None) or getattr(operator, f"{plain}_", None)
+            if target is not None:
+                return self.graph.call_function(target, tuple(args), kwargs)
+        if getattr(torch.Tensor, name, None) is func:
+            return self.graph.call_method(name, tuple(args), kwargs)
+        return self.graph.call_function(func, tuple(args), kwargs)
+
+    def _node(self, item: Any) -> Any:
+        """The node of a tensor that is an argument; a new one where nothing wrote it."""
+        if not isinstance(item, Tensor):
+            return item
+        if item not in self.nodes:
+            if isinstance(item, nn.Parameter) or id(item) in self.kept:
+                node = self.graph.placeholder(f"p_{len(self.nodes)}_")
+            else:
+                node = self.graph.call_function(torch.empty, (tuple(item.shape),))
+            self.nodes[item] = self._noted(node, item)
+        return self.nodes[item]
+
+    def _noted(self, node: fx.Node, result: Any) -> fx.Node:
+        node.meta["nn_module_stack"] = self.modules.stack()
+        if isinstance(result, Tensor):
+            node.meta["example_value"] = self._example(result)
+        return node
+
+    def _example(self, tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction(), self.fake:
+            stride = tensor.stride() if tensor.layout is torch.strided else ()
+            made = torch.empty_strided(
+                tensor.shape, stride or _dense(tensor.shape), dtype=tensor.dtype,
+                device=tensor.device,
+            )  # fmt: skip
+            return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def written(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, Any]:
+    """The graph of one call of a model in eager mode, and what the call returned.
+
+    Its nodes carry example values and the modules that they are in, as in Dynamo's graphs. Inside
+    `torch.no_grad`.
+    """
+    modules = _Modules(model)
+    writer = _Writer(model, modules)
+    for path, leaf in pytree.tree_flatten_with_path((tuple(args), kwargs))[0]:
+        if isinstance(leaf, Tensor):
+            name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path[1:])
+            writer.input(f"l_{name}_", leaf)
+    with uncompiled(model), modules.watched(), writer:
+        output = model(*args, **kwargs)
+    results = [writer.nodes[t] for t in pytree.tree_leaves(output) if _is_known(t, writer)]
+    _inputs_first(writer.graph)
+    writer.graph.output(tuple(results))
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm._graph = writer.graph  # its code is never run, and not every target can be written as code
+    writer.graph.owning_module = gm
+    return gm, output
+
+
+def answered(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], answer: Answer) -> Any:
+    """What a model returns in eager mode where something else computes its attention."""
+    modules = _Modules(model)
+    with uncompiled(model), modules.watched(), _Answering(modules, answer):
+        return model(*args, **kwargs)
+
+
+class _Answering(TorchFunctionMode):
+    def __init__(self, modules: _Modules, answer: Answer) -> None:
+        super().__init__()
+        self.modules, self.answer = modules, answer
+        self.numbered = Numbered(modules.names)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _name(func) == ATTENTION:
+            name = self.numbered.of(self.modules.stack())
+            with torch._C.DisableTorchFunction():
+                found = self.answer(name, args, kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+
+def _is_known(item: Any, writer: _Writer) -> bool:
+    return isinstance(item, Tensor) and item in writer.nodes
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a module keeps, registered or not."""
+    for item in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        for each in item if isinstance(item, (tuple, list)) else (item,):
+            if isinstance(each, Tensor):
+                yield each
+
+
+def _inputs_first(graph: fx.Graph) -> None:
+    """Move weights, which are met on the way, to the other inputs of the graph."""
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    if first is None:
+        return
+    for node in graph.find_nodes(op="placeholder"):
+        if first < node:
+            first.prepend(node)

@@ -1,0 +1,116 @@
+"""Where modules stand in a model: names by identity, and how the names of two models match.
+
+Wrappers, hooks and the compiler reach a module by many ways. Its name is the one that it has among
+`named_modules` of the model, without the parts that only wrap.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from freqopt.passes.naming import plain_path
+
+CALLS = ("_call_impl", "_wrapped_call_impl")
+"""The functions of `torch.nn.Module` whose frames say that a module is running."""
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Names of all modules of a model by their `id`; "" for the model itself."""
+    return {id(module): plain_path(name) for name, module in model.named_modules()}
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a model by name. Of a wrapper and what it wraps, the wrapped one."""
+    return {plain_path(name): module for name, module in model.named_modules()}
+
+
+def running() -> Iterator[nn.Module]:
+    """Modules whose call is under way in this thread, the innermost first, each once."""
+    frame, last = sys._getframe(1), None
+    while frame is not None:
+        if frame.f_code.co_name in CALLS:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                module = unwrapped_module(module)
+                if module is not last:
+                    yield module
+                    last = module
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def unwrapped_module(module: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the module itself."""
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def base_name(name: str) -> str:
+    """The name of a site without the number of the call of its module: "attn#1" of "attn#1@2"."""
+    return re.sub(r"@\d+$", "", name)
+
+
+def module_of_site(name: str) -> tuple[str, int]:
+    """Name of the module of a site, and which of its attentions the site is, from 0."""
+    path, _, nth = base_name(name).partition("#")
+    return ("" if path == "model" else path), int(nth or 0)
+
+
+def match_names(names: Iterable[str], planned: Iterable[str]) -> dict[str, str]:
+    """Which name of a plan each name of a model is, where that is unique.
+
+    The same name first, then one that ends in it (a wrapper around either model), then one whose
+    parts are among the other's in order (a wrapper around each block). The calls of one module are
+    one name, unless the plan tells them apart.
+    """
+    wanted = list(planned)
+    known = set(wanted)
+    found: dict[str, str] = {}
+    rest: dict[str, list[str]] = {}
+    for name in names:
+        base = base_name(name)
+        if name in known or base in known:
+            found[name] = name if name in known else base
+        else:
+            rest.setdefault(base, []).append(name)
+    free = known - set(found.values())
+    by_end: dict[str, list[str]] = {}
+    for name in wanted:
+        if name in free:
+            by_end.setdefault(name.rpartition(".")[2], []).append(name)
+    for fits in (_ends, _within):
+        pairs = [
+            (base, plan)
+            for base in rest
+            for plan in by_end.get(base.rpartition(".")[2], ())
+            if fits(base.split("."), plan.split("."))
+        ]
+        unique = {b: p for b, p in pairs if _once(pairs, 0, b) and _once(pairs, 1, p)}
+        for base, plan in unique.items():
+            found.update(dict.fromkeys(rest.pop(base), plan))
+            by_end[plan.rpartition(".")[2]].remove(plan)
+    return found
+
+
+def _once(pairs: list[tuple[str, str]], side: int, name: str) -> bool:
+    return sum(pair[side] == name for pair in pairs) == 1
+
+
+def _ends(first: list[str], second: list[str]) -> bool:
+    short, long = sorted((first, second), key=len)
+    return long[len(long) - len(short) :] == short
+
+
+def _within(first: list[str], second: list[str]) -> bool:
+    short, long = sorted((first, second), key=len)
+    parts = iter(long)
+    return all(part in parts for part in short)
+
+
+def missing_sites(planned: Iterable[str], found: Mapping[str, str]) -> list[str]:
+    """Names of a plan that no name of a model was matched with."""
+    met = set(found.values())
+    return [name for name in planned if name not in met]

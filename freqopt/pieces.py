@@ -1,0 +1,291 @@
+"""Which part of which model a graph is, and budgets for graphs that serve several layers.
+
+After a graph break, or in a block compiled by itself, one graph runs for many modules. Which of
+them is running is on Python's stack, at compile time as at every call: its budget becomes one more
+input of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from freqopt.config import DEFAULT_PROBES
+from freqopt.decisions import decide, why_dense
+from freqopt.modules import (
+    base_name,
+    match_names,
+    module_of_site,
+    modules_of,
+    names_of,
+    running,
+)
+from freqopt.options import Options, load_plan
+from freqopt.passes.bodies import bring
+from freqopt.passes.decision import Decision
+from freqopt.passes.find import Model
+from freqopt.passes.naming import module_path, site_name
+from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite.rewrite import fake_mode
+from freqopt.passes.site import Known, Site
+from freqopt.regional import ATTACHED, attribute_of
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+
+OTHER_LAYER = "*"
+"""Stands for the number of the layer in the names of sites whose graph serves several layers."""
+
+
+class Part:
+    """The part of a model that a graph is.
+
+    root: the model, or the module in it that has all sites of the plan; None where no module is
+    running. runner: the innermost module that is running, which runs the graph. inputs: budgets
+    that the graph takes at every call, by the module that is running then.
+    """
+
+    def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
+        self.plan: Plan | None = None if settings.plan is None else load_plan(settings.plan)
+        self.root, self.runner = root, runner
+        self.inputs: list[_Input] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the graph is of the model as a whole, or of something that is no module."""
+        return self.runner is self.root
+
+    @cached_property
+    def inside(self) -> str:
+        """Name of the module that runs the graph, with its layer left open."""
+        name = "" if self.is_whole else self._names.get(id(self.runner), "")
+        return ".".join(OTHER_LAYER if part.isdecimal() else part for part in name.split("."))
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {} if self.root is None else names_of(self.root)
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {} if self.root is None else modules_of(self.root)
+
+    @cached_property
+    def model(self) -> Model:
+        """What the passes are told."""
+        names = self._names
+        if not self.is_whole and self.runner is not None:
+            names = {
+                key: ".".join(filter(None, (self.inside, name)))
+                for key, name in names_of(self.runner).items()
+            }
+        totals: tuple[int, ...] = ()
+        if not self.is_whole and self.plan is not None:
+            totals = tuple(dict.fromkeys(site.tokens for site in self.plan.sites.values()))
+        return Model(names, self.known, self.inside, totals)
+
+    def known(self, name: str) -> Sequence[Known]:
+        """How the tokens of a site lay when it was calibrated."""
+        module = self._module(name)
+        nth = module_of_site(name)[1]
+        if module is not None:
+            for number, facts in module.__dict__.get(ATTACHED, ()):
+                if number == nth:
+                    found: tuple[Known, ...] = facts.known
+                    return found
+        if self.plan is None:
+            return ()
+        planned = self._planned(self._real(name))
+        return () if planned is None else self.plan.known(planned)
+
+    def attached(self, site: Site) -> bool:
+        """Whether a site's module brings a budget, which no mark in this graph shows."""
+        module, nth = self._module(site.name), module_of_site(site.name)[1]
+        return module is not None and any(n == nth for n, _ in module.__dict__.get(ATTACHED, ()))
+
+    def is_told(self, site: Site) -> bool:
+        """Whether the module that runs the graph tells, at any call, which one the site is in."""
+        relative = self._relative(site.name)
+        reached = module_path(site.node)
+        return reached == relative or reached.endswith(f".{relative}") or not relative
+
+    def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
+        """A node for the budget (2, H) of the module that is running when the graph is called."""
+        places = gm.graph.find_nodes(op="placeholder")
+        first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+        with gm.graph.inserting_before(first):
+            node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
+        zeros = torch.zeros(2, site.heads, device=site.device)
+        mode = fake_mode(gm.graph)
+        node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
+        relative, nth = self._relative(site.name), module_of_site(site.name)[1]
+        self.inputs.append(_Input(relative, nth, zeros, node))
+        return bring(node, site.node.graph)
+
+    def graph(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""
+        if not self.inputs:
+            return gm
+        copied = fx.Graph()
+        nodes: dict[fx.Node, fx.Node] = {}
+        copied.output(copied.graph_copy(gm.graph, nodes))
+        copied.output_node().meta = dict(gm.graph.output_node().meta)
+        for node in gm.graph.find_nodes(op="placeholder"):  # AOTAutograd wants to know of each
+            nodes[node]._dynamo_source = getattr(node, "_dynamo_source", None)
+        taken = fx.GraphModule(gm, copied)
+        taken.meta = dict(gm.meta)
+        for name in ("_param_name_to_source", "compile_subgraph_reason"):
+            if hasattr(gm, name):
+                setattr(taken, name, getattr(gm, name))
+        for each in self.inputs:
+            each.node.replace_all_uses_with(next(iter(gm.graph.nodes)))
+            gm.graph.erase_node(each.node)
+        return taken
+
+    def fed(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, given the budgets of the module that is running at each call."""
+        if not self.inputs:
+            return compiled
+        inputs, budgets = self.inputs, _Budgets(self)
+
+        def run(*arguments: Any) -> Any:
+            runner = next(running(), None)
+            return compiled(*arguments, *(budgets.of(runner, each) for each in inputs))
+
+        return run
+
+    def budget(self, module: nn.Module, nth: int) -> Tensor | None:
+        """The most exact of the budgets (2, H) of an attention of a module, by the plan."""
+        name = self._names.get(id(module))
+        if name is None or self.plan is None:
+            return None
+        planned = self._planned(site_name(name, 0, nth))
+        return None if planned is None else self.plan.budgets(planned).amin(0)
+
+    def _planned(self, name: str) -> str | None:
+        """The plan's name of a site."""
+        assert self.plan is not None
+        if self.root is None:
+            return match_names([name], self.plan.sites).get(name)
+        if base_name(name) in self.plan.sites:
+            return base_name(name)
+        path, nth = module_of_site(name)
+        found = site_name(self._matched.get(path, ""), 0, nth)
+        return found if found in self.plan.sites else None
+
+    @cached_property
+    def _matched(self) -> dict[str, str]:
+        assert self.plan is not None
+        return match_names(self._modules, [module_of_site(name)[0] for name in self.plan.sites])
+
+    def _real(self, name: str) -> str:
+        """The name of a site with the number of the layer for which the graph is compiled."""
+        if self.is_whole:
+            return name
+        path, nth = module_of_site(name)
+        inner = (self._names.get(id(self.runner), ""), path[len(self.inside) :].lstrip("."))
+        return site_name(".".join(filter(None, inner)), 0, nth)
+
+    def _relative(self, name: str) -> str:
+        """Name of a site's module in the module that runs the graph."""
+        path = module_of_site(name)[0]
+        return path if self.is_whole else path[len(self.inside) :].lstrip(".")
+
+    def _module(self, name: str) -> nn.Module | None:
+        return self._modules.get(module_of_site(self._real(name))[0])
+
+
+class _Input:
+    """A budget that a graph takes: whose, and what it is for modules that have none (exact)."""
+
+    def __init__(self, relative: str, nth: int, zeros: Tensor, node: fx.Node) -> None:
+        self.relative, self.nth, self.zeros, self.node = relative, nth, zeros, node
+        self.example = node.meta["example_value"]
+
+
+class _Budgets:
+    """Budgets by the module that is running, of the plan looked up once."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.planned: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
+        self.inner: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
+
+    def of(self, runner: nn.Module | None, wanted: _Input) -> Tensor:
+        """The budget (2, H) of an attention in the module that is running."""
+        module = runner
+        if runner is not None and wanted.relative:
+            if runner not in self.inner:
+                self.inner[runner] = modules_of(runner)
+            module = self.inner[runner].get(wanted.relative)
+        if module is None:
+            return wanted.zeros
+        attribute = attribute_of(wanted.nth)
+        own = module.__dict__.get(attribute)
+        if isinstance(own, Tensor) and own.shape == wanted.zeros.shape:
+            if own.device != wanted.zeros.device:
+                own = module.__dict__[attribute] = own.to(wanted.zeros.device)
+            return own
+        known = self.planned.setdefault(module, {})
+        if wanted.nth not in known:
+            found = self.part.budget(module, wanted.nth)
+            if found is None or found.shape != wanted.zeros.shape:
+                found = wanted.zeros
+            known[wanted.nth] = found.to(wanted.zeros.device)
+        return known[wanted.nth]
+
+
+def part_of_model(settings: Options) -> Part:
+    """The part of a model for which a backend is called right now."""
+    modules = list(running())
+    if not modules:
+        return Part(settings, None, None)
+    root = modules[-1]
+    if settings.plan is not None:
+        plan = load_plan(settings.plan)
+        planned = {module_of_site(name)[0] for name in plan.sites}
+        for module in modules:
+            if planned <= set(match_names(modules_of(module), planned).values()):
+                root = module
+                break
+    return Part(settings, root, modules[0])
+
+
+def decide_in_part(
+    settings: Options, part: Part, gm: fx.GraphModule, sites: Sequence[Site]
+) -> list[Decision]:
+    """As `decide`; in a graph that serves several layers, by the module that is running.
+
+    Raises:
+        PlanError: as `decide`.
+    """
+    by_module = [site for site in sites if _is_by_module(part, site)]
+    others = iter(decide(settings, [site for site in sites if site not in by_module]))
+    decisions = []
+    for site in sites:
+        if site not in by_module:
+            decisions.append(next(others))
+            continue
+        problem = why_dense(settings, site)
+        if problem is None and not part.is_told(site):
+            problem = Reason.SHARED()
+        if problem is not None:
+            decisions.append(Decision(site, False, problem))
+            continue
+        why = Reason.BY_MODULE() if part.attached(site) else Reason.BY_PLAN()
+        budget = part.operand(gm, site)
+        decisions.append(Decision(site, True, why, budget, probes=DEFAULT_PROBES))
+    return decisions
+
+
+def _is_by_module(part: Part, site: Site) -> bool:
+    """Whether the budget of a site depends on which module runs the graph."""
+    if site.mark is not None:
+        return False
+    if part.attached(site):
+        return True
+    return part.plan is not None and (not part.is_whole or not part.is_told(site))

@@ -1,0 +1,107 @@
+"""Layouts that calibration saw, for sites whose part of the graph does not show one.
+
+After a graph break, or in a block compiled by itself, queries and keys come from nowhere. What was
+proven of the same site in the whole model is believed where the numbers of tokens agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import fx
+
+from freqopt.passes.axes.dimensions import same
+from freqopt.passes.masks.masks import hides_nothing
+from freqopt.passes.masks.square import key_mask_of, repeated_row_of
+from freqopt.passes.nodes import shape, tensor
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.rewrite.rewrite import add_method
+from freqopt.passes.site import Extent, Known, Site
+
+UNSHOWN = {
+    Reason.READY_MADE, Reason.NO_AXES, Reason.OTHER_KEYS, Reason.OTHER_VALUES, Reason.LENGTHS,
+    Reason.KEY_ORDER, Reason.LOST, Reason.NO_GRID, Reason.GRID_MISFIT, Reason.GRID_UNPROVEN,
+    Reason.SEVERAL_GRIDS, Reason.EXTENT_UNREADABLE, Reason.TEXT_UNREADABLE, Reason.MASK_UNPROVEN,
+    Reason.MASK_PAIRS,
+}  # fmt: skip
+"""Reasons that say that a graph is silent about a site, not that it speaks against a split."""
+
+KEYS, PAIRS = 1, 2
+"""Masks of a `Known`."""
+
+
+def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) -> None:
+    """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
+
+    Symbolic lengths are guarded to be what they are in this call. totals: further lengths to guard
+    against, those of other sites that may come to run in this graph.
+    """
+    lengths = (site.query_length, site.key_length)
+    if site.why.reason not in UNSHOWN or not site.heads:
+        return
+    known = next((k for k in layouts if _fits(k, lengths)), None)
+    if known is None:
+        for total in totals:
+            _is(site.key_length, total)
+        return
+    tokens = _hint(site.query_length)
+    assert tokens is not None and known.around(tokens) is not None
+    if not all(_is(length, tokens) for length in lengths):
+        return
+    before, after = known.around(tokens) or (0, 0)
+    if problem := _settle_mask(site, known, before):
+        site.why = problem
+        return
+    site.kind = "joint" if before or after else "self"
+    site.grid, site.grid_arguments = known.grid, known.grid
+    site.text_before, site.text_after = before, after
+    site.text_before_arguments, site.text_after_arguments = (before,), (after,)
+    site.pad_before_arguments = site.pad_after_arguments = ()
+    site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
+
+
+def _fits(known: Known, lengths: tuple[Extent, Extent]) -> bool:
+    queries, keys = (_hint(length) for length in lengths)
+    return queries is not None and queries == keys and known.around(queries) is not None
+
+
+def _hint(length: Extent) -> int | None:
+    """A length in this call, None if it depends on data."""
+    if isinstance(length, int):
+        return length
+    return int(length.node.hint) if length.node.has_hint() else None
+
+
+def _is(length: Extent, number: int) -> bool:
+    """Whether a length is a number; guarded where it is symbolic, so that others compile anew."""
+    return bool(length == number) if _hint(length) is not None else False
+
+
+def _settle_mask(site: Site, known: Known, before: int) -> Why | None:
+    """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
+    found = site.attention
+    mask = found.mask
+    if mask is None or hides_nothing(mask):
+        found.mask = None
+        return None
+    values, sizes = tensor(mask), shape(mask)
+    if values is None or values.dtype != torch.bool or len(sizes) != 4:
+        return Reason.MASK_ADDED(dtype=None if values is None else values.dtype)
+    if known.mask == PAIRS and (row := key_mask_of(mask) or _row(site, mask, before)) is not None:
+        found.mask, found.masks_queries = row, True
+        return None
+    row = repeated_row_of(mask)
+    if known.mask == KEYS and row is not None:
+        found.mask = row
+        return None
+    return Reason.MASK_UNPROVEN()
+
+
+def _row(site: Site, mask: fx.Node, at: int) -> fx.Node | None:
+    """The mask over keys that a mask over pairs has for its first video token."""
+    sizes = shape(mask)
+    if not (same(sizes[1], 1) and same(sizes[2], sizes[3])):
+        return None
+    with site.node.graph.inserting_before(site.node):
+        return add_method(site.node.meta, "narrow", mask, 2, at, 1)

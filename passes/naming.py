@@ -1,0 +1,103 @@
+"""Names of sites: where the module of an attention stands in the model, whatever led there.
+
+Dynamo notes with every node the modules that it is in, by their identity and by the way that it
+reached them. Identity is believed where the model is known, else the way is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Attributes under which wrappers keep a module, which are no part of its name."""
+
+NOISE = {"_modules", "_parameters", "_buffers", "__dict__", "", *WRAPPERS}
+
+Names = Mapping[int, str]
+"""Names of the modules of a model by their `id`."""
+
+
+def readable_path(path: str) -> str:
+    """The path in the model: "blocks.3.attn1" of "L['self'].blocks._modules['3'].attn1"."""
+    path = re.sub(r"^[LG]\[['\"][^'\"]*['\"]\]", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part not in NOISE]
+    hidden = [i for i, part in enumerate(parts) if part.startswith("__")]  # of a hook, a closure
+    return ".".join(parts[hidden[-1] + 1 :] if hidden else parts)
+
+
+def plain_path(path: str) -> str:
+    """A name of `named_modules` without what only wraps, or processes the attention around it."""
+    parts = [part for part in path.split(".") if part not in NOISE]
+    if len(parts) > 1 and parts[-1] == "processor":
+        parts.pop()
+    return ".".join(parts)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that a node is in, such as "blocks.3.attn1"; "" for the model itself.
+
+    The same on all versions of torch and in Dynamo and export graphs.
+    """
+    return module_call(node)[0]
+
+
+def module_call(node: fx.Node, names: Names | None = None, inside: str = "") -> tuple[str, int]:
+    """Path of the module that a node is in, and in which of its calls, from 0.
+
+    inside: the module that runs the whole graph, which no node is in.
+    """
+    return _place(node.meta.get("nn_module_stack") or {}, names, inside)
+
+
+def _place(stack: Mapping[Any, Any], names: Names | None, inside: str) -> tuple[str, int]:
+    if not stack:
+        return inside, 0
+    entries = list(stack.items())
+    call = _call_of(entries[-1][0])
+    for key, _ in reversed(entries):
+        name = (names or {}).get(_identity(key))
+        if name is not None:
+            return name, call
+    last = entries[-1][1]
+    path = last[0] if isinstance(last, tuple) else last
+    return plain_path(readable_path(str(path))), call
+
+
+def _identity(key: object) -> int:
+    """The `id` of the module that an entry of a stack is of, -1 where it does not tell."""
+    text = str(key).partition("@")[0]
+    return int(text) if text.isdecimal() else -1
+
+
+def _call_of(key: object) -> int:
+    number = str(key).partition("@")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+class Numbered:
+    """Tells apart the attentions of a module ("attn#1") and its calls ("attn@1") in one graph."""
+
+    def __init__(self, names: Names | None = None, inside: str = "") -> None:
+        self.names, self.inside = names, inside
+        self.seen: dict[tuple[str, int], int] = {}
+
+    def name(self, node: fx.Node) -> str:
+        """Name of the next site, which is at a node."""
+        return self.of(node.meta.get("nn_module_stack") or {})
+
+    def of(self, stack: Mapping[Any, Any]) -> str:
+        """Name of the next site, whose node has such a stack of modules."""
+        place = _place(stack, self.names, self.inside)
+        nth = self.seen.get(place, 0)
+        self.seen[place] = nth + 1
+        return site_name(*place, nth)
+
+
+def site_name(path: str, call: int, nth: int) -> str:
+    """Name of the nth attention in a call of a module, both from 0."""
+    return (path or "model") + (f"#{nth}" if nth else "") + (f"@{call}" if call else "")
