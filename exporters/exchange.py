@@ -59,6 +59,11 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     for name in artifact.sites:
         if name not in plan.sites:
             raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
+        if plan.largest_chunk(name):
+            raise PlanError(
+                f"this plan orders the tokens of {name!r} by content and the file by the grid: "
+                'calibrate with order="grid" for exports'
+            )
     notes = [
         f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
         for name in artifact.sites
@@ -69,7 +74,6 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
         for name, site in plan.sites.items()
         if site.decision == "split" and name not in artifact.sites
     ]
-    notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         notes.append("the plan has timestep buckets; the file holds the most exact budget of each")
     return notes
@@ -89,7 +93,7 @@ def _write_budgets(artifact: Artifact, plan: Plan) -> None:
             raise ArtifactError(
                 f"{artifact.model_path} has no initializer {site['budget']}; export again"
             )
-        budget = plan.budgets(name).amin(0).numpy()
+        budget = plan.budgets(name)[:, 0].amin(0).numpy()
         held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
     partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
     onnx.save(proto, partial)

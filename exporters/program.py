@@ -152,18 +152,18 @@ def _explain(model: nn.Module, error: Exception) -> str:
 def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decision:
     """A decision as an exported file can have it: in the graph itself, at one budget for good.
 
-    Of timestep buckets the most exact; the pairs of a mid band are attended exactly.
+    Of timestep buckets the most exact.
     """
     if not decision.split:
         return decision
-    if decision.chunks is not None or decision.site.query_arguments:
+    if decision.largest_chunk or decision.site.query_arguments:
         return Decision(decision.site, False, Reason.CONTENT_EXPORT())
     if decision.site.node.graph is not graph.graph:
         return Decision(decision.site, False, Reason.IN_A_BODY())
     budget = decision.budget
     if isinstance(budget, Tensor):
-        budget = budget.flatten(0, -2).amin(0).repeat(2, 1)
-    return replace(decision, budget=budget, mid_band=False, timestep=None, probes=probes)
+        budget = budget if budget.dim() == 2 else budget.amin(0)
+    return replace(decision, budget=budget, timestep=None, probes=probes)
 
 
 def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
@@ -193,7 +193,6 @@ def _check_plan_used(plan: Plan, program: Program) -> None:
     for name in missing:
         why = program.dense.get(name, "it was not found")
         program.notes.append(f"the plan splits {name}, which is not split here: {why}")
-    program.notes += plan.mid_band_notes("in an exported file")
     if plan.timestep_edges:
         program.notes.append(
             "the plan has timestep buckets; an exported file holds one budget per site, the most "

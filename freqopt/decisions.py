@@ -64,8 +64,6 @@ def decide(
         if shapes:
             plan.check_model(shapes)
             _check_lengths(plan, sites)
-        if any((device or site.device).type == "cuda" for site in sites):
-            plan.mid_band_notes("on CUDA")
     names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
     decisions = []
     for found in sites:
@@ -122,22 +120,22 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     if site.mark is not None:
         _check_mark(site, site.mark)
         return Decision(
-            site, True, Reason.BY_MODULE(), site.mark.budget, mid_band=site.mark.mid_band,
-            probes=DEFAULT_PROBES,
+            site, True, Reason.BY_MODULE(), site.mark.budget, probes=DEFAULT_PROBES,
+            largest_chunk=site.mark.largest_chunk,
         )  # fmt: skip
     if plan is not None:
         return _planned(plan, site, planned)
-    chunks = None
-    if settings.order == "content":
-        chunks = torch.full((site.kv_heads,), check_chunk(settings.chunk), dtype=torch.int32)
+    chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
+    budget = torch.zeros(2, site.heads)
+    budget[1] = chunk
     if settings.threshold is not None:
-        budget = torch.full((2, site.heads), float(settings.threshold))
+        budget[0] = float(settings.threshold)
         probes = DEFAULT_PROBES if settings.threshold > 0 else 0
         why = Reason.BY_THRESHOLD(threshold=settings.threshold)
-        return Decision(site, True, why, budget, probes=probes, chunks=chunks)
+        return Decision(site, True, why, budget, probes=probes, largest_chunk=chunk)
     return Decision(
-        site, True, Reason.BY_DENSITY(density=DEFAULT_DENSITY), torch.zeros(2, site.heads),
-        density=DEFAULT_DENSITY, probes=DEFAULT_PROBES, chunks=chunks,
+        site, True, Reason.BY_DENSITY(density=DEFAULT_DENSITY), budget, density=DEFAULT_DENSITY,
+        probes=DEFAULT_PROBES, largest_chunk=chunk,
     )  # fmt: skip
 
 
@@ -161,8 +159,8 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     budgets = plan.budgets(name_there)
     return Decision(
         site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
-        mid_band=plan.uses_mid_band(name_there), probes=DEFAULT_PROBES,
-        timestep=Timestep(name, edges) if name and edges else None, chunks=plan.chunks(name_there),
+        probes=DEFAULT_PROBES, timestep=Timestep(name, edges) if name and edges else None,
+        largest_chunk=plan.largest_chunk(name_there),
     )  # fmt: skip
 
 

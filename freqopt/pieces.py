@@ -126,6 +126,13 @@ class Part:
         self.inputs.append(_Input(relative, nth, zeros, node))
         return bring(node, site.node.graph)
 
+    def largest_chunk(self) -> int:
+        """The largest chunk that any module of the model brings, or the plan has."""
+        modules = () if self.root is None else self.root.modules()
+        facts = (f for module in modules for _, f in module.__dict__.get(ATTACHED, ()))
+        planned = () if self.plan is None else map(self.plan.largest_chunk, self.plan.sites)
+        return max((*(f.largest_chunk for f in facts), *planned), default=0)
+
     def graph(self, gm: fx.GraphModule) -> fx.GraphModule:
         """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""
         if not self.inputs:
@@ -277,8 +284,10 @@ def decide_in_part(
             decisions.append(Decision(site, False, problem))
             continue
         why = Reason.BY_MODULE() if part.attached(site) else Reason.BY_PLAN()
-        budget = part.operand(gm, site)
-        decisions.append(Decision(site, True, why, budget, probes=DEFAULT_PROBES))
+        budget, largest = part.operand(gm, site), part.largest_chunk()
+        decisions.append(
+            Decision(site, True, why, budget, probes=DEFAULT_PROBES, largest_chunk=largest)
+        )
     return decisions
 
 

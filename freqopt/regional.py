@@ -100,9 +100,7 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
             f"{taken[0] or 'the model'} has budgets already: call remove() of what the earlier "
             f"freqopt.attach returned (model.{HANDLE} is the same), then attach again"
         )
-    if _device_of(inner).type == "cuda":
-        plan.mid_band_notes("on CUDA")
-    mid_band = any(plan.uses_mid_band(name) for name in plan.sites)
+    largest = max((plan.largest_chunk(name) for name in plan.sites), default=0)
     places = []
     for site, name in names.items():
         if base_name(site) != site:
@@ -111,7 +109,7 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
         budget = plan.budgets(site).amin(0)
         with torch.inference_mode(False):
             module.__dict__[attribute_of(nth)] = budget.to(_device_of(module, inner), copy=True)
-        about = (*module.__dict__.get(ATTACHED, ()), (nth, _Facts(plan.known(site), mid_band)))
+        about = (*module.__dict__.get(ATTACHED, ()), (nth, _Facts(plan.known(site), largest)))
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
         places.append((module, nth, plan.budgets(site)))
@@ -125,8 +123,8 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
 class _Facts:
     """What the mark of an attention says beside its budget, as the compiler can read it."""
 
-    def __init__(self, known: tuple[Known, ...], mid_band: bool) -> None:
-        self.known, self.mid_band = known, mid_band
+    def __init__(self, known: tuple[Known, ...], largest_chunk: int) -> None:
+        self.known, self.largest_chunk = known, largest_chunk
         self.layouts = numbers_of(known)
 
 
@@ -152,12 +150,12 @@ def mark_call(
         for index, item in enumerate(args):
             if not done and isinstance(item, Tensor):
                 budget = budget.to(item.device)
-                marked = mark(item, budget, facts.layouts, nth, facts.mid_band)
+                marked = mark(item, budget, facts.layouts, nth, facts.largest_chunk)
                 args, done = (*args[:index], marked, *args[index + 1 :]), True
         for name, item in kwargs.items():
             if not done and isinstance(item, Tensor):
                 budget = budget.to(item.device)
-                marked = mark(item, budget, facts.layouts, nth, facts.mid_band)
+                marked = mark(item, budget, facts.layouts, nth, facts.largest_chunk)
                 kwargs, done = {**kwargs, name: marked}, True
     return args, kwargs
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 _library = torch.library.Library("freqopt", "FRAGMENT")
 _library.define(
-    "mark(Tensor(a) x, Tensor budget, int[] layouts, int nth, bool mid_band) -> Tensor(a)"
+    "mark(Tensor(a) x, Tensor budget, int[] layouts, int nth, int largest_chunk) -> Tensor(a)"
 )
 
 
 def _identity(
-    x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, mid_band: bool
+    x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, largest_chunk: int
 ) -> Tensor:
     return x.view_as(x)
 
@@ -26,10 +26,10 @@ def _identity(
 _library.impl("mark", _identity, "CompositeImplicitAutograd")
 
 
-def mark(x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, mid_band: bool) -> Tensor:
+def mark(x: Tensor, budget: Tensor, layouts: Sequence[int], nth: int, largest_chunk: int) -> Tensor:
     """`x` itself; in a graph also the budget (2, H) of the nth attention of its module.
 
     layouts: how its tokens lie, as `freqopt.passes.marks.numbers_of` writes it.
     """
-    marked: Tensor = torch.ops.freqopt.mark.default(x, budget, layouts, nth, mid_band)
+    marked: Tensor = torch.ops.freqopt.mark.default(x, budget, layouts, nth, largest_chunk)
     return marked

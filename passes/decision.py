@@ -25,21 +25,20 @@ class Timestep:
 class Decision:
     """What becomes of a site; `why` is about either.
 
-    budget: thresholds, used where density is 0: (2, H) float32, or (buckets, 2, H) by `timestep`;
-    a node of the graph where the module brings its own. What stands in the site's place need not
-    have one. chunks: (Hkv,) int32, tokens of the key heads' chunks that are ordered by content, 0
-    for the grid's order; None for that of all.
+    budget: the heads' thresholds, used where density is 0, and the chunks of their orders: (2, H)
+    float32, or (buckets, 2, H) by `timestep`; a node of the graph where the module brings its own.
+    What stands in the site's place need not have one. largest_chunk: at least the largest of the
+    chunks, 0 where all are in the grid's order.
     """
 
     site: Site
     split: bool
     why: Why
     budget: Tensor | fx.Node | None = None
-    mid_band: bool = False
     density: float = 0.0
     probes: int = 0
     timestep: Timestep | None = None
-    chunks: Tensor | None = None
+    largest_chunk: int = 0
 
     @property
     def reason(self) -> str:

@@ -21,12 +21,12 @@ def take_marks(gm: fx.GraphModule, names: Names | None = None, inside: str = "")
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or operation(node) != "mark":
             continue
-        source, budget, layouts, nth, mid_band = node.args
+        source, budget, layouts, nth, largest_chunk = node.args
         assert isinstance(source, fx.Node) and isinstance(budget, fx.Node)
         assert isinstance(layouts, (list, tuple))
-        assert isinstance(nth, int)
+        assert isinstance(nth, int) and isinstance(largest_chunk, int)
         path, call = module_call(node, names, inside)
-        found[site_name(path, call, nth)] = Mark(budget, layouts_of(layouts), bool(mid_band))
+        found[site_name(path, call, nth)] = Mark(budget, layouts_of(layouts), largest_chunk)
         node.replace_all_uses_with(source)
         gm.graph.erase_node(node)
     return found

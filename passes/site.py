@@ -103,12 +103,12 @@ class Mark:
     """What a module brings along, see `freqopt.regional`.
 
     budget: node (2, H). known: how its tokens lay, one for each layout that was calibrated.
-    mid_band: whether any layer has one.
+    largest_chunk: of all layers.
     """
 
     budget: fx.Node
     known: tuple[Known, ...]
-    mid_band: bool
+    largest_chunk: int
 
     @property
     def grids(self) -> tuple[Grid, ...]:

@@ -200,9 +200,7 @@ def _split_site(
         **site.shape._asdict(),
         decision="split",
         reason="",
-        budgets=[
-            Budget(threshold=_row(torch.tensor(row)), mid=[False] * site.heads) for row in threshold
-        ],
+        budgets=[Budget(threshold=_row(torch.tensor(row))) for row in threshold],
         density=_row(density),
         error=_row(torch.tensor(error)),
         gains=_by_bucket(facts.sensitivities, site.name),

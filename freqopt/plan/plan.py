@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from freqopt.config import MID_RATIO, SPLIT_VERSION
+from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.modules import match_names, module_of_site, modules_of
 from freqopt.passes.site import Known
@@ -74,9 +74,10 @@ class Plan(PlanContent):
     """
 
     def budget(self, site_name: str, bucket: int = 0) -> Tensor:
-        """Budget of a site for the op: (2, H) float32, thresholds of the exact and the mid band.
+        """Budget of a site: (2, H) float32, the heads' thresholds and the chunks of their orders.
 
-        A site that the plan leaves dense gets zeros, which is dense attention.
+        A chunk is 0 where tokens are in the grid's order. A site that the plan leaves dense gets
+        zeros, which is dense attention.
 
         Raises:
             PlanError: the plan has no such site or timestep bucket.
@@ -88,9 +89,9 @@ class Plan(PlanContent):
             raise PlanError(
                 f"timestep bucket {bucket} does not exist; this plan has {len(site.budgets)}"
             )
-        chosen = site.budgets[bucket]
-        exact = torch.tensor(chosen.threshold, dtype=torch.float32)
-        return torch.stack([exact, torch.where(torch.tensor(chosen.mid), exact * MID_RATIO, exact)])
+        chunks = torch.tensor(site.chunks or [0] * site.heads, dtype=torch.float32)
+        threshold = torch.tensor(site.budgets[bucket].threshold, dtype=torch.float32)
+        return torch.stack([threshold, chunks.repeat_interleave(site.heads // len(chunks))])
 
     def budgets(self, site_name: str) -> Tensor:
         """Budgets of a site for all timestep buckets, (buckets, 2, H) float32; see `budget`.
@@ -101,33 +102,13 @@ class Plan(PlanContent):
         buckets = range(len(self.timestep_edges) + 1)
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
 
-    def chunks(self, site_name: str) -> Tensor | None:
-        """Chunks (Hkv,) int32 of a site, as the op takes them; None where all are by the grid.
+    def largest_chunk(self, site_name: str) -> int:
+        """The largest of the chunks that a site's tokens are ordered in; 0 for the grid's order.
 
         Raises:
             PlanError: the plan has no such site.
         """
-        chunks = self._site(site_name).chunks
-        return torch.tensor(chunks, dtype=torch.int32) if any(chunks) else None
-
-    def uses_mid_band(self, site_name: str) -> bool:
-        """Whether any head of the site uses the mid band, so that its statistics are needed."""
-        return any(any(budget.mid) for budget in self._site(site_name).budgets)
-
-    def mid_band_notes(self, where: str) -> list[str]:
-        """What becomes of the mid band where its pairs are attended exactly; logged once, too.
-
-        where: "on CUDA" or "in an exported file". Empty if no head has a mid band.
-        """
-        using = {name: site for name, site in self.sites.items() if self.uses_mid_band(name)}
-        if not using:
-            return []
-        note = (
-            f"the plan uses the mid band at {len(using)} sites ({some_of(using)}), whose pairs are "
-            f"attended exactly {where}: the error is no larger than the plan's, and the density is"
-        )
-        _warn_once(note)
-        return [note]
+        return max(self._site(site_name).chunks, default=0)
 
     def expected_error(self, site_name: str, tokens: int) -> float:
         """Output error to expect where a site attends over another number of tokens.

@@ -55,17 +55,12 @@ class Budget(Record):
 
     Attributes:
         threshold: routing scores at or above it are attended exactly; 0 is dense.
-        mid: whether pairs just below the threshold are served from means of 8 tokens, which no
-            calibration chooses.
     """
 
     threshold: list[float]
-    mid: list[bool]
 
     @model_validator(mode="after")
     def _check(self) -> Budget:
-        if len(self.threshold) != len(self.mid):
-            raise ValueError("threshold and mid must have one entry per head")
         if any(not 0 <= value <= MAX_THRESHOLD for value in self.threshold):
             raise ValueError("a threshold is negative or too large")
         return self

@@ -77,8 +77,8 @@ def split_as_decided(gm: fx.GraphModule, decision: Decision) -> Inserted:
     """Put the op in the place of a site, with the budget that was decided on."""
     assert decision.budget is not None
     return insert_split(
-        gm, decision.site, decision.budget, mid_band=decision.mid_band, density=decision.density,
-        probes=decision.probes, chunks=decision.chunks,
+        gm, decision.site, decision.budget, density=decision.density, probes=decision.probes,
+        largest_chunk=decision.largest_chunk,
     )  # fmt: skip
 
 
@@ -87,19 +87,17 @@ def insert_split(
     site: Site,
     budget: Tensor | fx.Node,
     *,
-    mid_band: bool,
     density: float,
     probes: int,
-    chunks: Tensor | None = None,
+    largest_chunk: int = 0,
 ) -> Inserted:
     """Put the op `freqopt::split_attention` in place of the attention of an eligible site.
 
     Args:
-        budget: (2, H) float32 thresholds of the exact and the mid band: a tensor, kept with the
-            graph as a constant on the site's device, or a node of the graph.
-        mid_band: take the mid band's thresholds, as its pairs are attended exactly.
+        budget: (2, H) float32, the heads' thresholds and the chunks of their orders: a tensor, kept
+            with the graph as constants on the site's device, or a node of the graph.
         density, probes: as the op takes them.
-        chunks: (Hkv,) int32, of the orders by content; None for the grid's order.
+        largest_chunk: at least the largest of the chunks, 0 where all are in the grid's order.
 
     Returns:
         The op's nodes; the output has taken all uses of the attention.
@@ -112,24 +110,15 @@ def insert_split(
     import freqopt.kernels.op  # noqa: F401  registers the op
 
     graph, node = site.node.graph, site.node
-    if isinstance(budget, fx.Node):
-        with graph.inserting_before(node):
-            constant = graph.call_function(torch.select, (budget, 0, int(mid_band)))
-            constant.meta["example_value"] = value(budget)[int(mid_band)]
-    else:
-        name = f"freqopt_budget_{site.name}"
-        constant = add_constant(gm, graph, name, budget[int(mid_band)].to(site.device))
-    ordering: tuple[Any, ...] = ()
-    if chunks is not None:
-        named = add_constant(gm, graph, f"freqopt_chunks_{site.name}", chunks.to(site.device))
-        ordering = (named, int(chunks.max()))
+    threshold, chunks = _rows_of_budget(gm, site, budget, largest_chunk)
+    ordering: tuple[Any, ...] = () if chunks is None else (chunks, largest_chunk)
     with graph.inserting_before(node):
         query, key, values, key_mask, grid, before, after, scale = site_operands(site)
         if site.query_arguments:
             layout = [_argument(site, argument) for argument in site.query_arguments]
             ordering = (*(ordering or (None, 0)), None, None, layout)
         arguments = (
-            query, key, values, constant, key_mask, list(grid), before, after, scale, density,
+            query, key, values, threshold, key_mask, list(grid), before, after, scale, density,
             probes, *ordering,
         )  # fmt: skip
         call = graph.call_function(torch.ops.freqopt.split_attention.default, arguments)
@@ -143,6 +132,28 @@ def insert_split(
             new = _method(site, "contiguous", new)
     _take_over(site, new)
     return Inserted(call, new)
+
+
+def _rows_of_budget(
+    gm: fx.GraphModule, site: Site, budget: Tensor | fx.Node, largest_chunk: int
+) -> tuple[fx.Node, fx.Node | None]:
+    """Nodes for the thresholds (H,) float32 and the key heads' chunks (Hkv,) int32, if any."""
+    graph, share = site.node.graph, site.heads // site.kv_heads
+    if isinstance(budget, Tensor):
+        name = f"freqopt_budget_{site.name}"
+        threshold = add_constant(gm, graph, name, budget[0].to(site.device))
+        if not largest_chunk:
+            return threshold, None
+        chunks = budget[1, ::share].to(site.device, torch.int32)
+        return threshold, add_constant(gm, graph, f"freqopt_chunks_{site.name}", chunks)
+    with graph.inserting_before(site.node):
+        threshold = add_function(site.node.meta, torch.select, budget, 0, 0)
+        if not largest_chunk:
+            return threshold, None
+        row = add_function(site.node.meta, torch.select, budget, 0, 1)
+        first = add_method(site.node.meta, "unflatten", row, 0, (-1, share))
+        first = add_method(site.node.meta, "select", first, 1, 0)
+        return threshold, add_method(site.node.meta, "to", first, torch.int32)
 
 
 def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:

@@ -36,7 +36,7 @@ def packed_case() -> Case:
 def plan_of(case: Case, *grids: tuple[int, int, int], dense: str = "") -> Plan:
     """A plan for both attentions of a packed case, or for all but one."""
     site = {"heads": HEADS, "head_dim": DIM, "tokens": 180}
-    budget = Budget(threshold=[0.5] * HEADS, mid=[False] * HEADS)
+    budget = Budget(threshold=[0.5] * HEADS)
     split = SitePlan(**site, decision="split", reason="", budgets=[budget])
     sites = {f"blocks.{i}": split for i in range(2)}
     if dense:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ import freqopt.decisions
 from freqopt.backend import freqopt_backend
 from freqopt.break_even import CPU_TOKENS, default_min_tokens
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
-from freqopt.decisions import decide, records_cuda_graphs
+from freqopt.decisions import records_cuda_graphs
 from freqopt.errors import OptionError, PlanError, SiteError
 from freqopt.options import parse_options
-from freqopt.passes.find import find_sites
-from freqopt.passes.site import Site
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 
@@ -71,10 +68,10 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> tuple[T
 
 
 def make_plan(*, heads: int = HEADS, names: tuple[str, ...] = ("blocks.0", "blocks.1")) -> Plan:
-    """Splits the first site, with a mid band on its second head, and leaves the second dense."""
+    """Splits the first site and leaves the second dense."""
     split = SitePlan(
         heads=heads, head_dim=DIM, tokens=TOKENS, decision="split", reason="calibrated",
-        budgets=[Budget(threshold=[0.5] * heads, mid=[False] * (heads - 1) + [True])],
+        budgets=[Budget(threshold=[0.5] * heads * (heads - 1) + [True])],
     )  # fmt: skip
     dense = SitePlan(
         heads=heads, head_dim=DIM, tokens=TOKENS, decision="dense", reason="too sensitive"
@@ -168,31 +165,8 @@ def test_a_plan_says_what_is_split_and_how(saved: bool, tmp_path: Path) -> None:
     given = str(tmp_path / "plan.json") if saved else plan
     _, inner = run(Toy(), (video(GRID),), plan=given, min_tokens=1, strict=True)
     (call,), (budget,) = inner.calls(), inner.budgets()
-    torch.testing.assert_close(budget, plan.budget("blocks.0")[1])  # where the mid band begins
+    torch.testing.assert_close(budget, plan.budget("blocks.0")[0])
     assert call.args[-2:] == (0.0, DEFAULT_PROBES)
-
-
-def test_a_mid_band_is_noted_once_where_it_is_attended_exactly(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    freqopt.plan.plan._warn_once.cache_clear()
-    seen: list[Site] = []
-    toy, plan = Toy(), make_plan()
-
-    def look(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        seen.extend(find_sites(gm))
-        return gm.forward
-
-    torch.compile(toy, backend=look, dynamic=False)(video(GRID))
-    settings = parse_options({"plan": plan, "min_tokens": 1})
-    decide(settings, seen)
-    assert "mid band" not in caplog.text
-    on_gpu = [replace(site, device=torch.device("cuda")) for site in seen]
-    for _ in range(2):
-        assert decide(settings, on_gpu)[0].mid_band
-    (note,) = (r for r in caplog.records if "mid band" in r.message)
-    assert note.levelno == logging.WARNING and "1 sites (blocks.0)" in note.message
-    assert "attended exactly on CUDA" in note.message
 
 
 def test_a_changed_plan_file_is_read_again(tmp_path: Path) -> None:
@@ -202,7 +176,7 @@ def test_a_changed_plan_file_is_read_again(tmp_path: Path) -> None:
     for number, threshold in enumerate((0.25, 0.75)):
         plan = make_plan()
         site = plan.sites["blocks.0"].model_copy(
-            update={"budgets": [Budget(threshold=[threshold] * HEADS, mid=[False] * HEADS)]}
+            update={"budgets": [Budget(threshold=[threshold] * HEADS)]}
         )
         plan.model_copy(update={"sites": {**plan.sites, "blocks.0": site}}).save(path)
         os.utime(path, ns=(number, number))

@@ -135,7 +135,7 @@ def test_dynamic_lengths_are_read_at_the_call() -> None:
 def with_chunks(chunks: list[int]) -> Plan:
     """A plan that splits the first of two sites, with its heads' chunks."""
     shape: dict[str, Any] = {"heads": HEADS, "head_dim": DIM, "tokens": 6 * 8 * 16, "reason": ""}
-    budget = Budget(threshold=[0.5] * HEADS, mid=[False] * HEADS)
+    budget = Budget(threshold=[0.5] * HEADS)
     sites = {
         "blocks.0": SitePlan(decision="split", budgets=[budget], chunks=chunks, **shape),
         "blocks.1": SitePlan(decision="dense", **shape),

@@ -56,7 +56,7 @@ def make_plan(model: nn.Module, *, buckets: int = 3, only: int | None = None) ->
         tokens=396,
         decision="split",
         reason="",
-        budgets=[Budget(threshold=THRESHOLDS[b], mid=[b == 2, False]) for b in rows],
+        budgets=[Budget(threshold=THRESHOLDS[b]) for b in rows],
         density=[0.5, 0.5],
         error=[0.1, 0.1],
     )

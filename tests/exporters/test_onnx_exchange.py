@@ -17,7 +17,6 @@ from attention_cases import relative
 from typer.testing import CliRunner
 
 from freqopt.cli.export import export_app
-from freqopt.config import MID_RATIO
 from freqopt.errors import PlanError
 from freqopt.exporters.exchange import exchange_plan
 from freqopt.exporters.manifest import Artifact
@@ -31,7 +30,7 @@ from freqopt.plan.plan import Plan, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SITES = ("blocks.0.attn", "blocks.1.attn")
-SPLIT, DENSE = (0.6, False), None
+SPLIT, DENSE = 0.6, None
 
 
 def small() -> tuple[VideoDiT, tuple[Tensor, ...]]:
@@ -44,11 +43,11 @@ def small() -> tuple[VideoDiT, tuple[Tensor, ...]]:
     return model, (torch.randn(1, 3, 5, 24, 32), torch.rand(1))
 
 
-def plan_for(model: nn.Module, *sites: tuple[float, bool] | None) -> Plan:
-    """A plan by hand: threshold and mid band of each site, or None where it stays dense."""
+def plan_for(model: nn.Module, *sites: float | None) -> Plan:
+    """A plan by hand: threshold of each site, or None where it stays dense."""
     made = {}
     for name, site in zip(SITES, sites, strict=True):
-        budgets = [{"threshold": [site[0]] * 2, "mid": [site[1]] * 2}] if site else []
+        budgets = [{"threshold": [site] * 2}] if site else []
         made[name] = {
             "heads": 2, "head_dim": 32, "tokens": 240, "reason": "test",
             "decision": "split" if site else "dense", "budgets": budgets,
@@ -87,7 +86,7 @@ def output(artifact: Artifact) -> Tensor:
 
 def test_the_file_does_what_the_new_plan_says(artifact: Artifact) -> None:
     model, args = small()
-    new = plan_for(model, (1.2, False), DENSE)
+    new = plan_for(model, 1.2, DENSE)
     before = output(artifact)
     changed = exchange_plan(artifact, new)
     with torch.no_grad():
@@ -109,16 +108,6 @@ def test_a_dense_site_of_the_file_stays_dense(tmp_path: Path) -> None:
     made = write_onnx(program, tmp_path, plan=plan_for(model, SPLIT, DENSE), library=False)
     changed = exchange_plan(made.path, plan_for(model, SPLIT, SPLIT))
     assert changed.notes == ["the plan splits blocks.1.attn, which is not split here"]
-
-
-def test_a_mid_band_goes_into_the_file_as_its_threshold(artifact: Artifact) -> None:
-    model, _ = small()
-    with_mid = output(exchange_plan(artifact, plan_for(model, SPLIT, (0.6, True))))
-    notes = Artifact.load(artifact.path).notes
-    assert len(notes) == 1 and "mid band at 1 sites (blocks.1.attn)" in notes[0]
-    exact = output(exchange_plan(artifact, plan_for(model, SPLIT, (0.6 * MID_RATIO, False))))
-    assert torch.equal(with_mid, exact)
-    assert relative(output(exchange_plan(artifact, plan_for(model, SPLIT, SPLIT))), exact) > 1e-4
 
 
 def test_plans_that_do_not_fit(artifact: Artifact) -> None:
@@ -145,7 +134,7 @@ def test_files_that_have_no_budgets(artifact: Artifact) -> None:
 
 
 def test_command(artifact: Artifact, tmp_path: Path) -> None:
-    plan_for(small()[0], (1.2, False), DENSE).save(tmp_path / "plan.json")
+    plan_for(small()[0], 1.2, DENSE).save(tmp_path / "plan.json")
     arguments = ["plan", str(artifact.path), "--plan", str(tmp_path / "plan.json")]
     done = CliRunner().invoke(export_app, arguments)
     assert done.exit_code == 0, done.output

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from freqopt.cli.export import export_app, run_command_app
-from freqopt.config import MID_RATIO
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.exporters import runner
 from freqopt.exporters.manifest import Artifact
@@ -30,7 +29,7 @@ from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableE
 from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
-from freqopt.plan.plan import Plan, _warn_once, model_fingerprint
+from freqopt.plan.plan import Plan, model_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FREE = torch.export.Dim.AUTO
@@ -57,14 +56,14 @@ def inputs(args: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("video", "timestep"), args, strict=True))
 
 
-def plan_for(model: nn.Module, **sites: tuple[float, bool]) -> Plan:
-    """A plan by hand: threshold and mid band of each split site (dots written as __)."""
+def plan_for(model: nn.Module, **sites: float) -> Plan:
+    """A plan by hand: threshold of each split site (dots written as __)."""
     budgets = {
         name.replace("__", "."): {
             "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
-            "budgets": [{"threshold": [value, 2 * value], "mid": [mid, False]}],
+            "budgets": [{"threshold": [value, 2 * value]}],
         }
-        for name, (value, mid) in sites.items()
+        for name, value in sites.items()
     }  # fmt: skip
     return Plan.model_validate(
         {
@@ -126,7 +125,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     model, args = small_dit(), call(5, 24, 32)
-    plan = plan_for(model, blocks__1__attn=(0.4, False))
+    plan = plan_for(model, blocks__1__attn=0.4)
     program = make_program(model, args, plan=plan)
     made = write_onnx(program, tmp_path, plan=plan, library=False)
     assert list(made.sites) == ["blocks.1.attn"]
@@ -150,37 +149,9 @@ def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
     assert relative(torch.from_numpy(out), dense) < 1e-5
 
 
-def test_a_mid_band_is_attended_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A plan's mid band is the definition with the mid band's threshold, and a note says so."""
-    _warn_once.cache_clear()
-    model, args = small_dit(), call(5, 24, 32)
-    plan = plan_for(model, blocks__0__attn=(1.2, True), blocks__1__attn=(0.4, False))
-    program = make_program(model, args, plan=plan)
-    made = write_onnx(program, tmp_path, plan=plan, library=False)
-    found = run_artifact(made, inputs(args), provider="cpu", threads=1).outputs["output"]
-    sites = dict(plan.sites)
-    (budget,) = sites["blocks.0.attn"].budgets
-    assert budget.mid == [True, False] and budget.threshold == [1.2, 2.4]
-    thresholds = [budget.threshold[0] * MID_RATIO, budget.threshold[1]]
-    exact = budget.model_copy(update={"threshold": thresholds, "mid": [False, False]})
-    sites["blocks.0.attn"] = sites["blocks.0.attn"].model_copy(update={"budgets": [exact]})
-    outputs = []
-    for chosen in (plan.model_copy(update={"sites": sites}), plan):
-        torch.compiler.reset()
-        options = {"plan": chosen, "min_tokens": 1, "inner": "eager"}
-        with torch.no_grad():
-            outputs.append(torch.compile(model, backend="freqopt", options=options)(*args))
-    expected, with_mid = outputs
-    assert relative(found, expected) < 1e-5
-    assert relative(with_mid, expected) > 1e-4, "the mid band must show"
-    (note,) = (note for note in made.notes if "mid band" in note)
-    assert "1 sites (blocks.0.attn)" in note and "exactly in an exported file" in note
-    assert note in caplog.text
-
-
 def test_gpu_kernels_are_embedded_on_request(tmp_path: Path) -> None:
     model, args = small_dit(torch.float16), tuple(x.half() for x in call(3, 24, 32))
-    plan = plan_for(model, blocks__0__attn=(0.4, False), blocks__1__attn=(0.6, False))
+    plan = plan_for(model, blocks__0__attn=0.4, blocks__1__attn=0.6)
     program = make_program(model, args, plan=plan)
     made = write_onnx(program, tmp_path, plan=plan, capabilities=[90])
     kernels = made.manifest["kernels"]
@@ -304,7 +275,7 @@ def test_models_that_cannot_be_exported(tmp_path: Path) -> None:
         export_onnx(Branching(), (torch.randn(3),), None, tmp_path / "file")
     with pytest.raises(OptionError, match=r"torch\.nn\.Module"):
         export_onnx(lambda x: x, (torch.randn(3),), None, tmp_path)  # type: ignore[arg-type]
-    other = plan_for(nn.Linear(3, 3), blocks__0__attn=(0.4, False))
+    other = plan_for(nn.Linear(3, 3), blocks__0__attn=0.4)
     with pytest.raises(PlanError, match="fingerprint"):
         export_onnx(small_dit(), call(3, 24, 32), None, tmp_path, plan=other)
 

@@ -40,7 +40,7 @@ def small() -> tuple[VideoDiT, tuple[torch.Tensor, ...]]:
 def plan_for(model: VideoDiT) -> Plan:
     site = {
         "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
-        "budgets": [{"threshold": [0.4, 0.8], "mid": [False, False]}],
+        "budgets": [{"threshold": [0.4, 0.8]}],
     }  # fmt: skip
     return Plan.model_validate(
         {

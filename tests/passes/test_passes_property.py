@@ -209,7 +209,7 @@ def test_any_way_of_writing_a_transformer_is_found_and_rewritten(style: Style) -
             for site in sites:
                 if site.eligible:
                     zero = torch.zeros(2, site.heads)
-                    insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
+                    insert_split(gm, site, zero, density=0.0, probes=0)
         gm.graph.lint()
         gm.recompile()
         return gm.forward

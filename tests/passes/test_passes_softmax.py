@@ -90,7 +90,7 @@ def test_nothing_of_it_is_left_in_an_exported_program(attend: Attend) -> None:
 
     with packed_opened(gm):
         (site,) = find_sites(gm)
-        insert_split(gm, site, torch.zeros(2, 2), mid_band=False, density=0.0, probes=0)
+        insert_split(gm, site, torch.zeros(2, 2), density=0.0, probes=0)
     gm.recompile()
     names = " ".join(str(node.target) for node in gm.graph.nodes)
     assert "split_attention" in names

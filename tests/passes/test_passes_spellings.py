@@ -131,7 +131,7 @@ def capture(model: nn.Module, video: Tensor, *, split: bool) -> tuple[Tensor, li
             found.extend(find_sites(gm))
             for site in found if split else []:
                 if site.eligible:
-                    insert_split(gm, site, torch.zeros(2, site.heads), mid_band=False, density=0.0,
+                    insert_split(gm, site, torch.zeros(2, site.heads), density=0.0,
                                  probes=8)  # fmt: skip
         assert split or str(gm.graph) == before
         gm.graph.lint()

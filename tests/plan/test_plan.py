@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from freqopt.config import MID_RATIO, SPLIT_VERSION
+from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.plan.content import PLAN_VERSION
 from freqopt.plan.plan import Plan, _content_hash, model_fingerprint
@@ -30,7 +30,7 @@ def make_plan(**changes: Any) -> Plan:
     sites = {
         "blocks.0.attn": SitePlan(
             heads=2, head_dim=64, tokens=256, decision="split", reason="",
-            budgets=[Budget(threshold=[0.25, 2.0], mid=[False, True])],
+            budgets=[Budget(threshold=[0.25, 2.0])],
             density=[0.1, 0.2], error=[0.05, 0.04], gains=[[0.5, 0.25]],
         ),
         "blocks.1.attn": SitePlan(
@@ -87,22 +87,31 @@ def test_reformatting_keeps_a_plan_valid(path: Path) -> None:
     assert Plan.load(path) == make_plan()
 
 
-def test_budget_rows_are_thresholds_of_both_bands() -> None:
-    budget = make_plan().budget("blocks.0.attn")
-    assert budget.dtype == torch.float32
-    assert budget.tolist() == [[0.25, 2.0], [0.25, 2.0 * MID_RATIO]]
-    assert make_plan().budget("blocks.1.attn").tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    assert make_plan().uses_mid_band("blocks.0.attn")
-    assert not make_plan().uses_mid_band("blocks.1.attn")
-
-
-def test_a_mid_band_has_a_note_where_its_pairs_are_exact() -> None:
+def test_budget_rows_are_thresholds_and_chunks() -> None:
     plan = make_plan()
-    (note,) = plan.mid_band_notes("on CUDA")
-    assert "1 sites (blocks.0.attn)" in note and "exactly on CUDA" in note
-    assert plan.mid_band_notes("on CUDA") == [note]
-    dense = plan.model_copy(update={"sites": {"b": plan.sites["blocks.1.attn"]}})
-    assert dense.mid_band_notes("on CUDA") == []
+    budget = plan.budget("blocks.0.attn")
+    assert budget.dtype == torch.float32
+    assert budget.tolist() == [[0.25, 2.0], [0.0, 0.0]] and plan.largest_chunk("blocks.0.attn") == 0
+    assert plan.budget("blocks.1.attn").tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    site = plan.sites["blocks.0.attn"].model_copy(update={"chunks": [512]})
+    ordered = plan.model_copy(update={"sites": {"blocks.0.attn": site}})
+    assert ordered.budget("blocks.0.attn").tolist() == [[0.25, 2.0], [512.0, 512.0]]
+    assert ordered.largest_chunk("blocks.0.attn") == 512
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ([300, 0], "power of two"),
+        ([128, 0], "power of two"),
+        ([256, 0, 0], "do not go with 2 heads"),
+    ],
+)
+def test_chunks_that_no_order_has_are_refused(chunks: list[int], said: str) -> None:
+    content = make_plan().model_dump()
+    content["sites"]["blocks.0.attn"]["chunks"] = chunks
+    with pytest.raises(ValueError, match=said):
+        Plan.model_validate(content)
 
 
 def test_unknown_site_names_near_misses() -> None:

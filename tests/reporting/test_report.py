@@ -51,7 +51,7 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
     power = np.exp(-np.arange(32) / 6.0)
     sites, found = {}, {}
     budgets = [
-        Budget(threshold=[factor * x for x in (1.0, 0.5, 0.1)], mid=[False] * HEADS)
+        Budget(threshold=[factor * x for x in (1.0, 0.5, 0.1)])
         for factor in ((1.0, 0.5) if buckets else (1.0,))
     ]
     for name, decision in (("blocks.0.attn", "split"), ("blocks.1.<attn>", "dense")):

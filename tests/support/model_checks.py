@@ -87,7 +87,7 @@ def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:
             for site in used:
                 if site.eligible:
                     zero = torch.zeros(2, site.heads)
-                    insert_split(gm, site, zero, mid_band=False, density=0.0, probes=0)
+                    insert_split(gm, site, zero, density=0.0, probes=0)
         for node in gm.graph.nodes:
             if node.target is torch.ops.freqopt.split_attention.default:
                 node.target = measured

@@ -38,7 +38,7 @@ def plan_of(model: nn.Module, inputs: dict[str, Any], threshold: float, **grids:
         ]
         sites[name] = SitePlan(
             heads=site.heads, head_dim=site.head_dim, tokens=site.tokens, decision="split",
-            reason="", budgets=[Budget(threshold=budget, mid=[False] * site.heads)],
+            reason="", budgets=[Budget(threshold=budget)],
             layouts=layouts,
         )  # fmt: skip
     found = sorted({k.grid for known in desk.layouts.values() for k in known})
