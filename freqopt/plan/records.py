@@ -121,9 +121,10 @@ class SitePlan(Record):
     def _check(self) -> SitePlan:
         if (self.decision == "split") != bool(self.budgets):
             raise ValueError("a split site needs budgets and a dense site has none")
-        rows = [budget.threshold for budget in self.budgets]
-        rows += [self.density, self.error, *self.gains, *self.marginals]
-        if any(row and len(row) != self.heads for row in rows):
+        rows = [self.density, self.error, *self.gains, *self.marginals]
+        if any(row and len(row) != self.heads for row in rows) or any(
+            len(budget.threshold) != self.heads for budget in self.budgets
+        ):
             raise ValueError(f"a list does not have one entry for each of the {self.heads} heads")
         if self.chunks and self.heads % len(self.chunks):
             raise ValueError(f"{len(self.chunks)} chunks do not go with {self.heads} heads")

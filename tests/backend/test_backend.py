@@ -71,7 +71,7 @@ def make_plan(*, heads: int = HEADS, names: tuple[str, ...] = ("blocks.0", "bloc
     """Splits the first site and leaves the second dense."""
     split = SitePlan(
         heads=heads, head_dim=DIM, tokens=TOKENS, decision="split", reason="calibrated",
-        budgets=[Budget(threshold=[0.5] * heads * (heads - 1) + [True])],
+        budgets=[Budget(threshold=[0.5] * heads)],
     )  # fmt: skip
     dense = SitePlan(
         heads=heads, head_dim=DIM, tokens=TOKENS, decision="dense", reason="too sensitive"
