@@ -12,7 +12,7 @@ from freqopt.passes.axes.dimensions import same
 from freqopt.passes.masks.masks import hides_nothing
 from freqopt.passes.nodes import shape
 from freqopt.passes.reasons import Reason
-from freqopt.passes.site import Site, Size
+from freqopt.passes.site import Extent, Site, Size
 
 UNPLACED = frozenset(
     {
@@ -49,6 +49,7 @@ def by_content(site: Site) -> Site | None:
         return None
     own = same(query[-2], key[-2]) and site.why.reason not in OTHER_TOKENS
     at = -1 if attention.key_transposed else -2
+    queries = _length(site.query_length, Size(attention.query, -2))
     return replace(
         site,
         kind="self" if own else "cross",
@@ -57,10 +58,15 @@ def by_content(site: Site) -> Site | None:
         text_after=0,
         why=Reason.FITS_BY_CONTENT(instead=site.why.seen),
         attention=replace(attention, mask=None),
-        grid_arguments=(1, 1, Size(attention.key, at)),
+        grid_arguments=(1, 1, _length(site.key_length, Size(attention.key, at))),
         text_before_arguments=(),
         text_after_arguments=(),
         pad_before_arguments=(),
         pad_after_arguments=(),
-        query_arguments=() if own else (1, 1, Size(attention.query, -2), 0, 0),
+        query_arguments=() if own else (1, 1, queries, 0, 0),
     )
+
+
+def _length(length: Extent, read: Size) -> int | Size:
+    """A number of tokens as a graph gets it: the number, or where it is read at run time."""
+    return length if isinstance(length, int) else read
