@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def milliseconds(call: Callable[[], object], *, warmup: int = 25, repeat: int = 
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=warmup, rep=repeat, return_mode="median"))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call: the median on a GPU, the better of two on a CPU."""
+    if device.type == "cuda":
+        return milliseconds(call)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return min(times)
 
 
 def graph_milliseconds(call: Callable[[], object], *, warmup: int = 25, repeat: int = 100) -> float:

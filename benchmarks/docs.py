@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 
 def wanted() -> dict[Path, str]:
     """Every generated file, and what it should hold."""
-    made = {DOCS / "results" / f"{page.name}.md": page.text() for page in results_pages.PAGES}
+    made = {DOCS / "results" / f"{page.name}.md": page.text() for page in results_pages.present()}
     made[DOCS / "results" / "README.md"] = results_pages.index()
     for page, name, inside in (
         (README, "measured", readme.measured()),

@@ -14,10 +14,18 @@ from benchmarks.pages import RESULTS, load, origin, table
 SHOWN = (0.05, 0.1, 0.2)
 """Densities of the README's table; docs/results/attention.md has all that were measured."""
 
+DENSE = 0.99
+"""Density from which a row is dense attention, which no order changes."""
+
 NOTHING_YET = (
     "**No GPU figures yet.**\nThe kernels compile for sm_80 and sm_90 and agree with the "
     "definition in Triton's interpreter.\nThey have not been run on a GPU."
 )
+
+
+def in_grid_order(problem: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a problem under the grid's order, the only one of results without a name of it."""
+    return [row for row in problem["rows"] if row.get("order", "grid") == "grid"]
 
 
 def near(density: float) -> bool:
@@ -34,7 +42,7 @@ def summary(result: dict[str, Any]) -> list[str]:
             f"{min(problem['dense_ms'].values()):.1f} ms", f"**{row['speedup']:.2f}x**",
         ]
         for problem in result["problems"]
-        for row in problem["rows"]
+        for row in in_grid_order(problem)
         if near(row["density"])
     ]  # fmt: skip
     first = result["problems"][0]
@@ -58,7 +66,7 @@ def attention(result: dict[str, Any]) -> list[str]:
                 f"{row['speedup']:.2f}x",
                 f"{100 * row['other_share']:.1f} %" if "other_share" in row else "",
             ]
-            for row in problem["rows"]
+            for row in in_grid_order(problem)
         ]  # fmt: skip
         head = [
             "density", "relative L1", "relative L2", "whole call", "in a CUDA graph",
@@ -70,7 +78,77 @@ def attention(result: dict[str, Any]) -> list[str]:
             f"Dense attention takes {min(problem['dense_ms'].values()):.1f} ms.", "",
             *table(head, rows), "",
         ]  # fmt: skip
+        if len(in_grid_order(problem)) < len(problem["rows"]):
+            lines += [*by_order(problem["rows"]), ""]
     return lines[:-1]
+
+
+def by_order(rows: list[dict[str, Any]]) -> list[str]:
+    """What every order of the tokens gives and costs, at every density below dense."""
+    cells = [
+        [
+            row["order"], f"{100 * row['density']:.1f} %", f"{row['l1']:.4f}", f"{row['l2']:.4f}",
+            f"{row['probe_error']:.4f}", f"{row['ms']:.2f} ms", f"{row['speedup']:.2f}x",
+            f"{100 * row['order_share']:.1f} %",
+        ]
+        for row in rows
+        if row["density"] < DENSE
+    ]  # fmt: skip
+    head = [
+        "order", "density", "relative L1", "relative L2", "by the probes", "whole call",
+        "against dense", "of it the order",
+    ]  # fmt: skip
+    return table(head, cells)
+
+
+def dinov2_errors(result: dict[str, Any], clip: str) -> list[str]:
+    """Mean errors over layers and heads on one clip: an order a row, a density a column."""
+    rows = [row for row in result["rows"] if row["clip"] == clip]
+    wanted = sorted({row["wanted"] for row in rows})
+    found = {(row["order"], row["wanted"]): row for row in rows}
+    cells = [
+        [
+            order,
+            *(f"{found[order, d][e]:.4f}" for e in ("l2", "l1") for d in wanted),
+        ]
+        for order in dict.fromkeys(row["order"] for row in rows)
+    ]
+    head = [f"{name} at {100 * d:.0f} %" for name in ("L2", "L1") for d in wanted]
+    return table(["order", *head], cells)
+
+
+def dinov2_speed(result: dict[str, Any]) -> list[str]:
+    """Whole calls at one error."""
+    cells = [
+        [
+            row["order"], f"one {row['by']}", f"{100 * row['density']:.1f} %", f"{row['l2']:.4f}",
+            f"{row['ms']:.2f} ms", f"{row['dense_ms']:.2f} ms", f"**{row['speedup']:.2f}x**",
+            f"{100 * row['order_share']:.1f} %",
+        ]
+        for row in result["speed"]
+    ]  # fmt: skip
+    head = [
+        "order", "budget", "density", "relative L2", "split", "dense", "against dense",
+        "of it the order",
+    ]  # fmt: skip
+    return table(head, cells)
+
+
+def cpu(result: dict[str, Any]) -> list[str]:
+    """The op on a CPU."""
+    cells = [
+        [
+            row["order"], f"{100 * row['density']:.1f} %", f"{row['l1']:.4f}", f"{row['l2']:.4f}",
+            f"{row['ms']:.0f} ms", f"{row['dense_ms']:.0f} ms", f"**{row['speedup']:.2f}x**",
+            f"{100 * row['order_share']:.1f} %",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = [
+        "order", "density", "relative L1", "relative L2", "split", "dense", "against dense",
+        "of it the order",
+    ]  # fmt: skip
+    return table(head, cells)
 
 
 def backward(result: dict[str, Any]) -> list[str]:

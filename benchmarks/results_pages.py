@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import calibration_page, models, readme, roofline, scaling
-from benchmarks.pages import load, origin, table
+from benchmarks.pages import RESULTS, load, origin, table
 
 FILES = "../../benchmarks/results"
 
@@ -48,11 +49,44 @@ def attention() -> Iterator[str]:
     yield "All heads have one threshold, so that the mean density is the one in the first column."
     yield "*Whole call* is what a caller waits for; in a CUDA graph Python launches nothing."
     yield "A row whose error fails its gate has no time."
+    yield "Where a second table has several orders, *per head* takes for each head the better of"
+    yield "the grid's and all by content, chosen on another seed and timestep."
     for name, title in (("attention", "NVIDIA H200"), ("attention_h100", "NVIDIA H100")):
         result = load(name)
         yield from ("", f"## {title}", "", origin(result), "")
         yield from readme.attention(result)
     yield from ("", f"![Error against time on an H200]({FILES}/attention.png)")
+
+
+def dinov2() -> Iterator[str]:
+    """Others' weights on others' film."""
+    result = load("dinov2")
+    grid = " x ".join(str(n) for n in result["grid"])
+    yield f"{result['model']}, on film of {result['film']}:"
+    yield f"{grid} = {result['tokens']:,} patches under one softmax, {result['layers']} layers of"
+    yield f"{result['heads']} heads of {result['head_dim']}, {result['dtype'].split('.')[-1]}."
+    yield "Errors are relative to dense attention on the same tensors; means over layers and heads."
+    yield "Every head has the density of its column."
+    yield "*Per head* takes the better of the grid's order and all by content, by another clip."
+    yield from ("", origin(result))
+    for clip in dict.fromkeys(row["clip"] for row in result["rows"]):
+        yield from ("", f"## {clip}", "", *readme.dinov2_errors(result, clip))
+    if not result["speed"]:
+        return
+    yield from ("", f"## Time at a relative L2 error of {result['target_l2']:g}", "")
+    first = result["speed"][0]
+    yield f"{first['heads']} heads of the clip {first['clip']}, mean over layers."
+    yield "*One density*: the call finds each head's threshold. *One threshold*: all have the same."
+    yield from ("", *readme.dinov2_speed(result))
+
+
+def on_a_cpu() -> Iterator[str]:
+    """The op on a CPU."""
+    result = load("cpu")
+    yield f"{result['heads']} heads of {result['head_dim']}, {result['tokens']:,} tokens with the"
+    yield f"statistics of natural video, {result['dtype'].split('.')[-1]};"
+    yield f"{result['threads']} threads for both, which take turns in {result['rounds']} rounds."
+    yield from ("", origin(result), "", *readme.cpu(result))
 
 
 def gradients() -> Iterator[str]:
@@ -162,13 +196,30 @@ PAGES = (
          ("export", "export_564acc8"), exported),
     Page("demo", "The demo", "A video sampled from the zoo's model, dense and rewritten",
          ("demo_h200", "demo_cpu"), demos),
+    Page("dinov2", "Others' weights", "Orders of tokens on DINOv2 over real film", ("dinov2",),
+         dinov2),
+    Page("cpu", "On a CPU", "The op beside dense attention on a CPU", ("cpu",), on_a_cpu),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
 )  # fmt: skip
 
 
+OPTIONAL = {"dinov2", "cpu"}
+"""Results that a checkout need not have: packages or machines of their own are needed for them."""
+
+
+def present(folder: Path = RESULTS) -> list[Page]:
+    """Pages whose results are there; only those of `OPTIONAL` may be left out."""
+    return [
+        page
+        for page in PAGES
+        if not OPTIONAL.issuperset(page.files)
+        or all((folder / f"{name}.json").exists() for name in page.files)
+    ]
+
+
 def index() -> str:
     """The folder's first page."""
-    rows = [[f"[{page.title}]({page.name}.md)", page.about] for page in PAGES]
+    rows = [[f"[{page.title}]({page.name}.md)", page.about] for page in present()]
     lines = [
         "# Results", "",
         "Every page here is written whole by `python -m benchmarks.docs`, from the files under",

@@ -58,10 +58,12 @@ def zoo_attention(
     Args:
         grid: tokens (t, h, w); the video has 4 * h by 4 * w pixels.
         timestep: the first step at or below it is recorded; 1 is noise.
+        model: where and in what type it samples; the pretrained one on the GPU in bfloat16 if None.
     """
     from freqopt.models_zoo.sampling import sample
 
     model = model or load_pretrained(device="cuda", dtype=torch.bfloat16)
+    weight = next(model.parameters())
     frames, height, width = grid[0], grid[1] * PATCH, grid[2] * PATCH
     recorded: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -77,7 +79,7 @@ def zoo_attention(
 
     sample(
         Recorder(), frames=frames, height=height, width=width, steps=steps, seed=seed,
-        device="cuda", dtype=torch.bfloat16,
+        device=weight.device, dtype=weight.dtype,
     )  # fmt: skip
     query, key, value = (torch.cat([x[i][:1] for x in recorded], 1) for i in range(3))
     return Attention(query, key, value, grid)
