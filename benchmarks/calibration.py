@@ -35,7 +35,7 @@ from benchmarks.calibration_variants import (
 from benchmarks.common import RESULTS, environment, write
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.ladder import THRESHOLDS
-from freqopt.calibration.measure.requests import Measure, Split
+from freqopt.calibration.measure.requests import Measure, SiteThresholds, Split
 from freqopt.calibration.phases import Calibration
 from freqopt.calibration.runner import opened
 from freqopt.calibration.samples import collect_samples
@@ -340,7 +340,11 @@ def compare_variants(
 def judge(bench: Bench, plan: Plan, seconds: float) -> dict[str, Any]:
     """What a plan does on inputs that it was not calibrated on."""
     request = Split(
-        {n: plan.budgets(n)[:, 0] for n, site in plan.sites.items() if site.decision == "split"}
+        {
+            name: SiteThresholds(plan.budgets(name)[:, 0], tuple(site.chunks))
+            for name, site in plan.sites.items()
+            if site.decision == "split"
+        }
     )
     error, density = bench.error(request)
     return {

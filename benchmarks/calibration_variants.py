@@ -13,7 +13,7 @@ import torch
 from benchmarks.calibration_bench import Bench, Thresholds
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.measure.requests import Split
+from freqopt.calibration.measure.requests import SiteThresholds, Split
 from freqopt.calibration.phases import Calibration
 from freqopt.calibration.search.allocate import solve_density
 from freqopt.calibration.search.choices import SiteChoices, site_choices
@@ -58,7 +58,9 @@ def uniform(sites: Sequence[SiteChoices], density: float) -> Thresholds:
         [(s.weight[:, None] * s.density[:, 1:]).sum(0) / s.heads for s in sites], axis=0
     )
     at = np.interp(-math.log(density), -np.log(means), np.log(sites[0].threshold[1:]))
-    return {s.name: torch.full((len(s.shares), s.heads), math.exp(at)) for s in sites}
+    return {
+        s.name: SiteThresholds(torch.full((len(s.shares), s.heads), math.exp(at))) for s in sites
+    }
 
 
 def tied(site: SiteChoices, group: Array) -> SiteChoices:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import nn
 
 from freqopt.calibration.checkpoint import identity_of, open_checkpoint
+from freqopt.calibration.measure.ladder import GRID_ALONE, ORDERS
 from freqopt.calibration.phases import Calibration
 from freqopt.calibration.runner import opened
 from freqopt.calibration.samples import (
@@ -43,6 +44,7 @@ class Options(TypedDict, total=False):
     grid: Grid | None
     timestep: str | None
     timestep_buckets: int
+    order: Literal["auto", "grid"]
     rounds: int | None
     passes: int | None
     checkpoint: str | os.PathLike[str] | None
@@ -73,6 +75,7 @@ def calibrate(
     grid: Grid | None = None,
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
+    order: Literal["auto", "grid"] = "auto",
     rounds: int | None = None,
     passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -108,6 +111,9 @@ def calibrate(
             (timestep, sigma, t and the like).
         timestep_buckets: ranges of the timestep with budgets of their own, at most; each needs a
             sample to fit and one held out. 1: the same budgets at all timesteps.
+        order: "auto" chooses for each key head whether its tokens are ordered by the grid or by
+            content, in chunks of 1,024 or all, and orders by content only where that gains more
+            than it takes; "grid" leaves out the others, and measuring them.
         rounds: of measuring what each head's error adds among those of all others, and allocating
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.
@@ -130,13 +136,15 @@ def calibrate(
             checkpoint of another calibration.
         OptionError: a target outside its range, two of them, a density that the loosest budgets do
             not reach, a target_psnr without a pipeline or for several models, a quantile without a
-            target_error, or fewer than one pass or timestep bucket.
+            target_error, an order that there is not, or fewer than one pass or timestep bucket.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
     _check_targets(target_error, quantile, target_psnr, target_density)
     for name, value, least in (("rounds", rounds, 0), ("passes", passes, 1)):
         if value is not None and value < least:
             raise OptionError(f"{name} {value} must be {least} or more")
+    if order not in ("auto", "grid"):
+        raise OptionError(f"order {order!r} is none; supported: 'auto' and 'grid'")
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
     if isinstance(model, Mapping):
@@ -160,15 +168,16 @@ def _calibrate_one(
         model, samples, timestep=options["timestep"], buckets=options["timestep_buckets"]
     )
     path, seed, identity = options["checkpoint"], options["seed"], ""
+    orders = GRID_ALONE if options["order"] == "grid" else ORDERS
     if path is not None:
-        identity = identity_of(inner, collected, grid=grid, seed=seed)
+        identity = identity_of(inner, collected, grid=grid, seed=seed, orders=orders)
     with (
         open_checkpoint(path, identity, keep=keep) as results,
         opened(inner, collected, grid, seed) as runner,
         open_progress(options["progress"]) as bars,
     ):
         bench = Workbench(runner, bars, results)
-        calibration = Calibration(bench, options["rounds"], options["passes"])
+        calibration = Calibration(bench, options["rounds"], options["passes"], orders)
         if density is not None:
             return calibration.for_density(density)
         if pipeline is not None:

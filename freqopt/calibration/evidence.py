@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.ladder import THRESHOLDS, Array
+from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS, Array
 from freqopt.calibration.measure.readings import MeasuredSite, SpectrumSums, Sums
 from freqopt.calibration.search.allocate import SiteChoice
 from freqopt.calibration.search.choices import HeadCurves, SiteChoices, join_curves, make_choices
@@ -23,6 +23,7 @@ from freqopt.calibration.search.cost import CostModel, MeasuredCost
 from freqopt.calibration.search.verify import (
     Goal,
     Outcome,
+    chunks_of,
     quantile_of,
     root_mean_square,
 )
@@ -33,6 +34,7 @@ from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     BucketCurves,
     Budget,
+    ContentCurve,
     Curve,
     Evidence,
     ModelIdentity,
@@ -160,7 +162,8 @@ def _with_layouts(plan: SitePlan, layouts: Iterable[Known]) -> SitePlan:
 def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
     """Why allocation left a site dense."""
     density = site.mean_density(choice.index)
-    cheapest = float((site.weight * cost.split(site.shape, site.density.min(1))).sum())
+    least = site.density[:, : site.ladder].min(1)
+    cheapest = float((site.weight * cost.split(site.shape, least)).sum())
     dense = cost.dense(site.shape) * site.heads
     if cheapest < dense:
         return f"splitting it would save nothing: its heads need a density of {density:.0%} here"
@@ -168,7 +171,7 @@ def dense_reason(site: SiteChoices, choice: SiteChoice, cost: CostModel) -> str:
         return slower_reason(dense, cheapest, "at the least density")
     return (
         f"too short to gain: at {site.tokens} tokens the local blocks alone are "
-        f"{site.density.min():.0%} of all pairs"
+        f"{least.min():.0%} of all pairs"
     )
 
 
@@ -201,6 +204,7 @@ def _split_site(
         decision="split",
         reason="",
         budgets=[Budget(threshold=_row(torch.tensor(row))) for row in threshold],
+        chunks=list(chunks_of(site, choice)),
         density=_row(density),
         error=_row(torch.tensor(error)),
         gains=_by_bucket(facts.sensitivities, site.name),
@@ -234,6 +238,7 @@ def _site_evidence(site: MeasuredSite, times: tuple[float, float] | None) -> Sit
                 samples=sums.calls,
                 energy=_row(sums.energy / sums.calls),
                 curve=_curve(sums),
+                content=_content(sums),
             )
             for bucket, sums in sorted(site.buckets.items())
         ]
@@ -244,7 +249,20 @@ def _site_evidence(site: MeasuredSite, times: tuple[float, float] | None) -> Sit
         buckets=buckets,
         spectrum=None if site.spectrum is None else _spectrum(site.spectrum),
         times_ms=None if times is None else (_round(times[0]), _round(times[1])),
+        content=_content(total),
+        key_heads=site.key_heads,
     )
+
+
+def _content(sums: Sums) -> list[ContentCurve]:
+    return [
+        ContentCurve(
+            chunk=ORDERS[order],
+            density=_rows(sums.mean("density", order)),
+            error=_rows(sums.mean("own", order).sqrt()),
+        )
+        for order in range(1, sums.orders)
+    ]
 
 
 def _curve(sums: Sums) -> Curve:
@@ -272,6 +290,7 @@ def _rounded_timing(timing: SiteTiming) -> SiteTiming:
             "density_ms": _round(timing.density_ms),
             "points": [(_round(density), _round(ms)) for density, ms in timing.points],
             "dense_ms": _round(timing.dense_ms),
+            "orders": [(chunk, _round(ms)) for chunk, ms in timing.orders],
         }
     )
 
@@ -321,18 +340,21 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
     for name, evidence in plan.evidence.sites.items():
         site = plan.sites[name]
         by_bucket = {bucket.bucket: bucket for bucket in evidence.buckets}
-        rows = []
+        rows: list[list[HeadCurves]] = [[] for _ in range(1 + len(evidence.content))]
         for bucket, share in enumerate(shares):
             source = by_bucket.get(bucket, evidence)
             scale = share * np.square(site.gains[bucket]) * np.array(source.energy)
-            rows.append(_head_curves(source.curve, scale[:, None]))
+            curves: list[Curve | ContentCurve] = [source.curve, *source.content]
+            for of_order, curve in zip(rows, curves, strict=True):
+                of_order.append(_head_curves(curve, scale[:, None]))
         ladder = np.array(evidence.thresholds)
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
-        of_site = make_choices(name, shape, ladder, [join_curves(rows)], shares)
+        by_order = [join_curves(of_order) for of_order in rows]
+        of_site = make_choices(name, shape, ladder, by_order, shares, evidence.key_heads or 0)
         choices.append(replace(of_site, forced=plan.target_density is not None))
     return choices
 
 
-def _head_curves(curve: Curve, scale: Array) -> HeadCurves:
+def _head_curves(curve: Curve | ContentCurve, scale: Array) -> HeadCurves:
     error = scale * np.square(np.array(curve.error).T)
     return HeadCurves(np.array(curve.density).T, error, error)

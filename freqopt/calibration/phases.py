@@ -11,8 +11,8 @@ import torch
 
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
 from freqopt.calibration.measure.clock import compare_runs, run_milliseconds
-from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.measure.requests import Dense, Split, Thresholds, Time
+from freqopt.calibration.measure.ladder import GRID_ALONE, Array
+from freqopt.calibration.measure.requests import Dense, SiteThresholds, Split, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -51,14 +51,18 @@ from freqopt.plan.plan import Plan
 class Calibration:
     """One calibration: its phases in order.
 
-    rounds, passes: as in `freqopt.calibrate`. sensitivities, rounding: of `measure_sensitivities`.
-    sites: what there is to choose from.
+    rounds, passes: as in `freqopt.calibrate`. orders: to choose from, the first of ORDERS.
+    sensitivities, rounding: of `measure_sensitivities`. sites: what there is to choose from.
     """
 
     def __init__(
-        self, bench: Workbench, rounds: int | None = None, passes: int | None = None
+        self,
+        bench: Workbench,
+        rounds: int | None = None,
+        passes: int | None = None,
+        orders: Sequence[int] = GRID_ALONE,
     ) -> None:
-        self.bench, self.rounds, self.passes = bench, rounds, passes
+        self.bench, self.rounds, self.passes, self.orders = bench, rounds, passes, orders
         self.sensitivities: dict[str, Array] = {}
         self.rounding = 0.0
         self.sites: list[SiteChoices] = []
@@ -92,7 +96,7 @@ class Calibration:
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and sensitivities: what there is to choose from at each of them."""
         bench = self.bench
-        measure_sites(bench)
+        measure_sites(bench, orders=self.orders)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
         if self.passes is None and seconds_of_pass(bench, probed[0]) >= SLOW_PASS:
             self.passes = PASSES_WHEN_SLOW
@@ -223,7 +227,7 @@ class Calibration:
 
     def _everything_dense(self, search: Search, criterion: Criterion) -> Outcome:
         """The plan that splits nothing, unless exact attention misses the target as well."""
-        exact = {site.name: torch.zeros(site.heads) for site in self.sites}
+        exact = {site.name: SiteThresholds(torch.zeros(site.heads)) for site in self.sites}
         floor = max(criterion.measure(exact).errors)
         if floor > criterion.target:
             raise CalibrationError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from freqopt.calibration.checkpoint import Entry
+from freqopt.calibration.measure.ladder import GRID_ALONE
 from freqopt.calibration.measure.readings import MeasuredSite, Survey, pack, unpack
 from freqopt.calibration.measure.requests import Measure
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
@@ -24,8 +26,12 @@ WELL_KNOWN = 0.1
 MOST_TILES = 8 * SAMPLED_TILES
 
 
-def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
+def measure_sites(
+    bench: Workbench, probes: int = DEFAULT_PROBES, orders: Sequence[int] = GRID_ALONE
+) -> None:
     """Measure all sites in runs on the fitted samples, those that the checkpoint has excepted.
+
+    orders: the first of ORDERS.
 
     Raises:
         CalibrationError: samples that the model cannot serve, or nothing that can be split.
@@ -42,6 +48,7 @@ def measure_sites(bench: Workbench, probes: int = DEFAULT_PROBES) -> None:
                 probes=probes,
                 number=index,
                 tiles=tiles_wanted(survey),
+                orders=orders,
                 on_site=step,
             )
             entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))

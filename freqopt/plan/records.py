@@ -149,6 +149,20 @@ class Curve(Record):
     probe_error: list[list[float]]
 
 
+class ContentCurve(Record):
+    """What a site's heads do with their tokens ordered by content, by rung and head.
+
+    Attributes:
+        chunk: tokens of the chunks.
+        density: share of pairs attended exactly.
+        error: relative L2 error of the head's output.
+    """
+
+    chunk: int
+    density: list[list[float]]
+    error: list[list[float]]
+
+
 class BucketCurves(Record):
     """The curve of one site over the samples of one timestep bucket.
 
@@ -157,12 +171,14 @@ class BucketCurves(Record):
         samples: how many told.
         energy: each head's share of the site's output energy in these samples.
         curve: as measured on them.
+        content: in orders by content, where these were considered.
     """
 
     bucket: int
     samples: int
     energy: list[float]
     curve: Curve
+    content: list[ContentCurve] = []
 
 
 class Spectrum(Record):
@@ -187,10 +203,12 @@ class SiteEvidence(Record):
     Attributes:
         thresholds: the ladder, ascending.
         energy: each head's share of the site's output energy, over all samples.
-        curve: over all samples.
+        curve: over all samples, tokens ordered by the grid.
         buckets: the same for each timestep bucket that has samples; empty if there is only one.
         spectrum: of the keys, where it was taken.
         times_ms: of one call, dense and split at the plan's budgets, where costs were measured.
+        content: over all samples in orders by content, where these were considered.
+        key_heads: which query heads share, and with them an order.
     """
 
     thresholds: list[float]
@@ -199,6 +217,8 @@ class SiteEvidence(Record):
     buckets: list[BucketCurves] = []
     spectrum: Spectrum | None = None
     times_ms: tuple[float, float] | None = None
+    content: list[ContentCurve] = []
+    key_heads: int | None = None
 
 
 class SiteTiming(Record):
@@ -212,6 +232,7 @@ class SiteTiming(Record):
         tokens: length.
         head_dim: channels of a head.
         dense_ms: `scaled_dot_product_attention`.
+        orders: (chunk, ms) of making an order by content for all heads, where that was considered.
     """
 
     base_ms: float = Field(ge=0)
@@ -221,6 +242,7 @@ class SiteTiming(Record):
     tokens: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dense_ms: float = Field(ge=0)
+    orders: list[tuple[int, float]] = []
 
 
 class Trial(Record):

@@ -107,9 +107,9 @@ class SimulatedGpu:
         self.calls: list[str] = []
         real, device = AttentionCall.split, self
 
-        def split(call: AttentionCall, threshold: Any, probes: int) -> Any:
+        def split(call: AttentionCall, *args: Any) -> Any:
             device.kind = "split"
-            return real(call, threshold, probes)
+            return real(call, *args)
 
         monkeypatch.setattr(AttentionCall, "split", split)
         for module in (clock, requests):

@@ -96,7 +96,7 @@ class SumModel:
         dense[-1] = 1.0
         result = Result([dense])
         if isinstance(request, Split) and "site" in request.thresholds:
-            points = [self.curve[t] for t in request.thresholds["site"][bucket].tolist()]
+            points = [self.curve[t] for t in request.thresholds["site"].threshold[bucket].tolist()]
             result.densities["site"] = [torch.tensor([density for density, _ in points])]
             away = torch.tensor([error for _, error in points]) * self.scale[bucket]
             dense[:-1] = away @ self.vectors[bucket]

@@ -27,6 +27,7 @@ from freqopt.calibration.measure.requests import (
     Measure,
     Request,
     Result,
+    SiteThresholds,
     Split,
 )
 
@@ -122,7 +123,7 @@ def test_buckets_are_kept_apart_and_added_up() -> None:
 
 def test_a_split_request_uses_the_sites_thresholds_and_others_stay_dense() -> None:
     call, threshold = make_call(), torch.tensor([0.5, 2.0])
-    request = Split({"a": threshold})
+    request = Split({"a": SiteThresholds(threshold)})
     out, result = asked(request, call)
     want = freqopt.split_attention(**call, threshold=threshold, return_stats=True)
     torch.testing.assert_close(out, want[0])
@@ -143,7 +144,7 @@ def test_a_site_that_fails_is_dense_and_noted_or_stops_the_run() -> None:
     _, result = asked(Measure(skipped=survey.failures(), tiles={"a": 0}), call)
     assert not result.failures
     with pytest.raises(RuntimeError, match="size"):
-        asked(Split({"a": torch.ones(3)}), make_call())
+        asked(Split({"a": SiteThresholds(torch.ones(3))}), make_call())
 
 
 def test_densities_between_the_rungs_are_those_of_the_op() -> None:

@@ -45,7 +45,7 @@ def call() -> AttentionCall:
 
 def errors(call: AttentionCall, chosen: Tensor, probes: int = 64) -> Tensor:
     thresholds = torch.tensor(THRESHOLDS)
-    return tile_errors(head_tokens(call, 1, "grid"), thresholds, chosen, probes).error
+    return tile_errors(head_tokens(call, 1), thresholds, chosen, probes).error
 
 
 @pytest.mark.parametrize("probes", [64, 0])
@@ -55,9 +55,7 @@ def test_every_tile_has_the_error_that_the_op_makes_there(
 ) -> None:
     call = make_call(grid, batch)
     count = -(-call.query.shape[2] // 128)
-    got = tile_errors(
-        head_tokens(call, 1, "grid"), torch.tensor(THRESHOLDS), torch.arange(count), probes
-    )
+    got = tile_errors(head_tokens(call, 1), torch.tensor(THRESHOLDS), torch.arange(count), probes)
     order = freqopt.grid.token_order(grid, CPU).long()
     dense = call.dense()[:, 1, order]
     for rung in (1, 7, 9, 12):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqopt.grid import Grid
+from freqopt.kernels.layout import TokenLayout
 
 CHUNK_BYTES = 256 * 2**20
 """Bound on float32 temporaries while errors and spectra are summed up."""
@@ -54,15 +55,26 @@ class AttentionCall:
             enable_gqa=self.query.shape[1] != self.key.shape[1],
         )
 
-    def split(self, threshold: Tensor, probes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Split attention at thresholds (H,): out (B, H, N, D), density, probe error (B, H)."""
+    @property
+    def layout(self) -> TokenLayout:
+        """How the sequence is laid out."""
+        return TokenLayout(self.grid, self.text_before, self.text_after)
+
+    def split(
+        self, threshold: Tensor, probes: int, chunks: Tensor | None = None, largest: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split attention at thresholds (H,): out (B, H, N, D), density, probe error (B, H).
+
+        chunks: (Hkv,) int32 of the key heads, on the device; largest: of them. None: all by the
+        grid.
+        """
         from freqopt.kernels.op import split_attention_op
 
         tokens = self.query, self.key, self.value
         layout = list(self.grid), self.text_before, self.text_after
         limits = threshold.to(self.query.device, non_blocking=True)
         out, density, probe, *_ = split_attention_op(
-            *tokens, limits, self.key_mask, *layout, self.scale, 0.0, probes
+            *tokens, limits, self.key_mask, *layout, self.scale, 0.0, probes, chunks, largest
         )
         return out, density, probe
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
+from freqopt.calibration.measure.ladder import LEAST_TOKENS
+from freqopt.calibration.measure.orders import distinct, key_order
 from freqopt.plan.records import SiteTiming
 
 TIMED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -54,6 +56,16 @@ def time_call(
     return SiteTiming(
         **shape._asdict(), dense_ms=dense, base_ms=base, density_ms=slope, points=points
     )
+
+
+def time_orders(call: AttentionCall, orders: Sequence[int]) -> list[tuple[int, float]]:
+    """Time of making each order by content that acts on a call, as (chunk, ms for all heads)."""
+    tokens = call.layout.tokens
+    if tokens < LEAST_TOKENS:
+        return []
+    acting = {distinct(chunk, tokens): chunk for chunk in reversed(orders) if chunk}
+    chunks = sorted(acting.values())
+    return [(chunk, milliseconds(partial(key_order, call, chunk))) for chunk in chunks]
 
 
 def spread_thresholds(thresholds: Sequence[float], density: Sequence[float]) -> list[float]:

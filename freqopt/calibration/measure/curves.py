@@ -5,11 +5,14 @@ Densities are those of all pairs; errors are of an even sample of query tiles, e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall, count_lifted, head_energy
-from freqopt.calibration.measure.ladder import CHOICES, ORDERS, THRESHOLDS
+from freqopt.calibration.measure.ladder import CHOICES, GRID_ALONE, LEAST_TOKENS, THRESHOLDS
+from freqopt.calibration.measure.orders import distinct, key_order
 from freqopt.calibration.measure.readings import CURVES, FINE, Reading
 from freqopt.calibration.measure.spectrum import key_spectrum
 from freqopt.calibration.measure.tiles import (
@@ -23,7 +26,7 @@ from freqopt.calibration.measure.tiles import (
 )
 from freqopt.config import KEY_BLOCK
 from freqopt.kernels import reference
-from freqopt.kernels.layout import TokenLayout, text_bias
+from freqopt.kernels.layout import text_bias
 
 _TINY = 1e-30
 
@@ -39,42 +42,51 @@ def measure_curves(
     probes: int,
     number: int = 0,
     sampled: int = SAMPLED_TILES,
+    orders: Sequence[int] = GRID_ALONE,
 ) -> Reading:
     """What a site's call shows.
 
     dense: (B, H, N, D), its exact attention. number: of the call among those of the site, which
-    measure different tiles. sampled: query tiles to measure errors on.
+    measure different tiles. sampled: query tiles to measure errors on; in orders by content half
+    as many. orders: the first of ORDERS. Where one of them acts as another does, it has the other's
+    curves, and where there are fewer than LEAST_TOKENS the grid's.
     """
     energy = head_energy(dense).double()
     total = energy.sum().clamp(min=_TINY)
     offset, heads = offset_of(site, number), dense.shape[1]
     rows: dict[str, list[Tensor]] = {name: [] for name in (*CURVES, FINE)}
+    video = call.layout.tokens
+    acting = [distinct(chunk, video) if video >= LEAST_TOKENS else 0 for chunk in orders]
+    by_content = {chunk: key_order(call, chunk) for chunk in set(acting) if chunk}
     with tensor_cores(dense.dtype):
         for head in range(heads):
-            for order in ORDERS:
-                tokens = head_tokens(call, head, order)
-                of_head = _head_curves(tokens, energy[head], total, offset, sampled, probes)
-                for name, curve in of_head.items():
+            known: dict[int, dict[str, Tensor]] = {}
+            for chunk in acting:
+                if chunk not in known:
+                    tokens = head_tokens(call, head, by_content.get(chunk))
+                    tiles = max(sampled // 2, 1) if chunk else sampled
+                    known[chunk] = _head_curves(tokens, energy[head], total, offset, tiles, probes)
+                for name, curve in known[chunk].items():
                     rows[name].append(curve)
     curves = {
-        name: torch.stack(row, -1).unflatten(-1, (heads, len(ORDERS))).movedim(-1, 0).cpu()
+        name: torch.stack(row, -1).unflatten(-1, (heads, len(acting))).movedim(-1, 0).cpu()
         for name, row in rows.items()
     }
     share = (energy / total).cpu()
     spectrum = key_spectrum(call.key, call.grid, call.text_before)
-    return Reading(site, call.shape, call.grid, share, curves, spectrum)
+    key_heads = call.key.shape[1]
+    return Reading(site, call.shape, call.grid, share, curves, spectrum, key_heads)
 
 
-def head_tokens(call: AttentionCall, head: int, order: str) -> HeadTokens:
-    """A head's tokens in one of ORDERS, and how its router scores them."""
-    if order != "grid":
-        raise NotImplementedError(f"no order {order!r} of tokens; supported: {ORDERS}")
-    layout = TokenLayout(call.grid, call.text_before, call.text_after)
+def head_tokens(call: AttentionCall, head: int, order: Tensor | None = None) -> HeadTokens:
+    """A head's tokens in an order (B, Hkv, T) or by the grid, and how its router scores them."""
+    layout = call.layout
     at = head // (call.query.shape[1] // call.key.shape[1])
     query, key, value = (
         x[:, i : i + 1].float() for x, i in ((call.query, head), (call.key, at), (call.value, at))
     )
-    video = [layout.video_of(x) for x in (query, key, value)]
+    of_head = None if order is None else order[:, at : at + 1]
+    video = [layout.video_of(x, of_head) for x in (query, key, value)]
     text_key = layout.text_of(key)
     summary = reference.summarise(video[1], video[2], KEY_BLOCK)
     scores = reference.score_pairs(video[0], summary, call.scale, call.query.dtype)

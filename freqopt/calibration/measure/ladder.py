@@ -8,10 +8,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from freqopt.config import ALL, DEFAULT_CHUNK
+
 Array = NDArray[np.float64]
 
-ORDERS = ("grid",)
-"""Orders of tokens that a head may take; curves have one row of rungs for each."""
+ORDERS = (0, DEFAULT_CHUNK, ALL)
+"""Orders of tokens that a key head may take, as chunks of the op: 0 by the grid, others by content.
+Ascending, as larger chunks take longer. Curves have one row of rungs for each that is measured."""
+
+GRID_ALONE = ORDERS[:1]
+
+LEAST_TOKENS = 512
+"""Tokens from which an order by content is considered; there are few blocks in fewer."""
 
 # One decade a line, closest around 1.
 _RUNGS = """

@@ -34,7 +34,8 @@ class Reading:
     own: squared error relative to the head's output; site: the same relative to the whole site's;
     bias: signed share of the head's output lost; site_bias: squared bias relative to the site;
     probe: squared probe error; variance: of `site`, as only some tiles are measured; fine: density
-    at each of `ladder_choices` in place of the rungs. spectrum: as `key_spectrum` returns it.
+    at each of `ladder_choices` in place of the rungs; orders are the first of ORDERS. spectrum: as
+    `key_spectrum` returns it. key_heads: which query heads share, and with them an order.
     """
 
     site: str
@@ -43,11 +44,15 @@ class Reading:
     energy: Tensor
     curves: dict[str, Tensor]
     spectrum: tuple[Tensor, Tensor]
+    key_heads: int
 
 
 def pack(readings: Sequence[Reading]) -> tuple[list[Any], dict[str, Tensor]]:
     """Readings as JSON and named tensors; `unpack` undoes it."""
-    facts = [[reading.site, list(reading.shape), list(reading.grid)] for reading in readings]
+    facts = [
+        [reading.site, list(reading.shape), list(reading.grid), reading.key_heads]
+        for reading in readings
+    ]
     tensors: dict[str, Tensor] = {}
     for index, reading in enumerate(readings):
         parts = {"energy": reading.energy, **reading.curves}
@@ -59,11 +64,12 @@ def pack(readings: Sequence[Reading]) -> tuple[list[Any], dict[str, Tensor]]:
 def unpack(facts: Sequence[Any], tensors: dict[str, Tensor]) -> list[Reading]:
     """Readings that `pack` packed."""
     readings = []
-    for index, (site, (heads, tokens, head_dim), (t, h, w)) in enumerate(facts):
+    for index, (site, (heads, tokens, head_dim), (t, h, w), key_heads) in enumerate(facts):
         power, low = (tensors[f"{index}/{name}"] for name in SPECTRA)
         curves = {name: tensors[f"{index}/{name}"] for name in (*CURVES, FINE)}
         shape, energy = AttentionShape(heads, tokens, head_dim), tensors[f"{index}/energy"]
-        readings.append(Reading(site, shape, (t, h, w), energy, curves, (power, low)))
+        spectrum = power, low
+        readings.append(Reading(site, shape, (t, h, w), energy, curves, spectrum, key_heads))
     return readings
 
 
@@ -93,6 +99,11 @@ class Sums:
         """Mean curve [rung][head] in one of ORDERS."""
         return self.curves[name][order] / self.calls
 
+    @property
+    def orders(self) -> int:
+        """How many orders were measured, the first of ORDERS."""
+        return len(self.curves["density"])
+
     def deviation(self, order: int = 0) -> Tensor:
         """Standard error [rung][head] of the mean curve `site`."""
         return self.curves["variance"][order].sqrt() / self.calls
@@ -111,13 +122,17 @@ class SpectrumSums:
 
 @dataclass
 class MeasuredSite:
-    """Everything known about one site. failure: why measuring it failed."""
+    """Everything known about one site.
+
+    key_heads: once it is measured. failure: why measuring it failed.
+    """
 
     name: str
     shape: AttentionShape
     grids: set[Grid] = field(default_factory=set)
     buckets: dict[int, Sums] = field(default_factory=dict)
     spectrum: SpectrumSums | None = None
+    key_heads: int = 0
     failure: str | None = None
 
     @property
@@ -128,6 +143,7 @@ class MeasuredSite:
     def add(self, bucket: int, reading: Reading) -> None:
         """Add what one call in a timestep bucket showed."""
         self.grids.add(reading.grid)
+        self.key_heads = reading.key_heads
         self.buckets.setdefault(bucket, Sums()).add(reading.energy, reading.curves)
         power, low = reading.spectrum
         if self.spectrum is None:

@@ -7,7 +7,7 @@ the `Result` of that run, and nothing stays behind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -22,9 +22,9 @@ from freqopt.calibration.measure.attention import (
     head_energy,
     head_error,
 )
-from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call
+from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call, time_orders
 from freqopt.calibration.measure.curves import measure_curves
-from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.ladder import GRID_ALONE, THRESHOLDS
 from freqopt.calibration.measure.readings import Reading
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
 from freqopt.config import DEFAULT_PROBES
@@ -37,8 +37,19 @@ One head's own error would drown in the rounding of a bfloat16 model."""
 TIMED_REPEATS = 3
 """Repetitions of the times taken at every site, at the plan's thresholds."""
 
-Thresholds = Mapping[str, Tensor]
-"""Thresholds by site, (H,) or (buckets, H); a site without any stays dense."""
+
+class SiteThresholds(NamedTuple):
+    """How a site is split.
+
+    threshold: (H,) or (buckets, H). chunks: of the key heads, (Hkv,); empty: all by the grid.
+    """
+
+    threshold: Tensor
+    chunks: tuple[int, ...] = ()
+
+
+Thresholds = Mapping[str, SiteThresholds]
+"""How sites are split, by name; a site that is not there stays dense."""
 
 
 @dataclass
@@ -65,6 +76,10 @@ class Result:
         return {name: torch.stack(rows).mean(0).cpu() for name, rows in self.densities.items()}
 
 
+Splitting = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Runs `AttentionCall.split`."""
+
+
 class Visit(NamedTuple):
     """One call of a site's attention in a run: which site, in which timestep bucket."""
 
@@ -73,10 +88,16 @@ class Visit(NamedTuple):
     call: AttentionCall
     result: Result
 
-    def threshold(self, thresholds: Thresholds) -> Tensor:
-        """(H,) of this site in this timestep bucket."""
-        rows = thresholds[self.site]
-        return rows if rows.dim() == 1 else rows[self.bucket]
+    def splitting(self, thresholds: Thresholds, probes: int) -> Splitting:
+        """This call split as thresholds say for this timestep bucket, all that it takes there."""
+        (rows, of_heads), device = thresholds[self.site], self.call.query.device
+        threshold = rows if rows.dim() == 1 else rows[self.bucket]
+        chunks = torch.tensor(of_heads, dtype=torch.int32) if any(of_heads) else None
+        return partial(
+            self.call.split, threshold.to(device, non_blocking=True), probes,
+            None if chunks is None else chunks.to(device, non_blocking=True),
+            max(of_heads, default=0),
+        )  # fmt: skip
 
 
 class Request(ABC):
@@ -103,7 +124,8 @@ class Measure(Request):
 
     skipped: sites to leave out, as measuring them failed before. timed: shapes whose times are
     known. number: of the run, as runs measure different tiles. tiles: query tiles of a site's call
-    that errors are measured on, SAMPLED_TILES where none are given. on_site: called at each site.
+    that errors are measured on, SAMPLED_TILES where none are given. orders: the first of ORDERS,
+    which are measured. on_site: called at each site.
     """
 
     skipped: Collection[str] = ()
@@ -111,6 +133,7 @@ class Measure(Request):
     probes: int = DEFAULT_PROBES
     number: int = 0
     tiles: Mapping[str, int] = field(default_factory=dict)
+    orders: Sequence[int] = GRID_ALONE
     on_site: Callable[[], None] = lambda: None
     lenient = True
 
@@ -122,11 +145,13 @@ class Measure(Request):
             return dense
         self.on_site()
         tiles = self.tiles.get(site, SAMPLED_TILES)
-        reading = measure_curves(site, call, dense, self.probes, self.number, tiles)
+        reading = measure_curves(site, call, dense, self.probes, self.number, tiles, self.orders)
         known = call.shape in self.timed or call.shape in result.timings
         if has_clock(dense) and not known:
             density = reading.curves["density"][0]
-            result.timings[call.shape] = time_call(call, THRESHOLDS, density, self.probes)
+            timing = time_call(call, THRESHOLDS, density, self.probes)
+            orders = time_orders(call, self.orders)
+            result.timings[call.shape] = timing.model_copy(update={"orders": orders})
         result.readings.append(reading)
         return dense
 
@@ -171,10 +196,10 @@ class Split(Request):
 
     def attend(self, visit: Visit) -> Tensor:
         """See `Request`."""
-        site, _, call, result = visit
+        site, call, result = visit.site, visit.call, visit.result
         if site not in self.thresholds:
             return call.dense()
-        out, density, _ = call.split(visit.threshold(self.thresholds), self.probes)
+        out, density, _ = visit.splitting(self.thresholds, self.probes)()
         result.densities.setdefault(site, []).append(density.mean(0))
         return out
 
@@ -194,8 +219,8 @@ class Time(Request):
         """See `Request`."""
         site, _, call, result = visit
         if site in self.thresholds:
-            threshold = visit.threshold(self.thresholds).to(call.query.device)
+            run = visit.splitting(self.thresholds, self.probes)
             dense = self.dense_ms.get(call.shape) or milliseconds(call.dense, TIMED_REPEATS)
-            split = milliseconds(partial(call.split, threshold, self.probes), TIMED_REPEATS)
+            split = milliseconds(run, TIMED_REPEATS)
             result.times[site] = dense, split
         return call.dense()

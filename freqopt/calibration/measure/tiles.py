@@ -29,7 +29,7 @@ GOLDEN = 0.6180339887498949
 
 
 class HeadTokens(NamedTuple):
-    """One head's float32 tensors (B, 1, tokens, D), video in token order, with its routing.
+    """One head's float32 tensors (B, 1, tokens, D), video in its order, with its routing.
 
     text_bias: (B, 1, 1, X), 0 or -inf. score: (B, 1, I, J), infinite for own blocks. dtype: of the
     tensors that the model has.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from freqopt.calibration.measure.ladder import ORDERS
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import CostModel
 
@@ -44,7 +45,16 @@ class Allocation:
 def split_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
     """Cost of a site's calls with a choice for every row, weighted by the rows' shares."""
     density = site.density[np.arange(len(index)), index]
-    return float((site.weight * cost.split(site.shape, density)).sum())
+    split = float((site.weight * cost.split(site.shape, density)).sum())
+    return split + order_cost(site, index, cost)
+
+
+def order_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> float:
+    """Cost of the orders by content in a site's calls, with a choice for every row."""
+    largest = int(site.orders_of(index).max()) if site.orders > 1 else 0
+    if not largest:
+        return 0.0
+    return cost.order(site.shape, site.key_heads or site.heads, ORDERS[largest])
 
 
 def _best_split(
@@ -52,14 +62,29 @@ def _best_split(
 ) -> tuple[NDArray[np.int64], float]:
     """The choices that minimise cost + multiplier * weighted error, and that minimum.
 
-    Of choices that are alike on the samples the strictest, or the loosest.
+    Of choices that are alike on the samples the strictest, or the loosest. Key heads take the order
+    that is best for them out of those up to a largest chunk, which is what the site pays for, and
+    sites the largest chunk that is best for them: the grid's order where nothing is gained.
     """
     paid = site.weight[:, None] * cost.split(site.shape, site.density)
     sums = paid + multiplier * site.weighted_error
-    last = sums.shape[1] - 1 - np.argmin(sums[:, ::-1], axis=1)
-    index = last if loosest else np.argmin(sums, axis=1)
-    weighted_error = float(site.weighted_error[np.arange(len(index)), index].sum())
-    return index, split_cost(site, index, cost) + multiplier * weighted_error
+    rows = np.arange(len(sums))
+    by_order, totals = [], []
+    for order in range(site.orders):
+        of_order = np.where(site.open_in(order), sums, np.inf)
+        last = sums.shape[1] - 1 - np.argmin(of_order[:, ::-1], axis=1)
+        by_order.append(last if loosest else np.argmin(of_order, axis=1))
+        totals.append(site.by_key_head(sums[rows, by_order[-1]]).sum(1))
+    best: tuple[NDArray[np.int64], float] | None = None
+    for largest in range(site.orders):
+        orders = site.of_rows(np.argmin(totals[: largest + 1], axis=0))
+        index = np.stack(by_order)[orders, rows]
+        weighted_error = float(site.weighted_error[rows, index].sum())
+        least = split_cost(site, index, cost) + multiplier * weighted_error
+        if best is None or least < best[1]:
+            best = index, least
+    assert best is not None
+    return best
 
 
 def allocate(

@@ -8,19 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.ladder import (
-    ORDERS,
-    REFINEMENT,
-    THRESHOLDS,
-    Array,
-    ladder_choices,
-)
+from freqopt.calibration.measure.ladder import REFINEMENT, THRESHOLDS, Array, ladder_choices
 from freqopt.calibration.measure.readings import FINE, MeasuredSite
 
 BIAS_WEIGHT = 4.0
@@ -37,12 +31,14 @@ _UNWANTED = 1e9  # density and error of choices that must not be taken; they kee
 class SiteChoices:
     """Choices of one site, C for each of R rows; choice 0 is exact (threshold 0, no error).
 
+    All rows whose heads share a key head take one order, as keys have one; choice 0 goes with any.
     A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
     of the model's calls in each bucket, sum 1. threshold, order (C,): the choices; order is an
     index into ORDERS, of length 1 where all have the same. density, error, weighted_error (R, C):
     share of pairs attended exactly; squared relative error that the row brings to the model's
     output, mean over all calls; the same with bias weighed up, which is what allocation minimises.
     forced: split it even where dense attention is cheaper, unless everything would be exact anyway.
+    key_heads: as many as heads where it is 0.
     """
 
     name: str
@@ -55,6 +51,7 @@ class SiteChoices:
     shares: tuple[float, ...] = (1.0,)
     forced: bool = False
     order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    key_heads: int = 0
 
     @property
     def heads(self) -> int:
@@ -65,6 +62,32 @@ class SiteChoices:
     def shape(self) -> AttentionShape:
         """What a cost model is asked about."""
         return AttentionShape(self.heads, self.tokens, self.head_dim)
+
+    @property
+    def orders(self) -> int:
+        """Number of orders to choose from."""
+        return int(self.order.max()) + 1
+
+    def by_key_head(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Values (R,) of rows as (key heads, rows that share one)."""
+        buckets, key_heads = len(self.shares), self.key_heads or self.heads
+        return rows.reshape(buckets, key_heads, -1).swapaxes(0, 1).reshape(key_heads, -1)
+
+    def of_rows(self, key_heads: NDArray[Any]) -> NDArray[Any]:
+        """Values of the key heads for each row, (R,)."""
+        return np.tile(np.repeat(key_heads, self.heads // len(key_heads)), len(self.shares))
+
+    def orders_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Order of each key head, with a choice (R,) for every row; the grid's if all is exact."""
+        orders = np.broadcast_to(self.order, self.threshold.shape)[index]
+        of_heads: NDArray[np.int64] = self.by_key_head(orders).max(1)
+        return of_heads
+
+    def open_in(self, order: int) -> NDArray[np.bool_]:
+        """(C,) which choices go with an order."""
+        with_it = np.broadcast_to(self.order == order, self.threshold.shape).copy()
+        with_it[0] = True
+        return with_it
 
     @property
     def ladder(self) -> int:
@@ -89,10 +112,14 @@ class SiteChoices:
     def near(self, index: NDArray[np.int64], factor: float) -> SiteChoices:
         """The same choices, of which those far from one of them are never taken.
 
-        index: (R,) that choice. factor: how far a density may be from its own.
+        index: (R,) that choice; orders stay what they are. factor: how far a density may be from
+        its own.
         """
         here = self.density[np.arange(len(index)), index]
         away = np.abs(np.log(self.density / here[:, None])) > math.log(factor) + 1e-9
+        if self.orders > 1:
+            orders = self.of_rows(self.orders_of(index))
+            away |= ~np.stack([self.open_in(order) for order in range(self.orders)])[orders]
         density, error, weighted_error = (
             np.where(away, _UNWANTED, curve)
             for curve in (self.density, self.error, self.weighted_error)
@@ -158,10 +185,11 @@ def make_choices(
     ladder: Array,
     by_order: Sequence[HeadCurves],
     shares: Sequence[float] = (1.0,),
+    key_heads: int = 0,
 ) -> SiteChoices:
     """All choices of a site: exact first, then for each order the curves between its rungs.
 
-    by_order: curves in each of ORDERS.
+    by_order: curves in the first of ORDERS.
     """
     one = np.ones((by_order[0].density.shape[0], 1))
     columns: list[tuple[Array, ...]] = [(one, 0.0 * one, 0.0 * one)]
@@ -180,6 +208,7 @@ def make_choices(
         weighted,
         tuple(shares),
         order=np.concatenate([[0], np.repeat(np.arange(len(by_order)), len(rungs))]),
+        key_heads=key_heads,
     )
 
 
@@ -194,7 +223,7 @@ def site_choices(site: MeasuredSite, sensitivity: Array, samples: Sequence[int])
     shares = [count / sum(samples) for count in samples]
     total = site.total()
     by_order: list[HeadCurves] = []
-    for order in range(len(ORDERS)):
+    for order in range(total.orders):
         rows: list[HeadCurves] = []
         for bucket, share in enumerate(shares):
             sums = site.buckets.get(bucket, total)
@@ -205,4 +234,5 @@ def site_choices(site: MeasuredSite, sensitivity: Array, samples: Sequence[int])
             scale = share * np.square(sensitivity[bucket])[:, None]
             rows.append(HeadCurves(density, scale * error, scale * weighted, fine))
         by_order.append(join_curves(rows))
-    return make_choices(site.name, site.shape, np.array(THRESHOLDS), by_order, shares)
+    ladder = np.array(THRESHOLDS)
+    return make_choices(site.name, site.shape, ladder, by_order, shares, site.key_heads)

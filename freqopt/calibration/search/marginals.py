@@ -56,23 +56,20 @@ def neighbour(
 ) -> Allocation:
     """The allocation with a unit's density in a bucket divided by STEP, or nearly."""
     site, choice = sites[unit.site], allocation.choices[unit.site]
-    index = choice.index.copy()
+    index, orders = choice.index.copy(), site.of_rows(site.orders_of(choice.index))
     for row in np.arange(site.heads)[heads_of(unit)] + bucket * site.heads:
-        index[row] = _nearest(site, int(row), int(choice.index[row]))
+        index[row] = _nearest(site, int(row), int(choice.index[row]), int(orders[row]))
     choices = list(allocation.choices)
     choices[unit.site] = SiteChoice(index, choice.dense)
     return replace(allocation, choices=choices)
 
 
-def _nearest(site: SiteChoices, row: int, choice: int) -> int:
-    """The choice in the same order whose density is nearest to that of `choice` over STEP.
+def _nearest(site: SiteChoices, row: int, choice: int, order: int) -> int:
+    """The choice in an order whose density is nearest to that of `choice` over STEP.
 
     At the loose end, to that times STEP.
     """
-    alike = np.broadcast_to(
-        site.order == site.order[choice % len(site.order)], site.threshold.shape
-    )
-    others = np.setdiff1d(np.flatnonzero(alike), [0, choice])
+    others = np.setdiff1d(np.flatnonzero(site.open_in(order)), [0, choice])
     away = np.log(site.density[row, others] / site.density[row, choice])
     wanted = np.log(STEP) if away.min() > -0.5 * np.log(STEP) else -np.log(STEP)
     return int(others[np.abs(away - wanted).argmin()])

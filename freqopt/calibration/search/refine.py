@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.search.allocate import Allocation, same_choices, total
+from freqopt.calibration.search.allocate import Allocation, order_cost, same_choices, total
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import CostModel
 from freqopt.calibration.search.marginals import (
@@ -102,7 +102,7 @@ def settle(
             high = min(predicted, allocation.error)
         predicted = then if low < then < high else math.sqrt(max(low, 1e-2 * high) * high)
     there = strategy.solve(then, cost)
-    spent = spent_cost(strategy.sites, verdict, cost)
+    spent = spent_cost(strategy.sites, allocation, verdict, cost)
     if ratio < SETTLED:  # what is further from the target has nothing nearer to it
         spent *= there.cost / allocation.cost
     if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
@@ -111,15 +111,18 @@ def settle(
     return Candidate(strategy, allocation, verdict, then, spent)
 
 
-def spent_cost(sites: Sequence[SiteChoices], verdict: Verdict, cost: CostModel) -> float:
-    """Cost at the densities that were measured."""
+def spent_cost(
+    sites: Sequence[SiteChoices], allocation: Allocation, verdict: Verdict, cost: CostModel
+) -> float:
+    """Cost of an allocation at the densities that were measured."""
     total = 0.0
-    for site in sites:
+    for site, choice in zip(sites, allocation.choices, strict=True):
         density = verdict.densities.get(site.name)
         if density is None:
             total += cost.dense(site.shape) * site.heads
         else:
             total += float(cost.split(site.shape, density.numpy()).sum())
+            total += order_cost(site, choice.index, cost)
     return total
 
 
@@ -275,7 +278,7 @@ def best_at_density(
             verdict = criterion.measure(thresholds_of(sites, allocation))
             there = mean_density(sites, verdict.densities, cost)
             error = verdict.error * (there / density) ** FALL
-            spent = spent_cost(sites, verdict, cost)
+            spent = spent_cost(sites, allocation, verdict, cost)
             candidate = Candidate(strategy, allocation, verdict, allocation.error, spent)
             candidates.append((error, candidate))
             logger.info("%s: error %.3g at a density of %.4g", strategy.name, verdict.error, there)

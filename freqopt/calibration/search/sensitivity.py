@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqopt.calibration.measure.ladder import THRESHOLDS, Array
 from freqopt.calibration.measure.readings import MeasuredSite
-from freqopt.calibration.measure.requests import Inject
+from freqopt.calibration.measure.requests import Inject, SiteThresholds
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.errors import CalibrationError
@@ -66,7 +66,7 @@ class Probing:
 
     def rounding(self, number: int) -> None:
         """Run a reference with everything exact."""
-        exact = {site.name: torch.zeros(site.heads) for site in self.sites}
+        exact = {site.name: SiteThresholds(torch.zeros(site.heads)) for site in self.sites}
         self.roundings.append(
             self.bench.kept(
                 f"rounding/{number}",
@@ -118,7 +118,9 @@ class Probing:
         reference = self.references[number]
         bucket = self.bench.samples.bucket(reference.sample)
         threshold, predicted = together(self.sites, rows[bucket], bucket)
-        every = {site.name: torch.full((site.heads,), threshold) for site in self.sites}
+        every = {
+            site.name: SiteThresholds(torch.full((site.heads,), threshold)) for site in self.sites
+        }
         error = self.bench.kept(
             f"together/{number}/{threshold:.6g}",
             lambda: self.bench.split_error(reference, every),

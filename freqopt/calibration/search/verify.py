@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from freqopt.calibration.measure.requests import Split, Thresholds
-from freqopt.calibration.search.allocate import Allocation, same_choices
+from freqopt.calibration.measure.ladder import ORDERS
+from freqopt.calibration.measure.requests import SiteThresholds, Split, Thresholds
+from freqopt.calibration.search.allocate import Allocation, SiteChoice, same_choices
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import CostModel
 from freqopt.calibration.search.strategies import Strategy
@@ -144,7 +145,7 @@ def thresholds_key(kind: str, thresholds: Thresholds) -> str:
     """Key in the checkpoint of what thresholds led to."""
     digest = hashlib.sha256()
     for name, threshold in thresholds.items():
-        digest.update(repr((name, threshold.tolist())).encode())
+        digest.update(repr((name, threshold.threshold.tolist(), threshold.chunks)).encode())
     return f"{kind}/{digest.hexdigest()[:24]}"
 
 
@@ -293,12 +294,21 @@ def mean_density(
     return density / dense
 
 
-def thresholds_of(sites: Sequence[SiteChoices], allocation: Allocation) -> dict[str, Tensor]:
-    """Thresholds (buckets, H) of the sites that an allocation splits."""
+def thresholds_of(
+    sites: Sequence[SiteChoices], allocation: Allocation
+) -> dict[str, SiteThresholds]:
+    """Thresholds (buckets, H) and chunks of the sites that an allocation splits."""
     thresholds = {}
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
         threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
-        thresholds[site.name] = threshold.unflatten(0, (len(site.shares), site.heads))
+        by_bucket = threshold.unflatten(0, (len(site.shares), site.heads))
+        thresholds[site.name] = SiteThresholds(by_bucket, chunks_of(site, choice))
     return thresholds
+
+
+def chunks_of(site: SiteChoices, choice: SiteChoice) -> tuple[int, ...]:
+    """Chunks of a site's key heads; none where all are by the grid."""
+    chunks = tuple(ORDERS[order] for order in site.orders_of(choice.index))
+    return chunks if any(chunks) else ()

@@ -167,9 +167,12 @@ def weighed_strategies(
     chosen, effects = thresholds_of(sites, allocation), []
     with refinement.bench.progress.phase("probing timesteps", len(shares)) as step:
         for bucket in range(len(shares)):
-            alone = {name: torch.zeros_like(threshold) for name, threshold in chosen.items()}
-            for name, threshold in chosen.items():
-                alone[name][bucket] = threshold[bucket]
+            alone = {
+                name: site._replace(threshold=torch.zeros_like(site.threshold))
+                for name, site in chosen.items()
+            }
+            for name, site in chosen.items():
+                alone[name].threshold[bucket] = site.threshold[bucket]
             effects.append(criterion.measure(alone).error ** 2)
             step()
     ratio = np.array(effects) / np.maximum(called, 1e-30)
