@@ -27,7 +27,9 @@ class Options:
         plan: a `Plan` or the path of one.
         grid: extents (t, h, w) of the video tokens, where the graph does not tell them.
         grids: several of these, for a model that is called at several resolutions; where a graph
-            tells none, the one that has as many tokens is taken.
+            tells none, that of a call's positions is taken, or the one that has as many tokens.
+        before: other tokens before `grid` in its axis.
+        after: other tokens after it, as of a reference image packed behind the one that is made.
         threshold: one budget for all sites instead of a plan; 0 is exact.
         min_tokens: shorter sites stay dense; by default by `freqopt.break_even`, from the site's
             heads.
@@ -40,6 +42,8 @@ class Options:
     plan: Plan | str | os.PathLike[str] | None = None
     grid: tuple[int, int, int] | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    before: int = 0
+    after: int = 0
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False
@@ -68,6 +72,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         if "grid" in given or not isinstance(several, (tuple, list)):
             raise OptionError(f"grids {several!r} must be a list of grids, and given without grid")
         given["grids"] = tuple(_parse_grid(grid) for grid in several)
+    _check_others(given)
     threshold = given.get("threshold")
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
@@ -88,6 +93,18 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
     _check_mode(inner, given.get("mode"))
     return Options(**given)
+
+
+def _check_others(given: Mapping[str, Any]) -> None:
+    for name in ("before", "after"):
+        count = given.get(name, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise OptionError(f"{name} {count!r} must be a number of tokens, 0 or larger")
+        if count and "grid" not in given:
+            raise OptionError(
+                f"{name}={count} was given without grid: it is the number of other tokens {name} "
+                "those of grid=(t, h, w), in the same axis"
+            )
 
 
 def _check_mode(inner: object, mode: object) -> None:
