@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import fx
 
+from freqopt.call_grids import CallGrids
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.counting import counted
-from freqopt.decisions import grids_of
+from freqopt.decisions import grids_of, is_shorter, least_tokens
 from freqopt.errors import FreqoptError, SiteError
 from freqopt.options import Compiled, Options, parse_options
 from freqopt.passes.decision import Decision
@@ -28,6 +29,9 @@ from freqopt.passes.site import OURS, Site
 from freqopt.pieces import Part, decide_in_part, part_of_model
 
 logger = logging.getLogger(__name__)
+
+UNREAD = {Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED}
+"""Why attention that may well be a video's stays dense: it, or its grid, cannot be read."""
 
 
 def freqopt_backend(
@@ -49,10 +53,12 @@ def freqopt_backend(
     start = time.perf_counter()
     decisions: list[Decision] = []
     part = part_of_model(settings)
+    calls = CallGrids(gm, example_inputs)
+    gm = calls.gm
     try:
         decisions = rewrite(
             gm, functools.partial(_decide, settings, part, gm), split_as_decided,
-            grids_of(settings), strict=settings.strict, model=part.model,
+            grids_of(settings, calls), strict=settings.strict, model=part.model,
         ).decisions  # fmt: skip
     except FreqoptError:
         raise
@@ -60,10 +66,12 @@ def freqopt_backend(
         if settings.strict:
             raise SiteError(f"the passes failed on this graph: {error}") from error
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
+    finally:
+        calls.settle()
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
-    inputs = [*example_inputs, *(each.example for each in part.inputs)]
+    inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
     compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(gm), inputs)
-    return counted(part.fed(compiled), decisions)
+    return counted(calls.reading(part.fed(compiled)), decisions)
 
 
 def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:
@@ -106,7 +114,11 @@ def _decide(
 def _is_missed(settings: Options, decision: Decision) -> bool:
     """Whether an attention over a video stays dense that neither length nor plan keep so."""
     site = decision.site
-    if decision.split or site.kind not in OURS or site.grid is None:
+    if decision.split:
+        return False
+    if decision.why.reason in UNREAD:
+        return not is_shorter(site.query_length, least_tokens(settings, site), guard=False)
+    if site.kind not in OURS or site.grid is None:
         return False
     by_plan = settings.plan is not None and site.eligible
     return not by_plan and decision.why.reason is not Reason.TOO_SHORT

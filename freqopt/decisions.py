@@ -26,19 +26,28 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent, Mark, Site
 
 if TYPE_CHECKING:
+    from freqopt.call_grids import OneCall
     from freqopt.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 
-def grids_of(settings: Options) -> Grids:
+def grids_of(settings: Options, calls: OneCall | None = None) -> Grids:
     """The grids that the options tell: `grid`, and to be tried, `grids` and the plan's.
+
+    calls: what the inputs of the graph tell at every call. Positions are believed where any grid
+    is said, as tokens with positions need not be video.
 
     Raises:
         PlanError, OptionError: as in `load_plan`.
     """
     planned = () if settings.plan is None else tuple(load_plan(settings.plan).grids)
-    return Grids(settings.grid, (*settings.grids, *planned))
+    likely = (*settings.grids, *planned)
+    believed = settings.grid is not None or bool(likely)
+    others = (settings.before, settings.after)
+    if calls is None:
+        return Grids(settings.grid, likely, others)
+    return Grids(settings.grid, likely, others, tuple(calls.told), believed, calls.order_of)
 
 
 def decide(

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from freqopt.call_grids import OneCall
 from freqopt.decisions import decide, grids_of
 from freqopt.eager import uncompiled, written
 from freqopt.errors import InputError, unwrapped
@@ -152,6 +153,8 @@ def inspect(
     plan: Any = None,
     min_tokens: Any = None,
     order: Any = None,
+    before: Any = None,
+    after: Any = None,
     **kwargs: Any,
 ) -> Inspection:
     """Find the attention of a model and say what the backend would do about it.
@@ -162,9 +165,10 @@ def inspect(
     Args:
         model: the model; one that was compiled already is inspected as it was before.
         args, kwargs: inputs of one call of the model.
-        grid, grids, plan, min_tokens, order: as the backend's options: (t, h, w) in tokens, several
-            of these, a plan or its path, tokens, and "grid" or "content". (Not typed, so that a
-            dict of a model's own inputs may be passed as ``**inputs``.)
+        grid, grids, plan, min_tokens, order, before, after: as the backend's options: (t, h, w) in
+            tokens, several of these, a plan or its path, tokens, "grid" or "content", and numbers
+            of tokens. (Not typed, so that a dict of a model's own inputs may be passed as
+            ``**inputs``.)
 
     Raises:
         OptionError: a malformed grid, grids or min_tokens.
@@ -174,8 +178,10 @@ def inspect(
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; inspect takes a torch.nn.Module")
-    given = {"grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order}
-    settings = parse_options(given)
+    settings = parse_options({
+        "grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order,
+        "before": before, "after": after,
+    })  # fmt: skip
     capture = _Capture(settings, inner)
     with torch.no_grad(), _random_state_kept(), uncompiled(inner):
         with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
@@ -230,7 +236,7 @@ class _Capture:
         self.graphs += 1
         running_here = next(running(), self.model)
         inside = "" if running_here is self.model else self.names.get(id(running_here), "")
-        sites = self.described(gm, inside)
+        sites = self.described(gm, inside, OneCall(gm, example_inputs))
         self.sites += sites
         for site in sites:
             path, nth = module_of_site(site.name)
@@ -241,11 +247,13 @@ class _Capture:
         forward: Callable[..., Any] = gm.forward
         return forward
 
-    def described(self, gm: fx.GraphModule, inside: str = "") -> list[InspectedSite]:
+    def described(
+        self, gm: fx.GraphModule, inside: str = "", call: OneCall | None = None
+    ) -> list[InspectedSite]:
         """What is decided about each site of a graph, which a module of the model runs."""
         decide_here = functools.partial(decide, self.settings, guard=False)
         model = Model(self.names, self._known, inside)
-        found = rewrite(gm, decide_here, None, grids_of(self.settings), model=model).decisions
+        found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]
 
     def _known(self, name: str) -> Sequence[Known]:

@@ -29,7 +29,9 @@ class Options:
         plan: a `Plan` or the path of one.
         grid: extents (t, h, w) of the video tokens, where the graph does not tell them.
         grids: several of these, for a model that is called at several resolutions; where a graph
-            tells none, the one that has as many tokens is taken.
+            tells none, that of a call's positions is taken, or the one that has as many tokens.
+        before: other tokens before `grid` in its axis.
+        after: other tokens after it, as of a reference image packed behind the one that is made.
         order: "grid" or "content", how tokens are ordered without a plan, which has orders of its
             own: by default by the grid, and sites without one stay dense.
         chunk: tokens that are ordered by content together: a power of two from 256, or "all".
@@ -47,6 +49,8 @@ class Options:
     grids: tuple[tuple[int, int, int], ...] = ()
     order: Literal["grid", "content"] | None = None
     chunk: int | Literal["all"] = DEFAULT_CHUNK
+    before: int = 0
+    after: int = 0
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False
@@ -75,6 +79,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         if "grid" in given or not isinstance(several, (tuple, list)):
             raise OptionError(f"grids {several!r} must be a list of grids, and given without grid")
         given["grids"] = tuple(_parse_grid(grid) for grid in several)
+    _check_others(given)
     threshold = given.get("threshold")
     if threshold is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
@@ -111,6 +116,18 @@ def _check_order(given: Mapping[str, Any]) -> None:
             check_chunk(given["chunk"])
         except InputError as error:
             raise OptionError(str(error)) from error
+
+
+def _check_others(given: Mapping[str, Any]) -> None:
+    for name in ("before", "after"):
+        count = given.get(name, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise OptionError(f"{name} {count!r} must be a number of tokens, 0 or larger")
+        if count and "grid" not in given:
+            raise OptionError(
+                f"{name}={count} was given without grid: it is the number of other tokens {name} "
+                "those of grid=(t, h, w), in the same axis"
+            )
 
 
 def _check_mode(inner: object, mode: object) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from freqopt.grid import Grid
 from freqopt.passes.axes.dimensions import Axis, axis_size, hint, product, same
 from freqopt.passes.axes.graph_axes import Dimensions
-from freqopt.passes.axes.grid import Layout, infer_layout, pad_queries
+from freqopt.passes.axes.grid import Said, infer_layout
+from freqopt.passes.axes.layout import Layout, pad_queries
 from freqopt.passes.axes.operands import operands_of
 from freqopt.passes.axes.provenance import (
     alike,
@@ -42,7 +42,7 @@ def came_ready_made(node: fx.Node) -> bool:
 
 
 def classify(
-    attention: Attention, dimensions: Dimensions, grid: Grid | None
+    attention: Attention, dimensions: Dimensions, said: Said
 ) -> tuple[Kind, Layout, Why | None]:
     """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
     query, key, values = operands_of(attention, dimensions)
@@ -65,28 +65,30 @@ def classify(
         axes = " x ".join(str(atom.size) for atom in slices)
         return "other", Layout(), Reason.SLICES(axes=axes)
     if kind == "other":
-        kind, layout, why_not = _text_in_keys(tokens, key[-2], grid, attention, dimensions)
+        kind, layout, why_not = _text_in_keys(tokens, key[-2], said, attention, dimensions)
     else:
-        layout = infer_layout(tokens, grid, attention.node.graph, dimensions.positions)
+        layout = infer_layout(tokens, said, attention.node.graph, dimensions.positions)
         why_not = layout.problem
         counts = axis_size(tokens), axis_size(key[-2])
         if not same(*counts):
             return "other", Layout(), Reason.LENGTHS(queries=counts[0], keys=counts[1])
-        if grid is None and not same_lattices(tokens, key[-2]):
+        if said.grid is None and not same_lattices(tokens, key[-2]):
             return "other", Layout(), Reason.KEY_ORDER()
         if layout.grid is not None:
             kind = "self" if layout.segments == (0, len(tokens)) else "joint"
-    if kind != "other" and not (alike(values[-2], key[-2]) or is_lost(values[-2])):
+    believed = is_lost(values[-2]) or (said.grid is not None and is_lost(key[-2]))
+    if kind != "other" and not (alike(values[-2], key[-2]) or believed):
         return "other", Layout(), Reason.OTHER_VALUES()
     if why_not is None and layout.grid is not None and attention.mask is not None:
-        why_not = _settle_mask(attention, layout.text_before, product(layout.grid))
+        shown = layout.shown or (layout.text_before, product(layout.grid))
+        why_not = _settle_mask(attention, *shown)
     return kind, layout, why_not
 
 
 def _text_in_keys(
     tokens: Axis,
     keys: Axis,
-    grid: Grid | None,
+    said: Said,
     attention: Attention,
     dimensions: Dimensions,
 ) -> tuple[Kind, Layout, Why | None]:
@@ -94,7 +96,7 @@ def _text_in_keys(
     start, graph = place_in(tokens, keys), attention.node.graph
     if start is None:
         return "other", Layout(), Reason.OTHER_KEYS()
-    layout = infer_layout(keys, grid, graph, dimensions.positions)
+    layout = infer_layout(keys, said, graph, dimensions.positions)
     if layout.problem is not None or layout.grid is None:
         return "text in keys", layout, layout.problem
     stop = start + len(tokens)

@@ -7,6 +7,7 @@ Works on the graph that Dynamo hands to a backend and, by the same rules, on the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ from torch import fx
 
 from freqopt.grid import Grid
 from freqopt.passes.axes.dimensions import same
+from freqopt.passes.axes.given import Others
 from freqopt.passes.axes.graph_axes import Dimensions
-from freqopt.passes.axes.grid import Layout
+from freqopt.passes.axes.grid import Said
+from freqopt.passes.axes.layout import Layout
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
 from freqopt.passes.axes.propagate import follow_axes
+from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
 from freqopt.passes.naming import Names, Numbered
@@ -35,11 +39,21 @@ class Grids:
     """Grids of video tokens that come from elsewhere than the graph.
 
     given: the user's word for this model; it goes before what a graph tells, and has to fit.
-    likely: to be tried where a graph tells none, such as those that a plan was made on.
+    likely: to be tried where a graph tells none, such as those that a plan was made on. others:
+    tokens before and after the given one in its axis. told: by the data of inputs, at every call;
+    `believed` where the user or a plan says that the model's tokens are video. order_of: see there.
     """
 
     given: Grid | None = None
     likely: tuple[Grid, ...] = ()
+    others: Others = (0, 0)
+    told: tuple[Told, ...] = ()
+    believed: bool = False
+    order_of: OrderOf = unread
+
+    def said(self, grid: Grid | None) -> Said:
+        """What is said to a search for sites that tries a grid, or none."""
+        return Said(grid, self.others, self.told, self.believed, self.order_of)
 
 
 @dataclass(frozen=True)
@@ -67,14 +81,10 @@ def find_on_grids(
     that accounts for most sites is taken; then what calibration saw of a site is believed.
     """
     model = model or Model()
-    sites = find_sites(gm, grid=grids.given, model=model)
+    sites = find_sites(gm, said=grids.said(grids.given), model=model)
     if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
         marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
-        tried = [
-            find_sites(gm, grid=grid, model=model)
-            for grid in dict.fromkeys([*marked, *grids.likely])
-        ]
-        sites = max([sites, *tried], key=lambda found: sum(site.eligible for site in found))
+        sites = _by_likely(gm, sites, list(dict.fromkeys([*marked, *grids.likely])), model)
     for site in sites:
         site.mark = marks.get(site.name)
         own = () if model.known is None else tuple(model.known(site.name))
@@ -84,14 +94,41 @@ def find_on_grids(
     return sites
 
 
+def _by_likely(
+    gm: fx.GraphModule, sites: list[Site], likely: Sequence[Grid], model: Model
+) -> list[Site]:
+    """Sites on the one of some grids that accounts for most; on none where two would do as well.
+
+    Landscape and portrait have as many tokens, and which of them a call is of no graph can tell.
+    """
+    tried = [(grid, find_sites(gm, grid=grid, model=model)) for grid in likely]
+    counts = [sum(site.eligible for site in found) for _, found in tried]
+    best = max(counts, default=0)
+    if best <= sum(site.eligible for site in sites):
+        return sites
+    fitting = [pair for pair, count in zip(tried, counts, strict=True) if count == best]
+    first, found = fitting[0]
+    rivals = [grid for grid, _ in fitting if math.prod(grid) == math.prod(first)]
+    if len(rivals) > 1:
+        for site, own in zip(found, sites, strict=True):
+            if site.eligible and not own.eligible:
+                site.why = Reason.GRIDS_ALIKE(grids=", ".join(map(str, rivals)))
+    return found
+
+
 def find_sites(
-    gm: fx.GraphModule, *, grid: Grid | None = None, model: Model | None = None
+    gm: fx.GraphModule,
+    *,
+    grid: Grid | None = None,
+    said: Said | None = None,
+    model: Model | None = None,
 ) -> list[Site]:
     """All attention of a graph, in the order of execution, with what may be done to it.
 
     Args:
         gm: a Dynamo or export graph whose nodes carry example values.
         grid: extents of the video tokens, slowest first, instead of those inferred. They must fit.
+        said: the same and more, see `Said`.
         model: what is known of the model that the graph is of.
 
     Returns:
@@ -101,7 +138,7 @@ def find_sites(
     model = model or Model()
     numbered = Numbered(model.names, model.inside)
     sites = [
-        _describe(attention, inside, grid, numbered.name(attention.node))
+        _describe(attention, inside, said or Said(grid), numbered.name(attention.node))
         for attention, inside in _walk(gm.graph, dimensions)
     ]
     for site in sites:
@@ -123,7 +160,7 @@ def _walk(graph: fx.Graph, dimensions: Dimensions) -> Iterator[tuple[Attention, 
             yield from _walk(body.graph, inner)
 
 
-def _describe(attention: Attention, dimensions: Dimensions, grid: Grid | None, name: str) -> Site:
+def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: str) -> Site:
     query, key = tensor(attention.query), tensor(attention.key)
     operands = operands_of(attention, dimensions)
     sizes = heads_of(attention, operands)
@@ -134,7 +171,7 @@ def _describe(attention: Attention, dimensions: Dimensions, grid: Grid | None, n
     if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
         lengths = (query.shape[-2], length_of_keys(attention))
         if sizes is not None or attention.objection is None:
-            kind, layout, why_not = classify(attention, dimensions, grid)
+            kind, layout, why_not = classify(attention, dimensions, said)
             problem = problem or why_not
     if problem is None:
         problem = _shape_problem(attention, sizes)

@@ -40,7 +40,12 @@ def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) 
     lengths = (site.query_length, site.key_length)
     if site.why.reason not in UNSHOWN or not site.heads:
         return
-    known = next((k for k in layouts if _fits(k, lengths)), None)
+    fitting = [k for k in layouts if _fits(k, lengths)]
+    grids = dict.fromkeys(known.grid for known in fitting)
+    if len(grids) > 1:
+        site.why = Reason.GRIDS_ALIKE(grids=", ".join(map(str, grids)))
+        return
+    known = fitting[0] if fitting else None
     if known is None:
         for total in totals:
             _is(site.key_length, total)

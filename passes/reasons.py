@@ -59,6 +59,12 @@ class Reason(Enum):
         "call torch.backends.mha.set_fastpath_enabled(False) before compiling",
     )
 
+    OPAQUE = Text(
+        "it is inside the operator {operation}, and {problem}",
+        "use PyTorch's scaled_dot_product_attention to have it split (in diffusers: "
+        "set_attention_backend('native'))",
+    )
+
     # Tensors
     NO_HEADS = Text("its tensors are not (batch, heads, tokens, head_dim): {shape}")
     BATCHES = Text("its queries, keys and values have different batch sizes")
@@ -93,6 +99,23 @@ class Reason(Enum):
         "packed before the model)",
         "if they are video, pass grid=(t, h, w); an image is (1, h, w), one long sequence "
         "(1, 1, n)",
+    )
+    IN_POSITIONS = Text(
+        "its tokens are packed into one axis, and {input} holds their positions, in this call "
+        "of a grid {grid}",
+        "pass grids=[that grid] or a plan, and the grid of every call is read from there",
+    )
+    GRIDS_ALIKE = Text(
+        "the grids {grids} have as many tokens, and nothing in this graph tells which a call is on",
+        "pass the one as grid=, or compile the whole model, whose inputs may hold positions",
+    )
+    IN_PIECES = Text(
+        "its video tokens lie in {count} pieces with others between them, as where text and video "
+        "are sharded one by one",
+        "join them before they are sharded",
+    )
+    PLACED = Text(
+        "its tokens are put in their places by index, and their order cannot be read from the graph"
     )
     GRID_MISFIT = Text(
         "grid={grid} was given, {shown} = {tokens} tokens, but of its {sizes} tokens {how_many} "

@@ -34,21 +34,34 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Value:
+    """An int that a node of the graph gives, such as one of the graph's inputs."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is left of a sequence: the tokens after the grid and all before it."""
+
+
+@dataclass(frozen=True)
 class Total:
     """The sum of several extents, such as the frames of two videos in one sequence."""
 
-    parts: tuple[int | Size, ...]
+    parts: tuple[int | Size | Product, ...]
 
 
 @dataclass(frozen=True)
 class Product:
     """The product of several extents: the tokens of a lattice that stays exact."""
 
-    parts: tuple[int | Size, ...]
+    parts: tuple[int | Size | Value, ...]
 
 
-Argument = int | Size | Total | Product
-"""How the graph gets an extent: a constant, a size read at run time, a sum or product of these."""
+Argument = int | Size | Value | Rest | Total | Product
+"""How the graph gets an extent: a constant, a size or an int read at run time, what is left of the
+sequence, a sum or product of sizes."""
 
 
 @dataclass
@@ -154,6 +167,14 @@ class Site:
     pad_after_arguments: tuple[Argument, ...] = ()
     query_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
+
+    @property
+    def at_call(self) -> bool:
+        """Whether its grid is read at every call, so that no size is known to be of it."""
+        parts = [
+            p for a in self.grid_arguments for p in (a.parts if isinstance(a, Product) else (a,))
+        ]
+        return any(isinstance(part, Value) for part in parts)
 
     @property
     def eligible(self) -> bool:

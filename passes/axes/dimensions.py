@@ -30,6 +30,8 @@ class Atom:
     dimensions. node, dim: a tensor of which it is a whole dimension, so that its size can be read
     at run time (None if there is none). parent, part: the atom it was split off, and its place
     among the `parts` of it, slowest first. cut: the segment it is a piece of, with start and stop.
+    bundle: axes that were merged into it although one of them is a concatenation. order: of tokens
+    that were put in their places by index, the indices of all pieces, in the order of writing.
     """
 
     size: Extent
@@ -41,6 +43,8 @@ class Atom:
     part: int = 0
     parts: int = 1
     cut: tuple[Segment, Extent, Extent] | None = None
+    bundle: Shape | None = None
+    order: tuple[fx.Node, ...] = ()
 
     def __repr__(self) -> str:
         return f"{self.root[0]}[{self.root[1]}]:{self.size}"
@@ -64,6 +68,14 @@ def same(a: Extent | bool, b: Extent | bool) -> bool:
     if first is not None and second is not None and first != second:
         return False
     return bool(statically_known_true(a == b)) or equal_by_divisions(a, b)
+
+
+def has(size: Extent, tokens: Extent) -> bool:
+    """Whether there are as many tokens in this call; a guard keeps it so where numbers vary."""
+    if same(size, tokens):
+        return True
+    first, second = hint(size), hint(tokens)
+    return first is not None and first == second and bool(size == tokens)
 
 
 def hint(size: Extent | bool) -> int | None:
@@ -113,6 +125,18 @@ def normalise(atoms: Sequence[Atom]) -> Segment:
     return tuple(result)
 
 
+def bundle_segment(axis: Axis) -> Segment:
+    """A segment of one atom that stands for a whole concatenation, see `expanded`."""
+    first = next(atom for segment in axis for atom in segment)
+    return (Atom(axis_size(axis), "data", first.root, bundle=(axis,)),)
+
+
+def expanded(segment: Segment) -> Axis:
+    """The concatenation that a segment stands for; any other is an axis of its own."""
+    bundle = segment[0].bundle if len(segment) == 1 else None
+    return bundle[0] if bundle is not None and len(bundle) == 1 else (segment,)
+
+
 def join(axes: Iterable[Axis]) -> Axis:
     """Axis of a concatenation; pieces that were cut out of one segment are put together again.
 
@@ -127,7 +151,7 @@ def join(axes: Iterable[Axis]) -> Axis:
                 continue
             result.append(segment)
             _mend(result)
-    return tuple(result or empty[:1])
+    return tuple(part for segment in result or empty[:1] for part in expanded(segment))
 
 
 def _mend(segments: list[Segment]) -> None:
@@ -152,7 +176,8 @@ def piece(
     first = segment[0] if segment else None
     origin: Origin = first.origin if first else "made"
     root = first.root if first else ("", 0)
-    return Atom(stop - start, origin, root, node, dim, cut=(segment, start, stop))
+    order = first.order if first else ()
+    return Atom(stop - start, origin, root, node, dim, cut=(segment, start, stop), order=order)
 
 
 def take(axis: Axis, start: Extent, stop: Extent, node: fx.Node, dim: int) -> Axis | None:
@@ -220,136 +245,3 @@ def rank(axis: Axis) -> tuple[int, int, int]:
     wide = [a for a in atoms if not same(a.size, 1)]
     data = sum(a.origin == "data" for a in wide)
     return data, len(wide), -sum(a.cut is not None for a in atoms)
-
-
-def regroup(before: Sequence[Extent], after: Sequence[Extent]) -> list[tuple[range, range]] | None:
-    """Smallest groups of consecutive dimensions with equal products, for a view or reshape."""
-    groups: list[tuple[range, range]] = []
-    i = j = 0
-    while i < len(before) and j < len(after):
-        found = _smallest_group(before, after, i, j)
-        if found is None:
-            return None
-        groups.append((range(i, found[0]), range(j, found[1])))
-        i, j = found
-    if i < len(before) or j < len(after):
-        if not all(same(s, 1) for s in (*before[i:], *after[j:])) or not groups:
-            return None if groups or (before and after) else []
-        left, right = groups.pop()
-        groups.append((range(left.start, len(before)), range(right.start, len(after))))
-    return groups
-
-
-def _smallest_group(
-    before: Sequence[Extent], after: Sequence[Extent], i: int, j: int
-) -> tuple[int, int] | None:
-    left, right = len(before) - i, len(after) - j
-    for total in range(2, left + right + 1):
-        for a in range(max(1, total - right), min(left, total - 1) + 1):
-            stop_i, stop_j = i + a, j + total - a
-            if same(product(before[i:stop_i]), product(after[j:stop_j])):
-                return stop_i, stop_j
-    return None
-
-
-def distribute(
-    axes: Sequence[Axis], sizes: Sequence[Extent], node: fx.Node, first_dim: int
-) -> list[Axis] | None:
-    """Axes of the dimensions `sizes` that a view makes out of `axes`, None if they cannot be told.
-
-    first_dim: the first of the new dimensions in the output of `node`.
-    """
-    wide_in = [axis for axis in axes if axis and not same(axis_size(axis), 1)]
-    wide_out = [k for k, size in enumerate(sizes) if not same(size, 1)]
-    if len(wide_in) == 1 and len(wide_out) == 1 and (len(wide_in[0]) > 1 or len(sizes) == 1):
-        if len(wide_in[0]) > 1:
-            return [wide_in[0] if k == wide_out[0] else () for k in range(len(sizes))]
-    if any(len(axis) > 1 for axis in axes):
-        return _distribute_segments(wide_in, sizes, node, first_dim)
-    queue = list(normalise([atom for axis in axes if axis for atom in axis[0]]))
-    result: list[Axis] = []
-    k = 0
-    while k < len(sizes):
-        taken = _take_atoms(queue, sizes[k])
-        if taken is not None:
-            result.append((normalise(taken),) if taken else ())
-            k += 1
-            continue
-        split = _split_atom(queue, sizes, k, node, first_dim)
-        if split is None:
-            return None
-        result.extend(((atom,),) for atom in split)
-        k += len(split)
-    if queue:
-        if not all(same(atom.size, 1) for atom in queue) or not result:
-            return None
-        last = result[-1][0] if result[-1] else ()
-        result[-1] = (normalise([*last, *queue]),)
-    return result
-
-
-def _distribute_segments(
-    axes: Sequence[Axis], sizes: Sequence[Extent], node: fx.Node, first_dim: int
-) -> list[Axis] | None:
-    """`distribute` where the slowest axis is a concatenation: frames of two videos, say.
-
-    Merged with faster axes, every segment is merged with them; a merged one is taken apart where
-    all its segments end in the same atoms.
-    """
-    if len(sizes) == 1 and all(len(axis) == 1 for axis in axes[1:]):
-        rest = [atom for axis in axes[1:] for atom in axis[0]]
-        return [tuple(normalise([*segment, *rest]) for segment in axes[0])]
-    if len(axes) != 1:
-        return None
-    heads: list[Segment] = []
-    tails: list[Segment] = []
-    for segment in axes[0]:
-        for at in reversed(range(len(segment))):
-            if same(segment_size(segment[at:]), product(sizes[1:])):
-                heads.append(segment[:at])
-                tails.append(segment[at:])
-                break
-    if len(tails) < len(axes[0]) or any(tail != tails[0] for tail in tails):
-        return None
-    rest_axes = distribute([(tails[0],)], sizes[1:], node, first_dim + 1)
-    return None if rest_axes is None else [tuple(heads), *rest_axes]
-
-
-def _take_atoms(queue: list[Atom], size: Extent) -> list[Atom] | None:
-    """Remove the fewest leading atoms whose product is `size` from the queue."""
-    if same(size, 1) and not (queue and same(queue[0].size, 1)):
-        return []
-    total: Extent = 1
-    for count, atom in enumerate(queue, 1):
-        total = product((total, atom.size))
-        if same(total, size):
-            taken = queue[:count]
-            del queue[:count]
-            return taken
-    return None
-
-
-def _split_atom(
-    queue: list[Atom], sizes: Sequence[Extent], k: int, node: fx.Node, first_dim: int
-) -> list[Atom] | None:
-    """Split the leading atom over as many of the dimensions from `k` on as multiply to it."""
-    if not queue:
-        return None
-    whole = queue[0]
-    for stop in range(k + 2, len(sizes) + 1):
-        if same(product(sizes[k:stop]), whole.size):
-            del queue[0]
-            return [
-                Atom(
-                    sizes[k + i],
-                    whole.origin,
-                    whole.root,
-                    node,
-                    first_dim + k + i,
-                    whole,
-                    i,
-                    stop - k,
-                )
-                for i in range(stop - k)
-            ]
-    return None

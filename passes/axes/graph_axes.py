@@ -31,7 +31,7 @@ class Dimensions:
 
     several: of nodes that make several tensors. bodies: of higher-order operators, entered.
     positions: lattices of the tables of positions that packed tokens meet. placed: pieces that were
-    written into a tensor by index.
+    written into a tensor by index: their tokens, themselves, and the index.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -39,7 +39,7 @@ class Dimensions:
         self.several: dict[fx.Node, list[Shape | None]] = {}
         self.bodies: dict[fx.Node, tuple[fx.GraphModule, Dimensions]] = {}
         self.positions: dict[Atom, list[Segment]] = {}
-        self.placed: dict[fx.Node, tuple[Axis, ...]] = {}
+        self.placed: dict[fx.Node, tuple[tuple[Axis, fx.Node, fx.Node], ...]] = {}
         self.graph = graph
         self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         self._provenance: Provenance | None = None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from freqopt.passes.axes.dimensions import Atom, Axis, Segment, same
+from freqopt.passes.axes.parts import holds_ranks
 from freqopt.passes.axes.provenance import alike
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent
@@ -115,6 +116,8 @@ def _by_positions(axis: Axis, positions: Mapping[Atom, Sequence[Segment]]) -> di
 def is_lattice(segment: Segment) -> bool:
     """Whether a segment is a lattice of data: two axes or more of one of the graph's inputs."""
     atoms = [a for a in segment if not same(a.size, 1)] or list(segment)
+    if holds_ranks(segment):
+        return False
     if len(segment) < 2 or any(a.origin != "data" for a in atoms):
         return False
     return len({a.root[0] for a in atoms}) == 1 and len({a.root[1] for a in segment}) > 1

@@ -1,8 +1,9 @@
 """Tokens put in their places by index: text, video and audio written into one sequence of zeros.
 
-Which place is whose stands in data only. Where the pieces written fill the sequence, they are taken
-to lie in it one after the other, as they were written. None of them counts as a lattice, so that
-nothing is split before the user, or a plan, says with a grid that one of them is the video.
+Which place is whose stands in data only. Where the pieces written fill the sequence, they may lie
+in it one after the other, as they were written: that they do is for whoever has the data to see, at
+every call (see `Atom.order`). None of them counts as a lattice, so that nothing is split before the
+user, or a plan, says with a grid that one of them is the video.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from freqopt.passes.axes.dimensions import Atom, Axis, axis_size, hint, join, rank, same
+from freqopt.passes.axes.dimensions import Atom, Axis, Segment, axis_size, has, rank, same
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.rules import dim_of, rule
 from freqopt.passes.nodes import argument, known_int, operation, shape, tensor
-from freqopt.passes.site import Extent
 
 EMPTY = {"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"}
 
@@ -62,30 +62,21 @@ def place(
         return None
     if base not in dimensions.placed and operation(base) not in EMPTY:
         return None
-    pieces = [*dimensions.placed.get(base, ()), _as_one(written[dim], source, dim)]
+    pieces = [*dimensions.placed.get(base, ()), (written[dim], source, index)]
     dimensions.placed[base] = tuple(pieces)
+    order = tuple(node for _, _, node in pieces)
     axes: list[Axis | None] = [
         max(a, b, key=rank) if same(axis_size(a), axis_size(b)) else a
         for a, b in zip(known, written, strict=True)
     ]
-    whole = join(pieces)
-    axes[dim] = whole if _fills(axis_size(whole), shape(base)[dim]) else known[dim]
+    whole = tuple(_as_one(axis, node, dim, order) for axis, node, _ in pieces)
+    axes[dim] = whole if has(axis_size(whole), shape(base)[dim]) else known[dim]
     return axes
 
 
-def _fills(pieces: Extent, whole: Extent) -> bool:
-    """Whether pieces have as many tokens as the sequence; a guard keeps it so where both vary."""
-    if same(pieces, whole):
-        return True
-    first, second = hint(pieces), hint(whole)
-    return first is not None and first == second and bool(pieces == whole)
-
-
-def _as_one(axis: Axis, source: fx.Node, dim: int) -> Axis:
+def _as_one(axis: Axis, source: fx.Node, dim: int, order: tuple[fx.Node, ...]) -> Segment:
     """A written piece as one atom, whatever lattice it was."""
-    if len(axis) == 1 and len(axis[0]) == 1:
-        return axis
     first = next((segment[0] for segment in axis if segment), None)
     if first is None:
-        return axis
-    return ((Atom(axis_size(axis), first.origin, first.root, source, dim),),)
+        return (Atom(axis_size(axis), "made", (source.name, dim), source, dim, order=order),)
+    return (Atom(axis_size(axis), first.origin, first.root, source, dim, order=order),)

@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 import freqopt.passes.axes.rules_math
-import freqopt.passes.axes.rules_pixels  # noqa: F401  these register their rules
+import freqopt.passes.axes.rules_pixels
+import freqopt.passes.axes.rules_ranks  # noqa: F401  these register their rules
 from freqopt.passes.axes.dimensions import Shape
+from freqopt.passes.axes.foreign import foreign_axes, foreign_several, is_foreign
 from freqopt.passes.axes.graph_axes import Dimensions, origin_of
 from freqopt.passes.axes.placements import note_setitem
 from freqopt.passes.axes.rules import RULES, SEVERAL
@@ -60,7 +62,8 @@ def _visit(dimensions: Dimensions, node: fx.Node) -> None:
         if operation(node) == "setitem":
             note_setitem(dimensions, node)
         if isinstance(value(node), (tuple, list)):
-            dimensions.several[node] = SEVERAL.get(operation(node), _unknown)(dimensions, node)
+            other = foreign_several if is_foreign(node) else _unknown
+            dimensions.several[node] = SEVERAL.get(operation(node), other)(dimensions, node)
         return
     name = operation(node)
     found = None
@@ -72,8 +75,10 @@ def _visit(dimensions: Dimensions, node: fx.Node) -> None:
             logger.warning("%s: its axes cannot be followed: %r", node.format_node(), error)
     elif name in SAME_AXES:
         found = dimensions.of(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
-    elif is_pointwise(name):
+    elif is_pointwise(name) and not is_foreign(node):
         found = dimensions.broadcast(node)
+    elif is_foreign(node):
+        found = foreign_axes(dimensions, node)
     dimensions.axes[node] = dimensions.checked(node, found)
 
 

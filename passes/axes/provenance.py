@@ -33,10 +33,15 @@ def same_atom(a: Atom | None, b: Atom | None) -> bool:
     """Whether two atoms are the same extent of the same input, however they were reached."""
     if a is b:
         return True
-    if a is None or b is None or a.root != b.root or a.origin != b.origin:
+    if a is None or b is None or a.root != b.root or a.origin != b.origin or a.order != b.order:
         return False
     if not same(a.size, b.size) or a.part != b.part or a.parts != b.parts:
         return False
+    if a.bundle is not None or b.bundle is not None:
+        if a.bundle is None or b.bundle is None or len(a.bundle) != len(b.bundle):
+            return False
+        if not all(alike(x, y) for x, y in zip(a.bundle, b.bundle, strict=True)):
+            return False
     if a.cut is not None or b.cut is not None:
         if a.cut is None or b.cut is None:
             return False

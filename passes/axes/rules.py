@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from freqopt.passes.axes.dimensions import Atom, Axis, Shape, distribute, regroup, same, take
+from freqopt.passes.axes.dimensions import Atom, Axis, Shape, axis_size, hint, same, take
+from freqopt.passes.axes.distribute import distribute, regroup
 from freqopt.passes.axes.divisions import learn_divisions, learn_length
 from freqopt.passes.axes.graph_axes import Dimensions
+from freqopt.passes.axes.parts import parts_along, shares
 from freqopt.passes.nodes import argument, known_int, numbers, operation, shape, value
 from freqopt.passes.site import Extent
 
@@ -231,6 +233,8 @@ def index_axes(node: fx.Node, source: Any, axes: Shape, index: Any) -> list[Axis
         items.append(Ellipsis)
     at = items.index(Ellipsis)
     items[at : at + 1] = [slice(None)] * (len(axes) - used)
+    for dim, item in enumerate(item for item in items if item is not None):
+        axes = at_index(axes, dim, item)
     result: list[Axis | None] = []
     dim = 0
     for item in items:
@@ -245,6 +249,17 @@ def index_axes(node: fx.Node, source: Any, axes: Shape, index: Any) -> list[Axis
             return None
         dim += 1
     return result
+
+
+def at_index(axes: Shape, dim: int, index: Any) -> Shape:
+    """Axes of a tensor whose part at an index is taken: of ranks, that of one of them."""
+    place, count = known_int(index), None
+    if place is not None and axes[dim]:
+        count = hint(axis_size(axes[dim]))
+    if place is None or count is None or not -count <= place < count:
+        return axes
+    parts = parts_along(axes, dim, count)
+    return axes if parts is None else parts[place]
 
 
 def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -> Axis | None:
@@ -319,7 +334,8 @@ def _select(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     if known is None or dim is None:
         return None
     dim = dim_of(dim, len(known[1]))
-    return [axis for d, axis in enumerate(known[1]) if d != dim]
+    axes = at_index(known[1], dim, argument(node, 2, "index"))
+    return [axis for d, axis in enumerate(axes) if d != dim]
 
 
 @several("split", "chunk", "unbind", "split_with_sizes", "tensor_split")
@@ -333,8 +349,15 @@ def _split(dimensions: Dimensions, node: fx.Node) -> list[Shape | None]:
         return [None] * len(outputs)
     source, axes = known
     at = dim_of(dim, len(axes))
+    parts = parts_along(axes, at, len(outputs))
+    if parts is not None:
+        return [(*p[:at], *p[at + 1 :]) if unbind else p for p in parts]
     if unbind:
         return [(*axes[:at], *axes[at + 1 :])] * len(outputs)
+    even = all(same(output.shape[at], outputs[0].shape[at]) for output in outputs)
+    cut = shares(axes[at], len(outputs)) if even else None
+    if cut is not None:
+        return [(*axes[:at], share, *axes[at + 1 :]) for share in cut]
     result: list[Shape | None] = []
     start: Extent = 0
     for output in outputs:

@@ -58,7 +58,7 @@ def _cat(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     # Beside tensors of any form, `cat` takes empty ones of one dimension, such as a new cache.
     known = [s for s in known if len(s) > 1 or not same(axis_size(s[0]), 0)] or known
     if operation(node) == "stack":
-        axes: list[Axis | None] = _best(known)
+        axes: list[Axis | None] = _agreed(known)
         at = dim_of(dim, len(axes) + 1)
         axes.insert(at, slices_axis(dimensions, tensors) or dimensions.new_axis(node, at))
         return axes
@@ -123,6 +123,23 @@ MOST_STEPS = 40
 
 def _best(shapes: Sequence[Shape]) -> list[Axis | None]:
     return [max(axes, key=rank) for axes in zip(*shapes, strict=True)]
+
+
+def _agreed(shapes: Sequence[Shape]) -> list[Axis | None]:
+    """Of stacked tensors; of different pieces of a whole nothing is known."""
+    return [
+        None if any(_is_other_piece(axes[0], axis) for axis in axes[1:]) else max(axes, key=rank)
+        for axes in zip(*shapes, strict=True)
+    ]
+
+
+def _is_other_piece(first: Axis, second: Axis) -> bool:
+    """Whether two axes are pieces, cut out at different places."""
+    atoms = [axis[0][0] for axis in (first, second) if len(axis) == 1 and len(axis[0]) == 1]
+    cuts = [atom.cut for atom in atoms]
+    if len(cuts) < 2 or cuts[0] is None or cuts[1] is None:
+        return False
+    return not (same(cuts[0][1], cuts[1][1]) and same(cuts[0][2], cuts[1][2]))
 
 
 @rule("embedding")

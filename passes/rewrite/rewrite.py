@@ -6,6 +6,7 @@ are often written into those in place after they were made.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.masks.writes import is_idle
 from freqopt.passes.nodes import operation, shape, value
-from freqopt.passes.site import Argument, Product, Site, Size, Total
+from freqopt.passes.site import Argument, Product, Rest, Site, Size, Total, Value
 
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""
@@ -107,7 +108,7 @@ def insert_split(
     """
     if not site.eligible:
         raise SiteError(f"attention at {site.name}: {site.why}; it cannot be replaced")
-    import freqopt.kernels.op  # noqa: F401  registers the op
+    import freqopt.kernels.at_call  # noqa: F401  registers this op and the other
 
     graph, node = site.node.graph, site.node
     threshold, chunks = _rows_of_budget(gm, site, budget, largest_chunk)
@@ -121,7 +122,9 @@ def insert_split(
             query, key, values, threshold, key_mask, list(grid), before, after, scale, density,
             probes, *ordering,
         )  # fmt: skip
-        call = graph.call_function(torch.ops.freqopt.split_attention.default, arguments)
+        ops = torch.ops.freqopt
+        op = ops.split_attention_at_call if site.at_call else ops.split_attention
+        call = graph.call_function(op.default, arguments)
         call.meta = _meta_of_call(node, call)
         new = graph.call_function(operator.getitem, (call, 0))
         new.meta = dict(node.meta)
@@ -198,7 +201,10 @@ def site_operands(site: Site) -> tuple[Any, ...]:
     tensors = [_prepared(site, node) for node in _four_dimensional(site)]
     grid = tuple(_argument(site, argument) for argument in site.grid_arguments)
     before = _sum(site, site.text_before_arguments)
-    after = _sum(site, site.text_after_arguments)
+    if Rest() in site.text_after_arguments:
+        after = _rest(site, tensors[0], grid, before)
+    else:
+        after = _sum(site, site.text_after_arguments)
     return (*tensors, _key_mask(site), grid, before, after, site.scale)
 
 
@@ -319,7 +325,10 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
         return _sum(site, argument.parts)
     if isinstance(argument, Product):
         return _combined(site, argument.parts, operator.mul, 1)
+    if isinstance(argument, Value):
+        return bring(argument.node, site.node.graph)
     if not isinstance(argument, Size):
+        assert isinstance(argument, int), argument
         return argument
     measured = _standing(argument.node)
     for user in measured.users:
@@ -335,6 +344,15 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
     node.meta["example_value"] = shape(measured)[argument.dim]
     node.meta[READ_SIZE] = argument.dim
     return bring(node, site.node.graph)
+
+
+def _rest(
+    site: Site, query: fx.Node, grid: Sequence[int | fx.Node], before: int | fx.Node
+) -> int | fx.Node:
+    """How many tokens of a query (B, H, N, D) come after a grid and those before it."""
+    taken = functools.reduce(functools.partial(_computed, site, operator.mul), grid)
+    taken = _computed(site, operator.add, taken, before)
+    return _computed(site, operator.sub, _size_of(site, query, 2), taken)
 
 
 def _sum(site: Site, parts: Sequence[Argument]) -> int | fx.Node:
@@ -353,11 +371,20 @@ def _combined(
         elif isinstance(total, int) and total == neutral:
             total = argument
         else:
-            graph = site.node.graph
-            example = combine(value(total), value(argument))
-            total = graph.call_function(combine, (total, argument))
-            total.meta = dict(site.node.meta, example_value=example)
+            total = _computed(site, combine, total, argument)
     return total
+
+
+def _computed(
+    site: Site, combine: Callable[[Any, Any], Any], first: int | fx.Node, second: int | fx.Node
+) -> int | fx.Node:
+    """What a function makes of two extents, by a node unless both are constants."""
+    example = combine(value(first), value(second))
+    if isinstance(first, int) and isinstance(second, int):
+        return int(example)
+    made = site.node.graph.call_function(combine, (first, second))
+    made.meta = dict(site.node.meta, example_value=example)
+    return made
 
 
 def _key_mask(site: Site) -> fx.Node | None:

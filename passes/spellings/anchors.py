@@ -15,6 +15,7 @@ from freqopt.passes.nodes import constant, operation
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention
 from freqopt.passes.spellings.flex import match_flex
+from freqopt.passes.spellings.opaque import match_opaque
 from freqopt.passes.spellings.packed import FORWARD, is_opened, packed_problem
 from freqopt.passes.spellings.softmax import match_softmax
 
@@ -88,6 +89,7 @@ ANCHORS: tuple[Callable[[fx.Node], Attention | None], ...] = (
     match_packed,
     match_flex,
     match_softmax,
+    match_opaque,
 )
 
 

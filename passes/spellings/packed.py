@@ -23,6 +23,7 @@ from freqopt.passes.nodes import argument, operation, shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import add_function, add_method
 from freqopt.passes.spellings.einsums import einsums_in_order
+from freqopt.passes.spellings.opaque import opaque_opened
 
 FORWARD: Final = "multi_head_attention_forward"
 OPENED: Final = "freqopt_opened"
@@ -68,8 +69,8 @@ def packed_opened(gm: fx.GraphModule) -> Iterator[None]:
     """Open every packed node of a graph for as long as sites are found and replaced.
 
     Its attention stands beside it, without users. Where that was replaced in the meantime it takes
-    the node's place; elsewhere it is taken out again. Einsums are in order as long, see `einsums`.
-    Call `gm.recompile()` afterwards only.
+    the node's place; elsewhere it is taken out again. As long, einsums are in order, see `einsums`,
+    and attention operators of others are open, see `opaque`. Call `gm.recompile()` afterwards only.
     """
     for graph in _graphs(gm):
         for node in list(graph.nodes):
@@ -80,6 +81,7 @@ def packed_opened(gm: fx.GraphModule) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for graph in _graphs(gm):
+                stack.enter_context(opaque_opened(graph))
                 stack.enter_context(einsums_in_order(graph))
             yield
     finally:

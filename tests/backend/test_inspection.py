@@ -15,7 +15,7 @@ import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.errors import InputError, OptionError
 from freqopt.inspection import InspectedSite, Inspection
-from freqopt.positions import grid_of_positions
+from freqopt.positions import grid_of_positions, layout_of_positions
 
 GRID = (3, 6, 10)
 
@@ -190,12 +190,10 @@ def test_the_grid_that_positions_hold_is_told() -> None:
 @pytest.mark.parametrize(
     "ids",
     [
-        places(3, 6, 10).flip(-1),
         places(3, 6, 10)[torch.randperm(180, generator=torch.Generator().manual_seed(0))],
-        places(3, 6, 10)[:-1],
-        torch.cat([places(3, 6, 10), places(1, 6, 10)]),
+        torch.cat([places(1, 6, 10), places(1, 10, 6)]),
         places(1, 1, 180),
-        places(3, 6, 10) ** 2,
+        -places(3, 6, 10),
         torch.zeros(180, 3),
         torch.stack([places(3, 6, 10), places(6, 3, 10)]),
         torch.randn(180, 64),
@@ -203,3 +201,34 @@ def test_the_grid_that_positions_hold_is_told() -> None:
 )
 def test_other_positions_tell_no_grid(ids: torch.Tensor) -> None:
     assert grid_of_positions(ids) is None
+
+
+COUNTING = torch.arange(9.0)[:, None].expand(9, 3)
+UNEVEN = [torch.tensor(axis) for axis in ([0, 1, 9, 17], [0, 1, 2], [0, 2, 3])]
+
+
+def reference(image: int, *extents: int) -> torch.Tensor:
+    return places(*extents) + torch.tensor([float(image), 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "layout"),
+    [
+        (places(3, 6, 10).flip(-1), (0, (3, 6, 10), 0)),
+        (places(3, 6, 10) ** 2, (0, (3, 6, 10), 0)),
+        (places(3, 6, 10)[:-1], (0, (2, 6, 10), 59)),
+        (torch.cat([places(3, 6, 10), places(1, 6, 10)]), (0, (3, 6, 10), 60)),
+        (torch.cat([places(1, 14, 12), reference(1, 1, 8, 10)]), (0, (1, 14, 12), 80)),
+        (torch.cat([places(1, 8, 10), reference(1, 1, 14, 12)]), (80, (1, 14, 12), 0)),
+        (torch.cat([places(1, 6, 10), reference(1, 1, 6, 10)]), (0, (2, 6, 10), 0)),
+        (torch.cat([torch.zeros(12, 3), places(1, 14, 12)]), (12, (1, 14, 12), 0)),
+        (torch.cat([COUNTING, 9 + places(1, 5, 7)]), (9, (1, 5, 7), 0)),
+        (torch.cartesian_prod(*UNEVEN), (0, (4, 3, 3), 0)),
+        (places(5, 7, 9).T[None].expand(2, -1, -1), (0, (5, 7, 9), 0)),
+        (torch.stack([places(5, 7, 9).T, places(5, 7, 9).T + 1], -1)[None], (0, (5, 7, 9), 0)),
+    ],
+)  # fmt: skip
+def test_the_main_grid_and_what_lies_around_it_are_told(
+    ids: torch.Tensor, layout: tuple[int, tuple[int, int, int], int]
+) -> None:
+    assert layout_of_positions(ids) == layout

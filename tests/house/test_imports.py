@@ -25,8 +25,8 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "backend", "calibration", "counting", "decisions", "eager", "inspection",
-    "modules", "options", "pieces", "plan", "regional",
+    "backend", "calibration", "call_grids", "call_shapes", "counting", "decisions", "eager",
+    "inspection", "modules", "options", "pieces", "plan", "regional",
 }  # fmt: skip
 
 NOT_INSTALLED = "models_zoo.training."

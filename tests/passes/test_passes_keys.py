@@ -23,7 +23,9 @@ from passes_toys import (
 )
 from torch import Tensor, nn
 
+import freqopt
 from freqopt.backend import freqopt_backend
+from freqopt.passes.reasons import Reason
 
 GRID = (3, 6, 10)
 
@@ -184,9 +186,30 @@ class Placed(nn.Module):
 def test_tokens_put_in_place_by_index_are_split_with_a_grid_only(copies: bool) -> None:
     index = torch.arange(187)
     inputs = (torch.randn(2, 180, WIDTH), text(batch=2), index[7:], index[:7])
-    (site,) = sites_of(Placed(copies), *inputs)
-    assert not site.eligible
     (site,) = sites_of(Placed(copies), *inputs, grid=GRID)
-    assert site.eligible and (site.kind, site.text_before, site.text_after) == ("joint", 7, 0)
-    (site,) = sites_of(Placed(copies, spare=1), *inputs, grid=GRID)
-    assert not site.eligible, "pieces that do not fill the sequence tell nothing"
+    assert not site.eligible and site.why.reason is Reason.PLACED, "no graph shows their order"
+    seen = freqopt.inspect(Placed(copies), *inputs, min_tokens=0).sites
+    assert not seen[0].eligible
+    (found,) = freqopt.inspect(Placed(copies), *inputs, min_tokens=0, grid=GRID).sites
+    assert found.eligible and (found.kind, found.text_before, found.text_after) == ("joint", 7, 0)
+    spare = Placed(copies, spare=1)
+    (found,) = freqopt.inspect(spare, *inputs, min_tokens=0, grid=GRID).sites
+    assert not found.eligible, "pieces that do not fill the sequence tell nothing"
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_order_of_tokens_put_in_place_is_read_at_every_call(copies: bool) -> None:
+    index, model = torch.arange(187), Placed(copies).eval()
+    tokens, words = torch.randn(2, 180, WIDTH), text(batch=2)
+    in_order = (index[7:], index[:7])
+    around = (index[6:186], torch.cat([index[:6], index[186:]]))
+    options = {"threshold": 30.0, "min_tokens": 0, "inner": "eager", "grid": GRID}
+    (site,) = freqopt.inspect(model, tokens, words, *around, min_tokens=0, grid=GRID).sites
+    assert not site.eligible and "by index" in site.reason
+    torch._dynamo.reset()
+    split = torch.compile(model, backend="freqopt", options=options)
+    with torch.no_grad():
+        expected = model(tokens, words, *in_order)
+        assert (split(tokens, words, *in_order) - expected).norm() > 1e-3 * expected.norm()
+        moved = split(tokens, words, *around)
+        torch.testing.assert_close(moved, model(tokens, words, *around), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,9 @@ from model_cases import Case, Grid, load_all
 from torch import Tensor, fx
 
 import freqopt.kernels.op  # noqa: F401  registers the op
+from freqopt.call_grids import OneCall
 from freqopt.passes.axes.dimensions import hint
+from freqopt.passes.axes.grid import Said
 from freqopt.passes.find import find_sites
 from freqopt.passes.rewrite.rewrite import insert_split
 from freqopt.passes.site import Site
@@ -81,7 +83,8 @@ def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:
         seen.graphs += 1
         with packed_opened(gm):
             plain = find_sites(gm)
-            used = find_sites(gm, grid=grid) if grid is not None else plain
+            said = Said(grid, order_of=OneCall(gm, example_inputs).order_of)
+            used = find_sites(gm, said=said) if grid is not None else plain
             seen.plain += plain
             seen.used += used
             for site in used:

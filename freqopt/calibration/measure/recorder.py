@@ -8,8 +8,9 @@ calibrates in the memory that it runs in.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.readings import Layouts
 from freqopt.calibration.measure.requests import Dense, Request, Result, Visit
+from freqopt.call_grids import CallGrids
 from freqopt.decisions import why_not
 from freqopt.grid import Grid
 from freqopt.passes.decision import Decision
@@ -74,6 +76,8 @@ class Recorder:
         """Attention of (B, H, N, D) tensors, dense or split as the request says."""
         call = AttentionCall(query, key, value, key_mask, grid, text_before, text_after, scale)
         request, result = self.desk.request, self.desk.result
+        if not math.prod(grid):  # this call's data tell none
+            return call.dense()
         result.shapes.setdefault(self.site, call.shape)
         if self.mask is not None:
             layout = Known((grid[0], grid[1], grid[2]), text_before, text_after, self.mask)
@@ -114,9 +118,13 @@ def recording_backend(
         replace_site(gm, site, Recorder(desk, site.name, mask_of(site)))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        for decision in rewrite(gm, measured, put, grids, model=Model(names)).decisions:
+        calls = CallGrids(gm, example_inputs)
+        gm = calls.gm
+        with_told = replace(grids, told=tuple(calls.told), believed=True, order_of=calls.order_of)
+        for decision in rewrite(gm, measured, put, with_told, model=Model(names)).decisions:
             if not decision.split:
                 desk.dense_sites[decision.site.name] = decision.reason
-        return gm.forward
+        calls.settle()
+        return calls.reading(gm.forward)
 
     return backend

@@ -1,0 +1,124 @@
+"""`freqopt::split_attention_at_call`: the op for grids that are read from a call's data.
+
+Its graph serves every grid: the extents are operands and no shape of a result depends on them, so
+nothing is compiled anew for another. A call whose data tell no grid has extents of 0, and is dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freqopt.errors import InputError
+from freqopt.kernels import op
+
+
+@torch.library.custom_op("freqopt::split_attention_at_call", mutates_args=())
+def split_attention_at_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    key_mask: Tensor | None,
+    grid: Sequence[int],
+    text_before: int,
+    text_after: int,
+    scale: float,
+    density: float,
+    probes: int,
+    chunks: Tensor | None = None,
+    largest_chunk: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments as those of `freqopt::split_attention`; `text_after` is what is left, whatever.
+
+    Returns:
+        out (B, H, N, D); density (B, H), 1 where it is dense; probe_error (B, H), NaN there.
+    """
+    if math.prod(grid) == 0:
+        mask = None if key_mask is None else key_mask[:, None, None]
+        grouped = key.shape[1] != query.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, scale=scale, enable_gqa=grouped
+        )
+        exact = torch.ones(query.shape[:2], device=query.device)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), exact, exact * math.nan
+    after = query.shape[2] - math.prod(grid) - text_before
+    found = op.split_attention_op(
+        query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
+        probes, chunks, largest_chunk,
+    )  # fmt: skip
+    return found[0], found[1], found[2]
+
+
+@split_attention_at_call.register_fake
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, length, dim = query.shape
+    per_head = query.new_empty((batch, heads), dtype=torch.float32)
+    out = query.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return out, per_head, torch.empty_like(per_head)
+
+
+@torch.library.custom_op("freqopt::split_attention_at_call_backward", mutates_args=())
+def split_attention_at_call_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, threshold: Tensor,
+    key_mask: Tensor | None, chunks: Tensor | None, grid: Sequence[int], text_before: int,
+    scale: float, density: float, probes: int, largest_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value: what the forward made is made once more.
+
+    Raises:
+        InputError: a call whose data tell no grid has a mask.
+    """
+    if math.prod(grid) == 0:
+        if key_mask is not None:
+            raise InputError(
+                "the positions of this call tell no grid, so attention is dense, and has a mask: "
+                "gradients of that are not supported; pass positions in raster order"
+            )
+        # At threshold 0 the op is dense attention, whatever the grid.
+        grid, text_before, chunks = (1, 1, query.shape[2]), 0, None
+        threshold, density, probes = torch.zeros_like(threshold), 0.0, 0
+    after = query.shape[2] - math.prod(grid) - text_before
+    found = op.split_attention_op(
+        query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
+        probes, chunks, largest_chunk,
+    )  # fmt: skip
+    order = found[6] if chunks is not None and largest_chunk > 0 else None
+    grads: tuple[Tensor, Tensor, Tensor] = op.split_attention_backward_op(
+        grad, None, query, key, value, key_mask, found[0], found[3], found[4], order, None,
+        [*grid, text_before, after], None, scale,
+    )  # fmt: skip
+    return grads
+
+
+@split_attention_at_call_backward.register_fake
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = (
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    return tuple(made)  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5], inputs[11])
+    grid, before, _, scale, density, probes = inputs[5:11]
+    ctx.constants = grid, before, scale, density, probes, inputs[12]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    grads = split_attention_at_call_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return (*grads, *[None] * 10)
+
+
+split_attention_at_call.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,126 @@
+"""How a site's tokens lie: the grid of the video, the text around it, and how a graph gets these.
+
+Extents and numbers of tokens are constants where they are known, and read at run time where not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from freqopt.passes.axes.dimensions import (
+    Atom,
+    Axis,
+    Segment,
+    axis_size,
+    product,
+    same,
+    segment_size,
+)
+from freqopt.passes.axes.lattices import LatticeExtent
+from freqopt.passes.bodies import way_into
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Argument, Extent, Product, Size, Total
+
+
+@dataclass
+class Layout:
+    """How a site's tokens lie: grid extents (slowest first) and the text around the video.
+
+    segments: start and stop of those of the axis that are the video. problem: why there is no grid.
+    remark: what else is to say where there is one. shown: tokens before and in the part of the
+    sequence that no mask may hide, where that is more than the grid, as the grid may be another in
+    the next call. The arguments are what the graph computes the extents from; those of the pads as
+    in `Site`.
+    """
+
+    grid: tuple[Extent, Extent, Extent] | None = None
+    segments: tuple[int, int] = (0, 1)
+    text_before: Extent = 0
+    text_after: Extent = 0
+    problem: Why | None = None
+    remark: str = ""
+    shown: tuple[Extent, Extent] | None = None
+    grid_arguments: tuple[Argument, ...] = ()
+    text_before_arguments: tuple[Argument, ...] = ()
+    text_after_arguments: tuple[Argument, ...] = ()
+    pad_before_arguments: tuple[Argument, ...] = ()
+    pad_after_arguments: tuple[Argument, ...] = ()
+
+
+def around(
+    axis: Axis,
+    start: int,
+    stop: int,
+    grid: tuple[Extent, Extent, Extent],
+    graph: fx.Graph,
+    *,
+    counted: bool = False,
+) -> Layout:
+    """The layout where segments start..stop are the video, and those around it text.
+
+    counted: that the grid has as many tokens is known, by a guard.
+    """
+    before, after = axis[:start], axis[stop:]
+    video = axis_size(axis[start:stop])
+    layout = Layout(
+        grid=grid,
+        segments=(start, stop),
+        text_before=axis_size(before) if before else 0,
+        text_after=axis_size(after) if after else 0,
+    )
+    if not counted and not same(product(grid), video):
+        layout.problem = Reason.GRID_UNPROVEN(grid=grid, video=video)
+    for name, part in (("text_before_arguments", before), ("text_after_arguments", after)):
+        arguments = [segment_argument(segment, graph) for segment in part]
+        if any(argument is None for argument in arguments):
+            layout.problem = Reason.TEXT_UNREADABLE()
+        setattr(layout, name, tuple(a for a in arguments if a is not None))
+    return layout
+
+
+def pad_queries(layout: Layout, keys: Axis, start: int, stop: int, graph: fx.Graph) -> None:
+    """Note how many keys lie before and after those of the queries, segments start..stop."""
+    for name, part in (
+        ("pad_before_arguments", keys[:start]),
+        ("pad_after_arguments", keys[stop:]),
+    ):
+        arguments = [segment_argument(segment, graph) for segment in part]
+        if any(argument is None for argument in arguments):
+            layout.problem = Reason.PADS_UNREADABLE()
+        setattr(layout, name, tuple(a for a in arguments if a is not None))
+
+
+def segment_argument(segment: Segment, graph: fx.Graph) -> Argument | None:
+    """How the graph can compute the number of tokens of a segment."""
+    size = segment_size(segment)
+    if isinstance(size, int):
+        return size
+    parts = [_argument(atom, graph) for atom in segment]
+    known = tuple(part for part in parts if part is not None)
+    if not known or len(known) < len(parts):
+        return None
+    return known[0] if len(known) == 1 else Product(known)
+
+
+def extent_argument(extent: LatticeExtent, graph: fx.Graph) -> Argument | None:
+    """How the graph can compute an extent of a lattice, which may be that of several."""
+    if not isinstance(extent, tuple):
+        return _argument(extent, graph)
+    parts = [_argument(part, graph) for part in extent]
+    if all(isinstance(part, int) for part in parts):
+        return sum(part for part in parts if isinstance(part, int))
+    known = tuple(part for part in parts if isinstance(part, (int, Size)))
+    return Total(known) if len(known) == len(parts) else None
+
+
+def _argument(extent: Atom | int, graph: fx.Graph) -> int | Size | None:
+    """How the graph can compute an extent."""
+    if isinstance(extent, int):
+        return extent
+    if isinstance(extent.size, int):
+        return extent.size
+    if extent.node is None or way_into(extent.node.graph, graph) is None:
+        return None
+    return Size(extent.node, extent.dim)

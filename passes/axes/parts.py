@@ -1,0 +1,126 @@
+"""Axes of tokens that lie on several GPUs: parts of ranks, and what they are side by side.
+
+Where this rank's part is a piece of something, such as `x.chunk(P)[rank]`, the parts of all ranks
+are the whole; of a part that came as an input, the whole is known by its size alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from freqopt.passes.axes.dimensions import (
+    Atom,
+    Axis,
+    Segment,
+    Shape,
+    axis_size,
+    bundle_segment,
+    expanded,
+    hint,
+    join,
+    piece,
+    same,
+    segment_size,
+)
+from freqopt.passes.site import Extent
+
+PARTS = "<ranks>"
+"""In the place of an input's name: an atom along which there is one part for every rank."""
+
+
+def ranks_axis(count: int) -> Axis:
+    """An axis of the parts of `count` ranks."""
+    return ((Atom(count, "data", (PARTS, 0)),),)
+
+
+def holds_ranks(segment: Segment) -> bool:
+    """Whether parts of several ranks lie side by side in a segment, of which nothing is known."""
+    return any(atom.root[0] == PARTS for atom in segment)
+
+
+def over_ranks(count: int, axis: Axis) -> Axis:
+    """The parts of all ranks side by side, of which `axis` is this one's."""
+    if len(axis) == 1:
+        (part,) = ranks_axis(count)[0]
+        return expanded(gathered((part, *axis[0])))
+    (ranks,) = ranks_axis(count)[0]
+    return join(at_rank(axis, rank, ranks) for rank in range(count))
+
+
+def gathered(segment: Segment) -> Segment:
+    """A segment in which ranks and their pieces of one whole are put together to that."""
+    atoms = [atom for atom in segment if not same(atom.size, 1)]
+    for i in range(len(atoms) - 1):
+        ranks, part = atoms[i], atoms[i + 1]
+        if ranks.root[0] != PARTS or part.cut is None:
+            continue
+        whole, start, stop = part.cut
+        if _is_share(whole, start, stop, ranks.size):
+            return (*atoms[:i], *whole, *atoms[i + 2 :])
+    return segment
+
+
+def shares(axis: Axis, count: int) -> list[Axis] | None:
+    """Equal pieces of a concatenation that are cut across its segments, None for all else."""
+    size = hint(axis_size(axis))
+    if len(axis) < 2 or size is None or size % count:
+        return None
+    bounds = itertools.accumulate(hint(segment_size(segment)) or 0 for segment in axis)
+    length, inside = size // count, set(range(0, size + 1, size // count))
+    if inside <= {0, *bounds}:
+        return None
+    whole = bundle_segment(axis)
+    return [((piece(whole, i * length, (i + 1) * length),),) for i in range(count)]
+
+
+def _is_share(whole: Segment, start: Extent, stop: Extent, count: Extent) -> bool:
+    """Whether a piece is one of `count` equal ones; a guard keeps it so where sizes vary."""
+    size, length = segment_size(whole), stop - start
+    known = hint(size), hint(length), hint(count), hint(start)
+    if not all(isinstance(n, int) for n in known):
+        return False
+    total, part, ranks, first = (n or 0 for n in known)
+    if part * ranks != total or part == 0 or first % part:
+        return False
+    return same(size, length * count) or bool(size == length * count)
+
+
+def at_rank(axis: Axis, rank: int, ranks: Atom) -> Axis:
+    """The axis of what a rank has, of which `axis` is what this one has. ranks: all of them."""
+    return tuple(_segment_at(segment, rank, ranks) for segment in axis)
+
+
+def _segment_at(segment: Segment, rank: int, ranks: Atom) -> Segment:
+    tokens = [atom for atom in segment if atom.origin == "data" and not same(atom.size, 1)]
+    if not tokens or any(atom.root[0] == PARTS for atom in tokens):
+        return segment
+    if len(segment) == 1 and segment[0].cut is not None:
+        whole, start, stop = segment[0].cut
+        if _is_share(whole, start, stop, ranks.size):
+            length = stop - start
+            return (piece(whole, rank * length, (rank + 1) * length),)
+    if all(atom.root[1] == 0 for atom in tokens):
+        return segment  # a batch, which all ranks have
+    length = segment_size(segment)
+    whole = (ranks, *segment)
+    return (piece(whole, rank * length, (rank + 1) * length),)
+
+
+def parts_along(axes: Shape, dim: int, count: int) -> list[Shape] | None:
+    """Axes of the parts of `count` ranks, cut apart along a dimension; None if it has none."""
+    axis = axes[dim]
+    atoms = [a for a in axis[0] if not same(a.size, 1)] if len(axis) == 1 else []
+    if not atoms or atoms[0].root[0] != PARTS or not same(atoms[0].size, count):
+        return None
+    rest: Axis = (tuple(atoms[1:]),) if atoms[1:] else ()
+    return [
+        tuple(at_rank(rest if d == dim else each, rank, atoms[0]) for d, each in enumerate(axes))
+        for rank in range(count)
+    ]
+
+
+def in_pieces(axis: Axis) -> int:
+    """In how many pieces of one lattice or input tokens lie, if others are between them; else 0."""
+    cuts = [segment[0].cut for segment in axis if len(segment) == 1 and segment[0].cut]
+    wholes = [cut[0] for cut in cuts]
+    return max((wholes.count(whole) for whole in wholes if wholes.count(whole) > 1), default=0)

@@ -1,0 +1,169 @@
+"""Sequence parallelism: tokens of several ranks are followed through functional collectives.
+
+A process group that moves nothing stands for the others, as graphs are all that is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from passes_toys import WIDTH, sites_of
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+GRID = (4, 6, 10)
+HEADS, DIM = 4, WIDTH // 4
+
+
+@pytest.fixture(params=[(2, 1), (4, 2)], ids=lambda p: f"rank{p[1]}of{p[0]}", autouse=True)
+def ranks(request: pytest.FixtureRequest) -> Iterator[None]:
+    count, rank = request.param
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
+    yield
+    dist.destroy_process_group()
+
+
+def exchange(x: Tensor) -> Tensor:
+    group = dist.group.WORLD
+    assert group is not None
+    moved = collectives.all_to_all_single(x.flatten(), None, None, group)
+    return collectives.wait_tensor(moved.reshape(x.shape))
+
+
+def by_reshapes(x: Tensor) -> Tensor:
+    """(B, N / P, H, D) as (B, N, H / P, D): one reshape, one exchange, as diffusers does."""
+    parts = x.unflatten(2, (dist.get_world_size(), -1)).permute(2, 1, 0, 3, 4).contiguous()
+    return exchange(parts).flatten(0, 1).permute(1, 0, 2, 3)
+
+
+def by_pieces(x: Tensor) -> Tensor:
+    """The same with lists of tensors."""
+    parts = torch.stack([p.contiguous() for p in x.chunk(dist.get_world_size(), 2)])
+    return torch.cat(list(exchange(parts).unbind(0)), 1)
+
+
+def by_indices(x: Tensor) -> Tensor:
+    """The same, rank by rank."""
+    parts = torch.stack(list(x.chunk(dist.get_world_size(), 2)))
+    got = exchange(parts)
+    return torch.cat([got[i] for i in range(dist.get_world_size())], 1)
+
+
+def by_gathering(x: Tensor) -> Tensor:
+    """All tokens of all heads on every rank, of which it takes its own heads."""
+    group = dist.group.WORLD
+    assert group is not None
+    everything = collectives.wait_tensor(collectives.all_gather_tensor(x, 1, group))
+    return everything.chunk(dist.get_world_size(), 2)[dist.get_rank()]
+
+
+def back(x: Tensor) -> Tensor:
+    """(B, N, H / P, D) as (B, N / P, H, D)."""
+    parts = x.unflatten(1, (dist.get_world_size(), -1)).permute(1, 3, 2, 0, 4).contiguous()
+    return exchange(parts).flatten(0, 1).transpose(0, 2)
+
+
+Gather = Callable[[Tensor], Tensor]
+GATHERS = [by_reshapes, by_pieces, by_indices, by_gathering]
+
+
+class Sharded(nn.Module):
+    """Two attentions over tokens of which every rank has its part."""
+
+    def __init__(self, gather: Gather, kinds: str = "video") -> None:
+        super().__init__()
+        self.gather, self.kinds = gather, kinds
+        self.patch = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (self.gather(f(x).unflatten(-1, (HEADS, DIM))) for f in self.qkv)
+        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        return back(out.transpose(1, 2)).flatten(2)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+
+    def forward(self, video: Tensor, words: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        if self.kinds == "joint":
+            x = self.part(torch.cat([words, x], 1))
+        elif self.kinds == "apart":
+            x = torch.cat([self.part(words), self.part(x)], 1)
+        else:
+            x = self.part(x)
+        for _ in range(2):
+            x = x + self.attend(x)
+        return x
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
+    t, h, w = GRID
+    return torch.randn(batch, 4, t, 2 * h, 2 * w), torch.randn(batch, 8, WIDTH)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_the_grid_is_that_of_all_ranks_together(gather: Gather) -> None:
+    sites = sites_of(Sharded(gather), *inputs(batch=dist.get_world_size() // 2))
+    assert [site.grid for site in sites] == [GRID] * 2
+    assert all(site.eligible and site.kind == "self" for site in sites), sites[0].reason
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_text_that_was_sharded_with_the_video_lies_before_it(gather: Gather) -> None:
+    sites = sites_of(Sharded(gather, "joint"), *inputs())
+    assert [(s.eligible, s.grid, s.text_before) for s in sites] == [(True, GRID, 8)] * 2
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_kinds_of_tokens_sharded_apart_lie_in_pieces(gather: Gather) -> None:
+    for site in sites_of(Sharded(gather, "apart"), *inputs()):
+        assert not site.eligible and site.grid is None
+        assert "pieces" in site.reason
+
+
+class Block(Sharded):
+    """What one block sees: the tokens of its rank."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + self.attend(x)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_rank_that_sees_its_own_tokens_only_needs_a_grid(gather: Gather) -> None:
+    x = torch.randn(2, 240 // dist.get_world_size(), WIDTH)
+    (site,) = sites_of(Block(gather), x)
+    assert not site.eligible and "pass grid=" in site.reason
+    (site,) = sites_of(Block(gather), x, grid=GRID)
+    assert site.eligible and (site.grid, site.query_length) == (GRID, 240), site.reason
+    (site,) = sites_of(Block(gather), x, grid=(4, 6, 11))
+    assert not site.eligible
+
+
+def test_keys_of_one_rank_are_not_those_of_all() -> None:
+    """All-gathered keys against one rank's queries, and halves exchanged along the tokens."""
+
+    class Gathered(Sharded):
+        def attend(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (HEADS, DIM)) for f in self.qkv)
+            group = dist.group.WORLD
+            assert group is not None
+            k, v = (collectives.all_gather_tensor(y, 1, group) for y in (k, v))
+            out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+            return out.transpose(1, 2).flatten(2)
+
+    assert not any(site.eligible for site in sites_of(Gathered(by_pieces), *inputs()))
+
+    class Swapped(Sharded):
+        def attend(self, x: Tensor) -> Tensor:
+            parts = x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1).contiguous()
+            x = exchange(parts).transpose(0, 1).flatten(1, 2)
+            q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in self.qkv)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    assert not any(site.eligible for site in sites_of(Swapped(by_pieces), *inputs()))
