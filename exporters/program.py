@@ -17,6 +17,7 @@ import freqopt.kernels.op  # noqa: F401  registers the operator
 from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
+from freqopt.exporters.complex_numbers import make_real
 from freqopt.exporters.problems import ExportError
 from freqopt.grid import Grid
 from freqopt.options import Options
@@ -77,7 +78,7 @@ def make_program(
         grid: extents (t, h, w) where neither the graph nor the plan tells them.
 
     Raises:
-        ExportError: torch.export cannot trace the model.
+        ExportError: torch.export cannot trace the model, or complex numbers have no real form.
         PlanError: the plan was made for another model, or splits nothing of this one.
     """
     if not isinstance(model, nn.Module):
@@ -107,10 +108,10 @@ def make_program(
             program.dense[decision.site.name] = decision.reason
     if plan is not None:
         _check_plan_used(plan, program)
-    if program.split:
+    if make_real(graph) or program.split:
         # Exported once more: the passes write for Dynamo's graphs too, export makes it all aten.
         program.exported = _export(graph, model, args, kwargs, dynamic_shapes)
-    else:
+    if not program.split:
         program.notes.append("no site was split: this is the model as it was, with dense attention")
     return program
 

@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from freqopt.calibration.calibrate import calibrate
     from freqopt.calibration.samples import recording
-    from freqopt.counting import counters, reset_counters
+    from freqopt.calibration.samples_file import load_samples, save_samples
+    from freqopt.counting import Counters, counters, reset_counters
+    from freqopt.errors import (
+        CalibrationError,
+        FreqoptError,
+        InputError,
+        OptionError,
+        PlanError,
+        SiteError,
+    )
     from freqopt.exporters.manifest import Artifact
     from freqopt.exporters.onnx.export import export_onnx
+    from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableError
     from freqopt.exporters.tensorrt.export import export_tensorrt
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.attention import SplitStats, merge_attention, split_attention
+    from freqopt.options import Options
     from freqopt.plan.plan import Plan
     from freqopt.plan.plans import Plans
     from freqopt.regional import attach
@@ -26,9 +37,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "exporters.manifest",
+    "ArtifactError": "exporters.problems",
+    "CalibrationError": "errors",
+    "Counters": "counting",
+    "ExportError": "exporters.problems",
+    "FreqoptError": "errors",
+    "InputError": "errors",
     "Inspection": "inspection",
+    "NotAvailableError": "exporters.problems",
+    "OptionError": "errors",
+    "Options": "options",
     "Plan": "plan.plan",
+    "PlanError": "errors",
     "Plans": "plan.plans",
+    "SiteError": "errors",
     "SplitStats": "kernels.attention",
     "attach": "regional",
     "calibrate": "calibration.calibrate",
@@ -36,18 +58,31 @@ _HOMES = {
     "export_onnx": "exporters.onnx.export",
     "export_tensorrt": "exporters.tensorrt.export",
     "inspect": "inspection",
+    "load_samples": "calibration.samples_file",
     "merge_attention": "kernels.attention",
     "recording": "calibration.samples",
     "report": "reporting.report",
     "reset_counters": "counting",
+    "save_samples": "calibration.samples_file",
     "split_attention": "kernels.attention",
 }
 
 __all__ = [
     "Artifact",
+    "ArtifactError",
+    "CalibrationError",
+    "Counters",
+    "ExportError",
+    "FreqoptError",
+    "InputError",
     "Inspection",
+    "NotAvailableError",
+    "OptionError",
+    "Options",
     "Plan",
+    "PlanError",
     "Plans",
+    "SiteError",
     "SplitStats",
     "__version__",
     "attach",
@@ -56,10 +91,12 @@ __all__ = [
     "export_onnx",
     "export_tensorrt",
     "inspect",
+    "load_samples",
     "merge_attention",
     "recording",
     "report",
     "reset_counters",
+    "save_samples",
     "split_attention",
 ]
 

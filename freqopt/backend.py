@@ -9,17 +9,20 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from freqopt.attached import verified_errors
 from freqopt.call_grids import CallGrids
 from freqopt.config import DEFAULT_DENSITY
-from freqopt.counting import counted
 from freqopt.decisions import grids_of, is_shorter, least_tokens
-from freqopt.errors import FreqoptError, SiteError
+from freqopt.errors import FreqoptError, SiteError, through_compiler
+from freqopt.first_call import gather
+from freqopt.modules import match_names
 from freqopt.options import Compiled, Options, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
@@ -27,6 +30,7 @@ from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
 from freqopt.pieces import Part, decide_in_part, part_of_model
+from freqopt.running import Graph, counted, graph_of, watch_probes, with_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ def freqopt_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Compiled:
     """Entry point "freqopt" of torch.compile; see `Options`.
@@ -48,17 +52,34 @@ def freqopt_backend(
         PlanError: a plan that cannot be read, or was made for another model.
         SiteError: under ``strict``, a site that should be split and cannot be.
     """
-    settings = parse_options(options)
-    settings = replace(settings, mode=mode or settings.mode)
+    with through_compiler():
+        settings = parse_options(options)
+        settings = replace(settings, mode=mode or settings.mode)
+        part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
+        graph = _rewritten(calls, settings, part, options)
+    inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
+    compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(calls.gm), inputs)
+    return calls.reading(part.fed(counted(compiled, graph)))
+
+
+def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -> Graph:
+    """Rewrite a graph in place; what is to be known of it while it runs.
+
+    calls: the graph, and the grids of its calls. given: the options as the user gave them, one object
+    for all graphs of a model.
+    """
     start = time.perf_counter()
     decisions: list[Decision] = []
-    part = part_of_model(settings)
-    calls = CallGrids(gm, example_inputs)
+    placed: dict[int, fx.Node] = {}
     gm = calls.gm
+
+    def put(gm: fx.GraphModule, decision: Decision) -> None:
+        placed[id(decision)] = split_as_decided(gm, decision).call
+
     try:
         decisions = rewrite(
-            gm, functools.partial(_decide, settings, part, gm), split_as_decided,
-            grids_of(settings, calls), strict=settings.strict, model=part.model,
+            gm, functools.partial(_decide, settings, part, gm), put, grids_of(settings, calls),
+            strict=settings.strict, model=part.model,
         ).decisions  # fmt: skip
     except FreqoptError:
         raise
@@ -69,9 +90,32 @@ def freqopt_backend(
     finally:
         calls.settle()
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
-    inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
-    compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(gm), inputs)
-    return counted(calls.reading(part.fed(compiled)), decisions)
+    device = next((d.site.device for d in decisions if d.split), None)
+    watched = {
+        index: placed[id(decision)]
+        for index, decision in enumerate(decisions)
+        if id(decision) in placed and decision.probes and decision.site.device == device
+    }
+    graph = graph_of(gm, decisions, watch_probes(gm, watched))
+    if part.plan is not None:
+        graph.names = match_names([d.site.name for d in decisions], part.plan.sites)
+        graph.verified = verified_errors(part.plan)
+        if part.inputs:
+            graph.site_of = _weakly(part.site_of)
+        graph = with_timesteps(graph, gm, part.plan)
+    graph.model = gather(given, settings, gm, decisions, graph)
+    return graph
+
+
+def _weakly(tell: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:
+    """A method of a part, which must not keep its model alive."""
+    method = weakref.WeakMethod(tell)
+
+    def ask(budget: Tensor) -> str | None:
+        found = method()
+        return None if found is None else found(budget)
+
+    return ask
 
 
 def inner_backend(inner: str | Callable[..., Compiled], mode: str | None) -> Compiled:

@@ -77,7 +77,8 @@ def decide(
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
-        problem = why_dense(settings, site, device, guard=guard)
+        known = site.mark is not None or site.name in names
+        problem = why_dense(settings, site, device, guard=guard, planned=known)
         dense = None if problem is None else Decision(site, False, problem)
         decisions.append(dense or _budgeted(settings, plan, site, names.get(site.name)))
     return decisions
@@ -110,10 +111,21 @@ def why_not(site: Site, device: torch.device | None = None) -> Why | None:
 
 
 def why_dense(
-    settings: Options, site: Site, device: torch.device | None = None, *, guard: bool = True
+    settings: Options,
+    site: Site,
+    device: torch.device | None = None,
+    *,
+    guard: bool = True,
+    planned: bool = False,
 ) -> Why | None:
-    """Why a site stays dense whatever its budget: it cannot be split, or is too short to gain."""
-    return why_not(site, device) or _too_short(settings, site, guard)
+    """Why a site stays dense whatever its budget: it cannot be split, or is too short to gain.
+
+    planned: a plan has decided about it, which goes before the default of `min_tokens`.
+    """
+    problem = why_not(site, device)
+    if problem is None and not (planned and settings.min_tokens is None):
+        problem = _too_short(settings, site, guard)
+    return problem
 
 
 def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:

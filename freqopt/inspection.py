@@ -7,6 +7,7 @@ once. It is run once more without the compiler to name the attention that no bac
 from __future__ import annotations
 
 import functools
+import html
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from freqopt.call_grids import OneCall
 from freqopt.decisions import decide, grids_of
 from freqopt.eager import uncompiled, written
-from freqopt.errors import InputError, unwrapped
-from freqopt.modules import match_names, module_of_site, modules_of, names_of, running
+from freqopt.errors import unwrapped
+from freqopt.modules import match_names, module_of, module_of_site, modules_of, names_of, running
 from freqopt.options import Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
@@ -119,6 +120,16 @@ class Inspection:
         """As plain dicts and lists, for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        split = sum(site.decision == "split" for site in self.sites)
+        return (
+            f"Inspection({len(self.sites)} sites, {split} to be split, {self.graphs} graphs, "
+            f"{len(self.graph_breaks)} graph breaks)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         split = sum(site.decision == "split" for site in self.sites)
         eligible = sum(site.eligible for site in self.sites)
@@ -175,9 +186,7 @@ def inspect(
         PlanError: a plan that cannot be read, or was made for another model.
         InputError: `model` is not a module.
     """
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}; inspect takes a torch.nn.Module")
+    inner = module_of(model, "inspect")
     settings = parse_options({
         "grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order,
         "before": before, "after": after,

@@ -9,10 +9,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
+from freqopt.errors import InputError
 from freqopt.passes.naming import plain_path
+
+USUAL = ("transformer", "transformer_2", "unet")
+"""Names by which pipelines hold what denoises."""
 
 CALLS = ("_call_impl", "_wrapped_call_impl")
 """The functions of `torch.nn.Module` whose frames say that a module is running."""
@@ -114,3 +119,33 @@ def missing_sites(planned: Iterable[str], found: Mapping[str, str]) -> list[str]
     """Names of a plan that no name of a model was matched with."""
     met = set(found.values())
     return [name for name in planned if name not in met]
+
+
+def module_of(model: Any, what: str) -> nn.Module:
+    """The module itself, out of torch.compile's wrapper.
+
+    Raises:
+        InputError: not a module; of a pipeline, which of its modules `what` wants.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.Module):
+        return inner
+    kind = type(model).__name__
+    held = _modules_in(model)
+    if not held:
+        raise InputError(f"model is a {kind}; {what} takes a torch.nn.Module")
+    likely = [name for name in USUAL if name in held] or list(held)
+    listed = ", ".join(f"{name} ({type(module).__name__})" for name, module in held.items())
+    each = "; each needs a plan of its own" if len(likely) > 1 else ""
+    raise InputError(
+        f"model is a {kind}, which holds {listed}; {what} takes the module that denoises: pass "
+        f"{' or '.join(f'pipe.{name}' for name in likely[:2])}{each}"
+    )
+
+
+def _modules_in(holder: Any) -> dict[str, nn.Module]:
+    """Modules that an object holds, by name."""
+    parts = getattr(holder, "components", None)
+    if not isinstance(parts, Mapping):
+        parts = getattr(holder, "__dict__", {})
+    return {str(name): part for name, part in parts.items() if isinstance(part, nn.Module)}

@@ -23,7 +23,10 @@ Compiled = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the backend.
+    """Options of the backend: ``torch.compile(model, backend="freqopt", options=Options(...))``.
+
+    A dict of the same names does as well; this has completion, and finds a misspelt name at once.
+    They are checked when the model is compiled.
 
     Attributes:
         plan: a `Plan` or the path of one.
@@ -58,12 +61,16 @@ class Options:
     mode: str | None = None
 
 
-def parse_options(options: Mapping[str, Any] | None) -> Options:
+def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
     """Check options one by one.
 
     Raises:
         OptionError: what is wrong, and what was probably meant.
     """
+    if isinstance(options, Options):
+        unset = Options()
+        every = {field.name: getattr(options, field.name) for field in fields(Options)}
+        options = {n: item for n, item in every.items() if item is not getattr(unset, n)}
     given = dict(options or {})
     known = [field.name for field in fields(Options)]
     for name in given:

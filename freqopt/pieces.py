@@ -54,6 +54,7 @@ class Part:
         self.plan: Plan | None = None if settings.plan is None else load_plan(settings.plan)
         self.root, self.runner = root, runner
         self.inputs: list[_Input] = []
+        self.budgets = _Budgets(self)
 
     @property
     def is_whole(self) -> bool:
@@ -107,6 +108,12 @@ class Part:
         module, nth = self._module(site.name), module_of_site(site.name)[1]
         return module is not None and any(n == nth for n, _ in module.__dict__.get(ATTACHED, ()))
 
+    def is_planned(self, site: Site) -> bool:
+        """Whether a plan decides about a site of the layer for which the graph is compiled."""
+        if self.attached(site):
+            return True
+        return self.plan is not None and self._planned(self._real(site.name)) is not None
+
     def is_told(self, site: Site) -> bool:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
@@ -157,13 +164,22 @@ class Part:
         """`compiled`, given the budgets of the module that is running at each call."""
         if not self.inputs:
             return compiled
-        inputs, budgets = self.inputs, _Budgets(self)
+        inputs, budgets = self.inputs, self.budgets
 
         def run(*arguments: Any) -> Any:
             runner = next(running(), None)
             return compiled(*arguments, *(budgets.of(runner, each) for each in inputs))
 
         return run
+
+    def site_of(self, budget: Tensor) -> str | None:
+        """The plan's name of the site that a budget was given to the graph for."""
+        for module, known in self.budgets.planned.items():
+            for nth, given in known.items():
+                name = self._names.get(id(module))
+                if given is budget and name is not None:
+                    return self._planned(site_name(name, 0, nth))
+        return None
 
     def budget(self, module: nn.Module, nth: int) -> Tensor | None:
         """The most exact of the budgets (2, H) of an attention of a module, by the plan."""
@@ -277,7 +293,7 @@ def decide_in_part(
         if site not in by_module:
             decisions.append(next(others))
             continue
-        problem = why_dense(settings, site)
+        problem = why_dense(settings, site, planned=part.is_planned(site))
         if problem is None and not part.is_told(site):
             problem = Reason.SHARED()
         if problem is not None:

@@ -8,6 +8,7 @@ diffusers' compile_repeated_blocks) still spend what the plan gives each layer.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from freqopt.attached import unwatch, watch
 from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.errors import PlanError
-from freqopt.modules import base_name, module_of_site, modules_of, unwrapped_module
+from freqopt.modules import base_name, module_of, module_of_site, modules_of
+from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
 
@@ -51,6 +54,7 @@ class Attached:
                 module.__dict__.pop(attribute_of(nth), None)
             _unhook(module, MARKS)
         _unhook(self.root, SELECTS)
+        unwatch(self.root)
         self.model.__dict__.pop(HANDLE, None)
         self.modules = []
 
@@ -66,7 +70,7 @@ class Attached:
         self.remove()
 
 
-def attach(model: nn.Module, plan: Plan) -> Attached:
+def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
     """Put a plan's budgets onto the attention modules of `model`, for regional compilation.
 
     Afterwards compile blocks with ``backend="freqopt"`` and no plan among the options:
@@ -82,7 +86,7 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
     Args:
         model: the model that the plan was calibrated for, one of the same architecture (with an
             adapter, quantised or fused weights, compiled blocks), or a module around it.
-        plan: its plan.
+        plan: its plan, or the path of one.
 
     Returns:
         A handle whose `remove` undoes it.
@@ -90,7 +94,8 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
     Raises:
         PlanError: the plan is for another model, or the model has budgets already.
     """
-    inner = unwrapped_module(model)
+    inner = module_of(model, "attach")
+    plan = load_plan(plan)
     names = plan.modules(inner)
     plan.check_model(inner)
     modules = modules_of(inner)
@@ -115,6 +120,12 @@ def attach(model: nn.Module, plan: Plan) -> Attached:
         places.append((module, nth, plan.budgets(site)))
     root = modules[_root_of(names)]
     _hook(root, SELECTS, _Selector(places, plan.timestep_name, plan.timestep_edges))
+    sites = {
+        site: (modules[name], attribute_of(module_of_site(site)[1]))
+        for site, name in names.items()
+        if base_name(site) == site
+    }
+    watch(root, plan, sites)
     handle = Attached(inner, root, list(dict.fromkeys(module for module, _, _ in places)))
     inner.__dict__[HANDLE] = handle
     return handle

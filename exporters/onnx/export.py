@@ -24,6 +24,7 @@ from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program, make_program
 from freqopt.grid import Grid
 from freqopt.kernels.variant import Variant
+from freqopt.options import load_plan
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -43,7 +44,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None,
     out_dir: str | os.PathLike[str],
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = None,
     opset: int = 20,
     grid: Grid | None = None,
@@ -57,7 +58,7 @@ def export_onnx(
         model: the model, on any device; weights keep their type.
         args, kwargs: an example call.
         out_dir: the folder to fill; created if need be.
-        plan: from `freqopt.calibrate`; its budgets become initialisers named
+        plan: from `freqopt.calibrate`, or the path of one; its budgets become initialisers named
             freqopt.budget.<site>. Without one every eligible site is split at a density of 0.25.
         dynamic_shapes: as in torch.export.export; batch and token counts may be free where the
             model leaves them so.
@@ -81,6 +82,7 @@ def export_onnx(
             need is not.
     """
     check_opset(opset)
+    plan = None if plan is None else load_plan(plan)
     folder = prepare_folder(out_dir)
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes

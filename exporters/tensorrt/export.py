@@ -35,6 +35,7 @@ from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.tensorrt.cpp.build_engine import ENGINE, MODEL
 from freqopt.grid import Grid
+from freqopt.options import load_plan
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -57,7 +58,7 @@ def export_tensorrt(
     kwargs: Mapping[str, Any] | None,
     out_dir: str | os.PathLike[str],
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = None,
     build: str = "auto",
     plugin: str = "cpp",
@@ -94,6 +95,7 @@ def export_tensorrt(
         raise OptionError(f"plugin {plugin!r} is unknown; supported: {', '.join(PLUGINS)}")
     if build == "always" and not is_installed():
         raise NotAvailableError(f"build='always', but {NOT_INSTALLED}")
+    plan = None if plan is None else load_plan(plan)
     folder = prepare_folder(out_dir)
     program = make_program(
         model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes

@@ -26,6 +26,7 @@ from freqopt.calibration.samples import (
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
+from freqopt.modules import module_of
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.progress import open_progress
@@ -161,7 +162,7 @@ def _calibrate_one(
     model: nn.Module, samples: Samples, options: Mapping[str, Any], *, keep: bool = False
 ) -> Plan:
     """The plan of one model. keep: leave the checkpoint's file when it is done."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = module_of(model, "calibrate")
     psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
     pipeline = None if psnr is None else _pipeline(model, samples, psnr)
     collected = collect_samples(

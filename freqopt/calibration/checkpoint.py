@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import SampleSet
+from freqopt.calibration.values import parts_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import model_fingerprint
@@ -117,8 +118,9 @@ def identity_of(model: nn.Module, samples: SampleSet, **settings: Any) -> str:
     versions = (freqopt.__version__, str(torch.__version__), SPLIT_VERSION)
     digest.update(repr((model_fingerprint(model), versions, sorted(settings.items()))).encode())
     for parameter in model.parameters():
-        step = max(1, parameter.numel() // DIGEST_VALUES)
-        _add(digest, parameter.detach().flatten()[::step])
+        for inner in parts_of(parameter.detach()):
+            step = max(1, inner.numel() // DIGEST_VALUES)
+            _add(digest, inner.flatten()[::step])
     digest.update(repr((samples.timestep_name, samples.timestep_edges)).encode())
     for part in (samples.fit, samples.held_out):
         for sample in part:
@@ -130,8 +132,10 @@ def identity_of(model: nn.Module, samples: SampleSet, **settings: Any) -> str:
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, tuple(value.shape), value.device.type)).encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        for part in parts_of(value.detach()):
+            real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+            flat = real.cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
     elif isinstance(value, (int, float, str, bool, type(None))):
         digest.update(repr(value).encode())
     else:  # its repr may hold an address

@@ -104,6 +104,7 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
         mean_density=_round(outcome.trial.mean_density),
         timestep_name=samples.timestep_name,
         timestep_edges=samples.timestep_edges,
+        timestep_range=samples.timestep_range,
         sites=sites,
         evidence=Evidence(
             samples=len(samples.fit),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from freqopt.calibration.values import parts_of
 from freqopt.errors import CalibrationError
 from freqopt.grid import Grid
 from freqopt.positions import grids_of_positions
@@ -25,6 +27,32 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 Samples = Iterable[Any] | Callable[[], Any]
 """Kwargs dicts or (args, kwargs) pairs, or a callable that runs the user's own pipeline once."""
+
+
+class RecordedSamples(list[Call]):
+    """Calls of a model: a list of (args, kwargs) that prints short."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no samples"
+        args, kwargs = self[0]
+        named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+        shown = ", ".join(f"{name} {_form(value)}" for name, value in named.items())
+        return f"{len(self)} samples, the first: {shown}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+
+def _form(value: Any) -> str:
+    """What an argument is, in a few words."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype} {'x'.join(map(str, value.shape)) or 'scalar'}"
+    if isinstance(value, (tuple, list, dict)):
+        return f"{type(value).__name__} of {len(value)}"
+    return repr(value)[:24]
+
 
 MAX_RECORDED = 16
 """Calls kept of a recorded pipeline, evenly spaced over it."""
@@ -69,6 +97,13 @@ class SampleSet:
             for sample in (*self.fit, *self.held_out)
         ]
         return list(found[0]) if found and all(len(g) == 1 and g == found[0] for g in found) else []
+
+    @property
+    def timestep_range(self) -> tuple[float, float] | None:
+        """Least and largest timestep of all samples, None where one of them has none."""
+        times = [sample.timestep for sample in (*self.fit, *self.held_out)]
+        known = [time for time in times if time is not None]
+        return (min(known), max(known)) if known and len(known) == len(times) else None
 
     @property
     def buckets(self) -> int:
@@ -169,7 +204,7 @@ def recording(model: nn.Module, *, most: int = MAX_RECORDED) -> Iterator[list[Ca
     Returns:
         A list of (args, kwargs), tensors copied, that is filled when the block ends.
     """
-    kept: list[Call] = []
+    kept: list[Call] = RecordedSamples()
     seen, stride = 0, 1
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -257,9 +292,10 @@ def named_arguments(
 def _check_finite(index: int, named: Mapping[str, Any]) -> None:
     for name, argument in named.items():
         for value in pytree.tree_leaves(argument):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor):
                 continue
-            bad = int((~torch.isfinite(value)).sum())
+            parts = [p for p in parts_of(value) if p.is_floating_point() or p.is_complex()]
+            bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
             if bad:
                 raise CalibrationError(
                     f"sample {index}: {name!r} has {bad} NaN or infinite values of "

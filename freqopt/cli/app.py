@@ -9,10 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -27,6 +30,7 @@ import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
 from freqopt.cli import export as commands
 from freqopt.cli.kernels import kernels_app
+from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, InputError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,7 @@ app = typer.Typer(
     name="freqopt",
     help="Rewrite dense attention of video transformers into frequency-split attention.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -75,17 +79,28 @@ Device = Annotated[
     str | None, typer.Option(help="cuda or cpu; cuda where there is one by default.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"freqopt {freqopt.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _global(
     ctx: typer.Context,
-    traceback: Annotated[
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say it, and leave."),
+    ] = False,
+    trace: Annotated[
         bool, typer.Option("--traceback", help="Show where an error came from.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log decisions.")] = False,
 ) -> None:
-    ctx.find_root().obj = {"traceback": traceback}
+    ctx.find_root().obj = {"traceback": trace}
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
@@ -102,6 +117,7 @@ def inspect(
         int | None, typer.Option(help="Shorter sites stay dense, as in the backend's option.")
     ] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell which attention of a model could be split, and why not the rest; or what a plan does."""
     from freqopt.calibration.samples_file import load_samples
@@ -114,7 +130,7 @@ def inspect(
         found = freqopt.inspect(
             module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
         )
-    print(found)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 @app.command()
@@ -125,8 +141,9 @@ def calibrate(
         "plan.json"
     ),
     target_error: Annotated[
-        float, typer.Option(help="Relative L2 error of the model's output against dense.")
-    ] = 0.03,
+        float | None,
+        typer.Option(help="Relative L2 error of the model's output against dense (0.03)."),
+    ] = None,
     quantile: Annotated[
         float | None,
         typer.Option(help="Share of inputs the error is held for, such as 0.9 (default: rms)."),
@@ -153,6 +170,9 @@ def calibrate(
     ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be calibrated, and on what.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the cheapest budgets that hold an error target, and write them as a plan.
@@ -161,17 +181,24 @@ def calibrate(
     """
     from freqopt.calibration.samples_file import load_samples
 
+    if target_error is not None and target_density is not None:
+        raise OptionError("--target-error and --target-density were both given; pass one of them")
     where = choose_device(device)
     calls = load_samples(samples, where)
+    extents = None if grid is None else parse_grid(grid)
+    module = load_model(model).to(where)
+    if dry_run:
+        print(rehearsed(module, calls, extents, timestep, timestep_buckets))
+        return
     checkpoint = output.with_name(f"{output.name}.resume")
     try:
         plan = freqopt.calibrate(
-            load_model(model).to(where),
+            module,
             calls,
-            target_error=target_error,
+            target_error=0.03 if target_error is None else target_error,
             quantile=quantile,
             target_density=target_density,
-            grid=None if grid is None else parse_grid(grid),
+            grid=extents,
             timestep=timestep,
             timestep_buckets=timestep_buckets,
             rounds=rounds,
@@ -198,8 +225,16 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="The page to write; by default beside the plan."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the page's data as JSON instead, and write none.")
+    ] = False,
 ) -> None:
     """Show what a plan does, and why, as one HTML page."""
+    if as_json:
+        from freqopt.plan.plan import Plan
+
+        print(json.dumps(Plan.load(plan).model_dump(mode="json"), indent=2))
+        return
     print(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
 
 
@@ -257,13 +292,15 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Tell what works on this machine, and why the rest does not."""
     from freqopt.doctor import examine
 
-    console = Console()
+    console = Console(quiet=as_json)
     with console.status("looking"):
         findings = examine()
+    if as_json:
+        print(json.dumps([asdict(found) for found in findings], indent=2))
     style = {"ok": "green", "absent": "yellow", "broken": "bold red"}
     table = Table(box=None, pad_edge=False)
     for column in ("", "what", "state", "detail"):
@@ -330,7 +367,12 @@ def load_model(text: str) -> nn.Module:
             raise OptionError(f"{name} has no {part!r}{hint}")
         found = getattr(found, part)
     if not isinstance(found, nn.Module) and callable(found):
-        found = found()
+        try:
+            found = found()
+        except FreqoptError:
+            raise
+        except Exception as error:
+            raise _theirs(f"{text} failed", error) from error
     if not isinstance(found, nn.Module):
         raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
     return found.eval()
@@ -345,7 +387,10 @@ def _import(name: str) -> ModuleType:
             raise OptionError(f"there is no file {name}")
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)  # what it defines can then be found by name
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise _theirs(f"{name} cannot be imported", error) from error
         return module
     here = os.getcwd()
     if here not in sys.path:
@@ -354,11 +399,23 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
+            raise _theirs(f"{name} cannot be imported", error) from error
         raise OptionError(
             f"there is no module {error.name!r} here ({here}) or installed; a path ending in .py "
             "is supported too"
         ) from error
+
+
+def _theirs(what: str, error: Exception) -> InputError:
+    """An error of the user's own code, in two lines: what it was, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    own = [f for f in frames if not f.filename.startswith((ours, "<frozen"))] or list(frames)
+    where = f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}"
+    said = " ".join(str(error).split())
+    return InputError(
+        f"{what}: {type(error).__name__}: {said}\n  at {where} (freqopt --traceback shows it all)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -115,17 +116,29 @@ def list_kernels(
     capability: Capability = None,
     masked: Masked = False,
     long: Long = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")] = False,
 ) -> None:
     """Compile every kernel of a call and say what each needs."""
     from freqopt.kernels.specialise import compile_specialised
 
     variant = chosen_variant(head_dim, dtype, capability, masked)
     table = Table("kernel", "function", "warps", "shared memory", "constants")
+    listed = []
     for name, given in kernels_of(variant, long=long).items():
         made = compile_specialised(given, variant)
         constants = " ".join(f"{k}={v}" for k, v in given.chosen().items())
         warps, shared = str(made.metadata.num_warps), f"{made.metadata.shared:,} B"
         table.add_row(name, given.function.__name__, warps, shared, constants)
+        listed.append(
+            {
+                "kernel": name, "function": given.function.__name__,
+                "warps": made.metadata.num_warps, "shared_bytes": made.metadata.shared,
+                "constants": {k: str(v) for k, v in given.chosen().items()},
+            }
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(listed, indent=2))
+        return
     Console().print(table)
 
 

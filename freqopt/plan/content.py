@@ -36,6 +36,7 @@ class PlanContent(Record):
     mean_density: float = Field(ge=0, le=1)
     timestep_name: str | None = None
     timestep_edges: list[float] = Field(default=[])
+    timestep_range: tuple[float, float] | None = None
     sites: dict[str, SitePlan]
     evidence: Evidence
 

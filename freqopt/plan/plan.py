@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import html
 import json
 import logging
 import math
@@ -69,6 +70,8 @@ class Plan(PlanContent):
         timestep_name: the model's argument that selects the timestep bucket.
         timestep_edges: boundaries between the buckets of every site's budgets, ascending, in that
             argument's units; empty for one bucket.
+        timestep_range: least and largest timestep of the samples, in the same units; None where
+            they had none.
         sites: what is decided about each site, by its name.
         evidence: why the plan is what it is.
     """
@@ -227,6 +230,16 @@ class Plan(PlanContent):
 
     def __str__(self) -> str:
         return describe(self)
+
+    def __repr__(self) -> str:
+        split = sum(site.decision == "split" for site in self.sites.values())
+        return (
+            f"Plan(for {self.model.class_name}: {split} of {len(self.sites)} sites split, mean "
+            f"density {self.mean_density:.1%}, output error {self.measured_error:.3g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def known(self, site_name: str) -> tuple[Known, ...]:
         """How the tokens of a site lay when it was calibrated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,13 @@ class Plans(Mapping[str, Plan]):
 
     def __len__(self) -> int:
         return len(self._plans)
+
+    def __repr__(self) -> str:
+        return f"Plans({', '.join(f'{name}: {plan!r}' for name, plan in self._plans.items())})"
+
+    def _repr_html_(self) -> str:
+        parts = ((html.escape(name), plan) for name, plan in self._plans.items())
+        return "".join(f"<h4>{name}</h4>{plan._repr_html_()}" for name, plan in parts)
 
     def __str__(self) -> str:
         return "\n\n".join(f"{name}: {plan}" for name, plan in self._plans.items())

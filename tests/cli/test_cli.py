@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -154,8 +155,52 @@ def test_a_wrong_model_is_refused(work: Path, text: str, error: type[Exception],
 
 def test_a_defect_inside_a_users_module_is_not_called_a_missing_one(work: Path) -> None:
     (work / "wanting.py").write_text("import surely_not_installed_anywhere\n")
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+    with pytest.raises(InputError, match="ModuleNotFoundError.*surely_not_installed"):
         cli.load_model("wanting:make")
+
+
+def test_an_error_of_the_users_factory_is_shown_as_theirs_in_two_lines(
+    work: Path, run: Run
+) -> None:
+    (work / "failing.py").write_text("def make():\n    return {}['weights']\n")
+    done = run("inspect", "failing.py:make", "--samples", "samples.safetensors")
+    assert done.returncode == cli.BAD_INPUT and "Traceback" not in done.stderr
+    first, second = done.stderr.strip().splitlines()
+    assert first == "freqopt: failing.py:make failed: KeyError: 'weights'"
+    assert "failing.py:2, in make" in second
+    with pytest.raises(InputError) as caught:
+        cli.main(["--traceback", "inspect", "failing.py:make", "--samples", "samples.safetensors"])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_version_is_said(run: Run) -> None:
+    import freqopt
+
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout == f"freqopt {freqopt.__version__}\n"
+
+
+def test_two_targets_are_refused(run: Run) -> None:
+    done = run(
+        "calibrate", "models:make", "--samples", "samples.safetensors", "--target-error", "0.1",
+        "--target-density", "0.5",
+    )  # fmt: skip
+    assert done.returncode == cli.BAD_INPUT and "both given" in done.stderr
+
+
+def test_a_dry_run_measures_nothing(work: Path, run: Run) -> None:
+    done = run("calibrate", "models:make", "--samples", "samples.safetensors", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "2 samples to fit and 2 held out; timestep 0.1 to 0.85" in done.stdout
+    assert "would measure 1 sites" in done.stdout and not (work / "plan.json").exists()
+
+
+def test_json_for_other_programs(run: Run) -> None:
+    done = run("inspect", "models:make", "--samples", "samples.safetensors", "--json")
+    (site,) = json.loads(done.stdout)["sites"]
+    assert site["grid"] == [4, 8, 8] and site["eligible"]
+    done = run("doctor", "--json")
+    assert {"group", "name", "state", "detail"} == set(json.loads(done.stdout)[0])
 
 
 @pytest.mark.parametrize("text", ["21,30,52", "21x30x52", "21, 30, 52"])

@@ -25,8 +25,9 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "backend", "calibration", "call_grids", "call_shapes", "counting", "decisions", "eager",
-    "inspection", "modules", "options", "pieces", "plan", "regional",
+    "attached", "backend", "calibration", "call_grids", "call_shapes", "counting", "decisions",
+    "eager", "first_call", "inspection", "modules", "options", "outermost", "pieces", "plan",
+    "progress", "regional", "running", "said", "watching",
 }  # fmt: skip
 
 NOT_INSTALLED = "models_zoo.training."
@@ -51,15 +52,13 @@ ALLOWED_OUTSIDE = {
 
 def modules() -> dict[str, Path]:
     """Every module of ours as {name inside freqopt: file}."""
-    files = [*PACKAGE.glob("*.py"), *(f for d in LINKED for f in (ROOT / d).rglob("*.py"))]
-    return {
-        ".".join(
-            (file.relative_to(PACKAGE) if file.parent == PACKAGE else file.relative_to(ROOT))
-            .with_suffix("")
-            .parts
-        ): file
-        for file in files
-    }
+    own = [d for d in PACKAGE.iterdir() if d.is_dir() and not d.is_symlink()]
+    files = [*PACKAGE.glob("*.py"), *(f for d in own for f in d.rglob("*.py"))]
+    linked = [f for d in LINKED for f in (ROOT / d).rglob("*.py")]
+    named = [(f.relative_to(PACKAGE), f) for f in files] + [
+        (f.relative_to(ROOT), f) for f in linked
+    ]
+    return {".".join(name.with_suffix("").parts): file for name, file in named}
 
 
 def layer_of(name: str) -> str:

@@ -1,0 +1,171 @@
+"""Watches models that a plan is attached to, whose blocks are compiled one by one.
+
+A block's graph does not know which layer it serves; the budget that the layer brings does. After a
+call of the whole model it is said how many of the planned layers were served, and why not the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from freqopt import running
+from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.first_call import INSPECT, Compiled, Verdict, judge, say
+from freqopt.options import Options
+from freqopt.outermost import outermost_call
+from freqopt.running import Named
+from freqopt.watching import TimestepRange
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+
+NOTHING_RAN = "no compiled block ran: compile the blocks with backend='freqopt'"
+
+TELLS = -20_260_002
+"""Key of the hook, the same in all models, as the compiler guards on it."""
+
+_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+_parts: weakref.WeakKeyDictionary[nn.Module, Compiled] = weakref.WeakKeyDictionary()
+
+Places = Mapping[str, tuple[nn.Module, str]]
+"""Where the budgets of a plan's sites are: a module, and the attribute of it."""
+
+
+def watch(model: nn.Module, plan: Plan, places: Places) -> None:
+    """Look at the calls of a model that a plan is attached to, until `unwatch`."""
+    _watches[model] = Watch(model, plan, places)
+    running.owners.append(_watches[model].owner_of)
+    model._forward_hooks[TELLS] = _after_call
+    model._forward_hooks_with_kwargs[TELLS] = True
+
+
+def unwatch(model: nn.Module) -> None:
+    """Look no more."""
+    model._forward_hooks.pop(TELLS, None)
+    model._forward_hooks_with_kwargs.pop(TELLS, None)
+    found = _watches.pop(model, None)
+    if found is not None:
+        running.owners.remove(found.owner_of)
+        for part in [part for part in _parts if part in found.parts]:
+            del _parts[part]
+
+
+def _after_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook: a function and no method, so that models are copied and pickled with it."""
+    if torch.compiler.is_compiling():
+        return
+    found = _watches.get(model)  # copies of the model have none
+    if found is not None:
+        found.after(model, args, kwargs)
+
+
+class Watch:
+    """What is known of one model that a plan is attached to."""
+
+    def __init__(self, model: nn.Module, plan: Plan, places: Places) -> None:
+        self.plan, self.places = plan, dict(places)
+        self.name = type(model).__name__
+        self.verified = verified_errors(plan)
+        self.range = TimestepRange(plan)
+        self.line, self.whole = "", False
+        self.parts = weakref.WeakSet(model.modules())
+
+    def owner_of(self, budget: Tensor) -> Named | None:
+        """What a budget belongs to, None if it is not of this model."""
+        for name, (module, attribute) in self.places.items():
+            if module.__dict__.get(attribute) is budget:
+                return Named(self.name, name, self.verified.get(name))
+        return None
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call of the model is over.
+
+        Raises:
+            SiteError: its parts were compiled under `strict`, and a planned site was not split.
+        """
+        if self.range.name is not None and not self.range.told:
+            times = named_arguments(forward_signature(model), args, kwargs).get(self.range.name)
+            if isinstance(times, (Tensor, int, float)):
+                self.range.note(times)
+        if not self.whole and outermost_call() is None:  # else it is told when that is over
+            self._say(self.served())
+
+    def served(self) -> set[str]:
+        """Sites whose budgets a split attention was called with."""
+        ours = {
+            id(module.__dict__.get(attribute)): name
+            for name, (module, attribute) in self.places.items()
+        }
+        return {
+            ours[key[graph.inputs.index(index)]]
+            for graph in running.graphs
+            for key, calls in graph.calls.items()
+            for (_, split, _), index in zip(graph.decisions, graph.budgets, strict=True)
+            if split and index >= 0 and calls.count and key[graph.inputs.index(index)] in ours
+        }
+
+    def _say(self, served: set[str]) -> None:
+        found = Compiled(Options())
+        parts = [part for part in _parts if part in self.parts]
+        for part in parts:
+            compiled = _parts[part]
+            found.settings = compiled.settings
+            found.breaks.update(compiled.breaks)
+            for name, outcome in compiled.outcomes.items():
+                if not outcome.split:
+                    found.outcomes.update(dict.fromkeys(self._alike(part, name), outcome))
+        verdict = judge(self.name, found, self.plan, served)
+        if not verdict.good and not parts:
+            verdict = Verdict(verdict.line.replace(INSPECT, NOTHING_RAN), False)
+        again, self.line = verdict.line == self.line, verdict.line
+        self.whole = verdict.good
+        say(verdict, again=again, strict=found.settings.strict)
+
+    def _alike(self, part: nn.Module, name: str) -> set[str]:
+        """Sites of the plan that a site of a block may be, in any layer."""
+        if name == "model":
+            return {site for site, (m, _) in self.places.items() if type(m) is type(part)}
+        return alike(name, self.places)
+
+
+def alike(name: str, planned: Mapping[str, Any]) -> set[str]:
+    """Sites of a plan that end in a name, whose layers may be left open as in "blocks.*.attn"."""
+    pattern = r"(?:.*\.)?" + re.escape(re.sub(r"@\d+$", "", name)).replace(r"\*", r"\d+")
+    return {site for site in planned if re.fullmatch(pattern, site)}
+
+
+def verified_errors(plan: Plan) -> dict[str, float]:
+    """Relative L2 error of each split site as the plan measured it, root mean square over heads."""
+    return {
+        name: math.sqrt(math.fsum(x * x for x in site.error) / len(site.error))
+        for name, site in plan.sites.items()
+        if site.decision == "split" and site.error
+    }
+
+
+def attached_to(model: object) -> Plan | None:
+    """The plan that is attached to a model, or to a module in it; None if there is none."""
+    if not isinstance(model, nn.Module) or not _watches:
+        return None
+    found = (_watches.get(module) for module in model.modules())
+    return next((each.plan for each in found if each is not None), None)
+
+
+def inside_attached(part: nn.Module, compiled: Compiled) -> bool:
+    """Whether a module is a part of an attached model, which then tells about it."""
+    found = any(
+        part in each.parts and part is not model and attached_to(part) is None
+        for model, each in _watches.items()
+    )
+    if found:
+        _parts[part] = compiled
+    return found

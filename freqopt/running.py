@@ -1,0 +1,233 @@
+"""Compiled graphs while they run: calls, layers that share a graph, and what probes measure.
+
+One increment a call of a graph, and the errors of its probes added up on the device: nothing here
+waits for the device, and all of it works under CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from freqopt.passes.decision import Decision
+from freqopt.passes.nodes import operation
+from freqopt.passes.rewrite.timestep import find_timestep
+from freqopt.said import warn
+from freqopt.watching import ProbeErrors, TimestepRange, is_due
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+
+MUCH_WORSE = 2.0
+"""Times the error that a plan verified at a site, from which a warning is due. Samples of one model
+differ by less; another model's plan, other weights and inputs far from the samples by more."""
+
+LEAST_ERROR = 0.005
+"""Errors below this are rounding, and worth no warning."""
+
+
+class Named(NamedTuple):
+    """Whose attention a call is: model, site by the plan's name, and the error of the plan."""
+
+    model: str
+    site: str
+    verified: float | None = None
+
+
+graphs: list[Graph] = []
+"""All that were compiled, in that order."""
+
+owners: list[Callable[[Tensor], Named | None]] = []
+"""Attached models: each tells what a budget belongs to."""
+
+
+@dataclass
+class Calls:
+    """Calls of a graph with one set of budgets: of one layer, where several share the graph.
+
+    budgets: as given, whose identity tells layers apart. names: for each decision.
+    """
+
+    budgets: tuple[weakref.ref[Tensor], ...]
+    names: tuple[Named, ...]
+    count: int = 0
+    errors: ProbeErrors | None = None
+
+
+@dataclass
+class Graph:
+    """A compiled graph while it runs.
+
+    decisions: (site, split, reason). names: those of the decisions in the plan, where they are
+    among its sites. verified: the plan's error by its own names. measured: positions of those
+    decisions whose probes are watched, heads: how many each has. budgets: for each decision the
+    graph's input that holds the budget of its module, -1 for none. timestep: input that holds it.
+    site_of: the plan's name of the site that a budget was given for.
+    """
+
+    decisions: tuple[tuple[str, bool, str], ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    verified: Mapping[str, float] = field(default_factory=dict)
+    measured: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    budgets: tuple[int, ...] = ()
+    timestep: int = -1
+    range: TimestepRange | None = None
+    site_of: Callable[[Tensor], str | None] = lambda budget: None
+    model: str = ""
+    calls: dict[tuple[int, ...], Calls] = field(default_factory=dict)
+    told: bool = False
+
+    def __post_init__(self) -> None:
+        self.inputs = tuple(dict.fromkeys(index for index in self.budgets if index >= 0))
+
+    def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
+        """Count a call. errors: of the measured sites, flattened and joined."""
+        found = self._calls(arguments)
+        found.count += 1
+        if self.range is not None:
+            self.range.note(arguments[self.timestep])
+        if errors is None or type(errors) is not Tensor:
+            return
+        if found.errors is None:
+            found.errors = ProbeErrors(self.heads)
+        found.errors.add(errors.detach())
+        if not self.told and is_due(found.errors.calls):
+            self._judge(found, found.errors.glance())
+
+    def _calls(self, arguments: Sequence[Any]) -> Calls:
+        given = [arguments[index] for index in self.inputs]
+        key = tuple(map(id, given))
+        known = self.calls.get(key)
+        if known is not None and all(
+            ref() is budget for ref, budget in zip(known.budgets, given, strict=True)
+        ):
+            return known
+        names = tuple(
+            self._named(site, arguments[index] if index >= 0 else None)
+            for (site, _, _), index in zip(self.decisions, self.budgets, strict=True)
+        )
+        found = self.calls[key] = Calls(tuple(map(weakref.ref, given)), names)
+        return found
+
+    def _named(self, site: str, budget: Tensor | None) -> Named:
+        if budget is not None:
+            for ask in owners:
+                found = ask(budget)
+                if found is not None:
+                    return found
+            site = self.site_of(budget) or site
+        name = self.names.get(site, site)
+        return Named(self.model, name, self.verified.get(name))
+
+    def _judge(self, found: Calls, means: Tensor | None) -> None:
+        """Warn once where probes measure much more than the plan verified."""
+        if means is None:
+            return
+        names = [found.names[index] for index in self.measured]
+        worse = exceeded(zip(names, means.tolist(), strict=True))
+        if worse:
+            self.told = True
+            warn(_worse_than_verified(worse, len(names)))
+
+
+def exceeded(means: Iterable[tuple[Named, float]]) -> list[tuple[Named, float]]:
+    """Where an error is much more than a plan verified, worst first."""
+    found = [
+        (named, mean)
+        for named, mean in means
+        if named.verified is not None and mean > max(MUCH_WORSE * named.verified, LEAST_ERROR)
+    ]
+    return sorted(found, key=lambda item: (item[0].verified or 0.0) / item[1])
+
+
+def _worse_than_verified(worse: list[tuple[Named, float]], sites: int) -> str:
+    named, mean = worse[0]
+    return (
+        f"{named.model}: the probes of {len(worse)} of {sites} split sites measure more than "
+        f"{MUCH_WORSE:g} times the error that the plan verified ({named.site}: {mean:.3g}, "
+        f"verified {named.verified:.3g}). Is it the plan of this model, with these weights and "
+        "adapters, and were its samples like these inputs? Calibrate anew; freqopt.counters() "
+        "lists all sites"
+    )
+
+
+def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
+    """`compiled`, counting its calls for the sites it holds.
+
+    Where sites are measured, the last output of `compiled` is their errors and is taken off.
+    """
+    if not graph.decisions and graph.range is None:
+        return compiled
+    graphs.append(graph)
+
+    def run(*arguments: Any) -> Any:
+        found = compiled(*arguments)
+        if not graph.measured:
+            graph.note(arguments, None)
+            return found
+        graph.note(arguments, found[-1])
+        return found[:-1]
+
+    return run
+
+
+def graph_of(gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequence[int]) -> Graph:
+    """The record of a rewritten graph. measured: positions of decisions with watched probes."""
+    inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return Graph(
+        decisions=tuple((d.site.name, d.split, d.reason) for d in decisions),
+        measured=tuple(measured),
+        heads=tuple(decisions[index].site.heads for index in measured),
+        budgets=tuple(inputs.get(_input_of(d.budget), -1) for d in decisions),
+    )
+
+
+def _input_of(budget: object) -> Any:
+    """The input that a budget is, whichever device it is brought to."""
+    while isinstance(budget, fx.Node) and operation(budget) == "to":
+        budget = budget.args[0]
+    return budget if isinstance(budget, fx.Node) else None
+
+
+def with_timesteps(graph: Graph, gm: fx.GraphModule, plan: Plan) -> Graph:
+    """`graph`, looking at the timesteps that it is called at, where it has them."""
+    node = None if plan.timestep_name is None else find_timestep(gm, plan.timestep_name)
+    if node is not None and plan.timestep_range is not None:
+        graph.timestep = list(gm.graph.find_nodes(op="placeholder")).index(node)
+        graph.range = TimestepRange(plan)
+    return graph
+
+
+def watch_probes(gm: fx.GraphModule, calls: Mapping[int, fx.Node]) -> list[int]:
+    """Let a graph return the errors of its probes as a last output, flattened and joined.
+
+    calls: the op's nodes by position of their decision, all with probes and on one device. Returns
+    the positions that are watched: those whose op is in the graph itself.
+    """
+    inside = {i: n for i, n in calls.items() if n.graph is gm.graph}
+    (output,) = gm.graph.find_nodes(op="output")
+    if not inside or not isinstance(output.args[0], (tuple, list)):
+        return []
+    with gm.graph.inserting_before(output):
+        errors = [gm.graph.call_function(operator.getitem, (n, 2)) for n in inside.values()]
+        parts = [gm.graph.call_method("flatten", (error,)) for error in errors]
+        joined = gm.graph.call_function(torch.cat, (parts,))
+    output.args = ((*output.args[0], joined),)
+    gm.recompile()
+    return list(inside)
+
+
+def errors_of(found: Calls, graph: Graph) -> tuple[dict[int, float], dict[int, float]]:
+    """Means and worst errors by position of the decision; waits for the device."""
+    if found.errors is None or not found.errors.calls:
+        return {}, {}
+    means, worst = found.errors.means().tolist(), found.errors.worst().tolist()
+    by_place = (dict(zip(graph.measured, values, strict=True)) for values in (means, worst))
+    return next(by_place), next(by_place)
