@@ -65,8 +65,8 @@ def freqopt_backend(
 def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -> Graph:
     """Rewrite a graph in place; what is to be known of it while it runs.
 
-    calls: the graph, and the grids of its calls. given: the options as the user gave them, one object
-    for all graphs of a model.
+    calls: the graph, and the grids of its calls. given: the options as the user gave them, one
+    object for all graphs of a model.
     """
     start = time.perf_counter()
     decisions: list[Decision] = []
