@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from torch import nn
 
@@ -45,7 +45,7 @@ class Options(TypedDict, total=False):
     grid: Grid | None
     timestep: str | None
     timestep_buckets: int
-    order: Literal["auto", "grid"]
+    order: str
     rounds: int | None
     passes: int | None
     checkpoint: str | os.PathLike[str] | None
@@ -76,7 +76,7 @@ def calibrate(
     grid: Grid | None = None,
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
-    order: Literal["auto", "grid"] = "auto",
+    order: str = "auto",
     rounds: int | None = None,
     passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,

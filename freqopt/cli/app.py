@@ -158,6 +158,9 @@ def calibrate(
     timestep_buckets: Annotated[
         int, typer.Option(help="Ranges of the timestep with budgets of their own, at most.")
     ] = MAX_BUCKETS,
+    order: Annotated[
+        str, typer.Option(help="auto: tokens by the grid or by content, as pays; or grid.")
+    ] = "auto",
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -201,6 +204,7 @@ def calibrate(
             grid=extents,
             timestep=timestep,
             timestep_buckets=timestep_buckets,
+            order=order,
             rounds=rounds,
             passes=passes,
             checkpoint=checkpoint,

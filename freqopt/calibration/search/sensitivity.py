@@ -220,7 +220,7 @@ def together(
     """
     predicted = np.zeros(len(THRESHOLDS))
     for site in sites:
-        curve = site.buckets.get(bucket, site.total()).mean("site")[0].numpy()
+        curve = site.buckets.get(bucket, site.total()).mean("site").numpy()
         predicted += curve @ np.square(sensitivities[site.name])
     rung = nearest(predicted, TOGETHER**2)
     return THRESHOLDS[rung], max(float(predicted[rung]), 1e-30)
