@@ -4,7 +4,7 @@ Attention of real models follows content, not geometry: what a block's mean leav
 of its keys, and a tree of median splits along their principal directions leaves less of it than a
 curve through the picture. This is the definition; kernels may part from it on near ties, so an
 order is judged by the spread that it leaves inside blocks (`spread`), and everything else is
-compared given one order. Source: docs/mathematics.md §1.
+compared given one order. Source: docs/design/mathematics.md §1.
 """
 
 from __future__ import annotations
