@@ -50,10 +50,10 @@ class Options:
     plan: Plan | str | os.PathLike[str] | None = None
     grid: tuple[int, int, int] | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
-    order: Literal["grid", "content"] | None = None
-    chunk: int | Literal["all"] = DEFAULT_CHUNK
     before: int = 0
     after: int = 0
+    order: Literal["grid", "content"] | None = None
+    chunk: int | Literal["all"] = DEFAULT_CHUNK
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False

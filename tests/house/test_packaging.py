@@ -55,7 +55,7 @@ def test_linked_folders(name: str) -> None:
     assert link.is_symlink(), f"freqopt/{name} must be a symlink (Windows: core.symlinks=true)"
     assert os.readlink(link) == f"../{name}", "the symlink must be relative"
     assert (ROOT / name).is_dir() and not (ROOT / name).is_symlink()
-    assert not list((ROOT / name).rglob("__init__.py")), (
+    assert not (ROOT / name / "__init__.py").exists(), (
         f"{name}/ with an __init__.py would be a package of that name wherever the root is on the "
         "path, and break whoever looks for another package called so"
     )
