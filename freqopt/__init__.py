@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from freqopt.regional import attach
     from freqopt.reporting.report import report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Artifact": "exporters.manifest",
