@@ -186,7 +186,10 @@ def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
 def _check_plan_used(plan: Plan, program: Program) -> None:
     planned = [name for name, site in plan.sites.items() if site.decision == "split"]
     missing = [name for name in planned if name not in program.split]
-    if planned and not any(name in program.split or name in program.dense for name in planned):
+    by_content = str(Reason.CONTENT_EXPORT())
+    if planned and not any(
+        name in program.split or program.dense.get(name) == by_content for name in planned
+    ):
         raise PlanError(
             f"none of the {len(planned)} sites that this plan splits was found in the exported "
             f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
