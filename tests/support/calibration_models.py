@@ -24,7 +24,10 @@ class Attention(nn.Module):
         if self.budget is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = freqopt.split_attention(q, k, v, grid=GRID, threshold=self.budget)
+            threshold, chunks = self.budget
+            out = freqopt.split_attention(
+                q, k, v, grid=GRID, order=chunks.int(), threshold=threshold
+            )
         return self.out(out.transpose(1, 2).flatten(2))
 
 
