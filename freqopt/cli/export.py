@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from freqopt.cli.arguments import load_model, parse_grid
 from freqopt.errors import InputError, OptionError
 
 export_app = typer.Typer(
@@ -135,7 +136,6 @@ def _call(model: str, samples: Path) -> tuple[Any, tuple[Any, ...], dict[str, An
     import torch
 
     from freqopt.calibration.samples_file import load_samples
-    from freqopt.cli.app import load_model
 
     module = load_model(model)
     args, kwargs = load_samples(samples, torch.device("cpu"))[0]
@@ -152,7 +152,6 @@ def _options(
     import torch
 
     from freqopt.calibration.samples_file import load_samples
-    from freqopt.cli.app import parse_grid
     from freqopt.plan.plan import Plan
 
     shapes = None
