@@ -29,8 +29,9 @@ from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx.launch_arguments import parameter_sizes
 from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableError
 from freqopt.exporters.runner import run_artifact
+from freqopt.exporters.tensorrt.aot import aot_plugin
 from freqopt.exporters.tensorrt.aot.ptx import PLAIN_SHARED, reorder, strip_debug
-from freqopt.exporters.tensorrt.cpp import aot_plugin, build_engine
+from freqopt.exporters.tensorrt.cpp import build_engine
 from freqopt.exporters.tensorrt.export import export_tensorrt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,6 +100,7 @@ ATTEND = """
 import json, sys
 from pathlib import Path
 from freqopt.exporters.tensorrt.aot.chain import Call, chain
+from freqopt.exporters.tensorrt.aot import aot_plugin
 from freqopt.exporters.tensorrt.aot.ptx import node_of
 from freqopt.kernels.specialise import specialisations
 from freqopt.kernels.variant import Variant
