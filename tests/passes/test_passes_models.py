@@ -13,7 +13,7 @@ from passes_toys import sites_of
 from torch import Tensor, fx
 
 from freqopt.backend import freqopt_backend
-from freqopt.kernels.op import split_attention
+from freqopt.kernels.attention import split_attention
 from freqopt.passes.find import find_sites
 from freqopt.passes.rewrite.rewrite import replace_site
 
