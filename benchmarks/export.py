@@ -178,9 +178,9 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
 def in_torch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     """The op in PyTorch on a case's inputs."""
     out: Tensor = torch.ops.freqopt.split_attention(
-        tensors["query"], tensors["key"], tensors["value"], tensors["budget"].expand(2, -1),
+        tensors["query"], tensors["key"], tensors["value"], tensors["budget"],
         tensors["key_mask"] if case.masked else None, list(case.grid), case.before, case.after,
-        case.head_dim**-0.5, case.density, False, PROBES,
+        case.head_dim**-0.5, case.density, PROBES,
     )[0]  # fmt: skip
     return out
 

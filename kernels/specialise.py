@@ -189,6 +189,12 @@ LONG = {
 run beside the scores (`freqopt.kernels.overlap`) change those of BY_PROBE."""
 
 
+OF_ORDERS = frozenset(
+    "order_row order_share queries query_before key_order key_order_row log_sum log_sum_row".split()
+)
+"""Arguments of calls whose heads have orders of their own, or whose queries are other tokens."""
+
+
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
     """Every kernel that one call on a long sequence launches through PyTorch; see forward.long."""
     for given in _chosen(variant):
@@ -196,7 +202,11 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
             continue
         if given.name in LONG:
             params = given.function.params
-            takes = tuple(p.name for p in params if p.has_default and not p.is_constexpr)
+            takes = tuple(
+                p.name
+                for p in params
+                if p.has_default and not p.is_constexpr and p.name not in OF_ORDERS
+            )
             given = given._replace(constants={**given.constants, **LONG[given.name]})
             yield given.with_defaults(besides=takes)
         else:

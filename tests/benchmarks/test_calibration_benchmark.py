@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_sites import random_site
-from torch import Tensor
 
 from benchmarks.calibration import Results, density_ratio
 from benchmarks.calibration_variants import (
@@ -17,6 +16,7 @@ from benchmarks.calibration_variants import (
     timesteps_tied,
     uniform,
 )
+from freqopt.calibration.measure.requests import SiteThresholds
 from freqopt.calibration.search.allocate import allocate
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import ProductCost
@@ -42,12 +42,12 @@ def test_tied_rows_choose_alike_and_totals_stay() -> None:
                 assert found.error[:, choice].sum() == pytest.approx(site.error[:, choice].sum())
 
 
-def density_of(site: SiteChoices, budget: Tensor) -> float:
-    """Of a site at a budget (buckets, heads); between its choices, on logarithmic axes."""
+def density_of(site: SiteChoices, budget: SiteThresholds) -> float:
+    """Of a site at its thresholds (buckets, heads); between its choices, on logarithmic axes."""
     ladder = np.log(np.maximum(site.threshold, 1e-9))
     rows = [
         np.interp(np.log(max(threshold, 1e-9)), ladder, site.density[row])
-        for row, threshold in enumerate(budget.flatten().tolist())
+        for row, threshold in enumerate(budget.threshold.flatten().tolist())
     ]
     return float(site.weight @ rows / site.heads)
 
@@ -57,12 +57,12 @@ def test_allocated_and_uniform_reach_the_density(density: float) -> None:
     sites, cost = make_sites(40), ProductCost()
     chosen = allocated(sites, cost, density)
     assert list(chosen) == ["a", "b", "c"]
-    assert all(budget.shape == (2, 2) for budget in chosen.values())
+    assert all(budget.threshold.shape == (2, 2) for budget in chosen.values())
     dense = np.array([cost.dense(site.shape) for site in sites])
     each = np.array([density_of(site, chosen[site.name]) for site in sites])
     assert 0.75 * density < dense @ each / dense.sum() <= density  # curves of few, random steps
     equal = uniform(sites, density)
-    assert len({float(x) for budget in equal.values() for x in budget.flatten()}) == 1
+    assert len({float(x) for budget in equal.values() for x in budget.threshold.flatten()}) == 1
     mean = np.mean([density_of(site, equal[site.name]) for site in sites])
     assert mean == pytest.approx(density, rel=0.01)
 

@@ -145,8 +145,8 @@ def test_a_wrong_rewrite_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = chunked.split_forward
 
-    def wrong(query: Any, key: Any, *rest: Any, **named: Any) -> Any:
-        return honest(query, key.flip(1), *rest, **named)
+    def wrong(inputs: Any, settings: Any) -> Any:
+        return honest(inputs._replace(key=inputs.key.flip(1)), settings)
 
     monkeypatch.setattr(chunked, "split_forward", wrong)
     found = demo_foreign.compare_foreign(torch.device("cpu"), "eager")

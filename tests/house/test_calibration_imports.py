@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "freqopt"
 FLOORS = (
-    *("samples", "samples_file", "checkpoint"),
+    *("values", "samples", "samples_file", "checkpoint"),
     *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
