@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from freqopt.calibration.calibrate import calibrate
     from freqopt.calibration.samples import recording
     from freqopt.calibration.samples_file import load_samples, save_samples
-    from freqopt.counting import Counters, counters, reset_counters
     from freqopt.errors import (
         CalibrationError,
         FreqoptError,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from freqopt.plan.plans import Plans
     from freqopt.regional import attach
     from freqopt.reporting.report import report
+    from freqopt.telling.counting import Counters, counters, reset_counters
 
 __version__ = "0.2.0"
 
@@ -39,7 +39,7 @@ _HOMES = {
     "Artifact": "exporters.manifest",
     "ArtifactError": "exporters.problems",
     "CalibrationError": "errors",
-    "Counters": "counting",
+    "Counters": "telling.counting",
     "ExportError": "exporters.problems",
     "FreqoptError": "errors",
     "InputError": "errors",
@@ -54,7 +54,7 @@ _HOMES = {
     "SplitStats": "kernels.attention",
     "attach": "regional",
     "calibrate": "calibration.calibrate",
-    "counters": "counting",
+    "counters": "telling.counting",
     "export_onnx": "exporters.onnx.export",
     "export_tensorrt": "exporters.tensorrt.export",
     "inspect": "inspection",
@@ -62,7 +62,7 @@ _HOMES = {
     "merge_attention": "kernels.attention",
     "recording": "calibration.samples",
     "report": "reporting.report",
-    "reset_counters": "counting",
+    "reset_counters": "telling.counting",
     "save_samples": "calibration.samples_file",
     "split_attention": "kernels.attention",
 }

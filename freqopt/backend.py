@@ -16,21 +16,21 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from freqopt.attached import verified_errors
-from freqopt.call_grids import CallGrids
+from freqopt.capture.call_grids import CallGrids
+from freqopt.capture.modules import match_names
+from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens
 from freqopt.errors import FreqoptError, SiteError, through_compiler
-from freqopt.first_call import gather
-from freqopt.modules import match_names
 from freqopt.options import Compiled, Options, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
-from freqopt.pieces import Part, decide_in_part, part_of_model
-from freqopt.running import Graph, counted, graph_of, watch_probes, with_timesteps
+from freqopt.telling.attached import verified_errors
+from freqopt.telling.first_call import gather
+from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from freqopt.break_even import default_min_tokens
+from freqopt.capture.modules import match_names
 from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import PlanError
-from freqopt.modules import match_names
 from freqopt.options import Options, load_plan
 from freqopt.passes.content import by_content
 from freqopt.passes.decision import Decision, Timestep
@@ -26,7 +26,7 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent, Mark, Site
 
 if TYPE_CHECKING:
-    from freqopt.call_grids import OneCall
+    from freqopt.capture.call_grids import OneCall
     from freqopt.plan.plan import Plan
 
 logger = logging.getLogger(__name__)

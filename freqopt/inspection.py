@@ -19,11 +19,18 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from freqopt.call_grids import OneCall
+from freqopt.capture.call_grids import OneCall
+from freqopt.capture.eager import uncompiled, written
+from freqopt.capture.modules import (
+    match_names,
+    module_of,
+    module_of_site,
+    modules_of,
+    names_of,
+    running,
+)
 from freqopt.decisions import decide, grids_of
-from freqopt.eager import uncompiled, written
 from freqopt.errors import unwrapped
-from freqopt.modules import match_names, module_of, module_of_site, modules_of, names_of, running
 from freqopt.options import Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model

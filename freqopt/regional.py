@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.attached import unwatch, watch
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.modules import base_name, module_of, module_of_site, modules_of
 from freqopt.errors import PlanError
-from freqopt.modules import base_name, module_of, module_of_site, modules_of
 from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
+from freqopt.telling.attached import unwatch, watch
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan

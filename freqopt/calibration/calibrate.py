@@ -24,9 +24,9 @@ from freqopt.calibration.samples import (
     samples_by_model,
 )
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
-from freqopt.modules import module_of
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.progress import open_progress

@@ -16,10 +16,10 @@ from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
-from freqopt.eager import uncompiled
+from freqopt.capture.eager import uncompiled
+from freqopt.capture.modules import names_of
 from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
-from freqopt.modules import names_of
 from freqopt.passes.find import Grids
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.counting import counters
 from freqopt.demo import foreign as demo_foreign
 from freqopt.demo import video as demo_video
 from freqopt.demo.page import Sampled, write_page
@@ -31,6 +30,7 @@ from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan.plan import Plan
 from freqopt.progress import Progress, open_progress
+from freqopt.telling.counting import counters
 
 
 def run_demo(settings: Settings, console: Console | None = None) -> dict[str, Any]:

@@ -23,9 +23,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.modules import match_names, module_of_site, modules_of
 from freqopt.passes.site import Known
 from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
 from freqopt.plan.records import SitePlan

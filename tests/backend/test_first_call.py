@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
-from freqopt.first_call import HOOKED
 from freqopt.kernels import chunked
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
+from freqopt.telling.first_call import HOOKED
 
 GRID = (3, 6, 10)
 TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))

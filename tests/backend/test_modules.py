@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from freqopt.modules import (
+from freqopt.capture.modules import (
     match_names,
     module_of_site,
     modules_of,

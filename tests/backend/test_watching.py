@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freqopt.watching import ProbeErrors, is_due
+from freqopt.telling.watching import ProbeErrors, is_due
 
 
 def test_errors_of_several_batches_are_joined() -> None:

@@ -162,7 +162,7 @@ def test_the_api_has_every_public_name() -> None:
 
 PUBLIC = (
     "options.Options", "inspection.InspectedSite", "inspection.GraphBreak", "inspection.Inspection",
-    "counting.SiteCount", "counting.ModelCount", "counting.Counters", "plan.plan.Plan",
+    "telling.counting.SiteCount", "telling.counting.ModelCount", "telling.counting.Counters", "plan.plan.Plan",
     "plan.records.SitePlan",
     "plan.records.Budget", "plan.records.Curve", "plan.records.BucketCurves",
     "plan.records.Spectrum", "plan.records.SiteEvidence", "plan.records.SiteTiming",

@@ -25,9 +25,8 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "attached", "backend", "calibration", "call_grids", "call_shapes", "counting", "decisions",
-    "eager", "first_call", "inspection", "modules", "options", "outermost", "pieces", "plan",
-    "progress", "regional", "running", "said", "watching",
+    "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
+    "progress", "regional", "telling",
 }  # fmt: skip
 
 NOT_INSTALLED = "models_zoo.training."

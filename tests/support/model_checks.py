@@ -12,7 +12,7 @@ from model_cases import Case, Grid, load_all
 from torch import Tensor, fx
 
 import freqopt.kernels.op  # noqa: F401  registers the op
-from freqopt.call_grids import OneCall
+from freqopt.capture.call_grids import OneCall
 from freqopt.passes.axes.dimensions import hint
 from freqopt.passes.axes.grid import Said
 from freqopt.passes.find import find_sites

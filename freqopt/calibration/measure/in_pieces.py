@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured
-from freqopt.eager import ATTENTION, answered, written
-from freqopt.modules import names_of
+from freqopt.capture.eager import ATTENTION, answered, written
+from freqopt.capture.modules import names_of
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite

@@ -19,7 +19,7 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.readings import Layouts
 from freqopt.calibration.measure.requests import Dense, Request, Result, Visit
-from freqopt.call_grids import CallGrids
+from freqopt.capture.call_grids import CallGrids
 from freqopt.decisions import why_not
 from freqopt.grid import Grid
 from freqopt.passes.decision import Decision

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from freqopt.capture.modules import match_names
 from freqopt.errors import SiteError
-from freqopt.modules import match_names
 from freqopt.options import Options, load_plan
-from freqopt.outermost import OutermostCall, outermost_call
 from freqopt.passes.decision import Decision
 from freqopt.passes.reasons import Reason, Text, Why
-from freqopt.said import tell, warn
+from freqopt.telling.outermost import OutermostCall, outermost_call
+from freqopt.telling.said import tell, warn
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
-    from freqopt.running import Graph
+    from freqopt.telling.running import Graph
 
 SHOWN = 3
 """Reasons that a line gives; `freqopt.inspect` gives all."""
@@ -130,7 +130,7 @@ def gather(
     Raises:
         SiteError: under ``strict``, where the end of the call cannot be told and nothing is split.
     """
-    from freqopt.attached import attached_to, inside_attached
+    from freqopt.telling.attached import attached_to, inside_attached
 
     call = outermost_call()
     if call is None:
@@ -235,7 +235,7 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
 
 def _by_plan(outcomes: Mapping[str, Outcome], plan: Plan) -> dict[str, Outcome]:
     """What became of sites, by the names that the plan has for them."""
-    from freqopt.attached import alike
+    from freqopt.telling.attached import alike
 
     names = match_names(outcomes, plan.sites)
     found = {names[site]: outcome for site, outcome in outcomes.items() if site in names}

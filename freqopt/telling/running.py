@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import operation
 from freqopt.passes.rewrite.timestep import find_timestep
-from freqopt.said import warn
-from freqopt.watching import ProbeErrors, TimestepRange, is_due
+from freqopt.telling.said import warn
+from freqopt.telling.watching import ProbeErrors, TimestepRange, is_due
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from freqopt.modules import names_of
+from freqopt.capture.modules import names_of
 from freqopt.passes.naming import Numbered
 
 ATTENTION = "scaled_dot_product_attention"

@@ -15,9 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, why_dense
-from freqopt.modules import (
+from freqopt.capture.modules import (
     base_name,
     match_names,
     module_of_site,
@@ -25,6 +23,8 @@ from freqopt.modules import (
     names_of,
     running,
 )
+from freqopt.config import DEFAULT_PROBES
+from freqopt.decisions import decide, why_dense
 from freqopt.options import Options, load_plan
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision

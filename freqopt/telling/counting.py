@@ -1,7 +1,7 @@
 """Counts, at run time, how many attention calls of compiled models were split and how many dense.
 
 A compile-time message can be missed; these numbers say what ran, and the probes of every call how
-far it was off. `freqopt.running` keeps them.
+far it was off. `freqopt.telling.running` keeps them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from freqopt import running
-from freqopt.running import Graph
+from freqopt.telling import running
+from freqopt.telling.running import Graph
 
 
 @dataclass(frozen=True)

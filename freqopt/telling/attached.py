@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqopt import running
 from freqopt.calibration.samples import forward_signature, named_arguments
-from freqopt.first_call import INSPECT, Compiled, Verdict, judge, say
 from freqopt.options import Options
-from freqopt.outermost import outermost_call
-from freqopt.running import Named
-from freqopt.watching import TimestepRange
+from freqopt.telling import running
+from freqopt.telling.first_call import INSPECT, Compiled, Verdict, judge, say
+from freqopt.telling.outermost import outermost_call
+from freqopt.telling.running import Named
+from freqopt.telling.watching import TimestepRange
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from freqopt.said import warn
+from freqopt.telling.said import warn
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import fx
 
-from freqopt.call_shapes import told_by_shapes
+from freqopt.capture.call_shapes import told_by_shapes
 from freqopt.passes.axes.grid import readable_input
 from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.memory import is_written
