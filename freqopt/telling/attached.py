@@ -7,7 +7,6 @@ call of the whole model it is said how many of the planned layers were served, a
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.options import Options
 from freqopt.telling import running
-from freqopt.telling.first_call import INSPECT, Compiled, Verdict, judge, say
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.running import Named
+from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
 from freqopt.telling.watching import TimestepRange
 
 if TYPE_CHECKING:
@@ -135,12 +134,6 @@ class Watch:
         if name == "model":
             return {site for site, (m, _) in self.places.items() if type(m) is type(part)}
         return alike(name, self.places)
-
-
-def alike(name: str, planned: Mapping[str, Any]) -> set[str]:
-    """Sites of a plan that end in a name, whose layers may be left open as in "blocks.*.attn"."""
-    pattern = r"(?:.*\.)?" + re.escape(re.sub(r"@\d+$", "", name)).replace(r"\*", r"\d+")
-    return {site for site in planned if re.fullmatch(pattern, site)}
 
 
 def verified_errors(plan: Plan) -> dict[str, float]:

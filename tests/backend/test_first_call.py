@@ -17,7 +17,7 @@ from freqopt.kernels import chunked
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
-from freqopt.telling.first_call import HOOKED
+from freqopt.telling.verdict import HOOKED
 
 GRID = (3, 6, 10)
 TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))

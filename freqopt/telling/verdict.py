@@ -1,0 +1,199 @@
+"""What is known of a compiled model, and the line about it: how many of its sites were split.
+
+A line is good where everything is as it was planned, or, without a plan, where anything was split.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from traceback import FrameSummary
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx
+
+from freqopt.capture.modules import match_names
+from freqopt.errors import SiteError
+from freqopt.options import Options
+from freqopt.passes.decision import Decision
+from freqopt.passes.reasons import Reason, Text, Why
+from freqopt.telling.said import tell, warn
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+    from freqopt.telling.running import Graph
+
+SHOWN = 3
+"""Reasons that a line gives; `freqopt.inspect` gives all."""
+
+TO_DO = {Reason.TOO_SHORT: "pass min_tokens=0 to split them all the same"}
+INSPECT = "freqopt.inspect(model, ...) says what was found and why"
+HOOKED = (
+    "a hook (offloading, casting, a step cache) cannot be traced: freqopt.attach(model, plan), and "
+    "compile the blocks"
+)
+NOT_MET = "not met in any graph"
+
+
+class Outcome(NamedTuple):
+    """What became of a site in the last graph that had it."""
+
+    split: bool
+    why: Why
+    cross: bool
+
+
+@dataclass
+class Compiled:
+    """What is known of one compiled model, or of one compiled part of an attached model.
+
+    settings: of the last graph. graphs: all of them. served: names of sites that were split in a
+    call. breaks: (place, reason) where Dynamo left a graph, and whether a hook did it.
+    """
+
+    settings: Options
+    graphs: list[Graph] = field(default_factory=list)
+    served: set[str] = field(default_factory=set)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
+    said: str = ""
+
+    def add(self, gm: fx.GraphModule, decisions: Iterable[Decision]) -> None:
+        """Take in a graph."""
+        for decision in decisions:
+            cross = decision.site.kind == "cross"
+            self.outcomes[decision.site.name] = Outcome(decision.split, decision.why, cross)
+        cause = getattr(gm, "compile_subgraph_reason", None)
+        if cause is not None and cause.graph_break:
+            self.add_break(cause)
+
+    def look(self) -> set[str]:
+        """Names, of the plan where it has them, of the sites that were split in a call."""
+        self.served |= {
+            named.site
+            for graph in self.graphs
+            for calls in graph.calls.values()
+            for named, (_, split, _) in zip(calls.names, graph.decisions, strict=True)
+            if split and calls.count
+        }
+        return self.served
+
+    def add_break(self, cause: Any) -> None:
+        """Take in a `GraphCompileReason` of Dynamo."""
+        reason = (str(cause.reason).strip().splitlines() or ["for no stated reason"])[0]
+        stack = list(cause.user_stack or ())
+        hooked = "hook" in reason.lower() or any(map(_is_hook, stack))
+        self.breaks[_place(stack), reason] = hooked
+
+
+def _is_hook(frame: FrameSummary) -> bool:
+    return "hook" in frame.filename.lower() or "hook" in frame.name.lower()
+
+
+def _place(stack: Sequence[FrameSummary]) -> str:
+    """File and line of the innermost frame that is not PyTorch's own."""
+    torchs = os.path.dirname(torch.__file__)
+    own = [frame for frame in stack if not frame.filename.startswith(torchs)] or stack
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
+
+
+class Verdict(NamedTuple):
+    """A line, and whether everything is as it was planned."""
+
+    line: str
+    good: bool
+
+
+def say(verdict: Verdict, *, again: bool, strict: bool) -> None:
+    """Say a line, unless it was said before.
+
+    Raises:
+        SiteError: under `strict`, if it is a bad one.
+    """
+    if not verdict.good and strict:
+        raise SiteError(verdict.line)
+    if not again:
+        (tell if verdict.good else warn)(verdict.line)
+
+
+def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Verdict:
+    """The line about a model. split: names of the sites that are split."""
+    outcomes = known.outcomes
+    if plan is not None:
+        outcomes = _by_plan(outcomes, plan)
+    if plan is None:
+        names = [s for s, outcome in outcomes.items() if not outcome.cross] or list(outcomes)
+        what = "attention sites"
+        good = any(site in split for site in names)
+    else:
+        names = [site for site, planned in plan.sites.items() if planned.decision == "split"]
+        what = "planned sites"
+        good = all(site in split for site in names)
+        if not names:
+            return Verdict(f"{name}: dense throughout, as the plan splits no site", True)
+    count = sum(site in split for site in names)
+    line = f"{name}: {count} of {len(names)} {what} split"
+    if count == len(names) and names:
+        return Verdict(line, True)
+    if not names:
+        reasons, to_do = ["no attention was found in its graphs"], _advice([None], known)
+    else:
+        left = {site: outcomes.get(site) for site in names if site not in split}
+        reasons, to_do = _reasons(left), _advice(left.values(), known)
+    return Verdict("; ".join([f"{line}: {'; '.join(reasons)}", *filter(None, [to_do])]), good)
+
+
+def _by_plan(outcomes: Mapping[str, Outcome], plan: Plan) -> dict[str, Outcome]:
+    """What became of sites, by the names that the plan has for them."""
+    names = match_names(outcomes, plan.sites)
+    found = {names[site]: outcome for site, outcome in outcomes.items() if site in names}
+    for site, outcome in outcomes.items():
+        if site not in names:
+            for planned in alike(site, plan.sites):
+                found.setdefault(planned, outcome)
+    return found
+
+
+def alike(name: str, planned: Mapping[str, Any]) -> set[str]:
+    """Sites of a plan that end in a name, whose layers may be left open as in "blocks.*.attn"."""
+    pattern = r"(?:.*\.)?" + re.escape(re.sub(r"@\d+$", "", name)).replace(r"\*", r"\d+")
+    return {site for site in planned if re.fullmatch(pattern, site)}
+
+
+def _reasons(left: Mapping[str, Outcome | None]) -> list[str]:
+    """The commonest reasons, each with the number of sites."""
+    seen = Counter(_seen(outcome) for outcome in left.values())
+    shown = [f"{text} ({count})" for text, count in seen.most_common(SHOWN)]
+    rest = sum(seen.values()) - sum(count for _, count in seen.most_common(SHOWN))
+    return [*shown, f"others ({rest})"] if rest else shown
+
+
+def _seen(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return NOT_MET
+    if outcome.split:
+        return "split, but not for its module"
+    return outcome.why.seen
+
+
+def _advice(left: Iterable[Outcome | None], known: Compiled) -> str:
+    """What to do: about the graph breaks where there are some, else about the reasons."""
+    if known.breaks:
+        (where, reason), count = next(iter(known.breaks)), len(known.breaks)
+        times = "once" if count == 1 else f"at {count} places"
+        found = f"torch.compile left the graph {times} ({where}: {reason})"
+        return f"{found}; {HOOKED if any(known.breaks.values()) else INSPECT}"
+    found_advice: dict[str, None] = {}
+    for outcome in left:
+        if outcome is None:
+            found_advice[INSPECT] = None
+            continue
+        text: Text = outcome.why.reason.value
+        advice = TO_DO.get(outcome.why.reason) or text.advice
+        if advice:
+            found_advice[advice] = None
+    return "; ".join(list(found_advice)[:2])
