@@ -48,7 +48,7 @@ LAYERS = {
 """A module imports from its own layer and from lower ones."""
 
 ALLOWED_OUTSIDE = {
-    "base": {"torch", "numpy", "platformdirs"},
+    "base": {"torch", "numpy", "platformdirs", "filelock"},
     "kernels": {"torch", "triton", "numpy"},
     "passes": {"torch", "networkx", "numpy"},
     "models_zoo": {"torch", "safetensors", "rich", "numpy"},
