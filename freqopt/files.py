@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import secrets
@@ -66,6 +67,20 @@ def _too_large(path: str | os.PathLike[str], size: int, limit: int) -> OSError:
     return OSError(27, f"it has {size} bytes or more; up to {limit} are supported", os.fspath(path))
 
 
+def hash_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a regular file, hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new file beside `path` to write, which takes its place when the block ends well.
@@ -110,10 +125,12 @@ def _sync_folder(folder: Path) -> None:
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file, text as UTF-8; an existing one is replaced only by a complete one.
 
+    Halves of characters, which JSON from a stranger may hold, are written as escapes.
+
     Raises:
         FileError: it cannot be written.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with replacing(path) as partial:
         partial.write_bytes(data)
 

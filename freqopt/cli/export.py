@@ -12,6 +12,7 @@ import typer
 
 from freqopt.cli.arguments import load_model, parse_grid
 from freqopt.errors import InputError, OptionError
+from freqopt.files import check_regular, check_writable, replacing
 
 export_app = typer.Typer(
     name="export",
@@ -108,23 +109,38 @@ def run(
     library: Annotated[
         bool, typer.Option(help="Use the operator library on a GPU; else the function body runs.")
     ] = True,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Its maker may run programs here: load its operator library, engine and plugin.",
+        ),
+    ] = False,
 ) -> None:
-    """Check an exported folder, run it once, and tell which nodes ran where."""
+    """Check an exported folder, run it once, and tell which nodes ran where.
+
+    The model is data, and so is what lies beside it, but for an operator library, an engine and a
+    plugin, which are programs: they run with --trust, or where this machine built the library.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from freqopt.exporters.runner import run_artifact
 
+    if outputs is not None:
+        check_writable(outputs)
     try:
+        check_regular(inputs)
         tensors = load_file(inputs)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
-    result = run_artifact(artifact, tensors, provider=provider, library=library)
+    result = run_artifact(artifact, tensors, provider=provider, library=library, trust=trust)
     print(result)
     for name, tensor in result.outputs.items():
         print(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     if outputs is not None:
-        save_file({k: v.contiguous() for k, v in result.outputs.items()}, outputs)
+        with replacing(outputs) as partial:
+            save_file({k: v.contiguous() for k, v in result.outputs.items()}, partial)
         print(f"wrote {outputs}")
 
 
