@@ -45,7 +45,7 @@ def split_attention_at_call(
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
         )
-        exact = torch.ones(query.shape[:2], device=query.device)
+        exact = torch.ones(query.shape[:2], device=query.device, dtype=torch.float32)
         return out.transpose(1, 2).contiguous().transpose(1, 2), exact, exact * math.nan
     after = query.shape[2] - math.prod(grid) - text_before
     found = op.split_attention_op(
