@@ -23,10 +23,10 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
+BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
     "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "telling",
+    "progress", "regional", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
