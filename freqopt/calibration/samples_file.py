@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freqopt.calibration.samples import Call, RecordedSamples
 from freqopt.errors import InputError
+from freqopt.files import check_regular, replacing
 
 FORM = (
     "name every tensor '<call>/<argument>', such as '0/video', '0/timestep', '1/video'; "
@@ -59,7 +60,8 @@ def save_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, An
                     tensors[key] = _plain(leaf, key, metadata)
                 else:
                     metadata[key] = json.dumps(leaf)
-    save_file(tensors, os.fspath(path), metadata=metadata)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def _leaves(key: str, value: Any, where: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -125,6 +127,7 @@ def load_samples(path: str | os.PathLike[str], device: torch.device | str = "cpu
     leaves: dict[str, Any] = {}
     trees: dict[str, Any] = {}
     try:
+        check_regular(path)
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             for key in file.keys():

@@ -26,6 +26,7 @@ from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
 from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, OptionError
+from freqopt.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,8 @@ def calibrate(
 
     if target_error is not None and target_density is not None:
         raise OptionError("--target-error and --target-density were both given; pass one of them")
+    if not dry_run:
+        check_writable(output)
     where = choose_device(device)
     calls = load_samples(samples, where)
     extents = None if grid is None else parse_grid(grid)
@@ -202,6 +205,7 @@ def calibrate(
             rounds=rounds,
             passes=passes,
             checkpoint=checkpoint,
+            output=output,
             progress=not quiet,
             seed=seed,
         )
@@ -211,7 +215,6 @@ def calibrate(
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
         print(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    plan.save(output)
     print(plan)
     print(f"wrote {output}")
 

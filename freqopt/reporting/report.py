@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from freqopt.files import write_atomically
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import slow_notes
@@ -53,6 +54,7 @@ def report(
 
     Raises:
         PlanError: a plan file that cannot be read.
+        FileError: the page cannot be written.
     """
     import jinja2
 
@@ -66,10 +68,8 @@ def report(
         notes=shown.evidence.notes,
         sections=[*extra_sections, *plan_sections(shown)],
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html, encoding="utf-8")
-    return target
+    write_atomically(path, html)
+    return Path(path)
 
 
 def plan_sections(plan: Plan) -> list[Section]:
