@@ -86,8 +86,8 @@ def hilbert_index(coordinates: Tensor, bits: int) -> Tensor:
 def _token_order_cpu(grid: Grid) -> Tensor:
     extents = [extent for extent in grid if extent > 1]
     if len(extents) < 2:
-        return torch.arange(math.prod(grid), dtype=torch.int32)
-    points = torch.cartesian_prod(*[torch.arange(extent) for extent in extents])
+        return torch.arange(math.prod(grid), dtype=torch.int32, device="cpu")
+    points = torch.cartesian_prod(*[torch.arange(extent, device="cpu") for extent in extents])
     bits = max(extent - 1 for extent in extents).bit_length()
     return torch.argsort(hilbert_index(points, bits)).to(torch.int32)
 
