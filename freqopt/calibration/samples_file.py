@@ -136,6 +136,8 @@ def load_samples(path: str | os.PathLike[str], device: torch.device | str = "cpu
                 if key.startswith(TREE):
                     trees[key.removeprefix(TREE)] = _value(key, text, path)
                 elif key != "format" and not key.startswith(COMPLEX):  # "format": of other tools
+                    if key in leaves:
+                        raise InputError(f"{path} has {key!r} twice, as a tensor and as a value")
                     leaves[key] = _value(key, text, path)
     except OSError as error:
         raise InputError(f"cannot read the samples {path}: {error.strerror or error}") from error
@@ -201,9 +203,14 @@ def _parts(key: str, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     """Call, argument, and the way inside the argument."""
     index, slash, rest = key.partition("/")
     name, _, inner = rest.partition("/")
-    if not (index.isdecimal() and slash and (name.isidentifier() or name.isdecimal())):
+    if not (_is_number(index) and slash and (name.isidentifier() or _is_number(name))):
         raise InputError(f"{path} has an entry named {key!r}; {FORM}")
     return int(index), name, inner
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number as `str` writes it: 00 would be another name of 0."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and str(int(text)) == text
 
 
 def _value(key: str, text: str, path: str | os.PathLike[str]) -> Any:

@@ -13,6 +13,7 @@ import typer
 from freqopt.cli.arguments import load_model, parse_grid
 from freqopt.errors import InputError, OptionError
 from freqopt.files import check_regular, check_writable, replacing
+from freqopt.shown import say
 
 export_app = typer.Typer(
     name="export",
@@ -64,7 +65,7 @@ def onnx(
     """Write model.onnx, the operator library and a manifest."""
     from freqopt.exporters.onnx.export import export_onnx
 
-    print(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
+    say(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
                       **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def tensorrt(
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt.export import export_tensorrt
 
-    print(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
+    say(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
                           **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def exchange(
     from freqopt.exporters.exchange import exchange_plan
     from freqopt.plan.plan import Plan
 
-    print(exchange_plan(artifact, Plan.load(plan)))
+    say(exchange_plan(artifact, Plan.load(plan)))
 
 
 def run(
@@ -135,13 +136,13 @@ def run(
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
     result = run_artifact(artifact, tensors, provider=provider, library=library, trust=trust)
-    print(result)
+    say(result)
     for name, tensor in result.outputs.items():
-        print(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        say(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     if outputs is not None:
         with replacing(outputs) as partial:
             save_file({k: v.contiguous() for k, v in result.outputs.items()}, partial)
-        print(f"wrote {outputs}")
+        say(f"wrote {outputs}")
 
 
 run_command_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
