@@ -23,6 +23,7 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.exporters.problems import ArtifactError
 from freqopt.exporters.records import FORMAT, MANIFEST_VERSION, FileRecord, Manifest
 from freqopt.files import check_regular, hash_of, read_bounded, write_atomically
+from freqopt.shown import shown
 
 FILE_NAME = "manifest.json"
 NEXT_NAME = "manifest.next.json"
@@ -82,9 +83,9 @@ class Artifact:
 
     def __str__(self) -> str:
         lines = [f"{self.kind} artifact {self.path}: {len(self.sites)} split sites"]
-        lines += [f"  {name}: split" for name in self.sites]
-        lines += [f"  {name}: dense ({reason})" for name, reason in self.dense_sites.items()]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  {shown(name)}: split" for name in self.sites]
+        lines += [f"  {shown(n)}: dense ({shown(why)})" for n, why in self.dense_sites.items()]
+        lines += [f"  note: {shown(note)}" for note in self.notes]
         return "\n".join(lines)
 
     def file(self, name: str) -> Path:

@@ -44,9 +44,12 @@ def write_folder(folder: Path, *, kind: str = "onnx", **more: Any) -> Artifact:
 def save_model(folder: Path, weight: Any, **attributes: Any) -> None:
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "w"], ["y"])], "g",
-        [value("x", TensorProto.FLOAT, [2])], [value("y", TensorProto.FLOAT, [2])], [weight],
-    )  # fmt: skip
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        [value("x", TensorProto.FLOAT, [2])],
+        [value("y", TensorProto.FLOAT, [2])],
+        [weight],
+    )
     imports = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10, **attributes)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -166,9 +169,13 @@ def test_weights_in_a_file_that_is_not_listed(tmp_path: Path, inside: str) -> No
         save_model(folder, weight)
     else:
         function = helper.make_function(
-            "d", "F", [], ["z"], [helper.make_node("Constant", [], ["z"], value=weight)],
+            "d",
+            "F",
+            [],
+            ["z"],
+            [helper.make_node("Constant", [], ["z"], value=weight)],
             [helper.make_opsetid("", 20)],
-        )  # fmt: skip
+        )
         plain = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
         save_model(folder, plain, functions=[function])
     list_file(folder, "model.onnx")
@@ -241,8 +248,11 @@ def test_engines_and_plugins_need_trust_and_a_place_in_the_manifest(
 def test_the_command_says_what_runs() -> None:
     said = subprocess.run(
         [sys.executable, "-m", "freqopt", "run", "--help"],
-        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
     assert "--trust" in said and "programs" in said
 
 

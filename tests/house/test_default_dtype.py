@@ -63,9 +63,18 @@ def results() -> list[Tensor]:
     mask = torch.ones(1, 185, dtype=torch.bool)
     mask[:, -1] = False
     out, lse, stats = freqopt.split_attention(
-        q, k, v, grid=GRID, text_after=5, key_mask=mask, threshold=1.0, order="content",
-        chunk=256, return_lse=True, return_stats=True,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        grid=GRID,
+        text_after=5,
+        key_mask=mask,
+        threshold=1.0,
+        order="content",
+        chunk=256,
+        return_lse=True,
+        return_stats=True,
+    )
     out.sum().backward()
     dense = freqopt.split_attention(q, k, v, grid=GRID, text_after=5, density=0.4)
     assert q.grad is not None and isinstance(dense, Tensor)
@@ -85,15 +94,25 @@ def test_the_op_has_the_same_bits(default: None) -> None:
 @pytest.mark.parametrize("default", [torch.float16], indirect=True)
 def test_budgets_are_real_under_a_default_device_of_meta(default: None) -> None:
     site = SitePlan(
-        heads=2, head_dim=8, tokens=180, decision="split", reason="",
+        heads=2,
+        head_dim=8,
+        tokens=180,
+        decision="split",
+        reason="",
         budgets=[Budget(threshold=[0.1, 1e9])],
-    )  # fmt: skip
+    )
     plan = Plan(
-        model=ModelIdentity(class_name="A", fingerprint="x"), grids=[GRID], device="cpu",
-        versions=Versions(freqopt="0", torch="2"), target_error=0.1, measured_error=0.1,
-        worst_error=0.1, mean_density=0.5, sites={"a": site},
+        model=ModelIdentity(class_name="A", fingerprint="x"),
+        grids=[GRID],
+        device="cpu",
+        versions=Versions(freqopt="0", torch="2"),
+        target_error=0.1,
+        measured_error=0.1,
+        worst_error=0.1,
+        mean_density=0.5,
+        sites={"a": site},
         evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         budget = plan.budgets("a")
         order = grids.token_order(GRID, torch.device("cpu"))

@@ -17,22 +17,47 @@ from freqopt.kernels.at_call import split_attention_at_call
 
 GRID = (3, 6, 10)
 NAMES = (
-    "query", "key", "value", "threshold", "key_mask", "grid", "text_before", "text_after", "scale",
-    "density", "probes", "chunks", "largest_chunk", "key_order", "query_order", "query_layout",
+    "query",
+    "key",
+    "value",
+    "threshold",
+    "key_mask",
+    "grid",
+    "text_before",
+    "text_after",
+    "scale",
+    "density",
+    "probes",
+    "chunks",
+    "largest_chunk",
+    "key_order",
+    "query_order",
+    "query_layout",
     "log_sum",
-)  # fmt: skip
+)
 
 
 def arguments(**changed: Any) -> list[Any]:
     """A good call with 4 query heads, 2 key heads and queries of their own, and what is changed."""
     heads = [torch.randn(2, n, 185, 8) for n in (2, 2)]
     good = [
-        torch.randn(2, 4, 123, 8), *heads, torch.ones(4), torch.ones(2, 185, dtype=torch.bool),
-        list(GRID), 3, 2, 0.3, 0.0, 4, torch.full((2,), 256, dtype=torch.int32), 256,
+        torch.randn(2, 4, 123, 8),
+        *heads,
+        torch.ones(4),
+        torch.ones(2, 185, dtype=torch.bool),
+        list(GRID),
+        3,
+        2,
+        0.3,
+        0.0,
+        4,
+        torch.full((2,), 256, dtype=torch.int32),
+        256,
         torch.stack([torch.randperm(180) for _ in range(4)]).view(2, 2, 180).int(),
         torch.stack([torch.randperm(120) for _ in range(8)]).view(2, 4, 120).int(),
-        [2, 6, 10, 1, 2], True,
-    ]  # fmt: skip
+        [2, 6, 10, 1, 2],
+        True,
+    ]
     named = dict(zip(NAMES, good, strict=True))
     assert set(changed) <= set(named)
     return list({**named, **changed}.values())
