@@ -155,9 +155,17 @@ def _split_attention_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_devices(query, key, value, threshold, key_mask, chunks, key_order, query_order)
     inputs = _inputs(
-        query, key, value, threshold, key_mask, (*grid, text_before, text_after), query_layout,
-        chunks, key_order, query_order,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        threshold,
+        key_mask,
+        (*grid, text_before, text_after),
+        query_layout,
+        chunks,
+        key_order,
+        query_order,
+    )
     return _empty_results(inputs, Settings(scale, density, probes, largest_chunk, log_sum))
 
 

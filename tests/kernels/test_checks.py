@@ -166,3 +166,23 @@ def test_a_threshold_that_is_no_threshold_is_dense(value: float) -> None:
     out = freqopt.split_attention(q, q, q, grid=GRID, threshold=torch.tensor([value, 0.0]))
     assert isinstance(out, Tensor)
     assert relative(out, torch.nn.functional.scaled_dot_product_attention(q, q, q)) < 1e-5
+
+
+def test_two_derivatives_and_transforms_are_refused_in_words() -> None:
+    q = torch.randn(1, 2, 180, 8, requires_grad=True)
+    out = freqopt.split_attention(q, q, q, grid=GRID, threshold=1.0)
+    assert isinstance(out, Tensor)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="split_attention_backward"):
+        first.sum().backward()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"vmap|split_attention"):
+        torch.func.vmap(lambda x: freqopt.split_attention(x, x, x, grid=GRID, threshold=1.0))(
+            torch.randn(3, 1, 2, 180, 8)
+        )
+
+
+@pytest.mark.parametrize("grid", [(3.0, 6, 10), ("3", 6, 10), "abc", 5, (True, 18, 10), (3, 6)])
+def test_grids_are_whole_numbers(grid: Any) -> None:
+    q = torch.randn(1, 2, 180, 8)
+    with pytest.raises(InputError, match="whole extents"):
+        freqopt.split_attention(q, q, q, grid=grid, threshold=1.0)
