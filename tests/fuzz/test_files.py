@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_plans import full_plan
 
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.samples_file import load_samples, save_samples
@@ -22,17 +23,6 @@ from freqopt.errors import FreqoptError
 from freqopt.exporters.manifest import Artifact, write_manifest
 from freqopt.plan.plan import Plan, _content_hash
 from freqopt.plan.plans import Plans
-from freqopt.plan.records import (
-    BucketCurves,
-    Budget,
-    Curve,
-    Evidence,
-    ModelIdentity,
-    SiteEvidence,
-    SiteLayout,
-    SitePlan,
-    Versions,
-)
 
 FEW, MANY = 250, 20_000
 
@@ -62,55 +52,6 @@ ODD: tuple[Any, ...] = (
     "\u202e",
 )
 """Values that belong nowhere, or may do harm where a name or a number does."""
-
-
-def plan() -> Plan:
-    curve = Curve(
-        density=[[0.5, 0.4], [0.2, 0.1]],
-        error=[[0.1, 0.1], [0.2, 0.3]],
-        bias=[[0.0, 0.0], [0.0, 0.0]],
-        probe_error=[[0.1, 0.1], [0.2, 0.3]],
-    )
-    split = SitePlan(
-        heads=2,
-        head_dim=64,
-        tokens=256,
-        decision="split",
-        reason="",
-        budgets=[Budget(threshold=[0.25, 2.0]), Budget(threshold=[0.5, 1.0])],
-        chunks=[0, 1024],
-        density=[0.1, 0.2],
-        error=[0.05, 0.04],
-        gains=[[0.5, 0.2], [0.5, 0.3]],
-        layouts=[SiteLayout(grid=(4, 8, 8))],
-    )
-    return Plan(
-        model=ModelIdentity(class_name="Tiny", fingerprint="0123"),
-        grids=[(4, 8, 8)],
-        device="cpu",
-        versions=Versions(freqopt="0", torch="2"),
-        target_error=0.03,
-        measured_error=0.028,
-        worst_error=0.029,
-        mean_density=0.15,
-        timestep_name="t",
-        timestep_edges=[0.5],
-        sites={"blocks.0.attn": split},
-        evidence=Evidence(
-            samples=3,
-            held_out=1,
-            notes=["a note"],
-            bucket_samples=[2, 1],
-            sites={
-                "blocks.0.attn": SiteEvidence(
-                    thresholds=[0.1, 1.0],
-                    energy=[0.5, 0.5],
-                    curve=curve,
-                    buckets=[BucketCurves(bucket=0, samples=2, energy=[0.5, 0.5], curve=curve)],
-                )
-            },
-        ),
-    )
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
@@ -185,13 +126,13 @@ numbers = pytest.mark.parametrize(
 
 
 def test_the_plan_is_good() -> None:
-    use_plan(plan())
+    use_plan(full_plan())
 
 
 @numbers
 def test_damaged_plans(tmp_path: Path, count: int) -> None:
     chance, path = random.Random(0), tmp_path / "plan.json"
-    good = plan().text().encode()
+    good = full_plan().text().encode()
     for _ in range(count):
         path.write_bytes(damaged(good, chance))
         tried(lambda: use_plan(Plan.load(path)))
@@ -201,7 +142,7 @@ def test_damaged_plans(tmp_path: Path, count: int) -> None:
 @numbers
 def test_plans_with_other_values_and_right_hashes(count: int) -> None:
     chance, loaded = random.Random(1), 0
-    content = json.loads(plan().text())
+    content = json.loads(full_plan().text())
     content.pop("hash")
     for _ in range(count):
         changed = altered(content, chance)
