@@ -53,7 +53,7 @@ def split_attention_op(
     query_layout: Sequence[int] | None = None,
     log_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op itself; arguments as in `attention.split_attention`.
+    """The op itself; arguments as in `attention.split_attention`, already validated.
 
     Args:
         query: (B, H, Nq, D); key, value: (B, Hkv, Nk, D).
@@ -83,14 +83,13 @@ def split_attention_op(
     """
     from freqopt.kernels.chunked import split_forward
 
-    inputs = _inputs(
-        query, key, value, threshold, key_mask, (*grid, text_before, text_after), query_layout,
-        chunks, key_order, query_order,
+    inputs, settings = _arguments(
+        query, key, value, threshold, key_mask, grid, text_before, text_after, scale, density,
+        probes, chunks, largest_chunk, key_order, query_order, query_layout, log_sum,
     )  # fmt: skip
-    settings = Settings(scale, density, probes, largest_chunk, log_sum)
     check_call(inputs, settings)
     if not query.shape[0] * query.shape[1]:
-        return _empty_results(inputs, settings)
+        return _unwritten(inputs, settings)
     if key_order is not None:
         check_order("key_order", key_order)
     if query_order is not None:
@@ -113,24 +112,29 @@ def split_attention_op(
 
 
 @split_attention_op.register_kernel("cuda")
-def _split_attention_cuda(
+def _split_attention_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    from freqopt.kernels.forward.split import split_forward
+
+    inputs, settings = _arguments(*arguments)
+    check_call(inputs, settings)
+    if not inputs.query.shape[0] * inputs.query.shape[1]:
+        return _unwritten(inputs, settings)
+    return split_forward(inputs, settings)
+
+
+def _arguments(
     query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, key_mask: Tensor | None,
     grid: Sequence[int], text_before: int, text_after: int, scale: float, density: float,
     probes: int, chunks: Tensor | None = None, largest_chunk: int = 0,
     key_order: Tensor | None = None, query_order: Tensor | None = None,
     query_layout: Sequence[int] | None = None, log_sum: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    from freqopt.kernels.forward.split import split_forward
-
+) -> tuple[Inputs, Settings]:  # fmt: skip
+    """The op's arguments, of which a dispatcher leaves out the last that are as by default."""
     inputs = _inputs(
         query, key, value, threshold, key_mask, (*grid, text_before, text_after), query_layout,
         chunks, key_order, query_order,
     )  # fmt: skip
-    settings = Settings(scale, density, probes, largest_chunk, log_sum)
-    check_call(inputs, settings)
-    if not query.shape[0] * query.shape[1]:
-        return _empty_results(inputs, settings)
-    return split_forward(inputs, settings)
+    return inputs, Settings(scale, density, probes, largest_chunk, log_sum)
 
 
 def _inputs(
@@ -146,30 +150,12 @@ def _inputs(
 
 
 @split_attention_op.register_fake
-def _split_attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, key_mask: Tensor | None,
-    grid: Sequence[int], text_before: int, text_after: int, scale: float, density: float,
-    probes: int, chunks: Tensor | None = None, largest_chunk: int = 0,
-    key_order: Tensor | None = None, query_order: Tensor | None = None,
-    query_layout: Sequence[int] | None = None, log_sum: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    check_devices(query, key, value, threshold, key_mask, chunks, key_order, query_order)
-    inputs = _inputs(
-        query,
-        key,
-        value,
-        threshold,
-        key_mask,
-        (*grid, text_before, text_after),
-        query_layout,
-        chunks,
-        key_order,
-        query_order,
-    )
-    return _empty_results(inputs, Settings(scale, density, probes, largest_chunk, log_sum))
+def _split_attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices(*(each for each in arguments if isinstance(each, Tensor)))
+    return _unwritten(*_arguments(*arguments))
 
 
-def _empty_results(inputs: Inputs, settings: Settings) -> tuple[Any, ...]:
+def _unwritten(inputs: Inputs, settings: Settings) -> tuple[Any, ...]:
     """Tensors as the op returns them, whose values nobody has written."""
     query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
@@ -189,14 +175,13 @@ def _empty_results(inputs: Inputs, settings: Settings) -> tuple[Any, ...]:
         of_keys = (batch, key.shape[1], tokens)
     if made and inputs.query_layout is not None and inputs.query_order is None:
         of_queries = (batch, heads, queries)
-    sums = (batch, heads, length) if settings.log_sum else (0,)
     return (
         query.new_empty((batch, length, heads, dim)).transpose(1, 2),
         per_head,
         torch.empty_like(per_head),
         route,
         query.new_empty((batch, heads, 2), dtype=torch.float32),
-        query.new_empty(sums, dtype=torch.float32),
+        query.new_empty((batch, heads, length) if settings.log_sum else (0,), dtype=torch.float32),
         query.new_empty(of_keys, dtype=torch.int32),
         query.new_empty(of_queries, dtype=torch.int32),
     )
@@ -248,7 +233,7 @@ def split_attention_backward_op(
     )  # fmt: skip
     check_backward(inputs, grad, log_sum_grad, coefficients)
     if not query.shape[0] * query.shape[1]:
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        return _no_gradients(query, key, value)
     of_queries = query_order
     if query_layout is None and key_order is not None:
         of_queries = key_order.repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -256,12 +241,18 @@ def split_attention_backward_op(
         Gradients(grad, log_sum_grad), inputs, Orders(key_order, of_queries),
         unpack_route(route, inputs.layout.tokens), coefficients, scale,
     )  # fmt: skip
-    return _by_tokens(grads[0]), _by_tokens(grads[1]), _by_tokens(grads[2])
+    return by_tokens(grads[0]), by_tokens(grads[1]), by_tokens(grads[2])
 
 
-def _by_tokens(x: Tensor) -> Tensor:
+def by_tokens(x: Tensor) -> Tensor:
     """(B, H, N, D) laid out as (B, N, H, D), the gradients' layout on every device."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _no_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a call without items or heads."""
+    query_grad, key_grad, value_grad = empty_gradients(query, key, value)
+    return query_grad.zero_(), key_grad.zero_(), value_grad.zero_()
 
 
 @split_attention_backward_op.register_kernel("cuda")
@@ -279,7 +270,7 @@ def _split_attention_backward_cuda(
     )  # fmt: skip
     check_backward(inputs, grad, log_sum_grad, coefficients)
     if not query.shape[0] * query.shape[1]:
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        return _no_gradients(query, key, value)
     route = unpack_route(route, inputs.layout.tokens)
     return split_backward(grad, log_sum_grad, inputs, Forward(out, route, coefficients), scale)
 
@@ -288,6 +279,11 @@ def _split_attention_backward_cuda(
 def _split_attention_backward_fake(
     grad: Tensor, log_sum_grad: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value)
+
+
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory as the gradients of query, key and value have it."""
     batch = query.shape[0]
     query_grad, key_grad, value_grad = (
         x.new_empty((batch, x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)

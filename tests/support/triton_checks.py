@@ -196,7 +196,9 @@ def test_heads_in_turns_are_heads_together(
     items: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, tensors, budget, together = heads_together()
-    per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
+    per_head = workspace.bytes_per_key_head(
+        case.sequence.tokens, case.sequence.tokens, case.dim, 4, 2
+    )
     fitting = heads if items == 1 else items * case.kv_heads
     monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
     calls = []
