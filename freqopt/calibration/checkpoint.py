@@ -37,6 +37,10 @@ DIGEST_VALUES = 1024
 """Values of each parameter that the identity looks at, evenly spaced."""
 
 
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What readers of a file raise whose bytes are not what they should be."""
+
+
 class Header(BaseModel):
     """Metadata of the file.
 
@@ -204,9 +208,9 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
                 tensors.setdefault(key, {})[leaf] = tensor
             facts = json.loads(header.facts)
             return {key: Entry(fact, tensors.get(key, {})) for key, fact in facts.items()}
-    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, CalibrationError):
-            raise
+    except CalibrationError:
+        raise
+    except (*UNREADABLE, SafetensorError) as error:
         raise CalibrationError(
             f"{path} is not a complete checkpoint ({error}); {advice}"
         ) from error

@@ -141,7 +141,9 @@ def load_samples(path: str | os.PathLike[str], device: torch.device | str = "cpu
                     leaves[key] = _value(key, text, path)
     except OSError as error:
         raise InputError(f"cannot read the samples {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except InputError:
+        raise
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from error
     found = _calls(leaves, trees, path)
     if not found:

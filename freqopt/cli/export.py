@@ -133,7 +133,7 @@ def run(
     try:
         check_regular(inputs)
         tensors = load_file(inputs)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
     result = run_artifact(artifact, tensors, provider=provider, library=library, trust=trust)
     say(result)
