@@ -252,7 +252,8 @@ class SiteEvidence(Record):
         ladder = self.thresholds
         if not ladder or ladder[0] <= 0 or any(a >= b for a, b in pairwise(ladder)):
             raise ValueError("evidence's thresholds are not positive and ascending")
-        for part in (self, *self.buckets):
+        parts: list[SiteEvidence | BucketCurves] = [self, *self.buckets]
+        for part in parts:
             if len(part.energy) != heads or len(part.content) != len(self.content):
                 raise ValueError(f"evidence's energy or orders are not of {heads} heads")
             for curve in (part.curve, *part.content):
