@@ -25,6 +25,52 @@ def check_call(inputs: Inputs, settings: Settings) -> None:
     Raises:
         InputError: which of them, what it is, and what it would have to be.
     """
+    if not _fits(inputs, settings):
+        _explain(inputs, settings)
+
+
+def _fits(inputs: Inputs, settings: Settings) -> bool:
+    """Whether there is nothing to explain: the same questions, without words, in a few µs."""
+    query, key, value, limits, mask, layout, other, chunks, key_order, query_order = inputs
+    shape, of_keys, dtype, device = query.shape, key.shape, query.dtype, query.device
+    if len(shape) != 4 or len(of_keys) != 4 or value.shape != of_keys:
+        return False
+    (batch, heads, queries, dim), (kv_batch, kv_heads, tokens, kv_dim) = shape, of_keys
+    (t, h, w), before, after = layout
+    video = t * h * w
+    scale, density, probes, largest, _ = settings
+    return (
+        (batch, dim) == (kv_batch, kv_dim)
+        and dim > 0
+        and kv_heads > 0
+        and not heads % kv_heads
+        and key.dtype == dtype == value.dtype
+        and key.device == device == value.device == limits.device
+        and limits.shape == (heads,)
+        and limits.dtype == torch.float32
+        and min(t, h, w) > 0
+        and min(before, after) >= 0
+        and video + before + after == tokens
+        and (mask is None or _is_a(mask, (batch, tokens), torch.bool, device))
+        and (chunks is None or _is_a(chunks, (kv_heads,), torch.int32, device))
+        and (key_order is None or _is_a(key_order, (batch, kv_heads, video), torch.int32, device))
+        and other is None
+        and query_order is None
+        and queries == tokens
+        and -3e38 < scale < 3e38
+        and 0.0 <= density <= 1.0
+        and 0 <= probes <= MOST_PROBES
+        and largest >= 0
+        and not largest & (largest - 1)
+    )
+
+
+def _is_a(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    return x.shape == shape and x.dtype == dtype and x.device == device
+
+
+def _explain(inputs: Inputs, settings: Settings) -> None:
+    """Raise InputError for the first thing that does not fit, if there is one."""
     query, key, value = inputs.query, inputs.key, inputs.value
     if not query.ndim == key.ndim == value.ndim == 4:
         raise InputError(

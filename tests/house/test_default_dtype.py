@@ -22,15 +22,29 @@ GRID = (3, 6, 10)
 
 def without_dtype(source: str) -> list[str]:
     """Calls of torch that make a tensor of the default dtype."""
-    return [
-        ast.unparse(node)
+    calls = [
+        node
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
-        and (node.func.value.id, node.func.attr in MAKERS) == ("torch", True)
-        and not {"dtype", None} & {keyword.arg for keyword in node.keywords}
+        and node.func.value.id == "torch"
     ]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if (
+            call.func.attr in MAKERS
+            and not {"dtype", None} & {keyword.arg for keyword in call.keywords}
+        )
+        or (call.func.attr == "where" and all(map(is_number, call.args[1:3])))
+    ]
+
+
+def is_number(node: ast.expr) -> bool:
+    """Whether an expression is a float written out; of two the default dtype is made."""
+    text = ast.unparse(node).lstrip("-")
+    return text in ("torch.inf", "torch.nan", "math.inf") or text.replace(".", "").isdigit()
 
 
 def test_every_tensor_is_made_with_its_dtype() -> None:
@@ -41,7 +55,8 @@ def test_every_tensor_is_made_with_its_dtype() -> None:
             found = without_dtype(file.read_text())
             assert not found, f"{file}: {found[0]} is of the default dtype"
     assert seen > 150
-    assert without_dtype("torch.zeros(3)") and not without_dtype("torch.zeros(3, dtype=x)")
+    assert without_dtype("torch.zeros(3)") and without_dtype("torch.where(x, 0.0, -torch.inf)")
+    assert not without_dtype("torch.zeros(3, dtype=x)")
 
 
 @pytest.fixture
