@@ -156,8 +156,9 @@ def split_attention(
     if return_lse:
         results.append(log_sum)
     if return_stats:
-        used = (x if x.numel() else None for x in (key_order, made))
-        results.append(SplitStats(reached, error, *used, (scalars != 1.0).all(-1)))
+        of_keys, of_queries = (x if x.numel() else None for x in (key_order, made))
+        fitted = (scalars != 1.0).all(-1)
+        results.append(SplitStats(reached, error, of_keys, of_queries, fitted))
     return out if len(results) == 1 else tuple(results)  # type: ignore[arg-type]
 
 

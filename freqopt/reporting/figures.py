@@ -189,8 +189,8 @@ def error_cost_curves(plan: Plan) -> Figure:
         error = np.array(evidence.curve.error)[:, heads]
         ax.plot(density, np.maximum(error, 1e-4), color=BLUE, lw=1.0, alpha=0.45)
         if site.decision == "split":
-            chosen = [(site.density[h], max(site.error[h], 1e-4)) for h in heads]
-            ax.scatter(*zip(*chosen, strict=True), s=16, color=ORANGE, zorder=3)
+            chosen = [max(site.error[h], 1e-4) for h in heads]
+            ax.scatter([site.density[h] for h in heads], chosen, s=16, color=ORANGE, zorder=3)
         else:
             ax.text(0.5, 0.9, "dense", transform=ax.transAxes, color=ORANGE, ha="center")
         ax.set(xscale="log", yscale="log", title=short(name))
