@@ -290,6 +290,19 @@ def test_a_cached_library_is_found_again_wherever_the_kernels_lie(
     assert len(list((cache / "ort").iterdir())) == ort_library.MOST_CACHED
 
 
+def test_kernels_lie_in_folders_of_any_name(tmp_path: Path) -> None:
+    """Names beyond ASCII were written as escapes that no assembler knows."""
+    from freqopt.exporters.onnx.cubins import Compiled, write_sources
+    from freqopt.kernels.variant import Variant
+
+    folder = tmp_path / "d\u00e9p\u00f4t \u2192"
+    folder.mkdir()
+    variant = Variant(90, "float16", 64, False)
+    row = Compiled("attend", "symbol", variant, ("a",), 64, 4, 0, "k.cubin")
+    assembly, _ = write_sources([row], folder)
+    assert f'"{folder.resolve()}/k.cubin"' in assembly.read_text("utf-8")
+
+
 def test_a_cache_that_cannot_be_written_does_not_end_an_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
