@@ -168,17 +168,26 @@ def test_a_threshold_that_is_no_threshold_is_dense(value: float) -> None:
     assert relative(out, torch.nn.functional.scaled_dot_product_attention(q, q, q)) < 1e-5
 
 
-def test_two_derivatives_and_transforms_are_refused_in_words() -> None:
+def test_two_derivatives_are_refused_in_words_and_transforms_are_right_or_refused() -> None:
     q = torch.randn(1, 2, 180, 8, requires_grad=True)
     out = freqopt.split_attention(q, q, q, grid=GRID, threshold=1.0)
     assert isinstance(out, Tensor)
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="split_attention_backward"):
         first.sum().backward()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"vmap|split_attention"):
-        torch.func.vmap(lambda x: freqopt.split_attention(x, x, x, grid=GRID, threshold=1.0))(
-            torch.randn(3, 1, 2, 180, 8)
-        )
+    many = torch.randn(3, 1, 2, 180, 8)
+
+    def attend(x: Tensor) -> Tensor:
+        found = freqopt.split_attention(x, x, x, grid=GRID, threshold=1.0)
+        assert isinstance(found, Tensor)
+        return found
+
+    try:
+        found = torch.func.vmap(attend)(many)
+    except (RuntimeError, NotImplementedError) as error:
+        assert "vmap" in str(error) or "split_attention" in str(error)
+    else:
+        assert relative(found, torch.stack([attend(x) for x in many])) < 1e-6
 
 
 @pytest.mark.parametrize("grid", [(3.0, 6, 10), ("3", 6, 10), "abc", 5, (True, 18, 10), (3, 6)])
