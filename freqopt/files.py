@@ -194,7 +194,10 @@ def cache_folder() -> Path:
     if given:
         # Not Path.expanduser, which raises where a home is not known.
         return Path(os.path.expanduser(given)).absolute()
-    found = Path(platformdirs.user_cache_path("freqopt", appauthor=False))
+    try:
+        found = Path(platformdirs.user_cache_path("freqopt", appauthor=False))
+    except (RuntimeError, KeyError):  # newer versions say so, older ones give "~/.cache" back
+        return _private_folder()
     return found if found.is_absolute() else _private_folder()
 
 
