@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freqopt.errors import PlanError
-from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
+from freqopt.exporters.manifest import (
+    FILE_NAME,
+    Artifact,
+    adopt,
+    announce,
+    describe_plan,
+    manifest_of,
+)
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.files import locked, replacing
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
 def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifact:
     """Overwrite the budgets of an ONNX artifact by those of another plan, and its manifest.
 
+    Interrupted at any point the folder is the old one or the new one, and runs as either.
+
     A site that is split in the file and dense in the plan attends every pair exactly from then on;
     one that is dense in the file stays so. Both are noted.
 
@@ -28,6 +38,7 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
         ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
         NotAvailableError: onnx is not installed.
         PlanError: a plan of another model.
+        FileError: the folder cannot be written.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind != "onnx":
@@ -46,12 +57,20 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
             f"the file is of {made_for['model']} with {made_for['model_fingerprint']}"
         )
     notes = _check_sites(artifact, plan)
-    _write_budgets(artifact, plan)
-    return write_manifest(
-        artifact.path, kind=artifact.kind, model=str(artifact.manifest["model"]),
-        files=list(artifact.manifest["files"]),
-        content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
-    )  # fmt: skip
+    model = str(artifact.manifest["model"])
+    with locked(artifact.path / FILE_NAME):
+        with replacing(artifact.model_path) as fresh:
+            _write_budgets(artifact, plan, fresh)
+            manifest = manifest_of(
+                artifact.path,
+                kind=artifact.kind,
+                model=model,
+                files=list(artifact.manifest["files"]),
+                content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
+                instead={model: fresh},
+            )
+            announce(artifact.path, manifest)
+        return adopt(artifact.path, manifest)
 
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
@@ -79,7 +98,8 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     return notes
 
 
-def _write_budgets(artifact: Artifact, plan: Plan) -> None:
+def _write_budgets(artifact: Artifact, plan: Plan, fresh: Path) -> None:
+    """Write the model with the plan's budgets to a new file."""
     try:
         import onnx
     except ImportError as error:
@@ -95,9 +115,7 @@ def _write_budgets(artifact: Artifact, plan: Plan) -> None:
             )
         budget = plan.budgets(name)[:, 0].amin(0).numpy()
         held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
-    partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
-    onnx.save(proto, partial)
-    os.replace(partial, artifact.model_path)
+    onnx.save(proto, fresh)
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens
 from freqopt.errors import FreqoptError, SiteError, through_compiler
-from freqopt.options import Compiled, Options, parse_options
+from freqopt.options import Compiled, Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
@@ -54,7 +54,9 @@ def freqopt_backend(
     """
     with through_compiler():
         settings = parse_options(options)
-        settings = replace(settings, mode=mode or settings.mode)
+        # One plan for all that follows: its file may be another by the time it is read again.
+        plan = None if settings.plan is None else load_plan(settings.plan)
+        settings = replace(settings, mode=mode or settings.mode, plan=plan)
         part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
         graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]

@@ -147,7 +147,7 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     if plan is not None:
         return _planned(plan, site, planned)
     chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
-    budget = torch.zeros(2, site.heads)
+    budget = torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
     budget[1] = chunk
     if settings.threshold is not None:
         budget[0] = float(settings.threshold)

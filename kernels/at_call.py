@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqopt.errors import InputError
 from freqopt.kernels import op
+from freqopt.kernels.checks import check_devices
 
 
 @torch.library.custom_op("freqopt::split_attention_at_call", mutates_args=())
@@ -45,7 +46,7 @@ def split_attention_at_call(
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
         )
-        exact = torch.ones(query.shape[:2], device=query.device)
+        exact = torch.ones(query.shape[:2], device=query.device, dtype=torch.float32)
         return op.by_tokens(out), exact, exact * math.nan
     after = query.shape[2] - math.prod(grid) - text_before
     found = op.split_attention_op(
@@ -59,6 +60,7 @@ def split_attention_at_call(
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(query, key, value, threshold, *(x for x in rest if isinstance(x, Tensor)))
     batch, heads, length, dim = query.shape
     per_head = query.new_empty((batch, heads), dtype=torch.float32)
     out = query.new_empty((batch, length, heads, dim)).transpose(1, 2)

@@ -7,7 +7,7 @@ most, and verifies the result on samples that were not fitted. How: docs/design/
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -26,6 +26,7 @@ from freqopt.calibration.samples import (
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
+from freqopt.files import check_writable
 from freqopt.grid import Grid
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
     rounds: int | None
     passes: int | None
     checkpoint: str | os.PathLike[str] | None
+    output: str | os.PathLike[str] | None
     progress: bool
     seed: int
 
@@ -80,6 +82,7 @@ def calibrate(
     rounds: int | None = None,
     passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Plan | Plans:
@@ -123,7 +126,10 @@ def calibrate(
             second or more on a GPU, elsewhere as many as all heads take (or 16 sites of a model of
             more than 64 heads, in 8 samples). With fewer, heads between those probed are guessed.
         checkpoint: a file that keeps what was measured if calibration is interrupted. Called again
-            with it, calibration goes on from there and ends with the same plan. It is removed then.
+            with it, calibration goes on from there and ends with the same plan. It is removed when
+            that is done, with `output` when the plan is on the disk.
+        output: a file that the plan, or the plans, are saved to; whether it can be written is tried
+            before anything is measured.
         progress: show progress and time left.
         seed: seeds PyTorch's generators before every run of the model.
 
@@ -138,6 +144,7 @@ def calibrate(
         OptionError: a target outside its range, two of them, a density that the loosest budgets do
             not reach, a target_psnr without a pipeline or for several models, a quantile without a
             target_error, an order that there is not, or fewer than one pass or timestep bucket.
+        FileError: the output or the checkpoint cannot be written.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
     _check_targets(target_error, quantile, target_psnr, target_density)
@@ -148,14 +155,20 @@ def calibrate(
         raise OptionError(f"order {order!r} is none; supported: 'auto' and 'grid'")
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
-    if isinstance(model, Mapping):
-        return _calibrate_each(model, samples, options)
-    if isinstance(samples, Mapping):
+    if not isinstance(model, Mapping) and isinstance(samples, Mapping):
         raise OptionError(
             "samples is a dict, which belongs to several models by name; for one model pass a list "
             "of calls, or a callable that runs your pipeline"
         )
-    return _calibrate_one(model, samples, options)
+    if output is not None:
+        check_writable(output)
+    if isinstance(model, Mapping):
+        return _calibrate_each(model, samples, options)
+    plan = _calibrate_one(model, samples, options, keep=output is not None)
+    if output is not None:
+        plan.save(output)
+        _forget([checkpoint])
+    return plan
 
 
 def _calibrate_one(
@@ -203,10 +216,18 @@ def _calibrate_each(
         name: _calibrate_one(model, calls[name], {**options, "checkpoint": paths[name]}, keep=True)
         for name, model in models.items()
     }
-    for kept in paths.values():
-        if kept is not None:
-            kept.unlink(missing_ok=True)
-    return Plans(plans)
+    found = Plans(plans)
+    if options["output"] is not None:
+        found.save(options["output"])
+    _forget(paths.values())
+    return found
+
+
+def _forget(checkpoints: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Remove checkpoints whose plans are safe."""
+    for path in checkpoints:
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
 
 
 def _check_targets(

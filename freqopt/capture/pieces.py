@@ -126,7 +126,7 @@ class Part:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
-        zeros = torch.zeros(2, site.heads, device=site.device)
+        zeros = torch.zeros(2, site.heads, device=site.device, dtype=torch.float32)
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]

@@ -26,6 +26,8 @@ from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
 from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, OptionError
+from freqopt.files import check_writable
+from freqopt.shown import say, shown_lines
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def inspect(
         found = freqopt.inspect(
             module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
         )
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    say(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 @app.command()
@@ -180,12 +182,14 @@ def calibrate(
 
     if target_error is not None and target_density is not None:
         raise OptionError("--target-error and --target-density were both given; pass one of them")
+    if not dry_run:
+        check_writable(output)
     where = choose_device(device)
     calls = load_samples(samples, where)
     extents = None if grid is None else parse_grid(grid)
     module = load_model(model).to(where)
     if dry_run:
-        print(rehearsed(module, calls, extents, timestep, timestep_buckets))
+        say(rehearsed(module, calls, extents, timestep, timestep_buckets))
         return
     checkpoint = output.with_name(f"{output.name}.resume")
     try:
@@ -202,6 +206,7 @@ def calibrate(
             rounds=rounds,
             passes=passes,
             checkpoint=checkpoint,
+            output=output,
             progress=not quiet,
             seed=seed,
         )
@@ -209,11 +214,10 @@ def calibrate(
         kept = "nothing was measured yet"
         if checkpoint.exists():
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
-        print(f"freqopt: interrupted: {kept}", file=sys.stderr)
+        say(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    plan.save(output)
-    print(plan)
-    print(f"wrote {output}")
+    say(plan)
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -233,7 +237,7 @@ def report(
 
         print(json.dumps(Plan.load(plan).model_dump(mode="json"), indent=2))
         return
-    print(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
+    say(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
 
 
 @app.command()
@@ -314,6 +318,12 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(BROKEN)
 
 
+def _printable(text: str) -> str:
+    """Text that standard error's encoding has, with control characters as escapes."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    return shown_lines(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -323,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if "--traceback" in given:
             raise
         Console(stderr=True, soft_wrap=True).print(
-            f"freqopt: {error}", style="red", markup=False, highlight=False
+            _printable(f"freqopt: {error}"), style="red", markup=False, highlight=False
         )
         sys.exit(BAD_INPUT)
     sys.exit(0)

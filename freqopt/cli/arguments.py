@@ -44,7 +44,8 @@ def parse_grid(text: str) -> tuple[int, int, int]:
         OptionError: anything else.
     """
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+    short = all(part.strip().isdecimal() and len(part.strip()) < 10 for part in parts)
+    if len(parts) != 3 or not short or not all(map(int, parts)):
         raise OptionError(f"grid {text!r}: three positive numbers t,h,w are needed, as in 21,30,52")
     t, h, w = (int(part) for part in parts)
     return t, h, w

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
+from freqopt.files import read_bounded, write_atomically
 from freqopt.passes.site import Known
 from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
 from freqopt.plan.records import SitePlan
@@ -34,7 +35,8 @@ from freqopt.plan.text import describe
 logger = logging.getLogger(__name__)
 
 FORMAT = "freqopt-plan"
-MAX_FILE_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 64 * 2**20
+"""Ten times the largest plan that was seen; parsed it takes 27 times as much memory."""
 
 CARRY = 8
 """Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
@@ -87,13 +89,15 @@ class Plan(PlanContent):
         """
         site = self._site(site_name)
         if site.decision == "dense":
-            return torch.zeros(2, site.heads)
+            return torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
         if not 0 <= bucket < len(site.budgets):
             raise PlanError(
                 f"timestep bucket {bucket} does not exist; this plan has {len(site.budgets)}"
             )
-        chunks = torch.tensor(site.chunks or [0] * site.heads, dtype=torch.float32)
-        threshold = torch.tensor(site.budgets[bucket].threshold, dtype=torch.float32)
+        # On the CPU whatever PyTorch's default device: under "meta" there would be no budget.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        chunks = torch.tensor(site.chunks or [0] * site.heads, **kind)
+        threshold = torch.tensor(site.budgets[bucket].threshold, **kind)
         return torch.stack([threshold, chunks.repeat_interleave(site.heads // len(chunks))])
 
     def budgets(self, site_name: str) -> Tensor:
@@ -163,12 +167,12 @@ class Plan(PlanContent):
         return None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an existing file is replaced only by a complete one."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_text(f"{self.text()}\n", encoding="utf-8")
-        os.replace(partial, target)
+        """Write the plan as JSON; an existing file is replaced only by a complete one.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        write_atomically(path, f"{self.text()}\n")
 
     def text(self) -> str:
         """The text of the plan's file, which `parse` reads."""
@@ -183,16 +187,7 @@ class Plan(PlanContent):
             PlanError: no such file, or one that is truncated, edited by hand, of another version or
                 not a plan at all.
         """
-        source = Path(path)
-        try:
-            if source.stat().st_size > MAX_FILE_BYTES:
-                raise PlanError(f"{source} is larger than {MAX_FILE_BYTES} bytes: not a plan")
-            text = source.read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
-        return cls.parse(text, origin=str(source))
+        return cls.parse(read_plan(path), origin=str(Path(path)))
 
     @classmethod
     def parse(cls, text: str, *, origin: str = "plan") -> Plan:
@@ -304,6 +299,21 @@ class Plan(PlanContent):
                     f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
                     f"{self.model.class_name} has {planned}: it was made for another model"
                 )
+
+
+def read_plan(path: str | os.PathLike[str]) -> str:
+    """The text of a plan's file, which may hold anything yet.
+
+    Raises:
+        PlanError: it cannot be read, is no regular file, is too large, or is no text.
+    """
+    source = Path(path)
+    try:
+        return read_bounded(source, MAX_FILE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
 
 
 def note_difference(plan: Plan, model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from freqopt.errors import PlanError
-from freqopt.plan.plan import Plan
+from freqopt.files import write_atomically
+from freqopt.plan.plan import Plan, read_plan
 
 FORMAT = "freqopt-plans"
 
@@ -46,13 +47,9 @@ class Plans(Mapping[str, Plan]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all plans into one JSON file, which replaces one only when it is complete."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
-        partial.write_text(f'{{{head}, "plans": {{\n{plans}\n}}}}\n', encoding="utf-8")
-        os.replace(partial, target)
+        write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plans:
@@ -63,9 +60,7 @@ class Plans(Mapping[str, Plan]):
         """
         source = Path(path)
         try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read the plans {source}: {error.strerror or error}") from error
+            content = json.loads(read_plan(source))
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not complete JSON ({error}); copy it anew") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:

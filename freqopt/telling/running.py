@@ -41,7 +41,10 @@ class Named(NamedTuple):
 
 
 graphs: list[Graph] = []
-"""All that were compiled, in that order."""
+"""Those that were compiled, in that order, and of those that are gone the latest."""
+
+KEPT = 64
+"""Graphs that are kept after they are gone, for their counts: a server compiles without end."""
 
 owners: list[Callable[[Tensor], Named | None]] = []
 """Attached models: each tells what a budget belongs to."""
@@ -83,6 +86,7 @@ class Graph:
     model: str = ""
     calls: dict[tuple[int, ...], Calls] = field(default_factory=dict)
     told: bool = False
+    gone: bool = False
 
     def __post_init__(self) -> None:
         self.inputs = tuple(dict.fromkeys(index for index in self.budgets if index >= 0))
@@ -165,7 +169,7 @@ def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
     """
     if not graph.decisions and graph.range is None:
         return compiled
-    graphs.append(graph)
+    _remember(graph)
 
     def run(*arguments: Any) -> Any:
         found = compiled(*arguments)
@@ -175,7 +179,16 @@ def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
         graph.note(arguments, found[-1])
         return found[:-1]
 
+    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
     return run
+
+
+def _remember(graph: Graph) -> None:
+    """Add a graph to those that are known, and forget the oldest of those that are gone."""
+    gone = [each for each in graphs if each.gone]
+    for each in gone[: max(len(gone) - KEPT, 0)]:
+        graphs.remove(each)
+    graphs.append(graph)
 
 
 def graph_of(gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequence[int]) -> Graph:

@@ -23,10 +23,10 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
+BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
     "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "telling",
+    "progress", "regional", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
@@ -48,7 +48,7 @@ LAYERS = {
 """A module imports from its own layer and from lower ones."""
 
 ALLOWED_OUTSIDE = {
-    "base": {"torch", "numpy", "platformdirs"},
+    "base": {"torch", "numpy", "platformdirs", "filelock"},
     "kernels": {"torch", "triton", "numpy"},
     "passes": {"torch", "networkx", "numpy"},
     "models_zoo": {"torch", "safetensors", "rich", "numpy"},

@@ -92,7 +92,7 @@ class Visit(NamedTuple):
         """This call split as thresholds say for this timestep bucket, all that it takes there."""
         (rows, of_heads), device = thresholds[self.site], self.call.query.device
         threshold = rows if rows.dim() == 1 else rows[self.bucket]
-        chunks = torch.tensor(of_heads, dtype=torch.int32) if any(of_heads) else None
+        chunks = torch.tensor(of_heads, dtype=torch.int32, device="cpu") if any(of_heads) else None
         return partial(
             self.call.split, threshold.to(device, non_blocking=True), probes,
             None if chunks is None else chunks.to(device, non_blocking=True),

@@ -302,7 +302,7 @@ def thresholds_of(
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
-        threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
+        threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32, device="cpu")
         by_bucket = threshold.unflatten(0, (len(site.shares), site.heads))
         thresholds[site.name] = SiteThresholds(by_bucket, chunks_of(site, choice))
     return thresholds
