@@ -20,7 +20,7 @@ from freqopt.exporters.problems import ArtifactError, NotAvailableError
 from freqopt.files import cache_folder
 
 LIBRARY_NAME = "libfreqopt_ort.so"
-LIBRARY_VERSION = "2"
+LIBRARY_VERSION = "3"
 OLDEST_ONNXRUNTIME = (1, 17)
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (

@@ -26,7 +26,7 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
     "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "telling",
+    "progress", "regional", "reuse", "telling",
 }  # fmt: skip
 
 FLOORS = (
