@@ -133,7 +133,7 @@ class _Tree:
         chosen = n.range(0, self.rank).equals(widest).float()
         found = [self.scaled((power * chosen.unsqueeze(-2)).sum(-1))]
         for i in range(count - 1):
-            sign = self.signs(self.rank, count - 1).gather([i], 1).squeeze(1)
+            sign = self.signs(self.rank, count - 1).slice(1, i, i + 1).squeeze(1)
             direction = self.scaled((power * sign).sum(-1))
             for other in found:
                 length = (other * other).sum(-1, keep=True).maximum(1e-30)

@@ -61,6 +61,7 @@ def reusing(gm: fx.GraphModule) -> Reusing | None:
                 handed.append(gm.graph.call_function(operator.getitem, (call, result)))
             with given.graph.inserting_before(first):
                 taking[argument] = given.graph.placeholder(f"freqopt_order_{len(examples)}")
+            taking[argument]._dynamo_source = None  # AOTAutograd asks for it: none of Dynamo's
             examples.append(value(call)[result])
             taking[argument].meta["example_value"] = examples[-1]
         nodes[call].args = tuple(taking)

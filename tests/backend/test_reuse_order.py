@@ -58,12 +58,13 @@ class Counting:
     """An inner backend that counts runs of graphs that make orders, and of others."""
 
     def __init__(self, inner: str = "eager") -> None:
-        self.inner, self.made, self.given = inner, 0, 0
+        self.inner, self.graphs, self.made, self.given = inner, 0, 0, 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         op = torch.ops.freqopt.split_attention.default
         calls = gm.graph.find_nodes(op="call_function", target=op)
         makes = any(len(call.args) > 12 and call.args[12] for call in calls)
+        self.graphs += 1
         compiled = torch._dynamo.lookup_backend(self.inner)(gm, example_inputs)
 
         def run(*arguments: Any) -> Any:
@@ -126,7 +127,7 @@ def test_layers_and_models_that_share_a_graph_share_no_order() -> None:
     alone = [outputs(compiled(Layer(i).eval(), None, chunk=1024), [tokens(5)])[0] for i in range(3)]
     torch._dynamo.reset()
     found = [outputs(layer, [tokens(5)])[0] for layer in layers]
-    assert (counting.made, counting.given) == (3, 0)
+    assert (counting.graphs, counting.made, counting.given) == (2, 3, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     outputs(layers[1], [tokens(6)])
     assert (counting.made, counting.given) == (3, 1)

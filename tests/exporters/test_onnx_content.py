@@ -37,7 +37,7 @@ from freqopt.exporters.exchange import exchange_plan
 from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx.content import CONTENT_NAME
 from freqopt.exporters.onnx.export import write_onnx
-from freqopt.exporters.program import make_program
+from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.kernels.content_order import content_order, spread
 from freqopt.plan.plan import Plan, model_fingerprint
@@ -189,7 +189,7 @@ def plan_for(model: nn.Module, threshold: float, *chunks: list[int]) -> Plan:
     return Plan.model_validate(
         {
             "model": {"class_name": "TwoKinds", "fingerprint": model_fingerprint(model)},
-            "grids": [(1, 1, 420)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
+            "grids": [(1, 1, 7)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
             "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
             "mean_density": 0.3, "sites": sites, "evidence": {"samples": 1, "held_out": 1},
         }
@@ -210,17 +210,22 @@ def output(artifact: Artifact, inputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def program() -> Program:
+    """On no grid: that of a plan would be the only one that the file serves."""
     model, inputs = two_kinds()
-    plan = plan_for(model, 0.7, [ALL], [ALL, 256])
     free = torch.export.Dim.AUTO
-    program = make_program(model, inputs, plan=plan, dynamic_shapes=({1: free}, {1: free}))
-    folder = tmp_path_factory.mktemp("content")
-    return write_onnx(program, folder, plan=plan, library=False)
+    plan = plan_for(model, 0.7, [ALL], [ALL, 256])
+    return make_program(model, inputs, plan=plan, dynamic_shapes=({1: free}, {1: free}))
 
 
-def test_a_file_of_sites_that_only_content_serves(artifact: Artifact) -> None:
-    """Two lengths from one file: as near to dense attention as the compiled model is."""
+@pytest.fixture(scope="module")
+def artifact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    plan = plan_for(two_kinds()[0], 0.7, [ALL], [ALL, 256])
+    return write_onnx(program, tmp_path_factory.mktemp("content"), plan=plan, library=False)
+
+
+def test_a_file_of_sites_that_only_content_serves(artifact: Artifact, program: Program) -> None:
+    """Two lengths from one file: as near to dense attention as the program itself."""
     model, inputs = two_kinds()
     assert tuple(artifact.sites) == site_names() and not artifact.dense_sites
     own, other = artifact.sites.values()
@@ -230,16 +235,14 @@ def test_a_file_of_sites_that_only_content_serves(artifact: Artifact) -> None:
     assert len(orders) == 3  # one serves the tokens that attend to themselves
     held = {i.name: onnx.numpy_helper.to_array(i).tolist() for i in proto.graph.initializer}
     assert [held[site["chunks"]] for site in (own, other)] == [[ALL], [ALL, 256]]
-    plan = plan_for(model, 0.7, [ALL], [ALL, 256])
-    compiled = make_program(model, inputs, plan=plan).exported.module()
-    shorter = (inputs[0][:, :260], inputs[1][:, :310])
-    for given, run in ((inputs, compiled), (shorter, None)):
+    run = program.exported.module()
+    for given in (inputs, (inputs[0][:, :260], inputs[1][:, :310])):
         with torch.no_grad():
             truth = model(*given)
             error = relative(output(artifact, given), truth)
-            assert 1e-4 < error < 0.3
-            if run is not None:  # their orders may part on near ties
-                assert error == pytest.approx(relative(run(*given), truth), rel=0.1)
+            assert 1e-4 < error < 0.5
+            # Their orders may part on near ties.
+            assert error == pytest.approx(relative(run(*given), truth), rel=0.1)
 
 
 def test_chunks_are_exchanged_with_the_budgets(artifact: Artifact, tmp_path: Path) -> None:

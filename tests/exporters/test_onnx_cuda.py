@@ -25,8 +25,7 @@ from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
 
 HOPPER = Variant(90, "float16", 64, True)
-AMPERE = Variant(80, "float16", 64, False)
-BY_CONTENT = Variant(86, "float32", 32, False, content=True)
+AMPERE = Variant(80, "float16", 64, False, content=True)
 HOPPERS = {"attend_hopper_kernel"}
 PLAIN = {"text_key": 0x2000, "text_value": 0x3000, "query": 0x1000, "order": 0x6000}
 
@@ -38,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(folder: Path) -> list[Compiled]:
-    return compile_table([HOPPER, AMPERE, BY_CONTENT], folder)
+    return compile_table([HOPPER, AMPERE], folder)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def programs(folder: Path, table: list[Compiled]) -> Programs:
 
 
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
-    for variant, count in ((HOPPER, 18), (AMPERE, 17), (BY_CONTENT, 17 + 16)):
+    for variant, count in ((HOPPER, 18), (AMPERE, 17 + 16)):
         rows = {row.kernel: row for row in table if row.variant == variant}
         assert len(rows) == count
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
@@ -189,7 +188,7 @@ ORDERED = ["moments", "directions", "project"]
 
 def launched(programs: Programs, *arguments: float | str) -> list[tuple[str, list[int]]]:
     """Kernels by the names of the table, with their grids and raw arguments."""
-    lines = programs.run(*arguments, capability=86, FAKE_IMAGES="1")
+    lines = programs.run(*arguments, capability=80, FAKE_IMAGES="1")
     assert not [line for line in lines if line[0] == "error"], lines
     names = {line[1]: line[2] for line in lines if line[0] == "cubin"}
     images = [names[line[1]] for line in lines if line[0] == "image"]
@@ -202,11 +201,11 @@ def launched(programs: Programs, *arguments: float | str) -> list[tuple[str, lis
 
 def test_launches_of_an_order(programs: Programs, table: list[Compiled]) -> None:
     """Batch 2, 4 heads of 2 chunks, 30,000 of 30,010 tokens after 3 of text, all together."""
-    found = launched(programs, "order", 2, 4, 30_010, 32, 30_000, 3, 2, 1 << 30, 0)
+    found = launched(programs, "order", 2, 4, 30_010, 64, 30_000, 3, 2, 1 << 30, 1)
     far = ["segment", "rank_tokens", "divide"] * 2
     near = [f"halve_{2**i}" for i in range(13, 6, -1)]
     assert [name for name, _ in found] == [*ORDERED, *far, *near, "leaf"]
-    rows = {row.kernel: row for row in table if row.variant == BY_CONTENT}
+    rows = {row.kernel: row for row in table if row.variant == AMPERE}
     pairs, seen = 8, []
     for name, (x, y, z, *values) in found:
         given = dict(zip(rows[name].arguments, values, strict=False))
@@ -216,7 +215,7 @@ def test_launches_of_an_order(programs: Programs, table: list[Compiled]) -> None
         if name in ORDERED:
             assert given["tokens_of"] == 0x2000 and given["text_before"] == 3
             strides = [given[f"stride_{axis}"] for axis in "bhn"]
-            assert strides == [4 * 30_010 * 32, 30_010 * 32, 32]
+            assert strides == [4 * 30_010 * 64, 30_010 * 64, 64]
         if name == "moments":
             assert (given["step"], given["samples"], given["span"]) == (59, 509, 128)
     far_grids = [(pairs, 1), (pairs, 235), (pairs, 1), (pairs, 2), (pairs, 235), (pairs, 2)]
@@ -233,26 +232,30 @@ def test_launches_of_an_order(programs: Programs, table: list[Compiled]) -> None
 
 
 def test_an_order_in_chunks_begins_with_them(programs: Programs) -> None:
-    found = launched(programs, "order", 1, 2, 5000, 32, 5000, 0, 2, 512, 0)
+    found = launched(programs, "order", 1, 2, 5000, 64, 5000, 0, 2, 512, 1)
     assert [name for name, _ in found] == [*ORDERED, "halve_512", "halve_256", "halve_128", "leaf"]
-    few = launched(programs, "order", 1, 2, 40, 32, 40, 0, 2, 512, 0)
+    few = launched(programs, "order", 1, 2, 40, 64, 40, 0, 2, 512, 1)
     assert [name for name, _ in few] == [*ORDERED, "leaf"]
 
 
-@pytest.mark.parametrize("case", range(4))
-def test_launches_replayed_in_the_interpreter_are_the_definition(
-    case: int, programs: Programs
-) -> None:
-    """What the C++ launches, run: orders, splits by them, and queries of other tokens."""
+def test_launches_replayed_in_the_interpreter_are_the_definition(programs: Programs) -> None:
+    """What the C++ launches, run: orders, splits by them, and queries of other tokens.
+
+    In one process, as a start of Triton's interpreter takes longer than a case.
+    """
     script = Path(__file__).parents[1] / "support" / "ort_replay.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(case)], input=json.dumps(vars(programs), default=str),
+        [sys.executable, str(script)], input=json.dumps(vars(programs), default=str),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["permutation"] and found["spread"] < 1.01
-    assert found["route"] and found["out"] < 1e-4 and found["exact"] < 1e-4, found
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4
+    for each in found:
+        assert each["permutation"] and each["spread"] < 1.01, each
+        assert each["route"] and each["out"] < 5e-3, each
+        assert each.get("exact", 0.0) < 5e-3, each
+    assert sum("exact" in each for each in found) == 2
 
 
 def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:

@@ -13,18 +13,21 @@ import pytest
 import torch
 
 onnx = pytest.importorskip("onnx")
+onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact
+from freqopt.exporters.onnx.export import needed_variants, translate
 from freqopt.exporters.onnx.library import SOURCES, compiler
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.exporters.program import make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.exporters.tensorrt import export as tensorrt_export
 from freqopt.exporters.tensorrt.cpp import build_engine
 from freqopt.exporters.tensorrt.export import export_tensorrt
-from freqopt.exporters.tensorrt.plugin import FOLDER
+from freqopt.exporters.tensorrt.plugin import FOLDER, fit_nodes
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 
@@ -125,17 +128,12 @@ def test_the_plugin_reads_what_the_nodes_hold(artifact: Artifact, plugin: Path) 
     check_plugin(plugin, node, "hhhfllh", changed)
 
 
-@pytest.fixture(scope="module")
-def by_content(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def test_an_order_by_content_is_a_plugin_of_its_own(plugin: Path) -> None:
     model, args = small()
-    folder = tmp_path_factory.mktemp("by_content")
-    return export_tensorrt(
-        model, args, None, folder, plan=plan_for(model, [512, 0]), build="never", capabilities=[90]
-    )
-
-
-def test_an_order_by_content_is_a_plugin_of_its_own(by_content: Artifact, plugin: Path) -> None:
-    proto = onnx.load(by_content.model_path)
+    program = make_program(model, args, plan=plan_for(model, [512, 0]))
+    fitted = translate(program, tensorrt_export.OPSET, bodies=False)
+    assert fit_nodes(fitted) == []
+    proto = onnx_ir.to_proto(fitted)
     order, split = (n for n in proto.graph.node if n.domain == "freqopt")
     assert (order.op_type, split.op_type) == ("ContentOrder", "SplitAttention")
     assert list(order.input[1:]) == ["freqopt.order.5x6x8", "freqopt.chunks.blocks.0.attn"]
@@ -145,9 +143,7 @@ def test_an_order_by_content_is_a_plugin_of_its_own(by_content: Artifact, plugin
     assert chunks.tolist() == [512, 0] and chunks.dtype == "int32"
     check_plugin(plugin, order, "hlil", {"text_before": 4, "largest_chunk": 1 << 30})
     assert attributes_of(order) == {"text_before": 0, "largest_chunk": 512}
-    kernels = {k["kernel"] for k in by_content.manifest["kernels"]}
-    assert {"moments", "halve_512", "leaf", "attend", "route_other"} < kernels
-    assert (by_content.path / "plugin" / "order_cuda.cc").is_file()
+    assert {variant.content for variant in needed_variants(program, [80, 90])} == {True}
 
 
 def test_chains_leave_orders_by_content_to_the_plugin(tmp_path: Path) -> None:
