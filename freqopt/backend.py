@@ -28,6 +28,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
+from freqopt.reuse import compile_reusing
 from freqopt.telling.attached import verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
@@ -60,7 +61,11 @@ def freqopt_backend(
         part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
         graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
-    compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(calls.gm), inputs)
+    inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
+    if settings.reuse_order > 1:
+        compiled: Compiled = compile_reusing(inner, graph_of_part, inputs, settings.reuse_order)
+    else:
+        compiled = inner(graph_of_part, inputs)
     return calls.reading(part.fed(counted(compiled, graph)))
 
 

@@ -155,10 +155,6 @@ class Reason(Enum):
     IN_A_BODY = Text(
         "it lies inside a higher-order operator's subgraph", "export without checkpointing"
     )
-    CONTENT_EXPORT = Text(
-        "its tokens are ordered by content, which an exported file cannot do yet",
-        'calibrate with order="grid" for exports',
-    )
     FAILED = Text("rewriting it failed: {error}")
 
     def __call__(self, **details: object) -> Why:

@@ -31,6 +31,7 @@ from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
 from freqopt.passes.naming import module_path, site_name
 from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
 from freqopt.regional import ATTACHED, attribute_of
@@ -144,17 +145,7 @@ class Part:
         """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""
         if not self.inputs:
             return gm
-        copied = fx.Graph()
-        nodes: dict[fx.Node, fx.Node] = {}
-        copied.output(copied.graph_copy(gm.graph, nodes))
-        copied.output_node().meta = dict(gm.graph.output_node().meta)
-        for node in gm.graph.find_nodes(op="placeholder"):  # AOTAutograd wants to know of each
-            nodes[node]._dynamo_source = getattr(node, "_dynamo_source", None)
-        taken = fx.GraphModule(gm, copied)
-        taken.meta = dict(gm.meta)
-        for name in ("_param_name_to_source", "compile_subgraph_reason"):
-            if hasattr(gm, name):
-                setattr(taken, name, getattr(gm, name))
+        taken, _ = copied(gm)
         for each in self.inputs:
             each.node.replace_all_uses_with(next(iter(gm.graph.nodes)))
             gm.graph.erase_node(each.node)

@@ -26,7 +26,7 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
     "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "telling", "turns",
+    "progress", "regional", "reuse", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
