@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,17 @@ that differ from layer to layer would compile every layer anew."""
 
 
 class Attached:
-    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block."""
+    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block.
 
-    def __init__(self, model: nn.Module, root: nn.Module, modules: Sequence[nn.Module]) -> None:
-        self.model, self.root, self.modules = model, root, list(modules)
+    root: the module that was calibrated. places: where the budget of each site is, as a module and
+    the number of the attention in it.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, places: Mapping[str, tuple[nn.Module, int]]
+    ) -> None:
+        self.model, self.root, self.places = model, root, dict(places)
+        self.modules = list(dict.fromkeys(module for module, _ in places.values()))
 
     def remove(self) -> None:
         """Leave the model as it was; once is enough."""
@@ -126,7 +133,8 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
         if base_name(site) == site
     }
     watch(root, plan, sites)
-    handle = Attached(inner, root, list(dict.fromkeys(module for module, _, _ in places)))
+    held = {site: (module, module_of_site(site)[1]) for site, (module, _) in sites.items()}
+    handle = Attached(inner, root, held)
     inner.__dict__[HANDLE] = handle
     return handle
 

@@ -153,6 +153,17 @@ def attached_to(model: object) -> Plan | None:
     return next((each.plan for each in found if each is not None), None)
 
 
+def note_part(part: nn.Module, found: Compiled) -> None:
+    """Have a watched model, or a part of it, tell what became of sites there."""
+    _parts[part] = found
+
+
+def served_sites(model: nn.Module) -> set[str]:
+    """Sites of the plan attached to a model that were split in a call of it."""
+    found = _watches.get(model)
+    return set() if found is None else found.served()
+
+
 def inside_attached(part: nn.Module, compiled: Compiled) -> bool:
     """Whether a module is a part of an attached model, which then tells about it."""
     found = any(

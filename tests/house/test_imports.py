@@ -25,7 +25,7 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
+    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "plan",
     "progress", "regional", "telling",
 }  # fmt: skip
 
