@@ -140,7 +140,7 @@ def calibrate(
             target_error, an order that there is not, or fewer than one pass or timestep bucket.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
-    _check_targets(target_error, quantile, target_psnr, target_density)
+    check_targets(target_error, quantile, target_psnr, target_density)
     for name, value, least in (("rounds", rounds, 0), ("passes", passes, 1)):
         if value is not None and value < least:
             raise OptionError(f"{name} {value} must be {least} or more")
@@ -200,7 +200,9 @@ def _calibrate_each(
     calls, path = samples_by_model(models, samples), options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
     plans = {
-        name: _calibrate_one(model, calls[name], {**options, "checkpoint": paths[name]}, keep=True)
+        name: _calibrate_one(
+            model, calls[name], {**options, "checkpoint": paths[name]}, keep=True
+        ).model_copy(update={"component": name})
         for name, model in models.items()
     }
     for kept in paths.values():
@@ -209,12 +211,17 @@ def _calibrate_each(
     return Plans(plans)
 
 
-def _check_targets(
+def check_targets(
     target_error: float,
     quantile: float | None,
     target_psnr: float | None,
     target_density: float | None,
 ) -> None:
+    """Refuse targets out of range or that exclude each other.
+
+    Raises:
+        OptionError: which.
+    """
     if not 0.0 < target_error < 1.0:
         raise OptionError(
             f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "

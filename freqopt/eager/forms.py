@@ -78,7 +78,7 @@ class Forms:
         self._readers: dict[object, list[tuple[int, Reader]]] = {}
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
-        """The form of a call: shapes, numbers that are no timestep, and grids that positions tell."""
+        """The form of a call: shapes, numbers other than the timestep, grids of its positions."""
         named = named_arguments(forward_signature(self.model), tuple(args), dict(kwargs))
         named.pop(self.plan.timestep_name or "", None)
         leaves, tree = pytree.tree_flatten(named)

@@ -1,7 +1,7 @@
 """Serves the attention of a model in eager mode, at the modules that a plan names.
 
-`freqopt.attach` keeps the budgets on the modules, those of each call's timestep. While such a module
-runs, calls of attention in it are answered by the op; nothing else of the model is touched.
+`freqopt.attach` keeps the budgets on the modules, those of each call's timestep. While such a
+module runs, calls of attention in it are answered by the op; nothing else of it is touched.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ BEGINS, ENDS, ENTERS, LEAVES = -20_260_010, -20_260_011, -20_260_012, -20_260_01
 
 NOT_SERVED = object()
 
-_servers: weakref.WeakKeyDictionary[nn.Module, Server] = weakref.WeakKeyDictionary()
-"""Of the model and of its attention modules; copies of them have none."""
+SERVER = "freqopt_server"
+"""Attribute of the model, and of its attention modules, for what serves them."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class Server:
 
     def start(self) -> None:
         """Serve from the next call on."""
-        _servers[self.root] = self
+        self.root.__dict__[SERVER] = OwnOnly(self)
         _hook(self.root, BEGINS, ENDS, _begin, _end)
         self.root._forward_hooks.move_to_end(ENDS, last=False)  # before it is told what was split
         for module in self.modules:
-            _servers[module] = self
+            module.__dict__[SERVER] = OwnOnly(self)
             _hook(module, ENTERS, LEAVES, _enter, _leave)
 
     def stop(self) -> None:
@@ -156,8 +156,7 @@ class Server:
         for module in self.modules:
             _unhook(module, ENTERS, LEAVES)
         for module in (self.root, *self.modules):
-            if _servers.get(module) is self:
-                del _servers[module]
+            module.__dict__.pop(SERVER, None)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the model begins."""
@@ -261,6 +260,12 @@ class _Serving(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _server_of(module: nn.Module) -> Server | None:
+    held = module.__dict__.get(SERVER)
+    found = held.held if isinstance(held, OwnOnly) else None
+    return found if isinstance(found, Server) else None
+
+
 def _share_of(budget: Tensor) -> Tensor:
     """The rows of a budget (2, H) for the heads that are here."""
     if _calls.share is None:
@@ -273,7 +278,7 @@ def _share_of(budget: Tensor) -> Tensor:
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
-    server = _servers.get(module)
+    server = _server_of(module)
     if server is None:
         _warn_of_copy(module)
     else:
@@ -283,7 +288,7 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    server = _servers.get(module)
+    server = _server_of(module)
     if server is not None:
         server.end(failed=output is None)
 
@@ -291,7 +296,7 @@ def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    server = _servers.get(module)
+    server = _server_of(module)
     if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
         return
     mode = _Serving(server)
@@ -302,7 +307,7 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    server = _servers.get(module)
+    server = _server_of(module)
     if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
         return
     stack = _calls.stack[-1][1].stack

@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import html
+import importlib
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.passes.site import Known
 from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
+from freqopt.plan.folder import ALONE, fetched, pushed, read_folder, write_folder
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
 
@@ -53,6 +55,7 @@ class Plan(PlanContent):
         version: of the file's format.
         split_version: of the definition of the split, see `SPLIT_VERSION`.
         model: which model the plan belongs to.
+        component: what the pipeline calls that model, where several were calibrated together.
         grids: extents (t, h, w) that the error was verified at, in tokens.
         device: where it was calibrated.
         versions: of the libraries it was calibrated with.
@@ -60,6 +63,7 @@ class Plan(PlanContent):
         target_error: relative L2 error of the model's output that was asked for, without unit.
         measured_error: the same as measured on held-out samples, root mean square over them.
         worst_error: that of the worst of them.
+        predicted: whether these errors were not measured but predicted, see `at`.
         target_quantile: share of inputs that `target_error` was asked for; None: for their root
             mean square.
         verified: errors of the held-out samples one by one, and times of the whole model.
@@ -131,6 +135,86 @@ class Plan(PlanContent):
                 "samples of this size"
             )
         return self.measured_error * math.sqrt(known / tokens)
+
+    def at(self, *, target_error: float) -> Plan:
+        """A plan for another error, from what was measured for this one, in milliseconds.
+
+        Its errors and densities are predicted (`predicted` is set, and a note says so): budgets are
+        allocated anew along the measured curves, scaled to what this plan was verified at.
+        `verify` measures.
+
+        Args:
+            target_error: relative L2 error of the model's output, in (0, 1), without unit; at most
+                four times more or less than this plan's.
+
+        Raises:
+            OptionError: a target outside that.
+            PlanError: the plan has no curves.
+        """
+        found: Plan = _calibration("moving").moved(self, target_error)
+        return found
+
+    def verify(self, model: nn.Module, samples: Any) -> Plan:
+        """The same plan with the error measured on samples, as `freqopt.calibrate` takes them.
+
+        Raises:
+            CalibrationError: samples that cannot be used.
+            PlanError: the plan is another model's.
+        """
+        found: Plan = _calibration("moving").verified(self, model, samples)
+        return found
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plan into a folder, beside a README.md with its figures.
+
+        The file is named after `component`, or "model".
+
+        Raises:
+            InputError: the component's name cannot be a file's.
+        """
+        write_folder({self.component or ALONE: self}, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        component: str | None = None,
+        revision: str | None = None,
+    ) -> Plan:
+        """Read a plan from a folder of plans, or from a repository of the Hugging Face Hub.
+
+        Args:
+            source: a folder, or "owner/name".
+            component: which one, where the folder has several.
+            revision: branch, tag or commit of a repository.
+
+        Raises:
+            PlanError: there is none, there are several, it is damaged, or another component's.
+        """
+        found = read_folder(fetched(source, revision), cls.load)
+        if component is None and len(found) == 1:
+            return next(iter(found.values()))
+        if component is None or component not in found:
+            raise PlanError(
+                f"{source} has plans for {', '.join(found)}: pass component= one of these, or "
+                "read them all with freqopt.Plans.from_pretrained"
+            )
+        return found[component]
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, message: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes as a repository "owner/name" of the Hub.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: huggingface_hub is not installed.
+        """
+        name = self.component or ALONE
+        return pushed({name: self}, repository, private=private, message=message)
 
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.
@@ -304,6 +388,11 @@ class Plan(PlanContent):
                     f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
                     f"{self.model.class_name} has {planned}: it was made for another model"
                 )
+
+
+def _calibration(name: str) -> Any:
+    """A module of the calibration room, which stands above this one: found when it is called."""
+    return importlib.import_module(f"freqopt.calibration.{name}")
 
 
 def note_difference(plan: Plan, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from freqopt.errors import PlanError
+from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
 from freqopt.plan.plan import Plan
 
 FORMAT = "freqopt-plans"
@@ -53,6 +54,38 @@ class Plans(Mapping[str, Plan]):
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
         partial.write_text(f'{{{head}, "plans": {{\n{plans}\n}}}}\n', encoding="utf-8")
         os.replace(partial, target)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write each plan into a folder, beside a README.md with the figures.
+
+        Raises:
+            PlanError: a plan is another component's.
+        """
+        write_folder(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None
+    ) -> Plans:
+        """Read all plans of a folder, or of a repository "owner/name" of the Hugging Face Hub.
+
+        Raises:
+            PlanError: there are none, or one is damaged or another component's.
+        """
+        return cls(read_folder(fetched(source, revision), Plan.load))
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, message: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes as a repository "owner/name" of the Hub.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: huggingface_hub is not installed.
+        """
+        return pushed(self, repository, private=private, message=message)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plans:

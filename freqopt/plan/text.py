@@ -19,7 +19,7 @@ def describe(plan: PlanContent) -> str:
         target = f"density {plan.target_density:.3g} was asked for"
     lines = [
         f"plan for {plan.model.class_name}: output error {plan.measured_error:.4f} "
-        f"({target}) at {plan.mean_density:.1%} mean density",
+        f"({'predicted, ' if plan.predicted else ''}{target}) at {plan.mean_density:.1%} mean density",
         f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}; {plan.device}; "
         f"torch {plan.versions.torch}; "
         f"{plan.evidence.samples} samples + {plan.evidence.held_out} held out; "

@@ -31,7 +31,7 @@ CORE = {
 
 FLOORS = (
     *("values", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
+    *("measure", "runner", "search", "survey", "evidence", "moving", "phases", "calibrate"),
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
 
