@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -29,7 +30,7 @@ from freqopt.errors import OptionError
 from freqopt.grid import Grid
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
-from freqopt.progress import open_progress
+from freqopt.progress import Progress, open_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -159,9 +160,17 @@ def calibrate(
 
 
 def _calibrate_one(
-    model: nn.Module, samples: Samples, options: Mapping[str, Any], *, keep: bool = False
+    model: nn.Module,
+    samples: Samples,
+    options: Mapping[str, Any],
+    *,
+    keep: bool = False,
+    bars: Progress | None = None,
 ) -> Plan:
-    """The plan of one model. keep: leave the checkpoint's file when it is done."""
+    """The plan of one model.
+
+    keep: leave the checkpoint's file when it is done. bars: of a calibration of several models.
+    """
     inner = module_of(model, "calibrate")
     psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
     pipeline = None if psnr is None else _pipeline(model, samples, psnr)
@@ -175,9 +184,9 @@ def _calibrate_one(
     with (
         open_checkpoint(path, identity, keep=keep) as results,
         opened(inner, collected, grid, seed) as runner,
-        open_progress(options["progress"]) as bars,
+        nullcontext(bars) if bars else open_progress(options["progress"]) as shown,
     ):
-        bench = Workbench(runner, bars, results)
+        bench = Workbench(runner, shown, results, options["rounds"], options["passes"])
         calibration = Calibration(bench, options["rounds"], options["passes"], orders)
         if density is not None:
             return calibration.for_density(density)
@@ -199,12 +208,13 @@ def _calibrate_each(
         )
     calls, path = samples_by_model(models, samples), options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
-    plans = {
-        name: _calibrate_one(
-            model, calls[name], {**options, "checkpoint": paths[name]}, keep=True
-        ).model_copy(update={"component": name})
-        for name, model in models.items()
-    }
+    with open_progress(options["progress"], parts=len(models)) as bars:
+        plans = {
+            name: _calibrate_one(
+                model, calls[name], {**options, "checkpoint": paths[name]}, keep=True, bars=bars
+            ).model_copy(update={"component": name})
+            for name, model in models.items()
+        }
     for kept in paths.values():
         if kept is not None:
             kept.unlink(missing_ok=True)

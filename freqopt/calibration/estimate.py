@@ -83,12 +83,3 @@ def runs_of(
         comparing=float(COMPARED * samples),
         verifying=float((1 + TRIALS) * held_out),
     )
-
-
-def in_words(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -1,1 +1,1 @@
-"""Attention of a model without a compiler: calls of attention are answered by the op as they come."""
+"""Attention without a compiler: calls of attention are answered by the op as they come."""

@@ -1,8 +1,8 @@
 """The attention backend "freqopt" of diffusers' dispatcher, registered as its own backends are.
 
 Serves modules whose processors hand their attention to the dispatcher, whatever backend was chosen
-for them before. Around a sequence that is spread over several GPUs the dispatcher gathers tokens and
-spreads heads; which heads are here is told to what serves them.
+for them. Where a sequence is spread over several GPUs the dispatcher gathers tokens and spreads
+heads; which heads are here is told to what serves them.
 """
 
 from __future__ import annotations

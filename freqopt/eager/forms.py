@@ -57,8 +57,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A site in the call that is under way: its name, what its calls have in common with those of
-    other layers, and whether an order by content may serve it.
+    """A site in the call that is under way.
+
+    kind: what its calls have in common with those of other layers. content: whether an order by
+    content may serve it.
     """
 
     name: str

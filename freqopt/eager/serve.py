@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from freqopt.capture.modules import names_of, running
+from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.eager.calls import (
     Served,
     example_of,

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-    """A call of an attention that was split: the plan's name of its site, the budget (2, H), and
-    density and probe error (B, H) as the op measured them.
+    """A call of an attention that was split.
+
+    site: the plan's name of it. budget: (2, H). density, error: (B, H), as the op measured them.
     """
 
     site: str

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from torch import nn
 
 from freqopt.calibration.calibrate import calibrate, check_targets
-from freqopt.calibration.estimate import in_words
 from freqopt.calibration.samples import Samples, samples_by_model
 from freqopt.errors import OptionError
 from freqopt.front.components import ALONE, components_of
@@ -23,6 +22,7 @@ from freqopt.front.state import ROUTES, Choice, choose_route, state_of
 from freqopt.options import parse_options
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
+from freqopt.progress import in_words
 from freqopt.telling.said import tell
 
 
@@ -148,11 +148,12 @@ def _job(
     if len(asked) > 1:
         raise OptionError(f"{' and '.join(asked)} were both given; pass one of them")
     known = inspect.signature(calibrate).parameters
-    unknown = [name for name in options if name not in known or name in ("model", "samples")]
-    if unknown or set(options) & set(targets):
+    taken = {"model", "samples", *targets}
+    wrong = [name for name in options if name not in known or name in taken]
+    if wrong:
         raise OptionError(
-            f"calibration has {unknown[0] if unknown else next(iter(set(options) & set(targets)))!r}"
-            "; it takes the options of freqopt.calibrate, and no model, samples or target"
+            f"calibration has {wrong[0]!r}; it takes the options of freqopt.calibrate, without "
+            "model, samples and targets"
         )
     given = {"seed": seed, **options, **asked}
     check_targets(
@@ -227,6 +228,6 @@ def _check_plan_alone(
     extra = [name for name, value in given.items() if value is not None]
     if extra:
         raise OptionError(
-            f"plan and {extra[0]} were both given; a plan was calibrated before (plan.at(...) moves "
-            "it to another target)"
+            f"plan and {extra[0]} were both given; a plan is calibrated already, and plan.at(...) "
+            "moves it to another target"
         )

@@ -1,4 +1,4 @@
-"""Looks at what is on a model, and chooses the route by it: which way is attention replaced there."""
+"""Looks at what is on a model, and chooses by it the route on which attention is replaced."""
 
 from __future__ import annotations
 

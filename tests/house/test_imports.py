@@ -31,7 +31,8 @@ CORE = {
 
 FLOORS = (
     *("values", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "survey", "evidence", "moving", "phases", "calibrate"),
+    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "phases"),
+    "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
 
