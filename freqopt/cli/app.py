@@ -10,9 +10,10 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -24,6 +25,7 @@ from freqopt.calibration.samples import MAX_BUCKETS
 from freqopt.cli import export as commands
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
+from freqopt.cli.pipelines import one_of, prompted
 from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, OptionError
 
@@ -99,10 +101,26 @@ def _global(
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
+ModelOrPipeline = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY|FOLDER",
+        help="What makes the model; with --prompts a folder of a diffusers pipeline, or what makes "
+        "a pipeline.",
+    ),
+]
+
+
 @app.command()
 def inspect(
     model: Model,
     samples: SamplesFile,
+    no_weights: Annotated[
+        bool,
+        typer.Option(
+            "--no-weights", help="Build it on PyTorch's meta device, for models too large for here."
+        ),
+    ] = False,
     grid: GridText = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan file: what the backend would do with it.")
@@ -116,8 +134,10 @@ def inspect(
     """Tell which attention of a model could be split, and why not the rest; or what a plan does."""
     from freqopt.calibration.samples_file import load_samples
 
-    where = choose_device(device)
-    module = load_model(model).to(where)
+    where = choose_device("meta" if no_weights else device)
+    with where if no_weights else nullcontext():
+        module = load_model(model)
+    module = module.to(where)
     args, kwargs = load_samples(samples, where)[0]
     extents = None if grid is None else parse_grid(grid)
     with torch.no_grad():
@@ -129,14 +149,28 @@ def inspect(
 
 @app.command()
 def calibrate(
-    model: Model,
-    samples: SamplesFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan to write.")] = Path(
-        "plan.json"
-    ),
+    model: ModelOrPipeline,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Calls of the model, as for inspect.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Or prompts, one in a line: the pipeline is run on them, and recorded."),
+    ] = None,
+    run_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the pipeline, name=value: num_inference_steps=8. May be repeated."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The plan to write (.json), or a folder.")
+    ] = Path("plan.json"),
     target_error: Annotated[
         float | None,
         typer.Option(help="Relative L2 error of the model's output against dense (0.03)."),
+    ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(help="PSNR in dB of what the pipeline makes, instead of an error; --prompts."),
     ] = None,
     quantile: Annotated[
         float | None,
@@ -178,21 +212,45 @@ def calibrate(
     """
     from freqopt.calibration.samples_file import load_samples
 
-    if target_error is not None and target_density is not None:
-        raise OptionError("--target-error and --target-density were both given; pass one of them")
+    targets = {"error": target_error, "psnr": target_psnr, "density": target_density}
+    asked = [f"--target-{name}" for name, value in targets.items() if value is not None]
+    if len(asked) > 1:
+        raise OptionError(f"{' and '.join(asked)} were both given; pass one of them")
+    if (samples is None) == (prompts is None):
+        raise OptionError("pass --samples FILE, or --prompts FILE for a pipeline; one of them")
+    if target_psnr is not None and prompts is None:
+        raise OptionError("--target-psnr judges what a pipeline makes: pass --prompts")
     where = choose_device(device)
-    calls = load_samples(samples, where)
     extents = None if grid is None else parse_grid(grid)
-    module = load_model(model).to(where)
+    models: Any
+    calls: Any
+    if prompts is not None:
+        decode = target_psnr is not None
+        found = prompted(model, prompts, run_option or [], where, decode=decode)
+        models = found.models
+        if decode:
+            models, calls = one_of(models, "--target-psnr"), found.run
+        else:
+            calls = found.recorded()
+    else:
+        assert samples is not None
+        models, calls = load_model(model).to(where), load_samples(samples, where)
     if dry_run:
-        print(rehearsed(module, calls, extents, timestep, timestep_buckets))
+        if target_psnr is not None:
+            calls = found.recorded()
+        pairs = found.models if prompts is not None else {"": models}
+        for name, module in pairs.items():
+            own = calls[name] if prompts is not None else calls
+            heading = [f"{name}:"] if name else []
+            print(*heading, rehearsed(module, own, extents, timestep, timestep_buckets), sep="\n")
         return
     checkpoint = output.with_name(f"{output.name}.resume")
     try:
         plan = freqopt.calibrate(
-            module,
+            models,
             calls,
             target_error=0.03 if target_error is None else target_error,
+            target_psnr=target_psnr,
             quantile=quantile,
             target_density=target_density,
             grid=extents,
@@ -211,7 +269,10 @@ def calibrate(
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
         print(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    plan.save(output)
+    if output.suffix == ".json":
+        plan.save(output)
+    else:
+        plan.save_pretrained(output)
     print(plan)
     print(f"wrote {output}")
 

@@ -61,7 +61,7 @@ class Hub(types.ModuleType):
         super().__init__("huggingface_hub")
         self.root, self.made = root, []
 
-    def HfApi(self) -> Hub:  # noqa: N802
+    def HfApi(self) -> Hub:
         return self
 
     def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
