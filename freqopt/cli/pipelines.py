@@ -1,4 +1,4 @@
-"""`freqopt calibrate` of a pipeline and prompts: a folder of diffusers', or what a factory makes."""
+"""`freqopt calibrate` of a pipeline on prompts: a folder of diffusers', or what is made."""
 
 from __future__ import annotations
 
