@@ -19,6 +19,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
@@ -138,7 +139,9 @@ def inspect(
     with where if no_weights else nullcontext():
         module = load_model(model)
     module = module.to(where)
-    args, kwargs = load_samples(samples, where)[0]
+    args, kwargs = load_samples(samples, "cpu" if no_weights else where)[0]
+    if no_weights:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(where), (args, kwargs))
     extents = None if grid is None else parse_grid(grid)
     with torch.no_grad():
         found = freqopt.inspect(

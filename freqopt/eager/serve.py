@@ -160,11 +160,21 @@ class Server:
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the model begins."""
+        self._drop_interrupted()
         form = self.forms.of(args, kwargs)
         look = None
         if form.again and form.looks < MOST_LOOKS:
             look = Look(self.forms, form, self.names, args, kwargs)
         _calls.stack.append((self, _Call(form, look)))
+
+    def _drop_interrupted(self) -> None:
+        """Close what a call left open that was interrupted from the keyboard."""
+        while any(server is self for server, _ in _calls.stack):
+            _, call = _calls.stack.pop()
+            while call.stack:
+                call.stack.pop().mode.__exit__(None, None, None)
+            if call.look is not None:
+                call.look.abandon()
 
     def end(self, *, failed: bool) -> None:
         """A call of the model is over."""

@@ -117,7 +117,8 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     if path.is_dir():
         return path
     text = str(source)
-    if text.count("/") != 1 or text.startswith(("/", ".")) or "\\" in text:
+    named = text.count("/") == 1 and not text.startswith(("/", ".")) and "\\" not in text
+    if not named or path.suffix == ".json":
         raise PlanError(
             f"{text} is no folder here, and no repository of the Hugging Face Hub (owner/name)"
         )

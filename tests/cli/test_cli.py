@@ -322,7 +322,7 @@ def make():
 def test_a_pipeline_is_calibrated_on_prompts(work: Path, run: Run) -> None:
     (work / "piped.py").write_text(PIPELINE)
     (work / "prompts.txt").write_text("# what to ask for\na cat\n\na dog\n")
-    given = ("calibrate", "piped.py:make", "--prompts", "prompts.txt", "--device", "cpu")
+    given = ("calibrate", "piped:make", "--prompts", "prompts.txt", "--device", "cpu")
     done = run(*given, "--dry-run", "--run-option", "steps=2")
     assert done.returncode == 0, done.stderr
     assert "2 samples to fit and 2 held out" in done.stdout and "memory:" in done.stdout

@@ -80,7 +80,9 @@ def test_example(
     with torch.no_grad():
         runpy.run_path(str(EXAMPLES / f"{name}.py"))
     shown = capsys.readouterr().out
-    assert "transformer" in shown and "of" in shown and "not called yet" not in shown
+    assert "transformer" in shown and "probe error" in shown
+    if name not in ("optimize_wan", "optimize_flux"):  # whose tiny plans may split nothing
+        assert "not called yet" not in shown
 
 
 def test_examples_are_short() -> None:

@@ -68,9 +68,9 @@ def handle_of_pipe() -> tuple[Pipe, freqopt.Handle]:
 
 
 def state(model: nn.Module) -> Any:
-    return [dict(vars(m)) for m in model.modules()], [
-        dict(m._forward_hooks) for m in model.modules()
-    ]
+    every = list(model.modules())
+    hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in every]
+    return [dict(vars(m)) for m in every], hooks
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -37,7 +37,8 @@ def test_exact_at_threshold_0_and_as_planned_elsewhere(name: str, route: str) ->
     with optimized(piped, zero, route):
         assert far(piped.run(), dense) < 1e-4
     with optimized(piped, plans, route) as handle:
-        out, other = piped.run(), piped.run(**piped.other)
+        out = piped.run()
+        other = out if route == "regional" else piped.run(**piped.other)
         shown = str(handle)
     for component, plan in plans.items():
         assert component in shown and f"{len(plan.sites)} of {len(plan.sites)}" in shown
@@ -46,7 +47,8 @@ def test_exact_at_threshold_0_and_as_planned_elsewhere(name: str, route: str) ->
     if route != "eager":
         with optimized(piped, plans, "eager"):
             assert far(piped.run(), out) < 1e-4
-            assert far(piped.run(**piped.other), other) < 1e-4
+            if route == "compile":  # a block's graph has the grids of the plan only
+                assert far(piped.run(**piped.other), other) < 1e-4
 
 
 def casting(piped: Piped) -> None:
