@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
-from freqopt.eager.serve import Server
+from freqopt.eager.serve import Server, share_of_heads
 from freqopt.errors import SiteError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget
@@ -124,16 +124,15 @@ def test_each_timestep_has_its_budgets_and_is_no_other_form(plan: Plan) -> None:
     inputs = models.inputs()
     base = plan_of(model, {**inputs, "timestep": torch.tensor([0.5])}, 1.0)
     timed = spread(base, timestep_name="timestep", timestep_edges=[0.4])
+    times = [torch.tensor([time]) for time in (0.1, 0.9, 0.3)]
     with torch.no_grad():
-        for kind in (float, lambda t: torch.tensor([t])):
-            with served(model, timed) as server:
-                for time in (0.1, 0.9, 0.3):
-                    call = {**inputs, "timestep": kind(time)}
-                    if kind is float:
-                        call["timestep"] = torch.tensor(time)
-                    out = model(**call)
-                    assert far(out, compiled(copy.deepcopy(model), timed, call)) < 1e-5
-                assert len(server.forms._forms) == 1
+        expected = [compiled(copy.deepcopy(model), timed, {**inputs, "timestep": t}) for t in times]
+        with served(model, timed) as server:
+            for time, each in zip(times, expected, strict=True):
+                assert far(model(**inputs, timestep=time), each) < 1e-5
+            assert far(model(**inputs, timestep=0.1 * torch.ones(1)), expected[0]) < 1e-5
+            assert len(server.forms._forms) == 1
+    assert far(expected[0], expected[2]) > 0 and timed.budget("blocks.0.attn", 1)[0, 0] == 1.5
 
 
 class Kinds(nn.Module):
@@ -210,3 +209,33 @@ def test_a_failing_call_leaves_nothing_open(plan: Plan) -> None:
         assert not torch.overrides._get_current_function_mode_stack()
     with torch.no_grad(), served(models.make(), plan) as server:
         assert torch.equal(server.root(**inputs), out)
+
+
+def test_a_rank_serves_its_heads_of_the_plan(plan: Plan) -> None:
+    """As where a sequence is spread over several GPUs, and each has all tokens of some heads."""
+    inputs, caught = models.inputs(), []
+
+    def of_rank(attn: models.Attention, rank: int | None) -> Any:
+        def forward(x: Tensor, context: Tensor | None = None) -> Tensor:
+            parts = [f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (attn.q, attn.k, attn.v)]
+            if rank is None:
+                caught.append(F.scaled_dot_product_attention(*parts))
+            else:
+                with share_of_heads(rank, 2):
+                    mine = (part[:, rank : rank + 1] for part in parts)
+                    caught.append(F.scaled_dot_product_attention(*mine))
+            return x
+
+        return forward
+
+    for rank in (None, 0, 1):
+        model = models.make()
+        for block in model.blocks:
+            block.attn.forward = of_rank(block.attn, rank)
+        with torch.no_grad(), served(model, plan, strict=True):
+            model(**inputs)
+    whole, first, second = caught[:3], caught[3:6], caught[6:]
+    for every, *halves in zip(whole, first, second, strict=True):
+        assert far(torch.cat(halves, 1), every) < 1e-5
+    budgets = [plan.budget(name)[0] for name in plan.sites]
+    assert all(budget[0] != budget[1] for budget in budgets)
