@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from freqopt.calibration.calibrate import calibrate, check_targets
+from freqopt.calibration.estimate import runs_of
 from freqopt.calibration.samples import Samples, samples_by_model
+from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
 from freqopt.errors import OptionError
 from freqopt.front.components import ALONE, components_of
 from freqopt.front.handle import Component, Handle, check_free
@@ -166,6 +169,11 @@ def _job(
         if run_options:
             raise OptionError("run_options are for prompts, and samples were given")
         assert samples is not None
+        if isinstance(samples, Mapping) and set(samples) != set(found):
+            raise OptionError(
+                f"samples are for {', '.join(map(str, samples))} and the components are "
+                f"{', '.join(found)}: pass samples by these names"
+            )
         return _Job(samples, given, 0, record="target_psnr" not in asked and callable(samples))
     if isinstance(pipe, (nn.Module, Mapping)) or not callable(pipe):
         raise OptionError(
@@ -184,15 +192,18 @@ def _calibrated(found: Mapping[str, nn.Module], job: _Job) -> dict[str, Plan]:
     runs = f"runs the pipeline on {job.times} prompt(s)" if job.times else "takes the samples"
     tell(
         f"calibrating {names}: {runs}, then measures and verifies on the calls of each; the time "
-        "left is shown once the first is measured"
+        "left is shown while it measures"
     )
     samples: Any = job.samples
     if job.record:
-        start = time.monotonic()
-        samples = samples_by_model(found, samples)
-        took = time.monotonic() - start
-        counts = ", ".join(f"{name} {len(list(calls))}" for name, calls in samples.items())
-        tell(f"recorded in {in_words(took)}: {counts} calls")
+        with _counted(found) as counts:
+            start = time.monotonic()
+            samples = samples_by_model(found, samples)
+            took = time.monotonic() - start
+        kept = {name: len(list(calls)) for name, calls in samples.items()}
+        listed = ", ".join(f"{n} of {counts[name]} calls of {name}" for name, n in kept.items())
+        whole = _estimate(found, kept, took / max(sum(counts.values()), 1), job.options)
+        tell(f"recorded {listed} in {in_words(took)}; measuring takes about {in_words(whole)}")
     if len(found) == 1:
         name, model = next(iter(found.items()))
         own = samples[name] if isinstance(samples, Mapping) else samples
@@ -200,6 +211,45 @@ def _calibrated(found: Mapping[str, nn.Module], job: _Job) -> dict[str, Plan]:
         return {name: plan if name == ALONE else plan.model_copy(update={"component": name})}
     plans: Plans = calibrate(dict(found), samples, **job.options)
     return dict(plans)
+
+
+@contextmanager
+def _counted(models: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Count the calls of models in the body."""
+    counts = dict.fromkeys(models, 0)
+
+    def count_of(name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[name] += 1
+
+        return count
+
+    handles = [model.register_forward_pre_hook(count_of(n)) for n, model in models.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _estimate(
+    models: Mapping[str, nn.Module],
+    kept: Mapping[str, int],
+    of_a_run: float,
+    options: Mapping[str, Any],
+) -> float:
+    """Seconds that calibration takes, for models of many heads; the bar knows it better later."""
+    total = 0.0
+    for name, model in models.items():
+        weight = next(model.parameters(), None)
+        runs = runs_of(
+            fitted=(kept[name] + 1) // 2, held_out=kept[name] // 2, sites=MAX_PROBED_SITES,
+            heads=MAX_PROBED_HEADS + 1, content=options.get("order", "auto") != "grid",
+            rounds=options.get("rounds"), passes=options.get("passes"), seconds_of_run=of_a_run,
+            on_gpu=weight is not None and weight.is_cuda,
+        )  # fmt: skip
+        total += runs.seconds(of_a_run)
+    return total
 
 
 def _choice(route: str, model: nn.Module, plan: Plan) -> Choice:

@@ -28,10 +28,11 @@ from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.passes.site import Known
-from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
-from freqopt.plan.folder import ALONE, fetched, pushed, read_folder, write_folder
+from freqopt.plan.content import PLAN_VERSION, some_of
+from freqopt.plan.file_text import content_hash, refuse_constant, write_json
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
+from freqopt.plan.travelling import Travelling
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
-class Plan(PlanContent):
+class Plan(Travelling):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     Where a PSNR or a density was asked for, `target_error` is the measured error.
@@ -164,58 +165,6 @@ class Plan(PlanContent):
         found: Plan = _calibration("moving").verified(self, model, samples)
         return found
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the plan into a folder, beside a README.md with its figures.
-
-        The file is named after `component`, or "model".
-
-        Raises:
-            InputError: the component's name cannot be a file's.
-        """
-        write_folder({self.component or ALONE: self}, folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        component: str | None = None,
-        revision: str | None = None,
-    ) -> Plan:
-        """Read a plan from a folder of plans, or from a repository of the Hugging Face Hub.
-
-        Args:
-            source: a folder, or "owner/name".
-            component: which one, where the folder has several.
-            revision: branch, tag or commit of a repository.
-
-        Raises:
-            PlanError: there is none, there are several, it is damaged, or another component's.
-        """
-        found = read_folder(fetched(source, revision), cls.load)
-        if component is None and len(found) == 1:
-            return next(iter(found.values()))
-        if component is None or component not in found:
-            raise PlanError(
-                f"{source} has plans for {', '.join(found)}: pass component= one of these, or "
-                "read them all with freqopt.Plans.from_pretrained"
-            )
-        return found[component]
-
-    def push_to_hub(
-        self, repository: str, *, private: bool = False, message: str | None = None
-    ) -> str:
-        """Upload what `save_pretrained` writes as a repository "owner/name" of the Hub.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            PlanError: huggingface_hub is not installed.
-        """
-        name = self.component or ALONE
-        return pushed({name: self}, repository, private=private, message=message)
-
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.
 
@@ -257,7 +206,7 @@ class Plan(PlanContent):
     def text(self) -> str:
         """The text of the plan's file, which `parse` reads."""
         content = self.model_dump(mode="json")
-        return _write_json({"hash": _content_hash(content), **content})
+        return write_json({"hash": content_hash(content), **content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -282,7 +231,7 @@ class Plan(PlanContent):
     def parse(cls, text: str, *, origin: str = "plan") -> Plan:
         """A plan from the text of its file; `origin` names it in errors (see `load`)."""
         try:
-            content = json.loads(text, parse_constant=_refuse_constant)
+            content = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
@@ -300,7 +249,7 @@ class Plan(PlanContent):
                     f"{supported}: calibrate again, or install the version that wrote it"
                 )
         stated = content.pop("hash", None)
-        if stated != _content_hash(content):
+        if stated != content_hash(content):
             raise PlanError(
                 f"{origin} does not match its own hash: it was edited or damaged after it was "
                 "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
@@ -433,29 +382,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _class_name(model: nn.Module) -> str:
     return type(_unwrap(model)).__name__
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of a plan")
-
-
-def _content_hash(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_json(value: Any, indent: str = "") -> str:
-    """JSON with one line per field, and per list of numbers, which keeps curves readable."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        items = [f"{inner}{json.dumps(k)}: {_write_json(v, inner)}" for k, v in value.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
-        items = [inner + _write_json(item, inner) for item in value]
-        return "[\n" + ",\n".join(items) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
-
-
-@functools.cache
-def _warn_once(note: str) -> None:
-    logger.warning("%s", note)
