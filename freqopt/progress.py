@@ -50,8 +50,9 @@ class Overall:
     parts: how many pieces of about the same size the work has, of which each tells what it takes.
     """
 
-    def __init__(self, parts: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.parts, self.clock, self.start = parts, clock, clock()
+    def __init__(self, parts: int = 1, clock: Callable[[], float] | None = None) -> None:
+        self.parts, self.clock = parts, clock or time.monotonic
+        self.start = self.clock()
         self.seen, self.expected, self.finished = 0, 0.0, 0.0
         self.title, self.units, self.total, self.of_unit = "", 0, 0, 1.0
 

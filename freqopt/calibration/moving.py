@@ -84,7 +84,7 @@ def verified(plan: Plan, model: nn.Module, samples: Samples) -> Plan:
     inner = module_of(model, "verify")
     plan.check_model(inner)
     found = collect_samples(inner, samples, timestep=plan.timestep_name)
-    both = [*found.fit, *(s for s in found.held_out if s not in found.fit)]
+    both = list({id(sample): sample for sample in (*found.fit, *found.held_out)}.values())
     asked = replace(found, timestep_name=plan.timestep_name, timestep_edges=plan.timestep_edges)
     thresholds = {
         name: SiteThresholds(plan.budgets(name)[:, 0], tuple(site.chunks))

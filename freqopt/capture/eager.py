@@ -130,10 +130,10 @@ class Writer(TorchFunctionMode):
                     self.nodes[each] = self._noted(part, each)
 
     @contextmanager
-    def closed(self, *results: fx.Node) -> Iterator[fx.GraphModule]:
-        """The graph so far as the passes read it; its code is never run."""
+    def closed(self) -> Iterator[fx.GraphModule]:
+        """The graph so far as the passes read it, without results; its code is never run."""
         _inputs_first(self.graph)
-        output = self.graph.output(results)
+        output = self.graph.output(())
         gm = fx.GraphModule(nn.Module(), fx.Graph())
         gm._graph = self.graph  # not every target can be written as code
         self.graph.owning_module = gm

@@ -114,10 +114,9 @@ class Look:
         """Write an attention that is about to be served."""
         return self.writer.begin(function, args, kwargs, example)
 
-    def find(self, wanted: Wanted, node: fx.Node) -> Lay | Why:
-        """How the tokens of a site lie, which is the last node written."""
-        found = self._sites([node])
-        site = next((s for s in reversed(found) if _base(s.name) == wanted.name), None)
+    def find(self, wanted: Wanted) -> Lay | Why:
+        """How the tokens of a site lie, which is at the last node written."""
+        site = next((s for s in reversed(self._sites()) if _base(s.name) == wanted.name), None)
         lay = Reason.NO_AXES() if site is None else self._lay(site, wanted)
         if isinstance(lay, Why) and lay.reason in UNSHOWN:
             self.missing.append(wanted)
@@ -127,8 +126,7 @@ class Look:
         """The call is over: what nothing before an attention told may be told behind it."""
         self._open.close()
         if self.missing and self.writer.graph.nodes:
-            last = next(iter(reversed(self.writer.graph.nodes)))
-            sites = {_base(site.name): site for site in self._sites([last])}
+            sites = {_base(site.name): site for site in self._sites()}
             for wanted in self.missing:
                 if wanted.name in sites:
                     self.form.lays[wanted.kind] = self._lay(sites[wanted.name], wanted)
@@ -140,7 +138,7 @@ class Look:
     def _lay(self, site: Site, wanted: Wanted) -> Lay | Why:
         return lay_of(site, content=wanted.content) or site.why
 
-    def _sites(self, results: Sequence[fx.Node]) -> list[Site]:
+    def _sites(self) -> list[Site]:
         """The sites of the graph so far."""
         found: list[Site] = []
 
@@ -148,7 +146,7 @@ class Look:
             found.extend(sites)
             return [Decision(site, False, site.why) for site in sites]
 
-        with torch._C.DisableTorchFunction(), self.writer.closed(*results) as gm:
+        with torch._C.DisableTorchFunction(), self.writer.closed() as gm:
             known = self.forms.known
             model = Model(self.names, lambda name: known.get(_base(name), ()))
             rewrite(gm, look, None, self._grids(gm), model=model)

@@ -206,7 +206,7 @@ class Server:
         if call.look is not None:
             example = example_of(function, args, kwargs)
             node = call.look.begin(function, args, kwargs, example)
-        lay = self._lay(call, place, form, node, args, kwargs)
+        lay = self._lay(call, place, form, args, kwargs)
         budget = _share_of(place.budget)
         found = (
             lay
@@ -228,14 +228,12 @@ class Server:
         """Modules of the model that are running, the innermost first."""
         return (module for module in running() if id(module) in self.names)
 
-    def _lay(
-        self, call: _Call, place: Place, form: object, node: Any, args: Any, kwargs: Any
-    ) -> Lay | Why:
+    def _lay(self, call: _Call, place: Place, form: object, args: Any, kwargs: Any) -> Lay | Why:
         """How the tokens of an attention lie in this call."""
         kind = (place.known, place.content, form)
         lay = call.form.lays.get(kind)
         if lay is None and call.look is not None:
-            lay = call.look.find(Wanted(place.name, kind, place.content), node)
+            lay = call.look.find(Wanted(place.name, kind, place.content))
             call.form.lays[kind] = lay
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True

@@ -63,7 +63,7 @@ def test_example(
             "freqopt.front.optimize.calibrate", functools.wraps(freqopt.calibrate)(fast)
         )
     else:
-        plans = piped.plans(0.5)
+        plans = piped.plans(1.0)
         if name == "optimize_ltx":
             monkeypatch.setattr(freqopt.Plan, "at", lambda plan, target_error: plan)
         freqopt.Plans(plans).save_pretrained(second)

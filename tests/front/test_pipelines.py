@@ -32,7 +32,7 @@ def optimized(piped: Piped, plans: Any, route: str) -> freqopt.Handle:
 @pytest.mark.parametrize(("name", "route"), pairs())
 def test_exact_at_threshold_0_and_as_planned_elsewhere(name: str, route: str) -> None:
     piped = made(name)
-    dense, zero, plans = piped.run(), piped.plans(0.0), piped.plans(0.5)
+    dense, zero, plans = piped.run(), piped.plans(0.0), piped.plans(1.0)
     assert all(plan.sites for plan in plans.values())
     with optimized(piped, zero, route):
         assert far(piped.run(), dense) < 1e-4
@@ -43,7 +43,7 @@ def test_exact_at_threshold_0_and_as_planned_elsewhere(name: str, route: str) ->
     for component, plan in plans.items():
         assert component in shown and f"{len(plan.sites)} of {len(plan.sites)}" in shown
     assert torch.equal(piped.run(), dense)
-    assert far(out, dense) > 1e-3
+    assert far(out, dense) > 1e-4
     if route != "eager":
         with optimized(piped, plans, "eager"):
             assert far(piped.run(), out) < 1e-4
@@ -121,7 +121,7 @@ def set_ups() -> list[Any]:
 @pytest.mark.parametrize(("name", "set_up"), set_ups())
 def test_what_is_on_a_model_changes_nothing(name: str, set_up: str) -> None:
     piped = made(name)
-    zero, plans = piped.plans(0.0), piped.plans(0.5)
+    zero, plans = piped.plans(0.0), piped.plans(1.0)
     torch.manual_seed(1)
     SETUPS[set_up](piped)
     dense = piped.run()
@@ -129,25 +129,25 @@ def test_what_is_on_a_model_changes_nothing(name: str, set_up: str) -> None:
         assert {part.choice.route for part in handle.components.values()} == {"eager"}
         assert far(piped.run(), dense) < 1e-4
     with freqopt.optimize(piped.pipe, plans, strict=True):
-        assert far(piped.run(), dense) > 1e-3
+        assert far(piped.run(), dense) > 1e-4
     assert torch.equal(piped.run(), dense)
 
 
 def test_adapters_come_and_go_while_it_is_optimized() -> None:
     piped = made("wan")
-    plans = piped.plans(0.5)
+    plans = piped.plans(1.0)
     with freqopt.optimize(piped.pipe, plans, route="eager", strict=True):
         before = piped.run()
         torch.manual_seed(1)
         adapters(piped)
         adapted = piped.run()
         adapters(piped, load=False)
-        assert torch.equal(piped.run(), before) and far(adapted, before) > 1e-3
+        assert torch.equal(piped.run(), before) and far(adapted, before) > 1e-4
 
 
 def test_a_chosen_backend_is_replaced_and_put_back() -> None:
     piped = made("wan")
-    plans = piped.plans(0.5)
+    plans = piped.plans(1.0)
     with freqopt.optimize(piped.pipe, plans, route="eager"):
         expected = piped.run()
     piped.pipe.transformer.set_attention_backend("flex")
