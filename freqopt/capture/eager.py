@@ -120,9 +120,14 @@ class Writer(TorchFunctionMode):
         return self._noted(self._call(func, *before), example)
 
     def end(self, node: fx.Node, result: Any) -> None:
-        """Know what a written call returned by its node."""
+        """Know what a written call returned by its node.
+
+        A tensor that was returned as it is, as a conversion to its own dtype does, stays what it
+        was; one that was written into is what the call made of it.
+        """
         if isinstance(result, Tensor):
-            self.nodes[result] = node
+            if result not in self.nodes or _writes(node):
+                self.nodes[result] = node
         elif isinstance(result, (tuple, list)):
             for index, each in enumerate(result):
                 if isinstance(each, Tensor):
@@ -261,6 +266,12 @@ def _is_known(item: Any, writer: Writer) -> bool:
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a call that returns one of its arguments has written into it."""
+    name = node.target if isinstance(node.target, str) else _name(node.target)
+    return name.endswith("_") or hasattr(operator, f"__{name}__") or "out" in node.kwargs
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -92,9 +92,10 @@ def _attention(
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None]  # which keys each batch item has
     if _parallel_config is None:
+        query, key, value = (x.permute(0, 2, 1, 3) for x in (query, key, value))
         found = F.scaled_dot_product_attention(
-            *(x.permute(0, 2, 1, 3) for x in (query, key, value)), attn_mask=attn_mask,
-            dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
         return found.permute(0, 2, 1, 3)
     from diffusers.models import attention_dispatch as theirs

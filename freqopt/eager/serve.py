@@ -145,7 +145,8 @@ class Server:
         """Serve from the next call on."""
         self.root.__dict__[SERVER] = OwnOnly(self)
         _hook(self.root, BEGINS, ENDS, _begin, _end)
-        self.root._forward_hooks.move_to_end(ENDS, last=False)  # before it is told what was split
+        hooks: Any = self.root._forward_hooks
+        hooks.move_to_end(ENDS, last=False)  # before it is told what was split
         for module in self.modules:
             module.__dict__[SERVER] = OwnOnly(self)
             _hook(module, ENTERS, LEAVES, _enter, _leave)
@@ -307,7 +308,7 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     server = _server_of(module)
     if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
         return
-    mode = _Serving(server)
+    mode: Any = _Serving(server)
     mode.__enter__()
     _calls.stack[-1][1].stack.append(_Running(module, mode))
 

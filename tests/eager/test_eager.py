@@ -173,10 +173,12 @@ def test_packed_and_joint_attention_are_served() -> None:
     assert [site.decision for site in found.sites.values()] == ["split", "split"]
     expected = compiled(copy.deepcopy(model), found, inputs)
     freqopt.reset_counters()
+    with torch.no_grad():
+        dense = model(**inputs)
     with torch.no_grad(), served(model, found, strict=True):
         out = model(**inputs)
         assert far(out, expected) < 1e-5
-        assert far(out, compiled(copy.deepcopy(model), spread(found), inputs)) > 1e-5
+    assert far(expected, dense) > 1e-3
     assert freqopt.counters().split >= 2
 
 

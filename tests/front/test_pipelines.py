@@ -78,6 +78,10 @@ def attention_broadcast(piped: Piped) -> None:
 
 
 def offloading(piped: Piped) -> None:
+    from diffusers.hooks import group_offloading
+
+    if not hasattr(group_offloading, "send_to_device"):  # of accelerate, where it is installed
+        group_offloading.send_to_device = lambda given, device, **_: given
     device = torch.device("cpu")
     for model in piped.models.values():
         model.enable_group_offload(device, device, offload_type="leaf_level")
