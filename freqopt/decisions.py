@@ -72,7 +72,7 @@ def decide(
         shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
         if shapes:
             plan.check_model(shapes)
-            _check_lengths(plan, sites)
+            check_lengths(plan, sites)
     names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
     decisions = []
     for found in sites:
@@ -185,7 +185,7 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     )  # fmt: skip
 
 
-def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+def check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     """Tell the error to expect where lengths are not those that the plan was verified at.
 
     Raises:

@@ -267,7 +267,10 @@ class _Capture:
         self, gm: fx.GraphModule, inside: str = "", call: OneCall | None = None
     ) -> list[InspectedSite]:
         """What is decided about each site of a graph, which a module of the model runs."""
-        decide_here = functools.partial(decide, self.settings, guard=False)
+        device = None
+        if any(parameter.is_meta for parameter in self.model.parameters()):  # where it would run
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decide_here = functools.partial(decide, self.settings, guard=False, device=device)
         model = Model(self.names, self._known, inside)
         found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]

@@ -55,7 +55,7 @@ def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) 
     if not all(_is(length, tokens) for length in lengths):
         return
     before, after = known.around(tokens) or (0, 0)
-    if problem := _settle_mask(site, known, before):
+    if problem := settle_mask(site, known, before):
         site.why = problem
         return
     site.kind = "joint" if before or after else "self"
@@ -83,7 +83,7 @@ def _is(length: Extent, number: int) -> bool:
     return bool(length == number) if _hint(length) is not None else False
 
 
-def _settle_mask(site: Site, known: Known, before: int) -> Why | None:
+def settle_mask(site: Site, known: Known, before: int) -> Why | None:
     """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
     found = site.attention
     mask = found.mask

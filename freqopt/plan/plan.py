@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import html
+import importlib
 import json
 import logging
 import math
@@ -28,9 +29,11 @@ from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.files import read_bounded, write_atomically
 from freqopt.passes.site import Known
-from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
+from freqopt.plan.content import PLAN_VERSION, some_of
+from freqopt.plan.file_text import content_hash, refuse_constant, write_json
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
+from freqopt.plan.travelling import Travelling
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
-class Plan(PlanContent):
+class Plan(Travelling):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     Where a PSNR or a density was asked for, `target_error` is the measured error.
@@ -55,6 +58,7 @@ class Plan(PlanContent):
         version: of the file's format.
         split_version: of the definition of the split, see `SPLIT_VERSION`.
         model: which model the plan belongs to.
+        component: what the pipeline calls that model, where several were calibrated together.
         grids: extents (t, h, w) that the error was verified at, in tokens.
         device: where it was calibrated.
         versions: of the libraries it was calibrated with.
@@ -62,6 +66,7 @@ class Plan(PlanContent):
         target_error: relative L2 error of the model's output that was asked for, without unit.
         measured_error: the same as measured on held-out samples, root mean square over them.
         worst_error: that of the worst of them.
+        predicted: whether these errors were not measured but predicted, see `at`.
         target_quantile: share of inputs that `target_error` was asked for; None: for their root
             mean square.
         verified: errors of the held-out samples one by one, and times of the whole model.
@@ -136,6 +141,34 @@ class Plan(PlanContent):
             )
         return self.measured_error * math.sqrt(known / tokens)
 
+    def at(self, *, target_error: float) -> Plan:
+        """A plan for another error, from what was measured for this one, in milliseconds.
+
+        Its errors and densities are predicted (`predicted` is set, and a note says so): budgets are
+        allocated anew along the measured curves, scaled to what this plan was verified at.
+        `verify` measures.
+
+        Args:
+            target_error: relative L2 error of the model's output, in (0, 1), without unit; at most
+                four times more or less than this plan's.
+
+        Raises:
+            OptionError: a target outside that.
+            PlanError: the plan has no curves.
+        """
+        found: Plan = _calibration("moving").moved(self, target_error)
+        return found
+
+    def verify(self, model: nn.Module, samples: Any) -> Plan:
+        """The same plan with the error measured on samples, as `freqopt.calibrate` takes them.
+
+        Raises:
+            CalibrationError: samples that cannot be used.
+            PlanError: the plan is another model's.
+        """
+        found: Plan = _calibration("moving").verified(self, model, samples)
+        return found
+
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.
 
@@ -177,7 +210,7 @@ class Plan(PlanContent):
     def text(self) -> str:
         """The text of the plan's file, which `parse` reads."""
         content = self.model_dump(mode="json")
-        return _write_json({"hash": _content_hash(content), **content})
+        return write_json({"hash": content_hash(content), **content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -193,7 +226,7 @@ class Plan(PlanContent):
     def parse(cls, text: str, *, origin: str = "plan") -> Plan:
         """A plan from the text of its file; `origin` names it in errors (see `load`)."""
         try:
-            content = json.loads(text, parse_constant=_refuse_constant)
+            content = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
@@ -211,7 +244,7 @@ class Plan(PlanContent):
                     f"{supported}: calibrate again, or install the version that wrote it"
                 )
         stated = content.pop("hash", None)
-        if stated != _content_hash(content):
+        if stated != content_hash(content):
             raise PlanError(
                 f"{origin} does not match its own hash: it was edited or damaged after it was "
                 "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
@@ -316,6 +349,11 @@ def read_plan(path: str | os.PathLike[str]) -> str:
         raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
 
 
+def _calibration(name: str) -> Any:
+    """A module of the calibration room, which stands above this one: found when it is called."""
+    return importlib.import_module(f"freqopt.calibration.{name}")
+
+
 def note_difference(plan: Plan, model: nn.Module) -> None:
     """Tell, once, that the model's parameters are not those that the plan was calibrated with."""
     _note_once(
@@ -354,29 +392,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _class_name(model: nn.Module) -> str:
     return type(_unwrap(model)).__name__
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of a plan")
-
-
-def _content_hash(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_json(value: Any, indent: str = "") -> str:
-    """JSON with one line per field, and per list of numbers, which keeps curves readable."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        items = [f"{inner}{json.dumps(k)}: {_write_json(v, inner)}" for k, v in value.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
-        items = [inner + _write_json(item, inner) for item in value]
-        return "[\n" + ",\n".join(items) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
-
-
-@functools.cache
-def _warn_once(note: str) -> None:
-    logger.warning("%s", note)

@@ -256,7 +256,8 @@ class SiteEvidence(Record):
         for part in parts:
             if len(part.energy) != heads or len(part.content) != len(self.content):
                 raise ValueError(f"evidence's energy or orders are not of {heads} heads")
-            for curve in (part.curve, *part.content):
+            curves: list[Curve | ContentCurve] = [part.curve, *part.content]
+            for curve in curves:
                 curve.check(len(ladder), heads)
         numbers = [each.bucket for each in self.buckets]
         if len(set(numbers)) != len(numbers) or any(n >= buckets for n in numbers):
