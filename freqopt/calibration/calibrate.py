@@ -86,7 +86,8 @@ def calibrate(
     """Find the cheapest budgets that hold an error target on the model's output.
 
     The model runs a dozen or so times per sample where it is, without gradients, in evaluation
-    mode; it is left as it was. One seed gives one plan.
+    mode; it is left as it was. One seed gives one plan. Where several processes share the heads of
+    the model (Ulysses), all of them call this with the same samples, and get the same plan.
 
     Args:
         model: the model that will be compiled with ``backend="freqopt"``; or several that share the
@@ -173,9 +174,9 @@ def _calibrate_one(
     if path is not None:
         identity = identity_of(inner, collected, grid=grid, seed=seed, orders=orders)
     with (
-        open_checkpoint(path, identity, keep=keep) as results,
         opened(inner, collected, grid, seed) as runner,
-        open_progress(options["progress"]) as bars,
+        open_checkpoint(path, identity, keep=keep, team=runner.look()) as results,
+        open_progress(options["progress"] and runner.team.first) as bars,
     ):
         bench = Workbench(runner, bars, results)
         calibration = Calibration(bench, options["rounds"], options["passes"], orders)

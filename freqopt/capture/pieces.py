@@ -24,7 +24,7 @@ from freqopt.capture.modules import (
     running,
 )
 from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, why_dense
+from freqopt.decisions import decide, untold, why_dense
 from freqopt.options import Options, load_plan
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
@@ -126,12 +126,25 @@ class Part:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
-        zeros = torch.zeros(2, site.heads, device=site.device)
+        zeros = torch.zeros(2, self._heads(site), device=site.device)
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]
         self.inputs.append(_Input(relative, nth, zeros, node))
         return bring(node, site.node.graph)
+
+    def _heads(self, site: Site) -> int:
+        """For how many heads budgets are: all of the model's, where processes share them."""
+        return self.planned_heads(site) or site.all_heads
+
+    def planned_heads(self, site: Site) -> int:
+        """For how many heads the budget of a site's module is; 0 where it has none."""
+        module, nth = self._module(site.name), module_of_site(site.name)[1]
+        own = None if module is None else module.__dict__.get(attribute_of(nth))
+        if isinstance(own, Tensor):
+            return own.shape[-1]
+        planned = None if self.plan is None else self._planned(self._real(site.name))
+        return 0 if planned is None or self.plan is None else self.plan.sites[planned].heads
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
@@ -296,6 +309,8 @@ def decide_in_part(
         problem = why_dense(settings, site, planned=part.is_planned(site))
         if problem is None and not part.is_told(site):
             problem = Reason.SHARED()
+        if problem is None:
+            problem = untold(site, part.planned_heads(site) or site.heads)
         if problem is not None:
             decisions.append(Decision(site, False, problem))
             continue

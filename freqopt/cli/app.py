@@ -22,7 +22,7 @@ from rich.table import Table
 import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
 from freqopt.cli import export as commands
-from freqopt.cli.arguments import choose_device, load_model, parse_grid
+from freqopt.cli.arguments import choose_device, is_first_process, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
 from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, OptionError
@@ -211,6 +211,8 @@ def calibrate(
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
         print(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    if not is_first_process():
+        return
     plan.save(output)
     print(plan)
     print(f"wrote {output}")

@@ -118,3 +118,10 @@ def _theirs(what: str, error: Exception) -> InputError:
     return InputError(
         f"{what}: {type(error).__name__}: {said}\n  at {where} (freqopt --traceback shows it all)"
     )
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files and prints, where torchrun started several."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -25,12 +25,12 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
+    "backend", "calibration", "capture", "decisions", "inspection", "options", "parallel", "plan",
     "progress", "regional", "telling",
 }  # fmt: skip
 
 FLOORS = (
-    *("values", "samples", "samples_file", "checkpoint"),
+    *("values", "team", "samples", "samples_file", "checkpoint"),
     *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
