@@ -1,8 +1,7 @@
 """Wan's transformer on several GPUs: tokens shared out, heads dealt out (Ulysses), split by a plan.
 
 torchrun --nproc-per-node 4 examples/wan_ulysses.py Wan-AI/Wan2.1-T2V-14B-Diffusers wan.plan.json
-The plan is one made on one GPU; how many ranks there are is nothing to it.
-"""
+The plan is one made on one GPU."""
 
 from __future__ import annotations
 
@@ -23,33 +22,31 @@ def main(given: Sequence[str] | None = None) -> torch.Tensor:
     parser.add_argument("plan", help="its plan, from freqopt.calibrate")
     parser.add_argument("--latents", type=int, nargs=3, default=(21, 90, 160), help="t h w")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--inner", default="inductor", help="what compiles the blocks")
+    parser.add_argument("--inner", default="inductor")
     args = parser.parse_args(given)
     on_gpu = torch.cuda.is_available()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     device, dtype = (f"cuda:{rank}", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-
+    if on_gpu:
+        torch.cuda.set_device(device)
     model = WanTransformer3DModel.from_pretrained(args.model, subfolder="transformer")
-    model = model.to(device, dtype)
+    model.to(device, dtype)
     torch.manual_seed(0)  # all ranks make the same noise
     latents = torch.randn(1, model.config.in_channels, *args.latents).to(device, dtype)
     words = torch.randn(1, 512, model.config.text_dim).to(device, dtype)  # in place of a prompt
-    plan = freqopt.Plan.load(args.plan)
     with torch.no_grad():
         first = torch.tensor([999.0], device=device)
         call = {"hidden_states": latents, "timestep": first, "encoder_hidden_states": words}
-        balanced = freqopt.parallel.balance(model, plan, count, call)
+        balanced = freqopt.parallel.balance(model, freqopt.Plan.load(args.plan), count, call)
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
         model(**call)  # its hooks set themselves up at the first call, which does not compile
         freqopt.attach(model, balanced.plan)
-        options = {"inner": args.inner, "strict": True}
-        model.compile_repeated_blocks(backend="freqopt", options=options)
+        model.compile_repeated_blocks(backend="freqopt", options={"inner": args.inner})
         for step in range(args.steps):
-            start, now = time.perf_counter(), torch.full((1,), 999.0 * (1 - step / args.steps))
-            noise = model(latents, now.to(device), words, return_dict=False)[0]
-            latents = latents - noise / args.steps
+            start, now = time.perf_counter(), first * (1 - step / args.steps)
+            latents = latents - model(latents, now, words, return_dict=False)[0] / args.steps
             if rank == 0:
                 print(f"step {step}: {latents.std():.3f}, {time.perf_counter() - start:.2f} s")
     if rank == 0:

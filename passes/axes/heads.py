@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import fx
 
-from freqopt.passes.axes.dimensions import Atom, Axis, hint, same, segment_size
+from freqopt.passes.axes.dimensions import Atom, Shape, hint, same, segment_size
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.operands import Operands
 from freqopt.passes.axes.provenance import is_projection, same_atom
@@ -36,9 +36,9 @@ def share_of(attention: Attention, operands: Operands, dimensions: Dimensions) -
         return None
     if len(groups) != 1 or None in groups:
         return _untold(before[0])
-    found = [_numbers(operand[1], before, dimensions) for operand in operands if operand]
+    found = [_numbers(operand, before, dimensions) for operand in operands if operand]
     first, key = found[0], found[1]
-    if not all(operation(node) in EXCHANGES for node in before) and not any(found):
+    if all(operation(node) in GATHERS for node in before) and not any(found):
         return None  # what was gathered are tokens, and all heads are here
     if first is None or key is None or found[2] != key or not _goes_with(first, key):
         return _untold(before[0])
@@ -111,13 +111,19 @@ def _group(node: fx.Node) -> tuple[str, int, int]:
     return name, dist.get_world_size(group), dist.get_rank(group)
 
 
-def _numbers(axis: Axis, before: Sequence[fx.Node], dimensions: Dimensions) -> Numbers | None:
-    """Which entries of all heads an axis of heads has."""
+def rank_of(node: fx.Node) -> tuple[int, int]:
+    """Size of the group of a collective, and the rank of this process in it."""
+    return _group(node)[1:]
+
+
+def _numbers(axes: Shape, before: Sequence[fx.Node], dimensions: Dimensions) -> Numbers | None:
+    """Which of all heads an operand (batch, heads, tokens, head_dim) has."""
+    axis = axes[1]
     if len(axis) > 1:
         return None
     atoms = [atom for atom in (axis[0] if axis else ()) if not same(atom.size, 1)]
     if not atoms:
-        return _single(axis, before, dimensions)
+        return _single(axes, before, dimensions)
     if len(atoms) > 1:
         return None
     (atom,) = atoms
@@ -128,8 +134,12 @@ def _numbers(axis: Axis, before: Sequence[fx.Node], dimensions: Dimensions) -> N
     return _dealt(atom, dimensions)
 
 
-def _single(axis: Axis, before: Sequence[fx.Node], dimensions: Dimensions) -> Numbers | None:
+def _single(axes: Shape, before: Sequence[fx.Node], dimensions: Dimensions) -> Numbers | None:
     """The one head that is left of as many as there are ranks."""
+    axis, channels = axes[1], axes[3]
+    if all(operation(node) in TAKEN for node in before):
+        piece = channels[0][0] if len(channels) == 1 and len(channels[0]) == 1 else None
+        return None if piece is None else _of_rank(piece, 1, before[0])
     if axis and axis[0] and axis[0][0].cut is not None:
         return _own_piece(axis[0][0], before[0])
     of_last = [atom for atom, node in dimensions.dealt if node in before]
@@ -154,13 +164,20 @@ def _own_piece(atom: Atom, gather: fx.Node) -> Numbers | None:
 
 def _cut_by_weights(atom: Atom, taken: fx.Node) -> Numbers | None:
     """Of heads whose channels are cut into equal pieces, those of this rank's piece."""
-    channels, part = atom.parent, atom.part
-    if channels is None or channels.cut is None or part != 0:
+    channels, heads = atom.parent, hint(atom.size)
+    if channels is None or heads is None or atom.part != 0:
+        return None
+    return _of_rank(channels, heads, taken)
+
+
+def _of_rank(channels: Atom, heads: int, taken: fx.Node) -> Numbers | None:
+    """Numbers of so many heads whose channels are this rank's equal piece of all."""
+    if channels.cut is None:
         return None
     whole, start, _ = channels.cut
     _, ranks, rank = _group(taken)
-    size, own, heads = hint(segment_size(whole)), hint(channels.size), hint(atom.size)
-    if size is None or own is None or heads is None or size != ranks * own:
+    size, own = hint(segment_size(whole)), hint(channels.size)
+    if size is None or own is None or size != ranks * own:
         return None
     if hint(start) != rank * own or own % heads:
         return None

@@ -85,12 +85,14 @@ class Sharded(nn.Module):
     def __init__(self, gather: Gather, kinds: str = "video") -> None:
         super().__init__()
         self.gather, self.back, self.kinds = gather, back, kinds
+        self.mask: Tensor | None = None
         self.patch = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (self.gather(f(x).unflatten(-1, (-1, DIM))) for f in self.qkv)
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return self.back(out.transpose(1, 2)).flatten(2)
 
     def part(self, x: Tensor) -> Tensor:
@@ -172,6 +174,33 @@ def test_a_collective_that_fills_a_tensor_is_followed() -> None:
     for site in sites_of(Sharded(in_place), *inputs()):
         assert (site.eligible, site.grid) == (True, GRID), site.reason
         assert site.share is not None and site.share.heads == HEADS
+
+
+class Masked(Sharded):
+    """Text that is padded: every rank has its part of the mask, and gathers it."""
+
+    def __init__(self, gather: Gather, part: int | None = None) -> None:
+        super().__init__(gather, "joint")
+        self.which = part
+
+    def forward(self, video: Tensor, words: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        shown = words[..., 0] > 0
+        mask = torch.cat([shown, torch.ones(x.shape[:2], dtype=torch.bool)], 1)
+        which = dist.get_rank() if self.which is None else self.which
+        own = mask.chunk(dist.get_world_size(), 1)[which]
+        group = dist.group.WORLD
+        assert group is not None
+        self.mask = collectives.all_gather_tensor(own.contiguous(), 1, group)[:, None, None]
+        return self.attend(self.part(torch.cat([words, x], 1)))
+
+
+def test_a_mask_that_was_gathered_is_the_one_that_was_shared_out() -> None:
+    for site in sites_of(Masked(by_reshapes), *inputs()):
+        assert (site.eligible, site.grid, site.text_before) == (True, GRID, 8), site.reason
+        assert site.attention.mask is not None
+    for site in sites_of(Masked(by_reshapes, part=0), *inputs()):  # another rank's part
+        assert not site.eligible and site.why.reason is Reason.MASK_UNPROVEN
 
 
 class Block(Sharded):
