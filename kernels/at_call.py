@@ -46,7 +46,7 @@ def split_attention_at_call(
             query, key, value, mask, scale=scale, enable_gqa=grouped
         )
         exact = torch.ones(query.shape[:2], device=query.device)
-        return out.transpose(1, 2).contiguous().transpose(1, 2), exact, exact * math.nan
+        return op.by_tokens(out), exact, exact * math.nan
     after = query.shape[2] - math.prod(grid) - text_before
     found = op.split_attention_op(
         query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
@@ -102,11 +102,7 @@ def split_attention_at_call_backward(
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = (
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
-        for x in (query, key, value)
-    )
-    return tuple(made)  # type: ignore[return-value]
+    return op.empty_gradients(query, key, value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -90,7 +90,8 @@ def split_attention(
             is alike, within chunks of the base order (the grid's, or the tokens' own numbers). A
             tensor (Hkv,) of integers: each key head's chunk, 0 for the grid. A tensor (B, Hkv, T)
             of integers: the order itself, entry p the number of the key that stands at p, counted
-            from the first that is no text. Default: "grid" with a grid, else "content".
+            from the first that is no text. Default: "grid" with a grid, else "content". A tensor
+            of chunks is read on the host, which waits for its device.
         chunk: tokens of the chunks of "content": a power of two from 256, or "all".
         threshold: a float or an (H,) tensor, in units of the routing score (no unit: around 1
             keeps some 5-20 % exact); 0 is dense attention, inf only the local blocks.

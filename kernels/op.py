@@ -76,11 +76,11 @@ def split_attention_op(
     """
     from freqopt.kernels.chunked import split_forward
 
-    inputs = _inputs(
-        query, key, value, threshold, key_mask, (*grid, text_before, text_after), query_layout,
-        chunks, key_order, query_order,
+    inputs, settings = _arguments(
+        query, key, value, threshold, key_mask, grid, text_before, text_after, scale, density,
+        probes, chunks, largest_chunk, key_order, query_order, query_layout, log_sum,
     )  # fmt: skip
-    found = split_forward(inputs, Settings(scale, density, probes, largest_chunk, log_sum))
+    found = split_forward(inputs, settings)
     split = found.split
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
     route = pack_route(split.route) if is_long(inputs.layout.tokens) else split.route
@@ -98,20 +98,25 @@ def split_attention_op(
 
 
 @split_attention_op.register_kernel("cuda")
-def _split_attention_cuda(
+def _split_attention_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    from freqopt.kernels.forward.split import split_forward
+
+    return split_forward(*_arguments(*arguments))
+
+
+def _arguments(
     query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, key_mask: Tensor | None,
     grid: Sequence[int], text_before: int, text_after: int, scale: float, density: float,
     probes: int, chunks: Tensor | None = None, largest_chunk: int = 0,
     key_order: Tensor | None = None, query_order: Tensor | None = None,
     query_layout: Sequence[int] | None = None, log_sum: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    from freqopt.kernels.forward.split import split_forward
-
+) -> tuple[Inputs, Settings]:  # fmt: skip
+    """The op's arguments, of which a dispatcher leaves out the last that are as by default."""
     inputs = _inputs(
         query, key, value, threshold, key_mask, (*grid, text_before, text_after), query_layout,
         chunks, key_order, query_order,
     )  # fmt: skip
-    return split_forward(inputs, Settings(scale, density, probes, largest_chunk, log_sum))
+    return inputs, Settings(scale, density, probes, largest_chunk, log_sum)
 
 
 def _inputs(
@@ -127,17 +132,12 @@ def _inputs(
 
 
 @split_attention_op.register_fake
-def _split_attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, key_mask: Tensor | None,
-    grid: Sequence[int], text_before: int, text_after: int, scale: float, density: float,
-    probes: int, chunks: Tensor | None = None, largest_chunk: int = 0,
-    key_order: Tensor | None = None, query_order: Tensor | None = None,
-    query_layout: Sequence[int] | None = None, log_sum: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _split_attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, settings = _arguments(*arguments)
+    query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
-    tokens = queries = grid[0] * grid[1] * grid[2]
-    if query_layout is not None:
-        queries = query_layout[0] * query_layout[1] * query_layout[2]
+    tokens = inputs.layout.tokens
+    queries = tokens if inputs.query_layout is None else inputs.query_layout.tokens
     tiles = (queries + QUERY_TILE - 1) // QUERY_TILE
     blocks = (tokens + KEY_BLOCK - 1) // KEY_BLOCK
     per_head = query.new_empty((batch, heads), dtype=torch.float32)
@@ -145,12 +145,12 @@ def _split_attention_fake(
     if is_long(tokens):
         packed = (batch, heads, tiles, (blocks + PER_BYTE - 1) // PER_BYTE)
         route = query.new_empty(packed, dtype=torch.uint8)
-    made = chunks is not None and largest_chunk > 0
+    made = inputs.chunks is not None and settings.largest_chunk > 0
     of_keys: tuple[Any, ...] = (0,)
     of_queries: tuple[Any, ...] = (0,)
-    if made and key_order is None:
+    if made and inputs.key_order is None:
         of_keys = (batch, key.shape[1], tokens)
-    if made and query_layout is not None and query_order is None:
+    if made and inputs.query_layout is not None and inputs.query_order is None:
         of_queries = (batch, heads, queries)
     return (
         query.new_empty((batch, length, heads, dim)).transpose(1, 2),
@@ -158,7 +158,7 @@ def _split_attention_fake(
         torch.empty_like(per_head),
         route,
         query.new_empty((batch, heads, 2), dtype=torch.float32),
-        query.new_empty((batch, heads, length) if log_sum else (0,), dtype=torch.float32),
+        query.new_empty((batch, heads, length) if settings.log_sum else (0,), dtype=torch.float32),
         query.new_empty(of_keys, dtype=torch.int32),
         query.new_empty(of_queries, dtype=torch.int32),
     )
@@ -215,10 +215,10 @@ def split_attention_backward_op(
         Gradients(grad, log_sum_grad), inputs, Orders(key_order, of_queries),
         unpack_route(route, inputs.layout.tokens), coefficients, scale,
     )  # fmt: skip
-    return _by_tokens(grads[0]), _by_tokens(grads[1]), _by_tokens(grads[2])
+    return by_tokens(grads[0]), by_tokens(grads[1]), by_tokens(grads[2])
 
 
-def _by_tokens(x: Tensor) -> Tensor:
+def by_tokens(x: Tensor) -> Tensor:
     """(B, H, N, D) laid out as (B, N, H, D), the gradients' layout on every device."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -244,6 +244,11 @@ def _split_attention_backward_cuda(
 def _split_attention_backward_fake(
     grad: Tensor, log_sum_grad: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value)
+
+
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory as the gradients of query, key and value have it."""
     batch = query.shape[0]
     query_grad, key_grad, value_grad = (
         x.new_empty((batch, x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)

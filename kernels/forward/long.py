@@ -55,8 +55,9 @@ class Walk:
         self.tiles = triton.cdiv(call.queries, QUERY_TILE)
         device = call.query.device
         self.chunk = chunk_tiles(
-            call.tokens, call.dim, call.query.element_size(), call.group_size, processors(device)
-        )
+            call.tokens, call.queries, call.dim, call.query.element_size(), call.group_size,
+            processors(device),
+        )  # fmt: skip
         self.every = torch.arange(self.tiles, device=device, dtype=torch.int32)
         self.packed = torch.empty(
             *call.per_head, self.tiles, triton.cdiv(self.blocks, PER_BYTE),

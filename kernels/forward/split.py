@@ -37,7 +37,8 @@ def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
     out = torch.empty(batch, length, heads, dim, device=query.device, dtype=query.dtype)
     target = Target(out.transpose(1, 2), inputs.log_sum_memory(settings))
     orders = inputs.order_memory(settings)
-    per_head = bytes_per_key_head(tokens, dim, query.element_size(), heads // kv_heads)
+    queries = tokens if inputs.query_layout is None else inputs.query_layout.tokens
+    per_head = bytes_per_key_head(tokens, queries, dim, query.element_size(), heads // kv_heads)
     serve = long.split_heads if is_long(tokens) else short.split_heads
     rows = []
     with on_device(query):

@@ -50,7 +50,7 @@ else:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
              f"{CHECKS}", "-k", name],
-            capture_output=True, text=True, check=False, cwd=CHECKS.parent.parent,
+            capture_output=True, text=True, check=False, cwd=CHECKS.parents[2],
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]

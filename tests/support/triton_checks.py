@@ -6,6 +6,7 @@ Given one order, routes must be equal.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -99,7 +100,15 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(coefficients[..., 0], wanted.probe.c, atol=5e-2)
 
 
-@pytest.mark.parametrize("case", CONTENT_CASES + RECTANGULAR_CASES, ids=str)
+GIVEN_CASES = CONTENT_CASES + RECTANGULAR_CASES
+DENSITY_CASES = [CASES[1], RECTANGULAR_CASES[0]]
+if not ON_GPU:  # each pair of a batch item and a head takes the interpreter seconds
+    RECTANGULAR = dataclasses.replace(RECTANGULAR_CASES[0], batch=1, heads=2, kv_heads=1)
+    GIVEN_CASES = [*CONTENT_CASES, RECTANGULAR, *RECTANGULAR_CASES[1:]]
+    DENSITY_CASES = [dataclasses.replace(CASES[1], batch=1), RECTANGULAR]
+
+
+@pytest.mark.parametrize("case", GIVEN_CASES, ids=str)
 def test_given_an_order_kernels_are_the_reference(case: Case) -> None:
     """Orders per head, and queries that are other tokens than the keys."""
     tensors = make_tensors(case)
@@ -119,7 +128,7 @@ def test_given_an_order_kernels_are_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("long", [False, True])
-@pytest.mark.parametrize("case", [CASES[1], RECTANGULAR_CASES[0]], ids=str)
+@pytest.mark.parametrize("case", DENSITY_CASES, ids=str)
 def test_the_threshold_of_a_density_is_the_definitions(
     case: Case, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +170,9 @@ def test_heads_in_turns_are_heads_together(
     items: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, tensors, budget, together = heads_together()
-    per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
+    per_head = workspace.bytes_per_key_head(
+        case.sequence.tokens, case.sequence.tokens, case.dim, 4, 2
+    )
     fitting = heads if items == 1 else items * case.kv_heads
     monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
     calls = []
@@ -233,7 +244,7 @@ def test_chunks_of_tiles_are_all_tiles_together(
 
 
 BESIDE_CASES = [
-    Case((3, 6, 8), batch=2, before=3, after=5, masked=True),
+    Case((3, 6, 8), heads=1, kv_heads=1, batch=2, before=3, after=5, masked=True),
     Case((3, 5, 9), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True),
     Case((1, 1, 60), dim=16, heads=2, kv_heads=1),
 ]
