@@ -1,7 +1,8 @@
 """Wan's transformer on several GPUs: tokens shared out, heads dealt out (Ulysses), split by a plan.
 
 torchrun --nproc-per-node 4 examples/wan_ulysses.py Wan-AI/Wan2.1-T2V-14B-Diffusers wan.plan.json
-The plan is one made on one GPU."""
+The plan is one made on one GPU.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from freqopt.options import Options, load_plan
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, site_name
+from freqopt.passes.naming import module_path, passes_through, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
@@ -118,7 +118,9 @@ class Part:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
         reached = module_path(site.node)
-        return reached == relative or reached.endswith(f".{relative}") or not relative
+        if reached == relative or reached.endswith(f".{relative}") or not relative:
+            return True
+        return passes_through(site.node, relative)
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""
