@@ -260,7 +260,7 @@ class Bench:
         model = self.model()
         if model.config.num_attention_heads % self.count == 0:  # type: ignore[union-attr]
             self.ulysses("dense", model, None)
-            self.ulysses("split", model := self.model(), self.plan)
+            self.ulysses("split", self.model(), self.plan)
             model = self.model()
             balanced = freqopt.parallel.balance(model, self.plan, self.count, self.call)
             uneven = {"before": balanced.before, "after": balanced.after}

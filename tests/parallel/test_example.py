@@ -23,8 +23,17 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
+def loaded(folder: str, subfolder: str) -> torch.nn.Module:
+    """What `from_pretrained` returns, which for this model takes a package that is not here."""
+    del folder, subfolder
+    return wan()[0]
+
+
 def run_example(folder: str) -> torch.Tensor:
+    from diffusers import WanTransformer3DModel
+
     one_accelerator()
+    WanTransformer3DModel.from_pretrained = loaded
     main = runpy.run_path(str(EXAMPLE))["main"]
     arguments = [folder, f"{folder}/plan.json", "--latents", "3", "12", "20", "--steps", "2"]
     found: torch.Tensor = main([*arguments, "--inner", "eager"])
@@ -36,7 +45,6 @@ def test_the_example_runs(two: Ranks, tmp_path: Path) -> None:
     model, call = wan()
     with torch.no_grad():
         uneven_plan(model, call).save(tmp_path / "plan.json")
-    model.save_pretrained(tmp_path / "transformer")  # type: ignore[operator]
     first, second = two.call(run_example, str(tmp_path))
     assert first.shape == (1, 4, 3, 12, 20) and first.isfinite().all()
     torch.testing.assert_close(first, second)
