@@ -108,6 +108,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parallel":  # a room of its own, whose names are loaded on first use as well
+        return importlib.import_module("freqopt.parallel")
     if name not in _HOMES:
         raise AttributeError(f"module 'freqopt' has no attribute {name!r} (public: {__all__})")
     value = getattr(importlib.import_module(f"freqopt.{_HOMES[name]}"), name)

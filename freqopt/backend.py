@@ -35,7 +35,10 @@ from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with
 
 logger = logging.getLogger(__name__)
 
-UNREAD = {Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED}
+UNREAD = {
+    Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED, Reason.DISTRIBUTED,
+    Reason.HEADS_UNTOLD, Reason.IN_PIECES,
+}  # fmt: skip
 """Why attention that may well be a video's stays dense: it, or its grid, cannot be read."""
 
 

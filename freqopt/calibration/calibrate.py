@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -25,6 +25,7 @@ from freqopt.calibration.samples import (
     samples_by_model,
 )
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.team import is_first_process
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
@@ -90,7 +91,8 @@ def calibrate(
     """Find the cheapest budgets that hold an error target on the model's output.
 
     The model runs a dozen or so times per sample where it is, without gradients, in evaluation
-    mode; it is left as it was. One seed gives one plan.
+    mode; it is left as it was. One seed gives one plan. Where several processes share the heads of
+    the model (Ulysses), all of them call this with the same samples, and get the same plan.
 
     Args:
         model: the model that will be compiled with ``backend="freqopt"``; or several that share the
@@ -196,9 +198,9 @@ def _calibrate_one(
     if path is not None:
         identity = identity_of(inner, collected, grid=grid, seed=seed, orders=orders)
     with (
-        open_checkpoint(path, identity, keep=keep) as results,
         opened(inner, collected, grid, seed) as runner,
-        nullcontext(bars) if bars else open_progress(options["progress"]) as shown,
+        open_checkpoint(path, identity, keep=keep, team=runner.look()) as results,
+        nullcontext(bars) if bars else _bars(options) as shown,
     ):
         bench = Workbench(runner, shown, results, options["rounds"], options["passes"])
         calibration = Calibration(bench, options["rounds"], options["passes"], orders)
@@ -222,7 +224,7 @@ def _calibrate_each(
         )
     calls, path = samples_by_model(models, samples), options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
-    with open_progress(options["progress"], parts=len(models)) as bars:
+    with _bars(options, len(models)) as bars:
         plans = {
             name: _calibrate_one(
                 model, calls[name], {**options, "checkpoint": paths[name]}, keep=True, bars=bars
@@ -236,7 +238,13 @@ def _calibrate_each(
     return found
 
 
+def _bars(options: Mapping[str, Any], parts: int = 1) -> AbstractContextManager[Progress]:
+    return open_progress(options["progress"] and is_first_process(), parts=parts)
+
+
 def _save(found: Plan | Plans, output: str | os.PathLike[str]) -> None:
+    if not is_first_process():
+        return
     if is_file(output):
         found.save(output)
     else:

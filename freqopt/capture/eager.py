@@ -31,6 +31,9 @@ from freqopt.passes.naming import Numbered
 
 ATTENTION = "scaled_dot_product_attention"
 
+TENSOR = "freqopt_tensor"
+"""Under this name nodes that nothing wrote note the `id` of their tensor, such as a weight."""
+
 Answer = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor | None]
 """Attention of a site, from the arguments of `scaled_dot_product_attention`; None: as it is."""
 
@@ -128,6 +131,8 @@ class Writer(TorchFunctionMode):
         if isinstance(result, Tensor):
             if result not in self.nodes or _writes(node):
                 self.nodes[result] = node
+                if (inner := _wrapped(result)) is not None:
+                    self.nodes[inner] = node
         elif isinstance(result, (tuple, list)):
             for index, each in enumerate(result):
                 if isinstance(each, Tensor):
@@ -175,6 +180,7 @@ class Writer(TorchFunctionMode):
             else:
                 node = self.graph.call_function(torch.empty, (tuple(item.shape),))
             self.nodes[item] = self._noted(node, item)
+            node.meta[TENSOR] = id(item)
         return self.nodes[item]
 
     def _noted(self, node: fx.Node, result: Any) -> fx.Node:
@@ -194,6 +200,15 @@ class Writer(TorchFunctionMode):
                 device=tensor.device,
             )  # fmt: skip
             return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _wrapped(tensor: Tensor) -> Tensor | None:
+    """The one tensor of the same shape that a wrapper holds, as of a collective under way."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    held = [getattr(tensor, name) for name in names]
+    if len(held) == 1 and isinstance(held[0], Tensor) and held[0].shape == tensor.shape:
+        return held[0]
+    return None
 
 
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:

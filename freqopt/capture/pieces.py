@@ -24,12 +24,12 @@ from freqopt.capture.modules import (
     running,
 )
 from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, why_dense
+from freqopt.decisions import decide, untold, why_dense
 from freqopt.options import Options, load_plan
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, site_name
+from freqopt.passes.naming import module_path, passes_through, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
@@ -119,7 +119,9 @@ class Part:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
         reached = module_path(site.node)
-        return reached == relative or reached.endswith(f".{relative}") or not relative
+        if reached == relative or reached.endswith(f".{relative}") or not relative:
+            return True
+        return passes_through(site.node, relative)
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""
@@ -127,12 +129,25 @@ class Part:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
-        zeros = torch.zeros(2, site.heads, device=site.device, dtype=torch.float32)
+        zeros = torch.zeros(2, self._heads(site), device=site.device, dtype=torch.float32)
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]
         self.inputs.append(_Input(relative, nth, zeros, node))
         return bring(node, site.node.graph)
+
+    def _heads(self, site: Site) -> int:
+        """For how many heads budgets are: all of the model's, where processes share them."""
+        return self.planned_heads(site) or site.all_heads
+
+    def planned_heads(self, site: Site) -> int:
+        """For how many heads the budget of a site's module is; 0 where it has none."""
+        module, nth = self._module(site.name), module_of_site(site.name)[1]
+        own = None if module is None else module.__dict__.get(attribute_of(nth))
+        if isinstance(own, Tensor):
+            return own.shape[-1]
+        planned = None if self.plan is None else self._planned(self._real(site.name))
+        return 0 if planned is None or self.plan is None else self.plan.sites[planned].heads
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
@@ -287,6 +302,8 @@ def decide_in_part(
         problem = why_dense(settings, site, planned=part.is_planned(site))
         if problem is None and not part.is_told(site):
             problem = Reason.SHARED()
+        if problem is None:
+            problem = untold(site, part.planned_heads(site) or site.heads)
         if problem is not None:
             decisions.append(Decision(site, False, problem))
             continue

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
+from freqopt.calibration.team import is_first_process
 from freqopt.cli import export as commands
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
@@ -278,6 +279,8 @@ def calibrate(
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
         say(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    if not is_first_process():
+        return
     say(plan)
     say(f"wrote {output}")
 

@@ -25,12 +25,12 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "plan",
-    "progress", "regional", "reuse", "telling", "turns",
+    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "parallel",
+    "plan", "progress", "regional", "reuse", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
-    *("values", "samples", "samples_file", "checkpoint"),
+    *("values", "team", "samples", "samples_file", "checkpoint"),
     *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "phases"),
     "calibrate",
 )

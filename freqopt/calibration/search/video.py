@@ -88,7 +88,7 @@ class GeneratedVideo:
             float((x - y).square().sum()) for x, y in zip(output, self.reference, strict=True)
         )
         error = math.sqrt(squares / sum(x.numel() for x in output)) / self.range
-        return error if math.isfinite(error) else math.inf
+        return self.bench.runner.team.of_first(error if math.isfinite(error) else math.inf)
 
 
 def value_range(output: Sequence[Tensor]) -> float:
