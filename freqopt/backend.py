@@ -77,8 +77,11 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         placed[id(decision)] = split_as_decided(gm, decision).call
 
     try:
+        grids, told = grids_of(settings, calls), part.tells(gm)
+        if told:
+            grids = replace(grids, told=(*grids.told, *told), believed=True)
         decisions = rewrite(
-            gm, functools.partial(_decide, settings, part, gm), put, grids_of(settings, calls),
+            gm, functools.partial(_decide, settings, part, gm), put, grids,
             strict=settings.strict, model=part.model,
         ).decisions  # fmt: skip
     except FreqoptError:
@@ -89,6 +92,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     finally:
         calls.settle()
+        part.settle()
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     device = next((d.site.device for d in decisions if d.split), None)
     watched = {
@@ -103,7 +107,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         if part.inputs:
             graph.site_of = _weakly(part.site_of)
         graph = with_timesteps(graph, gm, part.plan)
-    graph.model = gather(given, settings, gm, decisions, graph)
+    graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
     return graph
 
 

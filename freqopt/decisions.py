@@ -196,16 +196,27 @@ def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
         planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:
             continue
-        if not isinstance(length, int) or length == planned.tokens:
-            continue
-        expected = plan.expected_error(names[site.name], length)
-        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
-        logger.warning(
-            "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
-            "about %.3g is expected, but not verified; calibrate with samples of this size to know",
-            grids, planned.tokens, length, expected,
-        )  # fmt: skip
-        return
+        if isinstance(length, int) and check_length(plan, names[site.name], length):
+            return
+
+
+def check_length(plan: Plan, name: str, length: int) -> bool:
+    """Tell the error to expect where a site of a plan has another length; whether it has.
+
+    Raises:
+        PlanError: a length that is too far off.
+    """
+    planned = plan.sites[name].tokens
+    if length == planned:
+        return False
+    expected = plan.expected_error(name, length)
+    grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+    logger.warning(
+        "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
+        "about %.3g is expected, but not verified; calibrate with samples of this size to know",
+        grids, planned, length, expected,
+    )  # fmt: skip
+    return True
 
 
 def least_tokens(settings: Options, site: Site) -> int:

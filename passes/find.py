@@ -82,15 +82,19 @@ def find_on_grids(
     """
     model = model or Model()
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
-    if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
-        marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
-        sites = _by_likely(gm, sites, list(dict.fromkeys([*marked, *grids.likely])), model)
+    by_model = [told for told in grids.told if told.by_model]
+    silent = any(site.grid is None and site.kind in OURS for site in sites)
+    if grids.given is None and silent and not by_model:
+        brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
+        sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
     for site in sites:
         site.mark = marks.get(site.name)
         own = () if model.known is None else tuple(model.known(site.name))
+        marked = site.mark.known if site.mark else own
         if grids.given is not None and site.why.reason is Reason.READY_MADE:
             own = (*own, Known(grids.given))
-        believe(site, site.mark.known if site.mark else own, model.totals)
+        # A mark says the same as what the module has, but for where the grid comes from.
+        believe(site, own if marked == own else marked, model.totals, by_model)
     return sites
 
 
@@ -189,6 +193,7 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         text_after_arguments=layout.text_after_arguments,
         pad_before_arguments=layout.pad_before_arguments,
         pad_after_arguments=layout.pad_after_arguments,
+        sources=layout.sources,
     )  # fmt: skip
 
 

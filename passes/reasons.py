@@ -109,6 +109,11 @@ class Reason(Enum):
         "the grids {grids} have as many tokens, and nothing in this graph tells which a call is on",
         "pass the one as grid=, or compile the whole model, whose inputs may hold positions",
     )
+    CALL_MISFIT = Text(
+        "the model was called with tokens on a grid {grids}, and this attention's {tokens} tokens "
+        "are not those and text where calibration saw some",
+        "calibrate with a call like this one",
+    )
     IN_PIECES = Text(
         "its video tokens lie in {count} pieces with others between them, as where text and video "
         "are sharded one by one",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.passes.site import Known
+from freqopt.passes.site import Known, Source
 from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
@@ -250,7 +250,13 @@ class Plan(PlanContent):
         layouts = self._site(site_name).layouts
         if not layouts:  # a plan that was written before layouts were
             return tuple(Known(grid) for grid in self.grids)
-        return tuple(Known(each.grid, each.before, each.after, each.mask) for each in layouts)
+        return tuple(
+            Known(
+                each.grid, each.before, each.after, each.mask,
+                tuple(Source(*source) for source in each.sources),
+            )
+            for each in layouts
+        )  # fmt: skip
 
     def modules(self, model: nn.Module) -> dict[str, str]:
         """Names in `model` of the modules that the plan's sites are in, by the site's name.

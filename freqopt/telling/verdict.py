@@ -52,7 +52,8 @@ class Compiled:
     """What is known of one compiled model, or of one compiled part of an attached model.
 
     settings: of the last graph. graphs: all of them. served: names of sites that were split in a
-    call. breaks: (place, reason) where Dynamo left a graph, and whether a hook did it.
+    call. awaited: names of the plan's sites in the part that was compiled, None for all. breaks:
+    (place, reason) where Dynamo left a graph, and whether a hook did it.
     """
 
     settings: Options
@@ -61,6 +62,7 @@ class Compiled:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
     said: str = ""
+    awaited: set[str] | None = None
 
     def add(self, gm: fx.GraphModule, decisions: Iterable[Decision]) -> None:
         """Take in a graph."""
@@ -131,6 +133,8 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
         good = any(site in split for site in names)
     else:
         names = [site for site, planned in plan.sites.items() if planned.decision == "split"]
+        if known.awaited is not None:
+            names = [site for site in names if site in known.awaited]
         what = "planned sites"
         good = all(site in split for site in names)
         if not names:

@@ -85,7 +85,8 @@ class EagerRecorders:
             return None
         t, h, w, before, after = (int(extent) for extent in _extents(site))
         known = Known((t, h, w), before, after, mask)
-        return _Place(Recorder(self.desk, site.name, mask), known, site.dtype, site.scale)
+        recorder = Recorder(self.desk, site.name, mask, site.sources)
+        return _Place(recorder, known, site.dtype, site.scale)
 
 
 def _extents(site: Site) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import Names
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import pads_queries, replace_site
-from freqopt.passes.site import Known, Site
+from freqopt.passes.site import Known, Site, Source
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,11 @@ class Desk:
 class Recorder:
     """Stands where a site's attention was; called with its tensors while the model runs."""
 
-    def __init__(self, desk: Desk, site: str, mask: int | None = None) -> None:
-        """mask: as in `Known`; None where its layout is not to be noted."""
-        self.desk, self.site, self.mask = desk, site, mask
+    def __init__(
+        self, desk: Desk, site: str, mask: int | None = None, sources: tuple[Source, ...] = ()
+    ) -> None:
+        """mask, sources: as in `Known`; None where its layout is not to be noted."""
+        self.desk, self.site, self.mask, self.sources = desk, site, mask, sources
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
 
     def __call__(
@@ -80,7 +82,8 @@ class Recorder:
             return call.dense()
         result.shapes.setdefault(self.site, call.shape)
         if self.mask is not None:
-            layout = Known((grid[0], grid[1], grid[2]), text_before, text_after, self.mask)
+            t, h, w = grid[0], grid[1], grid[2]
+            layout = Known((t, h, w), text_before, text_after, self.mask, self.sources)
             self.desk.layouts.note(self.site, layout)
         try:
             return request.attend(Visit(self.site, self.desk.bucket, call, result))
@@ -115,7 +118,7 @@ def recording_backend(
 
     def put(gm: torch.fx.GraphModule, decision: Decision) -> None:
         site = decision.site
-        replace_site(gm, site, Recorder(desk, site.name, mask_of(site)))
+        replace_site(gm, site, Recorder(desk, site.name, mask_of(site), site.sources))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         calls = CallGrids(gm, example_inputs)
