@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from freqopt.capture.call_grids import CallGrids
-from freqopt.capture.modules import match_names
 from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens
@@ -92,7 +91,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     finally:
         calls.settle()
-        part.settle()
+        part.settle(gm)
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     device = next((d.site.device for d in decisions if d.split), None)
     watched = {
@@ -102,7 +101,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
     }
     graph = graph_of(gm, decisions, watch_probes(gm, watched))
     if part.plan is not None:
-        graph.names = match_names([d.site.name for d in decisions], part.plan.sites)
+        graph.names = part.plan.names_of([d.site.name for d in decisions])
         graph.verified = verified_errors(part.plan)
         if part.inputs:
             graph.site_of = _weakly(part.site_of)

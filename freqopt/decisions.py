@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from freqopt.break_even import default_min_tokens
-from freqopt.capture.modules import match_names
 from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import PlanError
@@ -73,7 +72,7 @@ def decide(
         if shapes:
             plan.check_model(shapes)
             _check_lengths(plan, sites)
-    names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
+    names = {} if plan is None else plan.names_of([site.name for site in sites])
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
@@ -191,7 +190,7 @@ def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     Raises:
         PlanError: a length that is too far off.
     """
-    names = match_names([site.name for site in sites], plan.sites)
+    names = plan.names_of([site.name for site in sites])
     for site in sites:
         planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:

@@ -25,7 +25,7 @@ from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
-from freqopt.passes.naming import Names, Numbered
+from freqopt.passes.naming import Names, Numbered, name_around
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
@@ -87,8 +87,9 @@ def find_on_grids(
     if grids.given is None and silent and not by_model:
         brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
         sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
+    outer = marks.keys() - {site.name for site in sites}  # of modules put around attention
     for site in sites:
-        site.mark = marks.get(site.name)
+        site.mark = marks.get(site.name) or marks.get(name_around(site.name, outer) or "")
         own = () if model.known is None else tuple(model.known(site.name))
         marked = site.mark.known if site.mark else own
         if grids.given is not None and site.why.reason is Reason.READY_MADE:

@@ -74,7 +74,8 @@ class Reason(Enum):
     READY_MADE = Text(
         "its queries and keys come into this graph ready-made, after a graph break, so that what "
         "they are of cannot be told",
-        "compile with fullgraph=True, which says where the break is",
+        "freqopt.inspect says where the break is; where hooks break it (offloading, casting, a "
+        "step cache), a plan tells: freqopt.attach(model, plan)",
     )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")

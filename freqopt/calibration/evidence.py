@@ -159,7 +159,7 @@ def _with_layouts(plan: SitePlan, layouts: Iterable[Known]) -> SitePlan:
             before=each.before,
             after=each.after,
             mask=each.mask,
-            sources=[tuple(source) for source in each.sources],
+            sources=[(source.name, source.dim, source.step) for source in each.sources],
         )
         for each in layouts
     ]

@@ -7,11 +7,11 @@ them), positions and lists of extents among them tell how the tokens lie.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,21 @@ def arguments_of(model: nn.Module) -> Arguments | None:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    names: dict[str, Any] = {str(place): item for place, item in enumerate(args)}
-    if args:
-        with contextlib.suppress(TypeError, ValueError):  # a wrapper's own arguments
-            names |= inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-    return {**names, **kwargs}
+    """Arguments by name and by place, whichever way they were given."""
+    parameters = _parameters_of(type(model).forward)
+    given = kwargs | dict(zip(parameters, args, strict=False))
+    places = {str(place): given[name] for place, name in enumerate(parameters) if name in given}
+    return given | {str(place): item for place, item in enumerate(args)} | places
+
+
+@functools.cache
+def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a class's `forward` that may be given by place."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,11 @@ def tellers(
     sources: where calibration saw that grids come from.
     """
     candidates: list[Teller] = [BySizes(each) for each in dict.fromkeys(sources) if each]
+    seen: set[int] = set()
     for name, item in arguments.items():
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         if isinstance(item, Tensor) and item.dim() in (2, 3, 4) and not item.is_meta:
             candidates.append(ByPositions(name))
         elif isinstance(item, (list, tuple)):

@@ -31,7 +31,7 @@ from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, site_name
+from freqopt.passes.naming import module_path, name_around, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
@@ -131,8 +131,10 @@ class Part:
         self.inputs += inputs
         return told
 
-    def settle(self) -> None:
+    def settle(self, gm: fx.GraphModule) -> None:
         """Take inputs that nothing uses out of the graph, and put the others behind all others."""
+        if not self.inputs:
+            return
         used = []
         for each in self.inputs:
             graph = each.node.graph
@@ -142,6 +144,7 @@ class Part:
             else:
                 graph.erase_node(each.node)
         self.inputs = used
+        gm.recompile()
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""
@@ -235,11 +238,15 @@ class Part:
         """The plan's name of a site."""
         assert self.plan is not None
         if self.root is None:
-            return match_names([name], self.plan.sites).get(name)
+            return self.plan.names_of([name]).get(name)
         if base_name(name) in self.plan.sites:
             return base_name(name)
         path, nth = module_of_site(name)
         found = site_name(self._matched.get(path, ""), 0, nth)
+        if found in self.plan.sites or name in self.plan.evidence.dense_sites:
+            return found if found in self.plan.sites else None
+        outer = name_around(path, self._matched)
+        found = site_name(self._matched.get(outer or "", ""), 0, nth)
         return found if found in self.plan.sites else None
 
     @cached_property

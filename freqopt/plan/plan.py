@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,10 @@ class Plan(PlanContent):
             for each in layouts
         )  # fmt: skip
 
+    def names_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of the plan's sites each site of a model is, by name, where that is unique."""
+        return match_names(names, self.sites, self.evidence.dense_sites)
+
     def modules(self, model: nn.Module) -> dict[str, str]:
         """Names in `model` of the modules that the plan's sites are in, by the site's name.
 
@@ -296,7 +300,7 @@ class Plan(PlanContent):
         raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
 
     def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
-        shared = match_names(sites, self.sites)
+        shared = self.names_of(sites)
         if sites and not shared:
             raise PlanError(
                 f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
