@@ -142,7 +142,11 @@ def _text(known: Known, told: Told, tokens: int) -> _Text | None:
 
 def _fits(known: Known, lengths: tuple[Extent, Extent]) -> bool:
     queries, keys = (_hint(length) for length in lengths)
-    return queries is not None and queries == keys and known.around(queries) is not None
+    if queries is None or queries != keys:
+        return False
+    if known.sources:  # another size has another grid, which this call does not tell
+        return queries == known.before + math.prod(known.grid) + known.after
+    return known.around(queries) is not None
 
 
 def _hint(length: Extent) -> int | None:
