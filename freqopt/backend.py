@@ -92,6 +92,12 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
     finally:
         calls.settle()
         part.settle(gm)
+    if any(map(part.takes_grid_for_granted, decisions)):
+        logger.warning(
+            "a part of a model was compiled where no call of the model tells its grid (outside the "
+            "model, or in model.forward(...)): it takes every call for one on the calibrated grid. "
+            "Call the model itself"
+        )
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     device = next((d.site.device for d in decisions if d.split), None)
     watched = {

@@ -59,6 +59,7 @@ class Part:
         self.root, self.runner = root, runner
         self.caller = root if self.plan is not None else next(filter(_selects, running()), None)
         self.inputs: list[_Input | Number] = []
+        self.is_told_of_calls = False
         self.budgets = _Budgets(self)
 
     @property
@@ -129,7 +130,15 @@ class Part:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
         told, inputs = told_by_model(gm, self.caller, self.plan or attached_to(self.caller))
         self.inputs += inputs
+        self.is_told_of_calls = bool(told)
         return told
+
+    def takes_grid_for_granted(self, decision: Decision) -> bool:
+        """Whether a site is split on the calibrated grid, as no call of the model is under way."""
+        site = decision.site
+        if not decision.split or self.is_told_of_calls or site.sources or site.at_call:
+            return False
+        return any(known.sources for known in self.known(site.name))
 
     def settle(self, gm: fx.GraphModule) -> None:
         """Take inputs that nothing uses out of the graph, and put the others behind all others."""

@@ -141,6 +141,19 @@ def test_a_call_of_a_block_alone_says_that_it_tells_nothing(
     assert distance(out, models.make().blocks[0](x, text)) < 1e-5
 
 
+def test_a_block_that_is_compiled_before_its_model_is_called_says_so(
+    plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.make()
+    torch._dynamo.reset()
+    freqopt.attach(model, plan)
+    block = model.blocks[0]
+    block.compile(backend=freqopt_backend, options=LOUD)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "freqopt"):
+        block(torch.randn(1, 180, models.WIDTH), call(WIDE)["text"])
+    assert "no call of the model tells its grid" in caplog.text
+
+
 def test_what_arguments_tell() -> None:
     sources = (Source("images_1", 2, 1), Source("images_1", 3, 2), Source("", 0, 5))
     held = {"images": [torch.zeros(1), torch.zeros(1, 4, 3, 12)], "shift": 2}
