@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.files import read_bounded, write_atomically
-from freqopt.passes.site import Known
+from freqopt.passes.site import Known, Source
 from freqopt.plan.content import PLAN_VERSION, some_of
 from freqopt.plan.file_text import content_hash, refuse_constant, write_json
 from freqopt.plan.records import SitePlan
@@ -278,7 +278,17 @@ class Plan(Travelling):
         layouts = self._site(site_name).layouts
         if not layouts:  # a plan that was written before layouts were
             return tuple(Known(grid) for grid in self.grids)
-        return tuple(Known(each.grid, each.before, each.after, each.mask) for each in layouts)
+        return tuple(
+            Known(
+                each.grid, each.before, each.after, each.mask,
+                tuple(Source(*source) for source in each.sources),
+            )
+            for each in layouts
+        )  # fmt: skip
+
+    def names_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of the plan's sites each site of a model is, by name, where that is unique."""
+        return match_names(names, self.sites, self.evidence.dense_sites)
 
     def modules(self, model: nn.Module) -> dict[str, str]:
         """Names in `model` of the modules that the plan's sites are in, by the site's name.
@@ -318,7 +328,7 @@ class Plan(Travelling):
         raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
 
     def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
-        shared = match_names(sites, self.sites)
+        shared = self.names_of(sites)
         if sites and not shared:
             raise PlanError(
                 f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
