@@ -39,10 +39,10 @@ def main(given: Sequence[str] | None = None) -> torch.Tensor:
     words = torch.randn(1, 512, model.config.text_dim).to(device, dtype)  # in place of a prompt
     with torch.no_grad():
         first = torch.tensor([999.0], device=device)
-        call = {"hidden_states": latents, "timestep": first, "encoder_hidden_states": words}
+        call = (latents, first, words), {"return_dict": False}
         balanced = freqopt.parallel.balance(model, freqopt.Plan.load(args.plan), count, call)
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count))
-        model(**call)  # its hooks set themselves up at the first call, which does not compile
+        model(*call[0], **call[1])  # its hooks set themselves up, which does not compile
         freqopt.attach(model, balanced.plan)
         model.compile_repeated_blocks(backend="freqopt", options={"inner": args.inner})
         for step in range(args.steps):

@@ -192,7 +192,8 @@ def inspect(
     """Find the attention of a model and say what the backend would do about it.
 
     Runs the model twice on the given inputs, as it is (training or evaluation mode, autocast)
-    but without gradients, and leaves its parameters and the random state alone.
+    but without gradients, and leaves its parameters and the random state alone. Where several
+    processes share its tokens, all of them call this, and it runs once more.
 
     Args:
         model: the model; one that was compiled already is inspected as it was before.
@@ -213,6 +214,8 @@ def inspect(
         "before": before, "after": after,
     })  # fmt: skip
     capture = _Capture(settings, inner)
+    if capture.plan is not None:
+        capture.plan.check_order(inner)
     with torch.no_grad(), _random_state_kept(), uncompiled(inner):
         if _is_one_of_several():
             inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first

@@ -344,6 +344,7 @@ def part_of_model(settings: Options) -> Part:
             if planned <= set(match_names(modules_of(module), planned).values()):
                 root = module
                 break
+        plan.check_order(root)
     return Part(settings, root, modules[0])
 
 

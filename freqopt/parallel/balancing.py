@@ -23,7 +23,7 @@ from freqopt.parallel.head_rows import NONE, Untraceable, rows_of_site
 from freqopt.parallel.permuted_plan import key_order, with_heads
 from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.passes.site import Site
-from freqopt.plan.plan import Plan
+from freqopt.plan.plan import BALANCED, Plan
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative error that another order of summation may cause, by type; of wrong heads it is 1.4."""
@@ -104,6 +104,9 @@ def balance(model: nn.Module, plan: Plan, degree: int, sample: Any) -> Balanced:
         orders = {name: order for name, order in orders.items() if name not in untraced}
         _make(inner, changes, orders, (args, kwargs))
     balanced = with_heads(plan, orders)
+    before = {name: plan.rows(name) for name in orders}
+    if before != {name: balanced.rows(name) for name in orders}:
+        inner.__dict__[BALANCED] = before
     after = imbalance(balanced, degree)
     return Balanced(balanced, imbalance(plan, degree), after, orders, reasons)
 

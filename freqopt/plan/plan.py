@@ -44,6 +44,9 @@ MAX_FILE_BYTES = 64 * 2**20
 CARRY = 8
 """Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
 
+BALANCED = "freqopt_balanced"
+"""Attribute of a model whose heads were put in another order: budgets for the order before."""
+
 SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
@@ -197,7 +200,31 @@ class Plan(Travelling):
         if model_fingerprint(model) != self.model.fingerprint:
             self.modules(model)
             note_difference(self, model)
+        self.check_order(model)
         return None
+
+    def check_order(self, model: nn.Module) -> None:
+        """Refuse a model whose heads stand in another order than this plan's rows.
+
+        Raises:
+            PlanError: `freqopt.parallel.balance` was given this plan, and returned another.
+        """
+        before = _unwrap(model).__dict__.get(BALANCED)
+        if before is not None and before == {n: self.rows(n) for n in before if n in self.sites}:
+            raise PlanError(
+                f"the heads of {_class_name(model)} were put in another order by "
+                "freqopt.parallel.balance, and this plan is for the order before: its budgets "
+                "would go to wrong heads. Use the plan that balance returned (.plan)"
+            )
+
+    def rows(self, site_name: str) -> tuple[object, ...]:
+        """All that a site's budgets say, head by head.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        site = self._site(site_name)
+        return tuple(tuple(b.threshold) for b in site.budgets), tuple(site.chunks)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an existing file is replaced only by a complete one.

@@ -16,10 +16,9 @@ from freqopt.passes.axes.dimensions import Atom, Shape, hint, same, segment_size
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.operands import Operands
 from freqopt.passes.axes.provenance import is_projection, same_atom
-from freqopt.passes.nodes import is_distributed, operation, value
+from freqopt.passes.nodes import operation, value
 from freqopt.passes.site import Attention, Share
 
-EXCHANGES = {"all_to_all_single"}
 GATHERS = {"all_gather_into_tensor", "all_gather_single", "all_gather_tensor"}
 TAKEN = {"to_local"}
 """Leaves a process its part of a tensor that others have parts of too (DTensor)."""
@@ -30,7 +29,7 @@ Numbers = tuple[int, tuple[int, ...]]
 
 def share_of(attention: Attention, operands: Operands, dimensions: Dimensions) -> Share | None:
     """The share of the heads that an attention has; None where no process has others."""
-    before = collectives_before(attention.query)
+    before = _last_collectives(attention.query, dimensions)
     groups = dict.fromkeys(group_of(node) for node in before)
     if not before or operands.query is None or operands.key is None or operands.value is None:
         return None
@@ -60,28 +59,19 @@ def _goes_with(queries: Numbers, keys: Numbers) -> bool:
     return all(own_keys[i // of_own] == number // of_all for i, number in enumerate(own))
 
 
-def collectives_before(node: fx.Node) -> list[fx.Node]:
+def _last_collectives(node: fx.Node, dimensions: Dimensions) -> list[fx.Node]:
     """The last collectives that a tensor came through since it was projected."""
-    if not any(_is_collective(each) for each in node.graph.nodes):
-        return []
     found: dict[fx.Node, None] = {}
-    seen, pending = {node}, [node]
+    seen, pending = {node}, [node] if dimensions.collectives else []
     while pending:
         reached = pending.pop()
-        if _is_collective(reached):
+        if reached in dimensions.collectives:
             found[reached] = None
-        if _is_collective(reached) or is_projection(reached):
-            continue
-        sources = [source for source in reached.all_input_nodes if source not in seen]
-        seen.update(sources)
-        pending += sources
+        elif not is_projection(reached):
+            sources = [source for source in reached.all_input_nodes if source not in seen]
+            seen.update(sources)
+            pending += sources
     return list(found)
-
-
-def _is_collective(node: fx.Node) -> bool:
-    if operation(node) in TAKEN:
-        return node.op != "placeholder" and is_distributed(node.args[0])
-    return node.op == "call_function" and operation(node) in EXCHANGES | GATHERS
 
 
 def group_of(node: fx.Node) -> str | None:

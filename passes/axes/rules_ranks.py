@@ -31,6 +31,7 @@ def _all_to_all(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | No
 
     What is divided among the ranks must not be tokens: these would then be others than before.
     """
+    dimensions.collectives.add(node)
     known = known_axes(dimensions, node)
     splits = [node.args[i] for i in (1, 2) if i < len(node.args)]
     if known is None or not _even(splits):
@@ -74,6 +75,7 @@ def _replaced(axis: Axis, size: Extent, count: int | None) -> tuple[Axis, Atom] 
 @rule("all_gather_into_tensor", "all_gather_single", "all_gather_tensor")
 def _all_gather(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     """The parts of all ranks one after the other along the first dimension."""
+    dimensions.collectives.add(node)
     known = known_axes(dimensions, node)
     count = known_int(node.args[1]) if len(node.args) > 1 else None
     if known is None or count is None:
@@ -104,6 +106,7 @@ def _to_local(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None
     known = known_axes(dimensions, node)
     if known is None or not is_distributed(known[0]):
         return None
+    dimensions.collectives.add(node)
     source, axes = known
     whole, result = value(source), list(axes)
     for mesh_dim, placement in enumerate(whole.placements):

@@ -89,21 +89,3 @@ def test_text_and_image_that_were_sharded_apart(two: Ranks) -> None:
         assert found["split"] > SPLIT_SHOWS
         assert found["whole"] < ROUNDING and found["exact"] < ROUNDING
         assert [known[0].around(328) for known in found["layouts"]] == [(8, 0)] * 2
-
-
-def lengths_that_do_not_divide() -> tuple[str, str]:
-    with torch.no_grad():
-        model, call = wan()
-        plan = uneven_plan(model, call)
-        share_out(model, call, ulysses_degree=2, ulysses_anything=True)
-        told = freqopt.inspect(model, **call, plan=plan).sites
-        with pytest.raises(freqopt.SiteError) as error:
-            compiled(model, call, plan=plan, strict=True)
-    ours = next(site for site in told if site.name == "blocks.0.attn1")
-    return ours.decision, str(error.value)
-
-
-def test_what_no_graph_shows_stays_dense(two: Ranks) -> None:
-    """ulysses_anything, whose sizes come out of a collective of their own."""
-    for decision, said in two.call(lengths_that_do_not_divide):
-        assert decision == "dense" and "0 of 2 planned sites split" in said

@@ -121,9 +121,11 @@ def measured(sites: Sequence[Site]) -> list[Decision]:
 
 
 def _untold(site: Site) -> Why | None:
-    if site.share is None or site.share.heads:
+    if site.share is None:
         return None
     planned = site.heads * site.share.ranks
+    if site.share.heads == planned:
+        return None  # else not known, or shared by the ranks of several groups
     return Reason.HEADS_UNTOLD(heads=site.heads, planned=planned)
 
 
