@@ -36,8 +36,7 @@ else:
         [
             ("test_kernels_are_the_reference", 14),
             ("test_given_an_order_kernels_are_the_reference", 7),
-            ("test_orders_leave_the_spread_of_the_definitions", 6),
-            ("test_orders_of_keys_that_are_equal_few_or_no_numbers", 1),
+            ("test_orders_", 4),
             ("test_the_threshold_of_a_density_is_the_definitions", 4),
             ("test_threshold_zero_is_dense_attention", 4),
             ("test_same_input_same_bits", 1),
