@@ -37,7 +37,7 @@ from freqopt.exporters.exchange import exchange_plan
 from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx.content import CONTENT_NAME
 from freqopt.exporters.onnx.export import write_onnx
-from freqopt.exporters.program import Program, make_program
+from freqopt.exporters.program import make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.kernels.content_order import content_order, spread
 from freqopt.plan.plan import Plan, model_fingerprint
@@ -151,15 +151,20 @@ class TwoKinds(nn.Module):
         super().__init__()
         self.qkv, self.other, self.out = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(32, 32)
 
-    def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, 16)).transpose(1, 2)
+    def project(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_by_heads(x) for x in self.qkv(tokens).split([32, 16, 16], -1))
 
-        q, k, v = (heads(x) for x in self.qkv(tokens).split([32, 16, 16], -1))
-        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        k, v = (heads(x) for x in self.other(memory).chunk(2, -1))
-        x = F.scaled_dot_product_attention(x, k, v)
+    def remember(self, memory: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_by_heads(x) for x in self.other(memory).chunk(2, -1))
+
+    def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(*self.project(tokens), enable_gqa=True)
+        x = F.scaled_dot_product_attention(x, *self.remember(memory))
         return self.out(x.transpose(1, 2).flatten(2))
+
+
+def _by_heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 16)).transpose(1, 2)
 
 
 def two_kinds() -> tuple[TwoKinds, tuple[Tensor, Tensor]]:
@@ -210,39 +215,52 @@ def output(artifact: Artifact, inputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def program() -> Program:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """On no grid: that of a plan would be the only one that the file serves."""
     model, inputs = two_kinds()
     free = torch.export.Dim.AUTO
     plan = plan_for(model, 0.7, [ALL], [ALL, 256])
-    return make_program(model, inputs, plan=plan, dynamic_shapes=({1: free}, {1: free}))
-
-
-@pytest.fixture(scope="module")
-def artifact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    plan = plan_for(two_kinds()[0], 0.7, [ALL], [ALL, 256])
+    program = make_program(model, inputs, plan=plan, dynamic_shapes=({1: free}, {1: free}))
     return write_onnx(program, tmp_path_factory.mktemp("content"), plan=plan, library=False)
 
 
-def test_a_file_of_sites_that_only_content_serves(artifact: Artifact, program: Program) -> None:
-    """Two lengths from one file: as near to dense attention as the program itself."""
+def everything(proto: onnx.ModelProto) -> tuple[onnxruntime.InferenceSession, list[str]]:
+    """A session that returns what our nodes make as well, and the names of that, in order."""
+    names = [n.output[0] for n in proto.graph.node if n.op_type in (CONTENT_NAME, "SplitAttention")]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return session(proto), names
+
+
+def test_a_file_of_sites_that_only_content_serves(artifact: Artifact) -> None:
+    """Two lengths from one file: the op's results given the orders that the file makes."""
     model, inputs = two_kinds()
     assert tuple(artifact.sites) == site_names() and not artifact.dense_sites
     own, other = artifact.sites.values()
     assert (own["kv_heads"], own["other_queries"], other["other_queries"]) == (1, False, True)
     proto = onnx.load(artifact.model_path)
-    orders = [node for node in proto.graph.node if node.op_type == CONTENT_NAME]
-    assert len(orders) == 3  # one serves the tokens that attend to themselves
     held = {i.name: onnx.numpy_helper.to_array(i).tolist() for i in proto.graph.initializer}
     assert [held[site["chunks"]] for site in (own, other)] == [[ALL], [ALL, 256]]
-    run = program.exported.module()
-    for given in (inputs, (inputs[0][:, :260], inputs[1][:, :310])):
+    runner, names = everything(proto)
+    for given in (inputs, tuple(x[:, : x.shape[1] - 100].contiguous() for x in inputs)):
+        fed = {"tokens": given[0].numpy(), "memory": given[1].numpy()}
+        made = map(torch.from_numpy, runner.run(names, fed))
+        order, first, key_order, query_order, second = made  # one order where tokens are the same
         with torch.no_grad():
-            truth = model(*given)
-            error = relative(output(artifact, given), truth)
-            assert 1e-4 < error < 0.5
-            # Their orders may part on near ties.
-            assert error == pytest.approx(relative(run(*given), truth), rel=0.1)
+            q, k, v = model.project(given[0])
+            expected = freqopt.split_attention(q, k, v, order=order, threshold=0.7)
+            truth = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            assert relative(first, expected) < 1e-5
+            assert 1e-3 < relative(first, truth) < 0.5
+            k, v = model.remember(given[1])
+            sizes = {"query_grid": (1, 1, given[0].shape[1]), "query_order": query_order}
+            expected = freqopt.split_attention(first, k, v, order=key_order, threshold=0.7, **sizes)
+            truth = F.scaled_dot_product_attention(first, k, v)
+            assert relative(second, expected) < 1e-5
+            assert 1e-3 < relative(second, truth) < 0.5
+        for tokens, found, chunks in ((k, key_order, [ALL, 256]), (first, query_order, [ALL, 256])):
+            base = torch.arange(tokens.shape[2])
+            wanted = content_order(tokens, base, torch.tensor(chunks))
+            assert (spread(tokens, found) < 1.02 * spread(tokens, wanted)).all()
 
 
 def test_chunks_are_exchanged_with_the_budgets(artifact: Artifact, tmp_path: Path) -> None:

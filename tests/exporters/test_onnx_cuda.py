@@ -302,7 +302,7 @@ sys.path.insert(0, sys.argv[2])
 import numpy as np
 import torch
 from attention_cases import Case, make_tensors
-from onnx_cases import feed, session, split_model
+from onnx_cases import feed, order_model, session, split_model
 
 case = Case((5, 7, 9), dim=64, heads=4, kv_heads=2, before=3, after=2)
 tensors, budget = make_tensors(case), torch.full((4,), 0.5)
@@ -323,6 +323,16 @@ for name, bad in (
             single.run(None, feed(case, (*tensors[:3], None), budget))
     except Exception as error:
         print("refused", error)
+orders = session(order_model(20, torch.float16, largest_chunk=256), sys.argv[1])
+tokens = {"tokens": good["key"], "base": np.arange(315), "text_before": np.array([3])}
+(made,) = orders.run(None, {**tokens, "chunks": np.array([256, 0], np.int32)})
+print("shape", made.shape)
+for chunks, before in (([256, 0, 0], 3), ([256], 6)):
+    given = {**tokens, "chunks": np.array(chunks, np.int32), "text_before": np.array([before])}
+    try:
+        orders.run(None, given)
+    except Exception as error:
+        print("refused", error)
 """
 
 
@@ -339,6 +349,7 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [x.split(" ") for x in done.stdout.splitlines() if x.startswith("launch ")]
+    launches, of_orders = launches[:16], launches[16:]
     assert [x[1].removesuffix("_kernel") for x in launches] == [
         "summarise", "total", "centre", "first_order", "order", "pool_tiles", "disperse", "score",
         "limits", "route", "probe", "merge", "estimate", "fit", "attend", "text",
@@ -354,10 +365,14 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     for line, said in zip(
         refused,
         ["no attend kernel for sm_80, float32", "do not fit a sequence", "budget is",
-         "one self-attention", "does not broadcast"],
+         "one self-attention", "does not broadcast", "do not go with 2 heads",
+         "do not fit a sequence"],
         strict=True,
     ):  # fmt: skip
         assert said in line
+    kernels = [x[1].removesuffix("_kernel") for x in of_orders]
+    assert kernels == [*ORDERED, "halve", "halve", "leaf"]
+    assert "shape (2, 2, 315)" in done.stdout
 
 
 def test_unsupported_variants(tmp_path: Path) -> None:

@@ -59,15 +59,14 @@ def assert_dense(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"density": 1.0}])
-@pytest.mark.parametrize("chunk", [256, "all"])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 0.0, "chunk": 256}, {"density": 1.0, "chunk": "all"}], ids=str
+)
 @EITHER
-@pytest.mark.parametrize("keys", [1, 7, 63, 100, 255])
-def test_fewer_tokens_than_a_chunk(
-    keys: int, other: bool, chunk: int | str, options: dict[str, float]
-) -> None:
+@pytest.mark.parametrize("keys", [1, 63, 255])
+def test_fewer_tokens_than_a_chunk(keys: int, other: bool, options: dict[str, Any]) -> None:
     tensors = made(90 if other else keys, keys)
-    found = run(tensors, other=other, order="content", chunk=chunk, **options)
+    found = run(tensors, other=other, order="content", **options)
     assert_dense(found, dense(tensors))
 
 
