@@ -1,7 +1,8 @@
 """Gives an exported file another plan's budgets, without the model and without another export.
 
-Budgets are initialisers named freqopt.budget.<site>, so a deployment can be made more exact or
-faster where it lies. What the plan decides beyond thresholds is fixed in the file's nodes.
+Budgets are initialisers named freqopt.budget.<site>, and the chunks of orders by content ones named
+freqopt.chunks.<site>, so a deployment can be made more exact or faster where it lies. What the plan
+decides beyond these is fixed in the file's nodes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from freqopt.errors import PlanError
 from freqopt.exporters.manifest import (
@@ -32,12 +36,14 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
     Interrupted at any point the folder is the old one or the new one, and runs as either.
 
     A site that is split in the file and dense in the plan attends every pair exactly from then on;
-    one that is dense in the file stays so. Both are noted.
+    one that is dense in the file stays so. Both are noted. Heads that the file orders by content
+    get the plan's chunks, 0 for the grid's order.
 
     Raises:
         ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
         NotAvailableError: onnx is not installed.
-        PlanError: a plan of another model.
+        PlanError: a plan of another model, or one that orders by content what the file orders by
+            the grid alone.
         FileError: the folder cannot be written.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
@@ -75,13 +81,13 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     """Raise PlanError where the plan does not know a site; the notes about the others."""
-    for name in artifact.sites:
+    for name, held in artifact.sites.items():
         if name not in plan.sites:
             raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
-        if plan.largest_chunk(name):
+        if plan.largest_chunk(name) and held.get("chunks") is None:
             raise PlanError(
                 f"this plan orders the tokens of {name!r} by content and the file by the grid: "
-                'calibrate with order="grid" for exports'
+                "export again with the plan"
             )
     notes = [
         f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
@@ -113,9 +119,29 @@ def _write_budgets(artifact: Artifact, plan: Plan, fresh: Path) -> None:
             raise ArtifactError(
                 f"{artifact.model_path} has no initializer {site['budget']}; export again"
             )
-        budget = plan.budgets(name)[:, 0].amin(0).numpy()
-        held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
+        budgets = plan.budgets(name)
+        lowest = budgets[:, 0].amin(0).numpy()
+        held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(lowest, site["budget"]))
+        if site.get("chunks") is not None:
+            of_heads = budgets[0, 1, :: site["heads"] // site["kv_heads"]].to(torch.int32)
+            _write_chunks(artifact, proto, site["chunks"], of_heads.numpy())
     onnx.save(proto, fresh)
+
+
+def _write_chunks(artifact: Artifact, proto: Any, name: str, chunks: np.ndarray[Any, Any]) -> None:
+    """Give a site's orders by content other chunks (Hkv,) int32, in the initialiser `name`."""
+    import onnx
+
+    from freqopt.exporters.onnx.content import CONTENT_NAME
+
+    held = [initializer for initializer in proto.graph.initializer if initializer.name == name]
+    if not held:
+        raise ArtifactError(f"{artifact.model_path} has no initializer {name}; export again")
+    held[0].CopyFrom(onnx.numpy_helper.from_array(chunks, name))
+    for node in proto.graph.node:
+        if node.op_type == CONTENT_NAME and name in node.input:
+            (largest,) = (a for a in node.attribute if a.name == "largest_chunk")
+            largest.i = int(chunks.max())
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Options:
         order: "grid" or "content", how tokens are ordered without a plan, which has orders of its
             own: by default by the grid, and sites without one stay dense.
         chunk: tokens that are ordered by content together: a power of two from 256, or "all".
+        reuse_order: calls of a site that one order by content serves, for each model, layer and
+            thread by itself; an output then depends on earlier calls. 1: every call makes its own,
+            as where gradients are recorded.
         threshold: one budget for all sites instead of a plan; 0 is exact.
         min_tokens: shorter sites stay dense; by default by `freqopt.break_even`, from the site's
             heads.
@@ -54,6 +57,7 @@ class Options:
     after: int = 0
     order: Literal["grid", "content"] | None = None
     chunk: int | Literal["all"] = DEFAULT_CHUNK
+    reuse_order: int = 1
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False
@@ -96,6 +100,11 @@ def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
         if "plan" in given:
             raise OptionError("plan and threshold were both given; a plan has its own budgets")
     _check_order(given)
+    calls = given.get("reuse_order", 1)
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+        raise OptionError(
+            f"reuse_order {calls!r} must be a number of calls that an order serves, 1 or larger"
+        )
     least = given.get("min_tokens")
     if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
         raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")

@@ -43,10 +43,17 @@ that differ from layer to layer would compile every layer anew."""
 
 
 class Attached:
-    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block."""
+    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block.
 
-    def __init__(self, model: nn.Module, root: nn.Module, modules: Sequence[nn.Module]) -> None:
-        self.model, self.root, self.modules = model, root, list(modules)
+    root: the module that was calibrated. places: where the budget of each site is, as a module and
+    the number of the attention in it.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, places: Mapping[str, tuple[nn.Module, int]]
+    ) -> None:
+        self.model, self.root, self.places = model, root, dict(places)
+        self.modules = list(dict.fromkeys(module for module, _ in places.values()))
 
     def remove(self) -> None:
         """Leave the model as it was; once is enough."""
@@ -109,7 +116,12 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
             f"{taken[0] or 'the model'} has budgets already: call remove() of what the earlier "
             f"freqopt.attach returned (model.{HANDLE} is the same), then attach again"
         )
-    handle = Attached(inner, modules[_root_of(names)], [modules[name] for name in names.values()])
+    places = {
+        site: (modules[name], module_of_site(site)[1])
+        for site, name in names.items()
+        if base_name(site) == site
+    }
+    handle = Attached(inner, modules[_root_of(names)], places)
     try:
         _put(handle, plan, names, modules)
     except BaseException:
@@ -141,11 +153,7 @@ def _put(
     if selector.name is not None:
         root._forward_hooks[ENDS] = selector.end
         root._forward_hooks_always_called[ENDS] = True
-    sites = {
-        site: (modules[name], attribute_of(module_of_site(site)[1]))
-        for site, name in names.items()
-        if base_name(site) == site
-    }
+    sites = {site: (m, attribute_of(nth)) for site, (m, nth) in handle.places.items()}
     watch(root, plan, sites)
     inner.__dict__[HANDLE] = handle
 

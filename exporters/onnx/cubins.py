@@ -103,7 +103,7 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
         entries.append("    {" + ", ".join(map(str, values)) + "},")
     assembly.append('.section .note.GNU-stack, "", @progbits')
     index = [
-        '#include "split_cuda.h"', *externs, "namespace freqopt {",
+        '#include "launches.h"', *externs, "namespace freqopt {",
         "const Cubin kCubins[] = {", *entries, "};",
         f"const int kCubinCount = {len(table)};", "}  // namespace freqopt",
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from freqopt.files import cache_folder, hash_of, write_atomically
 logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libfreqopt_ort.so"
-LIBRARY_VERSION = "2"
+LIBRARY_VERSION = "3"
 MOST_CACHED = 8
 """Libraries that the cache folder keeps, the latest ones."""
 OLDEST_ONNXRUNTIME = (1, 17)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import SampleSet
+from freqopt.calibration.team import Team
 from freqopt.calibration.values import parts_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
@@ -32,6 +33,8 @@ from freqopt.plan.plan import model_fingerprint
 FORMAT = "freqopt-checkpoint-1"
 WRITE_EVERY = 10.0
 """Seconds between writes while calibration runs; an interruption writes too."""
+
+ALONE = Team()
 
 DIGEST_VALUES = 1024
 """Values of each parameter that the identity looks at, evenly spaced."""
@@ -123,16 +126,19 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    path: str | os.PathLike[str] | None, identity: str, *, keep: bool = False
+    path: str | os.PathLike[str] | None, identity: str, *, keep: bool = False, team: Team = ALONE
 ) -> Iterator[Checkpoint]:
     """A checkpoint that is written if the block is left by an exception, and removed otherwise.
 
-    keep: write it in any case.
+    keep: write it in any case. team: processes that calibrate one model together: the first one's
+    file counts, and it writes it.
 
     Raises:
         CalibrationError: the file is damaged, or belongs to another calibration.
     """
-    checkpoint = Checkpoint(None if path is None else Path(path), identity)
+    where = Path(path) if path is not None and team.first else None
+    checkpoint = team.together(lambda: Checkpoint(where, identity))[0]
+    checkpoint.path = where
     try:
         yield checkpoint
     except BaseException:

@@ -154,7 +154,13 @@ def _site_plans(bench: Workbench, facts: PlanFacts) -> dict[str, SitePlan]:
 
 def _with_layouts(plan: SitePlan, layouts: Iterable[Known]) -> SitePlan:
     found = [
-        SiteLayout(grid=each.grid, before=each.before, after=each.after, mask=each.mask)
+        SiteLayout(
+            grid=each.grid,
+            before=each.before,
+            after=each.after,
+            mask=each.mask,
+            sources=[(source.name, source.dim, source.step) for source in each.sources],
+        )
         for each in layouts
     ]
     return plan.model_copy(update={"layouts": found})

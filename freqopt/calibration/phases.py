@@ -221,6 +221,7 @@ class Calibration:
             lambda: compare_runs(
                 lambda: bench.runner.run(middle, Dense()),
                 lambda: bench.runner.run(middle, request),
+                bench.runner.team,
             ),
         )
         return dense, split

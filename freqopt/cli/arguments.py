@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from freqopt.capture.modules import modules_in
 from freqopt.errors import FreqoptError, InputError, OptionError
 
 
@@ -58,6 +59,19 @@ def load_model(text: str) -> nn.Module:
         OptionError: a text of another form, or no such module or name.
         InputError: what it names is not, and does not return, a torch.nn.Module.
     """
+    found = made_by(text)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
+    return found.eval()
+
+
+def made_by(text: str) -> Any:
+    """What "module:factory" names, called if it is a factory.
+
+    Raises:
+        OptionError: a text of another form, or no such module or name.
+        InputError: the factory failed.
+    """
     name, colon, attribute = text.rpartition(":")
     if not colon or not name or not attribute:
         raise OptionError(f"{text!r} is not MODULE:FACTORY, as in my_models:make or models.py:make")
@@ -69,16 +83,15 @@ def load_model(text: str) -> nn.Module:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise OptionError(f"{name} has no {part!r}{hint}")
         found = getattr(found, part)
-    if not isinstance(found, nn.Module) and callable(found):
+    pipeline = not isinstance(found, type) and modules_in(found)
+    if callable(found) and not isinstance(found, nn.Module) and not pipeline:
         try:
             found = found()
         except FreqoptError:
             raise
         except Exception as error:
             raise _theirs(f"{text} failed", error) from error
-    if not isinstance(found, nn.Module):
-        raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
-    return found.eval()
+    return found
 
 
 def _import(name: str) -> ModuleType:

@@ -30,6 +30,7 @@ class PlanContent(Record):
     version: int = PLAN_VERSION
     split_version: int = SPLIT_VERSION
     model: ModelIdentity
+    component: str | None = None
     grids: list[tuple[Extent, Extent, Extent]]
     device: str
     versions: Versions
@@ -37,6 +38,7 @@ class PlanContent(Record):
     target_error: float = Field(gt=0)
     measured_error: float = Field(ge=0)
     worst_error: float = Field(ge=0)
+    predicted: bool = False
     target_quantile: float | None = Field(default=None, gt=0, lt=1)
     verified: Verified | None = None
     target_psnr: float | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from freqopt.errors import PlanError
 from freqopt.files import write_atomically
+from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
 from freqopt.plan.plan import Plan, read_plan
 
 FORMAT = "freqopt-plans"
@@ -50,6 +51,38 @@ class Plans(Mapping[str, Plan]):
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
         write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write each plan into a folder, beside a README.md with the figures.
+
+        Raises:
+            PlanError: a plan is another component's.
+        """
+        write_folder(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None
+    ) -> Plans:
+        """Read all plans of a folder, or of a repository "owner/name" of the Hugging Face Hub.
+
+        Raises:
+            PlanError: there are none, or one is damaged or another component's.
+        """
+        return cls(read_folder(fetched(source, revision), Plan.load))
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, message: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes as a repository "owner/name" of the Hub.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: huggingface_hub is not installed.
+        """
+        return pushed(self, repository, private=private, message=message)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plans:

@@ -81,12 +81,16 @@ class SiteLayout(Record):
         before: tokens of text before them.
         after: tokens of text after them.
         mask: 0 none, 1 a mask over keys, 2 one over pairs; proven to hide text only.
+        sources: for t, h and w the model's argument whose size it comes from, which dimension, and
+            in what steps; an empty name for a constant, which the steps then are. Empty where it
+            comes from no sizes.
     """
 
     grid: tuple[Extent, Extent, Extent]
     before: int = Field(default=0, ge=0)
     after: int = Field(default=0, ge=0)
     mask: int = Field(default=0, ge=0, le=2)
+    sources: list[tuple[str, int, int]] = []
 
 
 class SitePlan(Record):
@@ -256,7 +260,8 @@ class SiteEvidence(Record):
         for part in parts:
             if len(part.energy) != heads or len(part.content) != len(self.content):
                 raise ValueError(f"evidence's energy or orders are not of {heads} heads")
-            for curve in (part.curve, *part.content):
+            curves: list[Curve | ContentCurve] = [part.curve, *part.content]
+            for curve in curves:
                 curve.check(len(ladder), heads)
         numbers = [each.bucket for each in self.buckets]
         if len(set(numbers)) != len(numbers) or any(n >= buckets for n in numbers):

@@ -18,6 +18,7 @@ def describe(plan: PlanContent) -> str:
         target = f"PSNR {plan.measured_psnr:.1f} dB, target {plan.target_psnr:g} dB"
     if plan.target_density is not None:
         target = f"density {plan.target_density:.3g} was asked for"
+    target = f"predicted, {target}" if plan.predicted else target
     lines = [
         f"plan for {shown(plan.model.class_name)}: output error {plan.measured_error:.4f} "
         f"({target}) at {plan.mean_density:.1%} mean density",

@@ -361,9 +361,13 @@ def text_kernel(
     stride_vn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, blocks, text, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, queries=None, query_text=None, query_before=0,
 ):  # fmt: skip
-    """One program: BM text queries, densely over the ordered video keys and all text keys."""
+    """One program: BM text queries, densely over the ordered video keys and all text keys.
+
+    queries, query_text, query_before: how many queries are no text and how many are, and where the
+    former begin, if they are not the keys' tokens.
+    """
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     key_head = head // group_size
@@ -371,8 +375,10 @@ def text_kernel(
     col = tl.arange(0, DP)
     in_dim = (col < D)[None, :]
     x = tl.program_id(0) * BM + tl.arange(0, BM)
-    real = x < text
-    source = (x + tl.where(x >= text_before, tokens, 0)).to(tl.int64)
+    if queries is None:
+        queries, query_text, query_before = tokens, text, text_before
+    real = x < query_text
+    source = (x + tl.where(x >= query_before, queries, 0)).to(tl.int64)
     q = tl.load(
         query + batch * stride_qb + head * stride_qh + source[:, None] * stride_qn + col[None, :],
         mask=real[:, None] & in_dim,

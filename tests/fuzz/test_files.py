@@ -21,7 +21,7 @@ from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.errors import FreqoptError
 from freqopt.exporters.manifest import Artifact, write_manifest
-from freqopt.plan.plan import Plan, _content_hash
+from freqopt.plan.plan import Plan, content_hash
 from freqopt.plan.plans import Plans
 
 FEW, MANY = 250, 20_000
@@ -148,7 +148,7 @@ def test_plans_with_other_values_and_right_hashes(count: int) -> None:
         changed = altered(content, chance)
         if not isinstance(changed, dict):
             continue
-        changed["hash"] = _content_hash(changed)
+        changed["hash"] = content_hash(changed)
         text = json.dumps(changed)
         loaded += tried(lambda text=text: use_plan(Plan.parse(text)))  # type: ignore[misc]
     assert loaded > count // 50, "some of them must get past the checks"

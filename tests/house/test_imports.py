@@ -25,13 +25,14 @@ OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "trans
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "telling", "turns",
+    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "parallel",
+    "plan", "progress", "regional", "reuse", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
-    *("values", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
+    *("values", "team", "samples", "samples_file", "checkpoint"),
+    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "phases"),
+    "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
 
