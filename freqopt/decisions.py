@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from freqopt.break_even import default_min_tokens
-from freqopt.capture.modules import match_names
 from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import PlanError
@@ -69,12 +68,12 @@ def decide(
             from those of the sites.
     """
     plan = None if settings.plan is None else load_plan(settings.plan)
-    names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
+    names = {} if plan is None else plan.names_of([site.name for site in sites])
     if plan is not None:
         told = [site for site in sites if site.eligible and _has_rows(plan, names, site)]
         if told:
             plan.check_model({site.name: (site.all_heads, site.head_dim) for site in told})
-            _check_lengths(plan, sites)
+            check_lengths(plan, sites)
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
@@ -151,7 +150,7 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     if plan is not None:
         return _planned(plan, site, planned)
     chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
-    budget = torch.zeros(2, site.heads)
+    budget = torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
     budget[1] = chunk
     if settings.threshold is not None:
         budget[0] = float(settings.threshold)
@@ -215,27 +214,38 @@ def own_rows(site: Site, budgets: torch.Tensor) -> torch.Tensor:
     return budgets[..., list(site.share.numbers)]
 
 
-def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+def check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     """Tell the error to expect where lengths are not those that the plan was verified at.
 
     Raises:
         PlanError: a length that is too far off.
     """
-    names = match_names([site.name for site in sites], plan.sites)
+    names = plan.names_of([site.name for site in sites])
     for site in sites:
         planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:
             continue
-        if not isinstance(length, int) or length == planned.tokens:
-            continue
-        expected = plan.expected_error(names[site.name], length)
-        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
-        logger.warning(
-            "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
-            "about %.3g is expected, but not verified; calibrate with samples of this size to know",
-            grids, planned.tokens, length, expected,
-        )  # fmt: skip
-        return
+        if isinstance(length, int) and check_length(plan, names[site.name], length):
+            return
+
+
+def check_length(plan: Plan, name: str, length: int) -> bool:
+    """Tell the error to expect where a site of a plan has another length; whether it has.
+
+    Raises:
+        PlanError: a length that is too far off.
+    """
+    planned = plan.sites[name].tokens
+    if length == planned:
+        return False
+    expected = plan.expected_error(name, length)
+    grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+    logger.warning(
+        "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
+        "about %.3g is expected, but not verified; calibrate with samples of this size to know",
+        grids, planned, length, expected,
+    )  # fmt: skip
+    return True
 
 
 def least_tokens(settings: Options, site: Site) -> int:

@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from freqopt.capture.call_grids import OneCall
 from freqopt.capture.eager import uncompiled, written
 from freqopt.capture.modules import (
-    match_names,
     module_of,
     module_of_site,
     modules_of,
@@ -39,6 +38,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import plain_path, site_name
 from freqopt.passes.site import Extent, Kind, Known
 from freqopt.positions import grids_of_positions
+from freqopt.telling.verdict import HOOKED, by_hook
 
 FULLGRAPH = (
     "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
@@ -172,7 +172,8 @@ class Inspection:
             grouped = _grouped([(name or "the model itself", ()) for name in self.unseen])
             names = ", ".join(name for name, _ in grouped)
             lines += ["", f"runs outside all graphs, where no backend sees it: {names}"]
-            lines.append(f"  {FULLGRAPH}")
+            hooked = any(broken.advice == HOOKED for broken in self.graph_breaks)
+            lines.append(f"  {HOOKED if hooked else FULLGRAPH}")
         return "\n".join(lines)
 
 
@@ -295,7 +296,10 @@ class _Capture:
         self, gm: fx.GraphModule, inside: str = "", call: OneCall | None = None
     ) -> list[InspectedSite]:
         """What is decided about each site of a graph, which a module of the model runs."""
-        decide_here = functools.partial(decide, self.settings, guard=False)
+        device = None
+        if any(parameter.is_meta for parameter in self.model.parameters()):  # where it would run
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decide_here = functools.partial(decide, self.settings, guard=False, device=device)
         model = Model(self.names, self._known, inside)
         found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]
@@ -303,7 +307,7 @@ class _Capture:
     def _known(self, name: str) -> Sequence[Known]:
         if self.plan is None:
             return ()
-        planned = match_names([name], self.plan.sites).get(name)
+        planned = self.plan.names_of([name]).get(name)
         return () if planned is None else self.plan.known(planned)
 
     def _alike(self, path: str, inside: str) -> set[str]:
@@ -353,7 +357,8 @@ def _breaks_recorded(capture: _Capture) -> Iterator[None]:
         reason, frame = _first_line(found.reason), _user_frame(found.user_stack)
         if (reason, frame) not in known:
             known.add((reason, frame))
-            capture.breaks.append(GraphBreak(reason, frame))
+            hooked = by_hook(reason, list(found.user_stack or ()))
+            capture.breaks.append(GraphBreak(reason, frame, HOOKED if hooked else FULLGRAPH))
     skipped = utils.counters["unimplemented"]
     for text in [t for t in skipped if skipped[t] > skipped_before.get(t, 0)]:
         reason = _first_line(text)

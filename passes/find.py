@@ -26,7 +26,7 @@ from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
-from freqopt.passes.naming import Names, Numbered
+from freqopt.passes.naming import Names, Numbered, name_around
 from freqopt.passes.nodes import is_distributed, shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
@@ -83,15 +83,20 @@ def find_on_grids(
     """
     model = model or Model()
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
-    if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
-        marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
-        sites = _by_likely(gm, sites, list(dict.fromkeys([*marked, *grids.likely])), model)
+    by_model = [told for told in grids.told if told.by_model]
+    silent = any(site.grid is None and site.kind in OURS for site in sites)
+    if grids.given is None and silent and not by_model:
+        brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
+        sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
+    outer = marks.keys() - {site.name for site in sites}  # of modules put around attention
     for site in sites:
-        site.mark = marks.get(site.name)
+        site.mark = marks.get(site.name) or marks.get(name_around(site.name, outer) or "")
         own = () if model.known is None else tuple(model.known(site.name))
+        marked = site.mark.known if site.mark else own
         if grids.given is not None and site.why.reason is Reason.READY_MADE:
             own = (*own, Known(grids.given))
-        believe(site, site.mark.known if site.mark else own, model.totals)
+        # A mark says the same as what the module has, but for where the grid comes from.
+        believe(site, own if marked == own else marked, model.totals, by_model)
     return sites
 
 
@@ -192,6 +197,7 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         pad_after_arguments=layout.pad_after_arguments,
         share=share_of(attention, operands, dimensions) if heads else None,
         pieces=layout.pieces,
+        sources=layout.sources,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ reached them. Identity is believed where the model is known, else the way is rea
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
@@ -107,6 +107,20 @@ class Numbered:
         nth = self.seen.get(place, 0)
         self.seen[place] = nth + 1
         return site_name(*place, nth)
+
+
+def name_around(name: str, names: Collection[str]) -> str | None:
+    """The one of some names of sites that a name lies within: "attn" of "attn.inner".
+
+    A module that was put around an attention has its name, and moves it to a name of its own.
+    """
+    path, _, nth = name.partition("#")
+    while "." in path:
+        path = path.rpartition(".")[0]
+        outer = f"{path}#{nth}" if nth else path
+        if outer in names:
+            return outer
+    return None
 
 
 def site_name(path: str, call: int, nth: int) -> str:

@@ -81,7 +81,8 @@ class Reason(Enum):
     READY_MADE = Text(
         "its queries and keys come into this graph ready-made, after a graph break, so that what "
         "they are of cannot be told",
-        "compile with fullgraph=True, which says where the break is",
+        "freqopt.inspect says where the break is; where hooks break it (offloading, casting, a "
+        "step cache), a plan tells: freqopt.attach(model, plan)",
     )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")
@@ -115,6 +116,11 @@ class Reason(Enum):
     GRIDS_ALIKE = Text(
         "the grids {grids} have as many tokens, and nothing in this graph tells which a call is on",
         "pass the one as grid=, or compile the whole model, whose inputs may hold positions",
+    )
+    CALL_MISFIT = Text(
+        "the model was called with tokens on a grid {grids}, and this attention's {tokens} tokens "
+        "are not those and text where calibration saw some",
+        "calibrate with a call like this one",
     )
     IN_PIECES = Text(
         "its video tokens lie in {count} pieces with others between them, as where text and video "
@@ -166,10 +172,6 @@ class Reason(Enum):
     )
     IN_A_BODY = Text(
         "it lies inside a higher-order operator's subgraph", "export without checkpointing"
-    )
-    CONTENT_EXPORT = Text(
-        "its tokens are ordered by content, which an exported file cannot do yet",
-        'calibrate with order="grid" for exports',
     )
     FAILED = Text("rewriting it failed: {error}")
 

@@ -53,8 +53,8 @@ class Runner:
         return dict(self._desk.dense_sites)
 
     @property
-    def layouts(self) -> dict[str, list[int]]:
-        """How the tokens of the sites seen so far lay, as numbers."""
+    def layouts(self) -> dict[str, list[Any]]:
+        """How the tokens of the sites seen so far lay, as plain lists."""
         return self._desk.layouts.packed()
 
     @property

@@ -23,6 +23,11 @@ from freqopt.passes.site import Share
 T = TypeVar("T")
 
 
+def is_first_process() -> bool:
+    """Whether this process writes files and prints, where torchrun started several."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @dataclass(frozen=True)
 class Team:
     """The processes of one group. group: its name; None where there is only this process."""

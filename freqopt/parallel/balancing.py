@@ -220,7 +220,9 @@ def _run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]
 def _signature(x: Tensor) -> Tensor:
     """The product of each head of (B, H, N, D) with the same random numbers, (H,)."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(x.shape[-2], x.shape[-1], generator=generator).to(x.device)
+    weight = torch.randn(x.shape[-2], x.shape[-1], generator=generator, dtype=torch.float32).to(
+        x.device
+    )
     return (x.float() * weight).sum((0, 2, 3))
 
 

@@ -221,11 +221,15 @@ def site_operands(site: Site) -> tuple[Any, ...]:
     """
     tensors = [_prepared(site, node) for node in _four_dimensional(site)]
     grid = tuple(_argument(site, argument) for argument in site.grid_arguments)
-    before = _sum(site, site.text_before_arguments)
-    if Rest() in site.text_after_arguments:
-        after = _rest(site, tensors[0], grid, before)
-    else:
+    if Rest() in site.text_before_arguments:
         after = _sum(site, site.text_after_arguments)
+        before = _rest(site, tensors[0], grid, after)
+    else:
+        before = _sum(site, site.text_before_arguments)
+        rest = Rest() in site.text_after_arguments
+        after = (
+            _rest(site, tensors[0], grid, before) if rest else _sum(site, site.text_after_arguments)
+        )
     return (*tensors, _key_mask(site), grid, before, after, site.scale)
 
 
@@ -393,11 +397,11 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
 
 
 def _rest(
-    site: Site, query: fx.Node, grid: Sequence[int | fx.Node], before: int | fx.Node
+    site: Site, query: fx.Node, grid: Sequence[int | fx.Node], others: int | fx.Node
 ) -> int | fx.Node:
-    """How many tokens of a query (B, H, N, D) come after a grid and those before it."""
+    """How many tokens of a query (B, H, N, D) there are beside a grid and those on one side."""
     taken = functools.reduce(functools.partial(_computed, site, operator.mul), grid)
-    taken = _computed(site, operator.add, taken, before)
+    taken = _computed(site, operator.add, taken, others)
     return _computed(site, operator.sub, _size_of(site, query, 2), taken)
 
 

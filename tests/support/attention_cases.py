@@ -129,6 +129,15 @@ def make_tensors(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
     return query, key + 0.5, value, mask
 
 
+def clustered(tokens: int, dim: int = 24, heads: int = 2, clusters: int = 12) -> Tensor:
+    """(1, H, T, D) tokens of a few kinds, scattered over the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(heads, clusters, dim, generator=generator)
+    kind = torch.randint(clusters, (heads, tokens), generator=generator)
+    noise = 0.3 * torch.randn(heads, tokens, dim, generator=generator)
+    return (centres.gather(1, kind[..., None].expand(-1, -1, dim)) + noise)[None]
+
+
 def orders_of(case: Case, tensors: tuple[Tensor, ...]) -> Orders:
     """The orders of the keys (B, Hkv, T) and the queries (B, H, Tq) by the definition."""
     if not case.chunk:

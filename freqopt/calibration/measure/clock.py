@@ -46,7 +46,7 @@ def time_call(
     shape = call.shape
     points: list[tuple[float, float]] = []
     for threshold in spread_thresholds(thresholds, density.mean(1).tolist()):
-        every = torch.full((shape.heads,), threshold, device=call.query.device)
+        every = torch.full((shape.heads,), threshold, device=call.query.device, dtype=torch.float32)
         reached = float(call.split(every, 0)[1].mean())
         if all(abs(math.log(reached / timed)) > math.log(APART) for timed, _ in points):
             ms = milliseconds(partial(call.split, every, probes))

@@ -86,7 +86,7 @@ class EagerRecorders:
             return None
         t, h, w, before, after = (int(extent) for extent in _extents(site))
         known = Known((t, h, w), before, after, mask)
-        recorder = Recorder(self.desk, site.name, mask, site.share)
+        recorder = Recorder(self.desk, site.name, mask, site)
         return _Place(recorder, known, site.dtype, site.scale)
 
 

@@ -30,7 +30,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import Names
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import pads_queries, replace_site
-from freqopt.passes.site import Known, Share, Site
+from freqopt.passes.site import Known, Site
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,15 @@ class Recorder:
     """Stands where a site's attention was; called with its tensors while the model runs."""
 
     def __init__(
-        self, desk: Desk, site: str, mask: int | None = None, share: Share | None = None
+        self, desk: Desk, site: str, mask: int | None = None, found: Site | None = None
     ) -> None:
-        """mask: as in `Known`; None where its layout is not to be noted. share: of the heads."""
+        """mask: as in `Known`; None where its layout is not to be noted. found: the site.
+
+        Of what was found the heads are known that are here, and where its grid comes from.
+        """
         self.desk, self.site, self.mask = desk, site, mask
-        self.heads = Heads(share)
+        self.heads = Heads(None if found is None else found.share)
+        self.sources = () if found is None else found.sources
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
 
     def __call__(
@@ -87,7 +91,8 @@ class Recorder:
         visit = Visit(self.site, self.desk.bucket, call, result, self.heads)
         result.shapes.setdefault(self.site, visit.shape)
         if self.mask is not None:
-            layout = Known((grid[0], grid[1], grid[2]), text_before, text_after, self.mask)
+            t, h, w = grid[0], grid[1], grid[2]
+            layout = Known((t, h, w), text_before, text_after, self.mask, self.sources)
             self.desk.layouts.note(self.site, layout)
         try:
             return request.attend(visit)
@@ -148,7 +153,7 @@ def recording_backend(
 
     def put(gm: torch.fx.GraphModule, decision: Decision) -> None:
         site = decision.site
-        replace_site(gm, site, Recorder(desk, site.name, mask_of(site), site.share))
+        replace_site(gm, site, Recorder(desk, site.name, mask_of(site), site))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         calls = CallGrids(gm, example_inputs)

@@ -105,7 +105,7 @@ class Visit(NamedTuple):
         (rows, of_all), device = thresholds[self.site], self.call.query.device
         of_heads = self.heads.own_key_heads(of_all, self.call.key.shape[1])
         threshold = self.heads.own(rows if rows.dim() == 1 else rows[self.bucket])
-        chunks = torch.tensor(of_heads, dtype=torch.int32) if any(of_heads) else None
+        chunks = torch.tensor(of_heads, dtype=torch.int32, device="cpu") if any(of_heads) else None
         return partial(
             self.call.split, threshold.to(device, non_blocking=True), probes,
             None if chunks is None else chunks.to(device, non_blocking=True),

@@ -59,6 +59,7 @@ class GeneratedVideo:
     def __init__(self, bench: Workbench, pipeline: Callable[[], Any], decibels: float) -> None:
         self.bench, self.pipeline = bench, pipeline
         self.target, self.start = relative_of(decibels), START
+        self.runs = float(len(bench.samples.fit) + len(bench.samples.held_out))
         self.reference = pixels(bench.runner.generate(pipeline, Dense())[0])
         self.range = value_range(self.reference)
         again = self._error(pixels(bench.runner.generate(pipeline, Dense())[0]))

@@ -21,12 +21,15 @@ from freqopt.progress import Progress
 class Workbench:
     """The model at hand, results so far, and where they are shown and kept.
 
-    survey: what was measured. references: by the identity of their samples.
+    rounds, passes: as in `freqopt.calibrate`. survey: what was measured. references: by the
+    identity of their samples.
     """
 
     runner: Runner
     progress: Progress
     checkpoint: Checkpoint
+    rounds: int | None = None
+    passes: int | None = None
     survey: Survey = field(default_factory=Survey)
     references: dict[int, Reference] = field(default_factory=dict)
 
