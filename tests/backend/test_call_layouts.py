@@ -151,7 +151,8 @@ def test_a_call_of_a_block_alone_says_that_it_tells_nothing(
     block.compile(backend=freqopt_backend, options=LOUD)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "freqopt"):
         model(**call(WIDE))
-        x, text = torch.randn(1, 180, models.WIDTH), call(WIDE)["text"]
+        text = call(WIDE)["text"]
+        x = torch.randn(1, models.WIDTH, 180).transpose(1, 2)  # in memory as in the model
         out = block(x, text)
     assert "video tells no grid of tokens in this call" in caplog.text
     assert distance(out, models.make().blocks[0](x, text)) < 1e-5
