@@ -92,11 +92,11 @@ def find_on_grids(
     for site in sites:
         site.mark = marks.get(site.name) or marks.get(name_around(site.name, outer) or "")
         own = () if model.known is None else tuple(model.known(site.name))
-        marked = site.mark.known if site.mark else own
-        if grids.given is not None and site.why.reason is Reason.READY_MADE:
-            own = (*own, Known(grids.given))
         # A mark says the same as what the module has, but for where the grid comes from.
-        believe(site, own if marked == own else marked, model.totals, by_model)
+        seen = own if site.mark is None or site.mark.known == own else site.mark.known
+        if grids.given is not None and not site.mark and site.why.reason is Reason.READY_MADE:
+            seen = (*seen, Known(grids.given))
+        believe(site, seen, model.totals, by_model)
     return sites
 
 
