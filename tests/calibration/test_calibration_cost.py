@@ -115,7 +115,7 @@ class SimulatedGpu:
         for module in (clock, requests):
             monkeypatch.setattr(module, "milliseconds", self.clock)
         monkeypatch.setattr(requests, "has_clock", lambda x: True)
-        monkeypatch.setattr(phases, "compare_runs", lambda first, second: model_ms)
+        monkeypatch.setattr(phases, "compare_runs", lambda first, second, team: model_ms)
         monkeypatch.setattr(phases, "run_milliseconds", lambda run: run() and 100.0)
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:

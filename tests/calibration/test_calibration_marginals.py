@@ -36,6 +36,7 @@ from freqopt.calibration.search.refine import ALONE, TIED, Refinement, best_at_d
 from freqopt.calibration.search.strategies import Strategy
 from freqopt.calibration.search.verify import mean_density, thresholds_of
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.team import Team
 from freqopt.progress import Step
 
 TOKENS, CHOICES = 4096, 40
@@ -70,6 +71,8 @@ class SumModel:
     vectors: (buckets, H, P), of length 1. scale: (buckets, H), error of each head alone at 10 %
     density; errors fall with the square root of the density.
     """
+
+    team = Team()
 
     def __init__(self, vectors: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
         self.vectors, self.scale = torch.tensor(vectors), torch.tensor(scale)

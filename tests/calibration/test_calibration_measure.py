@@ -143,7 +143,7 @@ def test_a_site_that_fails_is_dense_and_noted_or_stops_the_run() -> None:
     assert not survey.measurable() and survey.failures() == result.failures
     _, result = asked(Measure(skipped=survey.failures(), tiles={"a": 0}), call)
     assert not result.failures
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(InputError, match="threshold is"):
         asked(Split({"a": SiteThresholds(torch.ones(3))}), make_call())
 
 
