@@ -30,6 +30,7 @@ from freqopt.calibration.measure.requests import (
     SiteThresholds,
     Split,
 )
+from freqopt.errors import InputError
 
 GRID = (3, 8, 10)
 
