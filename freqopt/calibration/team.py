@@ -182,4 +182,4 @@ class Heads:
             return None
         numbers = [n for each in self.team.all(self.share.numbers) for n in each]
         assert len(numbers) == own * ranks
-        return torch.tensor(numbers).argsort()
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").argsort()

@@ -157,7 +157,7 @@ def _graph_of_call(
             examples[index] = place.meta["example_value"] = _like(mode)(leaf)
             given[index] = place
     budget = graph.placeholder("budget")
-    budget.meta["example_value"] = torch.zeros(2, heads, device=device)
+    budget.meta["example_value"] = torch.zeros(2, heads, device=device, dtype=torch.float32)
     arguments, options = pytree.tree_unflatten(given, tree)
     node = graph.call_function(function, arguments, options)
     arguments, options = pytree.tree_unflatten(examples, tree)

@@ -164,7 +164,8 @@ class _Served:
         budgets = self.plan.budgets(place.planned)
         row = budgets.amin(0) if bucket is None else _at(budgets, self.plan.timestep_edges, bucket)
         grid, before, after = self._layout(place.planned, query.shape[2])
-        chunks = torch.tensor(planned.chunks or [0] * key.shape[1])
+        listed = planned.chunks or [0] * key.shape[1]
+        chunks = torch.tensor(listed, dtype=torch.int64, device="cpu")
         return attention_over_ranks(
             query, key, value, grid=grid, text_before=before, text_after=after,
             threshold=row[0].to(query.device),

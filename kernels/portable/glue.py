@@ -307,7 +307,7 @@ def fit_kernel(
         scaled = tl.exp((c - 1.0) * MIDDLE) * moment
         found = tl.sum(scaled * power, 0)
         steep = found * MIDDLE + tl.sum(scaled * slope, 0)
-        if (steep > 1e-12) & (target > LEAST_SHARE * probes):
+        if (steep > 1e-12) & (target > probes * LEAST_SHARE):
             change = tl.log(tl.maximum(found, 1e-30) / tl.maximum(target, 1e-30)) * found
             c = c - change / tl.maximum(steep, 1e-12)
         c = tl.minimum(tl.maximum(c, 0.0), C_TOP)
@@ -346,7 +346,7 @@ def fit_kernel(
         left += tl.sum(tl.sum(rest * rest, 1), 0)
         whole += tl.sum(tl.sum(truth * truth, 1), 0)
     g = 1.0
-    if (energy > LEAST_ENERGY * whole) & (energy > 1e-30) & (tl.abs(aligned) < 3e38):
+    if (energy > whole * LEAST_ENERGY) & (energy > 1e-30) & (tl.abs(aligned) < 3e38):
         g = tl.minimum(tl.maximum(aligned / energy, 0.0), G_TOP)
     left = tl.maximum(left - 2.0 * g * aligned + g * g * energy, 0.0)
     tl.store(coefficients + pair * 2, c)
