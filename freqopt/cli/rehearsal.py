@@ -38,9 +38,13 @@ def rehearsed(
     on_gpu = first is not None and first.is_cuda
     took = _seconds_of(model, args, kwargs, on_gpu)
     runs = runs_of(
-        fitted=len(samples.fit), held_out=len(samples.held_out), sites=eligible,
-        heads=sum(site.heads for site in split), seconds_of_run=took, on_gpu=on_gpu,
-    )  # fmt: skip
+        fitted=len(samples.fit),
+        held_out=len(samples.held_out),
+        sites=eligible,
+        heads=sum(site.heads for site in split),
+        seconds_of_run=took,
+        on_gpu=on_gpu,
+    )
     span = samples.timestep_range
     times = "no timestep among the arguments"
     if span is not None:

@@ -179,9 +179,12 @@ def test_two_experts_are_calibrated_saved_and_read(tmp_path: Path) -> None:
     piped = made("wan_experts")
     call = {**piped.call, "num_inference_steps": 4}
     handle = freqopt.optimize(
-        piped.pipe, prompts=[call], target_density=0.7, route="eager",
+        piped.pipe,
+        prompts=[call],
+        target_density=0.7,
+        route="eager",
         calibration={"rounds": 0, "progress": False, "order": "grid", "timestep_buckets": 1},
-    )  # fmt: skip
+    )
     out = piped.run(num_inference_steps=4)
     handle.save(tmp_path)
     handle.disable()
