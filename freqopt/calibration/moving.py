@@ -70,13 +70,20 @@ def moved(plan: Plan, target_error: float) -> Plan:
     evidence = plan.evidence.model_copy(update={"notes": [*plan.evidence.notes, note]})
     return plan.model_copy(
         update={
-            "target_error": target_error, "measured_error": error, "predicted": True,
-            "worst_error": plan.worst_error * error / plan.measured_error, "verified": None,
-            "target_psnr": None, "measured_psnr": None, "target_density": None,
-            "target_quantile": None, "mean_density": found.density, "sites": updated,
+            "target_error": target_error,
+            "measured_error": error,
+            "predicted": True,
+            "worst_error": plan.worst_error * error / plan.measured_error,
+            "verified": None,
+            "target_psnr": None,
+            "measured_psnr": None,
+            "target_density": None,
+            "target_quantile": None,
+            "mean_density": found.density,
+            "sites": updated,
             "evidence": evidence,
         }
-    )  # fmt: skip
+    )
 
 
 def verified(plan: Plan, model: nn.Module, samples: Samples) -> Plan:
@@ -99,15 +106,18 @@ def verified(plan: Plan, model: nn.Module, samples: Samples) -> Plan:
             errors.append(relative_error(split, dense))
     parameter = next(inner.parameters(), None)
     kept = Verified(
-        sample_errors=errors, spread=float(np.std(errors)),
+        sample_errors=errors,
+        spread=float(np.std(errors)),
         dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-    )  # fmt: skip
+    )
     return plan.model_copy(
         update={
-            "measured_error": root_mean_square(errors), "worst_error": max(errors),
-            "verified": kept, "predicted": False,
+            "measured_error": root_mean_square(errors),
+            "worst_error": max(errors),
+            "verified": kept,
+            "predicted": False,
         }
-    )  # fmt: skip
+    )
 
 
 def _predicted(plan: Plan, sites: list[SiteChoices]) -> float:
@@ -149,13 +159,14 @@ def _split(plan: Plan, site: SiteChoices, choice: SiteChoice) -> SitePlan:
     threshold = site.threshold[index].reshape(buckets, -1)
     return before.model_copy(
         update={
-            "decision": "split", "reason": "",
+            "decision": "split",
+            "reason": "",
             "budgets": [Budget(threshold=_row(each)) for each in threshold],
             "chunks": list(chunks_of(site, choice)),
             "density": [min(x, 1.0) for x in _row(density)],
             "error": _row(np.sqrt((site.weight * own).reshape(buckets, -1).sum(0))),
         }
-    )  # fmt: skip
+    )
 
 
 def _row(values: Array) -> list[float]:

@@ -71,10 +71,15 @@ def _tell_runs(bench: Workbench, step: Step, orders: Sequence[int]) -> None:
     if not found:
         return
     runs = runs_of(
-        fitted=len(samples.fit), held_out=len(samples.held_out), sites=len(found),
-        heads=sum(site.heads for site in found.values()), content=len(orders) > 1,
-        rounds=bench.rounds, passes=bench.passes, on_gpu=bench.runner.on_gpu,
-    )  # fmt: skip
+        fitted=len(samples.fit),
+        held_out=len(samples.held_out),
+        sites=len(found),
+        heads=sum(site.heads for site in found.values()),
+        content=len(orders) > 1,
+        rounds=bench.rounds,
+        passes=bench.passes,
+        on_gpu=bench.runner.on_gpu,
+    )
     step.runs(runs.measuring / (len(found) * len(samples.fit)))
     step.expect(runs.total)
 

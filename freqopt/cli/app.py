@@ -28,7 +28,7 @@ from freqopt.cli import export as commands
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
 from freqopt.cli.pipelines import one_of, prompted
-from freqopt.cli.rehearsal import rehearsed
+from freqopt.cli.rehearsal import rehearsed_each
 from freqopt.errors import FreqoptError, OptionError
 from freqopt.plan.folder import check_place
 from freqopt.shown import say, shown_lines
@@ -246,12 +246,8 @@ def calibrate(
     if dry_run:
         if target_psnr is not None:
             calls = found.recorded()
-        pairs = found.models if prompts is not None else {"": models}
-        for name, module in pairs.items():
-            own = calls[name] if prompts is not None else calls
-            if name:
-                say(f"{name}:")
-            say(rehearsed(module, own, extents, timestep, timestep_buckets))
+        every = found.models if prompts is not None else models
+        say(rehearsed_each(every, calls, extents, timestep, timestep_buckets))
         return
     checkpoint = output.with_name(f"{output.name}.resume")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,14 @@ from freqopt.calibration.samples import Call, collect_samples
 from freqopt.grid import Grid
 from freqopt.inspection import InspectedSite
 from freqopt.progress import in_words
+
+
+def rehearsed_each(models: nn.Module | Mapping[str, nn.Module], calls: Any, *settings: Any) -> str:
+    """As `rehearsed`, of one model, or of several by name with the calls of each."""
+    if isinstance(models, nn.Module):
+        return rehearsed(models, calls, *settings)
+    parts = (f"{n}:\n{rehearsed(m, calls[n], *settings)}" for n, m in models.items())
+    return "\n\n".join(parts)
 
 
 def rehearsed(
@@ -38,9 +46,13 @@ def rehearsed(
     on_gpu = first is not None and first.is_cuda
     took = _seconds_of(model, args, kwargs, on_gpu)
     runs = runs_of(
-        fitted=len(samples.fit), held_out=len(samples.held_out), sites=eligible,
-        heads=sum(site.heads for site in split), seconds_of_run=took, on_gpu=on_gpu,
-    )  # fmt: skip
+        fitted=len(samples.fit),
+        held_out=len(samples.held_out),
+        sites=eligible,
+        heads=sum(site.heads for site in split),
+        seconds_of_run=took,
+        on_gpu=on_gpu,
+    )
     span = samples.timestep_range
     times = "no timestep among the arguments"
     if span is not None:

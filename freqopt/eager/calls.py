@@ -187,12 +187,19 @@ def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decis
         found.mask = None
     problem = settle_mask(site, lay.known, lay.before) if mask else None
     told = replace(
-        site, kind=lay.kind, grid=lay.grid, text_before=lay.before, text_after=lay.after,
-        why=Reason.FITS(remark=""), grid_arguments=lay.grid, text_before_arguments=(lay.before,),
-        text_after_arguments=(lay.after,), query_arguments=lay.queries,
+        site,
+        kind=lay.kind,
+        grid=lay.grid,
+        text_before=lay.before,
+        text_after=lay.after,
+        why=Reason.FITS(remark=""),
+        grid_arguments=lay.grid,
+        text_before_arguments=(lay.before,),
+        text_after_arguments=(lay.after,),
+        query_arguments=lay.queries,
         pad_before_arguments=(lay.pads[0],) if any(lay.pads) else (),
         pad_after_arguments=(lay.pads[1],) if any(lay.pads) else (),
-    )  # fmt: skip
+    )
     problem = problem or why_not(told)
     if problem is None and site.heads != budget.meta["example_value"].shape[1]:
         held = budget.meta["example_value"].shape[1]

@@ -94,9 +94,15 @@ def _attention(
     if _parallel_config is None:
         query, key, value = (x.permute(0, 2, 1, 3) for x in (query, key, value))
         found = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-            scale=scale, enable_gqa=enable_gqa,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
         return found.permute(0, 2, 1, 3)
     from diffusers.models import attention_dispatch as theirs
 
@@ -111,8 +117,17 @@ def _attention(
     mesh = spread._ulysses_mesh
     with share_of_heads(mesh.get_local_rank(), spread.ulysses_degree):
         gathered: Tensor = theirs._templated_context_parallel_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            return_lse,
             forward_op=theirs._native_attention_forward_op,
-            backward_op=theirs._native_attention_backward_op, _parallel_config=_parallel_config,
-        )  # fmt: skip
+            backward_op=theirs._native_attention_backward_op,
+            _parallel_config=_parallel_config,
+        )
     return gathered

@@ -48,10 +48,14 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
     if not t * h * w:
         return None
     return Lay(
-        site.kind, (t, h, w), _hinted(site.text_before), _hinted(site.text_after), mask,
+        site.kind,
+        (t, h, w),
+        _hinted(site.text_before),
+        _hinted(site.text_after),
+        mask,
         (_sum(site.pad_before_arguments), _sum(site.pad_after_arguments)),
         tuple(_number(argument) for argument in site.query_arguments),
-    )  # fmt: skip
+    )
 
 
 def believed(layouts: tuple[Known, ...], tokens: int) -> Lay | None:

@@ -57,8 +57,10 @@ class Told:
             count = range(len(here))
             graph = self.graphs[key] = Graph(
                 decisions=tuple((site, True, str(Reason.BY_MODULE())) for site in key),
-                measured=tuple(count), heads=heads, budgets=tuple(count),
-            )  # fmt: skip
+                measured=tuple(count),
+                heads=heads,
+                budgets=tuple(count),
+            )
             running.graphs.append(graph)
         errors = torch.cat([call.error.flatten() for call in here])
         graph.note([call.budget for call in here], errors)

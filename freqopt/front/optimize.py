@@ -91,8 +91,10 @@ def optimize(
     if len({id(model) for model in found.values()}) < len(found):
         raise OptionError(f"components {list(found)} are one module; name it once")
     targets = {
-        "target_error": target_error, "target_psnr": target_psnr, "target_density": target_density,
-    }  # fmt: skip
+        "target_error": target_error,
+        "target_psnr": target_psnr,
+        "target_density": target_density,
+    }
     options = dict(calibration or {})
     if plan is not None:
         _check_plan_alone(prompts, samples, targets, options, run_options)
@@ -160,9 +162,11 @@ def _job(
         )
     given = {"seed": seed, **options, **asked}
     check_targets(
-        given.get("target_error", 0.03), given.get("quantile"), given.get("target_psnr"),
+        given.get("target_error", 0.03),
+        given.get("quantile"),
+        given.get("target_psnr"),
         given.get("target_density"),
-    )  # fmt: skip
+    )
     if "target_psnr" in asked and len(found) > 1:
         raise OptionError("target_psnr is for one component; pass components=[one] or target_error")
     if prompts is None:
@@ -243,11 +247,16 @@ def _estimate(
     for name, model in models.items():
         weight = next(model.parameters(), None)
         runs = runs_of(
-            fitted=(kept[name] + 1) // 2, held_out=kept[name] // 2, sites=MAX_PROBED_SITES,
-            heads=MAX_PROBED_HEADS + 1, content=options.get("order", "auto") != "grid",
-            rounds=options.get("rounds"), passes=options.get("passes"), seconds_of_run=of_a_run,
+            fitted=(kept[name] + 1) // 2,
+            held_out=kept[name] // 2,
+            sites=MAX_PROBED_SITES,
+            heads=MAX_PROBED_HEADS + 1,
+            content=options.get("order", "auto") != "grid",
+            rounds=options.get("rounds"),
+            passes=options.get("passes"),
+            seconds_of_run=of_a_run,
             on_gpu=weight is not None and weight.is_cuda,
-        )  # fmt: skip
+        )
         total += runs.seconds(of_a_run)
     return total
 

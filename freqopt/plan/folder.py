@@ -98,13 +98,24 @@ def write_folder(plans: Mapping[str, Any], folder: str | os.PathLike[str]) -> No
 def page_of(plans: Mapping[str, PlanContent]) -> str:
     """The page of a folder, with what the Hub reads at its top."""
     lines = [
-        "---", MARK, "tags:", "- freqopt", "- attention", "---", "",
-        "# Plans for frequency-split attention", "",
-        "```python", "import freqopt", "",
-        'handle = freqopt.optimize(pipe, "this folder or repository")', "```", "",
+        "---",
+        MARK,
+        "tags:",
+        "- freqopt",
+        "- attention",
+        "---",
+        "",
+        "# Plans for frequency-split attention",
+        "",
+        "```python",
+        "import freqopt",
+        "",
+        'handle = freqopt.optimize(pipe, "this folder or repository")',
+        "```",
+        "",
         "| component | model | output error | worst sample | pairs exact | grids | timesteps |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, plan in plans.items():
         grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
         times = "-"

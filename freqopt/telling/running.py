@@ -199,9 +199,10 @@ def _together(parts: Sequence[Measured]) -> Measured:
     calls = sum(count for count, _ in known)
     squares = sum(count * mean * mean for count, mean in known)
     return Measured(
-        sum(part.calls for part in parts), math.sqrt(squares / calls) if calls else None,
+        sum(part.calls for part in parts),
+        math.sqrt(squares / calls) if calls else None,
         max((part.worst for part in parts if part.worst is not None), default=None),
-    )  # fmt: skip
+    )
 
 
 def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:

@@ -167,9 +167,12 @@ def test_packed_and_joint_attention_are_served() -> None:
     torch.manual_seed(0)
     model, inputs = Kinds().eval(), models.inputs()
     found = freqopt.calibrate(
-        model, [models.inputs(), {**inputs, "video": inputs["video"].flip(2)}],
-        target_density=0.6, progress=False, rounds=0,
-    )  # fmt: skip
+        model,
+        [models.inputs(), {**inputs, "video": inputs["video"].flip(2)}],
+        target_density=0.6,
+        progress=False,
+        rounds=0,
+    )
     assert [site.decision for site in found.sites.values()] == ["split", "split"]
     expected = compiled(copy.deepcopy(model), found, inputs)
     freqopt.reset_counters()

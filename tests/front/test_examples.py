@@ -45,7 +45,12 @@ def small(piped: pipelines.Piped) -> Any:
     return piped.pipe
 
 
-@pytest.mark.parametrize("name", KINDS)
+QUICK = {"optimize_hunyuan", "optimize_ltx"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KINDS]
+)
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

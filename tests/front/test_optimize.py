@@ -62,9 +62,13 @@ def handle_of_pipe() -> tuple[Pipe, freqopt.Handle]:
     pipe = Pipe()
     quick = {"rounds": 0, "progress": False, "timestep_buckets": 1}
     return pipe, freqopt.optimize(
-        pipe, prompts=["a cat", "two dogs"], target_density=0.6, route="eager",
-        run_options={"steps": 4}, calibration=quick,
-    )  # fmt: skip
+        pipe,
+        prompts=["a cat", "two dogs"],
+        target_density=0.6,
+        route="eager",
+        run_options={"steps": 4},
+        calibration=quick,
+    )
 
 
 def state(model: nn.Module) -> Any:

@@ -15,14 +15,18 @@ from torch import nn
 import freqopt
 
 ROUTES = ("eager", "regional", "compile")
-SPREAD = {("wan_experts", "regional"), ("cogvideox", "compile"), ("ltx", "regional")}
-"""Pairs beside the route eager that are run by default."""
+SPREAD = [
+    ("wan_experts", "eager"),
+    ("hunyuan", "eager"),
+    ("flux", "eager"),
+    ("cogvideox", "compile"),
+]
+"""Pairs that are run by default; the others are slow ones."""
 
 
 def pairs() -> list[Any]:
     every = itertools.product(PIPELINES, ROUTES)
-    quick = SPREAD | {(name, "eager") for name in PIPELINES}
-    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in every]
+    return [pytest.param(*pair, marks=() if pair in SPREAD else pytest.mark.slow) for pair in every]
 
 
 def optimized(piped: Piped, plans: Any, route: str) -> freqopt.Handle:
@@ -115,10 +119,7 @@ SETUPS: dict[str, Callable[[Piped], None]] = {
 
 def set_ups() -> list[Any]:
     every = itertools.product(("wan", "cogvideox", "hunyuan"), SETUPS)
-    quick = {
-        ("wan", "first_block_cache"), ("wan", "offloading"), ("cogvideox", "casting"),
-        ("cogvideox", "attention_broadcast"), ("hunyuan", "adapters"),
-    }  # fmt: skip
+    quick = {("wan", "first_block_cache"), ("cogvideox", "casting")}
     return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in every]
 
 
@@ -173,13 +174,17 @@ def test_a_chosen_backend_is_replaced_and_put_back() -> None:
         assert torch.equal(piped.run(), expected)
 
 
+@pytest.mark.slow
 def test_two_experts_are_calibrated_saved_and_read(tmp_path: Path) -> None:
     piped = made("wan_experts")
     call = {**piped.call, "num_inference_steps": 4}
     handle = freqopt.optimize(
-        piped.pipe, prompts=[call], target_density=0.7, route="eager",
+        piped.pipe,
+        prompts=[call],
+        target_density=0.7,
+        route="eager",
         calibration={"rounds": 0, "progress": False, "order": "grid", "timestep_buckets": 1},
-    )  # fmt: skip
+    )
     out = piped.run(num_inference_steps=4)
     handle.save(tmp_path)
     handle.disable()

@@ -29,8 +29,9 @@ def test_a_folder_holds_each_component_and_a_page(plan: Plan, tmp_path: Path) ->
     freqopt.Plans({"transformer": plan, "transformer_2": other}).save_pretrained(tmp_path)
     found = freqopt.Plans.from_pretrained(tmp_path)
     assert {n: p.component for n, p in found.items()} == {
-        "transformer": "transformer", "transformer_2": "transformer_2",
-    }  # fmt: skip
+        "transformer": "transformer",
+        "transformer_2": "transformer_2",
+    }
     assert found["transformer_2"].sites == plan.sites
     page = (tmp_path / "README.md").read_text()
     assert "| transformer_2 | Video | 0.1000 |" in page and "0.5 to 1" in page

@@ -99,14 +99,22 @@ def wan(experts: int = 1) -> Piped:
     models = [sharper(build("WanTransformer3DModel", **WAN)) for _ in range(experts)]
     more = {"transformer_2": models[1], "boundary_ratio": 0.5} if experts > 1 else {}
     pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=models[0],
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=models[0],
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if experts == 1 else 1.0),
         **more,
-    )  # fmt: skip
+    )
     call = {
-        "prompt_embeds": _text(), "negative_prompt_embeds": _text(), "guidance_scale": 3.0,
-        "num_frames": 9, "height": 96, "width": 160, "num_inference_steps": 2,
-    }  # fmt: skip
+        "prompt_embeds": _text(),
+        "negative_prompt_embeds": _text(),
+        "guidance_scale": 3.0,
+        "num_frames": 9,
+        "height": 96,
+        "width": 160,
+        "num_inference_steps": 2,
+    }
     return Piped(pipe, call, {"height": 160, "width": 96})
 
 
@@ -118,47 +126,70 @@ def cogvideox() -> Piped:
     diffusers = pytest.importorskip("diffusers")
     config = COGVIDEOX | {"attention_head_dim": 16}
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None,
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
         transformer=sharper(build("CogVideoXTransformer3DModel", **config)),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
-    )  # fmt: skip
+    )
     call = {
-        "prompt_embeds": _text(), "negative_prompt_embeds": _text(), "guidance_scale": 3.0,
-        "num_frames": 9, "height": 96, "width": 160, "num_inference_steps": 2,
-    }  # fmt: skip
+        "prompt_embeds": _text(),
+        "negative_prompt_embeds": _text(),
+        "guidance_scale": 3.0,
+        "num_frames": 9,
+        "height": 96,
+        "width": 160,
+        "num_inference_steps": 2,
+    }
     return Piped(pipe, call, {"height": 160, "width": 96})
 
 
 def hunyuan() -> Piped:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.HunyuanVideoPipeline(
-        text_encoder=None, tokenizer=None, vae=None, text_encoder_2=None, tokenizer_2=None,
+        text_encoder=None,
+        tokenizer=None,
+        vae=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         transformer=sharper(build("HunyuanVideoTransformer3DModel", **HUNYUAN)),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
+    )
     mask = torch.ones(1, TEXT, dtype=torch.int64)
     mask[:, 5:] = 0
     call = {
-        "prompt_embeds": _text(), "pooled_prompt_embeds": torch.randn(1, 8),
-        "prompt_attention_mask": mask, "num_frames": 9, "height": 96, "width": 160,
+        "prompt_embeds": _text(),
+        "pooled_prompt_embeds": torch.randn(1, 8),
+        "prompt_attention_mask": mask,
+        "num_frames": 9,
+        "height": 96,
+        "width": 160,
         "num_inference_steps": 2,
-    }  # fmt: skip
+    }
     return Piped(pipe, call, {"height": 160, "width": 96})
 
 
 def ltx() -> Piped:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.LTXPipeline(
-        vae=None, text_encoder=None, tokenizer=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
         transformer=sharper(build("LTXVideoTransformer3DModel", **LTX)),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )  # fmt: skip
+    )
     mask = torch.ones(1, TEXT, dtype=torch.bool)
     call = {
-        "prompt_embeds": _text(), "negative_prompt_embeds": _text(), "guidance_scale": 3.0,
-        "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask,
-        "num_frames": 17, "height": 192, "width": 320, "num_inference_steps": 2,
-    }  # fmt: skip
+        "prompt_embeds": _text(),
+        "negative_prompt_embeds": _text(),
+        "guidance_scale": 3.0,
+        "prompt_attention_mask": mask,
+        "negative_prompt_attention_mask": mask,
+        "num_frames": 17,
+        "height": 192,
+        "width": 320,
+        "num_inference_steps": 2,
+    }
     return Piped(pipe, call, {"height": 320, "width": 192})
 
 
@@ -166,14 +197,21 @@ def flux() -> Piped:
     diffusers = pytest.importorskip("diffusers")
     model = sharper(build("FluxTransformer2DModel", **FLUX, pooled_projection_dim=8))
     pipe = diffusers.FluxPipeline(
-        vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
         transformer=model,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )  # fmt: skip
+    )
     call = {
-        "prompt_embeds": _text(), "pooled_prompt_embeds": torch.randn(1, 8), "height": 224,
-        "width": 352, "num_inference_steps": 2,
-    }  # fmt: skip
+        "prompt_embeds": _text(),
+        "pooled_prompt_embeds": torch.randn(1, 8),
+        "height": 224,
+        "width": 352,
+        "num_inference_steps": 2,
+    }
     return Piped(pipe, call, {"height": 352, "width": 224})
 
 
