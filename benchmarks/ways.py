@@ -1,8 +1,8 @@
 """Public classes in the ways that models are run: `python -m benchmarks.ways` writes ways.json.
 
 Runs tests/support/ways.py on the CPU: each class of the model table whole and by blocks, as it is,
-with layerwise casting, group offload, an unmerged adapter and a step cache. Classes that are named
-are run anew and the others kept.
+with layerwise casting, group offload, an unmerged adapter and a step cache. Classes and ways that
+are named are run anew, and what the file has of others is kept.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the result file; returns how many cells are wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="cases, such as wan or flux (default: all)")
+    parser.add_argument("--ways", nargs="*", choices=TITLES, help="default: all")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result")
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(SUPPORT))
@@ -77,16 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("freqopt").propagate = False
     cases, before = load_all(), (given.out or RESULTS) / "ways.json"
     rows: dict[str, Any] = json.loads(before.read_text())["rows"] if before.exists() else {}
+    libraries = {library: version(library) for library in ("diffusers", "transformers")}
     for name in given.names or [name for name, case in cases.items() if case.dense]:
         known = look(cases[name])
-        found = {way: plain(outcome(known, WAYS[way])) for way in TITLES}
-        rows[name] = {"class": cases[name].name, "ways": found}
-        shown = {way: what for way, what in found.items() if what != "split"}
-        print(f"{name}: {shown or 'split in every way'}", file=sys.stderr, flush=True)
-        libraries = {library: version(library) for library in ("diffusers", "transformers")}
-        ordered = {name: rows[name] for name in cases if name in rows}
-        result = {"environment": environment(), "libraries": libraries, "rows": ordered}
-        write("ways", result, given.out)
+        found = rows.setdefault(name, {"class": cases[name].name, "ways": {}})["ways"]
+        for way in given.ways or TITLES:
+            found[way] = plain(outcome(known, WAYS[way]))
+            print(f"{name}, {TITLES[way]}: {found[way]}", file=sys.stderr, flush=True)
+            ordered = {name: rows[name] for name in cases if name in rows}
+            result = {"environment": environment(), "libraries": libraries, "rows": ordered}
+            write("ways", result, given.out)
     return sum("WRONG" in what for row in rows.values() for what in row["ways"].values())
 
 

@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 class _Kept:
     """Orders of one module's graph.
 
-    sizes: of the call that they were made in. chunks: what said how heads are ordered, with its
-    version. left: calls that they still serve.
+    sizes: what told how many tokens the call had that they were made in. chunks: what said how
+    heads are ordered, with its version. left: calls that they still serve.
     """
 
     orders: list[Tensor]
-    sizes: tuple[int, ...]
+    sizes: tuple[Any, ...]
     chunks: list[tuple[Tensor, int]]
     left: int
 
-    def serves(self, sizes: tuple[int, ...], chunks: Sequence[Tensor]) -> bool:
+    def serves(self, sizes: tuple[Any, ...], chunks: Sequence[Tensor]) -> bool:
         """Whether a call of these sizes, by these chunks, may have them."""
         same = all(
-            now is then and now._version == version
+            now is then and _version_of(now) == version
             for now, (then, version) in zip(chunks, self.chunks, strict=True)
         )
         return self.left > 0 and self.sizes == sizes and same
@@ -67,20 +67,20 @@ def compile_reusing(
     making = inner(both.making, list(inputs))
     given = inner(both.given, [*inputs, *both.examples])
     count, memory = len(both.examples), _Memory()
-    told: list[bool] = []
+    warned: list[bool] = []
 
     def run(*arguments: Any) -> Any:
         runner = None if _always_anew() else next(running(), None)
         if runner is None:
-            if not told and not _always_anew():
-                told.append(True)
+            if not warned and not _always_anew():
+                warned.append(True)
                 logger.warning(
                     "reuse_order=%d: no module runs this graph, so that nothing tells whose order "
                     "is whose; every call makes its own. Compile the model, not a function",
                     calls,
                 )
             return making(*arguments)[:-count]
-        sizes = tuple(a for a in arguments if isinstance(a, int))
+        sizes = tuple(_size_of(arguments[i]) for i in both.sized)
         chunks = [arguments[i] for i in both.chunks]
         kept = memory.kept.get(runner)
         if kept is not None and kept.serves(sizes, chunks):
@@ -90,11 +90,21 @@ def compile_reusing(
         results = making(*arguments)
         # A copy: the next run may write where this one's results lie.
         orders = [order.clone() for order in results[-count:]]
-        versions = [(each, each._version) for each in chunks]
+        versions = [(each, _version_of(each)) for each in chunks]
         memory.kept[runner] = _Kept(orders, sizes, versions, calls - 1)
         return results[:-count]
 
     return run
+
+
+def _size_of(x: Any) -> Any:
+    """Of a tensor, or of an argument that is a size."""
+    return tuple(x.shape) if isinstance(x, Tensor) else x
+
+
+def _version_of(x: Tensor) -> int:
+    """How often a tensor was written; those of inference mode do not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _always_anew() -> bool:

@@ -26,12 +26,14 @@ class Reusing(NamedTuple):
 
     making: makes orders, and returns them after its other results. given: takes them after its
     other inputs. examples: of the orders. chunks: inputs that say which heads have which orders.
+    sized: inputs that say how many tokens there are.
     """
 
     making: fx.GraphModule
     given: fx.GraphModule
     examples: list[Any]
     chunks: tuple[int, ...]
+    sized: tuple[int, ...]
 
 
 def reusing(gm: fx.GraphModule) -> Reusing | None:
@@ -71,7 +73,16 @@ def reusing(gm: fx.GraphModule) -> Reusing | None:
     for graph in (gm, given):
         graph.graph.lint()
         graph.recompile()
-    return Reusing(gm, given, examples, chunks)
+    symbols = set().union(*map(_symbols, examples))
+    sized = tuple(i for i, node in enumerate(places) if _symbols(value(node)) & symbols)
+    return Reusing(gm, given, examples, chunks, sized)
+
+
+def _symbols(example: Any) -> set[Any]:
+    """Symbols in the sizes of an example tensor, or in an example size."""
+    sizes = example.shape if isinstance(example, torch.Tensor) else (example,)
+    free = (size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt))
+    return set().union(*free)
 
 
 def copied(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

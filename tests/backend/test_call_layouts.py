@@ -86,6 +86,22 @@ def test_every_call_has_its_own_grid_in_few_graphs(
         assert graphs <= 3, "one for the first size, one for any, one where an extent is 1"
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_an_inner_compiler_takes_the_numbers_of_calls(
+    inner: str, plan: Plan, whole: list[Tensor]
+) -> None:
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    model = models.make()
+    freqopt.attach(model, plan)
+    for block in model.blocks:
+        block.compile(backend=freqopt_backend, options={**LOUD, "inner": inner})
+    with torch.no_grad():
+        for grid, expected in list(zip(SIZES, whole, strict=True))[:3]:
+            assert distance(model(**call(grid)), expected) < 1e-4
+    assert freqopt.counters().split == 9
+
+
 def test_the_grid_of_another_call_would_show(plan: Plan, whole: list[Tensor]) -> None:
     model = models.make()
     torch._dynamo.reset()
@@ -135,7 +151,8 @@ def test_a_call_of_a_block_alone_says_that_it_tells_nothing(
     block.compile(backend=freqopt_backend, options=LOUD)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "freqopt"):
         model(**call(WIDE))
-        x, text = torch.randn(1, 180, models.WIDTH), call(WIDE)["text"]
+        text = call(WIDE)["text"]
+        x = torch.randn(1, models.WIDTH, 180).transpose(1, 2)  # in memory as in the model
         out = block(x, text)
     assert "video tells no grid of tokens in this call" in caplog.text
     assert distance(out, models.make().blocks[0](x, text)) < 1e-5

@@ -155,7 +155,27 @@ def test_other_sizes_begin_anew() -> None:
     for seed, (count, batch) in enumerate(sizes):
         (out,) = outputs(run, [tokens(seed, count, batch)])
         assert out.isfinite().all() and out.shape == (batch, count, 32)
-    assert (counting.made, counting.given) == (4, 2)
+    assert (counting.graphs, counting.made, counting.given) == (2, 4, 2)
+
+
+class Stepped(Layer):
+    """Told which step it is, and how many of its tokens are to be attended."""
+
+    def forward(self, tokens: Tensor, step: int, kept: int) -> Tensor:
+        q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for x in self.qkv(tokens).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k[:, :, :kept], v[:, :, :kept])
+        return x.transpose(1, 2).flatten(2) * step
+
+
+def test_numbers_that_are_no_sizes_are_none_of_its_business() -> None:
+    model, counting = Stepped().eval(), Counting()
+    torch._dynamo.reset()
+    options = {"inner": counting, "min_tokens": 1, "order": "content", "reuse_order": 9}
+    run = torch.compile(model, backend="freqopt", options=options, dynamic=True)
+    for step, kept in ((3, 300), (4, 300), (5, 300), (6, 280), (7, 280)):
+        (out,) = outputs(run, [tokens(step), step, kept])  # type: ignore[list-item]
+        assert out.isfinite().all()
+    assert (counting.graphs, counting.made, counting.given) == (2, 2, 3)
 
 
 def test_gradients_and_functions_keep_nothing(caplog: pytest.LogCaptureFixture) -> None:

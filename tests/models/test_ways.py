@@ -32,7 +32,10 @@ def known(name: str) -> Class:
     return look(load_all()[name])
 
 
-@pytest.mark.parametrize(("name", "way"), [pair for pair in OFTEN if pair[0] in ROWS])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name, way in OFTEN if way in ROWS.get(name, {"ways": ()})["ways"]],
+)
 def test_some_classes_are_as_the_table_says(name: str, way: str) -> None:
     assert plain(outcome(known(name), WAYS[way])) == ROWS[name]["ways"][way]
 
@@ -40,8 +43,8 @@ def test_some_classes_are_as_the_table_says(name: str, way: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_every_class_is_as_the_table_says(name: str) -> None:
-    found = {way: plain(outcome(known(name), WAYS[way])) for way in TITLES}
-    assert found == ROWS[name]["ways"]
+    expected = ROWS[name]["ways"]
+    assert {way: plain(outcome(known(name), WAYS[way])) for way in expected} == expected
 
 
 def test_nothing_is_wrong_and_whole_classes_are_split() -> None:

@@ -21,6 +21,7 @@ from model_checks import tensors
 from pieces_models import Adapted
 from plans import plan_of
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.backend import freqopt_backend
@@ -50,11 +51,20 @@ def cast(model: nn.Module) -> None:
     )  # fmt: skip
 
 
+def moved(items: Any, device: torch.device, **_: Any) -> Any:
+    """Tensors of a tree on a device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), items)
+
+
 def offloaded(kind: str) -> Callable[[nn.Module], None]:
     """Weights brought in group by group (diffusers)."""
 
     def change(model: nn.Module) -> None:
         hooks = pytest.importorskip("diffusers.hooks")
+        from diffusers.hooks import group_offloading
+
+        if not hasattr(group_offloading, "send_to_device"):  # of accelerate, which need not be here
+            group_offloading.send_to_device = moved
         groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         hooks.apply_group_offloading(
             model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
@@ -95,24 +105,28 @@ def cached(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a model: what is done to it, and whether its blocks are compiled one by one."""
+    """A way to run a model: what is done to it, and whether its blocks are compiled one by one.
+
+    hooked: its hooks break graphs, so that a class cannot be compiled with fullgraph=True.
+    """
 
     title: str
     change: Callable[[nn.Module], None]
     by_blocks: bool
+    hooked: bool = False
 
 
 WAYS = {
     "whole": Way("whole", as_it_is, False),
     "blocks": Way("by blocks", as_it_is, True),
-    "cast": Way("layerwise casting", cast, False),
-    "cast_blocks": Way("the same, by blocks", cast, True),
-    "offload": Way("group offload", offloaded("leaf_level"), False),
-    "offload_blocks": Way("the same, by blocks", offloaded("block_level"), True),
+    "cast": Way("layerwise casting", cast, False, hooked=True),
+    "cast_blocks": Way("the same, by blocks", cast, True, hooked=True),
+    "offload": Way("group offload", offloaded("leaf_level"), False, hooked=True),
+    "offload_blocks": Way("the same, by blocks", offloaded("block_level"), True, hooked=True),
     "lora": Way("LoRA, unmerged", adapted, False),
     "lora_blocks": Way("the same, by blocks", adapted, True),
-    "cache": Way("first-block cache", cached, False),
-    "cache_blocks": Way("the same, by blocks", cached, True),
+    "cache": Way("first-block cache", cached, False, hooked=True),
+    "cache_blocks": Way("the same, by blocks", cached, True, hooked=True),
 }
 
 
@@ -123,16 +137,16 @@ def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     return [found for child in model.children() for found in block_lists(child)]
 
 
-def compile_blocks(model: Any, options: dict[str, Any]) -> None:
+def compile_blocks(model: Any, **options: Any) -> None:
     """As diffusers' `compile_repeated_blocks`; every block of a model that names none."""
     if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(backend=freqopt_backend, options=options)
+        model.compile_repeated_blocks(backend=freqopt_backend, **options)
         return
     blocks = [block for each in block_lists(model) for block in each]
     if not blocks:
         raise Unfit("it has no list of blocks")
     for block in blocks:
-        block.compile(backend=freqopt_backend, options=options)
+        block.compile(backend=freqopt_backend, **options)
 
 
 def made_inputs(case: Case) -> dict[str, Any]:
@@ -213,14 +227,16 @@ def run(case: Case, way: Way, plans: tuple[Plan, Plan]) -> Ran:
 def _called(case: Case, way: Way, plan: Plan) -> tuple[list[Tensor], set[str], str, nn.Module]:
     model, inputs, _ = made(case)
     way.change(model)
+    fullgraph = case.fullgraph and not way.hooked
     with torch.no_grad(), lines() as said, context_of(model):
         compiled: Any = model
         if way.by_blocks:
             freqopt.attach(model, plan)
-            compile_blocks(model, LOUD)
+            compile_blocks(model, options=LOUD, fullgraph=fullgraph)
         else:
-            options = {**LOUD, "plan": plan}
-            compiled = torch.compile(model, backend=freqopt_backend, options=options)
+            compiled = torch.compile(
+                model, backend=freqopt_backend, options={**LOUD, "plan": plan}, fullgraph=fullgraph
+            )
         out = tensors(compiled(**inputs))
     line = next((text for text in reversed(said) if "sites split" in text), "")
     return out, split_sites(plan), line, model
@@ -264,7 +280,7 @@ def outcome(known: Class, way: Way) -> str:
     """What becomes of a way.
 
     "split"; "dense: why", or "1 of 2 split: why"; "none: why" where there is no such way; or
-    "WRONG: what".
+    "WRONG: what", such as an exception.
     """
     planned = known.plans[0].sites
     if not planned:
@@ -273,6 +289,8 @@ def outcome(known: Class, way: Way) -> str:
         found = known.whole if way is WAYS["whole"] else run(known.case, way, known.plans)
     except Unfit as why:
         return f"none: {why}"
+    except Exception as error:
+        return f"WRONG: {type(error).__name__}: {str(error).splitlines()[0]}"
     if (distance := worst(found.exact, known.dense)) > CLOSE:
         return f"WRONG: {distance:.1e} from dense at threshold 0"
     if len(found.sites) == len(planned):
