@@ -131,10 +131,10 @@ OF_OWN = ("route", "density")
 
 def _of_orders(function: Any) -> tuple[str, ...]:
     """Arguments of a kernel that say whose order it reads, which exports pass at every launch."""
-    params = {p.name: p for p in function.params}
-    if "order" in params and params["order"].has_default:
+    optional = _defaults(function)
+    if "order" in optional:
         return ()  # reads keys that are in order already
-    return tuple(n for n in PASSED if n in params and params[n].has_default)
+    return tuple(name for name in PASSED if name in optional)
 
 
 def order_specialisations(variant: Variant) -> Iterator[Specialised]:
