@@ -156,24 +156,10 @@ def by_turns(x: Tensor) -> Tensor:
     return exchange(parts).flatten(0, 1).permute(1, 0, 2, 3)
 
 
-def in_place(x: Tensor) -> Tensor:
-    """As `by_reshapes`, by the collective that fills a tensor, as code for eager mode calls it."""
-    parts = x.unflatten(2, (dist.get_world_size(), -1)).permute(2, 1, 0, 3, 4).contiguous()
-    filled = torch.empty_like(parts)
-    dist.all_to_all_single(filled, parts)
-    return filled.flatten(0, 1).permute(1, 0, 2, 3)
-
-
 def test_heads_that_are_dealt_out_one_by_one() -> None:
     rank, count = dist.get_rank(), dist.get_world_size()
     for site in sites_of(Sharded(by_turns), *inputs()):
         assert site.share is not None and site.share.numbers == tuple(range(rank, HEADS, count))
-
-
-def test_a_collective_that_fills_a_tensor_is_followed() -> None:
-    for site in sites_of(Sharded(in_place), *inputs()):
-        assert (site.eligible, site.grid) == (True, GRID), site.reason
-        assert site.share is not None and site.share.heads == HEADS
 
 
 class Masked(Sharded):
