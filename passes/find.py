@@ -84,18 +84,18 @@ def find_on_grids(
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
     by_model = [told for told in grids.told if told.by_model]
     silent = any(site.grid is None and site.kind in OURS for site in sites)
-    if grids.given is None and silent and not by_model:
+    if grids.given is None and silent and not any(told.sources for told in by_model):
         brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
         sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
     outer = marks.keys() - {site.name for site in sites}  # of modules put around attention
     for site in sites:
         site.mark = marks.get(site.name) or marks.get(name_around(site.name, outer) or "")
         own = () if model.known is None else tuple(model.known(site.name))
-        marked = site.mark.known if site.mark else own
         if grids.given is not None and site.why.reason is Reason.READY_MADE:
             own = (*own, Known(grids.given))
         # A mark says the same as what the module has, but for where the grid comes from.
-        believe(site, own if marked == own else marked, model.totals, by_model)
+        marked = own if site.mark is None or site.mark.known == own else site.mark.known
+        believe(site, marked, model.totals, by_model)
     return sites
 
 
