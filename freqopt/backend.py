@@ -21,19 +21,23 @@ from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens
 from freqopt.errors import FreqoptError, SiteError, through_compiler
-from freqopt.options import Compiled, Options, parse_options
+from freqopt.options import Compiled, Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
+from freqopt.reuse import compile_reusing
 from freqopt.telling.attached import verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
 
 logger = logging.getLogger(__name__)
 
-UNREAD = {Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED}
+UNREAD = {
+    Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED, Reason.DISTRIBUTED,
+    Reason.HEADS_UNTOLD, Reason.IN_PIECES,
+}  # fmt: skip
 """Why attention that may well be a video's stays dense: it, or its grid, cannot be read."""
 
 
@@ -53,11 +57,17 @@ def freqopt_backend(
     """
     with through_compiler():
         settings = parse_options(options)
-        settings = replace(settings, mode=mode or settings.mode)
+        # One plan for all that follows: its file may be another by the time it is read again.
+        plan = None if settings.plan is None else load_plan(settings.plan)
+        settings = replace(settings, mode=mode or settings.mode, plan=plan)
         part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
         graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
-    compiled: Compiled = inner_backend(settings.inner, settings.mode)(part.graph(calls.gm), inputs)
+    inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
+    if settings.reuse_order > 1:
+        compiled: Compiled = compile_reusing(inner, graph_of_part, inputs, settings.reuse_order)
+    else:
+        compiled = inner(graph_of_part, inputs)
     return calls.reading(part.fed(counted(compiled, graph)))
 
 

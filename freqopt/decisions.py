@@ -7,10 +7,11 @@ it is, and with which budget, is said by the module's own mark, the plan, or one
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from freqopt.break_even import default_min_tokens
 from freqopt.chunks import check_chunk
@@ -67,12 +68,12 @@ def decide(
             from those of the sites.
     """
     plan = None if settings.plan is None else load_plan(settings.plan)
-    if plan is not None:
-        shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
-        if shapes:
-            plan.check_model(shapes)
-            _check_lengths(plan, sites)
     names = {} if plan is None else plan.names_of([site.name for site in sites])
+    if plan is not None:
+        told = [site for site in sites if site.eligible and _has_rows(plan, names, site)]
+        if told:
+            plan.check_model({site.name: (site.all_heads, site.head_dim) for site in told})
+            check_lengths(plan, sites)
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
@@ -138,6 +139,9 @@ def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
 def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | None) -> Decision:
     """What is decided about a site that can be split. planned: its name in the plan."""
     if site.mark is not None:
+        given = shape(site.mark.budget)[-1:]
+        if given and (problem := untold(site, int(given[0]))) is not None:
+            return Decision(site, False, problem)
         _check_mark(site, site.mark)
         return Decision(
             site, True, Reason.BY_MODULE(), site.mark.budget, probes=DEFAULT_PROBES,
@@ -146,7 +150,7 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     if plan is not None:
         return _planned(plan, site, planned)
     chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
-    budget = torch.zeros(2, site.heads)
+    budget = torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
     budget[1] = chunk
     if settings.threshold is not None:
         budget[0] = float(settings.threshold)
@@ -159,9 +163,26 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     )  # fmt: skip
 
 
+def _has_rows(plan: Plan, names: Mapping[str, str], site: Site) -> bool:
+    """Whether a plan that knows a site can say which of its rows are the site's."""
+    planned = names.get(site.name)
+    return planned is None or untold(site, plan.sites[planned].heads) is None
+
+
+def untold(site: Site, planned: int) -> Why | None:
+    """Why a budget of so many heads cannot serve a site that may have some of them only."""
+    known = (site.heads, site.all_heads)
+    if planned in known or not site.heads or planned % site.heads:
+        return None
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if (site.share is not None and site.share.heads) or not shared:
+        return None  # a plan for another model
+    return Reason.HEADS_UNTOLD(heads=site.heads, planned=planned)
+
+
 def _check_mark(site: Site, mark: Mark) -> None:
     heads = shape(mark.budget)[-1:]
-    if heads and heads != (site.heads,):
+    if heads and heads[0] not in (site.heads, site.all_heads):
         raise PlanError(
             f"attention at {site.name} has {site.heads} heads and the budget attached to its "
             f"module is for {heads[0]}: the plan was made for another model"
@@ -175,8 +196,10 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     planned = plan.sites[name_there]
     if planned.decision == "dense":
         return Decision(site, False, Reason.PLANNED_DENSE(reason=planned.reason))
+    if (problem := untold(site, planned.heads)) is not None:
+        return Decision(site, False, problem)
     name, edges = plan.timestep_name, tuple(plan.timestep_edges)
-    budgets = plan.budgets(name_there)
+    budgets = own_rows(site, plan.budgets(name_there))
     return Decision(
         site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
         probes=DEFAULT_PROBES, timestep=Timestep(name, edges) if name and edges else None,
@@ -184,7 +207,14 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     )  # fmt: skip
 
 
-def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+def own_rows(site: Site, budgets: torch.Tensor) -> torch.Tensor:
+    """Of budgets (..., H) of all heads those of the heads that are here."""
+    if site.share is None or budgets.shape[-1] == site.heads:
+        return budgets
+    return budgets[..., list(site.share.numbers)]
+
+
+def check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     """Tell the error to expect where lengths are not those that the plan was verified at.
 
     Raises:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -72,6 +73,7 @@ class InspectedSite:
         eligible: whether it could be split, whatever its length.
         decision: what the backend would do, "split" or "dense"; without a plan if none was given.
         reason: why it stays dense, or can be split.
+        ranks: processes that share its heads out, of which `heads` are here.
     """
 
     name: str
@@ -86,6 +88,7 @@ class InspectedSite:
     eligible: bool
     decision: str
     reason: str
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ class Inspection:
             about it.
         positions: inputs that hold the positions of tokens (such as img_ids), and the grid that
             these are in raster order on.
+        imbalance: with a plan, how much longer attention takes on ranks that share the heads than
+            it would with equal ones, as they are and after `freqopt.parallel.balance`; None where
+            no heads are shared.
     """
 
     sites: list[InspectedSite]
@@ -122,6 +128,7 @@ class Inspection:
     graphs: int = 1
     unseen: list[str] = field(default_factory=list)
     positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    imbalance: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts and lists, for JSON."""
@@ -153,6 +160,12 @@ class Inspection:
                 f"shows: pass grid={grid}"
                 for name, grid in self.positions.items()
             ]
+        if self.imbalance is not None:
+            before, after = self.imbalance
+            lines.append(
+                f"by the plan, attention takes {before:.2f} times as long as with equal ranks; "
+                f"freqopt.parallel.balance would make that {after:.2f}"
+            )
         for broken in self.graph_breaks:
             lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
         if self.unseen:
@@ -179,7 +192,8 @@ def inspect(
     """Find the attention of a model and say what the backend would do about it.
 
     Runs the model twice on the given inputs, as it is (training or evaluation mode, autocast)
-    but without gradients, and leaves its parameters and the random state alone.
+    but without gradients, and leaves its parameters and the random state alone. Where several
+    processes share its tokens, all of them call this, and it runs once more.
 
     Args:
         model: the model; one that was compiled already is inspected as it was before.
@@ -200,7 +214,11 @@ def inspect(
         "before": before, "after": after,
     })  # fmt: skip
     capture = _Capture(settings, inner)
+    if capture.plan is not None:
+        capture.plan.check_order(inner)
     with torch.no_grad(), _random_state_kept(), uncompiled(inner):
+        if _is_one_of_several():
+            inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
@@ -210,7 +228,17 @@ def inspect(
             graph, _ = written(inner, args, kwargs)
             sites = _of_pieces(capture, capture.described(graph))
     positions = grids_of_positions(args, kwargs)
-    return Inspection(sites, capture.breaks, capture.graphs, unseen, positions)
+    ranks = max((site.ranks for site in sites), default=1)
+    uneven = None
+    if capture.plan is not None and ranks > 1:
+        from freqopt.parallel.costs import imbalances
+
+        uneven = imbalances(capture.plan, ranks)
+    return Inspection(sites, capture.breaks, capture.graphs, unseen, positions, uneven)
+
+
+def _is_one_of_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _of_pieces(capture: _Capture, whole: Sequence[InspectedSite]) -> list[InspectedSite]:
@@ -268,7 +296,10 @@ class _Capture:
         self, gm: fx.GraphModule, inside: str = "", call: OneCall | None = None
     ) -> list[InspectedSite]:
         """What is decided about each site of a graph, which a module of the model runs."""
-        decide_here = functools.partial(decide, self.settings, guard=False)
+        device = None
+        if any(parameter.is_meta for parameter in self.model.parameters()):  # where it would run
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decide_here = functools.partial(decide, self.settings, guard=False, device=device)
         model = Model(self.names, self._known, inside)
         found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]
@@ -302,6 +333,7 @@ def _described(decision: Decision) -> InspectedSite:
         eligible=site.eligible,
         decision="split" if decision.split else "dense",
         reason=site.reason if decision.split else decision.reason,
+        ranks=1 if site.share is None else site.share.ranks,
     )
 
 
@@ -419,7 +451,8 @@ def _table(sites: Sequence[InspectedSite]) -> list[str]:
             if part
         )
         grid = "x".join(map(str, site.grid)) if site.grid else "-"
-        heads = f"{site.heads} x {site.head_dim}" if site.heads else "-"
+        here = str(site.heads) if site.ranks == 1 else f"{site.heads} of {site.ranks} ranks"
+        heads = f"{here} x {site.head_dim}" if site.heads else "-"
         rows.append(
             (name, site.kind, heads, lengths, grid, text or "-", site.decision, site.reason)
         )

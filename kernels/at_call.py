@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqopt.errors import InputError
 from freqopt.kernels import op
+from freqopt.kernels.checks import check_devices
 
 
 @torch.library.custom_op("freqopt::split_attention_at_call", mutates_args=())
@@ -45,8 +46,8 @@ def split_attention_at_call(
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
         )
-        exact = torch.ones(query.shape[:2], device=query.device)
-        return out.transpose(1, 2).contiguous().transpose(1, 2), exact, exact * math.nan
+        exact = torch.ones(query.shape[:2], device=query.device, dtype=torch.float32)
+        return op.by_tokens(out), exact, exact * math.nan
     after = _after(query, grid, text_before)
     found = op.split_attention_op(
         query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
@@ -64,6 +65,7 @@ def _after(query: Tensor, grid: Sequence[int], before: int) -> int:
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(query, key, value, threshold, *(x for x in rest if isinstance(x, Tensor)))
     batch, heads, length, dim = query.shape
     per_head = query.new_empty((batch, heads), dtype=torch.float32)
     out = query.new_empty((batch, length, heads, dim)).transpose(1, 2)
@@ -107,11 +109,7 @@ def split_attention_at_call_backward(
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = (
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
-        for x in (query, key, value)
-    )
-    return tuple(made)  # type: ignore[return-value]
+    return op.empty_gradients(query, key, value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,6 +19,7 @@ from freqopt.passes.axes.dimensions import same
 from freqopt.passes.axes.given import Others
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said
+from freqopt.passes.axes.heads import share_of
 from freqopt.passes.axes.layout import Layout
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
 from freqopt.passes.axes.propagate import follow_axes
@@ -26,7 +27,7 @@ from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
 from freqopt.passes.naming import Names, Numbered, name_around
-from freqopt.passes.nodes import shape, tensor
+from freqopt.passes.nodes import is_distributed, shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
 from freqopt.passes.spellings.anchors import find_attention
@@ -171,11 +172,11 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     sizes = heads_of(attention, operands)
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
-    layout, problem = Layout(), attention.objection
+    layout, problem = Layout(), attention.objection or _distributed(attention)
     lengths: tuple[Extent, Extent] = (0, 0)
     if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
         lengths = (query.shape[-2], length_of_keys(attention))
-        if sizes is not None or attention.objection is None:
+        if sizes is not None or problem is None:
             kind, layout, why_not = classify(attention, dimensions, said)
             problem = problem or why_not
     if problem is None:
@@ -194,8 +195,16 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         text_after_arguments=layout.text_after_arguments,
         pad_before_arguments=layout.pad_before_arguments,
         pad_after_arguments=layout.pad_after_arguments,
+        share=share_of(attention, operands, dimensions) if heads else None,
+        pieces=layout.pieces,
         sources=layout.sources,
     )  # fmt: skip
+
+
+def _distributed(attention: Attention) -> Why | None:
+    """Why attention of tensors that are parts of larger ones can never be rewritten."""
+    operands = (attention.query, attention.key, attention.value)
+    return Reason.DISTRIBUTED() if any(is_distributed(n) for n in operands) else None
 
 
 def _shape_problem(attention: Attention, sizes: tuple[int, int, int] | None) -> Why | None:

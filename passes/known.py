@@ -70,7 +70,7 @@ def believe(
     if not all(_is(length, tokens) for length in lengths):
         return
     before, after = known.around(tokens) or (0, 0)
-    if problem := _settle_mask(site, known, before):
+    if problem := settle_mask(site, known, before):
         site.why = problem
         return
     site.kind = "joint" if before or after else "self"
@@ -97,7 +97,7 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> None:
     known, told, text = fitting[0]
     if not has(site.query_length, site.key_length):
         return
-    if problem := _settle_mask(site, known, text.before):
+    if problem := settle_mask(site, known, text.before):
         site.why = problem
         return
     site.kind = "joint" if text.before or text.after else "self"
@@ -161,7 +161,7 @@ def _is(length: Extent, number: int) -> bool:
     return bool(length == number) if _hint(length) is not None else False
 
 
-def _settle_mask(site: Site, known: Known, before: int) -> Why | None:
+def settle_mask(site: Site, known: Known, before: int) -> Why | None:
     """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
     found = site.attention
     mask = found.mask

@@ -46,6 +46,17 @@ def module_path(node: fx.Node) -> str:
     return module_call(node)[0]
 
 
+def passes_through(node: fx.Node, path: str) -> bool:
+    """Whether the way by which a node's module was reached goes through all parts of a path.
+
+    Hooks stand in the way: blocks.0.forward.__closure__[2].cell_contents.attn1 is blocks.0.attn1.
+    """
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    last = entries[-1] if entries else ""
+    way = iter(re.findall(r"\w+", str(last[0] if isinstance(last, tuple) else last)))
+    return all(part in way for part in path.split("."))
+
+
 def module_call(node: fx.Node, names: Names | None = None, inside: str = "") -> tuple[str, int]:
     """Path of the module that a node is in, and in which of its calls, from 0.
 

@@ -70,6 +70,13 @@ class Reason(Enum):
     BATCHES = Text("its queries, keys and values have different batch sizes")
     SHAPES = Text("its keys {keys} and values {values} differ in heads or head_dim")
 
+    DISTRIBUTED = Text(
+        "its tensors are DTensors, whose collectives no graph shows: it may attend over keys of "
+        "other ranks too, as under torch's context_parallel",
+        "share the sequence by functional collectives (diffusers: ulysses_degree), or call "
+        "freqopt.parallel.over_all_keys",
+    )
+
     # Tokens of queries, keys and values
     READY_MADE = Text(
         "its queries and keys come into this graph ready-made, after a graph break, so that what "
@@ -158,12 +165,13 @@ class Reason(Enum):
     )
     NOT_PLANNED = Text("the plan has no budget for it", "calibrate again")
     PLANNED_DENSE = Text("by the plan: {reason}")
+    HEADS_UNTOLD = Text(
+        "it has {heads} of the plan's {planned} heads here, and which of them this process has "
+        "cannot be told from the graph",
+        "share heads out by functional collectives (all_to_all_single), or compile the whole block",
+    )
     IN_A_BODY = Text(
         "it lies inside a higher-order operator's subgraph", "export without checkpointing"
-    )
-    CONTENT_EXPORT = Text(
-        "its tokens are ordered by content, which an exported file cannot do yet",
-        'calibrate with order="grid" for exports',
     )
     FAILED = Text("rewriting it failed: {error}")
 

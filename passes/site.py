@@ -125,6 +125,20 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which of a model's heads a site has, where several processes share them out.
+
+    group: name of the process group. ranks: its size. heads: of the model, 0 where that cannot be
+    told. numbers: which of them this process has, in the order that it has them.
+    """
+
+    group: str
+    ranks: int
+    heads: int = 0
+    numbers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Mark:
     """What a module brings along, see `freqopt.regional`.
 
@@ -155,7 +169,9 @@ class Site:
     whatever its length; else why not. pad_before_arguments, pad_after_arguments: tokens that only
     the keys have, in whose places the op gets queries of zeros. query_arguments: (t, h, w, text
     before, text after) of queries that are other tokens than the keys. mark: the budget that its
-    module brings along. sources: as those of `Known`.
+    module brings along. share: which of the model's heads these are, where processes share them.
+    pieces: start and length of the pieces that its sequence is put together of, in that order,
+    where tokens of one kind have others between them. sources: as those of `Known`.
     """
 
     name: str
@@ -181,6 +197,13 @@ class Site:
     query_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
     sources: tuple[Source, ...] = ()
+    share: Share | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def all_heads(self) -> int:
+        """Heads that the model has here, those of other processes among them."""
+        return self.heads if self.share is None or not self.share.heads else self.share.heads
 
     @property
     def at_call(self) -> bool:

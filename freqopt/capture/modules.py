@@ -23,6 +23,22 @@ CALLS = ("_call_impl", "_wrapped_call_impl")
 """The functions of `torch.nn.Module` whose frames say that a module is running."""
 
 
+class OwnOnly:
+    """What a module keeps for itself: copies and pickles of the module keep nothing of it."""
+
+    def __init__(self, held: object = None) -> None:
+        self.held = held
+
+    def __copy__(self) -> OwnOnly:
+        return OwnOnly()
+
+    def __deepcopy__(self, memo: object) -> OwnOnly:
+        return OwnOnly()
+
+    def __reduce__(self) -> tuple[type[OwnOnly], tuple[()]]:
+        return OwnOnly, ()
+
+
 def names_of(model: nn.Module) -> dict[int, str]:
     """Names of all modules of a model by their `id`; "" for the model itself."""
     return {id(module): plain_path(name) for name, module in model.named_modules()}
@@ -146,7 +162,7 @@ def module_of(model: Any, what: str) -> nn.Module:
     if isinstance(inner, nn.Module):
         return inner
     kind = type(model).__name__
-    held = _modules_in(model)
+    held = modules_in(model)
     if not held:
         raise InputError(f"model is a {kind}; {what} takes a torch.nn.Module")
     likely = [name for name in USUAL if name in held] or list(held)
@@ -158,7 +174,7 @@ def module_of(model: Any, what: str) -> nn.Module:
     )
 
 
-def _modules_in(holder: Any) -> dict[str, nn.Module]:
+def modules_in(holder: Any) -> dict[str, nn.Module]:
     """Modules that an object holds, by name."""
     parts = getattr(holder, "components", None)
     if not isinstance(parts, Mapping):

@@ -25,14 +25,15 @@ from freqopt.capture.modules import (
     running,
 )
 from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, why_dense
+from freqopt.decisions import decide, untold, why_dense
 from freqopt.options import Options, load_plan
 from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, name_around, site_name
+from freqopt.passes.naming import module_path, name_around, passes_through, site_name
 from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
 from freqopt.regional import ATTACHED, SELECTS, attribute_of
@@ -124,7 +125,9 @@ class Part:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
         reached = module_path(site.node)
-        return reached == relative or reached.endswith(f".{relative}") or not relative
+        if reached == relative or reached.endswith(f".{relative}") or not relative:
+            return True
+        return passes_through(site.node, relative)
 
     def tells(self, gm: fx.GraphModule) -> list[Told]:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
@@ -161,12 +164,25 @@ class Part:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
-        zeros = torch.zeros(2, site.heads, device=site.device)
+        zeros = torch.zeros(2, self._heads(site), device=site.device, dtype=torch.float32)
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]
         self.inputs.append(_Input(relative, nth, zeros, node))
         return bring(node, site.node.graph)
+
+    def _heads(self, site: Site) -> int:
+        """For how many heads budgets are: all of the model's, where processes share them."""
+        return self.planned_heads(site) or site.all_heads
+
+    def planned_heads(self, site: Site) -> int:
+        """For how many heads the budget of a site's module is; 0 where it has none."""
+        module, nth = self._module(site.name), module_of_site(site.name)[1]
+        own = None if module is None else module.__dict__.get(attribute_of(nth))
+        if isinstance(own, Tensor):
+            return own.shape[-1]
+        planned = None if self.plan is None else self._planned(self._real(site.name))
+        return 0 if planned is None or self.plan is None else self.plan.sites[planned].heads
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
@@ -179,17 +195,7 @@ class Part:
         """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""
         if not self.inputs:
             return gm
-        copied = fx.Graph()
-        nodes: dict[fx.Node, fx.Node] = {}
-        copied.output(copied.graph_copy(gm.graph, nodes))
-        copied.output_node().meta = dict(gm.graph.output_node().meta)
-        for node in gm.graph.find_nodes(op="placeholder"):  # AOTAutograd wants to know of each
-            nodes[node]._dynamo_source = getattr(node, "_dynamo_source", None)
-        taken = fx.GraphModule(gm, copied)
-        taken.meta = dict(gm.meta)
-        for name in ("_param_name_to_source", "compile_subgraph_reason"):
-            if hasattr(gm, name):
-                setattr(taken, name, getattr(gm, name))
+        taken, _ = copied(gm)
         for each in self.inputs:
             each.node.replace_all_uses_with(next(iter(gm.graph.nodes)))
             gm.graph.erase_node(each.node)
@@ -338,6 +344,7 @@ def part_of_model(settings: Options) -> Part:
             if planned <= set(match_names(modules_of(module), planned).values()):
                 root = module
                 break
+        plan.check_order(root)
     return Part(settings, root, modules[0])
 
 
@@ -359,6 +366,8 @@ def decide_in_part(
         problem = why_dense(settings, site, planned=part.is_planned(site))
         if problem is None and not part.is_told(site):
             problem = Reason.SHARED()
+        if problem is None:
+            problem = untold(site, part.planned_heads(site) or site.heads)
         if problem is not None:
             decisions.append(Decision(site, False, problem))
             continue

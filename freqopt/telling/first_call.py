@@ -56,6 +56,8 @@ def gather(
     known.settings = settings
     known.add(gm, decisions)
     known.graphs.append(graph)
+    if isinstance(call.called, nn.Module):
+        graph.owner = weakref.ref(call.called)
     if isinstance(call.called, nn.Module) and inside_attached(call.called, known):
         return call.name
     attached = attached_to(call.called)

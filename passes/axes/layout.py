@@ -35,7 +35,8 @@ class Layout:
     remark: what else is to say where there is one. shown: tokens before and in the part of the
     sequence that no mask may hide, where that is more than the grid, as the grid may be another in
     the next call. sources: as those of `Known`. The arguments are what the graph computes the
-    extents from; those of the pads as in `Site`.
+    extents from; those of the pads as in `Site`. pieces: start and length of pieces of the
+    sequence, in the order that it has them.
     """
 
     grid: tuple[Extent, Extent, Extent] | None = None
@@ -51,6 +52,7 @@ class Layout:
     text_after_arguments: tuple[Argument, ...] = ()
     pad_before_arguments: tuple[Argument, ...] = ()
     pad_after_arguments: tuple[Argument, ...] = ()
+    pieces: tuple[tuple[int, int], ...] = ()
 
 
 def around(

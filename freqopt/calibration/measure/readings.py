@@ -77,7 +77,9 @@ class Sums:
     """Sums of readings' energies and curves; divide by `calls` for means."""
 
     calls: int = 0
-    energy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    energy: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu")
+    )
     curves: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, energy: Tensor, curves: dict[str, Tensor]) -> None:
