@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from benchmarks import ways
-from benchmarks.pages import load, origin, table
+from benchmarks.pages import RESULTS, load, origin, table
 from freqopt.passes.reasons import Reason
 
 SPLIT = {"FITS", "BY_MODULE", "BY_PLAN", "BY_THRESHOLD", "BY_DENSITY", "MEASURED"}
@@ -43,6 +43,8 @@ def looks() -> str:
 
 def ways_of_running() -> str:
     """Classes of the model table in the ways that they are run."""
+    if not (RESULTS / "ways.json").exists():
+        return "`python -m benchmarks.ways` has not been run for this checkout."
     return "\n".join(ways.page(load("ways")))
 
 

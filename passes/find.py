@@ -85,7 +85,7 @@ def find_on_grids(
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
     by_model = [told for told in grids.told if told.by_model]
     silent = any(site.grid is None and site.kind in OURS for site in sites)
-    if grids.given is None and silent and not by_model:
+    if grids.given is None and silent and not any(told.sources for told in by_model):
         brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
         sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
     outer = marks.keys() - {site.name for site in sites}  # of modules put around attention

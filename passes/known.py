@@ -52,8 +52,7 @@ def believe(
     if totals and not same(*lengths):  # others, where they are as many, get a graph of their own
         bool(site.query_length == site.key_length)
     heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
-    if heard:
-        _hear(site, heard)
+    if heard and _hear(site, heard):
         return
     fitting = [k for k in layouts if _fits(k, lengths)]
     grids = dict.fromkeys(known.grid for known in fitting)
@@ -81,25 +80,29 @@ def believe(
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
 
 
-def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> None:
+def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> bool:
     """Make a site eligible whose grid the call of the model around tells.
 
-    heard: layouts that calibration saw, each with what is told of such.
+    heard: layouts that calibration saw, each with what is told of such. Returns whether that is all
+    there is to say: what is told may be of other tokens (of one rank's), and the site have just
+    those that calibration saw.
     """
     tokens = _hint(site.query_length)
     if tokens is None or tokens != _hint(site.key_length):
-        return
+        return True
     fitting = [(k, t, text) for k, t in heard if (text := _text(k, t, tokens)) is not None]
+    if not fitting and any(_fits(known, (tokens, tokens)) for known, _ in heard):
+        return False
     if len({(t.grid, text.before) for _, t, text in fitting}) != 1:
         grids = ", ".join(dict.fromkeys("x".join(map(str, t.grid)) for _, t in heard))
         site.why = Reason.CALL_MISFIT(grids=grids, tokens=tokens)
-        return
+        return True
     known, told, text = fitting[0]
     if not has(site.query_length, site.key_length):
-        return
+        return True
     if problem := settle_mask(site, known, text.before):
         site.why = problem
-        return
+        return True
     site.kind = "joint" if text.before or text.after else "self"
     site.grid, site.grid_arguments = told.grid, told.arguments[1:]
     site.text_before, site.text_after = text.before, text.after
@@ -107,6 +110,7 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> None:
     site.text_after_arguments = (text.after_argument,)
     site.pad_before_arguments = site.pad_after_arguments = ()
     site.why = Reason.FITS(remark=f"; it is read from {told.name} at every call of the model")
+    return True
 
 
 class _Text(NamedTuple):

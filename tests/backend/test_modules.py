@@ -52,6 +52,15 @@ def test_names_match_where_that_is_unique(
     assert match_names(names, planned) == expected
 
 
+def test_an_attention_inside_a_wrapper_of_its_own_has_the_wrappers_name() -> None:
+    names, planned = ["blocks.0.attn.inner", "blocks.0.attn.cross"], ["blocks.0.attn"]
+    assert match_names(names, planned) == {}
+    assert match_names(names, planned, []) == {}, "which of the two is not said"
+    found = match_names(names, planned, ["blocks.0.attn.cross"])
+    assert found == {"blocks.0.attn.inner": "blocks.0.attn"}
+    assert match_names(["attn.a#1"], ["attn", "attn#1"], []) == {"attn.a#1": "attn#1"}
+
+
 def test_a_site_is_an_attention_of_a_module() -> None:
     assert module_of_site("blocks.3.attn") == ("blocks.3.attn", 0)
     assert module_of_site("blocks.3.attn#2@1") == ("blocks.3.attn", 2)
