@@ -217,5 +217,9 @@ def curve_figure(seen: CloseUp) -> Figure:
         ylabel="error of this head",
     )
     percent_axis(ax)
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    if high < 10 * low:  # no power of ten may be in sight
+        ax.yaxis.set_minor_formatter("{x:.3g}")
     ax.legend(loc="lower left")
     return figure

@@ -156,7 +156,7 @@ def _approximated(plan: Plan, result: dict[str, Any], seen: Seen) -> Section:
     html = (
         f"<p>The model cuts the clip into {tokens:,} small patches. In each of {len(plan.sites)} "
         "layers every patch looks at every other one, to find what belongs together: the same "
-        f"ball a few frames later, the rest of an edge. That is {tokens**2 / 1e6:,.0f} million "
+        f"ball a few frames later, the rest of an edge. That is {tokens**2:,} "
         f"pairs for each of {heads} heads, at every step. It is called attention, and the longer "
         "the video the more of the work it is.</p>"
         "<p>Most pairs hardly matter. So the rewritten model first estimates, for every group of "
@@ -221,10 +221,7 @@ def _bars(models: dict[str, Shares]) -> str:
     bars, rows = [], []
     for name, each in models.items():
         parts = "".join(
-            f'<i class="{kind}" style="width: {100 * getattr(each, field) / longest:.2f}%" '
-            f'title="{words}">{getattr(each, field):.2f} s</i>'
-            for kind, words, field in kinds
-            if getattr(each, field) > 0
+            _bar(kind, words, getattr(each, field), longest) for kind, words, field in kinds
         )
         bars.append(f'<div>{name}, {sum(each):.2f} s<div class="bar">{parts}</div></div>')
         rows.append(
@@ -237,14 +234,21 @@ def _bars(models: dict[str, Shares]) -> str:
     )
 
 
+def _bar(kind: str, words: str, seconds: float, longest: float) -> str:
+    """One part of a bar; its seconds are written where there is room for them."""
+    width = 100 * seconds / longest
+    text = f"{seconds:.2f} s" if width >= 9 else ""
+    padding = "" if text else "; padding: 0"
+    return f'<i class="{kind}" style="width: {width:.2f}%{padding}" title="{words}">{text}</i>'
+
+
 def _checked(plan: Plan, result: dict[str, Any], settings: Settings) -> Section:
     made = (
-        f"The plan was made in this run, from {plan.evidence.samples} steps of other videos."
+        "The plan was made in this run, from steps of other videos."
         if settings.calibrate
         else (
             "The plan that says how much each head may approximate ships with freqopt. It was made "
-            f"with <code>freqopt.calibrate</code>, from {plan.evidence.samples} steps of other "
-            "videos, as making one takes longer than this demo. So it was checked here."
+            "with <code>freqopt.calibrate</code>, from other videos, as making one takes longer than this demo. So it was checked here."
         )
     )
     errors = result["errors_here"]

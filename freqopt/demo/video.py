@@ -193,7 +193,7 @@ def spotlight(video: Tensor, tile: Tensor, looked: Tensor, patch: tuple[int, int
     columns = 4
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(10, rows * (10 / columns * height / width + 0.28)))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.set_axis_off()
     for ax, frame in zip(axes, shown, strict=False):

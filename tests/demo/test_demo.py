@@ -19,6 +19,7 @@ import torch
 from benchmarks.natural import natural_attention
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.orders import key_order
 from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.demo import closeup
 from freqopt.demo import foreign as demo_foreign
@@ -211,9 +212,12 @@ def test_the_plan_that_ships_is_for_the_weights_that_ship() -> None:
 
 @pytest.mark.parametrize("chunk", [0, 256])
 def test_what_a_patch_looks_at_is_what_the_op_attends(chunk: int) -> None:
-    grid, patch, threshold = (5, 9, 11), (2, 4, 5), 0.4
+    grid, patch = (5, 9, 11), (2, 4, 5)
     a = natural_attention(grid, heads=2, dim=16, dtype=torch.float32, device="cpu")
     call = AttentionCall(a.query, a.key, a.value, None, grid, 0, 0, 0.25)
+    order = key_order(call, chunk) if chunk else None
+    scores = closeup.head_tokens(call, 1, order).score
+    threshold = float(scores[scores.isfinite()].median())
     tile, looked = closeup.around(call, 1, chunk, threshold, patch)
     assert tile[patch] and tile.sum() == QUERY_TILE and (tile & ~looked).sum() == 0
     assert 0 < looked.sum() < looked.numel()
@@ -238,6 +242,19 @@ def test_what_a_patch_looks_at_is_what_the_op_attends(chunk: int) -> None:
     expected = torch.zeros(len(places), dtype=torch.bool)
     expected[places.long()] = exact[: len(places)]
     assert torch.equal(looked.flatten(), expected)
+
+
+def test_a_spotlight_shows_what_is_looked_at_in_colour() -> None:
+    shown = torch.full((3, 3, 8, 12), 0.2) * torch.tensor([1.0, -1.0, 2.0])[:, None, None, None]
+    tile, looked = (torch.zeros(3, 2, 3, dtype=torch.bool) for _ in range(2))
+    tile[1, 0, 1] = looked[1, 0, 1] = looked[2, 1, 2] = True
+    figure = demo_video.spotlight(shown, tile, looked, (1, 0, 1))
+    images = [np.asarray(ax.images[0].get_array()) for ax in figure.axes[:3]]
+    coloured = [np.ptp(image, axis=-1) > 0.1 for image in images]
+    assert not coloured[0].any()
+    assert coloured[1][:4, 4:8].all() and coloured[1].sum() == 16
+    assert coloured[2][4:, 8:].all() and coloured[2].sum() == 16
+    assert [len(ax.patches) for ax in figure.axes[:3]] == [0, 1, 0]
 
 
 def test_curves_are_read_at_a_threshold() -> None:
