@@ -248,7 +248,8 @@ def _checked(plan: Plan, result: dict[str, Any], settings: Settings) -> Section:
         if settings.calibrate
         else (
             "The plan that says how much each head may approximate ships with freqopt. It was made "
-            "with <code>freqopt.calibrate</code>, from other videos, as making one takes longer than this demo. So it was checked here."
+            "with <code>freqopt.calibrate</code>, from other videos, as making one takes longer "
+            "than this demo. So it was checked here."
         )
     )
     errors = result["errors_here"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from freqopt.demo.shipped import SHIPPED
 from freqopt.errors import InputError, OptionError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig, load_pretrained
 
@@ -49,7 +50,8 @@ def default_settings(device: str | None = None, **given: Any) -> Settings:
 
     On a GPU 21 x 30 x 52 = 32,760 tokens and 25 steps in bfloat16, calibrated there. On a CPU 10 x
     18 x 26 = 4,680 tokens and 8 steps, uncompiled ("eager"), with the plan that ships: calibrating
-    takes many runs of the model. It is made anew where something says what to calibrate to.
+    takes many runs of the model. It is made anew where something says what to calibrate to, and
+    where none ships.
 
     Raises:
         OptionError: CUDA where there is none, a dtype or size that the model cannot work on.
@@ -76,7 +78,8 @@ def default_settings(device: str | None = None, **given: Any) -> Settings:
         }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     told = {"target_error", "density", "samples"} & given.keys()
-    defaults["calibrate"] = kind == "cuda" or bool(told) or given.get("random_weights", False)
+    made = kind == "cuda" or bool(told) or given.get("random_weights", False)
+    defaults["calibrate"] = made or not SHIPPED.exists()
     if given.get("inner", defaults["inner"]) != "inductor":
         defaults["mode"] = None
     settings = Settings(**defaults | given)

@@ -33,7 +33,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     assert counted.split >= 2, said
     if name == "wan_two_experts":
-        assert {model.split > 0 for model in counted.models} == {True} and len(counted.models) == 2
+        assert "transformer: " in said and "transformer_2: " in said and counted.split >= 8
     elif name == "flux_packed":
         assert "the grid, read off the positions: [(1, 16, 24)]" in said
     elif name == "hunyuan_video":
