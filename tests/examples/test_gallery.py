@@ -29,11 +29,12 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     freqopt.reset_counters()
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    said, counted = capsys.readouterr().out, freqopt.counters()
+    said = capsys.readouterr().out  # what ran is forgotten with the models, but was printed
     torch._dynamo.reset()
-    assert counted.split >= 2, said
+    (split,) = re.findall(r"(\d+) attention calls (?:were )?split", said)
+    assert int(split) >= 2, said
     if name == "wan_two_experts":
-        assert "transformer: " in said and "transformer_2: " in said and counted.split >= 8
+        assert "transformer: " in said and "transformer_2: " in said and int(split) >= 8
     elif name == "flux_packed":
         assert "the grid, read off the positions: [(1, 16, 24)]" in said
     elif name == "hunyuan_video":
