@@ -121,11 +121,12 @@ def _one_node(case: Case) -> Any:
         "budget": (TensorProto.FLOAT, [None]), "key_mask": (TensorProto.BOOL, [None, None]),
         "order": (TensorProto.INT64, [None]), "text_before": (TensorProto.INT64, [1]),
     }  # fmt: skip
+    names = [name.removeprefix("query_") for name in INPUTS]  # queries are the keys' tokens
     node = helper.make_node(
-        OP_NAME, list(INPUTS), ["out"], domain=DOMAIN, scale=case.head_dim**-0.5,
-        density=case.density, probes=PROBES,
+        OP_NAME, names, ["out"], domain=DOMAIN, scale=case.head_dim**-0.5,
+        density=case.density, probes=PROBES, own=1,
     )  # fmt: skip
-    inputs = [helper.make_tensor_value_info(n, *shapes[n]) for n in INPUTS]
+    inputs = [helper.make_tensor_value_info(n, *shape) for n, shape in shapes.items()]
     out = helper.make_tensor_value_info("out", own, [None] * 4)
     return helper.make_model(
         helper.make_graph([node], "split", inputs, [out]),

@@ -1,7 +1,8 @@
 """Gives an exported file another plan's budgets, without the model and without another export.
 
-Budgets are initialisers named freqopt.budget.<site>, so a deployment can be made more exact or
-faster where it lies. What the plan decides beyond thresholds is fixed in the file's nodes.
+Budgets are initialisers named freqopt.budget.<site>, and the chunks of orders by content ones named
+freqopt.chunks.<site>, so a deployment can be made more exact or faster where it lies. What the plan
+decides beyond these is fixed in the file's nodes.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from freqopt.errors import PlanError
-from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
+from freqopt.exporters.manifest import (
+    FILE_NAME,
+    Artifact,
+    adopt,
+    announce,
+    describe_plan,
+    manifest_of,
+)
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.files import locked, replacing
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -21,13 +33,18 @@ if TYPE_CHECKING:
 def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifact:
     """Overwrite the budgets of an ONNX artifact by those of another plan, and its manifest.
 
+    Interrupted at any point the folder is the old one or the new one, and runs as either.
+
     A site that is split in the file and dense in the plan attends every pair exactly from then on;
-    one that is dense in the file stays so. Both are noted.
+    one that is dense in the file stays so. Both are noted. Heads that the file orders by content
+    get the plan's chunks, 0 for the grid's order.
 
     Raises:
         ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
         NotAvailableError: onnx is not installed.
-        PlanError: a plan of another model.
+        PlanError: a plan of another model, or one that orders by content what the file orders by
+            the grid alone.
+        FileError: the folder cannot be written.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind != "onnx":
@@ -46,23 +63,31 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
             f"the file is of {made_for['model']} with {made_for['model_fingerprint']}"
         )
     notes = _check_sites(artifact, plan)
-    _write_budgets(artifact, plan)
-    return write_manifest(
-        artifact.path, kind=artifact.kind, model=str(artifact.manifest["model"]),
-        files=list(artifact.manifest["files"]),
-        content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
-    )  # fmt: skip
+    model = str(artifact.manifest["model"])
+    with locked(artifact.path / FILE_NAME):
+        with replacing(artifact.model_path) as fresh:
+            _write_budgets(artifact, plan, fresh)
+            manifest = manifest_of(
+                artifact.path,
+                kind=artifact.kind,
+                model=model,
+                files=list(artifact.manifest["files"]),
+                content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
+                instead={model: fresh},
+            )
+            announce(artifact.path, manifest)
+        return adopt(artifact.path, manifest)
 
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     """Raise PlanError where the plan does not know a site; the notes about the others."""
-    for name in artifact.sites:
+    for name, held in artifact.sites.items():
         if name not in plan.sites:
             raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
-        if plan.largest_chunk(name):
+        if plan.largest_chunk(name) and held.get("chunks") is None:
             raise PlanError(
                 f"this plan orders the tokens of {name!r} by content and the file by the grid: "
-                'calibrate with order="grid" for exports'
+                "export again with the plan"
             )
     notes = [
         f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
@@ -79,7 +104,8 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     return notes
 
 
-def _write_budgets(artifact: Artifact, plan: Plan) -> None:
+def _write_budgets(artifact: Artifact, plan: Plan, fresh: Path) -> None:
+    """Write the model with the plan's budgets to a new file."""
     try:
         import onnx
     except ImportError as error:
@@ -93,11 +119,29 @@ def _write_budgets(artifact: Artifact, plan: Plan) -> None:
             raise ArtifactError(
                 f"{artifact.model_path} has no initializer {site['budget']}; export again"
             )
-        budget = plan.budgets(name)[:, 0].amin(0).numpy()
-        held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(budget, site["budget"]))
-    partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
-    onnx.save(proto, partial)
-    os.replace(partial, artifact.model_path)
+        budgets = plan.budgets(name)
+        lowest = budgets[:, 0].amin(0).numpy()
+        held[site["budget"]].CopyFrom(onnx.numpy_helper.from_array(lowest, site["budget"]))
+        if site.get("chunks") is not None:
+            of_heads = budgets[0, 1, :: site["heads"] // site["kv_heads"]].to(torch.int32)
+            _write_chunks(artifact, proto, site["chunks"], of_heads.numpy())
+    onnx.save(proto, fresh)
+
+
+def _write_chunks(artifact: Artifact, proto: Any, name: str, chunks: np.ndarray[Any, Any]) -> None:
+    """Give a site's orders by content other chunks (Hkv,) int32, in the initialiser `name`."""
+    import onnx
+
+    from freqopt.exporters.onnx.content import CONTENT_NAME
+
+    held = [initializer for initializer in proto.graph.initializer if initializer.name == name]
+    if not held:
+        raise ArtifactError(f"{artifact.model_path} has no initializer {name}; export again")
+    held[0].CopyFrom(onnx.numpy_helper.from_array(chunks, name))
+    for node in proto.graph.node:
+        if node.op_type == CONTENT_NAME and name in node.input:
+            (largest,) = (a for a in node.attribute if a.name == "largest_chunk")
+            largest.i = int(chunks.max())
 
 
 def _kept(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One rewritten `torch.export` program for every exporter: sites found, plan baked in.
 
 torch.compile backends take no part in torch.export, so the passes run here once more, on the
-exported graph before its decompositions. Budgets become buffers called freqopt.budget.<site>.
+exported graph before its decompositions. Budgets become buffers called freqopt.budget.<site>, the
+chunks of orders by content freqopt.chunks.<site>.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import freqopt.kernels.op  # noqa: F401  registers the operator
-from freqopt.config import DEFAULT_PROBES
+from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
 from freqopt.exporters.complex_numbers import make_real
 from freqopt.exporters.problems import ExportError
 from freqopt.grid import Grid
-from freqopt.options import Options
+from freqopt.options import parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
@@ -31,11 +32,19 @@ if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
 BUDGET_PREFIX = "freqopt.budget."
+CHUNKS_PREFIX = "freqopt.chunks."
+THRESHOLD, CHUNKS = 3, 11
+"""Arguments of the op that are constants of a site."""
 
 
 @dataclass(frozen=True)
 class SplitSite:
-    """One rewritten attention. budget: name of its initialiser; masked: has a key mask."""
+    """One rewritten attention.
+
+    budget: name of its initialiser. masked: has a key mask. chunks: name of the initialiser with
+    the key heads' chunks, None where all are in the grid's order; largest_chunk: the largest of
+    them. other_queries: the queries are other tokens than the keys.
+    """
 
     budget: str
     heads: int
@@ -45,6 +54,9 @@ class SplitSite:
     masked: bool
     density: float
     probes: int
+    chunks: str | None = None
+    largest_chunk: int = 0
+    other_queries: bool = False
 
 
 @dataclass
@@ -65,6 +77,8 @@ def make_program(
     plan: Plan | None = None,
     dynamic_shapes: Any = None,
     grid: Grid | None = None,
+    order: str | None = None,
+    chunk: int | str = DEFAULT_CHUNK,
     probes: int = DEFAULT_PROBES,
 ) -> Program:
     """Export a model and replace every attention that the plan splits.
@@ -76,13 +90,17 @@ def make_program(
             density of 0.25.
         dynamic_shapes: as in torch.export.export.
         grid: extents (t, h, w) where neither the graph nor the plan tells them.
+        order, chunk: how tokens are ordered without a plan, as the backend's options of that name.
 
     Raises:
+        OptionError: an order that is unknown, or was given with a plan.
         ExportError: torch.export cannot trace the model, or complex numbers have no real form.
         PlanError: the plan was made for another model, or splits nothing of this one.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {type(model).__name__}; a torch.nn.Module is supported")
+    given = {"plan": plan, "grid": grid, "min_tokens": 0, "order": order}
+    settings = parse_options({**given, "chunk": chunk} if order == "content" else given)
     if plan is not None:
         plan.check_model(model)
     was_training = model.training
@@ -93,7 +111,6 @@ def make_program(
         model.train(was_training)
     program = Program(exported)
     graph = exported.module()
-    settings = Options(plan=plan, grid=grid, min_tokens=0)
 
     def decide_here(sites: Sequence[Site]) -> list[Decision]:
         # An exported file runs anywhere, its function bodies for any head_dim.
@@ -157,8 +174,6 @@ def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decis
     """
     if not decision.split:
         return decision
-    if decision.largest_chunk or decision.site.query_arguments:
-        return Decision(decision.site, False, Reason.CONTENT_EXPORT())
     if decision.site.node.graph is not graph.graph:
         return Decision(decision.site, False, Reason.IN_A_BODY())
     budget = decision.budget
@@ -170,7 +185,11 @@ def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decis
 def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
     call, site = split_as_decided(graph, decision).call, decision.site
     name = BUDGET_PREFIX + site.name
-    _name_buffer(graph, call, name)
+    _name_buffer(graph, call, THRESHOLD, name)
+    chunks = None
+    if decision.largest_chunk:
+        chunks = CHUNKS_PREFIX + site.name
+        _name_buffer(graph, call, CHUNKS, chunks)
     return SplitSite(
         budget=name,
         heads=site.heads,
@@ -180,16 +199,16 @@ def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
         masked=call.args[4] is not None,
         density=decision.density,
         probes=decision.probes,
+        chunks=chunks,
+        largest_chunk=decision.largest_chunk,
+        other_queries=bool(site.query_arguments),
     )
 
 
 def _check_plan_used(plan: Plan, program: Program) -> None:
     planned = [name for name, site in plan.sites.items() if site.decision == "split"]
     missing = [name for name in planned if name not in program.split]
-    by_content = str(Reason.CONTENT_EXPORT())
-    if planned and not any(
-        name in program.split or program.dense.get(name) == by_content for name in planned
-    ):
+    if planned and len(missing) == len(planned):
         raise PlanError(
             f"none of the {len(planned)} sites that this plan splits was found in the exported "
             f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
@@ -204,9 +223,9 @@ def _check_plan_used(plan: Plan, program: Program) -> None:
         )
 
 
-def _name_buffer(graph: fx.GraphModule, call: fx.Node, name: str) -> None:
-    """Move the constant that `insert_split` made to a buffer of the given dotted name."""
-    constant = call.args[3]
+def _name_buffer(graph: fx.GraphModule, call: fx.Node, argument: int, name: str) -> None:
+    """Move a constant that `insert_split` made to a buffer of the given dotted name."""
+    constant = call.args[argument]
     assert isinstance(constant, fx.Node) and constant.op == "get_attr"
     made = str(constant.target)
     value = getattr(graph, made)

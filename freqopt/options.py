@@ -38,6 +38,9 @@ class Options:
         order: "grid" or "content", how tokens are ordered without a plan, which has orders of its
             own: by default by the grid, and sites without one stay dense.
         chunk: tokens that are ordered by content together: a power of two from 256, or "all".
+        reuse_order: calls of a site that one order by content serves, for each model, layer and
+            thread by itself; an output then depends on earlier calls. 1: every call makes its own,
+            as where gradients are recorded.
         threshold: one budget for all sites instead of a plan; 0 is exact.
         min_tokens: shorter sites stay dense; by default by `freqopt.break_even`, from the site's
             heads.
@@ -54,6 +57,7 @@ class Options:
     after: int = 0
     order: Literal["grid", "content"] | None = None
     chunk: int | Literal["all"] = DEFAULT_CHUNK
+    reuse_order: int = 1
     threshold: float | None = None
     min_tokens: int | None = None
     strict: bool = False
@@ -96,6 +100,11 @@ def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
         if "plan" in given:
             raise OptionError("plan and threshold were both given; a plan has its own budgets")
     _check_order(given)
+    calls = given.get("reuse_order", 1)
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+        raise OptionError(
+            f"reuse_order {calls!r} must be a number of calls that an order serves, 1 or larger"
+        )
     least = given.get("min_tokens")
     if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
         raise OptionError(f"min_tokens {least!r} must be a number of tokens, 0 or larger")
@@ -161,25 +170,24 @@ def _parse_grid(given: Any) -> tuple[int, int, int]:
 
 
 def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
-    """A plan as it was given, or read from its file (once, until the file changes).
+    """A plan as it was given, or read from its file: what is in it now, parsed once.
 
     Raises:
         PlanError: see `Plan.load`.
         OptionError: neither a plan nor a path.
     """
-    from freqopt.plan.plan import Plan
+    from freqopt.plan.plan import Plan, read_plan
 
     if isinstance(plan, Plan):
         return plan
     if not isinstance(plan, (str, os.PathLike)):
         raise OptionError(f"plan must be a Plan or the path of one, not {type(plan).__name__}")
-    path = Path(plan)
-    return _read_plan(str(path), path.stat().st_mtime_ns if path.exists() else 0)
+    return _parsed(read_plan(plan), str(Path(plan)))
 
 
 @functools.lru_cache(maxsize=8)
-def _read_plan(path: str, modified: int) -> Plan:
-    del modified  # part of the cache's key
+def _parsed(text: str, origin: str) -> Plan:
+    """By content: one path may name other files by and by, within a second and from elsewhere."""
     from freqopt.plan.plan import Plan
 
-    return Plan.load(path)
+    return Plan.parse(text, origin=origin)

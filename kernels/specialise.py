@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.kernels.forward import density, probe, routing, summaries
+from freqopt.kernels.content_order import LEAF, RANK, SEGMENT_SAMPLES
+from freqopt.kernels.forward import density, order, probe, routing, summaries
 from freqopt.kernels.forward.density import RANK_BITS
 from freqopt.kernels.forward.long import ROUTE_STEP
 from freqopt.kernels.hopper import attend as gluon_attend
@@ -25,6 +26,7 @@ from freqopt.kernels.portable import attend as triton_attend
 from freqopt.kernels.portable import density as triton_density
 from freqopt.kernels.portable import glue as triton_glue
 from freqopt.kernels.portable import long as triton_long
+from freqopt.kernels.portable import order as triton_order
 from freqopt.kernels.portable import prepare as triton_prepare
 from freqopt.kernels.portable import score as triton_score
 from freqopt.kernels.tiles import launch_for, padded_dim
@@ -33,16 +35,18 @@ from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 F32 = (
     "budget limits threshold key_mean spread head_spread sums first_order key_shift score "
     "peak mass peak_out mass_out exact_out missing_out logit logit_out moments coefficients "
-    "probe_error"
+    "probe_error partial covariance axes shift"
 ).split()
 NATIVE = (
     "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
-    "sub_mean tile_square out"
+    "sub_mean tile_square out tokens_of directions"
 ).split()
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",
     "order": "*i64", "turn": "*i64", "route": "*i8", "exact_list": "*i32", "counts": "*i32",
     "key_mask": "*i1", "tile_list": "*i32", "packed": "*u8", "prefix": "*i32", "histogram": "*i32",
+    "base": "*i64", "chunks": "*i32", "coordinates": "*fp16", "along": "*fp16", "position": "*i32",
+    "target": "*i32", "ranks": "*i32",
 }  # fmt: skip
 """Types of pointer arguments by name; those of NATIVE are the tensors' own.
 
@@ -111,7 +115,65 @@ def specialisations(variant: Variant) -> Iterator[Specialised]:
     own.
     """
     for given in _chosen(variant):
-        yield given.with_defaults()
+        yield given.with_defaults(besides=_of_orders(given.function))
+    if variant.content:
+        yield from order_specialisations(variant)
+        for given in _chosen(variant):
+            if given.name in OF_OWN:
+                constants = {**given.constants, "OWN": False}
+                other = given._replace(name=f"{given.name}_other", constants=constants)
+                yield other.with_defaults()
+
+
+OF_OWN = ("route", "density")
+"""Kernels that are others where the queries are not the keys' own tokens."""
+
+
+def _of_orders(function: Any) -> tuple[str, ...]:
+    """Arguments of a kernel that say whose order it reads, which exports pass at every launch."""
+    params = {p.name: p for p in function.params}
+    if "order" in params and params["order"].has_default:
+        return ()  # reads keys that are in order already
+    return tuple(n for n in PASSED if n in params and params[n].has_default)
+
+
+def order_specialisations(variant: Variant) -> Iterator[Specialised]:
+    """Every kernel that makes an order by content, as `forward.order` launches them.
+
+    Those called halve_<tokens> are one kernel for segments of so many tokens.
+    """
+    for given in _chosen_of_order(variant):
+        yield given.with_defaults(besides=_of_orders(given.function))
+
+
+def _chosen_of_order(variant: Variant) -> Iterator[Specialised]:
+    padded = max(padded_dim(variant.head_dim), RANK)
+    size: dict[str, Any] = {"D": variant.head_dim, "DP": padded}
+    kernels = triton_order
+
+    def launch(warps: int) -> dict[str, int]:
+        return {"num_warps": warps, "num_stages": 3}
+
+    moments = {**size, "ROWS": order.SAMPLE_ROWS}
+    yield Specialised("moments", kernels.moments_kernel, moments, launch(8), 0)
+    directions = {**size, "SLICE": order.DIRECTION_SLICE}
+    yield Specialised("directions", kernels.directions_kernel, directions, launch(8), 0)
+    rows = order.PROJECT_ROWS
+    project = {**size, "ROWS": rows}
+    warps = order.PROJECT_WARPS
+    yield Specialised("project", kernels.project_kernel, project, launch(warps), rows)
+    piece = order.SEGMENT_PIECE
+    segment = {"PIECE": piece, "PIECES": SEGMENT_SAMPLES // piece}
+    yield Specialised("segment", kernels.segment_kernel, segment, launch(order.SEGMENT_WARPS), 0)
+    ranked = launch(warps // 2)
+    yield Specialised("rank_tokens", kernels.rank_tokens_kernel, {"ROWS": rows}, ranked, rows)
+    divide = {"PIECE": order.DIVIDE_PIECE}
+    yield Specialised("divide", kernels.divide_kernel, divide, launch(order.DIVIDE_WARPS), 0)
+    for tokens, (warps, piece) in order.LEVELS.items():
+        halve = {"SIZE": tokens, "STEP": max(tokens // SEGMENT_SAMPLES, 1), "PIECE": piece}
+        name = f"halve_{tokens}"
+        yield Specialised(name, kernels.halve_kernel, halve, launch(warps), tokens)
+    yield Specialised("leaf", kernels.leaf_kernel, {"SIZE": LEAF}, launch(1), LEAF)
 
 
 def _chosen(variant: Variant) -> Iterator[Specialised]:
@@ -189,10 +251,12 @@ LONG = {
 run beside the scores (`freqopt.kernels.overlap`) change those of BY_PROBE."""
 
 
-OF_ORDERS = frozenset(
-    "order_row order_share queries query_before key_order key_order_row log_sum log_sum_row".split()
-)
-"""Arguments of calls whose heads have orders of their own, or whose queries are other tokens."""
+PASSED = ("order_row", "order_share", "queries", "query_text", "query_before", "share")
+"""Arguments of calls whose heads have orders of their own, or whose queries are other tokens, as
+exports pass them."""
+
+OF_ORDERS = frozenset((*PASSED, "key_order", "key_order_row", "log_sum", "log_sum_row"))
+"""The same and more, as PyTorch passes them; defaults where a kernel is listed for reading."""
 
 
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
@@ -244,7 +308,11 @@ def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialise
     dim = variant.head_dim
     constants = {"D": dim, "HAS_MASK": variant.masked, "STAGES": hopper.STAGES[dim]}
     function = gluon_gather.gather_hopper_kernel if long else gluon_attend.attend_hopper_kernel
-    return Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128).with_defaults()
+    # What exports launch is told whose tokens the queries are; a long call in PyTorch is not here.
+    passed: tuple[str, ...] = () if long else _of_orders(function)
+    constants |= {} if long else {"OWN": False}
+    given = Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128)
+    return given.with_defaults(besides=passed)
 
 
 def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised | None:

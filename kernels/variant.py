@@ -15,10 +15,12 @@ DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 class Variant:
     """A GPU's compute capability (90 for 9.0), the tensors' type and head dim.
 
-    masked: with a key mask.
+    masked: with a key mask. content: with the kernels that make an order by content, and that serve
+    queries of other tokens, in an export.
     """
 
     capability: int
     dtype: str
     head_dim: int
     masked: bool
+    content: bool = False

@@ -37,9 +37,14 @@ def is_long(tokens: int) -> bool:
     return tokens >= LONG_TOKENS
 
 
-def bytes_per_key_head(tokens: int, head_dim: int, itemsize: int, group_size: int) -> int:
-    """Workspace of one key head and the `group_size` query heads that share it."""
-    tiles, blocks = -(-tokens // QUERY_TILE), -(-tokens // KEY_BLOCK)
+def bytes_per_key_head(
+    tokens: int, queries: int, head_dim: int, itemsize: int, group_size: int
+) -> int:
+    """Workspace of one key head and the `group_size` query heads that share it.
+
+    tokens, queries: video tokens among the keys and among the queries.
+    """
+    tiles, blocks = -(-queries // QUERY_TILE), -(-tokens // KEY_BLOCK)
     ordered = 2 * blocks * KEY_BLOCK * head_dim * itemsize
     if is_long(tokens):
         return int(CHUNK_SHARE * ordered)
@@ -49,15 +54,15 @@ def bytes_per_key_head(tokens: int, head_dim: int, itemsize: int, group_size: in
 
 
 def chunk_tiles(
-    tokens: int, head_dim: int, itemsize: int, group_size: int, processors: int = 1
+    tokens: int, queries: int, head_dim: int, itemsize: int, group_size: int, processors: int = 1
 ) -> int:
     """Query tiles per head that go together in a long sequence.
 
     A multiple of the GPU's processors where there are more: the last round of programs is then as
     full as the others.
     """
-    tiles, blocks = -(-tokens // QUERY_TILE), -(-tokens // KEY_BLOCK)
-    room = bytes_per_key_head(tokens, head_dim, itemsize, group_size)
+    tiles, blocks = -(-queries // QUERY_TILE), -(-tokens // KEY_BLOCK)
+    room = bytes_per_key_head(tokens, queries, head_dim, itemsize, group_size)
     fitting = max(room // (group_size * blocks * LONG_PAIR_BYTES), 1)
     if fitting > processors:
         fitting -= fitting % processors

@@ -10,17 +10,28 @@ from __future__ import annotations
 import onnx
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.exporters.onnx.graph import Nodes, Value
-from freqopt.kernels.reference import C_MAX, EXACT, G_MAX, LOW, NEWTON_STEPS
+from freqopt.kernels.reference import (
+    C_MAX,
+    EXACT,
+    G_MAX,
+    LEAST_CORRECTION,
+    LEAST_MASS,
+    LOW,
+    NEWTON_STEPS,
+)
 from onnx import AttributeProto, TensorProto, helper
 
 DOMAIN = "freqopt"
 OP_NAME = "SplitAttention"
 ORDER_NAME = "TokenOrder"
-OP_VERSION = 2
+OP_VERSION = 3
 """Opset version of the domain; raised when inputs, attributes or meaning change."""
 
-INPUTS = ("query", "key", "value", "budget", "key_mask", "order", "text_before")
-ATTRIBUTES = ("scale", "density", "probes")
+INPUTS = (
+    *("query", "key", "value", "budget", "key_mask"),
+    *("order", "text_before", "query_order", "query_text_before"),
+)
+ATTRIBUTES = ("scale", "density", "probes", "own")
 
 INFINITY = float("inf")
 PER_TILE = QUERY_TILE // SUB_TILE
@@ -31,42 +42,60 @@ class _Split:
 
     def __init__(self, nodes: Nodes) -> None:
         self.n = nodes
-        query, key, value, budget, mask, order, before = (Value(nodes, x) for x in INPUTS)
-        self.query_in, self.mask_in, self.budget = query, mask, budget
+        given = {name: Value(nodes, name) for name in INPUTS}
+        query, key, value = (given[name] for name in INPUTS[:3])
+        self.query_in, self.mask_in, self.budget = query, given["key_mask"], given["budget"]
         self.scale = nodes.attribute("scale", "float", AttributeProto.FLOAT)
         self.density = nodes.attribute("density", "float", AttributeProto.FLOAT)
         self.probes = nodes.attribute("probes", "int", AttributeProto.INT)
-        self.order, self.before = order.cast(TensorProto.INT64), before
-        self.batch, self.heads = query.size(0), query.size(1)
-        self.length, self.dim = query.size(2), query.size(3)
-        self.tokens = self.order.size(0)
+        self.own = nodes.attribute("own", "int", AttributeProto.INT) > 0
+        self.batch, self.heads, self.dim = query.size(0), query.size(1), query.size(3)
+        self.length, self.key_length = query.size(2), key.size(2)
+        self.tokens, self.queries = (given[n].size(-1) for n in ("order", "query_order"))
         self.blocks = (self.tokens + (KEY_BLOCK - 1)) // KEY_BLOCK
-        self.tiles = (self.tokens + (QUERY_TILE - 1)) // QUERY_TILE
-        self.count = self._counts(KEY_BLOCK, self.blocks)
-        self.text_index = nodes.concat(
-            0, nodes.range(0, before), nodes.range(before + self.tokens, self.length)
-        )
-        video_index = self.order + before
-        whole = [query.float(), *(self._repeat_heads(x.float()) for x in (key, value))]
-        self.query, self.key, self.value = (x.gather(video_index, 2) for x in whole)
-        self.text_query, self.text_key, self.text_value = (
-            x.gather(self.text_index, 2) for x in whole
-        )
+        self.tiles = (self.queries + (QUERY_TILE - 1)) // QUERY_TILE
+        self.count = self._counts(self.tokens, KEY_BLOCK, self.blocks)
+        self.before, self.query_before = given["text_before"], given["query_text_before"]
+        self.text_index = self._text_index(self.before, self.tokens, self.key_length)
+        query_text = self._text_index(self.query_before, self.queries, self.length)
+        order = self._per_head(given["order"], self.tokens)
+        self.query_order = self._per_head(given["query_order"], self.queries)
+        whole = [self._repeat_heads(x.float()) for x in (key, value)]
+        self.key, self.value = (self._by_head(x, order + self.before) for x in whole)
+        self.text_key, self.text_value = (x.gather(self.text_index, 2) for x in whole)
+        wide = query.float()
+        self.query = self._by_head(wide, self.query_order + self.query_before)
+        self.text_query = wide.gather(query_text, 2)
+
+    def _text_index(self, before: Value, tokens: Value, length: Value) -> Value:
+        """(X,): the tokens of a sequence that are text."""
+        return self.n.concat(0, self.n.range(0, before), self.n.range(before + tokens, length))
+
+    def _per_head(self, order: Value, tokens: Value) -> Value:
+        """(B, H, T) int64 of an order (T,) for all heads, or one for each (key) head."""
+        rows = order.cast(TensorProto.INT64).reshape(-1, tokens)
+        group = self.batch * self.heads // rows.size(0)
+        wide = rows.unsqueeze(1).expand(1, group, 1)
+        return wide.reshape(self.batch, self.heads, tokens)
+
+    def _by_head(self, x: Value, index: Value) -> Value:
+        """Tokens (B, H, n, D) of (B, H, N, D) by an index (B, H, n) of each head."""
+        return self.n.op("GatherND", x, index.unsqueeze(3), batch_dims=2)
 
     def _repeat_heads(self, x: Value) -> Value:
         """(B, Hkv, N, D) -> (B, H, N, D)."""
         group = self.heads // x.size(1)
         wide = x.unsqueeze(2).expand(1, 1, group, 1, 1)
-        return wide.reshape(self.batch, self.heads, self.length, self.dim)
+        return wide.reshape(self.batch, self.heads, self.key_length, self.dim)
 
-    def _counts(self, size: int, blocks: Value) -> Value:
+    def _counts(self, tokens: Value, size: int, blocks: Value) -> Value:
         """True tokens of each block, int64; 0 past the end."""
         starts = self.n.range(0, blocks) * size
-        return (self.tokens - starts).minimum(size).maximum(0)
+        return (tokens - starts).minimum(size).maximum(0)
 
     def _blocks_of(self, x: Value, size: int, blocks: Value) -> Value:
         """(B, H, T, D) -> (B, H, blocks, size, D), zero-padded."""
-        pads = self.n.shape(0, 0, 0, 0, 0, 0, blocks * size - self.tokens, 0)
+        pads = self.n.shape(0, 0, 0, 0, 0, 0, blocks * size - x.size(2), 0)
         padded = self.n.op("Pad", x, pads)
         return padded.reshape(self.batch, self.heads, blocks, size, self.dim)
 
@@ -105,7 +134,7 @@ class _Split:
         square: (B, H, I, D), the tiles' mean squared queries.
         """
         subs = self.tiles * PER_TILE
-        count = self._counts(SUB_TILE, subs)
+        count = self._counts(self.queries, SUB_TILE, subs)
         queries = self._blocks_of(self.query, SUB_TILE, subs)
         mean = queries.sum(3) / count.maximum(1).float().unsqueeze(1)
         capacity = self.count.float().log()
@@ -119,11 +148,13 @@ class _Split:
         mass = self.n.op("Softmax", by_tile(logit) + term.unsqueeze(3), axis=-1)
         present = (count > 0).float().reshape(self.tiles, PER_TILE, 1)
         error = (mass * mass * present).sum(3) / present.sum(1) * dispersion
-        return error.sqrt() * spread.unsqueeze(2) * self.blocks.float(), term
+        score = error.sqrt() * spread.unsqueeze(2) * self.blocks.float()
+        # What is no number is attended exactly, whatever the threshold.
+        return self.n.where(score.equals(score), score, INFINITY), term
 
     def threshold(self, score: Value, own: Value) -> Value:
         """Threshold (B or 1, H, 1, 1)."""
-        flat = self.n.where(own, INFINITY, score).reshape(self.batch, self.heads, -1)
+        flat = self.n.where(own & self.own, INFINITY, score).reshape(self.batch, self.heads, -1)
         pairs = flat.size(2)
         # The attribute is a float32: shaving off its rounding keeps the true product's ceiling.
         share = self.density.cast(TensorProto.DOUBLE) * pairs.cast(TensorProto.DOUBLE)
@@ -132,13 +163,19 @@ class _Split:
         kept = kept.maximum(1).minimum(pairs)
         largest, _ = self.n.ops("TopK", 2, flat, kept, axis=2)
         by_density = largest.slice(2, kept - 1, kept).unsqueeze(3)
-        return self.n.where(self.density > 0.0, by_density, self.budget.float().unsqueeze(0, 2, 3))
+        # Reshape fails where a budget is of other heads, which would be broadcast else.
+        budget = self.budget.float().reshape(self.heads).unsqueeze(0, 2, 3)
+        return self.n.where(self.density > 0.0, by_density, budget)
 
     def route(self, score: Value) -> Value:
         """(B, H, I, J) int64: 0 low, 2 exact."""
         block_tile = self.n.range(0, self.blocks) * KEY_BLOCK // QUERY_TILE
-        own = block_tile.equals(self.n.range(0, self.tiles).unsqueeze(1))
-        return self.n.where((score >= self.threshold(score, own)) | own, EXACT, LOW)
+        local = block_tile.equals(self.n.range(0, self.tiles).unsqueeze(1))
+        best = self.n.op("ArgMax", score, axis=3, keepdims=1)
+        best = self.n.range(0, self.blocks).equals(best)
+        always = (local & self.own) | (best & self.n.op("Not", self.own))
+        low = self.n.where(score < self.threshold(score, local), LOW, EXACT)
+        return self.n.where(always, EXACT, low)
 
     def repeat(self, x: Value) -> Value:
         """Repeat every entry of the last axis, blocks to tokens."""
@@ -150,7 +187,7 @@ class _Split:
         n = self.n
         low_key, low_value, low_var, low_order = self.summarise()
         tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
-        tile_count = self._counts(QUERY_TILE, self.tiles).float().unsqueeze(1)
+        tile_count = self._counts(self.queries, QUERY_TILE, self.tiles).float().unsqueeze(1)
         square = (tiles * tiles).sum(3) / tile_count
         score, low_term = self.score(low_key, low_var, self.value_spread(low_value), square)
         route = self.route(score)
@@ -212,13 +249,15 @@ class _Split:
 
         def attend(query: Value, pair: Value, term: Value) -> Value:
             pair, term = (x.unsqueeze(2) for x in (pair, term))
-            bias, exact = bands(pair)
-            low = query @ means * self.scale + bias + c * term
+            _, exact = bands(pair)
+            low = query @ means * self.scale + capacity + c * term
+            low = n.where(pair.equals(LOW), low, -INFINITY)
             logit = query @ keys * self.scale + n.concat(3, exact_bias(exact), text_bias)
             weight = n.op("Softmax", n.concat(3, low, logit), axis=-1)
             out = weight @ n.concat(2, low_value, values)
             mass = weight.slice(3, 0, self.blocks).sum(3, keep=True)
-            return out + g * mass * (query @ turn * self.scale)
+            turned = g * mass * (query @ turn * self.scale)
+            return out + n.where(mass > 0.0, turned, 0.0)  # not 0 times infinity
 
         def tile_first(x: Value, rank: int) -> Value:
             return x.transposed(2, 0, 1, *range(3, rank))
@@ -234,7 +273,7 @@ class _Split:
         )
         video = video.transposed(1, 2, 0, 3, 4)
         video = video.reshape(self.batch, self.heads, self.tiles * QUERY_TILE, self.dim)
-        out = self.assemble(video.slice(2, 0, self.tokens), text_bias)
+        out = self.assemble(video.slice(2, 0, self.queries), text_bias)
         return {
             "out": n.op("CastLike", out, self.query_in),
             "route": route,
@@ -244,15 +283,16 @@ class _Split:
 
     def text_bias(self) -> Value:
         """(B, H, 1, X): 0 where a text key is attended, -inf where it is masked."""
-        mask = self.mask_in.cast(TensorProto.INT32).expand(self.batch, self.length)
+        mask = self.mask_in.cast(TensorProto.INT32).expand(self.batch, self.key_length)
+        mask = mask.reshape(self.batch, self.key_length)  # fails where a mask is of more items
         kept = mask.gather(self.text_index, 1).cast(TensorProto.BOOL)
         bias = self.n.where(kept, 0.0, -INFINITY).unsqueeze(1, 2)
         return bias.expand(1, self.heads, 1, 1)
 
     def probe_positions(self) -> tuple[Value, Value]:
         """Token-order positions (P,) and their tiles; one where there are no probes."""
-        probes = self.probes.maximum(1).minimum(self.tokens)
-        numerator = (self.n.range(0, probes) * 2 + 1) * self.tokens
+        probes = self.probes.maximum(1).minimum(self.queries)
+        numerator = (self.n.range(0, probes) * 2 + 1) * self.queries
         positions = numerator // (probes * 2)
         return positions, positions // QUERY_TILE
 
@@ -274,12 +314,13 @@ class _Split:
         """
         n = self.n
         safe_target = target.maximum(1e-30)
+        fits = target > self.probes.float() * LEAST_MASS
         c = target * 0.0 + 1.0
         for _ in range(NEWTON_STEPS):
             mass = (relative + c.unsqueeze(2, 3) * term).exp()
             total, slope = mass.sum(2, 3), (mass * term).sum(2, 3)
             step = (total.maximum(1e-30) / safe_target).log() * total
-            usable = (slope > 1e-12) & (target > 1e-12)
+            usable = (slope > 1e-12) & fits
             moved = n.where(usable, c - step / slope.maximum(1e-12), c)
             c = moved.maximum(0.0).minimum(C_MAX)
         mass = (relative + c.unsqueeze(2, 3) * term).exp()
@@ -289,10 +330,13 @@ class _Split:
         correction = low * turned / total
         energy = (correction * correction).sum(2, 3)
         aligned = ((truth - plain) * correction).sum(2, 3)
-        g = n.where(energy > 1e-30, aligned / energy.maximum(1e-30), 1.0)
+        whole = (truth * truth).sum(2, 3)
+        fits = (energy > whole * LEAST_CORRECTION) & (energy > 1e-30)
+        fits = fits & (aligned * 0.0).equals(0.0)  # a number, and finite
+        g = n.where(fits, aligned / energy.maximum(1e-30), 1.0)
         g = g.maximum(0.0).minimum(G_MAX)
         left = truth - plain - g.unsqueeze(2, 3) * correction
-        error = ((left * left).sum(2, 3) / (truth * truth).sum(2, 3).maximum(1e-30)).sqrt()
+        error = ((left * left).sum(2, 3) / whole.maximum(1e-30)).sqrt()
         fitted = self.probes > 0
         c, g = (n.where(fitted, x, 1.0).unsqueeze(2, 3) for x in (c, g))
         return c, g, n.where(fitted, error, float("nan"))
@@ -306,20 +350,25 @@ class _Split:
         bias = n.concat(3, no_bias, text_bias)
         logit = self.text_query @ keys.transposed(0, 1, 3, 2) * self.scale + bias
         text = n.op("Softmax", logit, axis=-1) @ n.concat(2, self.value, self.text_value)
-        places = n.range(0, self.tokens)
-        inverse = n.op("ScatterElements", places, self.order, places, axis=0)
-        end = self.before + self.tokens
-        index = n.concat(0, n.range(self.tokens, end), inverse, n.range(end, self.length))
-        return n.concat(2, video, text).gather(index, 2)
+        places = n.range(0, self.queries).expand(self.batch, self.heads, 1)
+        inverse = n.op("ScatterElements", places, self.query_order, places, axis=2)
+        end = self.query_before + self.queries
+        before = n.range(self.queries, end).expand(self.batch, self.heads, 1)
+        after = n.range(end, self.length).expand(self.batch, self.heads, 1)
+        index = n.concat(2, before, inverse, after)
+        return self._by_head(n.concat(2, video, text), index)
 
 
 def split_function(opset: int, outputs: tuple[str, ...] = ("out",)) -> onnx.FunctionProto:
     """The body of `freqopt::SplitAttention` at an opset of the default domain (18 or later).
 
-    Inputs: query (B, H, N, D), key, value (B, Hkv, N, D) of one floating type; budget (H,)
-    float32; key_mask bool, broadcast to (B, N), True = attend, only its text entries are read;
-    order (T,) int, the video tokens' raster index in token order; text_before (1,) int64.
-    Attributes: scale, density (0: use the budget), probes. Output: (B, H, N, D), the query's type.
+    Inputs: query (B, H, Nq, D), key, value (B, Hkv, Nk, D) of one floating type; budget (H,)
+    float32; key_mask bool, broadcast to (B, Nk), True = attend, only its text entries are read;
+    order int64, (T,) for all heads or (B, Hkv, T), the keys that stand in a block together, counted
+    from the first that is no text; text_before (1,) int64; query_order, (Tq,) or (B, H, Tq), and
+    query_text_before, the queries': those of the keys again where they are the same tokens.
+    Attributes: scale, density (0: use the budget), probes, own (1: the queries are the keys'
+    tokens). Output: (B, H, Nq, D), the query's type.
     `outputs` may name route, coefficients and probe_error as well, for tests.
     """
     nodes = Nodes(opset)

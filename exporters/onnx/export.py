@@ -10,14 +10,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from freqopt.config import DEFAULT_PROBES, SPLIT_VERSION
+from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES, SPLIT_VERSION
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
 from freqopt.exporters.problems import ExportError, NotAvailableError
@@ -48,6 +48,8 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset: int = 20,
     grid: Grid | None = None,
+    order: str | None = None,
+    chunk: int | str = DEFAULT_CHUNK,
     probes: int = DEFAULT_PROBES,
     library: bool = True,
     capabilities: Sequence[int] | None = None,
@@ -64,6 +66,8 @@ def export_onnx(
             model leaves them so.
         opset: of the default domain, 18 to 23.
         grid: extents (t, h, w) where neither the graph nor the plan tells them.
+        order, chunk: how tokens are ordered without a plan, as the backend's options of that name:
+            with order="content" sites without a grid are split too.
         probes: queries per head attended exactly in every call.
         library: also build libfreqopt_ort.so, whose kernels ONNX Runtime's CUDA provider runs;
             where there is no GPU or no compiler the export goes on without it and says so in
@@ -85,7 +89,15 @@ def export_onnx(
     plan = None if plan is None else load_plan(plan)
     folder = prepare_folder(out_dir)
     program = make_program(
-        model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
+        model,
+        args,
+        kwargs,
+        plan=plan,
+        dynamic_shapes=dynamic_shapes,
+        grid=grid,
+        order=order,
+        chunk=chunk,
+        probes=probes,
     )
     return write_onnx(
         program, folder, opset=opset, plan=plan, library=library, capabilities=capabilities
@@ -171,7 +183,10 @@ def translate(program: Program, opset: int, *, bodies: bool) -> Any:
             f"the model could only be written at opset {written}, not {opset}: an operator has no "
             f"form there. Pass opset={written}"
         )
-    onnx_nodes.name_budgets(onnx_model, [site.budget for site in program.split.values()])
+    sites = program.split.values()
+    onnx_nodes.name_budgets(
+        onnx_model, [site.budget for site in sites], [site.chunks for site in sites]
+    )
     onnx_nodes.avoid_boolean_where(onnx_model)
     onnx_nodes.share_orders(onnx_model)
     if bodies:
@@ -244,14 +259,13 @@ def _add_library(
 
 def needed_variants(program: Program, capabilities: Sequence[int]) -> list[Variant]:
     """The kernels' variants that a program's sites need."""
-    return sorted(
-        {
-            Variant(capability, site.dtype, site.head_dim, site.masked)
-            for capability in capabilities
-            for site in program.split.values()
-        },
-        key=str,
-    )
+    content: dict[Variant, bool] = {}
+    for site in program.split.values():
+        for capability in capabilities:
+            needed = Variant(capability, site.dtype, site.head_dim, site.masked)
+            content[needed] = content.get(needed, False) or site.chunks is not None
+    wanted = (replace(needed, content=asked) for needed, asked in content.items())
+    return sorted(wanted, key=str)
 
 
 def local_capabilities() -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 Described = tuple[int, "list[None] | None"]
 """Element type and shape of a nested graph's value; [] a scalar, [None] a vector, None unknown."""
 
+VECTOR: Described = (TensorProto.INT64, [None])
+
 
 class Value:
     """A named tensor of a `Nodes` under construction."""
@@ -118,7 +120,8 @@ class Value:
 
     def size(self, axis: int) -> Value:
         """Extent of one axis, int64 of shape (1,)."""
-        return self.nodes.op("Shape", self, start=axis, end=axis + 1)
+        end = {} if axis == -1 else {"end": axis + 1}
+        return self.nodes.op("Shape", self, start=axis, **end)
 
     def unsqueeze(self, *axes: int) -> Value:
         """With axes of extent 1 inserted."""
@@ -245,23 +248,29 @@ class Nodes:
         return self.op("Scan", *(v for v, _ in inputs), body=graph, num_scan_inputs=len(inputs))
 
     def loop(
-        self, trips: Value, step: Callable[..., Sequence[Value]], *carried: Value
+        self,
+        trips: Value,
+        step: Callable[..., Sequence[Value]],
+        *carried: Value,
+        kinds: Sequence[Described] = (),
     ) -> list[Value]:
-        """Run `step(iteration, *state)` a given number of times; the state is int64 vectors."""
-        vector: Described = (TensorProto.INT64, [None])
+        """Run `step(iteration, *state)` a given number of times.
+
+        kinds: element type and shape of each part of the state; int64 vectors if not given.
+        """
+        state = list(kinds) or [VECTOR] * len(carried)
         names: list[tuple[str, int, list[None] | None]]
         names = [
             (self.name("iteration"), TensorProto.INT64, []),
             (self.name("go"), TensorProto.BOOL, []),
         ]
-        names += [(self.name("state"), *vector) for _ in carried]
+        names += [(self.name("state"), *kind) for kind in state]
 
         def body(inputs: list[str]) -> list[Value]:
-            iteration, go, *state = (Value(self, n) for n in inputs)
-            return [self.op("Identity", go), *step(iteration, *state)]
+            iteration, go, *given = (Value(self, n) for n in inputs)
+            return [self.op("Identity", go), *step(iteration, *given)]
 
-        kinds: list[Described] = [(TensorProto.BOOL, []), *[vector] * len(carried)]
-        graph = self._nested(body, names, kinds)
+        graph = self._nested(body, names, [(TensorProto.BOOL, []), *state])
         yes = self.op("Cast", 1, to=TensorProto.BOOL)
         return self.ops("Loop", len(carried), trips, yes, *carried, body=graph)
 

@@ -25,12 +25,18 @@ from freqopt.exporters.onnx.body import (
     ORDER_NAME,
     split_function,
 )
+from freqopt.exporters.onnx.content import (
+    CONTENT_INPUTS,
+    CONTENT_NAME,
+    content_function,
+)
 from freqopt.exporters.onnx.order import order_function
 from freqopt.exporters.problems import ExportError
 from freqopt.grid import token_order
 
 ORDER_PREFIX = "freqopt.order."
 BUDGET_INPUT = INPUTS.index("budget")
+CHUNKS_INPUT = CONTENT_INPUTS.index("chunks")
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
 
 
@@ -47,8 +53,7 @@ def _split_schema() -> onnx.defs.OpSchema:
             *(parameter(name, "T") for name in ("query", "key", "value")),
             parameter("budget", "tensor(float)"),
             parameter("key_mask", "tensor(bool)"),
-            parameter("order", "tensor(int64)"),
-            parameter("text_before", "tensor(int64)"),
+            *(parameter(name, "tensor(int64)") for name in INPUTS[BUDGET_INPUT + 2 :]),
         ],
         outputs=[parameter("out", "T")],
         type_constraints=[
@@ -73,12 +78,35 @@ def _order_schema() -> onnx.defs.OpSchema:
     )
 
 
+def _content_schema() -> onnx.defs.OpSchema:
+    schema = onnx.defs.OpSchema
+    parameter = schema.FormalParameter
+    return schema(
+        CONTENT_NAME,
+        DOMAIN,
+        OP_VERSION,
+        "Each head's order of its tokens, by content.",
+        inputs=[
+            parameter("tokens", "T"),
+            parameter("base", "tensor(int64)"),
+            parameter("chunks", "tensor(int32)"),
+            parameter("text_before", "tensor(int64)"),
+        ],
+        outputs=[parameter("order", "tensor(int64)")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "any float")
+        ],
+        attributes=[schema.Attribute("largest_chunk", schema.AttrType.INT, "", required=True)],
+    )
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` needs to emit our nodes."""
     import freqopt.kernels.op  # noqa: F401  registers the operator
 
     split = values.Op(_OPSET, OP_NAME, _split_schema())
     order = values.Op(_OPSET, ORDER_NAME, _order_schema())
+    content = values.Op(_OPSET, CONTENT_NAME, _content_schema())
 
     def vector(*sizes: Any) -> Any:
         """int64 vector of sizes, a constant if they all are."""
@@ -102,11 +130,33 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         scale: float,
         density: float,
         probes: int,
+        chunks: Any = None,
+        largest_chunk: int = 0,
+        key_order: Any = None,
+        query_order: Any = None,
+        query_layout: Any = None,
+        log_sum: bool = False,
     ) -> list[Any]:
-        """One node; only the op's first output, its result, is ever used in a model."""
+        """The site's nodes; only the op's first output, its result, is ever used in a model.
+
+        A rewritten site is given no orders and asked for no sums.
+        """
+        assert key_order is None and query_order is None and not log_sum
         if key_mask is None:
             whole = onnx.numpy_helper.from_array(np.ones((1, 1), np.bool_))
             key_mask = opset18.Constant(value=whole)
+        before = query_before = vector(text_before)
+        of_keys = of_queries = order(vector(*grid))
+        other = query_layout is not None
+        if other:
+            of_queries, query_before = order(vector(*query_layout[:3])), vector(query_layout[3])
+        if chunks is not None and largest_chunk:
+            most = {"largest_chunk": int(largest_chunk)}
+            base = of_queries
+            of_keys = content(key, of_keys, chunks, before, **most)
+            of_queries = of_keys
+            if other:
+                of_queries = content(query, base, chunks, query_before, **most)
         return [
             split(
                 query,
@@ -114,38 +164,64 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
                 value,
                 budget,
                 key_mask,
-                order(vector(*grid)),
-                vector(text_before),
+                of_keys,
+                before,
+                of_queries,
+                query_before,
                 scale=float(scale),
                 density=float(density),
                 probes=int(probes),
+                own=int(not other),
             )
         ]
 
     return {torch.ops.freqopt.split_attention.default: translate}
 
 
-def name_budgets(model: ir.Model, names: list[str]) -> None:
+def name_budgets(model: ir.Model, names: list[str], chunk_names: list[str | None]) -> None:
     """Give each split node a budget initialiser (H,) of its own, in graph order.
 
     The exporter merges equal initialisers; a plan could then not be exchanged site by site.
+    chunk_names: of the initialisers (Hkv,) with the chunks of orders by content, None without.
     """
     graph = model.graph
     nodes = [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP_NAME)]
     if len(nodes) != len(names):
         raise ExportError(f"{len(names)} sites were split and {len(nodes)} nodes were written")
+    _name_inputs(
+        graph, [(node, BUDGET_INPUT, name) for node, name in zip(nodes, names, strict=True)]
+    )
+    chunks = [
+        (order, CHUNKS_INPUT, name)
+        for node, name in zip(nodes, chunk_names, strict=True)
+        if name is not None
+        for order in orders_of(node)
+    ]
+    _name_inputs(graph, chunks)
+
+
+def orders_of(node: ir.Node) -> list[ir.Node]:
+    """The nodes that make a split node's orders by content: the keys', then the queries' own."""
+    producers = [None if value is None else value.producer() for value in node.inputs]
+    found = (p for p in producers if p is not None)
+    return list(dict.fromkeys(p for p in found if (p.domain, p.op_type) == (DOMAIN, CONTENT_NAME)))
+
+
+def _name_inputs(graph: ir.Graph, places: list[tuple[ir.Node, int, str]]) -> None:
+    """Give inputs (node, number) initialisers of the given names, with the content they had."""
     found = []
-    for node in nodes:
-        budget = node.inputs[BUDGET_INPUT]
-        assert budget is not None and budget.const_value is not None
-        found.append((node, budget, budget.const_value.numpy().copy()))
-    for node, _, _ in found:
-        node.replace_input_with(BUDGET_INPUT, None)
-    for value in {id(budget): budget for _, budget, _ in found}.values():
+    for node, at, name in places:
+        value = node.inputs[at]
+        assert value is not None and value.const_value is not None
+        found.append((node, at, name, value, value.const_value.numpy().copy()))
+    for node, at, *_ in found:
+        node.replace_input_with(at, None)
+    for value in {id(value): value for *_, value, _ in found}.values():
         if value.name and not value.uses():
             del graph.initializers[value.name]
-    for (node, _, content), name in zip(found, names, strict=True):
-        node.replace_input_with(BUDGET_INPUT, _initialiser(graph, name, content))
+    for node, at, name, _, content in found:
+        named = graph.initializers.get(name)
+        node.replace_input_with(at, _initialiser(graph, name, content) if named is None else named)
 
 
 def avoid_boolean_where(model: ir.Model) -> None:
@@ -227,7 +303,8 @@ def attach_bodies(model: ir.Model) -> None:
     """Add the function bodies that the model's nodes need, at the model's own opset."""
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     opset = model.opset_imports[""]
-    for name, build in ((OP_NAME, split_function), (ORDER_NAME, order_function)):
+    every = {OP_NAME: split_function, ORDER_NAME: order_function, CONTENT_NAME: content_function}
+    for name, build in every.items():
         if name in used:
             function = ir.serde.deserialize_function(build(opset))
             model.functions[function.identifier()] = function

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from freqopt.config import DEFAULT_PROBES
+from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact, write_manifest
 from freqopt.exporters.onnx.export import (
@@ -63,6 +63,8 @@ def export_tensorrt(
     build: str = "auto",
     plugin: str = "cpp",
     grid: Grid | None = None,
+    order: str | None = None,
+    chunk: int | str = DEFAULT_CHUNK,
     probes: int = DEFAULT_PROBES,
     capabilities: Sequence[int] | None = None,
 ) -> Artifact:
@@ -98,7 +100,15 @@ def export_tensorrt(
     plan = None if plan is None else load_plan(plan)
     folder = prepare_folder(out_dir)
     program = make_program(
-        model, args, kwargs, plan=plan, dynamic_shapes=dynamic_shapes, grid=grid, probes=probes
+        model,
+        args,
+        kwargs,
+        plan=plan,
+        dynamic_shapes=dynamic_shapes,
+        grid=grid,
+        order=order,
+        chunk=chunk,
+        probes=probes,
     )
     return write_tensorrt(
         program, folder, plan=plan, build=build, plugin=plugin, capabilities=capabilities

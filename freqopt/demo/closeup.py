@@ -195,7 +195,7 @@ def around(
 
 def _marked(tokens: Tensor, layout: TokenLayout) -> Tensor:
     """(T, H, W) bool, true at the tokens with these numbers."""
-    found = torch.zeros(layout.tokens, dtype=torch.bool)
+    found = torch.zeros(layout.tokens, dtype=torch.bool, device="cpu")
     found[tokens.long().cpu()] = True
     return found.view(layout.grid)
 

@@ -31,6 +31,7 @@ from freqopt.demo.settings import DTYPES, Settings, load_model
 from freqopt.demo.shares import shares
 from freqopt.demo.shipped import shipped_plan
 from freqopt.doctor import environment
+from freqopt.files import write_atomically
 from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan
@@ -147,7 +148,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
     page = write_demo_page(plan, result, settings, Seen(dense, split, closeup, spent))
     clock.stages["this page"] = round(time.perf_counter() - started, 2)
     result["total_seconds"] = round(sum(clock.stages.values()), 1)
-    (settings.out / "result.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
+    write_atomically(settings.out / "result.json", json.dumps(_finite(result), indent=1) + "\n")
     say(
         f"[bold]{result['speedup']:.2f} times as fast[/]: {settings.steps} steps took "
         f"{split.seconds:.2f} s rewritten, {dense.seconds:.2f} s dense; [bold]PSNR "

@@ -14,6 +14,7 @@ from freqopt.demo import video as demo_video
 from freqopt.demo.closeup import CloseUp, curve_figure
 from freqopt.demo.settings import Settings
 from freqopt.demo.shares import Shares
+from freqopt.files import write_atomically
 from freqopt.plan.plan import Plan
 from freqopt.reporting.report import (
     Card,
@@ -72,7 +73,7 @@ class Seen:
 def write_demo_page(plan: Plan, result: dict[str, Any], settings: Settings, seen: Seen) -> Path:
     """The page, its animation beside it; returns the page's path."""
     moving = demo_video.animation(seen.dense.video, seen.split.video)
-    (settings.out / "videos.png").write_bytes(moving)
+    write_atomically(settings.out / "videos.png", moving)
     sections = [
         _videos(result, settings, seen),
         _approximated(plan, result, seen),

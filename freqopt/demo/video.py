@@ -114,7 +114,7 @@ def frame_curve(values: list[float]) -> Figure:
 def animation(dense: Tensor, split: Tensor) -> bytes:
     """Dense, rewritten and their amplified difference side by side, as a lossless animated PNG."""
     panels = as_images(dense), as_images(split), as_images(amplified(dense, split))
-    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 128, dtype=torch.uint8)
+    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 128, dtype=torch.uint8, device="cpu")
     first, second, third = panels
     frames = torch.cat([first, gap, second, gap, third], 2)
     return encoded(frames, duration=FRAME_MS)

@@ -55,8 +55,9 @@ class Walk:
         self.tiles = triton.cdiv(call.queries, QUERY_TILE)
         device = call.query.device
         self.chunk = chunk_tiles(
-            call.tokens, call.dim, call.query.element_size(), call.group_size, processors(device)
-        )
+            call.tokens, call.queries, call.dim, call.query.element_size(), call.group_size,
+            processors(device),
+        )  # fmt: skip
         self.every = torch.arange(self.tiles, device=device, dtype=torch.int32)
         self.packed = torch.empty(
             *call.per_head, self.tiles, triton.cdiv(self.blocks, PER_BYTE),
@@ -123,8 +124,8 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     else:
         limits = limits_of(threshold, call.batch)
     probes = min(settings.probes, call.queries)
-    coefficients = torch.ones(*call.per_head, 2, device=device)
-    error = torch.full(call.per_head, torch.nan, device=device)
+    coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
+    error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
     if probes:
         probing = probe_space(call, walk.blocks, probes)
         rows = probe_rows(call, walk.blocks, probes)

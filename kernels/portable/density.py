@@ -15,11 +15,13 @@ INFINITY = tl.constexpr(0x7F800000)  # as bits
 
 
 @triton.jit
-def _count_from(score, tiles, blocks, low, middle, high, CELLS: tl.constexpr):
+def _count_from(
+    score, tiles, blocks, low, middle, high, CELLS: tl.constexpr, OWN: tl.constexpr
+):  # fmt: skip
     """How many scores of a head are at least each of three numbers, given by their bits.
 
-    Scores are not negative, so their bits are ordered as they are. A tile's own blocks count as
-    infinite, being exact at any threshold.
+    Scores are not negative, so their bits are ordered as they are. OWN: a tile's own blocks count
+    as infinite, being exact at any threshold.
     """
     from_low = tl.zeros((CELLS,), tl.int32)
     from_middle = tl.zeros((CELLS,), tl.int32)
@@ -28,8 +30,9 @@ def _count_from(score, tiles, blocks, low, middle, high, CELLS: tl.constexpr):
         cell = start + tl.arange(0, CELLS)
         inside = cell < tiles * blocks
         bits = tl.load(score + cell, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-        own = (cell % blocks) * BLOCK // TILE == cell // blocks
-        bits = tl.where(own, INFINITY, bits)
+        if OWN:
+            own = (cell % blocks) * BLOCK // TILE == cell // blocks
+            bits = tl.where(own, INFINITY, bits)
         bits = tl.where(inside, bits, -1)
         from_low += (bits >= low).to(tl.int32)
         from_middle += (bits >= middle).to(tl.int32)
@@ -39,22 +42,22 @@ def _count_from(score, tiles, blocks, low, middle, high, CELLS: tl.constexpr):
 
 @triton.jit
 def density_kernel(
-    score, limits, kept, tiles, blocks, CELLS: tl.constexpr
+    score, limits, kept, tiles, blocks, CELLS: tl.constexpr, OWN: tl.constexpr = True
 ):  # fmt: skip
     """One program per (batch, head): its threshold, at which `kept` of its pairs are exact.
 
     Finds the bits of the kept-th largest of the head's (tiles, blocks) scores from the top, two at
-    a time, as the largest number that enough scores reach.
+    a time, as the largest number that enough scores reach. OWN: as in histogram_kernel.
     """
     pair = tl.program_id(0).to(tl.int64)
     score += pair * tiles * blocks
     top = 1 << 30
-    reached, _, _ = _count_from(score, tiles, blocks, top, top, top, CELLS)
+    reached, _, _ = _count_from(score, tiles, blocks, top, top, top, CELLS, OWN)
     found = tl.where(reached >= kept, top, 0)
     for i in range(15):
         step = 1 << (28 - 2 * i)
         one, two, three = _count_from(
-            score, tiles, blocks, found + step, found + 2 * step, found + 3 * step, CELLS
+            score, tiles, blocks, found + step, found + 2 * step, found + 3 * step, CELLS, OWN
         )
         enough = (one >= kept).to(tl.int32) + (two >= kept).to(tl.int32)
         found += step * (enough + (three >= kept).to(tl.int32))

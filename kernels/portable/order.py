@@ -261,18 +261,18 @@ def _bound_of(ranks, half):
 @triton.jit
 def halve_kernel(
     coordinates, position, ranks, chunks, heads, tokens,
-    SIZE: tl.constexpr, STEP: tl.constexpr, PIECE: tl.constexpr,
+    SIZE: tl.constexpr, STEP: tl.constexpr, PIECE: tl.constexpr, share=1,
 ):  # fmt: skip
     """One program: one segment of SIZE tokens has its lower half in front.
 
-    Both halves keep the order that their tokens had. chunks: (heads,) int32; heads with smaller
-    ones are left alone, as is a segment that has no second half. The direction is found on every
-    STEP-th token. Coordinates are read PIECE tokens at a time, twice: registers hold no more.
-    ranks: (pairs, T) int32, memory to work in.
+    Both halves keep the order that their tokens had. chunks: int32, one for `share` heads each;
+    heads with smaller ones are left alone, as is a segment that has no second half. The direction
+    is found on every STEP-th token. Coordinates are read PIECE tokens at a time, twice: registers
+    hold no more. ranks: (pairs, T) int32, memory to work in.
     """
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * SIZE
-    if (tl.load(chunks + pair % heads) >= SIZE) & (first + SIZE // 2 < tokens):
+    if (tl.load(chunks + pair % heads // share) >= SIZE) & (first + SIZE // 2 < tokens):
         position += pair * tokens + first
         coordinates += pair * tokens * RANK
         ranks += pair * tokens + first
@@ -308,16 +308,16 @@ def halve_kernel(
 
 @triton.jit
 def segment_kernel(
-    coordinates, position, directions, chunks, heads, tokens, size, step,
-    PIECE: tl.constexpr, PIECES: tl.constexpr,
+    coordinates, position, along, chunks, heads, tokens, size, step,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, share=1,
 ):  # fmt: skip
     """One program: the direction of one segment of `size` tokens, of every step-th of them.
 
-    directions: (pairs, segments, RANK) float16.
+    along: (pairs, segments, RANK) float16.
     """
     pair = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
-    if tl.load(chunks + pair % heads) >= size:
+    if tl.load(chunks + pair % heads // share) >= size:
         first = segment * size
         count = tl.minimum(tokens - first, size)
         square = tl.zeros((RANK, RANK), tl.float32)
@@ -329,13 +329,13 @@ def segment_kernel(
             square, total = _add_rows(x, square, total, PIECE)
         power, widest = _eighth_power(square, total, tl.cdiv(count, step))
         at = (pair * tl.num_programs(1) + segment) * RANK + tl.arange(0, RANK)
-        tl.store(directions + at, _main_direction(power, widest).to(tl.float16))
+        tl.store(along + at, _main_direction(power, widest).to(tl.float16))
 
 
 @triton.jit
 def rank_tokens_kernel(
-    coordinates, position, directions, ranks, chunks, heads, tokens, size, segments,
-    ROWS: tl.constexpr,
+    coordinates, position, along, ranks, chunks, heads, tokens, size, segments,
+    ROWS: tl.constexpr, share=1,
 ):  # fmt: skip
     """One program: ranks (pairs, T) int32 of ROWS tokens along their segment's direction.
 
@@ -343,11 +343,11 @@ def rank_tokens_kernel(
     """
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * ROWS
-    if tl.load(chunks + pair % heads) >= size:
+    if tl.load(chunks + pair % heads // share) >= size:
         row = first + tl.arange(0, ROWS)
         inside = row < tokens
         at = (pair * segments + first // size) * RANK + tl.arange(0, RANK)
-        direction = tl.load(directions + at)
+        direction = tl.load(along + at)
         x = _rows(coordinates + pair * tokens * RANK, position + pair * tokens, row, inside)
         rank = _projected(x, direction, row * 0, inside, 1)
         tl.store(ranks + pair * tokens + row, rank, mask=inside)
@@ -370,7 +370,7 @@ def _count_below(ranks, count, one, two, three, PIECE: tl.constexpr):
 
 @triton.jit
 def divide_kernel(
-    position, target, ranks, chunks, heads, tokens, size, PIECE: tl.constexpr
+    position, target, ranks, chunks, heads, tokens, size, PIECE: tl.constexpr, share=1
 ):  # fmt: skip
     """One program: a segment's tokens go from `position` to `target`, the lower half in front.
 
@@ -385,7 +385,7 @@ def divide_kernel(
     target += pair * tokens + first
     ranks += pair * tokens + first
     lane = tl.arange(0, PIECE)
-    if (tl.load(chunks + pair % heads) >= size) & (half < count):
+    if (tl.load(chunks + pair % heads // share) >= size) & (half < count):
         negative, _, _ = _count_below(ranks, count, 0, 0, 0, PIECE)
         # The largest number that at most `half` ranks are below: the median rank.
         median = tl.where(negative <= half, 0, -2147483648)
@@ -443,11 +443,12 @@ def _sorted_within(ranks, local, PARTS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def leaf_kernel(
-    coordinates, position, base, order, chunks, heads, tokens, SIZE: tl.constexpr
+    coordinates, position, base, order, chunks, heads, tokens, SIZE: tl.constexpr, share=1
 ):  # fmt: skip
     """One program: the last three levels of SIZE = 64 tokens, and the model's numbers of them.
 
-    Three orthogonal directions of one covariance serve the three levels. order: (pairs, T) int32.
+    Three orthogonal directions of one covariance serve the three levels. order: (pairs, T) integers
+    as wide as those of the base.
     """
     pair = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * SIZE
@@ -457,7 +458,7 @@ def leaf_kernel(
     inside = row < count
     position += pair * tokens + first
     token = tl.load(position + row, mask=inside, other=0)
-    if tl.load(chunks + pair % heads) >= SIZE:
+    if tl.load(chunks + pair % heads // share) >= SIZE:
         x = _rows(coordinates + pair * tokens * RANK, position, row, inside)
         square = tl.zeros((RANK, RANK), tl.float32)
         total = tl.zeros((WIDE, RANK), tl.float32)

@@ -8,7 +8,9 @@ from accounts import Case, check_agreement
 from passes_models import CASES
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["wan", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "wan")]
+)
 def test_all_four_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = CASES[name]

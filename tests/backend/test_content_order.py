@@ -155,10 +155,13 @@ def test_a_plan_says_how_each_head_is_ordered() -> None:
     assert ordered[0][5] == list(GRID)
 
 
-def test_an_exported_file_leaves_such_a_site_dense_and_says_so() -> None:
-    program = make_program(Toy(), (video(GRID),), plan=with_chunks([256, 256]))
-    assert "ordered by content" in program.dense["blocks.0"]
-    assert "blocks.0" not in program.split
+def test_an_exported_program_orders_the_same_heads() -> None:
+    program = make_program(Toy(), (video(GRID),), plan=with_chunks([0, 512]))
+    site = program.split["blocks.0"]
+    assert site.chunks == "freqopt.chunks.blocks.0" and site.largest_chunk == 512
+    held = dict(program.exported.named_buffers())
+    assert held[site.chunks].tolist() == [0, 512]
+    assert not site.other_queries and list(program.dense) == ["blocks.1"]
 
 
 @pytest.mark.parametrize(

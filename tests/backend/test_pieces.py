@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
+from freqopt.kernels import chunked
+from freqopt.kernels.layout import Inputs, Settings
 from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
 
 LOUD = {"min_tokens": 0, "inner": "eager"}
 LAYERS = 3
@@ -72,6 +75,54 @@ def test_pieces_are_split_as_the_whole(change: Change, way: str, batch: int, pla
         compiled = torch.compile(model, backend=freqopt_backend, options=options)
     assert is_close(ran(compiled, inputs), expected)
     assert freqopt.counters().split == LAYERS
+
+
+def with_orders(plan: Plan, chunks: list[list[int]]) -> Plan:
+    """Each layer with chunks of its own, and two buckets of a "timestep", the text's mean."""
+    sites = {}
+    for own, (name, site) in zip(chunks, plan.sites.items(), strict=True):
+        later = Budget(threshold=[2 * x for x in site.budgets[0].threshold])
+        changed = {"chunks": own, "budgets": [site.budgets[0], later]}
+        sites[name] = site.model_copy(update=changed)
+    changed = {"sites": sites, "timestep_name": "text", "timestep_edges": [5.0]}
+    return plan.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
+def test_orders_of_heads_reach_the_op(
+    way: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [[0, 256], [256, 0], [256, 512]]
+    plan = with_orders(plan, chunks)
+    heard = []
+    forward = chunked.split_forward
+
+    def listening(inputs: Inputs, settings: Settings) -> chunked.Forward:
+        heard.append((inputs.chunks.tolist(), inputs.threshold.tolist()))
+        assert settings.largest_chunk >= max(heard[-1][0])
+        return forward(inputs, settings)
+
+    monkeypatch.setattr(chunked, "split_forward", listening)
+    torch._dynamo.reset()
+    model = models.make()
+    models.breaking_linears(model)
+    compiled: Any = model
+    if way == "plan":
+        compiled = torch.compile(model, backend=freqopt_backend, options={**LOUD, "plan": plan})
+    else:
+        freqopt.attach(model, plan)
+        for block in model.blocks if way == "attached blocks" else [model]:
+            block.compile(backend=freqopt_backend, options=LOUD)
+    for bucket, shift in enumerate((0.0, 10.0)):
+        heard.clear()
+        inputs = models.inputs()
+        with torch.no_grad():
+            compiled(**{**inputs, "text": inputs["text"] + shift})
+        # A piece without the timestep among its inputs spends the most exact of the budgets.
+        used = 0 if way == "plan" else bucket
+        wanted = [site.budgets[used].threshold for site in plan.sites.values()]
+        assert [own for own, _ in heard] == chunks
+        torch.testing.assert_close([own for _, own in heard], wanted)
 
 
 def test_threshold_zero_is_dense_attention() -> None:

@@ -20,7 +20,16 @@ NEEDS = {
     "own_model": "torch",
     "several_gpus": "torch",
 }
-OF_OTHER_TESTS = {"deploy_onnxruntime", "build_tensorrt_engine"}
+OF_OTHER_TESTS = {
+    "deploy_onnxruntime",
+    "build_tensorrt_engine",
+    "wan_ulysses",
+    "optimize_wan",
+    "optimize_flux",
+    "optimize_hunyuan",
+    "optimize_ltx",
+    "optimize_cogvideox",
+}
 
 
 @pytest.mark.parametrize("name", NEEDS)

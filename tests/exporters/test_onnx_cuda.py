@@ -25,7 +25,7 @@ from freqopt.kernels.specialise import NATIVE, POINTERS
 from freqopt.kernels.variant import CAPABILITIES, Variant
 
 HOPPER = Variant(90, "float16", 64, True)
-AMPERE = Variant(80, "float16", 64, False)
+AMPERE = Variant(80, "float16", 64, False, content=True)
 HOPPERS = {"attend_hopper_kernel"}
 PLAIN = {"text_key": 0x2000, "text_value": 0x3000, "query": 0x1000, "order": 0x6000}
 
@@ -46,9 +46,9 @@ def programs(folder: Path, table: list[Compiled]) -> Programs:
 
 
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
-    for variant in (HOPPER, AMPERE):
+    for variant, count in ((HOPPER, 18), (AMPERE, 17 + 16)):
         rows = {row.kernel: row for row in table if row.variant == variant}
-        assert len(rows) == (18 if variant.capability == 90 else 17)
+        assert len(rows) == count
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
 
 
@@ -82,6 +82,8 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
         "stride_vh": length * dim, "stride_oh": length * dim, "stride_qb": heads * length * dim,
         "stride_ob": heads * length * dim, "stride_kb": kv_heads * length * dim,
         "stride_vb": kv_heads * length * dim, "stride_mb": length,
+        "order_row": 0, "order_share": pairs, "queries": tokens, "query_text": 5,
+        "query_before": before,
     }  # fmt: skip
     seen = []
     for _, symbol, x, y, z, threads, shared, stream, *values in [
@@ -125,7 +127,8 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
     The compiler compares them, wherever and however the source defines them.
     """
     from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
-    from freqopt.kernels.forward import probe, routing, summaries
+    from freqopt.kernels import content_order
+    from freqopt.kernels.forward import order, probe, routing, summaries
     from freqopt.kernels.portable.glue import MOMENTS, UNIT
 
     expected = {
@@ -135,19 +138,25 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
         "kMoments": MOMENTS.value, "kUnit": UNIT.value,
         "kPooledTiles": routing.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
     }  # fmt: skip
+    of_order = {
+        "kRank": content_order.RANK, "kSamples": content_order.SAMPLES,
+        "kLeaf": content_order.LEAF, "kSegmentSamples": content_order.SEGMENT_SAMPLES,
+        "kMomentParts": order.PARTS, "kLargestHalved": max(order.LEVELS),
+    }  # fmt: skip
 
-    def disagree(values: dict[str, int]) -> list[str]:
+    def disagree(file: str, values: dict[str, int]) -> list[str]:
         source = tmp_path / "constants.cc"
         checks = "".join(f'static_assert({n} == {v}, "<{n}>");\n' for n, v in values.items())
-        source.write_text(f'#include "split_cuda.cc"\nnamespace freqopt {{\n{checks}}}\n')
+        source.write_text(f'#include "{file}"\nnamespace freqopt {{\n{checks}}}\n')
         command = [compiler(), "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode == 0) == ("<" not in done.stderr), done.stderr
         return sorted(set(re.findall(r"failed: .*<(\w+)>", done.stderr)))
 
-    assert disagree(expected) == []
-    wrong = {name: value + 1 for name, value in expected.items()}
-    assert disagree(wrong) == sorted(expected)
+    for file, values in (("split_cuda.cc", expected), ("order_cuda.cc", of_order)):
+        assert disagree(file, values) == []
+        wrong = {name: value + 1 for name, value in values.items()}
+        assert disagree(file, wrong) == sorted(values)
 
 
 def test_workspace_holds_what_is_written(programs: Programs) -> None:
@@ -171,6 +180,82 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
     }  # fmt: skip
     for name, size in needed.items():
         assert size <= room[name] < size + 256, name
+
+
+# Which rows the launches of an order take: those of halve_<tokens> are one kernel.
+ORDERED = ["moments", "directions", "project"]
+
+
+def launched(programs: Programs, *arguments: float | str) -> list[tuple[str, list[int]]]:
+    """Kernels by the names of the table, with their grids and raw arguments."""
+    lines = programs.run(*arguments, capability=80, FAKE_IMAGES="1")
+    assert not [line for line in lines if line[0] == "error"], lines
+    names = {line[1]: line[2] for line in lines if line[0] == "cubin"}
+    images = [names[line[1]] for line in lines if line[0] == "image"]
+    launches = [line for line in lines if line[0] == "launch"]
+    return [
+        (name, [int(word) for word in (*line[2:5], *line[8:])])
+        for name, line in zip(images, launches, strict=True)
+    ]
+
+
+def test_launches_of_an_order(programs: Programs, table: list[Compiled]) -> None:
+    """Batch 2, 4 heads of 2 chunks, 30,000 of 30,010 tokens after 3 of text, all together."""
+    found = launched(programs, "order", 2, 4, 30_010, 64, 30_000, 3, 2, 1 << 30, 1)
+    far = ["segment", "rank_tokens", "divide"] * 2
+    near = [f"halve_{2**i}" for i in range(13, 6, -1)]
+    assert [name for name, _ in found] == [*ORDERED, *far, *near, "leaf"]
+    rows = {row.kernel: row for row in table if row.variant == AMPERE}
+    pairs, seen = 8, []
+    for name, (x, y, z, *values) in found:
+        given = dict(zip(rows[name].arguments, values, strict=False))
+        assert (z, given["heads"]) == (1, 4)
+        assert given.get("share", 2) == 2 and given.get("tokens", 30_000) == 30_000
+        seen.append((x, y))
+        if name in ORDERED:
+            assert given["tokens_of"] == 0x2000 and given["text_before"] == 3
+            strides = [given[f"stride_{axis}"] for axis in "bhn"]
+            assert strides == [4 * 30_010 * 64, 30_010 * 64, 64]
+        if name == "moments":
+            assert (given["step"], given["samples"], given["span"]) == (59, 509, 128)
+    far_grids = [(pairs, 1), (pairs, 235), (pairs, 1), (pairs, 2), (pairs, 235), (pairs, 2)]
+    near_grids = [(pairs, -(-30_000 // 2**i)) for i in range(13, 6, -1)]
+    assert seen == [(4, pairs), (pairs, 1), (pairs, 235), *far_grids, *near_grids, (pairs, 469)]
+    given = [dict(zip(rows[n].arguments, v[3:], strict=False)) for n, v in found]
+    # Positions go back and forth between two buffers, and end where they began.
+    moved = [(g["position"], g["target"]) for g, (n, _) in zip(given, found, strict=True)
+             if n == "divide"]  # fmt: skip
+    assert moved[0] == moved[1][::-1] and given[-1]["position"] == moved[0][0]
+    assert (given[-1]["order"], given[-1]["base"], given[-1]["chunks"]) == (0xA000, 0x6000, 0x9000)
+    sizes = [g["size"] for g in given if "size" in g]
+    assert sizes == [32_768] * 3 + [16_384] * 3 and given[3]["step"] == 16
+
+
+def test_an_order_in_chunks_begins_with_them(programs: Programs) -> None:
+    found = launched(programs, "order", 1, 2, 5000, 64, 5000, 0, 2, 512, 1)
+    assert [name for name, _ in found] == [*ORDERED, "halve_512", "halve_256", "halve_128", "leaf"]
+    few = launched(programs, "order", 1, 2, 40, 64, 40, 0, 2, 512, 1)
+    assert [name for name, _ in few] == [*ORDERED, "leaf"]
+
+
+def test_launches_replayed_in_the_interpreter_are_the_definition(programs: Programs) -> None:
+    """What the C++ launches, run: orders, splits by them, and queries of other tokens.
+
+    In one process, as a start of Triton's interpreter takes longer than a case.
+    """
+    script = Path(__file__).parents[1] / "support" / "ort_replay.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(vars(programs), default=str),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4
+    for each in found:
+        assert each["permutation"] and each["spread"] < 1.01, each
+        assert each["route"] and each["out"] < 5e-3, each
+        assert each.get("exact", 0.0) < 5e-3, each
+    assert sum("exact" in each for each in found) == 2
 
 
 def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:
@@ -217,7 +302,7 @@ sys.path.insert(0, sys.argv[2])
 import numpy as np
 import torch
 from attention_cases import Case, make_tensors
-from onnx_cases import feed, session, split_model
+from onnx_cases import feed, order_model, session, split_model
 
 case = Case((5, 7, 9), dim=64, heads=4, kv_heads=2, before=3, after=2)
 tensors, budget = make_tensors(case), torch.full((4,), 0.5)
@@ -238,6 +323,16 @@ for name, bad in (
             single.run(None, feed(case, (*tensors[:3], None), budget))
     except Exception as error:
         print("refused", error)
+orders = session(order_model(20, torch.float16, largest_chunk=256), sys.argv[1])
+tokens = {"tokens": good["key"], "base": np.arange(315), "text_before": np.array([3])}
+(made,) = orders.run(None, {**tokens, "chunks": np.array([256, 0], np.int32)})
+print("shape", made.shape)
+for chunks, before in (([256, 0, 0], 3), ([256], 6)):
+    given = {**tokens, "chunks": np.array(chunks, np.int32), "text_before": np.array([before])}
+    try:
+        orders.run(None, given)
+    except Exception as error:
+        print("refused", error)
 """
 
 
@@ -254,6 +349,7 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [x.split(" ") for x in done.stdout.splitlines() if x.startswith("launch ")]
+    launches, of_orders = launches[:16], launches[16:]
     assert [x[1].removesuffix("_kernel") for x in launches] == [
         "summarise", "total", "centre", "first_order", "order", "pool_tiles", "disperse", "score",
         "limits", "route", "probe", "merge", "estimate", "fit", "attend", "text",
@@ -269,10 +365,14 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     for line, said in zip(
         refused,
         ["no attend kernel for sm_80, float32", "do not fit a sequence", "budget is",
-         "one self-attention", "does not broadcast"],
+         "one self-attention", "does not broadcast", "do not go with 2 heads",
+         "do not fit a sequence"],
         strict=True,
     ):  # fmt: skip
         assert said in line
+    kernels = [x[1].removesuffix("_kernel") for x in of_orders]
+    assert kernels == [*ORDERED, "halve", "halve", "leaf"]
+    assert "shape (2, 2, 315)" in done.stdout
 
 
 def test_unsupported_variants(tmp_path: Path) -> None:

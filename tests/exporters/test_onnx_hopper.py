@@ -81,6 +81,7 @@ def test_maps_and_arguments_are_those_of_the_pytorch_launch(
         "stride_ob": 4 * 315 * dim, "stride_oh": 315 * dim, "stride_on": dim,
         "stride_mb": 0, "key_mask": at["route"], "heads": 4, "group_size": 2, "tokens": 315,
         "tiles": 3, "blocks": 5, "text": 0, "text_before": 0, "scale": 0x3E000000,
+        "order_row": 0, "order_share": 8, "queries": 315, "query_before": 0,
     }  # fmt: skip
     for name in (*MAPPED, "text_key", "text_value"):
         n = name.removeprefix("text_")  # as hopper.attend without text

@@ -13,18 +13,21 @@ import pytest
 import torch
 
 onnx = pytest.importorskip("onnx")
+onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact
+from freqopt.exporters.onnx.export import needed_variants, translate
 from freqopt.exporters.onnx.library import SOURCES, compiler
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.exporters.program import make_program
 from freqopt.exporters.runner import run_artifact
 from freqopt.exporters.tensorrt import export as tensorrt_export
 from freqopt.exporters.tensorrt.cpp import build_engine
 from freqopt.exporters.tensorrt.export import export_tensorrt
-from freqopt.exporters.tensorrt.plugin import FOLDER
+from freqopt.exporters.tensorrt.plugin import FOLDER, fit_nodes
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 
@@ -37,8 +40,9 @@ def small() -> tuple[VideoDiT, tuple[torch.Tensor, ...]]:
     return VideoDiT(config).eval(), (torch.randn(1, 3, 5, 24, 32), torch.rand(1))
 
 
-def plan_for(model: VideoDiT) -> Plan:
+def plan_for(model: VideoDiT, chunks: list[int] | None = None) -> Plan:
     site = {
+        "chunks": chunks or [],
         "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
         "budgets": [{"threshold": [0.4, 0.8]}],
     }  # fmt: skip
@@ -67,9 +71,11 @@ def test_nodes_are_what_the_plugin_takes(artifact: Artifact) -> None:
     assert not proto.functions
     (node,) = (n for n in proto.graph.node if n.domain == "freqopt")
     assert node.op_type == "SplitAttention"
-    assert list(node.input[3:]) == ["freqopt.budget.blocks.0.attn", "freqopt.order.5x6x8"]
+    order = "freqopt.order.5x6x8"
+    assert list(node.input[3:]) == ["freqopt.budget.blocks.0.attn", order, order]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    assert attributes["text_before"] == 0 and "mid_band" not in attributes
+    assert attributes["text_before"] == attributes["query_text_before"] == 0
+    assert attributes["own"] == 1
     assert attributes["scale"] == pytest.approx(32**-0.5)
 
 
@@ -78,38 +84,74 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin, compiled against declarations of our own, in a program that asks it."""
     program = tmp_path_factory.mktemp("plugin") / "plugin"
     includes = [f"-I{folder}" for folder in (HERE / "trt_stub", FOLDER, SOURCES)]
-    sources = [HERE / "trt_plugin.cc", SOURCES / "split_cuda.cc"]
+    launches = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != "library.cc"]
+    sources = [HERE / "trt_plugin.cc", *launches]
     command = [compiler(), "-std=c++17", *includes, *sources, "-ldl", "-o", program]
     subprocess.run(list(map(str, command)), check=True)
     return program
 
 
-def test_the_plugin_reads_what_the_nodes_hold(artifact: Artifact, plugin: Path) -> None:
-    proto = onnx.load(artifact.model_path)
-    (node,) = (n for n in proto.graph.node if n.domain == "freqopt")
-    attributes = {
-        a.name: onnx.helper.get_attribute_value(a)
-        for a in node.attribute
-        if a.type in (onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT)
-    }
-    attributes |= {"density": 0.375, "probes": 17, "text_before": 5}  # no defaults of either side
+def attributes_of(node: Any) -> dict[str, Any]:
+    """Numbers among a node's attributes."""
+    kinds = (onnx.AttributeProto.FLOAT, onnx.AttributeProto.INT)
+    numbers = (a for a in node.attribute if a.type in kinds)
+    return {a.name: onnx.helper.get_attribute_value(a) for a in numbers}
+
+
+def check_plugin(plugin: Path, node: Any, types: str, changed: dict[str, Any]) -> None:
+    """A plugin takes a node's attributes and types of inputs and output, and misses none."""
+    attributes = attributes_of(node) | changed  # no defaults of either side
 
     def ask(given: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         words = [f"{type(value).__name__}:{name}={value}" for name, value in given.items()]
-        return subprocess.run([str(plugin), *words], capture_output=True, text=True, check=False)
+        command = [str(plugin), node.op_type, types, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = ask(attributes)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["name", node.op_type, "1"] in lines and ["creators", "1"] in lines
+    assert ["name", node.op_type, "1"] in lines and ["creators", "2"] in lines
     fields = [line[1] for line in lines if line[0] == "field"]
-    assert {"scale", "density", "probes", "text_before"} <= set(fields) <= set(attributes)
+    assert set(changed) <= set(fields) <= set(attributes)
     kept = {line[1]: float(line[2]) for line in lines if line[0] == "kept"}
     assert kept == pytest.approx({name: float(attributes[name]) for name in fields})
-    assert len(node.input) == 5 and lines[-1] == "taken 1 fewer 0 mixed 0".split()
+    assert len(node.input) == len(types) - 1 and lines[-1] == "taken 1 fewer 0 mixed 0".split()
     for name in fields:
         done = ask({n: value for n, value in attributes.items() if n != name})
         assert done.returncode == 3 and f"the attribute {name} is missing" in done.stderr
+
+
+def test_the_plugin_reads_what_the_nodes_hold(artifact: Artifact, plugin: Path) -> None:
+    proto = onnx.load(artifact.model_path)
+    (node,) = (n for n in proto.graph.node if n.domain == "freqopt")
+    changed = {"density": 0.375, "probes": 17, "text_before": 5, "query_text_before": 6, "own": 3}
+    check_plugin(plugin, node, "hhhfllh", changed)
+
+
+def test_an_order_by_content_is_a_plugin_of_its_own(plugin: Path) -> None:
+    model, args = small()
+    program = make_program(model, args, plan=plan_for(model, [512, 0]))
+    fitted = translate(program, tensorrt_export.OPSET, bodies=False)
+    assert fit_nodes(fitted) == []
+    proto = onnx_ir.to_proto(fitted)
+    order, split = (n for n in proto.graph.node if n.domain == "freqopt")
+    assert (order.op_type, split.op_type) == ("ContentOrder", "SplitAttention")
+    assert list(order.input[1:]) == ["freqopt.order.5x6x8", "freqopt.chunks.blocks.0.attn"]
+    assert list(split.input[4:]) == [order.output[0]] * 2 and order.input[0] == split.input[1]
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    chunks = held["freqopt.chunks.blocks.0.attn"]
+    assert chunks.tolist() == [512, 0] and chunks.dtype == "int32"
+    check_plugin(plugin, order, "hlil", {"text_before": 4, "largest_chunk": 1 << 30})
+    assert attributes_of(order) == {"text_before": 0, "largest_chunk": 512}
+    assert {variant.content for variant in needed_variants(program, [80, 90])} == {True}
+
+
+def test_chains_leave_orders_by_content_to_the_plugin(tmp_path: Path) -> None:
+    model, args = small()
+    plan = plan_for(model, [512, 0])
+    made = export_tensorrt(model, args, None, tmp_path, plan=plan, plugin="aot", build="never")
+    assert any("ordered by content, which chains" in note for note in made.notes)
+    assert "plugin='cpp'" in " ".join(made.notes)
 
 
 def test_the_folder_is_complete_and_guarded(artifact: Artifact, tmp_path: Path) -> None:
@@ -130,7 +172,9 @@ def test_plugin_sources_build_where_the_folder_was_moved(
     """All but the plugin itself, whose headers are NVIDIA's, links with a launch of ours."""
     moved = tmp_path / "plugin"
     shutil.copytree(artifact.path / "plugin", moved)
-    sources = ["cubins.S", "cubins.cc", "split_cuda.cc", str(HERE / "ort_launch.cc")]
+    (moved / "split_tensorrt.cc").unlink()
+    sources = [*(path.name for path in sorted(moved.glob("*.cc"))), "cubins.S"]
+    sources.append(str(HERE / "ort_launch.cc"))
     command = [compiler(), "-std=c++17", f"-I{moved}", *sources, "-ldl", "-o", "launch"]
     subprocess.run(command, cwd=moved, check=True)
     assert str(artifact.path) not in (moved / "cubins.S").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import clustered
 from torch import Tensor
 
 import freqopt
@@ -11,15 +12,6 @@ from freqopt.config import ALL, DEFAULT_CHUNK
 from freqopt.errors import InputError
 from freqopt.kernels import content_order as definition
 from freqopt.kernels.content_order import content_order, spread
-
-
-def clustered(tokens: int, dim: int = 24, heads: int = 2, clusters: int = 12) -> Tensor:
-    """(1, H, T, D) tokens of a few kinds, scattered over the sequence."""
-    generator = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(heads, clusters, dim, generator=generator)
-    kind = torch.randint(clusters, (heads, tokens), generator=generator)
-    noise = 0.3 * torch.randn(heads, tokens, dim, generator=generator)
-    return (centres.gather(1, kind[..., None].expand(-1, -1, dim)) + noise)[None]
 
 
 def is_permutation(order: Tensor) -> bool:

@@ -59,7 +59,7 @@ else:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
              f"{CHECKS}", "-m", "not gpu"],
-            capture_output=True, text=True, check=False, cwd=CHECKS.parent.parent,
+            capture_output=True, text=True, check=False, cwd=CHECKS.parents[2],
             env={**os.environ, "TRITON_INTERPRET": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
@@ -75,7 +75,7 @@ def test_backward_kernels_fit_shared_memory(dtype: str, dim: int, capability: in
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(tests=str(CHECKS.parent)), dtype, str(dim),
          str(capability)],
-        capture_output=True, text=True, check=False, env=environment, cwd=CHECKS.parent.parent,
+        capture_output=True, text=True, check=False, env=environment, cwd=CHECKS.parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)

@@ -26,18 +26,21 @@ def test_a_packed_route_is_that_route(blocks: int) -> None:
 @pytest.mark.parametrize("processors", [1, 132])
 def test_a_chunk_of_a_long_sequence_takes_its_share(group: int, processors: int) -> None:
     tokens, keys_and_values = 2**20, 2 * 2**20 * 128 * 2
-    tiles = workspace.chunk_tiles(tokens, 128, 2, group, processors)
+    tiles = workspace.chunk_tiles(tokens, tokens, 128, 2, group, processors)
     held = tiles * group * 2**20 // 64 * workspace.LONG_PAIR_BYTES
     assert 0.8 * workspace.CHUNK_SHARE < held / keys_and_values <= workspace.CHUNK_SHARE
     assert tiles % processors == 0
     # A short or narrow sequence has fewer tiles than fit, and few at least.
-    assert workspace.chunk_tiles(1000, 128, 2, 1, 132) == 8
-    assert workspace.chunk_tiles(tokens, 8, 2, 64) >= 1
+    assert workspace.chunk_tiles(1000, 1000, 128, 2, 1, 132) == 8
+    assert workspace.chunk_tiles(tokens, tokens, 8, 2, 64) >= 1
 
 
 def test_what_long_sequences_hold_does_not_grow_faster_than_they_do() -> None:
-    held = [workspace.bytes_per_key_head(n, 128, 2, 1) for n in (2**17, 2**18, 2**20, 2**22)]
+    held = [workspace.bytes_per_key_head(n, n, 128, 2, 1) for n in (2**17, 2**18, 2**20, 2**22)]
     assert held[2] == pytest.approx(4 * held[1]) and held[3] == pytest.approx(16 * held[1])
+    ordered = 2 * 2**17 * 128 * 2
+    of_few_queries = workspace.bytes_per_key_head(2**17, 2**10, 128, 2, 1)
+    assert ordered < of_few_queries < 1.01 * ordered < held[0]
     assert workspace.is_long(2**18) and not workspace.is_long(2**18 - 1)
 
 

@@ -19,9 +19,9 @@ from freqopt.passes.axes.dimensions import same
 from freqopt.passes.axes.divisions import learn_divisions
 
 CASES = load_all()
-PATCHES_BY_RESHAPE = ("cosmos", "cogvideox15", "cogview4", "auraflow")
-HISTORY = ("helios_history",)
-FLOATS = ("flux", "vit", "videomae_eager", "lumina_next")
+ONE_OF_A_KIND = ("cosmos", "helios_history", "flux", "videomae_eager")
+"""Patches by reshapes, a history, and floats of modules, packed and not; the rest is slow."""
+
 KNOWN_TO_STAY = {
     "hunyuan15": "each of its blocks gets a graph of its own",
 }
@@ -33,13 +33,15 @@ def check(name: str) -> None:
     assert not problems(case, grid, look(case, grid, batch, dynamic=True))
 
 
-@pytest.mark.parametrize("name", [*PATCHES_BY_RESHAPE, *HISTORY, *FLOATS])
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_attention_is_found_and_split(name: str) -> None:
     check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name not in KNOWN_TO_STAY])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in (*KNOWN_TO_STAY, *ONE_OF_A_KIND)]
+)
 def test_all_models(name: str) -> None:
     check(name)
 

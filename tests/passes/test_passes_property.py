@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         return x, text
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(style=STYLES)
 def test_any_way_of_writing_a_transformer_is_found_and_rewritten(style: Style) -> None:
     torch.manual_seed(0)

@@ -129,6 +129,15 @@ def make_tensors(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
     return query, key + 0.5, value, mask
 
 
+def clustered(tokens: int, dim: int = 24, heads: int = 2, clusters: int = 12) -> Tensor:
+    """(1, H, T, D) tokens of a few kinds, scattered over the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(heads, clusters, dim, generator=generator)
+    kind = torch.randint(clusters, (heads, tokens), generator=generator)
+    noise = 0.3 * torch.randn(heads, tokens, dim, generator=generator)
+    return (centres.gather(1, kind[..., None].expand(-1, -1, dim)) + noise)[None]
+
+
 def orders_of(case: Case, tensors: tuple[Tensor, ...]) -> Orders:
     """The orders of the keys (B, Hkv, T) and the queries (B, H, Tq) by the definition."""
     if not case.chunk:
@@ -146,17 +155,21 @@ def orders_of(case: Case, tensors: tuple[Tensor, ...]) -> Orders:
     return Orders(of_keys, made(query, case.query_layout))
 
 
+def scores_of(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The definition's routing scores (B, H, tiles, blocks), given the orders of `orders_of`."""
+    orders = orders_of(case, tensors)
+    tokens = chunked.take_apart(case.inputs(tensors, torch.zeros(case.heads), orders), orders)
+    summary = reference.summarise(tokens.key, tokens.value, 64)
+    return reference.score_pairs(tokens.query, summary, case.dim**-0.5, tensors[0].dtype).score
+
+
 def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tensor:
     """(H,) thresholds that fall into a wide gap between two routing scores near a density.
 
     Implementations round differently; with no score close to the threshold their routes must agree
     exactly.
     """
-    orders = orders_of(case, tensors)
-    tokens = chunked.take_apart(case.inputs(tensors, torch.zeros(case.heads), orders), orders)
-    summary = reference.summarise(tokens.key, tokens.value, 64)
-    score = reference.score_pairs(tokens.query, summary, case.dim**-0.5, tensors[0].dtype).score
-    per_head = score.transpose(0, 1).flatten(1).sort(-1).values.clamp(min=1e-20)
+    per_head = scores_of(case, tensors).transpose(0, 1).flatten(1).sort(-1).values.clamp(min=1e-20)
     if per_head.shape[1] == 1:
         return 0.5 * per_head[:, 0]
     at = min(int((1 - density) * per_head.shape[1]), per_head.shape[1] - 2)

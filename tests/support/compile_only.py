@@ -36,7 +36,7 @@ class CompileOnly:
             constexprs = {p.name for p in self.kernel.params if p.is_constexpr} | set(unset)
             signature, constants, attributes = {}, {}, {}
             for i, (name, value) in enumerate(values.items()):
-                if name in constexprs or (isinstance(value, int) and value == 1):
+                if name in constexprs or value is None or (isinstance(value, int) and value == 1):
                     signature[name], constants[name] = "constexpr", value
                 elif isinstance(value, torch.Tensor):
                     signature[name] = TYPES[value.dtype]

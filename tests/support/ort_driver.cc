@@ -60,6 +60,7 @@ int cuTensorMapEncodeTiled(freqopt::TensorMap* map, int type, uint32_t rank, voi
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned,
                    unsigned, unsigned shared, void* stream, void** arguments, void** extra) {
   const std::string& name = g_names[function];
+  if (std::getenv("FAKE_IMAGES")) std::printf("image %p\n", function);
   std::printf("launch %s %u %u %u %u %u %llu", name.c_str(), x, y, z, threads, shared,
               static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(stream)));
   for (int i = 0; i < count(name) + 2; ++i) {

@@ -55,7 +55,8 @@ def build_driver(path: Path, *flags: str) -> Path:
 def build_programs(table: Sequence[Compiled], folder: Path) -> Programs:
     """Compile both, with a table of kernels whose files lie in `folder`."""
     driver, program = build_driver(folder / "driver.so"), folder / "launch"
-    sources = [HERE / "ort_launch.cc", SOURCES / "split_cuda.cc", *write_sources(table, folder)]
+    ours = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != "library.cc"]
+    sources = [HERE / "ort_launch.cc", *ours, *write_sources(table, folder)]
     command = [ort_library.compiler(), *FLAGS, *map(str, sources), "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
     counts = ";".join(f"{row.symbol}:{len(row.arguments)}" for row in table)

@@ -6,6 +6,7 @@ Given one order, routes must be equal.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from attention_cases import (
     RECTANGULAR_CASES,
     Case,
     budget_for,
+    clustered,
     dense,
     logits_of,
     make_tensors,
@@ -29,12 +31,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted import look_once_a_helper
 
-from freqopt.config import QUERY_TILE
-from freqopt.kernels import autotune, overlap, reference, tuned, workspace
+from freqopt.config import ALL, QUERY_TILE
+from freqopt.kernels import autotune, content_order, overlap, reference, tuned, workspace
 from freqopt.kernels.chunked import Orders
 from freqopt.kernels.forward import long as long_split
+from freqopt.kernels.forward import order as order_launch
 from freqopt.kernels.forward import short, split
 from freqopt.kernels.forward.call import Call, Order
+from freqopt.kernels.forward.order import order_by_content
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Settings, pack_route, unpack_route
@@ -99,7 +103,15 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(coefficients[..., 0], wanted.probe.c, atol=5e-2)
 
 
-@pytest.mark.parametrize("case", CONTENT_CASES + RECTANGULAR_CASES, ids=str)
+GIVEN_CASES = CONTENT_CASES + RECTANGULAR_CASES
+DENSITY_CASES = [CASES[1], RECTANGULAR_CASES[0]]
+if not ON_GPU:  # each pair of a batch item and a head takes the interpreter seconds
+    RECTANGULAR = dataclasses.replace(RECTANGULAR_CASES[0], batch=1, heads=2, kv_heads=1)
+    GIVEN_CASES = [*CONTENT_CASES, RECTANGULAR, *RECTANGULAR_CASES[1:]]
+    DENSITY_CASES = [dataclasses.replace(CASES[1], batch=1), RECTANGULAR]
+
+
+@pytest.mark.parametrize("case", GIVEN_CASES, ids=str)
 def test_given_an_order_kernels_are_the_reference(case: Case) -> None:
     """Orders per head, and queries that are other tokens than the keys."""
     tensors = make_tensors(case)
@@ -118,8 +130,99 @@ def test_given_an_order_kernels_are_the_reference(case: Case) -> None:
     torch.testing.assert_close(exact[5], truth, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
+    """Its tile is attended exactly, as in the definition, and the other rows of it are right."""
+    case = Case((3, 6, 10), batch=1)
+    tensors = make_tensors(case)
+    tensors[0][0, 1, 20, 3] = bad
+    budget = torch.full((case.heads,), 1.0)
+    expected, wanted = reference_split(case, tensors, budget)
+    out, _, _, route, *_ = run(case, tensors, budget)
+    assert torch.equal(route, wanted.route)
+    others = torch.arange(case.length) != 20
+    assert not out[0, 1, 20].isfinite().all()
+    assert relative(out[:, :, others], expected[:, :, others]) < TOLERANCE[torch.float32]
+    dense_route = run(case, make_tensors(case), torch.full((case.heads,), torch.nan))[3]
+    assert (dense_route == reference.EXACT).all(), "a threshold that is none"
+
+
+def test_numbers_of_an_order_stay_among_the_tokens() -> None:
+    """The device is not waited for to look at them, so none may lead past the memory."""
+    case = RECTANGULAR_CASES[0]
+    tensors = make_tensors(case)
+    inputs = case.inputs(
+        tuple(x if x is None else x.to(DEVICE) for x in tensors),
+        torch.ones(case.heads, device=DEVICE),
+        Orders(
+            torch.full((case.batch, case.kv_heads, case.sequence.tokens), 2**30).int().to(DEVICE),
+            torch.full((case.batch, case.heads, case.query_side.tokens), -(2**30)).int().to(DEVICE),
+        ),
+    )
+    out = split.split_forward(inputs, Settings(case.dim**-0.5, 0.0, 4))[0]
+    written = out.isfinite().all(-1).sum(-1)
+    text = case.query_side.text
+    assert (written == text + 1).all(), "all stand at one place, and the rest is NaN"
+
+
+def made_order(keys: torch.Tensor, base: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """The order (B, H, T) that the kernels make of keys (B, H, T, D)."""
+    order = torch.full(keys.shape[:3], -1, device=DEVICE, dtype=torch.int32)
+    given = torch.tensor(chunks, device=DEVICE, dtype=torch.int32)
+    base = base.to(DEVICE, torch.int32)
+    order_by_content(keys.to(DEVICE), base, given, max(chunks), 0, order)
+    return order.cpu()
+
+
+def is_permutation(order: torch.Tensor) -> bool:
+    return bool((order.sort(-1).values == torch.arange(order.shape[-1])).all())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "chunks", "far", "dtype"),
+    [
+        (300, 40, [512, 256], False, torch.float32),
+        (700, 64, [ALL, 0], False, torch.float16),
+        (1100, 24, [ALL, 1024], True, torch.float16),
+    ],
+)
+def test_orders_leave_the_spread_of_the_definitions(
+    tokens: int, dim: int, chunks: list[int], far: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """far: levels as those of segments that are too large for one program."""
+    if far:
+        levels = {size: found for size, found in order_launch.LEVELS.items() if size <= 256}
+        monkeypatch.setattr(order_launch, "LEVELS", levels)
+        for module in (order_launch, content_order):
+            monkeypatch.setattr(module, "SEGMENT_SAMPLES", 256)
+    keys = clustered(tokens, dim).to(dtype)
+    base = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    order = made_order(keys, base, chunks)
+    wanted = content_order.content_order(keys, base, torch.tensor(chunks))
+    assert is_permutation(order)
+    left, least = (content_order.spread(keys, x) for x in (order, wanted))
+    assert (left < 1.01 * least).all()
+    for head, chunk in enumerate(chunks):
+        for start in range(0, tokens, chunk or 1):
+            part = slice(start, start + (chunk or 1))
+            assert set(order[0, head, part].tolist()) == set(base[part].tolist())
+
+
+def test_orders_of_keys_that_are_equal_few_or_no_numbers() -> None:
+    base = torch.randperm(200, generator=torch.Generator().manual_seed(2))
+    equal = made_order(torch.full((1, 2, 200, 16), 0.7), base, [ALL, 256])
+    assert torch.equal(equal[0].long(), base.expand(2, -1))
+    assert made_order(torch.ones(1, 1, 1, 16), base[:1] * 0, [256]).tolist() == [[[0]]]
+    keys = clustered(200)
+    clean = made_order(keys, base, [ALL, ALL])
+    keys[0, 0, 17], keys[0, 0, 5, 3] = torch.nan, torch.inf
+    spoilt = made_order(keys, base, [ALL, ALL])
+    assert is_permutation(spoilt) and torch.equal(spoilt[:, 1], clean[:, 1])
+
+
 @pytest.mark.parametrize("long", [False, True])
-@pytest.mark.parametrize("case", [CASES[1], RECTANGULAR_CASES[0]], ids=str)
+@pytest.mark.parametrize("case", DENSITY_CASES, ids=str)
 def test_the_threshold_of_a_density_is_the_definitions(
     case: Case, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +264,9 @@ def test_heads_in_turns_are_heads_together(
     items: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, tensors, budget, together = heads_together()
-    per_head = workspace.bytes_per_key_head(case.sequence.tokens, case.dim, 4, 2)
+    per_head = workspace.bytes_per_key_head(
+        case.sequence.tokens, case.sequence.tokens, case.dim, 4, 2
+    )
     fitting = heads if items == 1 else items * case.kv_heads
     monkeypatch.setattr(workspace, "WORKSPACE", fitting * per_head + per_head // 2)
     calls = []
@@ -233,7 +338,7 @@ def test_chunks_of_tiles_are_all_tiles_together(
 
 
 BESIDE_CASES = [
-    Case((3, 6, 8), batch=2, before=3, after=5, masked=True),
+    Case((3, 6, 8), heads=1, kv_heads=1, batch=2, before=3, after=5, masked=True),
     Case((3, 5, 9), dim=40, heads=2, kv_heads=1, batch=1, after=70, masked=True),
     Case((1, 1, 60), dim=16, heads=2, kv_heads=1),
 ]

@@ -1,5 +1,7 @@
-// Asks the TensorRT plugin what it is: its name and fields, what it makes of a node's attributes, and
-// which types of inputs it takes. Arguments: float:NAME=VALUE or int:NAME=VALUE, a node's attributes.
+// Asks a TensorRT plugin what it is: its name and fields, what it makes of a node's attributes, and
+// which types of inputs it takes. Arguments: the plugin's name, the types of its inputs and output as
+// letters (h half, f float, l int64, i int32), and float:NAME=VALUE or int:NAME=VALUE, a node's
+// attributes.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -15,9 +17,15 @@ const int kCubinCount = 0;
 namespace trt = nvinfer1;
 
 int main(int argc, char** argv) {
+  if (argc < 3) return 2;
   int32_t count = 0;
-  auto* creator = static_cast<trt::IPluginCreatorV3One*>(
-      const_cast<trt::IPluginCreatorInterface*>(getCreators(count)[0]));
+  auto* const* creators = getCreators(count);
+  trt::IPluginCreatorV3One* creator = nullptr;
+  for (int i = 0; i < count; ++i) {
+    auto* each = static_cast<trt::IPluginCreatorV3One*>(creators[i]);
+    if (std::string(each->getPluginName()) == argv[1]) creator = each;
+  }
+  if (!creator) return 4;
   std::printf("creators %d\nname %s %s\n", count, creator->getPluginName(), creator->getPluginVersion());
   const trt::PluginFieldCollection names = *creator->getFieldNames();
   for (int i = 0; i < names.nbFields; ++i) std::printf("field %s\n", names.fields[i].name);
@@ -26,7 +34,7 @@ int main(int argc, char** argv) {
   std::vector<float> floats(argc);
   std::vector<int32_t> ints(argc);
   std::vector<trt::PluginField> fields;
-  for (int i = 1; i < argc; ++i) {
+  for (int i = 3; i < argc; ++i) {
     const std::string given = argv[i];
     const size_t colon = given.find(':'), equals = given.find('=');
     const bool is_float = given.substr(0, colon) == "float";
@@ -55,15 +63,22 @@ int main(int argc, char** argv) {
   }
   auto* build = static_cast<trt::IPluginV3OneBuild*>(
       plugin->getCapabilityInterface(trt::PluginCapabilityType::kBUILD));
-  const trt::DataType types[] = {trt::DataType::kHALF, trt::DataType::kHALF, trt::DataType::kHALF,
-                                 trt::DataType::kFLOAT, trt::DataType::kINT64, trt::DataType::kHALF};
-  trt::DynamicPluginTensorDesc tensors[6] = {};
-  for (int i = 0; i < 6; ++i) tensors[i].desc.type = types[i];
+  const std::string letters = argv[2];
+  std::vector<trt::DynamicPluginTensorDesc> tensors(letters.size());
+  for (size_t i = 0; i < letters.size(); ++i) {
+    tensors[i].desc.type = letters[i] == 'h'   ? trt::DataType::kHALF
+                           : letters[i] == 'f' ? trt::DataType::kFLOAT
+                           : letters[i] == 'l' ? trt::DataType::kINT64
+                                               : trt::DataType::kINT32;
+  }
+  const int inputs = int(letters.size()) - 1;
   bool taken = true;
-  for (int i = 0; i < 6; ++i) taken = taken && build->supportsFormatCombination(i, tensors, 5, 1);
-  const bool fewer = build->supportsFormatCombination(0, tensors, 4, 1);
+  for (int i = 0; i <= inputs; ++i) {
+    taken = taken && build->supportsFormatCombination(i, tensors.data(), inputs, 1);
+  }
+  const bool fewer = build->supportsFormatCombination(0, tensors.data(), inputs - 1, 1);
   tensors[1].desc.type = trt::DataType::kFLOAT;
-  const bool mixed = build->supportsFormatCombination(1, tensors, 5, 1);
+  const bool mixed = build->supportsFormatCombination(1, tensors.data(), inputs, 1);
   std::printf("taken %d fewer %d mixed %d\n", taken, fewer, mixed);
   delete plugin;
   return 0;

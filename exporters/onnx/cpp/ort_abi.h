@@ -28,7 +28,9 @@ struct ApiBase {
   const char* (*GetVersionString)();
 };
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kBool = 9, kHalf = 10, kBfloat16 = 16 };
+enum ElementType : int {
+  kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBfloat16 = 16
+};
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
 enum MemoryType : int { kCpuInput = -2, kDefault = 0 };
 

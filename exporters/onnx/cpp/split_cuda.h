@@ -1,24 +1,24 @@
 // Frequency-split attention on the GPU: launches the compiled kernels through the driver.
 //
-// The driver is opened at run time, so the library loads on machines without one. Nothing here
-// waits for the device: every launch goes to onnxruntime's stream.
+// The driver is opened at run time, so the library loads on machines without one.
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <map>
-#include <string>
+
+#include "launches.h"
 
 namespace freqopt {
 
-struct Extents {
+struct Extents {  // of the keys, and of queries that may be other tokens
   int64_t batch, heads, kv_heads, length, dim, tokens, text_before;
+  int64_t query_length, queries, query_before;
 };
 
 struct Attributes {
   float scale, density;
   int64_t probes;
+  bool own;  // the queries are the keys' tokens
 };
 
 // How many of a head's (query tile, key block) pairs a density makes exact. An attribute is a float:
@@ -28,28 +28,14 @@ inline int64_t exact_pairs(float density, int64_t pairs) {
   return std::min(std::max<int64_t>(int64_t(std::ceil(share - share * 1e-7)), 1), pairs);
 }
 
-struct Cubin {  // one row of the generated table
-  // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
-  // its extents and strides in elements, which Triton passes once more.
-  const char *kernel, *symbol, *arguments;
-  int capability, dtype, head_dim, masked;
-  int tile, warps, shared;
-  const unsigned char* image;
-};
-extern const Cubin kCubins[];
-extern const int kCubinCount;
-
 struct CudaCall {
   Extents extents;
   Attributes attributes;
   int type;  // 0 float, 1 half, 2 bfloat16
   int64_t mask_batch, mask_length;
-  void *query, *key, *value, *budget, *key_mask, *order, *out, *stream;
-};
-
-struct CudaPlan {  // where each intermediate tensor lies in the workspace
-  std::map<std::string, size_t> offset;
-  size_t workspace_bytes;
+  // Orders (T,) of all heads or, where there are more rows, one for each (batch item, head).
+  int64_t order_rows, query_order_rows;
+  void *query, *key, *value, *budget, *key_mask, *order, *query_order, *out, *stream;
 };
 
 // Both throw std::runtime_error with a message for the user.

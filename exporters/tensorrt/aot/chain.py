@@ -102,6 +102,8 @@ def chain(call: Call) -> list[Step]:
         "blocks": blocks, "groups": groups, "text": text, "text_before": call.text_before,
         "probes": probes, "parts": parts, "cells": dim * dim,
         "kept": exact_pairs(call.density, tiles * blocks), "stride_mb": 0,
+        "order_row": 0, "order_share": 1, "queries": tokens, "query_before": call.text_before,
+        "query_text": text,
     }  # fmt: skip
     for letter, count in (("q", heads), ("k", kv), ("v", kv), ("o", heads)):
         sizes[f"stride_{letter}n"] = dim

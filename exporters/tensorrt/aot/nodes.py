@@ -44,18 +44,24 @@ class Site:
 def find_calls(model: ir.Model) -> tuple[list[Site], list[str]]:
     """The split nodes that chains can serve, and why others cannot be."""
     from freqopt.exporters.onnx.body import DOMAIN, OP_NAME
+    from freqopt.exporters.onnx.nodes import orders_of
     from freqopt.exporters.tensorrt.aot.chain import Call
     from freqopt.exporters.tensorrt.plugin import constant
 
     sites, problems = [], []
     for node in model.graph:
-        if (node.domain, node.op_type) != (DOMAIN, OP_NAME) or len(node.inputs) != 5:
+        if (node.domain, node.op_type) != (DOMAIN, OP_NAME) or len(node.inputs) != 6:
             continue
-        query, key, _, _, order = node.inputs
+        query, key, _, _, order, _ = node.inputs
         extents = [*query.shape[1:], key.shape[1]]
         probes = node.attributes["probes"].as_int()
         if not all(isinstance(n, int) for n in extents):
             problems.append(f"{node.name}: only the batch of query {query.shape} may be free")
+        elif orders_of(node) or not node.attributes["own"].as_int():
+            problems.append(
+                f"{node.name}: its tokens are ordered by content, which chains of nodes do not; "
+                "export with plugin='cpp'"
+            )
         elif probes == 0:
             problems.append(f"{node.name}: it has no probes; export with probes=64")
         else:
@@ -122,7 +128,7 @@ def _expand(model: ir.Model, site: Site, chain: list[dict[str, Any]]) -> list[di
     from freqopt.exporters.onnx.body import DOMAIN
 
     names = ("query", "key", "value", "budget", "order")
-    at = dict(zip(names, site.node.inputs, strict=True))
+    at = dict(zip(names, site.node.inputs, strict=False))  # the queries' order is the keys'
     codes = {name: code for code, name in TYPES.items()}
     batch = site.node.inputs[0].shape[0]
     made, known = [], []

@@ -17,7 +17,11 @@ struct Dims {
   int32_t nbDims;
   int64_t d[8];
 };
-struct DimsExprs {};
+class IDimensionExpr;
+struct DimsExprs {
+  int32_t nbDims;
+  const IDimensionExpr* d[8];
+};
 struct PluginTensorDesc {
   Dims dims;
   DataType type;

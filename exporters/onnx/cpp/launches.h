@@ -1,0 +1,93 @@
+// Finds kernels in the generated table and launches them, their arguments given by name.
+//
+// Nothing here waits for the device: every launch goes to the caller's stream.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_driver.h"
+
+namespace freqopt {
+
+constexpr int64_t kKeyBlock = 64, kQueryTile = 128;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Channels of the kernels' tiles, as freqopt.kernels.tiles.padded_dim.
+inline int64_t padded_dim(int64_t dim) {
+  int64_t padded = 16;
+  while (padded < dim) padded *= 2;
+  return padded;
+}
+
+struct Cubin {  // one row of the generated table
+  // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
+  // its extents and strides in elements, which Triton passes once more.
+  const char *kernel, *symbol, *arguments;
+  int capability, dtype, head_dim, masked;
+  int tile, warps, shared;
+  const unsigned char* image;
+};
+extern const Cubin kCubins[];
+extern const int kCubinCount;
+
+enum Masked : int { kUnmasked, kMasked, kEither };
+
+struct Launcher {  // where a call's kernels run, and what they are compiled for
+  Device device;
+  int type;  // 0 float, 1 half, 2 bfloat16
+  int64_t head_dim;
+  Masked masked;  // either: of kernels that read no mask
+  void* stream;
+};
+
+struct CudaPlan {  // where each intermediate tensor lies in the workspace
+  std::map<std::string, size_t> offset;
+  size_t workspace_bytes = 0;
+  void add(const char* name, int64_t elements, int64_t bytes) {
+    offset[name] = workspace_bytes;
+    workspace_bytes += size_t(ceil_div((elements > 0 ? elements : 1) * bytes, 256)) * 256;
+  }
+};
+
+struct Argument {  // a tensor map, or eight bytes that hold a pointer, an integer or a float
+  uint64_t bits = 0;
+  const TensorMap* map = nullptr;
+  Argument() = default;
+  Argument(const TensorMap* m) : map(m) {}
+  Argument(void* p) { std::memcpy(&bits, &p, sizeof p); }
+  Argument(int64_t v) {
+    if (v > INT32_MAX) throw std::runtime_error("an extent of the tensors exceeds 2^31");
+    const int32_t small = int32_t(v);
+    std::memcpy(&bits, &small, 4);
+  }
+  Argument(float v) { std::memcpy(&bits, &v, 4); }
+  void* pointer() const {
+    void* p = nullptr;
+    std::memcpy(&p, &bits, sizeof p);
+    return p;
+  }
+  void* address() { return map ? const_cast<TensorMap*>(map) : static_cast<void*>(&bits); }
+};
+using Arguments = std::map<std::string, Argument>;
+
+// The plan's tensors by name, in a workspace.
+Arguments tensors_of(const CudaPlan& plan, void* workspace);
+
+// The best entry for a kernel, or null: code runs on later chips of its own generation.
+const Cubin* find(const Launcher& on, const std::string& kernel);
+
+// The same; throws with a message for the user where there is none.
+const Cubin& choose(const Launcher& on, const std::string& kernel);
+
+// own: arguments that differ from, or are not among, those that are shared.
+void launch(const Launcher& on, const std::string& kernel, const Arguments& shared,
+            const Arguments& own, int64_t x, int64_t y, int64_t z = 1);
+
+void fill(const Launcher& on, const Argument& to, unsigned word, int64_t words);
+
+}  // namespace freqopt
