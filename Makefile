@@ -18,7 +18,7 @@ FOLDERS := freqopt passes kernels exporters models_zoo tests benchmarks examples
 SOURCES := $(shell find $(FOLDERS) -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types pytest bench docs doctor release clean
+.PHONY: help demo test check lint types pytest bench bench-all docs doctor release clean
 
 help:
 	@echo 'make demo    install, then calibrate, compile and sample a video; writes demo/report.html'
@@ -28,6 +28,7 @@ help:
 	@echo 'make types   mypy, strict'
 	@echo 'make pytest  the tests alone; ARGS="-m slow" for the long ones'
 	@echo 'make bench   time the op against dense attention (needs an NVIDIA GPU)'
+	@echo 'make bench-all  every result file, and the pages made of them; says what it leaves out'
 	@echo 'make docs    the documentation as a site in build/site; a broken link fails'
 	@echo 'make doctor  what works on this machine, and why the rest does not'
 	@echo 'make release build what would be released and check it; uploads nothing'
@@ -72,6 +73,9 @@ pytest: $(READY)
 
 bench: $(READY)
 	'$(BIN)/python' -m benchmarks.attention $(ARGS)
+
+bench-all: $(READY)
+	'$(BIN)/python' -m benchmarks.everything $(ARGS)
 
 $(DOCS_READY): $(READY)
 	'$(BIN)/python' -m pip install -qq --disable-pip-version-check -c constraints.txt \

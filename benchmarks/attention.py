@@ -3,8 +3,9 @@
 Every row is one call on the trained DiT's Q, K and V under one order of its tokens: its relative
 error against dense attention in the same run, the density reached, the time of the whole call, of
 the order alone, of the parts one by one, and of everything but the attention kernel together. A row
-whose correctness gate fails prints no time. Rivals that run here (`benchmarks.rivals`) are measured
-in the same run, on the grid's routes. `--small` runs it all on a CPU, to see that it runs.
+whose correctness gate fails prints no time. FlexAttention on the grid's routes is measured in the
+same run; `benchmarks.rivals` measures what else is installed. `--small` runs it all on a CPU, to
+see that it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import orders, rivals
+from benchmarks import orders, rival_calls
 from benchmarks.common import environment, graph_milliseconds, milliseconds, timed, write
 from benchmarks.orders import GRID, Ordering, head_errors
 from benchmarks.tensors import Attention, zoo_attention
@@ -129,7 +130,7 @@ def graph_times(call: Callable[[], object]) -> dict[str, float]:
     return {"graph_ms": whole, "other_ms": other, "other_share": other / whole}
 
 
-def rival_row(rival: rivals.Rival, reference: Tensor, best: float) -> dict[str, Any] | None:
+def rival_row(rival: rival_calls.Rival, reference: Tensor, best: float) -> dict[str, Any] | None:
     """Error and time of a rival, None if it does not run here."""
     try:
         out = rival.run()
@@ -214,7 +215,7 @@ def measure(
     reference = dense_attention(a)
     floor = relative_errors(reference[:, :2], truth)
     rows: list[dict[str, Any]] = []
-    others = [rival_row(rival, reference, best) for rival in rivals.installed(a)]
+    others: list[dict[str, Any] | None] = []
     for each in orderings or orders.shared_orderings(a)[:1]:
         for density in densities:
             found = order_row(a, each, density, reference, best)
@@ -223,8 +224,8 @@ def measure(
             row, route = found
             rows.append(row)
             if density < 1.0 and each.name == GRID and route is not None:
-                near = rivals.at_density(a, row["density"], route.exact_list, route.counts)
-                others += [rival_row(rival, reference, best) for rival in near]
+                near = rival_calls.Route(row["density"], route.exact_list, route.counts)
+                others += [rival_row(r, reference, best) for r in rival_calls.flex(a, [near])]
     return {
         "tokens": a.query.shape[2], "grid": a.grid, "heads": a.query.shape[1],
         "head_dim": a.query.shape[3], "dtype": str(a.query.dtype), "dense_ms": dense,

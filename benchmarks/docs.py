@@ -21,12 +21,14 @@ def wanted() -> dict[Path, str]:
     made = {DOCS / "results" / f"{page.name}.md": page.text() for page in results_pages.present()}
     made[DOCS / "results" / "README.md"] = results_pages.index()
     for page, name, inside in (
+        (README, "film", readme.film()),
+        (README, "classes", readme.classes()),
         (README, "measured", readme.measured()),
         (DOCS / "targets.md", "looks", user_pages.looks()),
         (DOCS / "troubleshooting.md", "reasons", user_pages.reasons()),
         (DOCS / "works-with.md", "ways", user_pages.ways_of_running()),
     ):
-        made[page] = filled(page.read_text(encoding="utf-8"), name, inside)
+        made[page] = filled(made.get(page) or page.read_text(encoding="utf-8"), name, inside)
     made[DOCS / "split.svg"] = picture.draw()
     return made
 

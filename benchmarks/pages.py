@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 
+MOVING = DOCS / "demo.png"
+"""The README's moving picture, of the demo on a CPU."""
+
 
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """A result file, by its name without the ending."""

@@ -156,9 +156,43 @@ def demos() -> Iterator[str]:
     """The video of the demo."""
     yield "The zoo's model is small (8 million parameters) and was trained for minutes."
     yield "It has two heads a layer, so that a call is bound by launches where it is short."
-    yield "On a CPU the split is correct, not fast."
+    if load("demo_cpu")["calibration_seconds"] is None:
+        yield "On a CPU the plan ships, and the run checks it on the video's own steps."
     for name in ("demo_h200", "demo_cpu"):
         yield from ("", *readme.demo(load(name)))
+
+
+def beside_rivals() -> Iterator[str]:
+    """The op beside what else was installed."""
+    result = load("rivals")
+    yield "All have the same queries, keys and values, of the zoo's video transformer."
+    yield "A rival that is given *our route* is timed without the finding of it."
+    yield "Of a rival's orders of tokens the one with less error is shown."
+    yield from ("", origin(result))
+    for problem in result["problems"]:
+        yield from ("", f"## {problem['heads']} heads x {problem['tokens']:,} tokens", "")
+        yield from readme.rivals(problem)
+    yield from ("", f"![Error against time, all of them]({FILES}/rivals.png)")
+
+
+def on_real_models() -> Iterator[str]:
+    """Plans on what others made."""
+    result = load("real")
+    yield f"{result['model']}, on film of {result['film']}."
+    yield "Each plan is made on other clips than the one it is judged on."
+    yield "*Same matches*: patches whose nearest patch in the next frame stays the same."
+    yield "The noise floor is what another dense attention makes of the same features."
+    yield from ("", origin(result), "", *readme.real(result))
+
+
+def whole_generations() -> Iterator[str]:
+    """Clips against dense ones."""
+    result = load("generations")
+    settings = result["settings"]
+    yield f"Clips of {result['tokens']:,} tokens in {settings['steps']} steps, compared one by one."
+    yield "*The rest dropped* has the same blocks exact as ours, and nothing else."
+    yield "*SSIM at scales* is its mean at full, half and quarter size."
+    yield from ("", origin(result), "", *readme.generations(result))
 
 
 def found() -> Iterator[str]:
@@ -199,11 +233,17 @@ PAGES = (
     Page("dinov2", "Others' weights", "Orders of tokens on DINOv2 over real film", ("dinov2",),
          dinov2),
     Page("cpu", "On a CPU", "The op beside dense attention on a CPU", ("cpu",), on_a_cpu),
+    Page("rivals", "Beside others", "The op and what else attends sparsely or fast, in one run",
+         ("rivals",), beside_rivals),
+    Page("real", "On what others made", "Plans judged by what a model's features are for",
+         ("real",), on_real_models),
+    Page("generations", "Whole generations", "Clips against the dense ones, by number of dense "
+         "steps", ("generations",), whole_generations),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
 )  # fmt: skip
 
 
-OPTIONAL = {"dinov2", "cpu"}
+OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations"}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 
 

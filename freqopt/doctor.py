@@ -97,7 +97,7 @@ def _versions() -> Iterator[Finding]:
 
 def _devices() -> Iterator[Finding]:
     threads = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    yield Finding("devices", "cpu", "ok", threads + "; correct, not fast")
+    yield Finding("devices", "cpu", "ok", threads + "; faster than dense at low densities")
     if not torch.cuda.is_available():
         yield Finding("devices", "cuda", "absent", _why_no_cuda())
         return

@@ -330,12 +330,19 @@ def demo(
         str | None, typer.Option(help="Its mode (on a GPU reduce-overhead: CUDA graphs).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write into (demo).")] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--shipped-plan",
+            help="Make the plan here (default on a GPU), or check the one that ships (on a CPU).",
+        ),
+    ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="A tiny untrained model, to try things out.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Calibrate and compile the zoo's video transformer, sample a video, write a report."""
+    """Sample a video of the zoo's model, dense and rewritten, and show on one page what differs."""
     from freqopt.demo.demo import run_demo
     from freqopt.demo.settings import default_settings
 
@@ -349,7 +356,8 @@ def demo(
     settings = default_settings(
         device, frames=frames, height=height, width=width, steps=steps, target_error=target_error,
         density=density, seed=seed, samples=samples, repeats=repeats, dtype=dtype, inner=inner,
-        mode=mode, out=out, random_weights=random_weights, progress=not quiet,
+        mode=mode, out=out, calibrate=calibrate, random_weights=random_weights,
+        progress=not quiet,
     )  # fmt: skip
     run_demo(settings, Console(quiet=quiet))
 

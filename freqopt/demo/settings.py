@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from freqopt.demo.shipped import SHIPPED
 from freqopt.errors import InputError, OptionError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig, load_pretrained
 
@@ -21,7 +22,8 @@ class Settings:
 
     density: mean density to calibrate to instead of `target_error` (relative L2 of the model's
     output). samples: model inputs to calibrate on. repeats: timed runs; the fastest counts. inner,
-    mode: how both models are compiled, as torch.compile's backend and mode.
+    mode: how both models are compiled, as torch.compile's backend and mode. calibrate: whether a
+    plan is made here; else the one that ships is checked.
     """
 
     device: str
@@ -38,6 +40,7 @@ class Settings:
     inner: str
     mode: str | None
     out: Path
+    calibrate: bool
     random_weights: bool = False
     progress: bool = True
 
@@ -45,8 +48,10 @@ class Settings:
 def default_settings(device: str | None = None, **given: Any) -> Settings:
     """Settings for a device ("cuda" where there is one), with what is `given` and not None instead.
 
-    On a GPU 21 x 30 x 52 = 32,760 tokens and 25 steps in bfloat16; on a CPU a size that finishes in
-    minutes, uncompiled ("eager").
+    On a GPU 21 x 30 x 52 = 32,760 tokens and 25 steps in bfloat16, calibrated there. On a CPU 10 x
+    18 x 26 = 4,680 tokens and 8 steps, uncompiled ("eager"), with the plan that ships: calibrating
+    takes many runs of the model. It is made anew where something says what to calibrate to, and
+    where none ships.
 
     Raises:
         OptionError: CUDA where there is none, a dtype or size that the model cannot work on.
@@ -68,14 +73,21 @@ def default_settings(device: str | None = None, **given: Any) -> Settings:
         }  # fmt: skip
     else:
         defaults |= {
-            "dtype": "float32", "frames": 5, "height": 48, "width": 80, "steps": 8,
-            "samples": 4, "repeats": 1, "inner": "eager",
-            "mode": None,
+            "dtype": "float32", "frames": 10, "height": 72, "width": 104, "steps": 8,
+            "samples": 4, "repeats": 1, "inner": "eager", "mode": None,
         }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
+    told = {"target_error", "density", "samples"} & given.keys()
+    made = kind == "cuda" or bool(told) or given.get("random_weights", False)
+    defaults["calibrate"] = made or not SHIPPED.exists()
     if given.get("inner", defaults["inner"]) != "inductor":
         defaults["mode"] = None
     settings = Settings(**defaults | given)
+    if told and not settings.calibrate:
+        raise OptionError(
+            f"{', '.join(sorted(told))}: said for a calibration, and none was asked for; leave out "
+            "either"
+        )
     _check(settings)
     return settings
 
@@ -91,6 +103,11 @@ def _check(settings: Settings) -> None:
         raise OptionError(
             f"a video of {settings.height} x {settings.width} pixels; height must be a multiple of "
             f"{patch_height} and width of {patch_width}"
+        )
+    if settings.random_weights and not settings.calibrate:
+        raise OptionError(
+            "the plan that ships is for the trained weights; leave out --random-weights, or "
+            "calibrate"
         )
     if settings.density is not None and not 0 < settings.density <= 1:
         raise OptionError(f"density {settings.density} is outside (0, 1]; 0.1 is typical")

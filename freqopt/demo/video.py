@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +75,10 @@ def contact_sheet(dense: Tensor, split: Tensor) -> Figure:
     """Frames of the dense video, of the rewritten model's, and their amplified difference."""
     frames = dense.shape[1]
     shown = sorted({round(i * (frames - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)})
-    difference = (split.float() - dense.float()).abs() * AMPLIFIED - 1
     rows = {
         "dense": as_images(dense),
         "rewritten": as_images(split),
-        f"difference x {AMPLIFIED}": as_images(difference),
+        f"difference x {AMPLIFIED}": as_images(amplified(dense, split)),
     }
     aspect = dense.shape[2] / dense.shape[3]
     width = 12.0
@@ -112,24 +112,108 @@ def frame_curve(values: list[float]) -> Figure:
 
 
 def animation(dense: Tensor, split: Tensor) -> bytes:
-    """Both videos side by side, dense on the left, as a lossless animated PNG."""
+    """Dense, rewritten and their amplified difference side by side, as a lossless animated PNG."""
+    panels = as_images(dense), as_images(split), as_images(amplified(dense, split))
+    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 128, dtype=torch.uint8, device="cpu")
+    first, second, third = panels
+    frames = torch.cat([first, gap, second, gap, third], 2)
+    return encoded(frames, duration=FRAME_MS)
+
+
+def amplified(dense: Tensor, split: Tensor) -> Tensor:
+    """The difference of two videos as a video: black where there is none, times AMPLIFIED."""
+    return (split.float() - dense.float()).abs() * AMPLIFIED - 1
+
+
+def encoded(images: Tensor, *, duration: int = 0) -> bytes:
+    """Images (T, H, W, 3) uint8 as a PNG, animated with `duration` milliseconds a frame."""
     from PIL import Image
 
-    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 255, dtype=torch.uint8, device="cpu")
-    both = torch.cat([as_images(dense), gap, as_images(split)], 2)
-    first, *rest = [Image.fromarray(image.numpy()) for image in both]
+    first, *rest = [Image.fromarray(image.numpy()) for image in images]
     file = io.BytesIO()
-    first.save(file, format="PNG", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    more: dict[str, Any] = {"save_all": True, "append_images": rest, "loop": 0} if rest else {}
+    if rest:
+        more["duration"] = duration
+    first.save(file, format="PNG", **more)
     return file.getvalue()
 
 
-def image_html(png: bytes, caption: str, *, width: int) -> str:
-    """A PNG as self-contained HTML. width: of the picture on the page, in CSS pixels."""
-    from html import escape
+def strip(video: Tensor, width: int) -> bytes:
+    """All frames beside each other, each enlarged to about `width` pixels, as one PNG."""
+    factor = max(round(width / video.shape[3]), 1)
+    large = F.interpolate(
+        video.float().transpose(0, 1), scale_factor=factor, mode="bicubic", align_corners=False
+    )
+    images = as_images(large.transpose(0, 1))
+    return encoded(images.transpose(0, 1).flatten(1, 2)[None])
 
-    data = base64.b64encode(png).decode()
-    style = f"width: {width}px; max-width: 100%; image-rendering: auto"
-    return (
-        f'<figure><img style="{style}" alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+
+def player_html(dense: Tensor, split: Tensor, *, width: int = 416) -> str:
+    """Both videos and their difference, playing in step, as self-contained HTML.
+
+    They are strips of frames moved by CSS, as animations of a page start together and those of
+    three image files do not.
+    """
+    frames, height, columns = dense.shape[1:]
+    shown = {
+        "exact": dense,
+        "rewritten": split,
+        f"their difference, {AMPLIFIED} times as bright": amplified(dense, split),
+    }
+    last = f"{100 * (frames - 1) / frames:.6f}%"
+    style = f"--frames: {frames}; --length: {frames * FRAME_MS}ms; --last: -{last}"
+    parts = [
+        f'<div class="player" style="{style}"><input type="checkbox" id="pause">'
+        '<label for="pause">pause</label><div class="films">'
+    ]
+    for name, video in shown.items():
+        data = base64.b64encode(strip(video, width)).decode()
+        parts.append(
+            f'<figure><div class="film" style="aspect-ratio: {columns} / {height}">'
+            f'<img style="width: {100 * frames}%" alt="The video, {name}" '
+            f'src="data:image/png;base64,{data}"></div><figcaption>{name}</figcaption></figure>'
+        )
+    return "".join([*parts, "</div></div>"])
+
+
+def spotlight(video: Tensor, tile: Tensor, looked: Tensor, patch: tuple[int, int, int]) -> Figure:
+    """What the queries around a patch look at, over the frames of a video.
+
+    tile, looked: (T, h, w) bool. Tokens looked at are in colour, all others dark and grey; queries
+    are framed in orange.
+    """
+    images = as_images(video).float() / 255
+    frames, height, width = images.shape[:3]
+    grid = looked.shape[1:]
+    size = (height // grid[0], width // grid[1])
+    lit = looked.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)[..., None]
+    grey = images.mean(-1, keepdim=True).expand_as(images) * 0.35
+    images = torch.where(lit, images, grey)
+    shown = _about(patch[0], frames, 8)
+    columns = 4
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(10, rows * (10 / columns * height / width + 0.28)))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, frame in zip(axes, shown, strict=False):
+        ax.imshow(images[frame].numpy(), interpolation="none")
+        for row, column in tile[frame].nonzero().tolist():
+            ax.add_patch(_frame(column * size[1], row * size[0], size))
+        ax.set_title(f"frame {frame}", fontsize=9)
+    figure.subplots_adjust(left=0, right=1, top=0.93, bottom=0, wspace=0.03, hspace=0.14)
+    return figure
+
+
+def _about(middle: int, frames: int, most: int) -> list[int]:
+    """At most so many frames in a row, as evenly around a middle one as there are."""
+    first = max(min(middle - most // 2, frames - most), 0)
+    return list(range(first, min(first + most, frames)))
+
+
+def _frame(x: float, y: float, size: tuple[int, int]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(
+        (x - 0.5, y - 0.5), size[1], size[0], fill=False, edgecolor="#ff8a2a", linewidth=0.8
     )

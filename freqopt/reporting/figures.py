@@ -86,17 +86,29 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def figure_html(figure: Figure, caption: str = "", alt: str = "") -> str:
-    """A figure as self-contained HTML: an inline SVG image, with a caption."""
+def figure_html(figure: Figure, caption: str = "", alt: str = "", *, photo: bool = False) -> str:
+    """A figure as self-contained HTML: an inline SVG image, with a caption.
+
+    photo: it shows pictures, whose colours stay as they are where the reader's screen is dark.
+    """
     from html import escape
 
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None}, dpi=160)
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            metadata={"Date": None},
+            dpi=160,
+            transparent=not photo,
+        )
     data = base64.b64encode(buffer.getvalue()).decode()
     under = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    image = f'<img alt="{escape(alt or caption)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}{under}</figure>"
+    kind = "photo" if photo else "chart"
+    source = f"data:image/svg+xml;base64,{data}"
+    image = f'<img class="{kind}" alt="{escape(alt or caption)}" src="{source}">'
+    return f'<figure><div class="scroll">{image}</div>{under}</figure>'
 
 
 @styled

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ from freqopt.shown import shown
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Section", "figure_html", "report", "table_html"]
+__all__ = ["Card", "Section", "figure_html", "report", "table_html", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Section:
 
     title: str
     html: str
+
+
+class Card(NamedTuple):
+    """A figure at the head of a page. good: whether it is what was hoped for."""
+
+    label: str
+    value: str
+    good: bool = True
 
 
 def report(
@@ -62,17 +70,37 @@ def report(
         PlanError: a plan file that cannot be read.
         FileError: the page cannot be written.
     """
+    shown = plan if isinstance(plan, Plan) else Plan.load(plan)
+    return write_page(
+        path,
+        f"Frequency-split attention for {shown.model.class_name}",
+        _lead(shown),
+        _cards(shown),
+        [*extra_sections, *plan_sections(shown)],
+        notes=shown.evidence.notes,
+    )
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    title: str,
+    lead: str,
+    cards: Sequence[Card],
+    sections: Sequence[Section],
+    *,
+    notes: Sequence[str] = (),
+    details: Sequence[Section] = (),
+) -> Path:
+    """Write a page of sections; returns its path.
+
+    title, lead, notes: plain text. details: sections that are folded away at the end.
+    """
     import jinja2
 
-    shown = plan if isinstance(plan, Plan) else Plan.load(plan)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = resources.files("freqopt.reporting").joinpath("templates/report.html")
     html = environment.from_string(template.read_text("utf-8")).render(
-        title=f"Frequency-split attention for {shown.model.class_name}",
-        lead=_lead(shown),
-        cards=_cards(shown),
-        notes=shown.evidence.notes,
-        sections=[*extra_sections, *plan_sections(shown)],
+        title=title, lead=lead, cards=cards, notes=notes, sections=sections, details=details
     )
     write_atomically(path, html)
     return Path(path)
@@ -130,7 +158,7 @@ def _lead(plan: Plan) -> str:
     )
 
 
-def _cards(plan: Plan) -> list[dict[str, Any]]:
+def _cards(plan: Plan) -> list[Card]:
     split = sum(site.decision == "split" for site in plan.sites.values())
     met = plan.measured_error <= plan.target_error
     target = ("target", f"{100 * plan.target_error:.3g} %", True)
@@ -164,7 +192,7 @@ def _cards(plan: Plan) -> list[dict[str, Any]]:
         cards.append(
             ("of the keys' power is in the low band", f"{100 * sum(low) / len(low):.0f} %", True)
         )
-    return [{"label": label, "value": value, "good": good} for label, value, good in cards]
+    return [Card(*card) for card in cards]
 
 
 def _error_and_cost(plan: Plan) -> Section:

@@ -113,3 +113,28 @@ def test_models_table() -> None:
     row = ["`A`", "2 of 4", "self", "none", "3 x 6 x 10", "graph", "2 cross", ""]
     lines = models.table([row])
     assert len(lines) == 3 and lines[2].startswith("| `A` | 2 of 4 |")
+
+
+def test_rivals_are_shown_with_what_failed_and_what_is_missing() -> None:
+    rows = [
+        {"name": "slow", "setting": "s", "density": None, "l1": 0.1, "l2": 0.2, "ms": 9.0},
+        {"name": "fast", "setting": "t", "density": 0.1, "l1": 0.1, "l2": 0.3, "ms": 1.0},
+    ]
+    failed = [{"name": "bad", "setting": "", "failed": "RuntimeError: no"}]
+    missing = [{"name": "absent", "install": "pip install it", "why": "no module"}]
+    said = readme.rivals({"rows": rows, "failed": failed, "missing": missing})
+    assert said[2:4] == [
+        "| fast | t | 10.0 % | 0.1000 | 0.3000 | 1.00 ms |",
+        "| slow | s |  | 0.1000 | 0.2000 | 9.00 ms |",
+    ]
+    assert "`RuntimeError: no`." in said and "absent (pip install it)." in said
+
+
+def test_generations_are_shown_clip_by_clip() -> None:
+    close = {"psnr_db": 40.0, "ssim": 0.99, "ssim_scales": 0.995}
+    rows = [
+        {"seed": 0, "method": "another dense backend", **close},
+        {"seed": 0, "method": "freqopt", "density": 0.1, "dense_steps": 2, **close},
+    ]
+    said = readme.generations({"rows": rows})
+    assert said[3] == "| 0 | freqopt | 10 % | 2 | 40.0 dB | 0.9900 | 0.9950 |"

@@ -189,13 +189,13 @@ def test_cards_say_what_was_verified() -> None:
     errors = {"sample_errors": [0.01, 0.02, 0.04], "spread": 0.0125, "dtype": "bfloat16"}
     verified = Verified(**errors, quantile_error=0.04, model_ms=(300.0, 150.0))
     told = {"verified": verified, "target_quantile": 0.9, "target_error": 0.03}
-    cards = {card["label"]: card for card in _cards(make_plan().model_copy(update=told))}
+    cards = {card.label: card for card in _cards(make_plan().model_copy(update=told))}
     within = cards["90% of held-out samples are within, target 3 %"]
-    assert (within["value"], within["good"]) == ("4.00 %", False)
+    assert (within.value, within.good) == ("4.00 %", False)
     assert any("standard deviation 1.25 %" in label for label in cards)
     faster = cards["whole model, 300 ms dense, 150 ms split: times faster"]
-    assert (faster["value"], faster["good"]) == ("2.00", True)
-    assert not any("worst" in card["label"] for card in _cards(make_plan()))
+    assert (faster.value, faster.good) == ("2.00", True)
+    assert not any("worst" in card.label for card in _cards(make_plan()))
 
 
 def test_same_plan_same_page(tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Whole generations against the dense one: `python -m benchmarks.generations`.
+
+The zoo's model makes the same clips dense, with split attention, and with the same blocks exact and
+the rest dropped, as block-sparse attention does. The first 0, 2, 5 or 10 steps are left dense in
+turn, as others do. Clips are compared one by one (their PSNR differs by 10 dB), by PSNR, SSIM and
+SSIM at several scales; beside them stands what another dense backend alone makes of a clip.
+`--frames`, `--height`, `--width` and `--steps` make it small enough for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import rival_calls
+from benchmarks.common import environment, write
+from freqopt.config import DEFAULT_PROBES
+from freqopt.demo import video as pictures
+from freqopt.kernels.op import split_attention_op
+from freqopt.models_zoo.sampling import sample
+from freqopt.models_zoo.video_dit import load_pretrained
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Grid = tuple[int, int, int]
+
+WARM = (0, 2, 5, 10)
+"""Steps that are left dense at the beginning."""
+
+DENSITIES = (0.05, 0.10, 0.20)
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """F.scaled_dot_product_attention is something else meanwhile."""
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value: attend(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def split(grid: Grid, density: float) -> Attend:
+    """Our op, every head at one density, in the grid's order."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        thresholds = torch.zeros(query.shape[1], device=query.device)
+        out: Tensor = split_attention_op(
+            query,
+            key,
+            value,
+            thresholds,
+            None,
+            list(grid),
+            0,
+            0,
+            query.shape[-1] ** -0.5,
+            density,
+            DEFAULT_PROBES,
+            None,
+            0,
+        )[0]
+        return out
+
+    return attend
+
+
+def dropping(grid: Grid, density: float) -> Attend:
+    """The blocks that our op has exact, and nothing of the rest."""
+    from freqopt.kernels import chunked, reference
+    from freqopt.kernels.layout import Inputs, Settings, TokenLayout
+
+    layout = TokenLayout(grid, 0, 0)
+
+    def on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        inputs = Inputs(query, key, value, query.new_zeros(query.shape[1]), None, layout)
+        route = chunked.split_forward(inputs, Settings(scale, density, 0)).split.route
+        tokens = chunked.take_apart(inputs, chunked.Orders(None, None))
+        tiles = reference.split_blocks(tokens.query, chunked.QUERY_TILE)
+        part = chunked.attend_exact(tokens, tiles, route, scale)
+        out = torch.empty_like(query)
+        layout.store(out, part.out.flatten(2, 3)[:, :, : layout.tokens], None)
+        return out
+
+    def on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from benchmarks.rivals import route_at
+        from benchmarks.tensors import Attention
+
+        # Finding the threshold takes long; nothing here is timed.
+        a = Attention(query, key, value, grid)
+        (rival,) = rival_calls.flex(a, [route_at(a, density)])
+        assert rival.order is not None
+        out = torch.empty_like(query)
+        out[:, :, rival.order] = rival.run()
+        return out
+
+    return lambda query, key, value: (on_gpu if query.is_cuda else on_cpu)(query, key, value)
+
+
+def generate(
+    model: nn.Module, attend: Attend | None, size: dict[str, Any], *, warm: int = 0
+) -> Tensor:
+    """A clip (3, T, H, W), dense without `attend`; its first steps are dense anyway."""
+    if attend is None:
+        return sample(model, **size)[0].cpu()
+    done = 0
+
+    def stepping(video: Tensor, timestep: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        if done <= warm:
+            first: Tensor = model(video, timestep)
+            return first
+        with attending(attend):
+            output: Tensor = model(video, timestep)
+        return output
+
+    return sample(stepping, **size)[0].cpu()  # type: ignore[arg-type]
+
+
+def scales_of_ssim(video: Tensor, reference: Tensor) -> float:
+    """Mean SSIM over the frames at full, half and quarter size: coarse structure counts too."""
+    values = []
+    for factor in (1, 2, 4):
+        if min(video.shape[2:]) // factor < 11:
+            break
+        small = [
+            F.avg_pool2d(v.transpose(0, 1), factor).transpose(0, 1) for v in (video, reference)
+        ]
+        values.append(pictures.ssim(*small))
+    return sum(values) / max(len(values), 1)
+
+
+def compared(video: Tensor, reference: Tensor) -> dict[str, float]:
+    """How close a clip is to the dense one."""
+    return {
+        "psnr_db": min(pictures.psnr(video, reference), 100.0),
+        "ssim": pictures.ssim(video, reference),
+        "ssim_scales": scales_of_ssim(video, reference),
+    }
+
+
+def other_dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention by another order of sums: what no method can be closer than."""
+    weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+    return weights @ value
+
+
+def measure(
+    model: nn.Module,
+    size: dict[str, Any],
+    seeds: Sequence[int],
+    densities: Sequence[float],
+    warm: Sequence[int],
+) -> list[dict[str, Any]]:
+    """A row for each seed, method, density and number of dense steps."""
+    grid = (size["frames"], size["height"] // 4, size["width"] // 4)
+    rows = []
+    for seed in seeds:
+        own = {**size, "seed": seed}
+        reference = generate(model, None, own)
+        floor = compared(generate(model, other_dense, own), reference)
+        rows.append({"seed": seed, "method": "another dense backend", **floor})
+        print(f"seed {seed}: another dense backend {floor['psnr_db']:.1f} dB", flush=True)
+        for method, make in (("freqopt", split), ("the rest dropped", dropping)):
+            for density in densities:
+                for first in warm:
+                    if first >= size["steps"]:
+                        continue
+                    video = generate(model, make(grid, density), own, warm=first)
+                    row = {
+                        "seed": seed,
+                        "method": method,
+                        "density": density,
+                        "dense_steps": first,
+                        **compared(video, reference),
+                    }
+                    print(
+                        f"seed {seed}: {method:16} density {density:.3g}, {first:2} dense steps: "
+                        f"{row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}",
+                        flush=True,
+                    )
+                    rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Generate, compare, and write generations.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frames", type=int, default=21)
+    parser.add_argument("--height", type=int, default=120, help="pixels, a multiple of 4")
+    parser.add_argument("--width", type=int, default=208, help="pixels, a multiple of 4")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seeds", type=int, default=3, help="clips")
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--warm", nargs="+", type=int, default=list(WARM), help="dense steps")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    given = parser.parse_args(arguments)
+    dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
+    size = {
+        "frames": given.frames,
+        "height": given.height,
+        "width": given.width,
+        "steps": given.steps,
+        "device": given.device,
+        "dtype": dtype,
+    }
+    model = load_pretrained(device=given.device, dtype=dtype)
+    with torch.no_grad():
+        rows = measure(model, size, range(given.seeds), given.densities, given.warm)
+    result = {
+        "environment": environment(),
+        "tokens": math.prod((given.frames, given.height // 4, given.width // 4)),
+        "settings": {**size, "dtype": str(dtype)},
+        "rows": rows,
+    }
+    print(f"wrote {write('generations', result, given.out)}")
+
+
+if __name__ == "__main__":
+    main()

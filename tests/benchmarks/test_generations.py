@@ -1,0 +1,83 @@
+"""Whole generations are compared with the dense one, and dropping the rest is what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import generations
+from benchmarks.natural import natural_attention
+from freqopt.config import KEY_BLOCK, QUERY_TILE
+from freqopt.kernels import chunked, reference
+from freqopt.kernels.layout import Inputs, Settings, TokenLayout
+from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+
+
+def test_dropping_is_attention_over_the_exact_blocks_alone() -> None:
+    grid = (3, 9, 10)
+    a = natural_attention(grid, heads=2, dim=16, dtype=torch.float32, device="cpu")
+    out = generations.dropping(grid, 0.4)(a.query, a.key, a.value)
+    layout = TokenLayout(grid, 0, 0)
+    inputs = Inputs(a.query, a.key, a.value, torch.zeros(2), None, layout)
+    route = chunked.split_forward(inputs, Settings(0.25, 0.4, 0)).split.route
+    exact = route == reference.EXACT
+    assert not exact.all()
+    pairs = exact.repeat_interleave(QUERY_TILE, 2).repeat_interleave(KEY_BLOCK, 3)
+    order, tokens = layout.base_order(a.key.device).long(), layout.tokens
+    query, key, value = (x[:, :, order] for x in (a.query, a.key, a.value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=pairs[:, :, :tokens, :tokens]
+    )
+    torch.testing.assert_close(out[:, :, order], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_scales_see_structure() -> None:
+    clean = torch.rand(3, 2, 48, 56, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert generations.scales_of_ssim(clean, clean) == pytest.approx(1.0)
+    assert generations.scales_of_ssim(clean.flip(-1), clean) < 0.5
+
+
+def test_the_benchmark_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = VideoDiTConfig(width=32, layers=2, heads=2, mlp_width=32, rope_axes=(4, 6, 6))
+    model = VideoDiT(config).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)  # untrained models end in zeros
+    monkeypatch.setattr(generations, "load_pretrained", lambda **given: model)
+    generations.main(
+        [
+            "--device",
+            "cpu",
+            "--frames",
+            "3",
+            "--height",
+            "32",
+            "--width",
+            "40",
+            "--steps",
+            "3",
+            "--seeds",
+            "1",
+            "--densities",
+            "0.5",
+            "--warm",
+            "0",
+            "2",
+            "5",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    result = json.loads((tmp_path / "generations.json").read_text())
+    rows: dict[Any, Any] = {(r["method"], r.get("dense_steps")): r for r in result["rows"]}
+    assert len(rows) == 5 and result["tokens"] == 240  # five dense steps of three are left out
+    floor = rows["another dense backend", None]["psnr_db"]
+    ours = [rows["freqopt", steps]["psnr_db"] for steps in (0, 2)]
+    dropped = [rows["the rest dropped", steps]["psnr_db"] for steps in (0, 2)]
+    assert floor > ours[1] > ours[0] > 20 and dropped[1] > dropped[0]
+    assert ours[0] > dropped[0] and ours[1] > dropped[1]
