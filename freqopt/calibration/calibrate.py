@@ -254,7 +254,7 @@ def _save(found: Plan | Plans, output: str | os.PathLike[str]) -> None:
 def _forget(checkpoints: Iterable[str | os.PathLike[str] | None]) -> None:
     """Remove checkpoints whose plans are safe."""
     for path in checkpoints:
-        if path is not None:
+        if path is not None and is_first_process():
             Path(path).unlink(missing_ok=True)
 
 
