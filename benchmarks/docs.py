@@ -24,6 +24,7 @@ def wanted() -> dict[Path, str]:
         (README, "measured", readme.measured()),
         (DOCS / "targets.md", "looks", user_pages.looks()),
         (DOCS / "troubleshooting.md", "reasons", user_pages.reasons()),
+        (DOCS / "works-with.md", "ways", user_pages.ways_of_running()),
     ):
         made[page] = filled(page.read_text(encoding="utf-8"), name, inside)
     made[DOCS / "split.svg"] = picture.draw()

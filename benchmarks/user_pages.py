@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from benchmarks import ways
 from benchmarks.pages import load, origin, table
 from freqopt.passes.reasons import Reason
 
@@ -38,6 +39,11 @@ def looks() -> str:
         f"The zoo's video transformer, {settings['steps']} steps, 32,760 tokens.", "",
         *table(head, cells),
     ])  # fmt: skip
+
+
+def ways_of_running() -> str:
+    """Classes of the model table in the ways that they are run."""
+    return "\n".join(ways.page(load("ways")))
 
 
 def reasons() -> str:

@@ -142,7 +142,7 @@ class Pairs:
     def number(self, value: complex) -> fx.Node:
         """A complex number as a constant pair."""
         name = _free_name(self.gm, "freqopt_complex")
-        _hold(self.gm, name, torch.tensor([value.real, value.imag]))
+        _hold(self.gm, name, torch.tensor([value.real, value.imag], dtype=torch.float32))
         return self.graph.get_attr(name)
 
     def is_complex(self, value: Any) -> bool:

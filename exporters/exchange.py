@@ -15,8 +15,16 @@ import numpy as np
 import torch
 
 from freqopt.errors import PlanError
-from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
+from freqopt.exporters.manifest import (
+    FILE_NAME,
+    Artifact,
+    adopt,
+    announce,
+    describe_plan,
+    manifest_of,
+)
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.files import locked, replacing
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -24,6 +32,8 @@ if TYPE_CHECKING:
 
 def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifact:
     """Overwrite the budgets of an ONNX artifact by those of another plan, and its manifest.
+
+    Interrupted at any point the folder is the old one or the new one, and runs as either.
 
     A site that is split in the file and dense in the plan attends every pair exactly from then on;
     one that is dense in the file stays so. Both are noted. Heads that the file orders by content
@@ -34,6 +44,7 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
         NotAvailableError: onnx is not installed.
         PlanError: a plan of another model, or one that orders by content what the file orders by
             the grid alone.
+        FileError: the folder cannot be written.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind != "onnx":
@@ -52,12 +63,20 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
             f"the file is of {made_for['model']} with {made_for['model_fingerprint']}"
         )
     notes = _check_sites(artifact, plan)
-    _write_budgets(artifact, plan)
-    return write_manifest(
-        artifact.path, kind=artifact.kind, model=str(artifact.manifest["model"]),
-        files=list(artifact.manifest["files"]),
-        content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
-    )  # fmt: skip
+    model = str(artifact.manifest["model"])
+    with locked(artifact.path / FILE_NAME):
+        with replacing(artifact.model_path) as fresh:
+            _write_budgets(artifact, plan, fresh)
+            manifest = manifest_of(
+                artifact.path,
+                kind=artifact.kind,
+                model=model,
+                files=list(artifact.manifest["files"]),
+                content={**_kept(artifact.manifest), "plan": describe_plan(plan), "notes": notes},
+                instead={model: fresh},
+            )
+            announce(artifact.path, manifest)
+        return adopt(artifact.path, manifest)
 
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
@@ -85,7 +104,8 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     return notes
 
 
-def _write_budgets(artifact: Artifact, plan: Plan) -> None:
+def _write_budgets(artifact: Artifact, plan: Plan, fresh: Path) -> None:
+    """Write the model with the plan's budgets to a new file."""
     try:
         import onnx
     except ImportError as error:
@@ -105,9 +125,7 @@ def _write_budgets(artifact: Artifact, plan: Plan) -> None:
         if site.get("chunks") is not None:
             of_heads = budgets[0, 1, :: site["heads"] // site["kv_heads"]].to(torch.int32)
             _write_chunks(artifact, proto, site["chunks"], of_heads.numpy())
-    partial = Path(f"{artifact.model_path}.{os.getpid()}.partial")
-    onnx.save(proto, partial)
-    os.replace(partial, artifact.model_path)
+    onnx.save(proto, fresh)
 
 
 def _write_chunks(artifact: Artifact, proto: Any, name: str, chunks: np.ndarray[Any, Any]) -> None:

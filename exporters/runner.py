@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx.body import OP_NAME
 from freqopt.exporters.onnx.library import OLDEST_ONNXRUNTIME, attend_counts, check_library
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
+from freqopt.exporters.trust import check_external_data, library_to_load
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ELEMENT_TYPES = {
@@ -73,8 +73,12 @@ def run_artifact(
     provider: str = "auto",
     library: bool = True,
     threads: int = 0,
+    trust: bool = False,
 ) -> RunResult:
     """Check an artifact, run it once, and verify what ran.
+
+    No program of the folder runs unless you say that you trust its maker, or it is a library that
+    this machine built itself.
 
     Args:
         path: an exported folder; one of TensorRT's runs its engine, whatever the other options.
@@ -83,9 +87,12 @@ def run_artifact(
         library: on CUDA, use the artifact's operator library where it has one; the function body
             runs otherwise.
         threads: of onnxruntime's CPU pool; 0 lets it choose.
+        trust: whether the folder's maker may run programs here: its operator library on CUDA, a
+            TensorRT engine and its plugin.
 
     Raises:
-        ArtifactError: tampered files, a library for another machine.
+        ArtifactError: tampered files, files that the manifest does not list, a program that nobody
+            trusts, a library for another machine.
         InputError: inputs whose names, types or ranks are not the model's.
         NotAvailableError: onnxruntime missing or too old, or the provider does not really run.
         OptionError: an unknown provider.
@@ -94,22 +101,24 @@ def run_artifact(
     if artifact.kind == "tensorrt":
         from freqopt.exporters.tensorrt.runner import run_engine
 
-        outputs, seconds, layers = run_engine(artifact, inputs)
+        outputs, seconds, layers = run_engine(artifact, inputs, trust=trust)
         split = "plugin" if artifact.sites else "nothing: no site was split"
         return RunResult(outputs, "TensorRT", {"TensorRT": layers}, split, seconds)
     wanted = _wanted_provider(provider)
-    library_path = artifact.library_path if library and wanted == PROVIDERS["cuda"] else None
-    session = _open_session(artifact, wanted, library_path, threads)
-    values = _bind_inputs(session, inputs)
-    attended = attend_counts(library_path) if library_path else {}
-    start = time.perf_counter()
-    results = session.run_with_ort_values(None, values)
-    seconds = time.perf_counter() - start
-    names = [output.name for output in session.get_outputs()]
-    outputs = {name: _to_tensor(v) for name, v in zip(names, results, strict=True)}
-    profile = Path(session.end_profiling())
-    nodes = nodes_by_provider(profile)
-    shutil.rmtree(profile.parent)
+    library_path = None
+    if library and wanted == PROVIDERS["cuda"]:
+        library_path = library_to_load(artifact, trust=trust)
+    check_external_data(artifact)
+    with tempfile.TemporaryDirectory(prefix="freqopt-") as scratch:
+        session = _open_session(artifact, wanted, library_path, threads, Path(scratch))
+        values = _bind_inputs(session, inputs)
+        attended = attend_counts(library_path) if library_path else {}
+        start = time.perf_counter()
+        results = session.run_with_ort_values(None, values)
+        seconds = time.perf_counter() - start
+        names = [output.name for output in session.get_outputs()]
+        outputs = {name: _to_tensor(v) for name, v in zip(names, results, strict=True)}
+        nodes = nodes_by_provider(Path(session.end_profiling()))
     split = _verify(nodes, wanted, artifact, library_path)
     now = attend_counts(library_path) if library_path else {}
     kernels = {name: now[name] - n for name, n in attended.items() if now[name] > n}
@@ -141,7 +150,9 @@ def _wanted_provider(provider: str) -> str:
     return PROVIDERS[provider]
 
 
-def _open_session(artifact: Artifact, wanted: str, library: Path | None, threads: int) -> Any:
+def _open_session(
+    artifact: Artifact, wanted: str, library: Path | None, threads: int, scratch: Path
+) -> Any:
     runtime = _onnxruntime()
     version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
     if version < OLDEST_ONNXRUNTIME:
@@ -152,7 +163,7 @@ def _open_session(artifact: Artifact, wanted: str, library: Path | None, threads
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.enable_profiling = True
-    options.profile_file_prefix = str(Path(tempfile.mkdtemp(prefix="freqopt-")) / "profile")
+    options.profile_file_prefix = str(scratch / "profile")
     if library is not None:
         check_library(library)
         try:

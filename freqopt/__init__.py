@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from freqopt.exporters.onnx.export import export_onnx
     from freqopt.exporters.problems import ArtifactError, ExportError, NotAvailableError
     from freqopt.exporters.tensorrt.export import export_tensorrt
+    from freqopt.front.handle import Handle
+    from freqopt.front.optimize import optimize
     from freqopt.inspection import Inspection, inspect
     from freqopt.kernels.attention import SplitStats, merge_attention, split_attention
     from freqopt.options import Options
@@ -42,6 +44,7 @@ _HOMES = {
     "Counters": "telling.counting",
     "ExportError": "exporters.problems",
     "FreqoptError": "errors",
+    "Handle": "front.handle",
     "InputError": "errors",
     "Inspection": "inspection",
     "NotAvailableError": "exporters.problems",
@@ -60,6 +63,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_samples": "calibration.samples_file",
     "merge_attention": "kernels.attention",
+    "optimize": "front.optimize",
     "recording": "calibration.samples",
     "report": "reporting.report",
     "reset_counters": "telling.counting",
@@ -74,6 +78,7 @@ __all__ = [
     "Counters",
     "ExportError",
     "FreqoptError",
+    "Handle",
     "InputError",
     "Inspection",
     "NotAvailableError",
@@ -93,6 +98,7 @@ __all__ = [
     "inspect",
     "load_samples",
     "merge_attention",
+    "optimize",
     "recording",
     "report",
     "reset_counters",
@@ -102,6 +108,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parallel":  # a room of its own, whose names are loaded on first use as well
+        return importlib.import_module("freqopt.parallel")
     if name not in _HOMES:
         raise AttributeError(f"module 'freqopt' has no attribute {name!r} (public: {__all__})")
     value = getattr(importlib.import_module(f"freqopt.{_HOMES[name]}"), name)

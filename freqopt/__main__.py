@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
-from freqopt.cli.app import main
+INTERRUPTED = 130
+
+
+def command(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line, which takes seconds to import: Ctrl-C meanwhile is one line too."""
+    try:
+        from freqopt.cli.app import main
+
+        main(arguments)
+    except KeyboardInterrupt:
+        print("freqopt: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["doctor"]))
+    command(sys.argv[1:] or ["doctor"])

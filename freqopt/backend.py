@@ -17,12 +17,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from freqopt.capture.call_grids import CallGrids
-from freqopt.capture.modules import match_names
 from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens
 from freqopt.errors import FreqoptError, SiteError, through_compiler
-from freqopt.options import Compiled, Options, parse_options
+from freqopt.options import Compiled, Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
@@ -35,7 +34,10 @@ from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with
 
 logger = logging.getLogger(__name__)
 
-UNREAD = {Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED}
+UNREAD = {
+    Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED, Reason.DISTRIBUTED,
+    Reason.HEADS_UNTOLD, Reason.IN_PIECES,
+}  # fmt: skip
 """Why attention that may well be a video's stays dense: it, or its grid, cannot be read."""
 
 
@@ -55,7 +57,9 @@ def freqopt_backend(
     """
     with through_compiler():
         settings = parse_options(options)
-        settings = replace(settings, mode=mode or settings.mode)
+        # One plan for all that follows: its file may be another by the time it is read again.
+        plan = None if settings.plan is None else load_plan(settings.plan)
+        settings = replace(settings, mode=mode or settings.mode, plan=plan)
         part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
         graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
@@ -82,8 +86,11 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         placed[id(decision)] = split_as_decided(gm, decision).call
 
     try:
+        grids, told = grids_of(settings, calls), part.tells(gm)
+        if told:
+            grids = replace(grids, told=(*grids.told, *told), believed=True)
         decisions = rewrite(
-            gm, functools.partial(_decide, settings, part, gm), put, grids_of(settings, calls),
+            gm, functools.partial(_decide, settings, part, gm), put, grids,
             strict=settings.strict, model=part.model,
         ).decisions  # fmt: skip
     except FreqoptError:
@@ -94,6 +101,13 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         logger.warning("the passes failed, this graph stays as it is: %s", error, exc_info=True)
     finally:
         calls.settle()
+        part.settle(gm)
+    if any(map(part.takes_grid_for_granted, decisions)):
+        logger.warning(
+            "a part of a model was compiled where no call of the model tells its grid (outside the "
+            "model, or in model.forward(...)): it takes every call for one on the calibrated grid. "
+            "Call the model itself"
+        )
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     device = next((d.site.device for d in decisions if d.split), None)
     watched = {
@@ -103,12 +117,12 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
     }
     graph = graph_of(gm, decisions, watch_probes(gm, watched))
     if part.plan is not None:
-        graph.names = match_names([d.site.name for d in decisions], part.plan.sites)
+        graph.names = part.plan.names_of([d.site.name for d in decisions])
         graph.verified = verified_errors(part.plan)
         if part.inputs:
             graph.site_of = _weakly(part.site_of)
         graph = with_timesteps(graph, gm, part.plan)
-    graph.model = gather(given, settings, gm, decisions, graph)
+    graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
     return graph
 
 

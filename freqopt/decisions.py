@@ -7,13 +7,13 @@ it is, and with which budget, is said by the module's own mark, the plan, or one
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from freqopt.break_even import default_min_tokens
-from freqopt.capture.modules import match_names
 from freqopt.chunks import check_chunk
 from freqopt.config import DEFAULT_DENSITY, DEFAULT_PROBES
 from freqopt.errors import PlanError
@@ -68,12 +68,12 @@ def decide(
             from those of the sites.
     """
     plan = None if settings.plan is None else load_plan(settings.plan)
+    names = {} if plan is None else plan.names_of([site.name for site in sites])
     if plan is not None:
-        shapes = {site.name: (site.heads, site.head_dim) for site in sites if site.eligible}
-        if shapes:
-            plan.check_model(shapes)
-            _check_lengths(plan, sites)
-    names = {} if plan is None else match_names([site.name for site in sites], plan.sites)
+        told = [site for site in sites if site.eligible and _has_rows(plan, names, site)]
+        if told:
+            plan.check_model({site.name: (site.all_heads, site.head_dim) for site in told})
+            check_lengths(plan, sites)
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
@@ -139,6 +139,9 @@ def _too_short(settings: Options, site: Site, guard: bool) -> Why | None:
 def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | None) -> Decision:
     """What is decided about a site that can be split. planned: its name in the plan."""
     if site.mark is not None:
+        given = shape(site.mark.budget)[-1:]
+        if given and (problem := untold(site, int(given[0]))) is not None:
+            return Decision(site, False, problem)
         _check_mark(site, site.mark)
         return Decision(
             site, True, Reason.BY_MODULE(), site.mark.budget, probes=DEFAULT_PROBES,
@@ -147,7 +150,7 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     if plan is not None:
         return _planned(plan, site, planned)
     chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
-    budget = torch.zeros(2, site.heads)
+    budget = torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
     budget[1] = chunk
     if settings.threshold is not None:
         budget[0] = float(settings.threshold)
@@ -160,9 +163,26 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
     )  # fmt: skip
 
 
+def _has_rows(plan: Plan, names: Mapping[str, str], site: Site) -> bool:
+    """Whether a plan that knows a site can say which of its rows are the site's."""
+    planned = names.get(site.name)
+    return planned is None or untold(site, plan.sites[planned].heads) is None
+
+
+def untold(site: Site, planned: int) -> Why | None:
+    """Why a budget of so many heads cannot serve a site that may have some of them only."""
+    known = (site.heads, site.all_heads)
+    if planned in known or not site.heads or planned % site.heads:
+        return None
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if (site.share is not None and site.share.heads) or not shared:
+        return None  # a plan for another model
+    return Reason.HEADS_UNTOLD(heads=site.heads, planned=planned)
+
+
 def _check_mark(site: Site, mark: Mark) -> None:
     heads = shape(mark.budget)[-1:]
-    if heads and heads != (site.heads,):
+    if heads and heads[0] not in (site.heads, site.all_heads):
         raise PlanError(
             f"attention at {site.name} has {site.heads} heads and the budget attached to its "
             f"module is for {heads[0]}: the plan was made for another model"
@@ -176,8 +196,10 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     planned = plan.sites[name_there]
     if planned.decision == "dense":
         return Decision(site, False, Reason.PLANNED_DENSE(reason=planned.reason))
+    if (problem := untold(site, planned.heads)) is not None:
+        return Decision(site, False, problem)
     name, edges = plan.timestep_name, tuple(plan.timestep_edges)
-    budgets = plan.budgets(name_there)
+    budgets = own_rows(site, plan.budgets(name_there))
     return Decision(
         site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
         probes=DEFAULT_PROBES, timestep=Timestep(name, edges) if name and edges else None,
@@ -185,27 +207,45 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     )  # fmt: skip
 
 
-def _check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+def own_rows(site: Site, budgets: torch.Tensor) -> torch.Tensor:
+    """Of budgets (..., H) of all heads those of the heads that are here."""
+    if site.share is None or budgets.shape[-1] == site.heads:
+        return budgets
+    return budgets[..., list(site.share.numbers)]
+
+
+def check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
     """Tell the error to expect where lengths are not those that the plan was verified at.
 
     Raises:
         PlanError: a length that is too far off.
     """
-    names = match_names([site.name for site in sites], plan.sites)
+    names = plan.names_of([site.name for site in sites])
     for site in sites:
         planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:
             continue
-        if not isinstance(length, int) or length == planned.tokens:
-            continue
-        expected = plan.expected_error(names[site.name], length)
-        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
-        logger.warning(
-            "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
-            "about %.3g is expected, but not verified; calibrate with samples of this size to know",
-            grids, planned.tokens, length, expected,
-        )  # fmt: skip
-        return
+        if isinstance(length, int) and check_length(plan, names[site.name], length):
+            return
+
+
+def check_length(plan: Plan, name: str, length: int) -> bool:
+    """Tell the error to expect where a site of a plan has another length; whether it has.
+
+    Raises:
+        PlanError: a length that is too far off.
+    """
+    planned = plan.sites[name].tokens
+    if length == planned:
+        return False
+    expected = plan.expected_error(name, length)
+    grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+    logger.warning(
+        "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
+        "about %.3g is expected, but not verified; calibrate with samples of this size to know",
+        grids, planned, length, expected,
+    )  # fmt: skip
+    return True
 
 
 def least_tokens(settings: Options, site: Site) -> int:

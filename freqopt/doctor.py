@@ -163,7 +163,8 @@ def _op() -> Iterator[Finding]:
 def _try_op(device: str, dtype: torch.dtype) -> str:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, 2, 4 * 8 * 8, 64, generator=generator).to(device, dtype) for _ in range(3)
+        torch.randn(1, 2, 4 * 8 * 8, 64, generator=generator, dtype=torch.float32).to(device, dtype)
+        for _ in range(3)
     )
     out = freqopt.split_attention(query, key, value, grid=(4, 8, 8), threshold=0.0)
     assert isinstance(out, torch.Tensor)

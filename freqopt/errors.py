@@ -24,6 +24,10 @@ class PlanError(FreqoptError, ValueError):
     """A plan that is truncated, edited by hand, of another version or made for another model."""
 
 
+class FileError(FreqoptError, OSError):
+    """A file that cannot be written: a folder in its place, no rights, no space."""
+
+
 class SiteError(FreqoptError, RuntimeError):
     """A site that should be split and is not; raised only under ``strict=True``."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,10 +33,13 @@ def check_grid(grid: Sequence[int], tokens: int, *, text: int = 0) -> Grid:
         InputError: if the extents are not three positive integers or do not multiply to
             ``tokens - text``.
     """
-    extents = tuple(int(extent) for extent in grid)
+    try:
+        extents = tuple(map(_whole, grid))
+    except TypeError:
+        extents = ()
     if len(extents) != 3 or min(extents) < 1:
         raise InputError(
-            f"grid {tuple(grid)} is not three positive extents (t, h, w); "
+            f"grid {grid!r} is not three positive whole extents (t, h, w); "
             "an image is (1, h, w) and a plain sequence (1, 1, n)"
         )
     if math.prod(extents) + text != tokens:
@@ -45,6 +49,13 @@ def check_grid(grid: Sequence[int], tokens: int, *, text: int = 0) -> Grid:
             f"but the sequence has {tokens}; t*h*w + text_before + text_after must equal it"
         )
     return extents
+
+
+def _whole(extent: object) -> int:
+    """A number that is whole by its type: 3.0 and "3" are mistakes, and True is none."""
+    if isinstance(extent, (bool, str)):
+        raise TypeError
+    return operator.index(extent)  # type: ignore[arg-type]
 
 
 def hilbert_index(coordinates: Tensor, bits: int) -> Tensor:
@@ -86,8 +97,8 @@ def hilbert_index(coordinates: Tensor, bits: int) -> Tensor:
 def _token_order_cpu(grid: Grid) -> Tensor:
     extents = [extent for extent in grid if extent > 1]
     if len(extents) < 2:
-        return torch.arange(math.prod(grid), dtype=torch.int32)
-    points = torch.cartesian_prod(*[torch.arange(extent) for extent in extents])
+        return torch.arange(math.prod(grid), dtype=torch.int32, device="cpu")
+    points = torch.cartesian_prod(*[torch.arange(extent, device="cpu") for extent in extents])
     bits = max(extent - 1 for extent in extents).bit_length()
     return torch.argsort(hilbert_index(points, bits)).to(torch.int32)
 

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from freqopt.capture.call_grids import OneCall
 from freqopt.capture.eager import uncompiled, written
 from freqopt.capture.modules import (
-    match_names,
     module_of,
     module_of_site,
     modules_of,
@@ -38,6 +38,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import plain_path, site_name
 from freqopt.passes.site import Extent, Kind, Known
 from freqopt.positions import grids_of_positions
+from freqopt.telling.verdict import HOOKED, by_hook
 
 FULLGRAPH = (
     "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
@@ -72,6 +73,7 @@ class InspectedSite:
         eligible: whether it could be split, whatever its length.
         decision: what the backend would do, "split" or "dense"; without a plan if none was given.
         reason: why it stays dense, or can be split.
+        ranks: processes that share its heads out, of which `heads` are here.
     """
 
     name: str
@@ -86,6 +88,7 @@ class InspectedSite:
     eligible: bool
     decision: str
     reason: str
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ class Inspection:
             about it.
         positions: inputs that hold the positions of tokens (such as img_ids), and the grid that
             these are in raster order on.
+        imbalance: with a plan, how much longer attention takes on ranks that share the heads than
+            it would with equal ones, as they are and after `freqopt.parallel.balance`; None where
+            no heads are shared.
     """
 
     sites: list[InspectedSite]
@@ -122,6 +128,7 @@ class Inspection:
     graphs: int = 1
     unseen: list[str] = field(default_factory=list)
     positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    imbalance: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts and lists, for JSON."""
@@ -153,13 +160,20 @@ class Inspection:
                 f"shows: pass grid={grid}"
                 for name, grid in self.positions.items()
             ]
+        if self.imbalance is not None:
+            before, after = self.imbalance
+            lines.append(
+                f"by the plan, attention takes {before:.2f} times as long as with equal ranks; "
+                f"freqopt.parallel.balance would make that {after:.2f}"
+            )
         for broken in self.graph_breaks:
             lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
         if self.unseen:
             grouped = _grouped([(name or "the model itself", ()) for name in self.unseen])
             names = ", ".join(name for name, _ in grouped)
             lines += ["", f"runs outside all graphs, where no backend sees it: {names}"]
-            lines.append(f"  {FULLGRAPH}")
+            hooked = any(broken.advice == HOOKED for broken in self.graph_breaks)
+            lines.append(f"  {HOOKED if hooked else FULLGRAPH}")
         return "\n".join(lines)
 
 
@@ -178,7 +192,8 @@ def inspect(
     """Find the attention of a model and say what the backend would do about it.
 
     Runs the model twice on the given inputs, as it is (training or evaluation mode, autocast)
-    but without gradients, and leaves its parameters and the random state alone.
+    but without gradients, and leaves its parameters and the random state alone. Where several
+    processes share its tokens, all of them call this, and it runs once more.
 
     Args:
         model: the model; one that was compiled already is inspected as it was before.
@@ -199,7 +214,11 @@ def inspect(
         "before": before, "after": after,
     })  # fmt: skip
     capture = _Capture(settings, inner)
+    if capture.plan is not None:
+        capture.plan.check_order(inner)
     with torch.no_grad(), _random_state_kept(), uncompiled(inner):
+        if _is_one_of_several():
+            inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
@@ -209,7 +228,17 @@ def inspect(
             graph, _ = written(inner, args, kwargs)
             sites = _of_pieces(capture, capture.described(graph))
     positions = grids_of_positions(args, kwargs)
-    return Inspection(sites, capture.breaks, capture.graphs, unseen, positions)
+    ranks = max((site.ranks for site in sites), default=1)
+    uneven = None
+    if capture.plan is not None and ranks > 1:
+        from freqopt.parallel.costs import imbalances
+
+        uneven = imbalances(capture.plan, ranks)
+    return Inspection(sites, capture.breaks, capture.graphs, unseen, positions, uneven)
+
+
+def _is_one_of_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _of_pieces(capture: _Capture, whole: Sequence[InspectedSite]) -> list[InspectedSite]:
@@ -267,7 +296,10 @@ class _Capture:
         self, gm: fx.GraphModule, inside: str = "", call: OneCall | None = None
     ) -> list[InspectedSite]:
         """What is decided about each site of a graph, which a module of the model runs."""
-        decide_here = functools.partial(decide, self.settings, guard=False)
+        device = None
+        if any(parameter.is_meta for parameter in self.model.parameters()):  # where it would run
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decide_here = functools.partial(decide, self.settings, guard=False, device=device)
         model = Model(self.names, self._known, inside)
         found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]
@@ -275,7 +307,7 @@ class _Capture:
     def _known(self, name: str) -> Sequence[Known]:
         if self.plan is None:
             return ()
-        planned = match_names([name], self.plan.sites).get(name)
+        planned = self.plan.names_of([name]).get(name)
         return () if planned is None else self.plan.known(planned)
 
     def _alike(self, path: str, inside: str) -> set[str]:
@@ -301,6 +333,7 @@ def _described(decision: Decision) -> InspectedSite:
         eligible=site.eligible,
         decision="split" if decision.split else "dense",
         reason=site.reason if decision.split else decision.reason,
+        ranks=1 if site.share is None else site.share.ranks,
     )
 
 
@@ -324,7 +357,8 @@ def _breaks_recorded(capture: _Capture) -> Iterator[None]:
         reason, frame = _first_line(found.reason), _user_frame(found.user_stack)
         if (reason, frame) not in known:
             known.add((reason, frame))
-            capture.breaks.append(GraphBreak(reason, frame))
+            hooked = by_hook(reason, list(found.user_stack or ()))
+            capture.breaks.append(GraphBreak(reason, frame, HOOKED if hooked else FULLGRAPH))
     skipped = utils.counters["unimplemented"]
     for text in [t for t in skipped if skipped[t] > skipped_before.get(t, 0)]:
         reason = _first_line(text)
@@ -417,7 +451,8 @@ def _table(sites: Sequence[InspectedSite]) -> list[str]:
             if part
         )
         grid = "x".join(map(str, site.grid)) if site.grid else "-"
-        heads = f"{site.heads} x {site.head_dim}" if site.heads else "-"
+        here = str(site.heads) if site.ranks == 1 else f"{site.heads} of {site.ranks} ranks"
+        heads = f"{here} x {site.head_dim}" if site.heads else "-"
         rows.append(
             (name, site.kind, heads, lengths, grid, text or "-", site.decision, site.reason)
         )

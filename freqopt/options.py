@@ -170,25 +170,24 @@ def _parse_grid(given: Any) -> tuple[int, int, int]:
 
 
 def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
-    """A plan as it was given, or read from its file (once, until the file changes).
+    """A plan as it was given, or read from its file: what is in it now, parsed once.
 
     Raises:
         PlanError: see `Plan.load`.
         OptionError: neither a plan nor a path.
     """
-    from freqopt.plan.plan import Plan
+    from freqopt.plan.plan import Plan, read_plan
 
     if isinstance(plan, Plan):
         return plan
     if not isinstance(plan, (str, os.PathLike)):
         raise OptionError(f"plan must be a Plan or the path of one, not {type(plan).__name__}")
-    path = Path(plan)
-    return _read_plan(str(path), path.stat().st_mtime_ns if path.exists() else 0)
+    return _parsed(read_plan(plan), str(Path(plan)))
 
 
 @functools.lru_cache(maxsize=8)
-def _read_plan(path: str, modified: int) -> Plan:
-    del modified  # part of the cache's key
+def _parsed(text: str, origin: str) -> Plan:
+    """By content: one path may name other files by and by, within a second and from elsewhere."""
     from freqopt.plan.plan import Plan
 
-    return Plan.load(path)
+    return Plan.parse(text, origin=origin)

@@ -64,6 +64,8 @@ def layout_of_positions(ids: object) -> Layout | None:
     """
     if not isinstance(ids, torch.Tensor) or ids.dtype == torch.bool or ids.is_complex():
         return None
+    if ids.is_meta:
+        return None
     if ids.dim() == 4 and ids.shape[-1] == 2:
         ids = ids[..., 0]
     if ids.dim() not in (2, 3) or max(ids.shape) < 4:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
 from freqopt.telling.attached import unwatch, watch
+from freqopt.turns import Turns
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -36,16 +37,23 @@ ATTACHED = "freqopt_attached"
 HANDLE = "freqopt_handle"
 """Attribute of the model that `attach` was given."""
 
-MARKS, SELECTS = -20_260_000, -20_260_001
+MARKS, SELECTS, ENDS = -20_260_000, -20_260_001, -20_260_003
 """Keys of our hooks, the same in all modules: the compiler guards on the keys of hooks, and numbers
 that differ from layer to layer would compile every layer anew."""
 
 
 class Attached:
-    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block."""
+    """Budgets on a model; `remove` takes them off, and so does leaving a ``with`` block.
 
-    def __init__(self, model: nn.Module, root: nn.Module, modules: Sequence[nn.Module]) -> None:
-        self.model, self.root, self.modules = model, root, list(modules)
+    root: the module that was calibrated. places: where the budget of each site is, as a module and
+    the number of the attention in it.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, places: Mapping[str, tuple[nn.Module, int]]
+    ) -> None:
+        self.model, self.root, self.places = model, root, dict(places)
+        self.modules = list(dict.fromkeys(module for module, _ in places.values()))
 
     def remove(self) -> None:
         """Leave the model as it was; once is enough."""
@@ -54,6 +62,8 @@ class Attached:
                 module.__dict__.pop(attribute_of(nth), None)
             _unhook(module, MARKS)
         _unhook(self.root, SELECTS)
+        self.root._forward_hooks.pop(ENDS, None)
+        self.root._forward_hooks_always_called.pop(ENDS, None)
         unwatch(self.root)
         self.model.__dict__.pop(HANDLE, None)
         self.modules = []
@@ -81,7 +91,8 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
     timestep must be among the arguments of the model that was calibrated.
 
     Budgets are no parameters and no buffers: moving, casting or offloading the model leaves them
-    alone, and copying or pickling the model takes them along.
+    alone, and copying or pickling the model takes them along. Budgets by timestep are those of a
+    call alone: threads that call one model, each at its own timestep, take turns.
 
     Args:
         model: the model that the plan was calibrated for, one of the same architecture (with an
@@ -105,6 +116,25 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
             f"{taken[0] or 'the model'} has budgets already: call remove() of what the earlier "
             f"freqopt.attach returned (model.{HANDLE} is the same), then attach again"
         )
+    places = {
+        site: (modules[name], module_of_site(site)[1])
+        for site, name in names.items()
+        if base_name(site) == site
+    }
+    handle = Attached(inner, modules[_root_of(names)], places)
+    try:
+        _put(handle, plan, names, modules)
+    except BaseException:
+        handle.remove()  # all of it or nothing
+        raise
+    return handle
+
+
+def _put(
+    handle: Attached, plan: Plan, names: dict[str, str], modules: Mapping[str, nn.Module]
+) -> None:
+    """Put budgets and hooks onto a model. names: of the modules in it, by the plan's sites."""
+    inner, root = handle.model, handle.root
     largest = max((plan.largest_chunk(name) for name in plan.sites), default=0)
     places = []
     for site, name in names.items():
@@ -118,17 +148,14 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
         places.append((module, nth, plan.budgets(site)))
-    root = modules[_root_of(names)]
-    _hook(root, SELECTS, _Selector(places, plan.timestep_name, plan.timestep_edges))
-    sites = {
-        site: (modules[name], attribute_of(module_of_site(site)[1]))
-        for site, name in names.items()
-        if base_name(site) == site
-    }
+    selector = _Selector(places, plan.timestep_name, plan.timestep_edges)
+    _hook(root, SELECTS, selector)
+    if selector.name is not None:
+        root._forward_hooks[ENDS] = selector.end
+        root._forward_hooks_always_called[ENDS] = True
+    sites = {site: (m, attribute_of(nth)) for site, (m, nth) in handle.places.items()}
     watch(root, plan, sites)
-    handle = Attached(inner, root, list(dict.fromkeys(module for module, _, _ in places)))
     inner.__dict__[HANDLE] = handle
-    return handle
 
 
 class _Facts:
@@ -204,10 +231,14 @@ class _Selector:
         self.name = name if edges else None
         self.sizes = [table[0].numel() for _, _, table in places]
         self.table = torch.cat([table.flatten(1) for _, _, table in places], 1)
-        self.edges = torch.tensor(list(edges), dtype=torch.float32)
+        self.edges = torch.tensor(list(edges), dtype=torch.float32, device="cpu")
+        self.turns = Turns()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if self.name is not None and not compiling:
+            self.turns.begin()
+        if not compiling:
             self._follow(model)
         if self.name is None:
             return
@@ -222,12 +253,28 @@ class _Selector:
         device = budgets[0].device
         if self.table.device != device:
             self.table, self.edges = self.table.to(device), self.edges.to(device)
-        times = torch.as_tensor(timestep).to(device, non_blocking=True)
-        row = budget_at(self.table, self.edges, times)
-        parts = row.split(self.sizes)
-        torch._foreach_copy_(
-            budgets, [part.view_as(b).to(b.device) for part, b in zip(parts, budgets, strict=True)]
-        )
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
+        times = timestep.to(device, non_blocking=True)
+        if compiling:
+            parts = self._parts(times, budgets)
+            torch._foreach_copy_(budgets, parts)
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            # New memory for each call: the kernels of one on another stream may yet read theirs.
+            fresh = torch._foreach_mul(self._parts(times, budgets), 1.0)
+            for budget, part in zip(budgets, fresh, strict=True):
+                budget.data = part
+
+    def _parts(self, times: Tensor, budgets: Sequence[Tensor]) -> list[Tensor]:
+        """The budgets at a timestep, each as it lies on its module."""
+        parts = budget_at(self.table, self.edges, times).split(self.sizes)
+        return [part.view_as(b).to(b.device) for part, b in zip(parts, budgets, strict=True)]
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: the call is over, well or not."""
+        if not torch.compiler.is_compiling():
+            self.turns.end()
 
     def _follow(self, model: nn.Module) -> None:
         """Bring the budgets to where the modules are now, if the first has moved."""
@@ -260,7 +307,8 @@ def _device_of(module: nn.Module, around: nn.Module | None = None) -> torch.devi
         hook = getattr(place, "_hf_hook", None)  # accelerate's, of weights that are brought in
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             if (device := getattr(hook, "execution_device", None)) is not None:
-                return torch.device(device)
+                if (found := torch.device(device)).type != "meta":
+                    return found
         for tensor in (*place.parameters(), *place.buffers()):
             if tensor.device.type != "meta":
                 return tensor.device

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqopt.errors import InputError
 from freqopt.kernels import op
+from freqopt.kernels.checks import check_devices
 
 
 @torch.library.custom_op("freqopt::split_attention_at_call", mutates_args=())
@@ -39,15 +40,15 @@ def split_attention_at_call(
     Returns:
         out (B, H, N, D); density (B, H), 1 where it is dense; probe_error (B, H), NaN there.
     """
-    if math.prod(grid) == 0:
+    if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
         )
-        exact = torch.ones(query.shape[:2], device=query.device)
+        exact = torch.ones(query.shape[:2], device=query.device, dtype=torch.float32)
         return op.by_tokens(out), exact, exact * math.nan
-    after = query.shape[2] - math.prod(grid) - text_before
+    after = _after(query, grid, text_before)
     found = op.split_attention_op(
         query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
         probes, chunks, largest_chunk,
@@ -55,10 +56,16 @@ def split_attention_at_call(
     return found[0], found[1], found[2]
 
 
+def _after(query: Tensor, grid: Sequence[int], before: int) -> int:
+    """Tokens after a grid; negative where it is not that of these tokens."""
+    return query.shape[2] - math.prod(grid) - before
+
+
 @split_attention_at_call.register_fake
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices(query, key, value, threshold, *(x for x in rest if isinstance(x, Tensor)))
     batch, heads, length, dim = query.shape
     per_head = query.new_empty((batch, heads), dtype=torch.float32)
     out = query.new_empty((batch, length, heads, dim)).transpose(1, 2)
@@ -76,7 +83,7 @@ def split_attention_at_call_backward(
     Raises:
         InputError: a call whose data tell no grid has a mask.
     """
-    if math.prod(grid) == 0:
+    if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
         if key_mask is not None:
             raise InputError(
                 "the positions of this call tell no grid, so attention is dense, and has a mask: "
@@ -85,7 +92,7 @@ def split_attention_at_call_backward(
         # At threshold 0 the op is dense attention, whatever the grid.
         grid, text_before, chunks = (1, 1, query.shape[2]), 0, None
         threshold, density, probes = torch.zeros_like(threshold), 0.0, 0
-    after = query.shape[2] - math.prod(grid) - text_before
+    after = _after(query, grid, text_before)
     found = op.split_attention_op(
         query, key, value, threshold, key_mask, list(grid), text_before, after, scale, density,
         probes, chunks, largest_chunk,

@@ -36,12 +36,16 @@ class SplitStats(NamedTuple):
         key_order: (B, Hkv, T) int32, the order that the keys without text were given by content,
             counted from the first of them; None for the base order, or where it was given.
         query_order: (B, H, Tq) int32, the same of queries that are other tokens than the keys.
+        fitted: (B, H) bool, whether probes had anything to fit the approximation's two scalars on.
+            Where not (no probes, nothing approximated, a term that is rounding, values that are no
+            numbers) these are 1.
     """
 
     density: Tensor
     probe_error: Tensor
     key_order: Tensor | None
     query_order: Tensor | None
+    fitted: Tensor
 
 
 class _Orders(NamedTuple):
@@ -94,7 +98,8 @@ def split_attention(
             of chunks is read on the host, which waits for its device.
         chunk: tokens of the chunks of "content": a power of two from 256, or "all".
         threshold: a float or an (H,) tensor, in units of the routing score (no unit: around 1
-            keeps some 5-20 % exact); 0 is dense attention, inf only the local blocks.
+            keeps some 5-20 % exact); 0 is dense attention, inf only the local blocks; entries of a
+            tensor that are negative or no number are dense attention too.
         density: instead of a threshold, the share of (query tile, key block) pairs to attend
             exactly, in (0, 1]; resolved to a threshold per batch item and head on the device.
             Without either, 0.25.
@@ -141,7 +146,7 @@ def split_attention(
     if order is None:
         order = "content" if grid is None else "grid"
     orders = _orders(order, chunk, query_order, query, key, layout, other)
-    out, reached, error, _, _, log_sum, key_order, made = split_attention_op(
+    out, reached, error, _, scalars, log_sum, key_order, made = split_attention_op(
         query, key, value, limits, key_mask, list(layout.grid), text_before, text_after,
         query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, probes,
         *orders, None if other is None else [*other.grid, other.text_before, other.text_after],
@@ -151,8 +156,9 @@ def split_attention(
     if return_lse:
         results.append(log_sum)
     if return_stats:
-        used = (x if x.numel() else None for x in (key_order, made))
-        results.append(SplitStats(reached, error, *used))
+        of_keys, of_queries = (x if x.numel() else None for x in (key_order, made))
+        fitted = (scalars != 1.0).all(-1)
+        results.append(SplitStats(reached, error, of_keys, of_queries, fitted))
     return out if len(results) == 1 else tuple(results)  # type: ignore[arg-type]
 
 
@@ -254,7 +260,7 @@ def _thresholds(
     else:
         if math.isnan(threshold) or threshold < 0:
             raise InputError(f"threshold {threshold} must be 0 (dense) or larger")
-        exact = torch.full((heads,), float(threshold), device=device)
+        exact = torch.full((heads,), float(threshold), device=device, dtype=torch.float32)
     if isinstance(mid_band, Tensor):
         if mid_band.shape != (heads,) or mid_band.dtype != torch.bool:
             raise InputError(

@@ -86,7 +86,9 @@ def threshold_at(call: Call, summaries: Summaries, density: float) -> float:
     low, high = -6.0, 6.0
     for _ in range(24):
         middle = (low + high) / 2
-        threshold = torch.full((call.heads,), 10.0**middle, device=call.query.device)
+        threshold = torch.full(
+            (call.heads,), 10.0**middle, device=call.query.device, dtype=torch.float32
+        )
         route = make_route(call, summaries, threshold)
         reached = float((route.route == EXACT).float().mean())
         low, high = (middle, high) if reached > density else (low, middle)
@@ -113,7 +115,9 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
     call = call_on(problem, shipped)
     query, key, value = call.query, call.key, call.value
     summaries = summarise(call)
-    threshold = torch.full((call.heads,), threshold_at(call, summaries, DENSITY)).to(query.device)
+    threshold = torch.full(
+        (call.heads,), threshold_at(call, summaries, DENSITY), dtype=torch.float32
+    ).to(query.device)
 
     def routed(launch: Launch) -> Route:
         return make_route(call._replace(launch=launch), summaries, threshold)

@@ -160,9 +160,9 @@ def attend_low(
     batch, heads, count, rows = tiles.shape[:4]
     bias = low.counts.log() + c[..., None, None] * mass_term
     bias = bias.masked_fill(route != ref.LOW, -torch.inf)
-    key, value = (
-        x.flatten(0, 1)[:, None].expand(-1, count, -1, -1) for x in (low.key_mean, low.value_mean)
-    )
+    # Of a block with what is no number all pairs are exact; its mean must not reach the others.
+    means = (low.key_mean.nan_to_num(0.0, 0.0, 0.0), low.value_mean)
+    key, value = (x.flatten(0, 1)[:, None].expand(-1, count, -1, -1) for x in means)
     part = fused(tiles.flatten(0, 1), key, value, bias.flatten(0, 1)[:, :, None], scale)
     return Part(part.out.view_as(tiles), part.log_sum.view(batch, heads, count, rows))
 
@@ -190,8 +190,9 @@ def attend_tiles(
     for part in parts:
         out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
     low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
-    turned = tiles @ low.first_order.mT.unsqueeze(2)
-    out.addcmul_(turned.mul_(low_share), (scale * probe.g)[..., None, None, None])
+    turned = (tiles @ low.first_order.mT.unsqueeze(2)).mul_(low_share)
+    turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
+    out.addcmul_(turned, (scale * probe.g)[..., None, None, None])
     queries = tokens.query.shape[2]
     return Part(out.flatten(2, 3)[:, :, :queries], log_sum.flatten(2)[..., :queries])
 

@@ -81,7 +81,8 @@ def attend_tiles(
     index, real = _selected(route)
     lane = torch.arange(KEY_BLOCK, device=query.device)
     there = real[..., None] & (lane < counts[index][..., None])
-    hidden = torch.where(there, 0.0, -torch.inf).flatten(3).unsqueeze(3)
+    hidden = torch.zeros_like(there, dtype=torch.float32).masked_fill(~there, -torch.inf)
+    hidden = hidden.flatten(3).unsqueeze(3)
     term = torch.minimum(0.5 * scale**2 * (mean_square @ context.key_var.mT), capacity)
     used = torch.where(route == ref.LOW, capacity + c.squeeze(-1) * term, -torch.inf)
     logits = [

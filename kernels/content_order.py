@@ -64,7 +64,7 @@ def directions_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
     covariance = off.mT @ off / sample.shape[2]
     scale = trace_of(covariance)
     if dim <= RANK:
-        axes = torch.eye(dim, device=tokens.device).expand_as(covariance)
+        axes = torch.eye(dim, device=tokens.device, dtype=torch.float32).expand_as(covariance)
         return axes / scale.sqrt(), mean
     axes = signs(dim, RANK, tokens.device).expand(*tokens.shape[:2], dim, RANK)
     for _ in range(STEPS):
@@ -76,7 +76,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (.., D, R) of the columns' span, by elimination; NaN where there is."""
     gram = columns.mT @ columns
     size = gram.shape[-1]
-    unit = torch.eye(size, device=gram.device)
+    unit = torch.eye(size, device=gram.device, dtype=torch.float32)
     least = trace_of(gram) * (1e-7 / size)
     factor, _ = torch.linalg.cholesky_ex(gram + least * unit)
     rows: Tensor = torch.linalg.solve_triangular(factor, columns.mT, upper=False)

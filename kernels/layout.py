@@ -170,7 +170,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def text_bias(mask: Tensor | None, text_key: Tensor) -> Tensor:
     """Additive bias (B, 1, 1, X) of the text keys: 0 where attended, -inf where masked."""
     batch, _, text, _ = text_key.shape
-    bias = torch.zeros(batch, 1, 1, text, device=text_key.device)
+    bias = torch.zeros(batch, 1, 1, text, device=text_key.device, dtype=torch.float32)
     if mask is None:
         return bias
     return bias.masked_fill(~mask[:, None, None, :], -torch.inf)

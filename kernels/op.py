@@ -1,8 +1,8 @@
 """`freqopt::split_attention`: the one functional op that graphs, exporters and users call.
 
-Registers the schema with its CPU, CUDA, fake and autograd implementations; who calls it has checked
-the arguments (`freqopt.kernels.attention`). Importing this module does not import triton; the first
-CUDA tensor does.
+Registers the schema with its CPU, CUDA, fake and autograd implementations, all of which check their
+tensors (`freqopt.kernels.checks`): graphs hold this op, and budgets come to it from elsewhere.
+Importing this module does not import triton; the first CUDA tensor does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
+from freqopt.kernels.checks import check_backward, check_call, check_devices, check_order
 from freqopt.kernels.device import shared_memory
 from freqopt.kernels.layout import (
     PER_BYTE,
@@ -56,13 +57,16 @@ def split_attention_op(
 
     Args:
         query: (B, H, Nq, D); key, value: (B, Hkv, Nk, D).
-        threshold: (H,) float32, used where `density` is 0.
+        threshold: (H,) float32, used where `density` is 0; what is no number, or negative, attends
+            every pair exactly.
         key_mask: (B, Nk) bool.
         grid, text_before, text_after: of the keys' sequence; (1, 1, T) for tokens without a grid.
         chunks: (Hkv,) int32: tokens of a key head's chunks, 0 for the base order of the grid.
         largest_chunk: at least the largest of them; 0 where no order is made.
         key_order: (B, Hkv, T) int32, used instead of making one; query_order: (B, H, Tq), of
-            queries that are other tokens.
+            queries that are other tokens. On a CPU what is no permutation is refused; on a GPU,
+            which would have to be waited for, numbers are kept among the tokens, and queries that
+            have no place are NaN.
         query_layout: (t, h, w, text_before, text_after) of queries that are other tokens than the
             keys; they are the same without it.
         log_sum: whether the logarithms of the softmax sums are wanted.
@@ -73,6 +77,9 @@ def split_attention_op(
         coefficients (B, H, 2) float32, the probe's c and g; log_sum (B, H, Nq) float32; the orders
         of keys (B, Hkv, T) and of queries (B, H, Tq) that were made, int32. Of the last three
         those that were not asked for are empty.
+
+    Raises:
+        InputError: tensors whose shapes, dtypes or devices do not belong together.
     """
     from freqopt.kernels.chunked import split_forward
 
@@ -80,6 +87,13 @@ def split_attention_op(
         query, key, value, threshold, key_mask, grid, text_before, text_after, scale, density,
         probes, chunks, largest_chunk, key_order, query_order, query_layout, log_sum,
     )  # fmt: skip
+    check_call(inputs, settings)
+    if not query.shape[0] * query.shape[1]:
+        return _unwritten(inputs, settings)
+    if key_order is not None:
+        check_order("key_order", key_order)
+    if query_order is not None:
+        check_order("query_order", query_order)
     found = split_forward(inputs, settings)
     split = found.split
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
@@ -101,7 +115,11 @@ def split_attention_op(
 def _split_attention_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     from freqopt.kernels.forward.split import split_forward
 
-    return split_forward(*_arguments(*arguments))
+    inputs, settings = _arguments(*arguments)
+    check_call(inputs, settings)
+    if not inputs.query.shape[0] * inputs.query.shape[1]:
+        return _unwritten(inputs, settings)
+    return split_forward(inputs, settings)
 
 
 def _arguments(
@@ -133,7 +151,12 @@ def _inputs(
 
 @split_attention_op.register_fake
 def _split_attention_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings = _arguments(*arguments)
+    check_devices(*(each for each in arguments if isinstance(each, Tensor)))
+    return _unwritten(*_arguments(*arguments))
+
+
+def _unwritten(inputs: Inputs, settings: Settings) -> tuple[Any, ...]:
+    """Tensors as the op returns them, whose values nobody has written."""
     query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
     tokens = inputs.layout.tokens
@@ -208,6 +231,9 @@ def split_attention_backward_op(
         query, key, value, coefficients, key_mask, layout, query_layout, None, key_order,
         query_order,
     )  # fmt: skip
+    check_backward(inputs, grad, log_sum_grad, coefficients)
+    if not query.shape[0] * query.shape[1]:
+        return _no_gradients(query, key, value)
     of_queries = query_order
     if query_layout is None and key_order is not None:
         of_queries = key_order.repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -223,6 +249,12 @@ def by_tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _no_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a call without items or heads."""
+    query_grad, key_grad, value_grad = empty_gradients(query, key, value)
+    return query_grad.zero_(), key_grad.zero_(), value_grad.zero_()
+
+
 @split_attention_backward_op.register_kernel("cuda")
 def _split_attention_backward_cuda(
     grad: Tensor, log_sum_grad: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
@@ -236,6 +268,9 @@ def _split_attention_backward_cuda(
         query, key, value, coefficients, key_mask, layout, query_layout, None, key_order,
         query_order,
     )  # fmt: skip
+    check_backward(inputs, grad, log_sum_grad, coefficients)
+    if not query.shape[0] * query.shape[1]:
+        return _no_gradients(query, key, value)
     route = unpack_route(route, inputs.layout.tokens)
     return split_backward(grad, log_sum_grad, inputs, Forward(out, route, coefficients), scale)
 
@@ -274,7 +309,7 @@ def check_site(
     """Why the op cannot serve such an attention, or None if it can."""
     if dtype not in DTYPES:
         return f"dtype {dtype} has no kernel (supported: float32, float16, bfloat16)"
-    if heads % kv_heads:
+    if heads % kv_heads if kv_heads else heads:
         return f"{heads} query heads are not a multiple of {kv_heads} key heads"
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):

@@ -26,6 +26,10 @@ LOW, MID, EXACT = 0, 1, 2
 C_MAX, G_MAX = 2.0, 1.5
 """Bounds of the probe's two scalars; past them the fit would chase noise."""
 
+LEAST_MASS, LEAST_CORRECTION = 1e-6, 1e-12
+"""Share of a probe's softmax sum that is approximated, on average, and share of the output's energy
+that the first-order term is, from which the probe's scalars are fitted: below is only rounding."""
+
 NEWTON_STEPS = 4
 """Steps of the fit of c: the log-mass is convex in c and close to linear, so four converge."""
 
@@ -54,7 +58,7 @@ class Scores(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """c, g and the relative L2 error left after them, each (B, H)."""
+    """c, g and the relative L2 error left after them, each (B, H); c or g is 1 where none fits."""
 
     c: Tensor
     g: Tensor
@@ -153,12 +157,10 @@ def score_pairs(
     present = (count > 0).float().unflatten(0, (-1, per_tile))
     squares = mass.square().unflatten(2, (-1, per_tile)) * present[..., None]
     mean_mass_square = squares.sum(3) / present.sum(1)[:, None]
-    return Scores(
-        score=(mean_mass_square * dispersion).sqrt()
-        * summary.value_spread.unsqueeze(2)
-        * summary.counts.numel(),
-        mass_term=mass_term,
-    )
+    score = (mean_mass_square * dispersion).sqrt() * summary.value_spread.unsqueeze(2)
+    # What is no number is attended exactly, whatever the threshold.
+    score = (score * summary.counts.numel()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return Scores(score, mass_term.nan_to_num(nan=0.0))
 
 
 def own_blocks(tiles: int, blocks: int, device: torch.device) -> Tensor:
@@ -173,17 +175,17 @@ def route_pairs(
 ) -> Tensor:
     """Choose the band of every pair: EXACT from the threshold up, MID between the two, else LOW.
 
-    score: (B, H, I, J); thresholds (B, H). own: the queries are the keys' tokens, and a tile's own
-    blocks are exact whatever they score; else the block of its highest score is. Returns
-    (B, H, I, J) int8.
+    score: (B, H, I, J); thresholds (B, H), of which one that is no number makes all pairs exact.
+    own: the queries are the keys' tokens, and a tile's own blocks are exact whatever they score;
+    else the block of its highest score is. Returns (B, H, I, J) int8.
     """
     if own:
         always = own_blocks(score.shape[2], score.shape[3], score.device)
     else:
         best = score.argmax(-1, keepdim=True)
         always = torch.arange(score.shape[3], device=score.device) == best
-    exact = (score >= threshold[..., None, None]) | always
-    middle = score >= mid_threshold[..., None, None]
+    exact = ~(score < threshold[..., None, None]) | always
+    middle = ~(score < mid_threshold[..., None, None])
     return torch.where(exact, EXACT, torch.where(middle, MID, LOW)).to(torch.int8)
 
 
@@ -271,16 +273,19 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     """Fit c and g on queries whose exact attention is known, and measure the error that is left.
 
     c makes the mean approximate mass unbiased (Newton on its logarithm), g is the least-squares
-    factor of the first-order term. Source: docs/design/mathematics.md §5.
+    factor of the first-order term. Where the probes have nothing to fit them on (no mass that is
+    approximated, a term that is rounding, values that are no numbers) they are 1. Source:
+    docs/design/mathematics.md §5.
     """
     relative = estimate.logit - observed.log_total
     target = observed.missing_mass.sum((2, 3))
+    fits = target > LEAST_MASS * observed.missing_mass.shape[2]
     c = torch.ones_like(target)
     for _ in range(NEWTON_STEPS):
         mass = (relative + c[..., None, None] * estimate.term).exp()
         total, slope = mass.sum((2, 3)), (mass * estimate.term).sum((2, 3))
         step = (total.clamp(min=1e-30) / target.clamp(min=1e-30)).log() * total
-        usable = (slope > 1e-12) & (target > 1e-12)
+        usable = (slope > 1e-12) & fits
         c = torch.where(usable, c - step / slope.clamp(min=1e-12), c).clamp(0.0, C_MAX)
     mass = (relative + c[..., None, None] * estimate.term).exp()
     low = mass[..., : estimate.low_columns].sum(-1, keepdim=True)
@@ -291,9 +296,11 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     truth = observed.exact_out + observed.missing_out
     energy = correction.square().sum((2, 3))
     aligned = ((truth - plain) * correction).sum((2, 3))
-    g = torch.where(energy > 1e-30, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
+    whole = truth.square().sum((2, 3))
+    fits = (energy > LEAST_CORRECTION * whole) & (energy > 1e-30) & aligned.isfinite()
+    g = torch.where(fits, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
     left = truth - plain - g[..., None, None] * correction
-    error = (left.square().sum((2, 3)) / truth.square().sum((2, 3)).clamp(min=1e-30)).sqrt()
+    error = (left.square().sum((2, 3)) / whole.clamp(min=1e-30)).sqrt()
     return Probe(c, g, error)
 
 

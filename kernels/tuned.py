@@ -10,14 +10,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from freqopt.files import cache_folder
+from freqopt.files import cache_folder, locked, read_bounded, write_atomically
 from freqopt.kernels.device import shared_memory
 from freqopt.kernels.tiles import Launch, launch_for
 
@@ -42,6 +41,9 @@ ALLOWED = {
     "fit_columns": (32, 64),
 }
 """Values that a choice may have. The precision is not among them: it changes results."""
+
+MOST_BYTES = 2**20
+"""Of a file of choices, which has a hundred bytes for each."""
 
 SOURCES = tuple(
     f"{part}.py"
@@ -89,31 +91,39 @@ def read_choices(device: torch.device) -> dict[str, dict[str, int]]:
 
     A file that cannot be used is ignored with a warning: launches then are the shipped ones.
     """
-    path = file_of(device)
+    path: Path | str = "the file of measured launches"
     try:
-        held = json.loads(path.read_text())
-        choices = {name: _checked(fields) for name, fields in held["choices"].items()}
-        owner = held["made_for"]
+        path = file_of(device)
+        held = json.loads(read_bounded(path, MOST_BYTES))
+        choices = {name: checked(fields) for name, fields in held["choices"].items()}
+        owner, here = held["made_for"], made_for(device)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning(
             "%s cannot be used (%s); launches are the shipped ones. Delete it, or run "
             "`freqopt kernels tune` again", path, error,
         )  # fmt: skip
         return {}
-    if owner != made_for(device):
+    if owner != here:
         logger.warning(
             "%s was measured for %s and this is %s; launches are the shipped ones. Run "
-            "`freqopt kernels tune` again", path, owner, made_for(device),
+            "`freqopt kernels tune` again", path, str(owner)[:200], here,
         )  # fmt: skip
         return {}
     return choices
 
 
-def _checked(fields: Any) -> dict[str, int]:
+def checked(fields: Any) -> dict[str, int]:
+    """Fields of a choice, if a launch has them and their values.
+
+    Raises:
+        ValueError: it has not; 4.0 is not 4.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"a choice is {type(fields).__name__}, not fields with values")
     for name, value in fields.items():
-        if name not in ALLOWED or isinstance(value, bool) or value not in ALLOWED[name]:
+        if name not in ALLOWED or type(value) is not int or value not in ALLOWED[name]:
             raise ValueError(f"{name} is {value!r}; allowed: {ALLOWED.get(name, 'no such field')}")
     return dict(fields)
 
@@ -125,16 +135,16 @@ def keep_choice(
 
     Raises:
         ValueError: a field or a value that no launch has.
+        FileError: the file cannot be written.
     """
-    choices = read_choices(device)
-    name = choice_name(dtype, head_dim, bucket)
-    choices[name] = {**choices.get(name, {}), **_checked(fields)}
+    fields = checked(fields)
     path = file_of(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced as a whole: a process that reads meanwhile sees the old file or the new one.
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps({"made_for": made_for(device), "choices": choices}, indent=1))
-    fresh.replace(path)
+    with locked(path):  # another process may be adding its own
+        choices = read_choices(device)
+        name = choice_name(dtype, head_dim, bucket)
+        choices[name] = {**choices.get(name, {}), **fields}
+        content = {"made_for": made_for(device), "choices": choices}
+        write_atomically(path, json.dumps(content, indent=1))
     _launch_of.cache_clear()
     return path
 

@@ -12,6 +12,7 @@ from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said, infer_layout
 from freqopt.passes.axes.layout import Layout, pad_queries
 from freqopt.passes.axes.operands import operands_of
+from freqopt.passes.axes.parts import together
 from freqopt.passes.axes.provenance import (
     alike,
     is_lost,
@@ -67,12 +68,16 @@ def classify(
     if kind == "other":
         kind, layout, why_not = _text_in_keys(tokens, key[-2], said, attention, dimensions)
     else:
+        apart = together(tokens) if attention.mask is None and alike(tokens, key[-2]) else None
+        if apart is not None:
+            tokens = apart[0]
         layout = infer_layout(tokens, said, attention.node.graph, dimensions.positions)
+        layout.pieces = () if apart is None else apart[1]
         why_not = layout.problem
         counts = axis_size(tokens), axis_size(key[-2])
         if not same(*counts):
             return "other", Layout(), Reason.LENGTHS(queries=counts[0], keys=counts[1])
-        if said.grid is None and not same_lattices(tokens, key[-2]):
+        if said.grid is None and apart is None and not same_lattices(tokens, key[-2]):
             return "other", Layout(), Reason.KEY_ORDER()
         if layout.grid is not None:
             kind = "self" if layout.segments == (0, len(tokens)) else "joint"

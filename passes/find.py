@@ -19,14 +19,15 @@ from freqopt.passes.axes.dimensions import same
 from freqopt.passes.axes.given import Others
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said
+from freqopt.passes.axes.heads import share_of
 from freqopt.passes.axes.layout import Layout
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
 from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
-from freqopt.passes.naming import Names, Numbered
-from freqopt.passes.nodes import shape, tensor
+from freqopt.passes.naming import Names, Numbered, name_around
+from freqopt.passes.nodes import is_distributed, shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
 from freqopt.passes.spellings.anchors import find_attention
@@ -82,15 +83,20 @@ def find_on_grids(
     """
     model = model or Model()
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
-    if grids.given is None and any(site.grid is None and site.kind in OURS for site in sites):
-        marked: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
-        sites = _by_likely(gm, sites, list(dict.fromkeys([*marked, *grids.likely])), model)
+    by_model = [told for told in grids.told if told.by_model]
+    silent = any(site.grid is None and site.kind in OURS for site in sites)
+    if grids.given is None and silent and not by_model:
+        brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
+        sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
+    outer = marks.keys() - {site.name for site in sites}  # of modules put around attention
     for site in sites:
-        site.mark = marks.get(site.name)
+        site.mark = marks.get(site.name) or marks.get(name_around(site.name, outer) or "")
         own = () if model.known is None else tuple(model.known(site.name))
+        marked = site.mark.known if site.mark else own
         if grids.given is not None and site.why.reason is Reason.READY_MADE:
             own = (*own, Known(grids.given))
-        believe(site, site.mark.known if site.mark else own, model.totals)
+        # A mark says the same as what the module has, but for where the grid comes from.
+        believe(site, own if marked == own else marked, model.totals, by_model)
     return sites
 
 
@@ -166,11 +172,11 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     sizes = heads_of(attention, operands)
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
-    layout, problem = Layout(), attention.objection
+    layout, problem = Layout(), attention.objection or _distributed(attention)
     lengths: tuple[Extent, Extent] = (0, 0)
     if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
         lengths = (query.shape[-2], length_of_keys(attention))
-        if sizes is not None or attention.objection is None:
+        if sizes is not None or problem is None:
             kind, layout, why_not = classify(attention, dimensions, said)
             problem = problem or why_not
     if problem is None:
@@ -189,7 +195,16 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         text_after_arguments=layout.text_after_arguments,
         pad_before_arguments=layout.pad_before_arguments,
         pad_after_arguments=layout.pad_after_arguments,
+        share=share_of(attention, operands, dimensions) if heads else None,
+        pieces=layout.pieces,
+        sources=layout.sources,
     )  # fmt: skip
+
+
+def _distributed(attention: Attention) -> Why | None:
+    """Why attention of tensors that are parts of larger ones can never be rewritten."""
+    operands = (attention.query, attention.key, attention.value)
+    return Reason.DISTRIBUTED() if any(is_distributed(n) for n in operands) else None
 
 
 def _shape_problem(attention: Attention, sizes: tuple[int, int, int] | None) -> Why | None:

@@ -6,18 +6,21 @@ proven of the same site in the whole model is believed where the numbers of toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from freqopt.passes.axes.dimensions import same
+from freqopt.passes.axes.dimensions import has, same
+from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.masks import hides_nothing
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import add_method
-from freqopt.passes.site import Extent, Known, Site
+from freqopt.passes.site import Argument, Extent, Known, Rest, Site
 
 UNSHOWN = {
     Reason.READY_MADE, Reason.NO_AXES, Reason.OTHER_KEYS, Reason.OTHER_VALUES, Reason.LENGTHS,
@@ -31,14 +34,26 @@ KEYS, PAIRS = 1, 2
 """Masks of a `Known`."""
 
 
-def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) -> None:
+def believe(
+    site: Site,
+    layouts: Sequence[Known],
+    totals: Collection[int] = (),
+    told: Sequence[Told] = (),
+) -> None:
     """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
 
     Symbolic lengths are guarded to be what they are in this call. totals: further lengths to guard
-    against, those of other sites that may come to run in this graph.
+    against, those of other sites that may come to run in this graph. told: what the call of the
+    model around tells, which goes before the grids of the layouts, and needs no guards.
     """
     lengths = (site.query_length, site.key_length)
     if site.why.reason not in UNSHOWN or not site.heads:
+        return
+    if totals and not same(*lengths):  # others, where they are as many, get a graph of their own
+        bool(site.query_length == site.key_length)
+    heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
+    if heard:
+        _hear(site, heard)
         return
     fitting = [k for k in layouts if _fits(k, lengths)]
     grids = dict.fromkeys(known.grid for known in fitting)
@@ -55,7 +70,7 @@ def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) 
     if not all(_is(length, tokens) for length in lengths):
         return
     before, after = known.around(tokens) or (0, 0)
-    if problem := _settle_mask(site, known, before):
+    if problem := settle_mask(site, known, before):
         site.why = problem
         return
     site.kind = "joint" if before or after else "self"
@@ -66,9 +81,72 @@ def believe(site: Site, layouts: Sequence[Known], totals: Collection[int] = ()) 
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
 
 
+def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> None:
+    """Make a site eligible whose grid the call of the model around tells.
+
+    heard: layouts that calibration saw, each with what is told of such.
+    """
+    tokens = _hint(site.query_length)
+    if tokens is None or tokens != _hint(site.key_length):
+        return
+    fitting = [(k, t, text) for k, t in heard if (text := _text(k, t, tokens)) is not None]
+    if len({(t.grid, text.before) for _, t, text in fitting}) != 1:
+        grids = ", ".join(dict.fromkeys("x".join(map(str, t.grid)) for _, t in heard))
+        site.why = Reason.CALL_MISFIT(grids=grids, tokens=tokens)
+        return
+    known, told, text = fitting[0]
+    if not has(site.query_length, site.key_length):
+        return
+    if problem := settle_mask(site, known, text.before):
+        site.why = problem
+        return
+    site.kind = "joint" if text.before or text.after else "self"
+    site.grid, site.grid_arguments = told.grid, told.arguments[1:]
+    site.text_before, site.text_after = text.before, text.after
+    site.text_before_arguments = (text.before_argument,)
+    site.text_after_arguments = (text.after_argument,)
+    site.pad_before_arguments = site.pad_after_arguments = ()
+    site.why = Reason.FITS(remark=f"; it is read from {told.name} at every call of the model")
+
+
+class _Text(NamedTuple):
+    """Tokens around a grid in this call, and how the graph gets them."""
+
+    before: int
+    after: int
+    before_argument: Argument
+    after_argument: Argument
+
+
+def _text(known: Known, told: Told, tokens: int) -> _Text | None:
+    """What lies around the grid that is told, in a sequence of so many tokens; None if unclear.
+
+    What is in the grid's own axis is told; the rest is text, on the side where calibration saw any.
+    """
+    others = told.before + told.after
+    text = tokens - math.prod(told.grid) - others
+    first, last = told.arguments[0], told.after_argument
+    assert last is not None
+    if text < 0:
+        return None
+    if known.before and known.after and not others:
+        if text != known.before + known.after:
+            return None
+        return _Text(known.before, known.after, known.before, Rest())
+    if text and known.before and not (known.after and told.before):
+        return _Text(told.before + text, told.after, Rest(), last)
+    if text and not known.after:
+        return None
+    return _Text(told.before, told.after + text, first, Rest())
+
+
 def _fits(known: Known, lengths: tuple[Extent, Extent]) -> bool:
     queries, keys = (_hint(length) for length in lengths)
-    return queries is not None and queries == keys and known.around(queries) is not None
+    if queries is None or queries != keys:
+        return False
+    if known.sources:  # another size has another grid, which this call does not tell
+        return queries == known.before + math.prod(known.grid) + known.after
+    return known.around(queries) is not None
 
 
 def _hint(length: Extent) -> int | None:
@@ -83,7 +161,7 @@ def _is(length: Extent, number: int) -> bool:
     return bool(length == number) if _hint(length) is not None else False
 
 
-def _settle_mask(site: Site, known: Known, before: int) -> Why | None:
+def settle_mask(site: Site, known: Known, before: int) -> Why | None:
     """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
     found = site.attention
     mask = found.mask

@@ -7,7 +7,7 @@ reached them. Identity is believed where the model is known, else the way is rea
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
@@ -44,6 +44,17 @@ def module_path(node: fx.Node) -> str:
     The same on all versions of torch and in Dynamo and export graphs.
     """
     return module_call(node)[0]
+
+
+def passes_through(node: fx.Node, path: str) -> bool:
+    """Whether the way by which a node's module was reached goes through all parts of a path.
+
+    Hooks stand in the way: blocks.0.forward.__closure__[2].cell_contents.attn1 is blocks.0.attn1.
+    """
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    last = entries[-1] if entries else ""
+    way = iter(re.findall(r"\w+", str(last[0] if isinstance(last, tuple) else last)))
+    return all(part in way for part in path.split("."))
 
 
 def module_call(node: fx.Node, names: Names | None = None, inside: str = "") -> tuple[str, int]:
@@ -96,6 +107,20 @@ class Numbered:
         nth = self.seen.get(place, 0)
         self.seen[place] = nth + 1
         return site_name(*place, nth)
+
+
+def name_around(name: str, names: Collection[str]) -> str | None:
+    """The one of some names of sites that a name lies within: "attn" of "attn.inner".
+
+    A module that was put around an attention has its name, and moves it to a name of its own.
+    """
+    path, _, nth = name.partition("#")
+    while "." in path:
+        path = path.rpartition(".")[0]
+        outer = f"{path}#{nth}" if nth else path
+        if outer in names:
+            return outer
+    return None
 
 
 def site_name(path: str, call: int, nth: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ def tensor(node: Any) -> torch.Tensor | None:
     """The example tensor of a node, None for all else."""
     found = value(node)
     return found if isinstance(node, fx.Node) and isinstance(found, torch.Tensor) else None
+
+
+def is_distributed(node: Any) -> bool:
+    """Whether the tensor that a node makes is the part of a larger one that this process has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value(node), module.DTensor)
 
 
 def shape(node: Any) -> tuple[Extent, ...]:

@@ -70,11 +70,19 @@ class Reason(Enum):
     BATCHES = Text("its queries, keys and values have different batch sizes")
     SHAPES = Text("its keys {keys} and values {values} differ in heads or head_dim")
 
+    DISTRIBUTED = Text(
+        "its tensors are DTensors, whose collectives no graph shows: it may attend over keys of "
+        "other ranks too, as under torch's context_parallel",
+        "share the sequence by functional collectives (diffusers: ulysses_degree), or call "
+        "freqopt.parallel.over_all_keys",
+    )
+
     # Tokens of queries, keys and values
     READY_MADE = Text(
         "its queries and keys come into this graph ready-made, after a graph break, so that what "
         "they are of cannot be told",
-        "compile with fullgraph=True, which says where the break is",
+        "freqopt.inspect says where the break is; where hooks break it (offloading, casting, a "
+        "step cache), a plan tells: freqopt.attach(model, plan)",
     )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")
@@ -108,6 +116,11 @@ class Reason(Enum):
     GRIDS_ALIKE = Text(
         "the grids {grids} have as many tokens, and nothing in this graph tells which a call is on",
         "pass the one as grid=, or compile the whole model, whose inputs may hold positions",
+    )
+    CALL_MISFIT = Text(
+        "the model was called with tokens on a grid {grids}, and this attention's {tokens} tokens "
+        "are not those and text where calibration saw some",
+        "calibrate with a call like this one",
     )
     IN_PIECES = Text(
         "its video tokens lie in {count} pieces with others between them, as where text and video "
@@ -152,6 +165,11 @@ class Reason(Enum):
     )
     NOT_PLANNED = Text("the plan has no budget for it", "calibrate again")
     PLANNED_DENSE = Text("by the plan: {reason}")
+    HEADS_UNTOLD = Text(
+        "it has {heads} of the plan's {planned} heads here, and which of them this process has "
+        "cannot be told from the graph",
+        "share heads out by functional collectives (all_to_all_single), or compile the whole block",
+    )
     IN_A_BODY = Text(
         "it lies inside a higher-order operator's subgraph", "export without checkpointing"
     )

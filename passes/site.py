@@ -7,8 +7,8 @@ whether frequency-split attention may take its place; if not, why.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import fx
@@ -87,19 +87,32 @@ class Attention:
     masks_queries: bool = False
 
 
+class Source(NamedTuple):
+    """An extent of a grid: dimension `dim` of an argument of the model, in steps of `step`.
+
+    Without a name it is `step` itself, whatever the model is called with.
+    """
+
+    name: str
+    dim: int
+    step: int
+
+
 @dataclass(frozen=True)
 class Known:
     """How the tokens of a site lay when it was calibrated, which part of a graph may not show.
 
     grid: extents of the video tokens. before, after: tokens of text around them, as many as there
     were; another number is believed where they are on one side only. mask: 0 there was none, 1 a
-    mask over keys that was proven to hide text only, 2 the same as a mask over pairs.
+    mask over keys that was proven to hide text only, 2 the same as a mask over pairs. sources:
+    where t, h and w come from, if these are sizes of the model's arguments.
     """
 
     grid: Grid
     before: int = 0
     after: int = 0
     mask: int = 0
+    sources: tuple[Source, ...] = field(default=(), compare=False)
 
     def around(self, tokens: int) -> tuple[int, int] | None:
         """Text before and after in a sequence of so many tokens; None if that cannot be told."""
@@ -109,6 +122,20 @@ class Known:
         if rest < 0 or (self.before and self.after) or not (self.before or self.after):
             return None
         return (rest, 0) if self.before else (0, rest)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of a model's heads a site has, where several processes share them out.
+
+    group: name of the process group. ranks: its size. heads: of the model, 0 where that cannot be
+    told. numbers: which of them this process has, in the order that it has them.
+    """
+
+    group: str
+    ranks: int
+    heads: int = 0
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +169,9 @@ class Site:
     whatever its length; else why not. pad_before_arguments, pad_after_arguments: tokens that only
     the keys have, in whose places the op gets queries of zeros. query_arguments: (t, h, w, text
     before, text after) of queries that are other tokens than the keys. mark: the budget that its
-    module brings along.
+    module brings along. share: which of the model's heads these are, where processes share them.
+    pieces: start and length of the pieces that its sequence is put together of, in that order,
+    where tokens of one kind have others between them. sources: as those of `Known`.
     """
 
     name: str
@@ -167,6 +196,14 @@ class Site:
     pad_after_arguments: tuple[Argument, ...] = ()
     query_arguments: tuple[Argument, ...] = ()
     mark: Mark | None = None
+    sources: tuple[Source, ...] = ()
+    share: Share | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def all_heads(self) -> int:
+        """Heads that the model has here, those of other processes among them."""
+        return self.heads if self.share is None or not self.share.heads else self.share.heads
 
     @property
     def at_call(self) -> bool:

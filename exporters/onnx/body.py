@@ -10,7 +10,15 @@ from __future__ import annotations
 import onnx
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.exporters.onnx.graph import Nodes, Value
-from freqopt.kernels.reference import C_MAX, EXACT, G_MAX, LOW, NEWTON_STEPS
+from freqopt.kernels.reference import (
+    C_MAX,
+    EXACT,
+    G_MAX,
+    LEAST_CORRECTION,
+    LEAST_MASS,
+    LOW,
+    NEWTON_STEPS,
+)
 from onnx import AttributeProto, TensorProto, helper
 
 DOMAIN = "freqopt"
@@ -140,7 +148,9 @@ class _Split:
         mass = self.n.op("Softmax", by_tile(logit) + term.unsqueeze(3), axis=-1)
         present = (count > 0).float().reshape(self.tiles, PER_TILE, 1)
         error = (mass * mass * present).sum(3) / present.sum(1) * dispersion
-        return error.sqrt() * spread.unsqueeze(2) * self.blocks.float(), term
+        score = error.sqrt() * spread.unsqueeze(2) * self.blocks.float()
+        # What is no number is attended exactly, whatever the threshold.
+        return self.n.where(score.equals(score), score, INFINITY), term
 
     def threshold(self, score: Value, own: Value) -> Value:
         """Threshold (B or 1, H, 1, 1)."""
@@ -153,7 +163,9 @@ class _Split:
         kept = kept.maximum(1).minimum(pairs)
         largest, _ = self.n.ops("TopK", 2, flat, kept, axis=2)
         by_density = largest.slice(2, kept - 1, kept).unsqueeze(3)
-        return self.n.where(self.density > 0.0, by_density, self.budget.float().unsqueeze(0, 2, 3))
+        # Reshape fails where a budget is of other heads, which would be broadcast else.
+        budget = self.budget.float().reshape(self.heads).unsqueeze(0, 2, 3)
+        return self.n.where(self.density > 0.0, by_density, budget)
 
     def route(self, score: Value) -> Value:
         """(B, H, I, J) int64: 0 low, 2 exact."""
@@ -162,7 +174,8 @@ class _Split:
         best = self.n.op("ArgMax", score, axis=3, keepdims=1)
         best = self.n.range(0, self.blocks).equals(best)
         always = (local & self.own) | (best & self.n.op("Not", self.own))
-        return self.n.where((score >= self.threshold(score, local)) | always, EXACT, LOW)
+        low = self.n.where(score < self.threshold(score, local), LOW, EXACT)
+        return self.n.where(always, EXACT, low)
 
     def repeat(self, x: Value) -> Value:
         """Repeat every entry of the last axis, blocks to tokens."""
@@ -236,13 +249,15 @@ class _Split:
 
         def attend(query: Value, pair: Value, term: Value) -> Value:
             pair, term = (x.unsqueeze(2) for x in (pair, term))
-            bias, exact = bands(pair)
-            low = query @ means * self.scale + bias + c * term
+            _, exact = bands(pair)
+            low = query @ means * self.scale + capacity + c * term
+            low = n.where(pair.equals(LOW), low, -INFINITY)
             logit = query @ keys * self.scale + n.concat(3, exact_bias(exact), text_bias)
             weight = n.op("Softmax", n.concat(3, low, logit), axis=-1)
             out = weight @ n.concat(2, low_value, values)
             mass = weight.slice(3, 0, self.blocks).sum(3, keep=True)
-            return out + g * mass * (query @ turn * self.scale)
+            turned = g * mass * (query @ turn * self.scale)
+            return out + n.where(mass > 0.0, turned, 0.0)  # not 0 times infinity
 
         def tile_first(x: Value, rank: int) -> Value:
             return x.transposed(2, 0, 1, *range(3, rank))
@@ -269,6 +284,7 @@ class _Split:
     def text_bias(self) -> Value:
         """(B, H, 1, X): 0 where a text key is attended, -inf where it is masked."""
         mask = self.mask_in.cast(TensorProto.INT32).expand(self.batch, self.key_length)
+        mask = mask.reshape(self.batch, self.key_length)  # fails where a mask is of more items
         kept = mask.gather(self.text_index, 1).cast(TensorProto.BOOL)
         bias = self.n.where(kept, 0.0, -INFINITY).unsqueeze(1, 2)
         return bias.expand(1, self.heads, 1, 1)
@@ -298,12 +314,13 @@ class _Split:
         """
         n = self.n
         safe_target = target.maximum(1e-30)
+        fits = target > self.probes.float() * LEAST_MASS
         c = target * 0.0 + 1.0
         for _ in range(NEWTON_STEPS):
             mass = (relative + c.unsqueeze(2, 3) * term).exp()
             total, slope = mass.sum(2, 3), (mass * term).sum(2, 3)
             step = (total.maximum(1e-30) / safe_target).log() * total
-            usable = (slope > 1e-12) & (target > 1e-12)
+            usable = (slope > 1e-12) & fits
             moved = n.where(usable, c - step / slope.maximum(1e-12), c)
             c = moved.maximum(0.0).minimum(C_MAX)
         mass = (relative + c.unsqueeze(2, 3) * term).exp()
@@ -313,10 +330,13 @@ class _Split:
         correction = low * turned / total
         energy = (correction * correction).sum(2, 3)
         aligned = ((truth - plain) * correction).sum(2, 3)
-        g = n.where(energy > 1e-30, aligned / energy.maximum(1e-30), 1.0)
+        whole = (truth * truth).sum(2, 3)
+        fits = (energy > whole * LEAST_CORRECTION) & (energy > 1e-30)
+        fits = fits & (aligned * 0.0).equals(0.0)  # a number, and finite
+        g = n.where(fits, aligned / energy.maximum(1e-30), 1.0)
         g = g.maximum(0.0).minimum(G_MAX)
         left = truth - plain - g.unsqueeze(2, 3) * correction
-        error = ((left * left).sum(2, 3) / (truth * truth).sum(2, 3).maximum(1e-30)).sqrt()
+        error = ((left * left).sum(2, 3) / whole.maximum(1e-30)).sqrt()
         fitted = self.probes > 0
         c, g = (n.where(fitted, x, 1.0).unsqueeze(2, 3) for x in (c, g))
         return c, g, n.where(fitted, error, float("nan"))

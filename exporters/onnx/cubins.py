@@ -7,14 +7,13 @@ own, because Triton's interpreter mode is a property of the process.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from freqopt.exporters.child import run_module
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
@@ -60,17 +59,13 @@ def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:
                 f"no kernels for head_dim {variant.head_dim}; supported: multiples of 8 to 256"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     request = json.dumps([asdict(v) for v in variants])
-    done = subprocess.run(
-        [sys.executable, "-m", "freqopt.exporters.onnx.cubins", str(folder)],
-        input=request, capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+    done = run_module("freqopt.exporters.onnx.cubins", folder, request)
     if done.returncode:
         raise NotAvailableError(
             f"the kernels could not be compiled; Triton's last words: {done.stderr[-1500:]}"
         )
-    rows = json.loads((folder / "table.json").read_text())
+    rows = json.loads((folder / "table.json").read_text("utf-8"))
     table = [
         Compiled(**{**r, "variant": Variant(**r["variant"]), "arguments": tuple(r["arguments"])})
         for r in rows
@@ -90,7 +85,7 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
     """The table as sources of the library: an assembler file with the cubins and a C++ index."""
     assembly, entries, externs = ['.section .rodata, "a", @progbits'], [], []
     for i, row in enumerate(table):
-        path = json.dumps(str((folder / row.file).resolve()))
+        path = json.dumps(str((folder / row.file).resolve()), ensure_ascii=False)
         assembly += [
             f".global freqopt_cubin_{i}", f".hidden freqopt_cubin_{i}", ".balign 64",
             f"freqopt_cubin_{i}:", f".incbin {path}",
@@ -112,8 +107,8 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
         "const Cubin kCubins[] = {", *entries, "};",
         f"const int kCubinCount = {len(table)};", "}  // namespace freqopt",
     ]  # fmt: skip
-    (folder / "cubins.S").write_text("\n".join(assembly) + "\n")
-    (folder / "cubins.cc").write_text("\n".join(index) + "\n")
+    for name, lines in (("cubins.S", assembly), ("cubins.cc", index)):
+        (folder / name).write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     return [folder / "cubins.S", folder / "cubins.cc"]
 
 

@@ -6,8 +6,10 @@ onnxruntime and none of CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -17,10 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
-from freqopt.files import cache_folder
+from freqopt.files import cache_folder, hash_of, write_atomically
+
+logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libfreqopt_ort.so"
 LIBRARY_VERSION = "3"
+MOST_CACHED = 8
+"""Libraries that the cache folder keeps, the latest ones."""
 OLDEST_ONNXRUNTIME = (1, 17)
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (
@@ -60,17 +66,76 @@ def build_library(folder: Path, table: Sequence[Path], *, defines: tuple[str, ..
         compiler(), *FLAGS, f'-DFREQOPT_ORT_VERSION="{LIBRARY_VERSION}"',
         *(f"-D{name}" for name in defines), f"-I{SOURCES}", *map(str, sources), "-ldl",
     ]  # fmt: skip
-    digest = hashlib.sha256(repr((command[1:], platform.machine())).encode())
-    embedded = [c for s in table for c in sorted(s.parent.glob("*.cubin"))]
-    for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
-        digest.update(source.read_bytes())
-    cached = cache_folder() / "ort" / digest.hexdigest()[:24] / LIBRARY_NAME
-    if not cached.is_file():
-        _compile(command, cached)
+    cached = cache_folder() / "ort" / _digest(command, sources, table) / LIBRARY_NAME
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / LIBRARY_NAME
+    if not _is_whole(cached):
+        try:
+            _compile(command, cached)
+            write_atomically(_stated(cached), hash_of(cached))
+            _forget_old(cached.parents[1])
+        except OSError as error:
+            logger.warning(
+                "the cache folder %s cannot be written (%s): %s is built anew for every export, "
+                "and needs trust=True to be run; set FREQOPT_CACHE to a folder that is yours",
+                cached.parents[2],
+                error.strerror or error,
+                LIBRARY_NAME,
+            )
+            _compile(command, target)
+            return target
     shutil.copyfile(cached, target)
     return target
+
+
+def _digest(command: Sequence[str], sources: Sequence[Path], table: Sequence[Path]) -> str:
+    """Name of what a command builds: of its options and the content of its files.
+
+    Where the files lie is left out, as those of the kernels are in a new folder every time.
+    """
+    folders = {str(path.parent) for path in sources} | {
+        str(path.parent.resolve()) for path in table
+    }
+    paths = {str(path) for path in sources}
+    options = [word for word in command[1:] if word not in paths]
+    digest = hashlib.sha256(repr((options, platform.machine())).encode())
+    embedded = [c for s in table for c in sorted(s.parent.glob("*.cubin"))]
+    for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
+        content = source.read_bytes()
+        for folder in sorted(folders, key=len, reverse=True):
+            content = content.replace(folder.encode(), b"")
+        digest.update(repr((source.name, len(content))).encode() + content)
+    return digest.hexdigest()[:24]
+
+
+def _stated(cached: Path) -> Path:
+    """The file beside a library in the cache that says its hash."""
+    return cached.with_name(f"{cached.name}.sha256")
+
+
+def _is_whole(cached: Path) -> bool:
+    """Whether a library in the cache is what was put there; a damaged one is built anew."""
+    try:
+        return _stated(cached).read_text() == hash_of(cached)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _forget_old(folder: Path) -> None:
+    """Keep the latest libraries of the cache only."""
+    found = sorted(folder.glob(f"*/{LIBRARY_NAME}"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in found[MOST_CACHED:]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path.parent)
+
+
+def built_here(digest: str) -> Path | None:
+    """The library with a SHA-256 (hexadecimal) among those built on this machine, if there is."""
+    for path in (cache_folder() / "ort").glob(f"*/{LIBRARY_NAME}"):
+        with contextlib.suppress(OSError):
+            if hash_of(path) == digest:
+                return path
+    return None
 
 
 def _compile(command: list[str], target: Path) -> None:

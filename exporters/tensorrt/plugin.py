@@ -98,7 +98,8 @@ def write_plugin(folder: Path, variants: Sequence[Variant]) -> tuple[list[str], 
     (target / "table.json").unlink()
     # The folder will move: the cubins are named relative to the sources that embed them.
     assembly = write_sources(table, target)[0]
-    assembly.write_text(assembly.read_text().replace(f"{target.resolve()}/", ""))
+    text = assembly.read_text("utf-8", "surrogateescape").replace(f"{target.resolve()}/", "")
+    assembly.write_text(text, "utf-8", "surrogateescape")
     for name in SHARED_SOURCES:
         shutil.copyfile(SOURCES / name, target / name)
     shutil.copyfile(FOLDER / "split_tensorrt.cc", target / "split_tensorrt.cc")

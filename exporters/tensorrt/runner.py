@@ -18,21 +18,32 @@ from freqopt.exporters.tensorrt.cpp.build_engine import ENGINE, PLUGIN
 
 
 def run_engine(
-    artifact: Artifact, inputs: Mapping[str, Tensor]
+    artifact: Artifact, inputs: Mapping[str, Tensor], *, trust: bool
 ) -> tuple[dict[str, Tensor], float, dict[str, int]]:
     """Outputs by name (on the CPU), seconds of one run, and how many layers of each kind there are.
 
+    trust: whether the maker of the folder may run programs here, which engine and plugin are.
+
     Raises:
         NotAvailableError: no engine in the folder, TensorRT or a GPU missing, or a run that failed.
-        ArtifactError: an engine or plugin that this TensorRT cannot load.
+        ArtifactError: no trust, or an engine or plugin that the manifest does not list or that this
+            TensorRT cannot load.
         InputError: inputs whose names, types or shapes are not the engine's.
     """
-    engine_file = artifact.path / ENGINE
-    if not engine_file.is_file():
+    if not (artifact.path / ENGINE).is_file():
         raise NotAvailableError(
             f"{artifact.path} is a tensorrt artifact without an engine; run `python "
             f"{artifact.path / 'build_engine.py'}` where TensorRT is installed"
         )
+    if not trust:
+        raise ArtifactError(
+            f"{artifact.path} is run by its engine and plugin, which are programs, and nobody said "
+            "that its maker may run programs here: pass --trust (trust=True) if you would"
+        )
+    engine_file, plugin_name = artifact.file(ENGINE), f"plugin/{PLUGIN}"
+    plugin = None
+    if (artifact.path / plugin_name).exists():
+        plugin = artifact.file(plugin_name)
     try:
         tensorrt = importlib.import_module("tensorrt")
     except ImportError as error:
@@ -42,8 +53,7 @@ def run_engine(
     if not torch.cuda.is_available():
         raise NotAvailableError("an engine needs an NVIDIA GPU and none is visible to PyTorch")
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
-    plugin = artifact.path / "plugin" / PLUGIN
-    if plugin.is_file() and tensorrt.get_plugin_registry().load_library(str(plugin)) is None:
+    if plugin is not None and tensorrt.get_plugin_registry().load_library(str(plugin)) is None:
         raise ArtifactError(f"TensorRT {tensorrt.__version__} could not load {plugin}")
     engine = tensorrt.Runtime(logger).deserialize_cuda_engine(engine_file.read_bytes())
     if engine is None:

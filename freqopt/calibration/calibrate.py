@@ -7,7 +7,8 @@ most, and verifies the result on samples that were not fitted. How: docs/design/
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -24,12 +25,14 @@ from freqopt.calibration.samples import (
     samples_by_model,
 )
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.team import is_first_process
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
+from freqopt.plan.folder import check_place, is_file
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
-from freqopt.progress import open_progress
+from freqopt.progress import Progress, open_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +52,7 @@ class Options(TypedDict, total=False):
     rounds: int | None
     passes: int | None
     checkpoint: str | os.PathLike[str] | None
+    output: str | os.PathLike[str] | None
     progress: bool
     seed: int
 
@@ -80,13 +84,15 @@ def calibrate(
     rounds: int | None = None,
     passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Plan | Plans:
     """Find the cheapest budgets that hold an error target on the model's output.
 
     The model runs a dozen or so times per sample where it is, without gradients, in evaluation
-    mode; it is left as it was. One seed gives one plan.
+    mode; it is left as it was. One seed gives one plan. Where several processes share the heads of
+    the model (Ulysses), all of them call this with the same samples, and get the same plan.
 
     Args:
         model: the model that will be compiled with ``backend="freqopt"``; or several that share the
@@ -123,7 +129,11 @@ def calibrate(
             second or more on a GPU, elsewhere as many as all heads take (or 16 sites of a model of
             more than 64 heads, in 8 samples). With fewer, heads between those probed are guessed.
         checkpoint: a file that keeps what was measured if calibration is interrupted. Called again
-            with it, calibration goes on from there and ends with the same plan. It is removed then.
+            with it, calibration goes on from there and ends with the same plan. It is removed when
+            that is done, with `output` when the plan is on the disk.
+        output: a file (.json) that the plan, or the plans, are saved to, or a folder, written as
+            `Plan.save_pretrained` does; whether it can be written is tried before anything is
+            measured.
         progress: show progress and time left.
         seed: seeds PyTorch's generators before every run of the model.
 
@@ -138,9 +148,10 @@ def calibrate(
         OptionError: a target outside its range, two of them, a density that the loosest budgets do
             not reach, a target_psnr without a pipeline or for several models, a quantile without a
             target_error, an order that there is not, or fewer than one pass or timestep bucket.
+        FileError: the output or the checkpoint cannot be written.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
-    _check_targets(target_error, quantile, target_psnr, target_density)
+    check_targets(target_error, quantile, target_psnr, target_density)
     for name, value, least in (("rounds", rounds, 0), ("passes", passes, 1)):
         if value is not None and value < least:
             raise OptionError(f"{name} {value} must be {least} or more")
@@ -148,20 +159,34 @@ def calibrate(
         raise OptionError(f"order {order!r} is none; supported: 'auto' and 'grid'")
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
-    if isinstance(model, Mapping):
-        return _calibrate_each(model, samples, options)
-    if isinstance(samples, Mapping):
+    if not isinstance(model, Mapping) and isinstance(samples, Mapping):
         raise OptionError(
             "samples is a dict, which belongs to several models by name; for one model pass a list "
             "of calls, or a callable that runs your pipeline"
         )
-    return _calibrate_one(model, samples, options)
+    if output is not None:
+        check_place(output)
+    if isinstance(model, Mapping):
+        return _calibrate_each(model, samples, options)
+    plan = _calibrate_one(model, samples, options, keep=output is not None)
+    if output is not None:
+        _save(plan, output)
+        _forget([checkpoint])
+    return plan
 
 
 def _calibrate_one(
-    model: nn.Module, samples: Samples, options: Mapping[str, Any], *, keep: bool = False
+    model: nn.Module,
+    samples: Samples,
+    options: Mapping[str, Any],
+    *,
+    keep: bool = False,
+    bars: Progress | None = None,
 ) -> Plan:
-    """The plan of one model. keep: leave the checkpoint's file when it is done."""
+    """The plan of one model.
+
+    keep: leave the checkpoint's file when it is done. bars: of a calibration of several models.
+    """
     inner = module_of(model, "calibrate")
     psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
     pipeline = None if psnr is None else _pipeline(model, samples, psnr)
@@ -173,11 +198,11 @@ def _calibrate_one(
     if path is not None:
         identity = identity_of(inner, collected, grid=grid, seed=seed, orders=orders)
     with (
-        open_checkpoint(path, identity, keep=keep) as results,
         opened(inner, collected, grid, seed) as runner,
-        open_progress(options["progress"]) as bars,
+        open_checkpoint(path, identity, keep=keep, team=runner.look()) as results,
+        nullcontext(bars) if bars else _bars(options) as shown,
     ):
-        bench = Workbench(runner, bars, results)
+        bench = Workbench(runner, shown, results, options["rounds"], options["passes"])
         calibration = Calibration(bench, options["rounds"], options["passes"], orders)
         if density is not None:
             return calibration.for_density(density)
@@ -199,22 +224,51 @@ def _calibrate_each(
         )
     calls, path = samples_by_model(models, samples), options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
-    plans = {
-        name: _calibrate_one(model, calls[name], {**options, "checkpoint": paths[name]}, keep=True)
-        for name, model in models.items()
-    }
-    for kept in paths.values():
-        if kept is not None:
-            kept.unlink(missing_ok=True)
-    return Plans(plans)
+    with _bars(options, len(models)) as bars:
+        plans = {
+            name: _calibrate_one(
+                model, calls[name], {**options, "checkpoint": paths[name]}, keep=True, bars=bars
+            ).model_copy(update={"component": name})
+            for name, model in models.items()
+        }
+    found = Plans(plans)
+    if options["output"] is not None:
+        _save(found, options["output"])
+    _forget(paths.values())
+    return found
 
 
-def _check_targets(
+def _bars(options: Mapping[str, Any], parts: int = 1) -> AbstractContextManager[Progress]:
+    return open_progress(options["progress"] and is_first_process(), parts=parts)
+
+
+def _save(found: Plan | Plans, output: str | os.PathLike[str]) -> None:
+    if not is_first_process():
+        return
+    if is_file(output):
+        found.save(output)
+    else:
+        found.save_pretrained(output)
+
+
+def _forget(checkpoints: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Remove checkpoints whose plans are safe."""
+    for path in checkpoints:
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
+
+
+def check_targets(
     target_error: float,
     quantile: float | None,
     target_psnr: float | None,
     target_density: float | None,
 ) -> None:
+    """Refuse targets out of range or that exclude each other.
+
+    Raises:
+        OptionError: which.
+    """
     if not 0.0 < target_error < 1.0:
         raise OptionError(
             f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "

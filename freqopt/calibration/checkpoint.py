@@ -14,25 +14,52 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import SampleSet
+from freqopt.calibration.team import Team
 from freqopt.calibration.values import parts_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import CalibrationError
+from freqopt.files import check_regular, check_writable, replacing
 from freqopt.plan.plan import model_fingerprint
 
 FORMAT = "freqopt-checkpoint-1"
 WRITE_EVERY = 10.0
 """Seconds between writes while calibration runs; an interruption writes too."""
 
+ALONE = Team()
+
 DIGEST_VALUES = 1024
 """Values of each parameter that the identity looks at, evenly spaced."""
+
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What readers of a file raise whose bytes are not what they should be."""
+
+
+class Header(BaseModel):
+    """Metadata of the file.
+
+    Attributes:
+        format: what kind of file this is.
+        identity: `identity_of` the calibration.
+        facts: those of all entries by key, as JSON.
+        content: hash of facts and tensors, which finds damage.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal["freqopt-checkpoint-1"]
+    identity: str
+    facts: str
+    content: str
 
 
 class Entry(NamedTuple):
@@ -49,8 +76,10 @@ class Checkpoint:
         self.path, self.identity = path, identity
         self.entries: dict[str, Entry] = {}
         self.written = time.monotonic()
-        if path is not None and path.exists():
-            self.entries = _read(path, identity)
+        if path is not None:
+            check_writable(path)
+            if path.exists():
+                self.entries = _read(path, identity)
 
     def find(self, key: str) -> Entry | None:
         """The result of a step that was done before."""
@@ -64,9 +93,14 @@ class Checkpoint:
         return entry
 
     def write(self) -> None:
-        """Write the file; an existing one is replaced only by a complete one."""
+        """Write the file; an existing one is replaced only by a complete one.
+
+        Raises:
+            FileError: it cannot be written.
+        """
         if self.path is None or not self.entries:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {
@@ -77,10 +111,11 @@ class Checkpoint:
         facts = json.dumps({key: entry.facts for key, entry in self.entries.items()})
         metadata = {"format": FORMAT, "identity": self.identity, "facts": facts}
         metadata["content"] = _content(facts, tensors)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            try:
+                save_file(tensors, partial, metadata=metadata)
+            except SafetensorError as error:  # a full disk
+                raise OSError(str(error)) from error
         self.written = time.monotonic()
 
     def remove(self) -> None:
@@ -91,16 +126,19 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    path: str | os.PathLike[str] | None, identity: str, *, keep: bool = False
+    path: str | os.PathLike[str] | None, identity: str, *, keep: bool = False, team: Team = ALONE
 ) -> Iterator[Checkpoint]:
     """A checkpoint that is written if the block is left by an exception, and removed otherwise.
 
-    keep: write it in any case.
+    keep: write it in any case. team: processes that calibrate one model together: the first one's
+    file counts, and it writes it.
 
     Raises:
         CalibrationError: the file is damaged, or belongs to another calibration.
     """
-    checkpoint = Checkpoint(None if path is None else Path(path), identity)
+    where = Path(path) if path is not None and team.first else None
+    checkpoint = team.together(lambda: Checkpoint(where, identity))[0]
+    checkpoint.path = where
     try:
         yield checkpoint
     except BaseException:
@@ -156,27 +194,29 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
 
     advice = "delete it to calibrate from the start, or name another file"
     try:
+        check_regular(path)
         with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            stated = file.metadata() or {}
+            if stated.get("format") != FORMAT:
                 raise CalibrationError(f"{path} is not a checkpoint of this version; {advice}")
-            if metadata.get("identity") != identity:
+            header = Header.model_validate(stated)
+            if header.identity != identity:
                 raise CalibrationError(
                     f"{path} keeps what was measured with another model, other weights, samples, "
                     f"settings or versions, so it cannot be resumed here; {advice}"
                 )
             whole = {name: file.get_tensor(name) for name in file.keys()}
-            if metadata["content"] != _content(metadata["facts"], whole):
+            if header.content != _content(header.facts, whole):
                 raise ValueError("its content does not match its own hash")
             tensors: dict[str, dict[str, Tensor]] = {}
             for name, tensor in whole.items():
                 key, _, leaf = name.partition("|")
                 tensors.setdefault(key, {})[leaf] = tensor
-            facts = json.loads(metadata["facts"])
+            facts = json.loads(header.facts)
             return {key: Entry(fact, tensors.get(key, {})) for key, fact in facts.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, CalibrationError):
-            raise
+    except CalibrationError:
+        raise
+    except (*UNREADABLE, SafetensorError) as error:
         raise CalibrationError(
             f"{path} is not a complete checkpoint ({error}); {advice}"
         ) from error

@@ -154,7 +154,13 @@ def _site_plans(bench: Workbench, facts: PlanFacts) -> dict[str, SitePlan]:
 
 def _with_layouts(plan: SitePlan, layouts: Iterable[Known]) -> SitePlan:
     found = [
-        SiteLayout(grid=each.grid, before=each.before, after=each.after, mask=each.mask)
+        SiteLayout(
+            grid=each.grid,
+            before=each.before,
+            after=each.after,
+            mask=each.mask,
+            sources=[(source.name, source.dim, source.step) for source in each.sources],
+        )
         for each in layouts
     ]
     return plan.model_copy(update={"layouts": found})
@@ -198,16 +204,19 @@ def _split_site(
     density = facts.outcome.densities.get(site.name)
     if density is None:
         expected = (site.weight * site.density[row, choice.index]).reshape(buckets, -1).sum(0)
-        density = torch.tensor(expected)
+        density = torch.tensor(expected, dtype=torch.float32, device="cpu")
     threshold = site.threshold[choice.index].reshape(buckets, -1)
     return SitePlan(
         **site.shape._asdict(),
         decision="split",
         reason="",
-        budgets=[Budget(threshold=_row(torch.tensor(row))) for row in threshold],
+        budgets=[
+            Budget(threshold=_row(torch.tensor(row, dtype=torch.float32, device="cpu")))
+            for row in threshold
+        ],
         chunks=list(chunks_of(site, choice)),
         density=_row(density),
-        error=_row(torch.tensor(error)),
+        error=_row(torch.tensor(error, dtype=torch.float32, device="cpu")),
         gains=_by_bucket(facts.sensitivities, site.name),
         marginals=_by_bucket(facts.marginals, site.name),
     )
@@ -226,7 +235,11 @@ def _own_errors(site: SiteChoices, measured: MeasuredSite, sensitivity: Array) -
 
 
 def _by_bucket(values: Mapping[str, Array], name: str) -> list[list[float]]:
-    return _rows(torch.tensor(values[name])) if name in values else []
+    return (
+        _rows(torch.tensor(values[name], dtype=torch.float32, device="cpu"))
+        if name in values
+        else []
+    )
 
 
 def _site_evidence(site: MeasuredSite, times: tuple[float, float] | None) -> SiteEvidence:

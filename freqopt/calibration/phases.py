@@ -221,13 +221,17 @@ class Calibration:
             lambda: compare_runs(
                 lambda: bench.runner.run(middle, Dense()),
                 lambda: bench.runner.run(middle, request),
+                bench.runner.team,
             ),
         )
         return dense, split
 
     def _everything_dense(self, search: Search, criterion: Criterion) -> Outcome:
         """The plan that splits nothing, unless exact attention misses the target as well."""
-        exact = {site.name: SiteThresholds(torch.zeros(site.heads)) for site in self.sites}
+        exact = {
+            site.name: SiteThresholds(torch.zeros(site.heads, dtype=torch.float32, device="cpu"))
+            for site in self.sites
+        }
         floor = max(criterion.measure(exact).errors)
         if floor > criterion.target:
             raise CalibrationError(

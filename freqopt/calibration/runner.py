@@ -10,12 +10,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
+from freqopt.calibration.team import Team
 from freqopt.capture.eager import uncompiled
 from freqopt.capture.modules import names_of
 from freqopt.errors import FreqoptError, unwrapped
@@ -51,9 +53,30 @@ class Runner:
         return dict(self._desk.dense_sites)
 
     @property
-    def layouts(self) -> dict[str, list[int]]:
-        """How the tokens of the sites seen so far lay, as numbers."""
+    def layouts(self) -> dict[str, list[Any]]:
+        """How the tokens of the sites seen so far lay, as plain lists."""
         return self._desk.layouts.packed()
+
+    @property
+    def team(self) -> Team:
+        """The processes that share the heads of the model, once it has run."""
+        return self._desk.team
+
+    def look(self) -> Team:
+        """Run the model on a sample if other processes may share its heads: which of them do.
+
+        Raises:
+            CalibrationError: they were given other samples.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.team
+        first = self.samples.fit[0]
+        with self._ready():  # hooks that share tensors out set themselves up at the first call
+            self.model(*first.args, **first.kwargs)
+        self.run(first, Dense())
+        given = [(s.args, s.kwargs) for s in (*self.samples.fit, *self.samples.held_out)]
+        self.team.agree(given, "samples")
+        return self.team
 
     def run(self, sample: Sample, request: Request) -> Result:
         """What one call of the model shows, its output among it."""
@@ -180,12 +203,20 @@ def output_tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def relative_error(output: list[Tensor], reference: list[Tensor]) -> float:
-    """Relative L2 error over all of a model's output tensors; infinite if one is not finite."""
+ALONE = Team()
+
+
+def relative_error(output: list[Tensor], reference: list[Tensor], team: Team = ALONE) -> float:
+    """Relative L2 error over all of a model's output tensors; infinite if one is not finite.
+
+    team: processes that have parts of the output, or all of it.
+    """
     difference = energy = 0.0
     for got, want in zip(output, reference, strict=True):
         want = want.to(got.device)
         difference += float((got.double() - want.double()).square().sum())
         energy += float(want.double().square().sum())
+    of_all = team.all((difference, energy))
+    difference, energy = (math.fsum(values) for values in zip(*of_all, strict=True))
     error = math.sqrt(difference / max(energy, 1e-30))
     return error if math.isfinite(error) else math.inf

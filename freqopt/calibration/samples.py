@@ -145,7 +145,7 @@ def collect_samples(
     Raises:
         CalibrationError: no samples, one of another form, or one with NaN or infinite values.
     """
-    calls = _record(model, samples) if callable(samples) else [_as_call(x) for x in samples]
+    calls = _record(model, samples) if callable(samples) else [as_call(x) for x in samples]
     if not calls:
         raise CalibrationError(
             "there are no samples; "
@@ -174,7 +174,12 @@ def collect_samples(
     return SampleSet(fit, held_out, notes, name, _bucket_edges(fit, held_out, buckets))
 
 
-def _as_call(sample: Any) -> Call:
+def as_call(sample: Any) -> Call:
+    """A sample as (args, kwargs).
+
+    Raises:
+        CalibrationError: it is neither a dict nor such a pair.
+    """
     if isinstance(sample, Mapping):
         return (), dict(sample)
     if (

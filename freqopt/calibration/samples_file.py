@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freqopt.calibration.samples import Call, RecordedSamples
 from freqopt.errors import InputError
+from freqopt.files import check_regular, replacing
 
 FORM = (
     "name every tensor '<call>/<argument>', such as '0/video', '0/timestep', '1/video'; "
@@ -59,7 +60,8 @@ def save_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, An
                     tensors[key] = _plain(leaf, key, metadata)
                 else:
                     metadata[key] = json.dumps(leaf)
-    save_file(tensors, os.fspath(path), metadata=metadata)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def _leaves(key: str, value: Any, where: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -125,6 +127,7 @@ def load_samples(path: str | os.PathLike[str], device: torch.device | str = "cpu
     leaves: dict[str, Any] = {}
     trees: dict[str, Any] = {}
     try:
+        check_regular(path)
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             for key in file.keys():
@@ -133,10 +136,14 @@ def load_samples(path: str | os.PathLike[str], device: torch.device | str = "cpu
                 if key.startswith(TREE):
                     trees[key.removeprefix(TREE)] = _value(key, text, path)
                 elif key != "format" and not key.startswith(COMPLEX):  # "format": of other tools
+                    if key in leaves:
+                        raise InputError(f"{path} has {key!r} twice, as a tensor and as a value")
                     leaves[key] = _value(key, text, path)
     except OSError as error:
         raise InputError(f"cannot read the samples {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except InputError:
+        raise
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not a complete safetensors file ({error})") from error
     found = _calls(leaves, trees, path)
     if not found:
@@ -198,9 +205,14 @@ def _parts(key: str, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     """Call, argument, and the way inside the argument."""
     index, slash, rest = key.partition("/")
     name, _, inner = rest.partition("/")
-    if not (index.isdecimal() and slash and (name.isidentifier() or name.isdecimal())):
+    if not (_is_number(index) and slash and (name.isidentifier() or _is_number(name))):
         raise InputError(f"{path} has an entry named {key!r}; {FORM}")
     return int(index), name, inner
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number as `str` writes it: 00 would be another name of 0."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and str(int(text)) == text
 
 
 def _value(key: str, text: str, path: str | os.PathLike[str]) -> Any:

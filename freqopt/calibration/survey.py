@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration.checkpoint import Entry
+from freqopt.calibration.estimate import runs_of
 from freqopt.calibration.measure.ladder import GRID_ALONE
 from freqopt.calibration.measure.readings import MeasuredSite, Survey, pack, unpack
 from freqopt.calibration.measure.requests import Measure
@@ -19,6 +20,7 @@ from freqopt.calibration.search.workbench import Workbench
 from freqopt.config import DEFAULT_PROBES
 from freqopt.errors import CalibrationError
 from freqopt.plan.records import SiteTiming
+from freqopt.progress import Step
 
 WELL_KNOWN = 0.1
 """Relative standard error of a site's squared error that is small enough: 5 % of the error."""
@@ -55,10 +57,26 @@ def measure_sites(
             _take_in(survey, entry, bench.samples.bucket(sample))
             sites = sites or len(survey.measurable())
             step.total(sites * len(fit))
+            if index == 0:
+                _tell_runs(bench, step, orders)
             if before is not None:
                 step(sites)
     if not survey.measurable():
         raise CalibrationError(_nothing_measured(survey))
+
+
+def _tell_runs(bench: Workbench, step: Step, orders: Sequence[int]) -> None:
+    """Say what the calibration takes, as its sites are known."""
+    found, samples = bench.survey.measurable(), bench.samples
+    if not found:
+        return
+    runs = runs_of(
+        fitted=len(samples.fit), held_out=len(samples.held_out), sites=len(found),
+        heads=sum(site.heads for site in found.values()), content=len(orders) > 1,
+        rounds=bench.rounds, passes=bench.passes, on_gpu=bench.runner.on_gpu,
+    )  # fmt: skip
+    step.runs(runs.measuring / (len(found) * len(samples.fit)))
+    step.expect(runs.total)
 
 
 def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, dict[str, Tensor]]:

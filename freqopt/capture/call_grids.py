@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
 from torch import fx
 
 from freqopt.capture.call_shapes import told_by_shapes
-from freqopt.passes.axes.grid import readable_input
+from freqopt.passes.axes.layout import readable_input
 from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.memory import is_written
 from freqopt.passes.nodes import operation, shape, tensor
@@ -26,6 +26,8 @@ from freqopt.positions import Layout, layout_of_positions
 logger = logging.getLogger(__name__)
 
 NUMBERS = ("before", "t", "h", "w")
+
+Read = TypeVar("Read")
 
 
 class OneCall:
@@ -103,23 +105,7 @@ class CallGrids(OneCall):
 
     def _make_inputs(self, source: fx.Node, numbers: Mapping[str, int]) -> list[fx.Node]:
         """Int inputs of the graph for what one of its inputs tells."""
-        from torch._dynamo.source import ConstantSource
-        from torch.fx.experimental.symbolic_shapes import DimDynamic
-
-        shape_env = tensor(source).fake_mode.shape_env  # type: ignore[union-attr]
-        graph, made = self.gm.graph, []
-        for name, number in numbers.items():
-            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-                place = graph.placeholder(f"freqopt_{source.name}_{name}")
-            origin = ConstantSource(place.name)
-            symbol = shape_env.create_unspecified_symbol(
-                number, source=origin, dynamic_dim=DimDynamic.DYNAMIC
-            )
-            example = shape_env.create_symintnode(symbol, hint=number, source=origin)
-            place.meta["example_value"] = example
-            place._dynamo_source = origin
-            made.append(place)
-        return made
+        return int_inputs(self.gm, [source], source.name, numbers)
 
     def settle(self) -> None:
         """Take int inputs that nothing uses out of the graph."""
@@ -152,6 +138,35 @@ class CallGrids(OneCall):
             return compiled(*arguments, *numbers)
 
         return run
+
+
+def int_inputs(
+    gm: fx.GraphModule, inputs: Sequence[fx.Node], label: str, numbers: Mapping[str, int]
+) -> list[fx.Node]:
+    """New int inputs of a graph, behind the others; none where its sizes cannot be symbols.
+
+    inputs: of the graph, whose example values tell. numbers: by name, those of this call.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    modes = (getattr(tensor(node), "fake_mode", None) for node in inputs)
+    shape_env = next((mode.shape_env for mode in modes if mode is not None), None)
+    if shape_env is None:
+        return []
+    graph, made = gm.graph, []
+    for name, number in numbers.items():
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            place = graph.placeholder(f"freqopt_{label}_{name}")
+        origin = ConstantSource(place.name)
+        symbol = shape_env.create_unspecified_symbol(
+            number, source=origin, dynamic_dim=DimDynamic.DYNAMIC
+        )
+        example = shape_env.create_symintnode(symbol, hint=number, source=origin)
+        place.meta["example_value"] = example
+        place._dynamo_source = origin
+        made.append(place)
+    return made
 
 
 class Table(NamedTuple):
@@ -242,7 +257,7 @@ class Reader:
 
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count = name, count
-        self._known: dict[tuple[int, ...], _Known] = {}
+        self._known: dict[tuple[int, ...], Seen[tuple[int, ...]]] = {}
         self._said = False
 
     def read(self, given: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -250,7 +265,7 @@ class Reader:
         key = tuple(map(id, given))
         known = self._known.get(key)
         if known is not None and known.is_of(given):
-            return known.numbers
+            return known.value
         numbers = self._numbers(given)
         if not any(numbers) and not self._said:
             self._said = True
@@ -261,7 +276,7 @@ class Reader:
             )  # fmt: skip
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
-        self._known[key] = _Known(given, numbers)
+        self._known[key] = Seen(given, numbers)
         return numbers
 
     def _numbers(self, given: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -271,11 +286,11 @@ class Reader:
         return (0, 0, 0, 0) if layout is None else (layout.before, *layout.grid)
 
 
-class _Known:
-    """Tensors that were read, and their numbers."""
+class Seen(Generic[Read]):
+    """Tensors that were read, and the value that they had."""
 
-    def __init__(self, given: Sequence[torch.Tensor], numbers: tuple[int, ...]) -> None:
-        self.given, self.numbers = [ref(t) for t in given], numbers
+    def __init__(self, given: Sequence[torch.Tensor], value: Read) -> None:
+        self.given, self.value = [ref(t) for t in given], value
         # Inference tensors do not count the writes into them.
         self.copies = [t.clone() if t.is_inference() else None for t in given]
         self.versions = [0 if t.is_inference() else t._version for t in given]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,34 @@ def told_by_shapes(inputs: Sequence[fx.Node]) -> list[Told]:
     kept = {name: items for name, items in lists.items() if items is first} | others
     made = [_told(inputs[0], name, items) for name, items in kept.items()]
     return [told for told in made if told is not None]
+
+
+def told_by_lists(source: fx.Node, named: Mapping[str, Any]) -> list[Told]:
+    """What lists of extents among a call's arguments tell, where nothing is compiled or guarded.
+
+    Of a list for each batch item the first counts, if all are alike.
+    """
+    found: list[Told] = []
+    for name, item in named.items():
+        items = _triples(item)
+        if not items and isinstance(item, (tuple, list)) and item:
+            each = [_triples(inner) for inner in item]
+            items = each[0] if all(other == each[0] for other in each) else []
+        if items:
+            extents = [Extents((t, h, w), (t, h, w)) for t, h, w in items]
+            told = _told(source, name, extents)
+            found += [] if told is None else [told]
+    return found
+
+
+def _triples(item: object) -> list[tuple[int, int, int]]:
+    """Lists of three positive ints as such, of a list that holds nothing else."""
+    if not isinstance(item, (tuple, list)) or not item:
+        return []
+    rows = [tuple(row) if isinstance(row, (tuple, list)) else () for row in item]
+    if any(len(row) != 3 or any(type(n) is not int or n < 1 for n in row) for row in rows):
+        return []
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 def _alike(items: Sequence[Extents], others: Sequence[Extents]) -> bool:

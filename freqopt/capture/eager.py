@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -29,6 +30,9 @@ from freqopt.capture.modules import names_of
 from freqopt.passes.naming import Numbered
 
 ATTENTION = "scaled_dot_product_attention"
+
+TENSOR = "freqopt_tensor"
+"""Under this name nodes that nothing wrote note the `id` of their tensor, such as a weight."""
 
 Answer = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor | None]
 """Attention of a site, from the arguments of `scaled_dot_product_attention`; None: as it is."""
@@ -48,7 +52,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = compiled
 
 
-class _Modules:
+class Modules:
     """The modules that are running, outermost first, each with the number of its call."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,13 +94,13 @@ class _Modules:
         }
 
 
-class _Writer(TorchFunctionMode):
+class Writer(TorchFunctionMode):
     """Writes the functions that are called into a graph like Dynamo's, of this call's sizes."""
 
-    def __init__(self, model: nn.Module, modules: _Modules) -> None:
+    def __init__(self, model: nn.Module, modules: Modules) -> None:
         super().__init__()
         self.graph, self.modules = fx.Graph(), modules
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self.nodes = WeakIdKeyDictionary()
         self.kept = {id(t) for m in model.modules() for t in _tensors_of(m)}
 
@@ -108,22 +112,45 @@ class _Writer(TorchFunctionMode):
         kwargs = kwargs or {}
         before = fx.node.map_aggregate((args, kwargs), self._node)
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) or _name(func) == "__setitem__":
-            self._write(func, before, result)
-        elif isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result):
-            node = self._call(func, *before)
+        several = isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result)
+        if several or isinstance(result, Tensor) or _name(func) == "__setitem__":
+            self.end(self._noted(self._call(func, *before), result), result)
+        return result
+
+    def begin(self, func: Any, args: Any, kwargs: Any, example: Any) -> fx.Node:
+        """Write a call before it is made. example: like what it will return, real or fake."""
+        before = fx.node.map_aggregate((args, kwargs), self._node)
+        return self._noted(self._call(func, *before), example)
+
+    def end(self, node: fx.Node, result: Any) -> None:
+        """Know what a written call returned by its node.
+
+        A tensor that was returned as it is, as a conversion to its own dtype does, stays what it
+        was; one that was written into is what the call made of it.
+        """
+        if isinstance(result, Tensor):
+            if result not in self.nodes or _writes(node):
+                self.nodes[result] = node
+                if (inner := _wrapped(result)) is not None:
+                    self.nodes[inner] = node
+        elif isinstance(result, (tuple, list)):
             for index, each in enumerate(result):
                 if isinstance(each, Tensor):
                     part = self.graph.call_function(operator.getitem, (node, index))
                     self.nodes[each] = self._noted(part, each)
-            node.meta["example_value"] = pytree.tree_map_only(Tensor, self._example, tuple(result))
-            node.meta["nn_module_stack"] = self.modules.stack()
-        return result
 
-    def _write(self, func: Any, before: Any, result: Any) -> None:
-        node = self._noted(self._call(func, *before), result)
-        if isinstance(result, Tensor):
-            self.nodes[result] = node
+    @contextmanager
+    def closed(self) -> Iterator[fx.GraphModule]:
+        """The graph so far as the passes read it, without results; its code is never run."""
+        _inputs_first(self.graph)
+        output = self.graph.output(())
+        gm = fx.GraphModule(nn.Module(), fx.Graph())
+        gm._graph = self.graph  # not every target can be written as code
+        self.graph.owning_module = gm
+        try:
+            yield gm
+        finally:
+            self.graph.erase_node(output)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         name = _name(func)
@@ -153,12 +180,16 @@ class _Writer(TorchFunctionMode):
             else:
                 node = self.graph.call_function(torch.empty, (tuple(item.shape),))
             self.nodes[item] = self._noted(node, item)
+            node.meta[TENSOR] = id(item)
         return self.nodes[item]
 
     def _noted(self, node: fx.Node, result: Any) -> fx.Node:
         node.meta["nn_module_stack"] = self.modules.stack()
         if isinstance(result, Tensor):
             node.meta["example_value"] = self._example(result)
+        elif isinstance(result, (tuple, list)):
+            made = pytree.tree_map_only(Tensor, self._example, tuple(result))
+            node.meta["example_value"] = made
         return node
 
     def _example(self, tensor: Tensor) -> Tensor:
@@ -171,9 +202,34 @@ class _Writer(TorchFunctionMode):
             return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
 
 
+def _wrapped(tensor: Tensor) -> Tensor | None:
+    """The one tensor of the same shape that a wrapper holds, as of a collective under way."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    held = [getattr(tensor, name) for name in names]
+    if len(held) == 1 and isinstance(held[0], Tensor) and held[0].shape == tensor.shape:
+        return held[0]
+    return None
+
+
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+@contextmanager
+def writing(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Writer]:
+    """Write down what runs while the body runs, which is one call of a model with such arguments.
+
+    The graph begins with the tensors among them, in order.
+    """
+    modules = Modules(model)
+    writer = Writer(model, modules)
+    for path, leaf in pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]:
+        if isinstance(leaf, Tensor):
+            name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path[1:])
+            writer.input(f"l_{name}_", leaf)
+    with modules.watched(), writer:
+        yield writer
 
 
 def written(
@@ -184,13 +240,7 @@ def written(
     Its nodes carry example values and the modules that they are in, as in Dynamo's graphs. Inside
     `torch.no_grad`.
     """
-    modules = _Modules(model)
-    writer = _Writer(model, modules)
-    for path, leaf in pytree.tree_flatten_with_path((tuple(args), kwargs))[0]:
-        if isinstance(leaf, Tensor):
-            name = "_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path[1:])
-            writer.input(f"l_{name}_", leaf)
-    with uncompiled(model), modules.watched(), writer:
+    with uncompiled(model), writing(model, args, kwargs) as writer:
         output = model(*args, **kwargs)
     results = [writer.nodes[t] for t in pytree.tree_leaves(output) if _is_known(t, writer)]
     _inputs_first(writer.graph)
@@ -203,13 +253,13 @@ def written(
 
 def answered(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], answer: Answer) -> Any:
     """What a model returns in eager mode where something else computes its attention."""
-    modules = _Modules(model)
+    modules = Modules(model)
     with uncompiled(model), modules.watched(), _Answering(modules, answer):
         return model(*args, **kwargs)
 
 
 class _Answering(TorchFunctionMode):
-    def __init__(self, modules: _Modules, answer: Answer) -> None:
+    def __init__(self, modules: Modules, answer: Answer) -> None:
         super().__init__()
         self.modules, self.answer = modules, answer
         self.numbered = Numbered(modules.names)
@@ -225,12 +275,18 @@ class _Answering(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_known(item: Any, writer: _Writer) -> bool:
+def _is_known(item: Any, writer: Writer) -> bool:
     return isinstance(item, Tensor) and item in writer.nodes
 
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a call that returns one of its arguments has written into it."""
+    name = node.target if isinstance(node.target, str) else _name(node.target)
+    return name.endswith("_") or hasattr(operator, f"__{name}__") or "out" in node.kwargs
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

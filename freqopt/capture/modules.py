@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from freqopt.errors import InputError
-from freqopt.passes.naming import plain_path
+from freqopt.passes.naming import name_around, plain_path
 
 USUAL = ("transformer", "transformer_2", "unet")
 """Names by which pipelines hold what denoises."""
 
 CALLS = ("_call_impl", "_wrapped_call_impl")
 """The functions of `torch.nn.Module` whose frames say that a module is running."""
+
+
+class OwnOnly:
+    """What a module keeps for itself: copies and pickles of the module keep nothing of it."""
+
+    def __init__(self, held: object = None) -> None:
+        self.held = held
+
+    def __copy__(self) -> OwnOnly:
+        return OwnOnly()
+
+    def __deepcopy__(self, memo: object) -> OwnOnly:
+        return OwnOnly()
+
+    def __reduce__(self) -> tuple[type[OwnOnly], tuple[()]]:
+        return OwnOnly, ()
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -64,12 +80,18 @@ def module_of_site(name: str) -> tuple[str, int]:
     return ("" if path == "model" else path), int(nth or 0)
 
 
-def match_names(names: Iterable[str], planned: Iterable[str]) -> dict[str, str]:
+def match_names(
+    names: Iterable[str], planned: Iterable[str], others: Collection[str] | None = None
+) -> dict[str, str]:
     """Which name of a plan each name of a model is, where that is unique.
 
     The same name first, then one that ends in it (a wrapper around either model), then one whose
-    parts are among the other's in order (a wrapper around each block). The calls of one module are
-    one name, unless the plan tells them apart.
+    parts are among the other's in order (a wrapper around each block), then one that begins with it
+    (a wrapper around each attention). The calls of one module are one name, unless the plan tells
+    them apart.
+
+    others: further names of the model that was calibrated, which are none of the plan's; without
+    them nothing is taken for an attention inside a wrapper.
     """
     wanted = list(planned)
     known = set(wanted)
@@ -97,6 +119,15 @@ def match_names(names: Iterable[str], planned: Iterable[str]) -> dict[str, str]:
         for base, plan in unique.items():
             found.update(dict.fromkeys(rest.pop(base), plan))
             by_end[plan.rpartition(".")[2]].remove(plan)
+    left = {plan for plans in by_end.values() for plan in plans} if others is not None else set()
+    around = [
+        (base, outer)
+        for base in rest
+        if base not in (others or ()) and (outer := name_around(base, left))
+    ]
+    for base, outer in around:
+        if _once(around, 1, outer):
+            found.update(dict.fromkeys(rest[base], outer))
     return found
 
 
@@ -131,7 +162,7 @@ def module_of(model: Any, what: str) -> nn.Module:
     if isinstance(inner, nn.Module):
         return inner
     kind = type(model).__name__
-    held = _modules_in(model)
+    held = modules_in(model)
     if not held:
         raise InputError(f"model is a {kind}; {what} takes a torch.nn.Module")
     likely = [name for name in USUAL if name in held] or list(held)
@@ -143,7 +174,7 @@ def module_of(model: Any, what: str) -> nn.Module:
     )
 
 
-def _modules_in(holder: Any) -> dict[str, nn.Module]:
+def modules_in(holder: Any) -> dict[str, nn.Module]:
     """Modules that an object holds, by name."""
     parts = getattr(holder, "components", None)
     if not isinstance(parts, Mapping):

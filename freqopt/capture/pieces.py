@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from freqopt.capture.model_tells import Number, Telling, told_by_model
 from freqopt.capture.modules import (
     base_name,
     match_names,
@@ -24,17 +25,19 @@ from freqopt.capture.modules import (
     running,
 )
 from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, why_dense
+from freqopt.decisions import decide, untold, why_dense
 from freqopt.options import Options, load_plan
+from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, site_name
+from freqopt.passes.naming import module_path, name_around, passes_through, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
-from freqopt.regional import ATTACHED, attribute_of
+from freqopt.regional import ATTACHED, SELECTS, attribute_of
+from freqopt.telling.attached import attached_to
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -47,14 +50,17 @@ class Part:
     """The part of a model that a graph is.
 
     root: the model, or the module in it that has all sites of the plan; None where no module is
-    running. runner: the innermost module that is running, which runs the graph. inputs: budgets
-    that the graph takes at every call, by the module that is running then.
+    running. runner: the innermost module that is running, which runs the graph. caller: the
+    model that the plan is for, whose call tells of the grid. inputs: budgets that the graph takes
+    at every call, by the module that is running then, and numbers, by the call of the model.
     """
 
     def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
         self.plan: Plan | None = None if settings.plan is None else load_plan(settings.plan)
         self.root, self.runner = root, runner
-        self.inputs: list[_Input] = []
+        self.caller = root if self.plan is not None else next(filter(_selects, running()), None)
+        self.inputs: list[_Input | Number] = []
+        self.is_told_of_calls = False
         self.budgets = _Budgets(self)
 
     @property
@@ -119,7 +125,38 @@ class Part:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
         reached = module_path(site.node)
-        return reached == relative or reached.endswith(f".{relative}") or not relative
+        if reached == relative or reached.endswith(f".{relative}") or not relative:
+            return True
+        return passes_through(site.node, relative)
+
+    def tells(self, gm: fx.GraphModule) -> list[Told]:
+        """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
+        told, inputs = told_by_model(gm, self.caller, self.plan or attached_to(self.caller))
+        self.inputs += inputs
+        self.is_told_of_calls = bool(told)
+        return told
+
+    def takes_grid_for_granted(self, decision: Decision) -> bool:
+        """Whether a site is split on the calibrated grid, as no call of the model is under way."""
+        site = decision.site
+        if not decision.split or self.is_told_of_calls or site.sources or site.at_call:
+            return False
+        return any(known.sources for known in self.known(site.name))
+
+    def settle(self, gm: fx.GraphModule) -> None:
+        """Take inputs that nothing uses out of the graph, and put the others behind all others."""
+        if not self.inputs:
+            return
+        used = []
+        for each in self.inputs:
+            graph = each.node.graph
+            if each.node.users:
+                graph.find_nodes(op="placeholder")[-1].append(each.node)
+                used.append(each)
+            else:
+                graph.erase_node(each.node)
+        self.inputs = used
+        gm.recompile()
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""
@@ -127,12 +164,25 @@ class Part:
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(f"freqopt_budget_of_module_{len(places)}")
-        zeros = torch.zeros(2, site.heads, device=site.device)
+        zeros = torch.zeros(2, self._heads(site), device=site.device, dtype=torch.float32)
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]
         self.inputs.append(_Input(relative, nth, zeros, node))
         return bring(node, site.node.graph)
+
+    def _heads(self, site: Site) -> int:
+        """For how many heads budgets are: all of the model's, where processes share them."""
+        return self.planned_heads(site) or site.all_heads
+
+    def planned_heads(self, site: Site) -> int:
+        """For how many heads the budget of a site's module is; 0 where it has none."""
+        module, nth = self._module(site.name), module_of_site(site.name)[1]
+        own = None if module is None else module.__dict__.get(attribute_of(nth))
+        if isinstance(own, Tensor):
+            return own.shape[-1]
+        planned = None if self.plan is None else self._planned(self._real(site.name))
+        return 0 if planned is None or self.plan is None else self.plan.sites[planned].heads
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
@@ -156,10 +206,20 @@ class Part:
         if not self.inputs:
             return compiled
         inputs, budgets = self.inputs, self.budgets
+        by_module = any(isinstance(each, _Input) for each in inputs)
 
         def run(*arguments: Any) -> Any:
-            runner = next(running(), None)
-            return compiled(*arguments, *(budgets.of(runner, each) for each in inputs))
+            runner = next(running(), None) if by_module else None
+            said: dict[Telling, Sequence[int]] = {}
+            given: list[Any] = []
+            for each in inputs:
+                if isinstance(each, _Input):
+                    given.append(budgets.of(runner, each))
+                    continue
+                if each.telling not in said:
+                    said[each.telling] = each.telling()
+                given.append(said[each.telling][each.place])
+            return compiled(*arguments, *given)
 
         return run
 
@@ -180,15 +240,28 @@ class Part:
         planned = self._planned(site_name(name, 0, nth))
         return None if planned is None else self.plan.budgets(planned).amin(0)
 
+    def planned_in(self, module: object) -> set[str]:
+        """The plan's names of the sites in a module of the model; of all where it is no part."""
+        if self.plan is None or not isinstance(module, nn.Module) or module is self.root:
+            return set() if self.plan is None else set(self.plan.sites)
+        inside = {id(each) for each in module.modules()}
+        paths = {self._matched.get(name) for name, m in self._modules.items() if id(m) in inside}
+        found = {name for name in self.plan.sites if module_of_site(name)[0] in paths}
+        return found or set(self.plan.sites)
+
     def _planned(self, name: str) -> str | None:
         """The plan's name of a site."""
         assert self.plan is not None
         if self.root is None:
-            return match_names([name], self.plan.sites).get(name)
+            return self.plan.names_of([name]).get(name)
         if base_name(name) in self.plan.sites:
             return base_name(name)
         path, nth = module_of_site(name)
         found = site_name(self._matched.get(path, ""), 0, nth)
+        if found in self.plan.sites or name in self.plan.evidence.dense_sites:
+            return found if found in self.plan.sites else None
+        outer = name_around(path, self._matched)
+        found = site_name(self._matched.get(outer or "", ""), 0, nth)
         return found if found in self.plan.sites else None
 
     @cached_property
@@ -211,6 +284,11 @@ class Part:
 
     def _module(self, name: str) -> nn.Module | None:
         return self._modules.get(module_of_site(self._real(name))[0])
+
+
+def _selects(module: nn.Module) -> bool:
+    """Whether a plan is attached to a model that this module is."""
+    return SELECTS in module._forward_pre_hooks
 
 
 class _Input:
@@ -266,6 +344,7 @@ def part_of_model(settings: Options) -> Part:
             if planned <= set(match_names(modules_of(module), planned).values()):
                 root = module
                 break
+        plan.check_order(root)
     return Part(settings, root, modules[0])
 
 
@@ -287,6 +366,8 @@ def decide_in_part(
         problem = why_dense(settings, site, planned=part.is_planned(site))
         if problem is None and not part.is_told(site):
             problem = Reason.SHARED()
+        if problem is None:
+            problem = untold(site, part.planned_heads(site) or site.heads)
         if problem is not None:
             decisions.append(Decision(site, False, problem))
             continue

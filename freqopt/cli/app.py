@@ -10,22 +10,28 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
+from freqopt.calibration.team import is_first_process
 from freqopt.cli import export as commands
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.kernels import kernels_app
+from freqopt.cli.pipelines import one_of, prompted
 from freqopt.cli.rehearsal import rehearsed
 from freqopt.errors import FreqoptError, OptionError
+from freqopt.plan.folder import check_place
+from freqopt.shown import say, shown_lines
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +105,26 @@ def _global(
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
+ModelOrPipeline = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY|FOLDER",
+        help="What makes the model; with --prompts a folder of a diffusers pipeline, or what makes "
+        "a pipeline.",
+    ),
+]
+
+
 @app.command()
 def inspect(
     model: Model,
     samples: SamplesFile,
+    no_weights: Annotated[
+        bool,
+        typer.Option(
+            "--no-weights", help="Build it on PyTorch's meta device, for models too large for here."
+        ),
+    ] = False,
     grid: GridText = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan file: what the backend would do with it.")
@@ -116,27 +138,45 @@ def inspect(
     """Tell which attention of a model could be split, and why not the rest; or what a plan does."""
     from freqopt.calibration.samples_file import load_samples
 
-    where = choose_device(device)
-    module = load_model(model).to(where)
-    args, kwargs = load_samples(samples, where)[0]
+    where = choose_device("meta" if no_weights else device)
+    with where if no_weights else nullcontext():
+        module = load_model(model)
+    module = module.to(where)
+    args, kwargs = load_samples(samples, "cpu" if no_weights else where)[0]
+    if no_weights:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(where), (args, kwargs))
     extents = None if grid is None else parse_grid(grid)
     with torch.no_grad():
         found = freqopt.inspect(
             module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
         )
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    say(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 @app.command()
 def calibrate(
-    model: Model,
-    samples: SamplesFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan to write.")] = Path(
-        "plan.json"
-    ),
+    model: ModelOrPipeline,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Calls of the model, as for inspect.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Or prompts, one in a line: the pipeline is run on them, and recorded."),
+    ] = None,
+    run_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the pipeline, name=value: num_inference_steps=8. May be repeated."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The plan to write (.json), or a folder.")
+    ] = Path("plan.json"),
     target_error: Annotated[
         float | None,
         typer.Option(help="Relative L2 error of the model's output against dense (0.03)."),
+    ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(help="PSNR in dB of what the pipeline makes, instead of an error; --prompts."),
     ] = None,
     quantile: Annotated[
         float | None,
@@ -178,21 +218,48 @@ def calibrate(
     """
     from freqopt.calibration.samples_file import load_samples
 
-    if target_error is not None and target_density is not None:
-        raise OptionError("--target-error and --target-density were both given; pass one of them")
+    targets = {"error": target_error, "psnr": target_psnr, "density": target_density}
+    asked = [f"--target-{name}" for name, value in targets.items() if value is not None]
+    if len(asked) > 1:
+        raise OptionError(f"{' and '.join(asked)} were both given; pass one of them")
+    if (samples is None) == (prompts is None):
+        raise OptionError("pass --samples FILE, or --prompts FILE for a pipeline; one of them")
+    if target_psnr is not None and prompts is None:
+        raise OptionError("--target-psnr judges what a pipeline makes: pass --prompts")
+    if not dry_run:
+        check_place(output)
     where = choose_device(device)
-    calls = load_samples(samples, where)
     extents = None if grid is None else parse_grid(grid)
-    module = load_model(model).to(where)
+    models: Any
+    calls: Any
+    if prompts is not None:
+        decode = target_psnr is not None
+        found = prompted(model, prompts, run_option or [], where, decode=decode)
+        models = found.models
+        if decode:
+            models, calls = one_of(models, "--target-psnr"), found.run
+        else:
+            calls = found.recorded()
+    else:
+        assert samples is not None
+        models, calls = load_model(model).to(where), load_samples(samples, where)
     if dry_run:
-        print(rehearsed(module, calls, extents, timestep, timestep_buckets))
+        if target_psnr is not None:
+            calls = found.recorded()
+        pairs = found.models if prompts is not None else {"": models}
+        for name, module in pairs.items():
+            own = calls[name] if prompts is not None else calls
+            if name:
+                say(f"{name}:")
+            say(rehearsed(module, own, extents, timestep, timestep_buckets))
         return
     checkpoint = output.with_name(f"{output.name}.resume")
     try:
         plan = freqopt.calibrate(
-            module,
+            models,
             calls,
             target_error=0.03 if target_error is None else target_error,
+            target_psnr=target_psnr,
             quantile=quantile,
             target_density=target_density,
             grid=extents,
@@ -202,6 +269,7 @@ def calibrate(
             rounds=rounds,
             passes=passes,
             checkpoint=checkpoint,
+            output=output,
             progress=not quiet,
             seed=seed,
         )
@@ -209,11 +277,12 @@ def calibrate(
         kept = "nothing was measured yet"
         if checkpoint.exists():
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
-        print(f"freqopt: interrupted: {kept}", file=sys.stderr)
+        say(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    plan.save(output)
-    print(plan)
-    print(f"wrote {output}")
+    if not is_first_process():
+        return
+    say(plan)
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -233,7 +302,7 @@ def report(
 
         print(json.dumps(Plan.load(plan).model_dump(mode="json"), indent=2))
         return
-    print(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
+    say(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
 
 
 @app.command()
@@ -314,6 +383,12 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(BROKEN)
 
 
+def _printable(text: str) -> str:
+    """Text that standard error's encoding has, with control characters as escapes."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    return shown_lines(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -323,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if "--traceback" in given:
             raise
         Console(stderr=True, soft_wrap=True).print(
-            f"freqopt: {error}", style="red", markup=False, highlight=False
+            _printable(f"freqopt: {error}"), style="red", markup=False, highlight=False
         )
         sys.exit(BAD_INPUT)
     sys.exit(0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from freqopt.capture.modules import modules_in
 from freqopt.errors import FreqoptError, InputError, OptionError
 
 
@@ -44,7 +45,8 @@ def parse_grid(text: str) -> tuple[int, int, int]:
         OptionError: anything else.
     """
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
+    short = all(part.strip().isdecimal() and len(part.strip()) < 10 for part in parts)
+    if len(parts) != 3 or not short or not all(map(int, parts)):
         raise OptionError(f"grid {text!r}: three positive numbers t,h,w are needed, as in 21,30,52")
     t, h, w = (int(part) for part in parts)
     return t, h, w
@@ -57,6 +59,19 @@ def load_model(text: str) -> nn.Module:
         OptionError: a text of another form, or no such module or name.
         InputError: what it names is not, and does not return, a torch.nn.Module.
     """
+    found = made_by(text)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
+    return found.eval()
+
+
+def made_by(text: str) -> Any:
+    """What "module:factory" names, called if it is a factory.
+
+    Raises:
+        OptionError: a text of another form, or no such module or name.
+        InputError: the factory failed.
+    """
     name, colon, attribute = text.rpartition(":")
     if not colon or not name or not attribute:
         raise OptionError(f"{text!r} is not MODULE:FACTORY, as in my_models:make or models.py:make")
@@ -68,16 +83,15 @@ def load_model(text: str) -> nn.Module:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise OptionError(f"{name} has no {part!r}{hint}")
         found = getattr(found, part)
-    if not isinstance(found, nn.Module) and callable(found):
+    pipeline = not isinstance(found, type) and modules_in(found)
+    if callable(found) and not isinstance(found, nn.Module) and not pipeline:
         try:
             found = found()
         except FreqoptError:
             raise
         except Exception as error:
             raise _theirs(f"{text} failed", error) from error
-    if not isinstance(found, nn.Module):
-        raise InputError(f"{text} gives a {type(found).__name__}; a torch.nn.Module is needed")
-    return found.eval()
+    return found
 
 
 def _import(name: str) -> ModuleType:

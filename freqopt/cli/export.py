@@ -12,6 +12,8 @@ import typer
 
 from freqopt.cli.arguments import load_model, parse_grid
 from freqopt.errors import InputError, OptionError
+from freqopt.files import check_regular, check_writable, replacing
+from freqopt.shown import say
 
 export_app = typer.Typer(
     name="export",
@@ -63,7 +65,7 @@ def onnx(
     """Write model.onnx, the operator library and a manifest."""
     from freqopt.exporters.onnx.export import export_onnx
 
-    print(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
+    say(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
                       **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def tensorrt(
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt.export import export_tensorrt
 
-    print(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
+    say(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
                           **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def exchange(
     from freqopt.exporters.exchange import exchange_plan
     from freqopt.plan.plan import Plan
 
-    print(exchange_plan(artifact, Plan.load(plan)))
+    say(exchange_plan(artifact, Plan.load(plan)))
 
 
 def run(
@@ -108,24 +110,39 @@ def run(
     library: Annotated[
         bool, typer.Option(help="Use the operator library on a GPU; else the function body runs.")
     ] = True,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Its maker may run programs here: load its operator library, engine and plugin.",
+        ),
+    ] = False,
 ) -> None:
-    """Check an exported folder, run it once, and tell which nodes ran where."""
+    """Check an exported folder, run it once, and tell which nodes ran where.
+
+    The model is data, and so is what lies beside it, but for an operator library, an engine and a
+    plugin, which are programs: they run with --trust, or where this machine built the library.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from freqopt.exporters.runner import run_artifact
 
-    try:
-        tensors = load_file(inputs)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
-    result = run_artifact(artifact, tensors, provider=provider, library=library)
-    print(result)
-    for name, tensor in result.outputs.items():
-        print(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     if outputs is not None:
-        save_file({k: v.contiguous() for k, v in result.outputs.items()}, outputs)
-        print(f"wrote {outputs}")
+        check_writable(outputs)
+    try:
+        check_regular(inputs)
+        tensors = load_file(inputs)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"cannot read {inputs} as safetensors: {error}") from error
+    result = run_artifact(artifact, tensors, provider=provider, library=library, trust=trust)
+    say(result)
+    for name, tensor in result.outputs.items():
+        say(f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    if outputs is not None:
+        with replacing(outputs) as partial:
+            save_file({k: v.contiguous() for k, v in result.outputs.items()}, partial)
+        say(f"wrote {outputs}")
 
 
 run_command_app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)

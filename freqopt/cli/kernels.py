@@ -34,16 +34,34 @@ Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Capability = Annotated[
     int | None, typer.Option(help="90 for an H100 or H200; by default this GPU's, or 90.")
 ]
+Gpu = Annotated[str | None, typer.Option(help="A GPU's name instead, such as h100 or l40s.")]
 Masked = Annotated[bool, typer.Option("--masked", help="With a key mask over the text.")]
 Long = Annotated[bool, typer.Option("--long", help="Of sequences of 262,144 tokens or more.")]
 
 
-def chosen_variant(head_dim: int, dtype: str, capability: int | None, masked: bool) -> Variant:
+GPUS = {
+    "a100": 80, "a30": 80, "a10": 86, "a40": 86, "a6000": 86, "rtx3090": 86, "l4": 89, "l40": 89,
+    "l40s": 89, "rtx4090": 89, "h100": 90, "h200": 90, "h20": 90, "h800": 90, "gh200": 90,
+    "b200": 100, "gb200": 100, "rtx5090": 120,
+}  # fmt: skip
+"""Compute capabilities by the names that GPUs are sold under, in small letters."""
+
+
+def chosen_variant(
+    head_dim: int, dtype: str, capability: int | None, masked: bool, gpu: str | None = None
+) -> Variant:
     """Check the options of both commands.
 
     Raises:
         OptionError: something no kernel is compiled for.
     """
+    if gpu is not None:
+        name = gpu.lower().replace(" ", "").replace("-", "")
+        if capability is not None or name not in GPUS:
+            raise OptionError(
+                f"--gpu {gpu} is unknown, or given with --capability; known: {', '.join(GPUS)}"
+            )
+        capability = GPUS[name]
     if capability is None:
         capability = _capability_here()
     if capability not in CAPABILITIES:
@@ -114,6 +132,7 @@ def list_kernels(
     head_dim: HeadDim = 128,
     dtype: Dtype = "bfloat16",
     capability: Capability = None,
+    gpu: Gpu = None,
     masked: Masked = False,
     long: Long = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")] = False,
@@ -121,7 +140,7 @@ def list_kernels(
     """Compile every kernel of a call and say what each needs."""
     from freqopt.kernels.specialise import compile_specialised
 
-    variant = chosen_variant(head_dim, dtype, capability, masked)
+    variant = chosen_variant(head_dim, dtype, capability, masked, gpu)
     table = Table("kernel", "function", "warps", "shared memory", "constants")
     listed = []
     for name, given in kernels_of(variant, long=long).items():
@@ -149,13 +168,14 @@ def show(
     head_dim: HeadDim = 128,
     dtype: Dtype = "bfloat16",
     capability: Capability = None,
+    gpu: Gpu = None,
     masked: Masked = False,
     long: Long = False,
 ) -> None:
     """Print what runs: the source with its constants, or any stage of its compilation."""
     from freqopt.kernels.specialise import compile_specialised
 
-    variant = chosen_variant(head_dim, dtype, capability, masked)
+    variant = chosen_variant(head_dim, dtype, capability, masked, gpu)
     if form not in FORMS:
         raise OptionError(f"no form {form!r}; there are {', '.join(FORMS)}")
     found = kernels_of(variant, long=long)

@@ -26,6 +26,7 @@ from freqopt.demo import video as demo_video
 from freqopt.demo.page import Sampled, write_page
 from freqopt.demo.settings import DTYPES, Settings, load_model
 from freqopt.doctor import environment
+from freqopt.files import write_atomically
 from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.models_zoo.video_dit import VideoDiT
 from freqopt.plan.plan import Plan
@@ -120,7 +121,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
     }
     page = write_page(plan, result, settings, dense, split)
     result["total_seconds"] = round(time.perf_counter() - started, 1)
-    (settings.out / "result.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
+    write_atomically(settings.out / "result.json", json.dumps(_finite(result), indent=1) + "\n")
     say(
         f"[bold]PSNR {result['psnr_db']:.1f} dB[/], SSIM {result['ssim']:.4f} against the dense "
         f"video at {plan.mean_density:.1%} mean density; {settings.steps} steps took "

@@ -89,9 +89,13 @@ def make_inputs(device: torch.device, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     t, h, w = GRID
     return {
-        "hidden_states": torch.randn(1, 4, t, 2 * h, 2 * w, generator=generator).to(device),
-        "timestep": torch.tensor([500.0], device=device),
-        "encoder_hidden_states": torch.randn(1, TEXT_LENGTH, 32, generator=generator).to(device),
+        "hidden_states": torch.randn(
+            1, 4, t, 2 * h, 2 * w, generator=generator, dtype=torch.float32
+        ).to(device),
+        "timestep": torch.tensor([500.0], device=device, dtype=torch.float32),
+        "encoder_hidden_states": torch.randn(
+            1, TEXT_LENGTH, 32, generator=generator, dtype=torch.float32
+        ).to(device),
         "return_dict": False,
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from freqopt.demo import video as demo_video
 from freqopt.demo.settings import Settings
+from freqopt.files import write_atomically
 from freqopt.plan.plan import Plan
 from freqopt.reporting.report import Section, figure_html, report, table_html
 
@@ -29,7 +30,7 @@ def write_page(
 ) -> Path:
     """The page, its animation beside it; returns the page's path."""
     moving = demo_video.animation(dense.video, split.video)
-    (settings.out / "videos.png").write_bytes(moving)
+    write_atomically(settings.out / "videos.png", moving)
     videos = Section(
         "The video, dense and rewritten",
         (

@@ -115,7 +115,7 @@ def animation(dense: Tensor, split: Tensor) -> bytes:
     """Both videos side by side, dense on the left, as a lossless animated PNG."""
     from PIL import Image
 
-    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 255, dtype=torch.uint8)
+    gap = torch.full((dense.shape[1], dense.shape[2], 4, 3), 255, dtype=torch.uint8, device="cpu")
     both = torch.cat([as_images(dense), gap, as_images(split)], 2)
     first, *rest = [Image.fromarray(image.numpy()) for image in both]
     file = io.BytesIO()

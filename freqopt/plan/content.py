@@ -8,7 +8,16 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from freqopt.config import SPLIT_VERSION
-from freqopt.plan.records import Evidence, ModelIdentity, Record, SitePlan, Verified, Versions
+from freqopt.plan.records import (
+    Evidence,
+    Extent,
+    ModelIdentity,
+    Record,
+    SitePlan,
+    Verified,
+    Versions,
+)
+from freqopt.shown import shown
 
 PLAN_VERSION = 3
 """Version of the file format; raised when a reader of the old one could misread a new file."""
@@ -21,13 +30,15 @@ class PlanContent(Record):
     version: int = PLAN_VERSION
     split_version: int = SPLIT_VERSION
     model: ModelIdentity
-    grids: list[tuple[int, int, int]]
+    component: str | None = None
+    grids: list[tuple[Extent, Extent, Extent]]
     device: str
     versions: Versions
     seed: int = 0
     target_error: float = Field(gt=0)
     measured_error: float = Field(ge=0)
     worst_error: float = Field(ge=0)
+    predicted: bool = False
     target_quantile: float | None = Field(default=None, gt=0, lt=1)
     verified: Verified | None = None
     target_psnr: float | None = None
@@ -57,9 +68,13 @@ class PlanContent(Record):
                     raise ValueError(f"site {name!r} does not have one {what} per timestep bucket")
         if len(self.evidence.bucket_samples) not in (0, buckets):
             raise ValueError("evidence.bucket_samples is not one number per timestep bucket")
+        for name, evidence in self.evidence.sites.items():
+            if name not in self.sites:
+                raise ValueError(f"evidence of {name!r}, which is no site of the plan")
+            evidence.check(self.sites[name].heads, buckets)
         return self
 
 
 def some_of(names: Mapping[str, Any]) -> str:
     """The first names, for a message."""
-    return ", ".join(list(names)[:2]) + (", ..." if len(names) > 2 else "")
+    return ", ".join(map(shown, list(names)[:2])) + (", ..." if len(names) > 2 else "")

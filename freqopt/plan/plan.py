@@ -10,12 +10,13 @@ import difflib
 import functools
 import hashlib
 import html
+import importlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,31 @@ from torch import Tensor, nn
 from freqopt.capture.modules import match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.passes.site import Known
-from freqopt.plan.content import PLAN_VERSION, PlanContent, some_of
+from freqopt.files import read_bounded, write_atomically
+from freqopt.passes.site import Known, Source
+from freqopt.plan.content import PLAN_VERSION, some_of
+from freqopt.plan.file_text import content_hash, refuse_constant, write_json
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
+from freqopt.plan.travelling import Travelling
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "freqopt-plan"
-MAX_FILE_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 64 * 2**20
+"""Ten times the largest plan that was seen; parsed it takes 27 times as much memory."""
 
 CARRY = 8
 """Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
+
+BALANCED = "freqopt_balanced"
+"""Attribute of a model whose heads were put in another order: budgets for the order before."""
 
 SiteShape = tuple[int, int]
 """(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
-class Plan(PlanContent):
+class Plan(Travelling):
     """All budgets and choices for a model, with the error they were calibrated to.
 
     Where a PSNR or a density was asked for, `target_error` is the measured error.
@@ -53,6 +61,7 @@ class Plan(PlanContent):
         version: of the file's format.
         split_version: of the definition of the split, see `SPLIT_VERSION`.
         model: which model the plan belongs to.
+        component: what the pipeline calls that model, where several were calibrated together.
         grids: extents (t, h, w) that the error was verified at, in tokens.
         device: where it was calibrated.
         versions: of the libraries it was calibrated with.
@@ -60,6 +69,7 @@ class Plan(PlanContent):
         target_error: relative L2 error of the model's output that was asked for, without unit.
         measured_error: the same as measured on held-out samples, root mean square over them.
         worst_error: that of the worst of them.
+        predicted: whether these errors were not measured but predicted, see `at`.
         target_quantile: share of inputs that `target_error` was asked for; None: for their root
             mean square.
         verified: errors of the held-out samples one by one, and times of the whole model.
@@ -87,13 +97,15 @@ class Plan(PlanContent):
         """
         site = self._site(site_name)
         if site.decision == "dense":
-            return torch.zeros(2, site.heads)
+            return torch.zeros(2, site.heads, dtype=torch.float32, device="cpu")
         if not 0 <= bucket < len(site.budgets):
             raise PlanError(
                 f"timestep bucket {bucket} does not exist; this plan has {len(site.budgets)}"
             )
-        chunks = torch.tensor(site.chunks or [0] * site.heads, dtype=torch.float32)
-        threshold = torch.tensor(site.budgets[bucket].threshold, dtype=torch.float32)
+        # On the CPU whatever PyTorch's default device: under "meta" there would be no budget.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        chunks = torch.tensor(site.chunks or [0] * site.heads, **kind)
+        threshold = torch.tensor(site.budgets[bucket].threshold, **kind)
         return torch.stack([threshold, chunks.repeat_interleave(site.heads // len(chunks))])
 
     def budgets(self, site_name: str) -> Tensor:
@@ -132,6 +144,34 @@ class Plan(PlanContent):
             )
         return self.measured_error * math.sqrt(known / tokens)
 
+    def at(self, *, target_error: float) -> Plan:
+        """A plan for another error, from what was measured for this one, in milliseconds.
+
+        Its errors and densities are predicted (`predicted` is set, and a note says so): budgets are
+        allocated anew along the measured curves, scaled to what this plan was verified at.
+        `verify` measures.
+
+        Args:
+            target_error: relative L2 error of the model's output, in (0, 1), without unit; at most
+                four times more or less than this plan's.
+
+        Raises:
+            OptionError: a target outside that.
+            PlanError: the plan has no curves.
+        """
+        found: Plan = _calibration("moving").moved(self, target_error)
+        return found
+
+    def verify(self, model: nn.Module, samples: Any) -> Plan:
+        """The same plan with the error measured on samples, as `freqopt.calibrate` takes them.
+
+        Raises:
+            CalibrationError: samples that cannot be used.
+            PlanError: the plan is another model's.
+        """
+        found: Plan = _calibration("moving").verified(self, model, samples)
+        return found
+
     def check_model(self, model: nn.Module | str | Mapping[str, SiteShape]) -> None:
         """Refuse a model that the plan was not made for.
 
@@ -160,20 +200,44 @@ class Plan(PlanContent):
         if model_fingerprint(model) != self.model.fingerprint:
             self.modules(model)
             note_difference(self, model)
+        self.check_order(model)
         return None
 
+    def check_order(self, model: nn.Module) -> None:
+        """Refuse a model whose heads stand in another order than this plan's rows.
+
+        Raises:
+            PlanError: `freqopt.parallel.balance` was given this plan, and returned another.
+        """
+        before = _unwrap(model).__dict__.get(BALANCED)
+        if before is not None and before == {n: self.rows(n) for n in before if n in self.sites}:
+            raise PlanError(
+                f"the heads of {_class_name(model)} were put in another order by "
+                "freqopt.parallel.balance, and this plan is for the order before: its budgets "
+                "would go to wrong heads. Use the plan that balance returned (.plan)"
+            )
+
+    def rows(self, site_name: str) -> tuple[object, ...]:
+        """All that a site's budgets say, head by head.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        site = self._site(site_name)
+        return tuple(tuple(b.threshold) for b in site.budgets), tuple(site.chunks)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an existing file is replaced only by a complete one."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_text(f"{self.text()}\n", encoding="utf-8")
-        os.replace(partial, target)
+        """Write the plan as JSON; an existing file is replaced only by a complete one.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        write_atomically(path, f"{self.text()}\n")
 
     def text(self) -> str:
         """The text of the plan's file, which `parse` reads."""
         content = self.model_dump(mode="json")
-        return _write_json({"hash": _content_hash(content), **content})
+        return write_json({"hash": content_hash(content), **content})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -183,22 +247,13 @@ class Plan(PlanContent):
             PlanError: no such file, or one that is truncated, edited by hand, of another version or
                 not a plan at all.
         """
-        source = Path(path)
-        try:
-            if source.stat().st_size > MAX_FILE_BYTES:
-                raise PlanError(f"{source} is larger than {MAX_FILE_BYTES} bytes: not a plan")
-            text = source.read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
-        return cls.parse(text, origin=str(source))
+        return cls.parse(read_plan(path), origin=str(Path(path)))
 
     @classmethod
     def parse(cls, text: str, *, origin: str = "plan") -> Plan:
         """A plan from the text of its file; `origin` names it in errors (see `load`)."""
         try:
-            content = json.loads(text, parse_constant=_refuse_constant)
+            content = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
@@ -216,7 +271,7 @@ class Plan(PlanContent):
                     f"{supported}: calibrate again, or install the version that wrote it"
                 )
         stated = content.pop("hash", None)
-        if stated != _content_hash(content):
+        if stated != content_hash(content):
             raise PlanError(
                 f"{origin} does not match its own hash: it was edited or damaged after it was "
                 "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
@@ -250,7 +305,17 @@ class Plan(PlanContent):
         layouts = self._site(site_name).layouts
         if not layouts:  # a plan that was written before layouts were
             return tuple(Known(grid) for grid in self.grids)
-        return tuple(Known(each.grid, each.before, each.after, each.mask) for each in layouts)
+        return tuple(
+            Known(
+                each.grid, each.before, each.after, each.mask,
+                tuple(Source(*source) for source in each.sources),
+            )
+            for each in layouts
+        )  # fmt: skip
+
+    def names_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of the plan's sites each site of a model is, by name, where that is unique."""
+        return match_names(names, self.sites, self.evidence.dense_sites)
 
     def modules(self, model: nn.Module) -> dict[str, str]:
         """Names in `model` of the modules that the plan's sites are in, by the site's name.
@@ -290,7 +355,7 @@ class Plan(PlanContent):
         raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
 
     def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
-        shared = match_names(sites, self.sites)
+        shared = self.names_of(sites)
         if sites and not shared:
             raise PlanError(
                 f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
@@ -304,6 +369,26 @@ class Plan(PlanContent):
                     f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
                     f"{self.model.class_name} has {planned}: it was made for another model"
                 )
+
+
+def read_plan(path: str | os.PathLike[str]) -> str:
+    """The text of a plan's file, which may hold anything yet.
+
+    Raises:
+        PlanError: it cannot be read, is no regular file, is too large, or is no text.
+    """
+    source = Path(path)
+    try:
+        return read_bounded(source, MAX_FILE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
+
+
+def _calibration(name: str) -> Any:
+    """A module of the calibration room, which stands above this one: found when it is called."""
+    return importlib.import_module(f"freqopt.calibration.{name}")
 
 
 def note_difference(plan: Plan, model: nn.Module) -> None:
@@ -344,29 +429,3 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _class_name(model: nn.Module) -> str:
     return type(_unwrap(model)).__name__
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of a plan")
-
-
-def _content_hash(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_json(value: Any, indent: str = "") -> str:
-    """JSON with one line per field, and per list of numbers, which keeps curves readable."""
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        items = [f"{inner}{json.dumps(k)}: {_write_json(v, inner)}" for k, v in value.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value):
-        items = [inner + _write_json(item, inner) for item in value]
-        return "[\n" + ",\n".join(items) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
-
-
-@functools.cache
-def _warn_once(note: str) -> None:
-    logger.warning("%s", note)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from freqopt.errors import PlanError
-from freqopt.plan.plan import Plan
+from freqopt.files import write_atomically
+from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
+from freqopt.plan.plan import Plan, read_plan
 
 FORMAT = "freqopt-plans"
 
@@ -46,13 +48,41 @@ class Plans(Mapping[str, Plan]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all plans into one JSON file, which replaces one only when it is complete."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
-        partial.write_text(f'{{{head}, "plans": {{\n{plans}\n}}}}\n', encoding="utf-8")
-        os.replace(partial, target)
+        write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write each plan into a folder, beside a README.md with the figures.
+
+        Raises:
+            PlanError: a plan is another component's.
+        """
+        write_folder(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None
+    ) -> Plans:
+        """Read all plans of a folder, or of a repository "owner/name" of the Hugging Face Hub.
+
+        Raises:
+            PlanError: there are none, or one is damaged or another component's.
+        """
+        return cls(read_folder(fetched(source, revision), Plan.load))
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, message: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes as a repository "owner/name" of the Hub.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PlanError: huggingface_hub is not installed.
+        """
+        return pushed(self, repository, private=private, message=message)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plans:
@@ -63,9 +93,7 @@ class Plans(Mapping[str, Plan]):
         """
         source = Path(path)
         try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read the plans {source}: {error.strerror or error}") from error
+            content = json.loads(read_plan(source))
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not complete JSON ({error}); copy it anew") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:

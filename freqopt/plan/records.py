@@ -5,7 +5,8 @@ The backend reads identity and budgets; the evidence is for the report and for p
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +17,12 @@ MAX_THRESHOLD = 1e30
 
 MOST_HEADS = 1 << 16
 """Most heads of a site: a plan from a stranger is given budgets for as many as it says."""
+
+
+Extent = Annotated[int, Field(ge=1, le=1 << 24)]
+"""Extent of a grid, in tokens."""
+
+Count = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
@@ -74,12 +81,16 @@ class SiteLayout(Record):
         before: tokens of text before them.
         after: tokens of text after them.
         mask: 0 none, 1 a mask over keys, 2 one over pairs; proven to hide text only.
+        sources: for t, h and w the model's argument whose size it comes from, which dimension, and
+            in what steps; an empty name for a constant, which the steps then are. Empty where it
+            comes from no sizes.
     """
 
-    grid: tuple[int, int, int]
+    grid: tuple[Extent, Extent, Extent]
     before: int = Field(default=0, ge=0)
     after: int = Field(default=0, ge=0)
     mask: int = Field(default=0, ge=0, le=2)
+    sources: list[tuple[str, int, int]] = []
 
 
 class SitePlan(Record):
@@ -105,8 +116,8 @@ class SitePlan(Record):
     """
 
     heads: int = Field(ge=1, le=MOST_HEADS)
-    head_dim: int = Field(ge=1)
-    tokens: int = Field(ge=1)
+    head_dim: int = Field(ge=1, le=1 << 20)
+    tokens: int = Field(ge=1, le=1 << 48)
     decision: Literal["split", "dense"]
     reason: str
     budgets: list[Budget] = []
@@ -148,6 +159,16 @@ class Curve(Record):
     bias: list[list[float]]
     probe_error: list[list[float]]
 
+    def check(self, rungs: int, heads: int) -> None:
+        """Raise ValueError unless all are of so many rungs and heads."""
+        _check_rows("a curve", rungs, heads, self.density, self.error, self.bias, self.probe_error)
+
+
+def _check_rows(what: str, rungs: int, heads: int, *tables: list[list[float]]) -> None:
+    for table in tables:
+        if len(table) != rungs or any(len(row) != heads for row in table):
+            raise ValueError(f"{what} is not of {rungs} thresholds by {heads} heads")
+
 
 class ContentCurve(Record):
     """What a site's heads do with their tokens ordered by content, by rung and head.
@@ -162,6 +183,10 @@ class ContentCurve(Record):
     density: list[list[float]]
     error: list[list[float]]
 
+    def check(self, rungs: int, heads: int) -> None:
+        """Raise ValueError unless all are of so many rungs and heads."""
+        _check_rows("a curve by content", rungs, heads, self.density, self.error)
+
 
 class BucketCurves(Record):
     """The curve of one site over the samples of one timestep bucket.
@@ -174,8 +199,8 @@ class BucketCurves(Record):
         content: in orders by content, where these were considered.
     """
 
-    bucket: int
-    samples: int
+    bucket: Count
+    samples: Count
     energy: list[float]
     curve: Curve
     content: list[ContentCurve] = []
@@ -191,10 +216,16 @@ class Spectrum(Record):
         low: share of the power that they can carry, by head.
     """
 
-    edges: list[float]
+    edges: list[float] = Field(min_length=1)
     power: list[list[float]]
     cutoff: float
-    low: list[float]
+    low: list[float] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Spectrum:
+        if any(len(row) != len(self.edges) for row in self.power):
+            raise ValueError("a spectrum's power is not of one value per bin")
+        return self
 
 
 class SiteEvidence(Record):
@@ -218,7 +249,25 @@ class SiteEvidence(Record):
     spectrum: Spectrum | None = None
     times_ms: tuple[float, float] | None = None
     content: list[ContentCurve] = []
-    key_heads: int | None = None
+    key_heads: int | None = Field(default=None, ge=1)
+
+    def check(self, heads: int, buckets: int) -> None:
+        """Raise ValueError unless all of it is of so many heads and timestep buckets."""
+        ladder = self.thresholds
+        if not ladder or ladder[0] <= 0 or any(a >= b for a, b in pairwise(ladder)):
+            raise ValueError("evidence's thresholds are not positive and ascending")
+        parts: list[SiteEvidence | BucketCurves] = [self, *self.buckets]
+        for part in parts:
+            if len(part.energy) != heads or len(part.content) != len(self.content):
+                raise ValueError(f"evidence's energy or orders are not of {heads} heads")
+            curves: list[Curve | ContentCurve] = [part.curve, *part.content]
+            for curve in curves:
+                curve.check(len(ladder), heads)
+        numbers = [each.bucket for each in self.buckets]
+        if len(set(numbers)) != len(numbers) or any(n >= buckets for n in numbers):
+            raise ValueError(f"evidence's buckets are not among the plan's {buckets}")
+        if self.key_heads is not None and heads % self.key_heads:
+            raise ValueError(f"{self.key_heads} key heads do not go with {heads} heads")
 
 
 class SiteTiming(Record):
@@ -301,11 +350,11 @@ class Evidence(Record):
         sites: what was measured at each site.
     """
 
-    samples: int
-    held_out: int
+    samples: Count
+    held_out: Count
     notes: list[str] = []
     rounding_error: float | None = None
-    bucket_samples: list[int] = []
+    bucket_samples: list[Count] = []
     timings: list[SiteTiming] = []
     trials: list[Trial] = []
     dense_sites: dict[str, str] = {}

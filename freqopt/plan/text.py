@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from freqopt.plan.content import PlanContent, some_of
+from freqopt.shown import shown
 
 
 def describe(plan: PlanContent) -> str:
@@ -17,28 +18,29 @@ def describe(plan: PlanContent) -> str:
         target = f"PSNR {plan.measured_psnr:.1f} dB, target {plan.target_psnr:g} dB"
     if plan.target_density is not None:
         target = f"density {plan.target_density:.3g} was asked for"
+    target = f"predicted, {target}" if plan.predicted else target
     lines = [
-        f"plan for {plan.model.class_name}: output error {plan.measured_error:.4f} "
+        f"plan for {shown(plan.model.class_name)}: output error {plan.measured_error:.4f} "
         f"({target}) at {plan.mean_density:.1%} mean density",
-        f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}; {plan.device}; "
-        f"torch {plan.versions.torch}; "
+        f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}; "
+        f"{shown(plan.device)}; torch {shown(plan.versions.torch)}; "
         f"{plan.evidence.samples} samples + {plan.evidence.held_out} held out; "
         f"{_costs(plan)}",
         *_verified(plan),
-        *(f"note: {note}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
+        *(f"note: {shown(note)}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
         "",
     ]
     rows = [("site", "heads", "tokens", "decision", "density", "error", "reason")]
     for name, site in plan.sites.items():
         rows.append(
             (
-                name,
+                shown(name),
                 str(site.heads),
                 str(site.tokens),
                 site.decision,
                 _spread(site.density, 100, "%"),
                 _spread(site.error, 1, ""),
-                site.reason,
+                shown(site.reason),
             )
         )
     return "\n".join(lines + _table(rows, right=(1, 2, 4, 5)))

@@ -25,6 +25,7 @@ from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import cost_model
 from freqopt.calibration.search.video import decibels_of
 from freqopt.plan.plan import Plan
+from freqopt.shown import shown
 
 Array = NDArray[np.float64]
 
@@ -61,12 +62,17 @@ STYLE: dict[str, Any] = {
 MAX_PANELS = 24
 """Panels of one figure of small multiples; more sites than that are thinned evenly."""
 
+MAX_LINES, MAX_MARKS = 64, 256
+"""Lines of a panel, and marks, rows or bars of a figure: what is more is thinned evenly too, as a
+small file can hold enough to draw for hours."""
+
 
 LEAST_POWER = 1e-9
 """Bins with less of a spectrum's power hold no frequency of the lattice, or its constant alone."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -101,7 +107,7 @@ def frontier(plan: Plan) -> Figure:
     lowest = max(solve(sites, math.inf, cost).error, 1e-6)
     targets = np.geomspace(min(lowest, plan.target_error) / 20, max(lowest, 1e-5), 60)
     points = sorted({_point(solve(sites, float(t), cost)) for t in targets})
-    trials = plan.evidence.trials if plan.target_psnr is None else []
+    trials = thin(plan.evidence.trials, MAX_MARKS) if plan.target_psnr is None else []
     ax.plot(
         *zip(*_uniform(sites), strict=True), color=GREY, lw=2, label="one threshold for all heads"
     )
@@ -138,10 +144,10 @@ def frontier(plan: Plan) -> Figure:
 @styled
 def verification(plan: Plan) -> Figure:
     """What every verification trial was predicted and found to be, with the accepted band."""
-    trials = plan.evidence.trials
+    trials = thin(plan.evidence.trials, MAX_MARKS)
     figure, ax = _single(7.4, 3.2)
     at = np.arange(1, len(trials) + 1)
-    ax.set(xlabel="trial", xticks=at, xlim=(0.5, len(trials) + 0.5))
+    ax.set(xlabel="trial", xticks=thin(at.tolist()), xlim=(0.5, len(trials) + 0.5))
     if plan.target_psnr is not None:
         _band(ax, plan.target_psnr, plan.target_psnr, plan.target_psnr + 1.94)
         found = [min(decibels_of(t.measured_error), 100.0) for t in trials]
@@ -157,7 +163,8 @@ def verification(plan: Plan) -> Figure:
     ax.plot(at, [t.predicted_error for t in trials], "o--", color=GREY, label="predicted")
     ax.plot(at, [t.measured_error for t in trials], "o-", color=BLUE, label="measured")
     for i, trial in zip(at, trials, strict=True):
-        ax.scatter([i] * len(trial.sample_errors), trial.sample_errors, s=10, color=BLUE, alpha=0.4)
+        errors = thin(trial.sample_errors, MAX_MARKS)
+        ax.scatter([i] * len(errors), errors, s=10, color=BLUE, alpha=0.4)
     ax.set_ylabel("relative L2 error")
     ax.set_ylim(bottom=0)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -177,10 +184,13 @@ def error_cost_curves(plan: Plan) -> Figure:
     figure, axes = _panels(len(names), sharex=True, sharey=True)
     for ax, name in zip(axes, names, strict=True):
         site, evidence = plan.sites[name], plan.evidence.sites[name]
-        density, error = np.array(evidence.curve.density), np.array(evidence.curve.error)
+        heads = thin(range(site.heads), MAX_LINES)
+        density = np.array(evidence.curve.density)[:, heads]
+        error = np.array(evidence.curve.error)[:, heads]
         ax.plot(density, np.maximum(error, 1e-4), color=BLUE, lw=1.0, alpha=0.45)
         if site.decision == "split":
-            ax.scatter(site.density, np.maximum(site.error, 1e-4), s=16, color=ORANGE, zorder=3)
+            chosen = [max(site.error[h], 1e-4) for h in heads]
+            ax.scatter([site.density[h] for h in heads], chosen, s=16, color=ORANGE, zorder=3)
         else:
             ax.text(0.5, 0.9, "dense", transform=ax.transAxes, color=ORANGE, ha="center")
         ax.set(xscale="log", yscale="log", title=short(name))
@@ -206,7 +216,7 @@ def spectra(plan: Plan) -> Figure | None:
         ends = (0.0, spectrum.cutoff, edges[-1])
         for start, end, colour in zip(ends, ends[1:], BAND_COLOURS.values(), strict=False):
             ax.axvspan(start, end, color=colour, lw=0)
-        for row in spectrum.power:
+        for row in thin(spectrum.power, MAX_LINES):
             values = np.array(row)
             kept = values > LEAST_POWER
             ax.plot(centres[kept], values[kept], color=BLUE, lw=1.0, alpha=0.55)
@@ -234,7 +244,7 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
     ]
     if len(pairs) < 3:
         return None
-    values = np.array(pairs)
+    values = np.array(thin(pairs, MAX_MARKS**2))
     figure, ax = _single(4.8, 4.4)
     ax.scatter(values[:, 0], values[:, 1], s=7, color=BLUE, alpha=0.35, lw=0, rasterized=True)
     ends = np.array([values.min(), values.max()])
@@ -254,21 +264,20 @@ def gains(plan: Plan) -> Figure | None:
 
     Where marginals are known, a second one: the gain that the head's error has among all others.
     """
-    known = [
-        (short(name), [gain for row in site.gains for gain in row])
-        for name, site in plan.sites.items()
-        if site.gains
-    ]
+    named = thin([(n, site) for n, site in plan.sites.items() if site.gains], MAX_MARKS)
+    known = [(short(name), [gain for row in site.gains for gain in row]) for name, site in named]
     if len(known) < 2:
         return None
     figure, ax = _single(7.4, 2.8)
     at = np.arange(len(known))
     ax.bar(at, [100 * float(np.mean(values)) for _, values in known], color="#c9dcee", width=0.7)
     for i, (_, values) in enumerate(known):
-        ax.scatter([i] * len(values), 100 * np.array(values), s=12, color=BLUE, zorder=3)
-    for i, site in enumerate(site for site in plan.sites.values() if site.gains):
+        some = thin(values, MAX_MARKS)
+        ax.scatter([i] * len(some), 100 * np.array(some), s=12, color=BLUE, zorder=3)
+    for i, (_, site) in enumerate(named):
         gains, ratios = (np.array(rows).ravel() for rows in (site.gains, site.marginals))
         among = 100 * gains[: len(ratios)] * np.sqrt(ratios.clip(min=0.0))
+        among = among[:: max(1, len(among) // MAX_MARKS)]
         ax.scatter([i + 0.2] * len(among), among, s=12, color=ORANGE, zorder=3)
     shown = at[:: max(1, math.ceil(len(at) / 16))]
     ax.set_xticks(shown, [known[i][0] for i in shown], rotation=35, ha="right")
@@ -277,16 +286,17 @@ def gains(plan: Plan) -> Figure | None:
     return figure
 
 
-def thin(names: Sequence[str], most: int = MAX_PANELS) -> list[str]:
-    """At most `most` names, evenly spaced, the first and the last among them."""
+def thin(names: Sequence[T], most: int = MAX_PANELS) -> list[T]:
+    """At most `most` of a list, evenly spaced, the first and the last among them."""
     if len(names) <= most:
         return list(names)
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
 
 
 def short(name: str) -> str:
-    """A site's name cut to what fits a panel."""
-    return name if len(name) <= 24 else "..." + name[-21:]
+    """A site's name cut to what fits a panel, as text and not as a formula."""
+    cut = shown(name if len(name) <= 24 else "..." + name[-21:])
+    return cut.replace("$", r"\$")
 
 
 def _point(allocation: Allocation) -> tuple[float, float]:

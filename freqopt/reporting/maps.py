@@ -12,13 +12,17 @@ from matplotlib.ticker import MaxNLocator
 
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Curve
-from freqopt.reporting.figures import Array, short, styled
+from freqopt.reporting.figures import MAX_MARKS, Array, short, styled, thin
+from freqopt.shown import shown
+
+MAX_BUCKETS = 12
+"""Timestep buckets that have maps of their own; more are thinned evenly."""
 
 
 @styled
 def heat_maps(plan: Plan) -> Figure:
     """Layer x head maps of density and error, as verified and fitted over all timesteps."""
-    names = [name for name in plan.sites if name in plan.evidence.sites]
+    names = thin([name for name in plan.sites if name in plan.evidence.sites], MAX_MARKS)
     density = _matrix(plan, names, "density", dense=1.0)
     error = _matrix(plan, names, "error", dense=0.0)
     figure = Figure(figsize=(9.6, _map_height(len(names))), layout="constrained")
@@ -31,10 +35,11 @@ def heat_maps(plan: Plan) -> Figure:
 @styled
 def timestep_maps(plan: Plan) -> Figure | None:
     """The same maps per timestep bucket at its own budgets; None without buckets."""
-    names = [name for name, e in plan.evidence.sites.items() if e.buckets]
+    names = thin([name for name, e in plan.evidence.sites.items() if e.buckets], MAX_MARKS)
     if not names:
         return None
-    buckets = sorted({b.bucket for name in names for b in plan.evidence.sites[name].buckets})
+    every = sorted({b.bucket for name in names for b in plan.evidence.sites[name].buckets})
+    buckets = thin(every, MAX_BUCKETS)
     kinds = (
         ("density", 100.0, "density (%)", "Blues"),
         ("error", 1.0, "relative L2 error", "Oranges"),
@@ -66,7 +71,8 @@ def timestep_maps(plan: Plan) -> Figure | None:
 
 def bucket_label(plan: Plan, bucket: int) -> str:
     """Range of a timestep bucket in the model's own units."""
-    edges, name = plan.timestep_edges, plan.timestep_name or "timestep"
+    edges, name = plan.timestep_edges, shown(plan.timestep_name or "timestep")
+    name = name.replace("$", r"\$")
     if bucket == 0:
         return f"{name} < {edges[0]:.3g}"
     if bucket == len(edges):
@@ -75,15 +81,23 @@ def bucket_label(plan: Plan, bucket: int) -> str:
 
 
 def _matrix(plan: Plan, names: Sequence[str], kind: str, dense: float) -> Array:
-    matrix = np.full((len(names), max(plan.sites[name].heads for name in names)), np.nan)
+    matrix = _unknown(plan, names)
     for row, name in enumerate(names):
         site = plan.sites[name]
-        matrix[row, : site.heads] = getattr(site, kind) if site.decision == "split" else dense
+        known = getattr(site, kind)[: matrix.shape[1]] if site.decision == "split" else dense
+        if known != []:
+            matrix[row, : site.heads] = known
     return matrix
 
 
+def _unknown(plan: Plan, names: Sequence[str]) -> Array:
+    """A row for each site, a column for each head, as far as they are shown."""
+    heads = max(plan.sites[name].heads for name in names)
+    return np.full((len(names), min(heads, MAX_MARKS)), np.nan)
+
+
 def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> Array:
-    matrix = np.full((len(names), max(plan.sites[name].heads for name in names)), np.nan)
+    matrix = _unknown(plan, names)
     for row, name in enumerate(names):
         site, evidence = plan.sites[name], plan.evidence.sites[name]
         curve = next((b.curve for b in evidence.buckets if b.bucket == bucket), None)
@@ -92,7 +106,7 @@ def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> 
         if site.decision == "dense":
             matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
             continue
-        for head, threshold in enumerate(site.budgets[bucket].threshold):
+        for head, threshold in enumerate(site.budgets[bucket].threshold[: matrix.shape[1]]):
             matrix[row, head] = _at(curve, evidence.thresholds, threshold, head, kind)
     return matrix
 

@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from freqopt.files import write_atomically
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import slow_notes
@@ -23,6 +27,9 @@ from freqopt.reporting import figures
 from freqopt.reporting import maps as reporting_maps
 from freqopt.reporting import speed as reporting_speed
 from freqopt.reporting.figures import figure_html
+from freqopt.shown import shown
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Section", "figure_html", "report", "table_html"]
 
@@ -53,6 +60,7 @@ def report(
 
     Raises:
         PlanError: a plan file that cannot be read.
+        FileError: the page cannot be written.
     """
     import jinja2
 
@@ -66,20 +74,31 @@ def report(
         notes=shown.evidence.notes,
         sections=[*extra_sections, *plan_sections(shown)],
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html, encoding="utf-8")
-    return target
+    write_atomically(path, html)
+    return Path(path)
 
 
 def plan_sections(plan: Plan) -> list[Section]:
     """The report's own sections, those without evidence left out."""
-    sections = [_sites(plan)]
-    if plan.evidence.sites:
-        sections = [_error_and_cost(plan), _maps(plan), _curves(plan), *sections]
-        more = (_speed(plan), _spectra(plan), _probes(plan), _gains(plan))
-        sections[-1:-1] = [section for section in more if section]
-    return [*sections, _how(plan)]
+    drawn = (_error_and_cost, _maps, _curves, _speed, _spectra, _probes, _gains)
+    found = [_drawn(draw, plan) for draw in drawn] if plan.evidence.sites else []
+    return [*(section for section in found if section), _sites(plan), _how(plan)]
+
+
+def _drawn(draw: Callable[[Plan], Section | None], plan: Plan) -> Section | None:
+    """A section, or one that says why it is not there.
+
+    A plan may be as it should be and have figures that no axis takes: all zero, or of 200 decades.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            return draw(plan)
+    except (ArithmeticError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        logger.warning("a part of the report is left out: %s", shown(error), exc_info=True)
+        why = escape(shown(error))
+        return Section(
+            "Left out", f"<p>A section could not be drawn from what the plan holds ({why}).</p>"
+        )
 
 
 def table_html(
@@ -288,11 +307,13 @@ def _site_row(name: str, site: SitePlan) -> tuple[str, ...]:
     shape = (str(site.heads), str(site.head_dim), f"{site.tokens:,}")
     if site.decision == "dense":
         return (name, "dense", *shape, "100 %", "", "", "0", site.reason)
-    density = [100 * d for d in site.density]
-    return (
-        name, "split", *shape, f"{sum(density) / len(density):.1f} %", f"{min(density):.1f} %",
-        f"{max(density):.1f} %", f"{sum(site.error) / len(site.error):.3f}", site.reason,
-    )  # fmt: skip
+    density, error = [100 * d for d in site.density], site.error
+    cells = [""] * 3
+    if density:
+        found = (math.fsum(density) / len(density), min(density), max(density))
+        cells = [f"{each:.1f} %" for each in found]
+    mean = f"{math.fsum(error) / len(error):.3f}" if error else ""
+    return (name, "split", *shape, *cells, mean, site.reason)
 
 
 def _how(plan: Plan) -> Section:

@@ -18,7 +18,7 @@ from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.options import Options
 from freqopt.telling import running
 from freqopt.telling.outermost import outermost_call
-from freqopt.telling.running import Named
+from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
 from freqopt.telling.watching import TimestepRange
 
@@ -40,7 +40,7 @@ Places = Mapping[str, tuple[nn.Module, str]]
 def watch(model: nn.Module, plan: Plan, places: Places) -> None:
     """Look at the calls of a model that a plan is attached to, until `unwatch`."""
     _watches[model] = Watch(model, plan, places)
-    running.owners.append(_watches[model].owner_of)
+    running.owners.append(weakref.WeakMethod(_watches[model].owner_of))
     model._forward_hooks[TELLS] = _after_call
     model._forward_hooks_with_kwargs[TELLS] = True
 
@@ -51,7 +51,7 @@ def unwatch(model: nn.Module) -> None:
     model._forward_hooks_with_kwargs.pop(TELLS, None)
     found = _watches.pop(model, None)
     if found is not None:
-        running.owners.remove(found.owner_of)
+        running.owners.remove(weakref.WeakMethod(found.owner_of))
         for part in [part for part in _parts if part in found.parts]:
             del _parts[part]
 
@@ -112,6 +112,15 @@ class Watch:
             if split and index >= 0 and calls.count and key[graph.inputs.index(index)] in ours
         }
 
+    def name_of(self, graph: Graph, calls: Calls, index: int) -> str | None:
+        """The site of a decision in calls of a graph, None where it is of another model."""
+        place = graph.budgets[index] if graph.budgets else -1
+        if place < 0:
+            return None
+        budget = calls.budgets[graph.inputs.index(place)]()
+        owner = None if budget is None else self.owner_of(budget)
+        return None if owner is None else owner.site
+
     def _say(self, served: set[str]) -> None:
         found = Compiled(Options())
         parts = [part for part in _parts if part in self.parts]
@@ -151,6 +160,17 @@ def attached_to(model: object) -> Plan | None:
         return None
     found = (_watches.get(module) for module in model.modules())
     return next((each.plan for each in found if each is not None), None)
+
+
+def note_part(part: nn.Module, found: Compiled) -> None:
+    """Have a watched model, or a part of it, tell what became of sites there."""
+    _parts[part] = found
+
+
+def measured_at(model: nn.Module) -> dict[str, Measured]:
+    """What was split so far in calls of a model that a plan is attached to, by site."""
+    found = _watches.get(model)
+    return {} if found is None else measured_in(running.graphs, found.name_of)
 
 
 def inside_attached(part: nn.Module, compiled: Compiled) -> bool:

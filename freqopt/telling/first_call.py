@@ -7,7 +7,7 @@ then said, as a warning where less was split than was planned. `strict` raises o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -31,10 +31,12 @@ def gather(
     gm: fx.GraphModule,
     decisions: Sequence[Decision],
     graph: Graph,
+    planned_in: Callable[[object], set[str]],
 ) -> str:
     """Take in a graph that was just compiled; says the line, or has it said, at the call's end.
 
-    options: the object that the user gave, the same for all graphs of a model.
+    options: the object that the user gave, the same for all graphs of a model. planned_in: names
+    of the plan's sites in a module, which alone are awaited where that is what was compiled.
 
     Returns:
         What the model is called.
@@ -54,9 +56,14 @@ def gather(
     known.settings = settings
     known.add(gm, decisions)
     known.graphs.append(graph)
+    if isinstance(call.called, nn.Module):
+        graph.owner = weakref.ref(call.called)
     if isinstance(call.called, nn.Module) and inside_attached(call.called, known):
         return call.name
-    planned = attached_to(call.called) or _planned(settings)
+    attached = attached_to(call.called)
+    planned = attached or _planned(settings)
+    if attached is None and planned is not None:
+        known.awaited = planned_in(call.called)
     if fresh or not known.said.startswith(_pending):
         known.said = _pending + known.said
         call.at_end(lambda: _say(call.name, known, planned))

@@ -6,6 +6,7 @@ waits for the device, and all of it works under CUDA graphs.
 
 from __future__ import annotations
 
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,9 +42,12 @@ class Named(NamedTuple):
 
 
 graphs: list[Graph] = []
-"""All that were compiled, in that order."""
+"""Those that were compiled, in that order, and of those that are gone the latest."""
 
-owners: list[Callable[[Tensor], Named | None]] = []
+KEPT = 64
+"""Graphs that are kept after they are gone, for their counts: a server compiles without end."""
+
+owners: list[weakref.WeakMethod[Callable[[Tensor], Named | None]]] = []
 """Attached models: each tells what a budget belongs to."""
 
 
@@ -68,7 +72,8 @@ class Graph:
     among its sites. verified: the plan's error by its own names. measured: positions of those
     decisions whose probes are watched, heads: how many each has. budgets: for each decision the
     graph's input that holds the budget of its module, -1 for none. timestep: input that holds it.
-    site_of: the plan's name of the site that a budget was given for.
+    site_of: the plan's name of the site that a budget was given for. owner: the module that was
+    called.
     """
 
     decisions: tuple[tuple[str, bool, str], ...]
@@ -81,8 +86,10 @@ class Graph:
     range: TimestepRange | None = None
     site_of: Callable[[Tensor], str | None] = lambda budget: None
     model: str = ""
+    owner: weakref.ref[Any] | None = None
     calls: dict[tuple[int, ...], Calls] = field(default_factory=dict)
     told: bool = False
+    gone: bool = False
 
     def __post_init__(self) -> None:
         self.inputs = tuple(dict.fromkeys(index for index in self.budgets if index >= 0))
@@ -118,8 +125,9 @@ class Graph:
 
     def _named(self, site: str, budget: Tensor | None) -> Named:
         if budget is not None:
-            for ask in owners:
-                found = ask(budget)
+            for owner in owners:
+                ask = owner()
+                found = None if ask is None else ask(budget)
                 if found is not None:
                     return found
             site = self.site_of(budget) or site
@@ -158,6 +166,44 @@ def _worse_than_verified(worse: list[tuple[Named, float]], sites: int) -> str:
     )
 
 
+class Measured(NamedTuple):
+    """Split calls of a site, and its error as probes measured it: root mean square, and worst."""
+
+    calls: int
+    mean: float | None
+    worst: float | None
+
+
+def measured_in(
+    several: Iterable[Graph], name_of: Callable[[Graph, Calls, int], str | None] | None = None
+) -> dict[str, Measured]:
+    """What was split in calls of some graphs, by site; waits for the device.
+
+    name_of: name of the site of a decision in calls with one set of budgets, None for none of
+    those wanted.
+    """
+    found: dict[str, list[Measured]] = {}
+    for graph in several:
+        for calls in graph.calls.values():
+            means, worst = errors_of(calls, graph)
+            for index, (_, split, _) in enumerate(graph.decisions):
+                named = calls.names[index].site if name_of is None else name_of(graph, calls, index)
+                if split and named is not None and calls.count:
+                    measured = Measured(calls.count, means.get(index), worst.get(index))
+                    found.setdefault(named, []).append(measured)
+    return {site: _together(parts) for site, parts in found.items()}
+
+
+def _together(parts: Sequence[Measured]) -> Measured:
+    known = [(part.calls, part.mean) for part in parts if part.mean is not None]
+    calls = sum(count for count, _ in known)
+    squares = sum(count * mean * mean for count, mean in known)
+    return Measured(
+        sum(part.calls for part in parts), math.sqrt(squares / calls) if calls else None,
+        max((part.worst for part in parts if part.worst is not None), default=None),
+    )  # fmt: skip
+
+
 def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
     """`compiled`, counting its calls for the sites it holds.
 
@@ -165,7 +211,7 @@ def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
     """
     if not graph.decisions and graph.range is None:
         return compiled
-    graphs.append(graph)
+    _remember(graph)
 
     def run(*arguments: Any) -> Any:
         found = compiled(*arguments)
@@ -175,7 +221,16 @@ def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
         graph.note(arguments, found[-1])
         return found[:-1]
 
+    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
     return run
+
+
+def _remember(graph: Graph) -> None:
+    """Add a graph to those that are known, and forget the oldest of those that are gone."""
+    gone = [each for each in graphs if each.gone]
+    for each in gone[: max(len(gone) - KEPT, 0)]:
+        graphs.remove(each)
+    graphs.append(graph)
 
 
 def graph_of(gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequence[int]) -> Graph:

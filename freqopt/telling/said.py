@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from freqopt.shown import say, shown_lines
+
 logger = logging.getLogger("freqopt")
 
 
@@ -15,11 +17,11 @@ def tell(message: str) -> None:
     printed to standard error. ``logging.getLogger("freqopt").setLevel("WARNING")`` silences it.
     """
     if logger.isEnabledFor(logging.INFO):
-        logger.info("freqopt: %s", message)
+        logger.info("freqopt: %s", shown_lines(message))
     elif logger.level == logging.NOTSET and logging.getLogger().level == logging.WARNING:
-        print(f"freqopt: {message}", file=sys.stderr)
+        say(f"freqopt: {message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
     """Say what is not as it should be."""
-    logger.warning("freqopt: %s", message)
+    logger.warning("freqopt: %s", shown_lines(message))

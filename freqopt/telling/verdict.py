@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
-from freqopt.capture.modules import match_names
 from freqopt.errors import SiteError
 from freqopt.options import Options
 from freqopt.passes.decision import Decision
@@ -52,7 +51,8 @@ class Compiled:
     """What is known of one compiled model, or of one compiled part of an attached model.
 
     settings: of the last graph. graphs: all of them. served: names of sites that were split in a
-    call. breaks: (place, reason) where Dynamo left a graph, and whether a hook did it.
+    call. awaited: names of the plan's sites in the part that was compiled, None for all. breaks:
+    (place, reason) where Dynamo left a graph, and whether a hook did it.
     """
 
     settings: Options
@@ -61,6 +61,7 @@ class Compiled:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
     said: str = ""
+    awaited: set[str] | None = None
 
     def add(self, gm: fx.GraphModule, decisions: Iterable[Decision]) -> None:
         """Take in a graph."""
@@ -86,12 +87,13 @@ class Compiled:
         """Take in a `GraphCompileReason` of Dynamo."""
         reason = (str(cause.reason).strip().splitlines() or ["for no stated reason"])[0]
         stack = list(cause.user_stack or ())
-        hooked = "hook" in reason.lower() or any(map(_is_hook, stack))
-        self.breaks[_place(stack), reason] = hooked
+        self.breaks[_place(stack), reason] = by_hook(reason, stack)
 
 
-def _is_hook(frame: FrameSummary) -> bool:
-    return "hook" in frame.filename.lower() or "hook" in frame.name.lower()
+def by_hook(reason: str, stack: Sequence[FrameSummary]) -> bool:
+    """Whether a hook, which is not the model's own code, made Dynamo leave a graph."""
+    frames = (text.lower() for frame in stack for text in (frame.filename, frame.name))
+    return "hook" in reason.lower() or any("hook" in text for text in frames)
 
 
 def _place(stack: Sequence[FrameSummary]) -> str:
@@ -131,6 +133,8 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
         good = any(site in split for site in names)
     else:
         names = [site for site, planned in plan.sites.items() if planned.decision == "split"]
+        if known.awaited is not None:
+            names = [site for site in names if site in known.awaited]
         what = "planned sites"
         good = all(site in split for site in names)
         if not names:
@@ -149,7 +153,7 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
 
 def _by_plan(outcomes: Mapping[str, Outcome], plan: Plan) -> dict[str, Outcome]:
     """What became of sites, by the names that the plan has for them."""
-    names = match_names(outcomes, plan.sites)
+    names = plan.names_of(outcomes)
     found = {names[site]: outcome for site, outcome in outcomes.items() if site in names}
     for site, outcome in outcomes.items():
         if site not in names:

@@ -127,7 +127,7 @@ class TimestepRange:
         if self.told:
             return
         if not isinstance(times, Tensor):
-            self._judge(float(times), float(times))
+            self.judge(float(times), float(times))
             return
         if type(times) not in (Tensor, torch.nn.Parameter) or not times.numel():
             return
@@ -138,7 +138,7 @@ class TimestepRange:
                 ends = self._extremes(ends)
             seen = self._peek(ends)
         if seen is not None:
-            self._judge(*seen.tolist())
+            self.judge(*seen.tolist())
 
     def _extremes(self, ends: Tensor) -> Tensor:
         if self._ends is None:
@@ -148,9 +148,10 @@ class TimestepRange:
         torch.maximum(self._ends[1], ends[1], out=self._ends[1])
         return self._ends
 
-    def _judge(self, low: float, high: float) -> None:
+    def judge(self, low: float, high: float) -> None:
+        """Say once where timesteps are outside."""
         assert self.range is not None
-        outside = [t for t in (low, high) if not self._covers(t)]
+        outside = [t for t in (low, high) if not self.covers(t)]
         if not outside or not all(map(math.isfinite, outside)):
             return
         self.told = True
@@ -161,6 +162,7 @@ class TimestepRange:
             "steps; where two models share the denoising (two experts), each needs its own plan"
         )
 
-    def _covers(self, time: float) -> bool:
+    def covers(self, time: float) -> bool:
+        """Whether a timestep is inside, or about as near as the samples were to each other."""
         assert self.range is not None
         return self.range[0] - self.margin <= time <= self.range[1] + self.margin

@@ -124,8 +124,8 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     else:
         limits = limits_of(threshold, call.batch)
     probes = min(settings.probes, call.queries)
-    coefficients = torch.ones(*call.per_head, 2, device=device)
-    error = torch.full(call.per_head, torch.nan, device=device)
+    coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
+    error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
     if probes:
         probing = probe_space(call, walk.blocks, probes)
         rows = probe_rows(call, walk.blocks, probes)

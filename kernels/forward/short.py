@@ -22,8 +22,8 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     blocks = summaries.low_key.shape[2]
     if not probes:
         route = make_route(call, summaries, threshold, density)
-        coefficients = torch.ones(*call.per_head, 2, device=device)
-        error = torch.full(call.per_head, torch.nan, device=device)
+        coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
+        error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
     else:
         space = probe_space(call, blocks, probes)
         coefficients, error = space.coefficients, space.error

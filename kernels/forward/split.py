@@ -35,6 +35,8 @@ def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
     batch, heads, length, dim = query.shape
     kv_heads, tokens = key.shape[1], inputs.layout.tokens
     out = torch.empty(batch, length, heads, dim, device=query.device, dtype=query.dtype)
+    if inputs.key_order is not None or inputs.query_order is not None:
+        out.fill_(torch.nan)  # what a given order leaves out is nobody's memory
     target = Target(out.transpose(1, 2), inputs.log_sum_memory(settings))
     orders = inputs.order_memory(settings)
     queries = tokens if inputs.query_layout is None else inputs.query_layout.tokens
@@ -92,8 +94,8 @@ def _order(
     largest_chunk: int, memory: Tensor | None,
 ) -> Order:  # fmt: skip
     """The order of (B, H, N, D) tokens: the one given, one by content, or the base order."""
-    if given is not None:
-        return Order.per_head(given.contiguous())
+    if given is not None:  # by whoever calls the op: no number of it may lead past the tokens
+        return Order.per_head(given.clamp(0, layout.tokens - 1).contiguous())
     base = layout.base_order(tokens_of.device)
     if memory is None:
         return Order.shared(base)

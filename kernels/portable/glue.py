@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 
 from freqopt.kernels.portable.attend import _online_step, _text_logits, _turned
-from freqopt.kernels.reference import C_MAX, G_MAX, NEWTON_STEPS
+from freqopt.kernels.reference import (
+    C_MAX,
+    G_MAX,
+    LEAST_CORRECTION,
+    LEAST_MASS,
+    NEWTON_STEPS,
+)
 
 BLOCK = tl.constexpr(64)  # freqopt.config.KEY_BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -21,6 +27,8 @@ UNIT = tl.constexpr(16)  # least probes and columns of a program
 STEPS = tl.constexpr(NEWTON_STEPS)
 C_TOP = tl.constexpr(C_MAX)
 G_TOP = tl.constexpr(G_MAX)
+LEAST_SHARE = tl.constexpr(LEAST_MASS)
+LEAST_ENERGY = tl.constexpr(LEAST_CORRECTION)
 
 
 @triton.jit
@@ -299,7 +307,7 @@ def fit_kernel(
         scaled = tl.exp((c - 1.0) * MIDDLE) * moment
         found = tl.sum(scaled * power, 0)
         steep = found * MIDDLE + tl.sum(scaled * slope, 0)
-        if (steep > 1e-12) & (target > 1e-12):
+        if (steep > 1e-12) & (target > probes * LEAST_SHARE):
             change = tl.log(tl.maximum(found, 1e-30) / tl.maximum(target, 1e-30)) * found
             c = c - change / tl.maximum(steep, 1e-12)
         c = tl.minimum(tl.maximum(c, 0.0), C_TOP)
@@ -338,7 +346,7 @@ def fit_kernel(
         left += tl.sum(tl.sum(rest * rest, 1), 0)
         whole += tl.sum(tl.sum(truth * truth, 1), 0)
     g = 1.0
-    if energy > 1e-30:
+    if (energy > whole * LEAST_ENERGY) & (energy > 1e-30) & (tl.abs(aligned) < 3e38):
         g = tl.minimum(tl.maximum(aligned / energy, 0.0), G_TOP)
     left = tl.maximum(left - 2.0 * g * aligned + g * g * energy, 0.0)
     tl.store(coefficients + pair * 2, c)

@@ -46,7 +46,8 @@ def route_tiles_kernel(
         s = tl.load(score + block, mask=inside, other=-1.0)
         tl.debug_barrier()  # every thread has read its scores
         always = (block * BLOCK // TILE == tile) if OWN else (block == best)
-        exact = ((s >= exact_from) | always) & inside
+        # Not s >= exact_from: what is no number, score or threshold, is attended exactly.
+        exact = tl.where(s < exact_from, always & inside, inside)
         place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
         tl.store(exact_list + place, block, mask=exact)
         exact_count += tl.sum(exact.to(tl.int32), 0)

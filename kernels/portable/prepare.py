@@ -196,7 +196,8 @@ def route_kernel(
         inside = block < blocks
         s = tl.load(score + row * blocks + block, mask=inside, other=-1.0)
         always = (block * BLOCK // 128 == tile) if OWN else (block == best)
-        exact = ((s >= exact_from) | always) & inside
+        # Not s >= exact_from: what is no number, score or threshold, is attended exactly.
+        exact = tl.where(s < exact_from, always & inside, inside)
         if LISTS:
             place = tl.cumsum(exact.to(tl.int32), 0) - 1 + exact_count
             tl.store(exact_list + row * blocks + place, block, mask=exact)

@@ -31,7 +31,9 @@ class Dimensions:
 
     several: of nodes that make several tensors. bodies: of higher-order operators, entered.
     positions: lattices of the tables of positions that packed tokens meet. placed: pieces that were
-    written into a tensor by index: their tokens, themselves, and the index.
+    written into a tensor by index: their tokens, themselves, and the index. dealt: what processes
+    share out among them: the atom that ranks took the place of, and the collective that did it.
+    collectives: nodes after which processes have other parts than before.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -40,6 +42,8 @@ class Dimensions:
         self.bodies: dict[fx.Node, tuple[fx.GraphModule, Dimensions]] = {}
         self.positions: dict[Atom, list[Segment]] = {}
         self.placed: dict[fx.Node, tuple[tuple[Axis, fx.Node, fx.Node], ...]] = {}
+        self.dealt: list[tuple[Atom, fx.Node]] = []
+        self.collectives: set[fx.Node] = set()
         self.graph = graph
         self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         self._provenance: Provenance | None = None

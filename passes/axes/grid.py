@@ -15,7 +15,13 @@ from freqopt.grid import Grid
 from freqopt.passes.axes.dimensions import Atom, Axis, Segment, atoms_of, axis_size, hint
 from freqopt.passes.axes.given import Others, given_layout
 from freqopt.passes.axes.lattices import Lattice, extent_size, find_lattices
-from freqopt.passes.axes.layout import Layout, around, extent_argument
+from freqopt.passes.axes.layout import (
+    Layout,
+    around,
+    extent_argument,
+    readable_input,
+    sources_of,
+)
 from freqopt.passes.axes.parts import PARTS, in_pieces
 from freqopt.passes.axes.told import OrderOf, Told, told_layout, told_of, unread
 from freqopt.passes.reasons import Reason, Why
@@ -96,7 +102,7 @@ def _layout(
     known = tuple(argument for argument in arguments if argument is not None)
     if layout.problem is None and len(known) < 3:
         layout.problem = Reason.EXTENT_UNREADABLE()
-    layout.grid_arguments = known
+    layout.grid_arguments, layout.sources = known, sources_of(chosen.extents, graph)
     if others:
         layout.remark = f"; other grids in its sequence ({others}) stay exact, as text does"
     return layout
@@ -131,12 +137,3 @@ def _why_no_lattice(axis: Axis) -> Why:
     if not data:
         return Reason.LOST()
     return Reason.NO_GRID(inputs=", ".join(readable_input(name) for name in data))
-
-
-def readable_input(name: str) -> str:
-    """Name of a graph input as the user wrote it: l_kwargs_hidden_states_ is hidden_states."""
-    for prefix in ("l_kwargs_", "l_args_", "l_", "kwargs_", "args_"):
-        if name.startswith(prefix):
-            name = name[len(prefix) :]
-            break
-    return name.strip("_") or name

@@ -5,6 +5,7 @@ Extents and numbers of tokens are constants where they are known, and read at ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -14,14 +15,16 @@ from freqopt.passes.axes.dimensions import (
     Axis,
     Segment,
     axis_size,
+    hint,
     product,
     same,
     segment_size,
 )
 from freqopt.passes.axes.lattices import LatticeExtent
 from freqopt.passes.bodies import way_into
+from freqopt.passes.nodes import shape
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.site import Argument, Extent, Product, Size, Total
+from freqopt.passes.site import Argument, Extent, Product, Size, Source, Total
 
 
 @dataclass
@@ -31,8 +34,9 @@ class Layout:
     segments: start and stop of those of the axis that are the video. problem: why there is no grid.
     remark: what else is to say where there is one. shown: tokens before and in the part of the
     sequence that no mask may hide, where that is more than the grid, as the grid may be another in
-    the next call. The arguments are what the graph computes the extents from; those of the pads as
-    in `Site`.
+    the next call. sources: as those of `Known`. The arguments are what the graph computes the
+    extents from; those of the pads as in `Site`. pieces: start and length of pieces of the
+    sequence, in the order that it has them.
     """
 
     grid: tuple[Extent, Extent, Extent] | None = None
@@ -42,11 +46,13 @@ class Layout:
     problem: Why | None = None
     remark: str = ""
     shown: tuple[Extent, Extent] | None = None
+    sources: tuple[Source, ...] = ()
     grid_arguments: tuple[Argument, ...] = ()
     text_before_arguments: tuple[Argument, ...] = ()
     text_after_arguments: tuple[Argument, ...] = ()
     pad_before_arguments: tuple[Argument, ...] = ()
     pad_after_arguments: tuple[Argument, ...] = ()
+    pieces: tuple[tuple[int, int], ...] = ()
 
 
 def around(
@@ -113,6 +119,33 @@ def extent_argument(extent: LatticeExtent, graph: fx.Graph) -> Argument | None:
         return sum(part for part in parts if isinstance(part, int))
     known = tuple(part for part in parts if isinstance(part, (int, Size)))
     return Total(known) if len(known) == len(parts) else None
+
+
+def sources_of(extents: Sequence[LatticeExtent], graph: fx.Graph) -> tuple[Source, ...]:
+    """What sizes of the graph's inputs the extents of a lattice come from; () if one does not."""
+    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    found = []
+    for extent in extents:
+        if isinstance(extent, int):
+            found.append(Source("", 0, extent))
+            continue
+        if isinstance(extent, tuple) or extent.root[0] not in inputs or extent.cut:
+            return ()
+        name, dim = extent.root
+        whole, part = hint(shape(inputs[name])[dim]), hint(extent.size)
+        if not whole or not part or whole % part:
+            return ()
+        found.append(Source(readable_input(name), dim, whole // part))
+    return tuple(found)
+
+
+def readable_input(name: str) -> str:
+    """Name of a graph input as the user wrote it: l_kwargs_hidden_states_ is hidden_states."""
+    for prefix in ("l_kwargs_", "l_args_", "l_", "kwargs_", "args_"):
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            break
+    return name.strip("_") or name
 
 
 def _argument(extent: Atom | int, graph: fx.Graph) -> int | Size | None:

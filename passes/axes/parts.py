@@ -119,6 +119,35 @@ def parts_along(axes: Shape, dim: int, count: int) -> list[Shape] | None:
     ]
 
 
+def together(axis: Axis) -> tuple[Axis, tuple[tuple[int, int], ...]] | None:
+    """An axis in which tokens lie in pieces with others between, and with these brought together.
+
+    With start and length of its pieces in the order that brings them together; None where none are
+    apart, or a length is not known. As where text and video were sharded one by one.
+    """
+    sizes = [segment_size(segment) for segment in axis]
+    if in_pieces(axis) < 2 or not all(isinstance(size, int) for size in sizes):
+        return None
+    starts = [0, *itertools.accumulate(size for size in sizes if isinstance(size, int))]
+    wholes: list[Segment | None] = []
+    groups: list[list[int]] = []
+    for index, segment in enumerate(axis):
+        cut = segment[0].cut if len(segment) == 1 else None
+        whole = None if cut is None else cut[0]
+        at = wholes.index(whole) if whole is not None and whole in wholes else len(wholes)
+        if at == len(wholes):
+            wholes.append(whole)
+            groups.append([])
+        groups[at].append(index)
+    order = [index for group in groups for index in group]
+    if order == sorted(order):
+        return None
+    joined = join((axis[index],) for index in order)
+    if in_pieces(joined):
+        return None
+    return joined, tuple((starts[i], starts[i + 1] - starts[i]) for i in order)
+
+
 def in_pieces(axis: Axis) -> int:
     """In how many pieces of one lattice or input tokens lie, if others are between them; else 0."""
     cuts = [segment[0].cut for segment in axis if len(segment) == 1 and segment[0].cut]

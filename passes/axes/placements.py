@@ -38,6 +38,21 @@ def _index_copy(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | No
     return found
 
 
+@rule("copy_")
+def _copy(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """`base.copy_(source)`: a new tensor has the axes of what fills it, as of a collective."""
+    base, source = argument(node, 0, "self"), argument(node, 1, "src", "other")
+    axes, written = dimensions.of(base), dimensions.of(source)
+    if axes is None or not isinstance(base, fx.Node):
+        return None
+    sizes = zip(shape(base), shape(source), strict=False)
+    whole = len(shape(base)) == len(shape(source)) and all(same(a, b) for a, b in sizes)
+    if written is None or not whole or operation(base) not in EMPTY:
+        return list(axes)
+    dimensions.axes[base] = dimensions.checked(base, written)
+    return list(written)
+
+
 def note_setitem(dimensions: Dimensions, node: fx.Node) -> None:
     """`base[index] = source` or `base[:, index] = source`, which later readers of the base see."""
     base, index, source = node.args

@@ -29,7 +29,7 @@ SAME_AXES = {
     "contiguous", "detach", "dropout", "native_dropout", "layer_norm", "rms_norm", "group_norm",
     "batch_norm", "instance_norm", "normalize", "softmax", "log_softmax", "_to_copy", "alias",
     "cuda", "cpu", "pin_memory", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
-    "randn_like", "feature_dropout", "cumsum", "nan_to_num", "copy_", "masked_fill_", "fill_",
+    "randn_like", "feature_dropout", "cumsum", "nan_to_num", "masked_fill_", "fill_",
     "zero_", "index_put_", "index_fill", "scatter", "scatter_add", "index_add", "alpha_dropout",
     "requires_grad",
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from freqopt.passes.axes.dimensions import Axis, Shape, axis_size, hint, join, rank, same
+from freqopt.passes.axes.dimensions import Atom, Axis, Shape, axis_size, hint, join, rank, same
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.rules import dim_of, known_axes, rule, several
 from freqopt.passes.nodes import argument, known_int, operation, shape, tensor, value
@@ -61,13 +61,35 @@ def _cat(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
         axes: list[Axis | None] = _agreed(known)
         at = dim_of(dim, len(axes) + 1)
         axes.insert(at, slices_axis(dimensions, tensors) or dimensions.new_axis(node, at))
-        return axes
+        return _taken_apart(known, axes, at, node)
     at = dim_of(dim, len(known[0]))
     # Of inputs that tell as much, the largest is the video, and others are frames put to it.
     known_sizes = [hint(axis_size(s[at])) or 0 for s in known]
     largest = max(range(len(known)), key=lambda i: known_sizes[i])
     axes = _best([known[largest], *known[:largest], *known[largest + 1 :]])
     axes[at] = join(s[at] for s in known)
+    return axes
+
+
+def _taken_apart(
+    shapes: Sequence[Shape], axes: list[Axis | None], at: int, node: fx.Node
+) -> list[Axis | None]:
+    """Axes of stacked pieces: where these are all of one extent of channels, its two parts."""
+    for dim in range(len(shapes[0])):
+        atoms = [s[dim][0][0] for s in shapes if len(s[dim]) == 1 and len(s[dim][0]) == 1]
+        cuts = [atom.cut for atom in atoms if atom.cut is not None and atom.origin == "made"]
+        if len(cuts) < len(shapes) or len(cuts) < 2:
+            continue
+        (whole, _, length), count = cuts[0], len(cuts)
+        bounds = [(whole, i * length, (i + 1) * length) for i in range(count)]
+        if len(whole) != 1 or not same(whole[0].size, count * length):
+            continue
+        if all(c[0] == b[0] and same(c[1], b[1]) for c, b in zip(cuts, bounds, strict=True)):
+            inner = dim + (dim >= at)
+            for part, (place, size) in enumerate(((at, count), (inner, length))):
+                root = whole[0].root
+                atom = Atom(size, "made", root, node, place, whole[0], part, 2)
+                axes[place] = ((atom,),)
     return axes
 
 

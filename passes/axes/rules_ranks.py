@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from freqopt.passes.axes.dimensions import Axis, axis_size, same
+from freqopt.passes.axes.dimensions import Atom, Axis, axis_size, piece, same
 from freqopt.passes.axes.distribute import bundle_of, bundled
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.parts import over_ranks, ranks_axis
-from freqopt.passes.axes.rules import known_axes, rule
-from freqopt.passes.nodes import known_int, shape
+from freqopt.passes.axes.rules import dim_of, known_axes, rule
+from freqopt.passes.nodes import argument, is_distributed, known_int, shape, value
 from freqopt.passes.site import Extent
 
 
@@ -31,6 +31,7 @@ def _all_to_all(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | No
 
     What is divided among the ranks must not be tokens: these would then be others than before.
     """
+    dimensions.collectives.add(node)
     known = known_axes(dimensions, node)
     splits = [node.args[i] for i in (1, 2) if i < len(node.args)]
     if known is None or not _even(splits):
@@ -38,7 +39,10 @@ def _all_to_all(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | No
     source, (first, *rest) = known
     count = len(splits[0]) if splits and isinstance(splits[0], (tuple, list)) else None
     replaced = _replaced(first, shape(source)[0], count)
-    return None if replaced is None else [replaced, *rest]
+    if replaced is None:
+        return None
+    dimensions.dealt.append((replaced[1], node))
+    return [replaced[0], *rest]
 
 
 def _even(splits: Sequence[object]) -> bool:
@@ -51,26 +55,73 @@ def _even(splits: Sequence[object]) -> bool:
     )
 
 
-def _replaced(axis: Axis, size: Extent, count: int | None) -> Axis | None:
-    """An axis whose slowest atom, of `count` entries, is of ranks in the place of what it was."""
+def _replaced(axis: Axis, size: Extent, count: int | None) -> tuple[Axis, Atom] | None:
+    """An axis whose slowest atom, of `count` entries, is of ranks in the place of what it was.
+
+    And that atom.
+    """
     if count is None or len(axis) != 1:
         return None
     inner = bundle_of(axis)
     if inner is not None:
         first = _replaced(inner[0], axis_size(inner[0]), count)
-        return None if first is None else bundled([first, *inner[1:]], size)
+        return None if first is None else (bundled([first[0], *inner[1:]], size), first[1])
     atoms = [atom for atom in axis[0] if not same(atom.size, 1)]
     if not atoms or not same(atoms[0].size, count) or atoms[0].origin == "data":
         return None
-    return ((ranks_axis(count)[0][0], *atoms[1:]),)
+    return ((ranks_axis(count)[0][0], *atoms[1:]),), atoms[0]
 
 
 @rule("all_gather_into_tensor", "all_gather_single", "all_gather_tensor")
 def _all_gather(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     """The parts of all ranks one after the other along the first dimension."""
+    dimensions.collectives.add(node)
     known = known_axes(dimensions, node)
     count = known_int(node.args[1]) if len(node.args) > 1 else None
     if known is None or count is None:
         return None
     first, *rest = known[1]
     return [over_ranks(count, first), *rest]
+
+
+@rule("from_local")
+def _from_local(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """The whole of what processes have parts of, or all of it (DTensor): what is cut is new."""
+    known, placements = known_axes(dimensions, node), argument(node, 2, "placements")
+    if known is None or not isinstance(placements, (tuple, list)):
+        return None
+    cut = [_dim_of(p, len(known[1])) for p in placements]
+    return [None if dim in cut else axis for dim, axis in enumerate(known[1])]
+
+
+@rule("redistribute")
+def _redistribute(dimensions: Dimensions, node: fx.Node) -> Sequence[Axis | None] | None:
+    known = known_axes(dimensions, node)
+    return None if known is None else known[1]
+
+
+@rule("to_local")
+def _to_local(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
+    """The part that this process has of a DTensor: of a dimension that is cut, its equal piece."""
+    known = known_axes(dimensions, node)
+    if known is None or not is_distributed(known[0]):
+        return None
+    dimensions.collectives.add(node)
+    source, axes = known
+    whole, result = value(source), list(axes)
+    for mesh_dim, placement in enumerate(whole.placements):
+        dim = _dim_of(placement, len(axes))
+        if dim is None:
+            continue
+        length, axis = shape(node)[dim], result[dim]
+        count, rank = whole.device_mesh.size(mesh_dim), whole.device_mesh.get_local_rank(mesh_dim)
+        if len(axis) != 1 or not same(axis_size(axis), length * count):
+            return None
+        result[dim] = ((piece(axis[0], rank * length, (rank + 1) * length, node, dim),),)
+    return list(result)
+
+
+def _dim_of(placement: object, dims: int) -> int | None:
+    """The dimension that a placement of a DTensor cuts, if it does."""
+    dim = getattr(placement, "dim", None)
+    return dim_of(dim, dims) if isinstance(dim, int) else None

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from freqopt.grid import Grid
-from freqopt.passes.axes.dimensions import Axis, Segment, has, segment_size
+from freqopt.passes.axes.dimensions import Axis, Segment, has, hint, segment_size
 from freqopt.passes.axes.lattices import is_lattice
 from freqopt.passes.axes.layout import Layout, around
-from freqopt.passes.site import Argument, Extent, Rest
+from freqopt.passes.site import Argument, Extent, Rest, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,8 @@ class Told:
 
     source: the input. name: what it is called in the model. before, grid, after: of the call that
     the graph was captured for. arguments: how the graph gets before, t, h and w at every call.
+    after_argument: the same of after, where the model that the graph is a part of tells all this:
+    its tokens are those that are as many in the call captured. sources: as those of `Known`.
     """
 
     source: fx.Node
@@ -33,6 +35,17 @@ class Told:
     grid: Grid
     after: int
     arguments: tuple[Argument, Argument, Argument, Argument]
+    after_argument: Argument | None = None
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def by_model(self) -> bool:
+        """Whether it is told by what the model around was called with, not by a graph's input."""
+        return self.after_argument is not None
+
+    def has_rows(self, size: Extent) -> bool:
+        """Whether tokens are these. A guard keeps it so, where an input of the graph tells."""
+        return hint(size) == hint(self.rows) if self.by_model else has(size, self.rows)
 
     def alike(self, other: Told) -> bool:
         """Whether two inputs tell the same in this call."""
@@ -60,7 +73,7 @@ def told_of(axis: Axis, told: Sequence[Told], given: Grid | None = None) -> tupl
         (index, each)
         for index, segment in enumerate(axis)
         for each in told
-        if _may_be(segment) and has(segment_size(segment), each.rows)
+        if _may_be(segment) and each.has_rows(segment_size(segment))
         if given is None or each.grid == given
     ]
     if not found or any(index != found[0][0] for index, _ in found):

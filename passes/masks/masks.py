@@ -16,6 +16,7 @@ from torch import fx
 
 from freqopt.passes.axes.dimensions import at_most, product, same
 from freqopt.passes.masks.memory import is_written, may_share
+from freqopt.passes.masks.ranks import whole_of
 from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import (
     argument,
@@ -106,7 +107,8 @@ class Range:
         if name in ("lt", "le", "gt", "ge"):
             return self._compares(item, True)
         if name == "cat":
-            return self._concatenated(item)
+            whole = whole_of(item)
+            return self._concatenated(item) if whole is None else self.true(whole)
         if name in ("pad", "constant_pad_nd"):
             return self._padded(item)
         return False

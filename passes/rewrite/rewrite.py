@@ -142,6 +142,7 @@ def _rows_of_budget(
 ) -> tuple[fx.Node, fx.Node | None]:
     """Nodes for the thresholds (H,) float32 and the key heads' chunks (Hkv,) int32, if any."""
     graph, share = site.node.graph, site.heads // site.kv_heads
+    budget = _of_own_heads(site, budget)
     if isinstance(budget, Tensor):
         name = f"freqopt_budget_{site.name}"
         threshold = add_constant(gm, graph, name, budget[0].to(site.device))
@@ -157,6 +158,26 @@ def _rows_of_budget(
         first = add_method(site.node.meta, "unflatten", row, 0, (-1, share))
         first = add_method(site.node.meta, "select", first, 1, 0)
         return threshold, add_method(site.node.meta, "to", first, torch.int32)
+
+
+def _of_own_heads(site: Site, budget: Tensor | fx.Node) -> Tensor | fx.Node:
+    """A budget (2, H) of the heads that this process has, out of one for all of the model's."""
+    sizes = shape(budget) if isinstance(budget, fx.Node) else tuple(budget.shape)
+    if site.share is None or not site.share.heads or sizes[-1:] != (site.share.heads,):
+        return budget
+    numbers = site.share.numbers
+    if isinstance(budget, Tensor):
+        return budget[..., list(numbers)]
+    first = numbers[0]
+    with site.node.graph.inserting_before(site.node):
+        if numbers == tuple(range(first, first + len(numbers))):
+            return add_method(site.node.meta, "narrow", budget, 1, first, len(numbers))
+        parts = [add_method(site.node.meta, "narrow", budget, 1, i, 1) for i in numbers]
+        joined = site.node.graph.call_function(torch.cat, (parts, 1))
+    with _faking(site.node.graph):
+        example = torch.cat([value(part) for part in parts], 1)
+    joined.meta = dict(site.node.meta, example_value=example)
+    return joined
 
 
 def add_constant(gm: fx.GraphModule, graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
@@ -200,11 +221,15 @@ def site_operands(site: Site) -> tuple[Any, ...]:
     """
     tensors = [_prepared(site, node) for node in _four_dimensional(site)]
     grid = tuple(_argument(site, argument) for argument in site.grid_arguments)
-    before = _sum(site, site.text_before_arguments)
-    if Rest() in site.text_after_arguments:
-        after = _rest(site, tensors[0], grid, before)
-    else:
+    if Rest() in site.text_before_arguments:
         after = _sum(site, site.text_after_arguments)
+        before = _rest(site, tensors[0], grid, after)
+    else:
+        before = _sum(site, site.text_before_arguments)
+        rest = Rest() in site.text_after_arguments
+        after = (
+            _rest(site, tensors[0], grid, before) if rest else _sum(site, site.text_after_arguments)
+        )
     return (*tensors, _key_mask(site), grid, before, after, site.scale)
 
 
@@ -217,6 +242,8 @@ def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     if len(shape(query)) == 3:
         query = _method(site, "unflatten", query, 0, (-1, site.heads))
         key, values = (_method(site, "unflatten", n, 0, (-1, site.kv_heads)) for n in (key, values))
+    if site.pieces:
+        query, key, values = (_joined(site, x, site.pieces) for x in (query, key, values))
     if pads_queries(site):
         before, after = _sum(site, site.pad_before_arguments), _sum(site, site.pad_after_arguments)
         query = add_function(site.node.meta, F.pad, query, (0, 0, before, after))
@@ -283,12 +310,35 @@ def _in_old_form(site: Site, new: fx.Node) -> fx.Node:
     if pads_queries(site):
         with site.node.graph.inserting_before(new.next):
             new = _cut(site, new)
+    if site.pieces:
+        with site.node.graph.inserting_before(new.next):
+            new = _joined(site, new, _in_place(site.pieces))
     if len(shape(site.node)) != 3:
         return new
     with site.node.graph.inserting_after(new):
         folded = site.node.graph.call_method("flatten", (new, 0, 1))
     folded.meta = dict(site.node.meta)
     return folded
+
+
+def _joined(site: Site, node: fx.Node, pieces: Sequence[tuple[int, int]]) -> fx.Node:
+    """Pieces (start, length) of a tensor (B, H, N, D), one after the other."""
+    parts = [_method(site, "narrow", node, 2, start, length) for start, length in pieces]
+    graph = node.graph
+    with _faking(graph):
+        example = torch.cat([value(part) for part in parts], 2)
+    joined = graph.call_function(torch.cat, (parts, 2))
+    joined.meta = dict(site.node.meta, example_value=example)
+    return joined
+
+
+def _in_place(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pieces of what was put together, in the order that puts them back."""
+    starts, at = {}, 0
+    for start, length in pieces:
+        starts[start] = at, length
+        at += length
+    return [starts[start] for start in sorted(starts)]
 
 
 def _cut(site: Site, new: fx.Node) -> fx.Node:
@@ -347,11 +397,11 @@ def _argument(site: Site, argument: Argument) -> int | fx.Node:
 
 
 def _rest(
-    site: Site, query: fx.Node, grid: Sequence[int | fx.Node], before: int | fx.Node
+    site: Site, query: fx.Node, grid: Sequence[int | fx.Node], others: int | fx.Node
 ) -> int | fx.Node:
-    """How many tokens of a query (B, H, N, D) come after a grid and those before it."""
+    """How many tokens of a query (B, H, N, D) there are beside a grid and those on one side."""
     taken = functools.reduce(functools.partial(_computed, site, operator.mul), grid)
-    taken = _computed(site, operator.add, taken, before)
+    taken = _computed(site, operator.add, taken, others)
     return _computed(site, operator.sub, _size_of(site, query, 2), taken)
 
 

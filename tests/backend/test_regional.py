@@ -166,7 +166,9 @@ def whole(plan: Plan) -> torch.Tensor:
         return compiled(**models.inputs())
 
 
-@pytest.mark.parametrize("change", [models.adapted, models.wrapping_blocks])
+@pytest.mark.parametrize(
+    "change", [models.adapted, models.wrapping_blocks, models.wrapping_attention]
+)
 def test_adapters_and_replaced_blocks_keep_their_plan(change: object, pieces_plan: Plan) -> None:
     expected = whole(pieces_plan)
     model = models.make()

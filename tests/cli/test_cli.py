@@ -295,3 +295,66 @@ def test_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FREQOPT_COMMIT", "abc123")
     found = doctor.environment()
     assert found["commit"] == "abc123" and found["torch"] == torch.__version__
+
+
+PIPELINE = '''
+import torch
+from models import Tiny
+
+class Pipe:
+    """A pipeline of somebody's own, which denoises in a few steps."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.transformer = Tiny().eval()
+
+    def __call__(self, prompt, steps=4, scale=1.0):
+        video = torch.randn(1, 3, 4, 16, 16) * scale
+        for step in range(steps):
+            self.transformer(video, timestep=torch.tensor([1 - step / steps]))
+        return video
+
+def make():
+    return Pipe()
+'''
+
+
+def test_a_pipeline_is_calibrated_on_prompts(work: Path, run: Run) -> None:
+    (work / "piped.py").write_text(PIPELINE)
+    (work / "prompts.txt").write_text("# what to ask for\na cat\n\na dog\n")
+    given = ("calibrate", "piped:make", "--prompts", "prompts.txt", "--device", "cpu")
+    done = run(*given, "--dry-run", "--run-option", "steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 samples to fit and 2 held out" in done.stdout and "memory:" in done.stdout
+    assert "in all" in done.stdout
+    quick = ("--rounds", "0", "--quiet", "--target-density", "0.7", "--order", "grid")
+    done = run(*given, *quick, "--run-option", "steps=2", "-o", "plans")
+    assert done.returncode == 0 and "wrote plans" in done.stdout, done.stderr
+    assert Plan.from_pretrained(work / "plans").component == "transformer"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--samples", "samples.safetensors", "--prompts", "p.txt"), "one of them"),
+        ((), "one of them"),
+        (("--samples", "samples.safetensors", "--target-psnr", "30"), "pass --prompts"),
+        (("--prompts", "absent.txt"), "cannot read the prompts"),
+        (("--prompts", "p.txt"), "--prompts needs a pipeline"),
+        (("--prompts", "p.txt", "--target-psnr", "3", "--target-error", ".1"), "both given"),
+    ],
+)
+def test_what_a_pipeline_needs_is_said(
+    work: Path, run: Run, options: tuple[str, ...], said: str
+) -> None:
+    (work / "p.txt").write_text("a cat\n")
+    done = run("calibrate", "models:make", "--device", "cpu", *options)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_no_weights_are_needed_to_inspect(run: Run) -> None:
+    given = ("inspect", "models:make", "--samples", "samples.safetensors", "--min-tokens", "0")
+    expected = run(*given, "--device", "cpu").stdout
+    done = run(*given, "--no-weights")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected and "4x8x8" in expected

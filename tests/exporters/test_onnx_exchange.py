@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from freqopt.cli.export import export_app
 from freqopt.errors import PlanError
 from freqopt.exporters.exchange import exchange_plan
-from freqopt.exporters.manifest import Artifact
+from freqopt.exporters.manifest import Artifact, announce
 from freqopt.exporters.onnx import export as onnx_export
 from freqopt.exporters.onnx.export import write_onnx
 from freqopt.exporters.problems import ArtifactError
@@ -139,3 +140,29 @@ def test_command(artifact: Artifact, tmp_path: Path) -> None:
     done = CliRunner().invoke(export_app, arguments)
     assert done.exit_code == 0, done.output
     assert "note: blocks.1.attn is dense in the plan" in done.output
+
+
+@pytest.mark.parametrize("stop", ["announce", "replace", "adopt"])
+def test_an_interrupted_exchange_leaves_a_folder_that_runs(
+    artifact: Artifact, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to be refused for ever: the new file lay beside the old hash."""
+    before, model = output(artifact), small()[0]
+    new = plan_for(model, 1.2, DENSE)
+
+    def interrupted(*given: Any) -> None:
+        if stop == "replace":  # announced, and the model not yet in its place
+            announce(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        where = "adopt" if stop == "adopt" else "announce"
+        patch.setattr(f"freqopt.exporters.exchange.{where}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            exchange_plan(artifact, new)
+    found = Artifact.load(artifact.path)
+    changed = stop == "adopt"
+    assert (relative(output(found), before) > 1e-4) == changed
+    assert (found.manifest["plan"] != artifact.manifest["plan"]) == changed
+    assert exchange_plan(artifact.path, new).notes and not list(artifact.path.glob("*.partial"))
+    assert relative(output(Artifact.load(artifact.path)), before) > 1e-4

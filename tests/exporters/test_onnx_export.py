@@ -219,8 +219,8 @@ def test_tampered_files(dynamic: Program, tmp_path: Path) -> None:
         ({"version": 99}, "version 99"),
         ({"format": "x"}, "not the manifest"),
         ({"split_version": 99}, "split_version"),
-        ({"files": {"../model.onnx": {}, "model.onnx": {}}}, "outside its folder"),
-        ({"model": "other.onnx"}, "incomplete"),
+        ({"files": {"../model.onnx": {}, "model.onnx": {}}}, "no name of a file inside the folder"),
+        ({"model": "other.onnx"}, "other.onnx is not among the files"),
     ]:
         (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(ArtifactError, match=message):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,3 +161,93 @@ def test_both_kinds_of_files_lie_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(ort_library, "compiler", lambda: "c++")
     ort_library.build_library(tmp_path / "artifact", [])
     assert built[0].is_relative_to(tmp_path / "cache" / "ort")
+
+
+def test_a_user_without_a_home_goes_on_with_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without one "~/.cache" is a folder of that name, here."""
+
+    def unknown(*given: object) -> None:
+        raise KeyError("no passwd entry")
+
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files._private_folder.cache_clear()
+    found = files.cache_folder()
+    assert found.is_absolute() and found.parent == tmp_path and found == files.cache_folder()
+    assert len(caplog.records) == 1 and "set FREQOPT_CACHE" in caplog.text
+    monkeypatch.setenv("FREQOPT_CACHE", "~/kept")
+    assert files.cache_folder().is_absolute()
+    files._private_folder.cache_clear()
+
+
+def test_a_launch_does_not_want_for_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every first launch reads the file of measured launches, whatever is there."""
+    pytest.importorskip("triton")
+    import torch
+
+    from freqopt.errors import FileError
+    from freqopt.kernels import tuned
+
+    device = torch.device("cpu")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "x", tmp_path / "nothing", Path("/dev/null/x")):
+        monkeypatch.setenv("FREQOPT_CACHE", str(folder))
+        assert tuned.read_choices(device) == {}
+    monkeypatch.setenv("FREQOPT_CACHE", str(tmp_path / "file" / "x"))
+    with pytest.raises(FileError, match="cannot write"):
+        tuned.keep_choice(device, torch.float16, 64, "up to 8192", {"warps": 4})
+    monkeypatch.setenv("FREQOPT_CACHE", str(tmp_path))
+    path, owner = tuned.file_of(device), json.dumps(tuned.made_for(device))
+    bad = ("4.0", "true", "[4]", "1e400", "4}, 5: {", "[" * 100_000, '"4"', "null")
+    for choices in ('{"a": [4]}', "[]", "3", *(f'{{"a": {{"warps": {value}}}}}' for value in bad)):
+        path.write_text(f'{{"made_for": {owner}, "choices": {choices}}}')
+        assert tuned.read_choices(device) == {} and "cannot be used" in caplog.text
+        caplog.clear()
+    path.unlink()
+    os.mkfifo(path)
+    assert tuned.read_choices(device) == {} and "cannot be used" in caplog.text
+
+
+def test_processes_that_tune_keep_each_others_choices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two used to keep 75 of 120: each wrote back what it had read before the other wrote."""
+    pytest.importorskip("triton")
+    import torch
+
+    from freqopt.kernels import tuned
+
+    monkeypatch.setenv("FREQOPT_CACHE", str(tmp_path))
+    device = torch.device("cpu")
+
+    def tune(first: int) -> None:
+        for dim in range(first, first + 30):
+            tuned.keep_choice(device, torch.float16, dim, "up to 8192", {"warps": 4})
+
+    threads = [threading.Thread(target=tune, args=(30 * i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tuned.read_choices(device)) == 90
+
+
+def test_a_child_does_not_search_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from freqopt.exporters.child import run_module
+
+    (tmp_path / "json.py").write_text("raise SystemExit('hijacked')")
+    (tmp_path / "freqopt").mkdir()
+    (tmp_path / "freqopt" / "__init__.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = run_module("freqopt.config", tmp_path, "")
+    assert done.returncode == 0 and "hijacked" not in done.stderr, done.stderr

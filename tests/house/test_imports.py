@@ -23,15 +23,16 @@ HEAVY = {
 }  # fmt: skip
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
-BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions"}
+BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "inspection", "options", "plan",
-    "progress", "regional", "reuse", "telling",
+    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "parallel",
+    "plan", "progress", "regional", "reuse", "telling", "turns",
 }  # fmt: skip
 
 FLOORS = (
-    *("values", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "survey", "evidence", "phases", "calibrate"),
+    *("values", "team", "samples", "samples_file", "checkpoint"),
+    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "phases"),
+    "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""
 
@@ -48,7 +49,7 @@ LAYERS = {
 """A module imports from its own layer and from lower ones."""
 
 ALLOWED_OUTSIDE = {
-    "base": {"torch", "numpy", "platformdirs"},
+    "base": {"torch", "numpy", "platformdirs", "filelock"},
     "kernels": {"torch", "triton", "numpy"},
     "passes": {"torch", "networkx", "numpy"},
     "models_zoo": {"torch", "safetensors", "rich", "numpy"},

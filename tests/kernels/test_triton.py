@@ -36,6 +36,8 @@ else:
         [
             ("test_kernels_are_the_reference", 14),
             ("test_given_an_order_kernels_are_the_reference", 7),
+            ("test_what_is_no_number_stays_in_its_row", 2),
+            ("test_numbers_of_an_order_stay_among_the_tokens", 1),
             ("test_orders_", 4),
             ("test_the_threshold_of_a_density_is_the_definitions", 4),
             ("test_threshold_zero_is_dense_attention", 4),

@@ -17,11 +17,7 @@ import freqopt
 from freqopt.backend import freqopt_backend
 
 LOUD = {"min_tokens": 0, "inner": "eager"}
-BY_BLOCKS = sorted(
-    name
-    for name in cases_of("video")
-    if load_all()[name].dense and name != "mochi"  # whose attention the compiler leaves out there
-)
+BY_BLOCKS = sorted(name for name in cases_of("video") if load_all()[name].dense)
 
 
 def made(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -50,7 +46,9 @@ def test_every_planned_site_is_split_by_blocks(name: str) -> None:
         dense = tensors(model(**inputs))
         with freqopt.attach(model, plan):
             for block in blocks:
-                block.compile(backend=freqopt_backend, options=LOUD)
+                block.compile(
+                    backend=freqopt_backend, options=LOUD, fullgraph=load_all()[name].fullgraph
+                )
             out = tensors(model(**inputs))
     assert freqopt.counters().split == len(plan.sites)
     assert worst(out, dense) < 1e-5

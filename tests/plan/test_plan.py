@@ -16,7 +16,8 @@ from torch import nn
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.plan.content import PLAN_VERSION
-from freqopt.plan.plan import Plan, _content_hash, model_fingerprint
+from freqopt.plan.file_text import content_hash
+from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Trial, Versions
 
 
@@ -60,7 +61,7 @@ def rewrite(path: Path, *, rehash: bool, **changes: Any) -> None:
     content = {**json.loads(path.read_text()), **changes}
     if rehash:
         content.pop("hash")
-        content["hash"] = _content_hash(content)
+        content["hash"] = content_hash(content)
     path.write_text(json.dumps(content))
 
 
@@ -242,7 +243,7 @@ def test_any_wrong_value_with_a_right_hash_is_a_plan_error_or_a_plan(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
         | st.text(max_size=4) | st.just([]) | st.just({}) | st.lists(st.floats(-1, 2), max_size=3)
     )  # fmt: skip
-    text = json.dumps({"hash": _content_hash(content), **content})
+    text = json.dumps({"hash": content_hash(content), **content})
     try:
         plan = Plan.parse(text)
     except PlanError:
@@ -258,7 +259,7 @@ def test_heads_that_would_fill_the_memory_are_refused(path: Path) -> None:
     content = json.loads(path.read_text())
     content.pop("hash")
     content["sites"]["blocks.1.attn"]["heads"] = 2**32
-    text = json.dumps({"hash": _content_hash(content), **content})
+    text = json.dumps({"hash": content_hash(content), **content})
     with pytest.raises(PlanError, match="heads"):
         Plan.parse(text)
 

@@ -155,3 +155,9 @@ class Wrapped(nn.Module):
 def wrapping_blocks(model: nn.Module) -> None:
     """Each block inside another module."""
     model.blocks = nn.ModuleList(Wrapped(block) for block in model.get_submodule("blocks"))
+
+
+def wrapping_attention(model: nn.Module) -> None:
+    """Each attention inside another module."""
+    for block in model.get_submodule("blocks").children():
+        block.attn, block.cross = Wrapped(block.attn), Wrapped(block.cross)

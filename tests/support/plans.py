@@ -33,7 +33,9 @@ def plan_of(model: nn.Module, inputs: dict[str, Any], threshold: float, **grids:
     for index, (name, site) in enumerate(desk.result.shapes.items()):
         budget = [threshold * (1 + index / 10)] * site.heads
         layouts = [
-            SiteLayout(grid=k.grid, before=k.before, after=k.after, mask=k.mask)
+            SiteLayout(
+                grid=k.grid, before=k.before, after=k.after, mask=k.mask, sources=list(k.sources)
+            )
             for k in desk.layouts[name]
         ]
         sites[name] = SitePlan(

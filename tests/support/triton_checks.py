@@ -130,6 +130,41 @@ def test_given_an_order_kernels_are_the_reference(case: Case) -> None:
     torch.testing.assert_close(exact[5], truth, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
+    """Its tile is attended exactly, as in the definition, and the other rows of it are right."""
+    case = Case((3, 6, 10), batch=1)
+    tensors = make_tensors(case)
+    tensors[0][0, 1, 20, 3] = bad
+    budget = torch.full((case.heads,), 1.0)
+    expected, wanted = reference_split(case, tensors, budget)
+    out, _, _, route, *_ = run(case, tensors, budget)
+    assert torch.equal(route, wanted.route)
+    others = torch.arange(case.length) != 20
+    assert not out[0, 1, 20].isfinite().all()
+    assert relative(out[:, :, others], expected[:, :, others]) < TOLERANCE[torch.float32]
+    dense_route = run(case, make_tensors(case), torch.full((case.heads,), torch.nan))[3]
+    assert (dense_route == reference.EXACT).all(), "a threshold that is none"
+
+
+def test_numbers_of_an_order_stay_among_the_tokens() -> None:
+    """The device is not waited for to look at them, so none may lead past the memory."""
+    case = RECTANGULAR_CASES[0]
+    tensors = make_tensors(case)
+    inputs = case.inputs(
+        tuple(x if x is None else x.to(DEVICE) for x in tensors),
+        torch.ones(case.heads, device=DEVICE),
+        Orders(
+            torch.full((case.batch, case.kv_heads, case.sequence.tokens), 2**30).int().to(DEVICE),
+            torch.full((case.batch, case.heads, case.query_side.tokens), -(2**30)).int().to(DEVICE),
+        ),
+    )
+    out = split.split_forward(inputs, Settings(case.dim**-0.5, 0.0, 4))[0]
+    written = out.isfinite().all(-1).sum(-1)
+    text = case.query_side.text
+    assert (written == text + 1).all(), "all stand at one place, and the rest is NaN"
+
+
 def made_order(keys: torch.Tensor, base: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """The order (B, H, T) that the kernels make of keys (B, H, T, D)."""
     order = torch.full(keys.shape[:3], -1, device=DEVICE, dtype=torch.int32)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from freqopt.exporters.child import run_module
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.tensorrt.aot.chain import Batch, Call, Step, chain, element_type
 from freqopt.kernels.variant import Variant
@@ -56,11 +55,7 @@ def compile_calls(
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps([[asdict(c), asdict(v), scale] for c, v, scale in requests])
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "freqopt.exporters.tensorrt.aot.ptx", str(folder)],
-        input=text, capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+    done = run_module("freqopt.exporters.tensorrt.aot.ptx", folder, text)
     if done.returncode:
         raise NotAvailableError(
             f"the kernels could not be compiled; Triton's last words: {done.stderr[-1500:]}"

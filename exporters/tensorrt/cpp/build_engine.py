@@ -10,7 +10,9 @@ Shapes are written 1x3x5x24x32; every input with a free extent needs one --shape
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -132,6 +134,21 @@ def build_engine(
     return bytes(engine)
 
 
+def list_files(folder: Path, names: Sequence[str]) -> None:
+    """Add files to the folder's manifest, which runners open no other files than those of."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():  # an export that is under way writes it last
+        return
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in names:
+        data = (folder / name).read_bytes()
+        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        content["files"][name] = entry
+    partial = manifest.with_name(f".manifest.json.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, manifest)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build and write the engine; the command line says of what and how."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -151,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ahead = register_nodes(given.folder / AOT)
     engine = build_engine(tensorrt, given.folder / MODEL, plugin, profiles, workspace, ahead)
     (given.folder / ENGINE).write_bytes(engine)
+    list_files(given.folder, [ENGINE, *([f"plugin/{PLUGIN}"] if plugin else [])])
     print(f"wrote {given.folder / ENGINE} ({len(engine) / 2**20:.1f} MiB)")
 
 

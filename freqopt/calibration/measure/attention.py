@@ -81,7 +81,9 @@ class AttentionCall:
 
 def count_lifted(ordered: Tensor, thresholds: Sequence[float]) -> Tensor:
     """(T, B, H) int64: how many of ordered scores (B, H, pairs) are at least each threshold."""
-    asked = torch.tensor(thresholds, device=ordered.device).expand(*ordered.shape[:2], -1)
+    asked = torch.tensor(thresholds, device=ordered.device, dtype=torch.float32).expand(
+        *ordered.shape[:2], -1
+    )
     below = torch.searchsorted(ordered, asked.contiguous())
     return (ordered.shape[-1] - below).movedim(-1, 0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.ladder import LEAST_TOKENS
 from freqopt.calibration.measure.orders import distinct, key_order
+from freqopt.calibration.team import Team
 from freqopt.plan.records import SiteTiming
 
 TIMED_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -45,7 +46,7 @@ def time_call(
     shape = call.shape
     points: list[tuple[float, float]] = []
     for threshold in spread_thresholds(thresholds, density.mean(1).tolist()):
-        every = torch.full((shape.heads,), threshold, device=call.query.device)
+        every = torch.full((shape.heads,), threshold, device=call.query.device, dtype=torch.float32)
         reached = float(call.split(every, 0)[1].mean())
         if all(abs(math.log(reached / timed)) > math.log(APART) for timed, _ in points):
             ms = milliseconds(partial(call.split, every, probes))
@@ -112,14 +113,18 @@ def run_milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - begun)
 
 
-def compare_runs(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
+def compare_runs(
+    first: Callable[[], object], second: Callable[[], object], team: Team | None = None
+) -> tuple[float, float]:
     """Least time of each of two runs of the whole model, in ms, taken in turn.
 
-    Runs of long models are repeated less, as they vary less.
+    Runs of long models are repeated less, as they vary less. team: processes that run them
+    together, of which the first one's times count.
     """
     times: list[tuple[float, float]] = []
     while len(times) < COMPARED_RUNS and sum(map(sum, times)) < LONG_ENOUGH_MS:
-        times.append((run_milliseconds(first), run_milliseconds(second)))
+        pair = run_milliseconds(first), run_milliseconds(second)
+        times.append(pair if team is None else team.of_first(pair))
     return min(a for a, _ in times), min(b for _, b in times)
 
 

@@ -116,7 +116,7 @@ def _head_curves(
     tiles = head.score.shape[2]
     ordered = head.score.flatten(2).sort(-1).values
     chosen = even_sample(tiles, sampled, offset, ordered.device)
-    thresholds = torch.tensor(THRESHOLDS, device=ordered.device)
+    thresholds = torch.tensor(THRESHOLDS, device=ordered.device, dtype=torch.float32)
     errors = tile_errors(head, thresholds, chosen, probes)
     expansion = tiles / len(chosen)
     energy = energy.clamp(min=_TINY)

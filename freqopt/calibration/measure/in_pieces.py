@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured
+from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured, team_of
 from freqopt.capture.eager import ATTENTION, answered, written
 from freqopt.capture.modules import names_of
 from freqopt.passes.decision import Decision
@@ -67,6 +67,7 @@ class EagerRecorders:
         graph, _ = written(self.model, args, kwargs)
         model = Model(names_of(self.model))
         decisions = rewrite(graph, measured, None, self.grids, model=model).decisions
+        self.desk.team = team_of([decision.site for decision in decisions if decision.split])
         found: dict[str, _Place] = {}
         for decision in decisions:
             name, place = decision.site.name, self._place(decision)
@@ -85,7 +86,8 @@ class EagerRecorders:
             return None
         t, h, w, before, after = (int(extent) for extent in _extents(site))
         known = Known((t, h, w), before, after, mask)
-        return _Place(Recorder(self.desk, site.name, mask), known, site.dtype, site.scale)
+        recorder = Recorder(self.desk, site.name, mask, site)
+        return _Place(recorder, known, site.dtype, site.scale)
 
 
 def _extents(site: Site) -> tuple[Any, ...]:

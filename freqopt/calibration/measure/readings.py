@@ -13,8 +13,7 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.spectrum import spectrum_axes
 from freqopt.grid import Grid
-from freqopt.passes.marks import layouts_of, numbers_of
-from freqopt.passes.site import Known
+from freqopt.passes.site import Known, Source
 from freqopt.plan.records import SiteTiming
 
 CURVES = ("density", "own", "site", "bias", "site_bias", "probe", "variance")
@@ -78,7 +77,9 @@ class Sums:
     """Sums of readings' energies and curves; divide by `calls` for means."""
 
     calls: int = 0
-    energy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    energy: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu")
+    )
     curves: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, energy: Tensor, curves: dict[str, Tensor]) -> None:
@@ -173,15 +174,22 @@ class Layouts(dict[str, dict[Known, None]]):
         ):
             known[layout] = None
 
-    def packed(self) -> dict[str, list[int]]:
-        """As numbers, see `freqopt.passes.marks`."""
-        return {name: numbers_of(tuple(known)) for name, known in self.items()}
+    def packed(self) -> dict[str, list[Any]]:
+        """As plain lists, for a checkpoint."""
+        return {
+            name: [
+                [[*each.grid, each.before, each.after, each.mask], list(map(list, each.sources))]
+                for each in known
+            ]
+            for name, known in self.items()
+        }
 
-    def take_in(self, packed: Mapping[str, Sequence[int]]) -> None:
+    def take_in(self, packed: Mapping[str, Sequence[Any]]) -> None:
         """Note what another run has packed."""
-        for name, numbers in packed.items():
-            for layout in layouts_of(list(numbers)):
-                self.note(name, layout)
+        for name, layouts in packed.items():
+            for (t, h, w, before, after, mask), sources in layouts:
+                found = tuple(Source(*source) for source in sources)
+                self.note(name, Known((t, h, w), before, after, mask, found))
 
 
 @dataclass

@@ -19,14 +19,16 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.readings import Layouts
 from freqopt.calibration.measure.requests import Dense, Request, Result, Visit
+from freqopt.calibration.team import Heads, Team
 from freqopt.capture.call_grids import CallGrids
 from freqopt.decisions import why_not
+from freqopt.errors import CalibrationError
 from freqopt.grid import Grid
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import Names
-from freqopt.passes.reasons import Reason
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import pads_queries, replace_site
 from freqopt.passes.site import Known, Site
 
@@ -38,7 +40,7 @@ class Desk:
     """Between a runner and the recorders in its model: the run under way.
 
     dense_sites: attention that cannot be split at all, with the reason. layouts: of the others'
-    tokens.
+    tokens. team: who shares the heads of the sites met so far.
     """
 
     request: Request = field(default_factory=Dense)
@@ -46,6 +48,7 @@ class Desk:
     result: Result = field(default_factory=Result)
     dense_sites: dict[str, str] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=Layouts)
+    team: Team = field(default_factory=Team)
 
     def clear(self) -> None:
         """Forget what recorders have said so far in this run, and of which sites there are."""
@@ -57,9 +60,16 @@ class Desk:
 class Recorder:
     """Stands where a site's attention was; called with its tensors while the model runs."""
 
-    def __init__(self, desk: Desk, site: str, mask: int | None = None) -> None:
-        """mask: as in `Known`; None where its layout is not to be noted."""
+    def __init__(
+        self, desk: Desk, site: str, mask: int | None = None, found: Site | None = None
+    ) -> None:
+        """mask: as in `Known`; None where its layout is not to be noted. found: the site.
+
+        Of what was found the heads are known that are here, and where its grid comes from.
+        """
         self.desk, self.site, self.mask = desk, site, mask
+        self.heads = Heads(None if found is None else found.share)
+        self.sources = () if found is None else found.sources
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
 
     def __call__(
@@ -78,12 +88,14 @@ class Recorder:
         request, result = self.desk.request, self.desk.result
         if not math.prod(grid):  # this call's data tell none
             return call.dense()
-        result.shapes.setdefault(self.site, call.shape)
+        visit = Visit(self.site, self.desk.bucket, call, result, self.heads)
+        result.shapes.setdefault(self.site, visit.shape)
         if self.mask is not None:
-            layout = Known((grid[0], grid[1], grid[2]), text_before, text_after, self.mask)
+            t, h, w = grid[0], grid[1], grid[2]
+            layout = Known((t, h, w), text_before, text_after, self.mask, self.sources)
             self.desk.layouts.note(self.site, layout)
         try:
-            return request.attend(Visit(self.site, self.desk.bucket, call, result))
+            return request.attend(visit)
         except Exception as error:
             if not request.lenient:
                 raise
@@ -100,12 +112,38 @@ def mask_of(site: Site) -> int | None:
 
 
 def measured(sites: Sequence[Site]) -> list[Decision]:
-    """Measure each site that can be split."""
-    problems = [why_not(site) for site in sites]
+    """Measure each site that can be split, and of which all heads are known."""
+    problems = [why_not(site) or _untold(site) for site in sites]
     return [
         Decision(site, problem is None, problem or Reason.MEASURED())
         for site, problem in zip(sites, problems, strict=True)
     ]
+
+
+def _untold(site: Site) -> Why | None:
+    if site.share is None:
+        return None
+    planned = site.heads * site.share.ranks
+    if site.share.heads == planned:
+        return None  # else not known, or shared by the ranks of several groups
+    return Reason.HEADS_UNTOLD(heads=site.heads, planned=planned)
+
+
+def team_of(sites: Sequence[Site]) -> Team:
+    """The processes that share the heads of sites.
+
+    Raises:
+        CalibrationError: not all of them are shared by the same.
+    """
+    shares = [site.share for site in sites]
+    groups = dict.fromkeys(None if share is None else share.group for share in shares)
+    if len(groups) > 1:
+        raise CalibrationError(
+            f"the heads of some sites are shared by other processes than those of others "
+            f"({', '.join(str(name) for name in groups)}): calibrate on one process, the plan "
+            "serves any number"
+        )
+    return Team(next(iter(groups), None))
 
 
 def recording_backend(
@@ -115,15 +153,17 @@ def recording_backend(
 
     def put(gm: torch.fx.GraphModule, decision: Decision) -> None:
         site = decision.site
-        replace_site(gm, site, Recorder(desk, site.name, mask_of(site)))
+        replace_site(gm, site, Recorder(desk, site.name, mask_of(site), site))
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         calls = CallGrids(gm, example_inputs)
         gm = calls.gm
         with_told = replace(grids, told=tuple(calls.told), believed=True, order_of=calls.order_of)
-        for decision in rewrite(gm, measured, put, with_told, model=Model(names)).decisions:
+        decisions = rewrite(gm, measured, put, with_told, model=Model(names)).decisions
+        for decision in decisions:
             if not decision.split:
                 desk.dense_sites[decision.site.name] = decision.reason
+        desk.team = team_of([decision.site for decision in decisions if decision.split])
         calls.settle()
         return calls.reading(gm.forward)
 

@@ -24,9 +24,11 @@ from freqopt.calibration.measure.attention import (
 )
 from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call, time_orders
 from freqopt.calibration.measure.curves import measure_curves
+from freqopt.calibration.measure.joining import joined_readings, joined_timing
 from freqopt.calibration.measure.ladder import GRID_ALONE, THRESHOLDS
 from freqopt.calibration.measure.readings import Reading
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
+from freqopt.calibration.team import Heads
 from freqopt.config import DEFAULT_PROBES
 from freqopt.plan.records import SiteTiming
 
@@ -76,6 +78,9 @@ class Result:
         return {name: torch.stack(rows).mean(0).cpu() for name, rows in self.densities.items()}
 
 
+ALONE = Heads()
+"""All heads are here."""
+
 Splitting = Callable[[], tuple[Tensor, Tensor, Tensor]]
 """Runs `AttentionCall.split`."""
 
@@ -87,12 +92,20 @@ class Visit(NamedTuple):
     bucket: int
     call: AttentionCall
     result: Result
+    heads: Heads = ALONE
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Of the site in the whole model."""
+        heads, tokens, head_dim = self.call.shape
+        return AttentionShape(self.heads.total(heads), tokens, head_dim)
 
     def splitting(self, thresholds: Thresholds, probes: int) -> Splitting:
         """This call split as thresholds say for this timestep bucket, all that it takes there."""
-        (rows, of_heads), device = thresholds[self.site], self.call.query.device
-        threshold = rows if rows.dim() == 1 else rows[self.bucket]
-        chunks = torch.tensor(of_heads, dtype=torch.int32) if any(of_heads) else None
+        (rows, of_all), device = thresholds[self.site], self.call.query.device
+        of_heads = self.heads.own_key_heads(of_all, self.call.key.shape[1])
+        threshold = self.heads.own(rows if rows.dim() == 1 else rows[self.bucket])
+        chunks = torch.tensor(of_heads, dtype=torch.int32, device="cpu") if any(of_heads) else None
         return partial(
             self.call.split, threshold.to(device, non_blocking=True), probes,
             None if chunks is None else chunks.to(device, non_blocking=True),
@@ -139,19 +152,28 @@ class Measure(Request):
 
     def attend(self, visit: Visit) -> Tensor:
         """See `Request`."""
-        site, _, call, result = visit
+        site, call, result = visit.site, visit.call, visit.result
         dense = call.dense()
         if site in self.skipped or site in result.failures:
             return dense
         self.on_site()
-        tiles = self.tiles.get(site, SAMPLED_TILES)
-        reading = measure_curves(site, call, dense, self.probes, self.number, tiles, self.orders)
-        known = call.shape in self.timed or call.shape in result.timings
+        tiles, heads = self.tiles.get(site, SAMPLED_TILES), visit.heads
+        own = partial(
+            measure_curves, site, call, dense, self.probes, self.number, tiles, self.orders
+        )
+        energy = 0.0 if heads.share is None else float(head_energy(dense).double().sum())
+        of_all = heads.team.together(lambda: (own(), energy))
+        reading = joined_readings(heads, [each for each, _ in of_all], [e for _, e in of_all])
+        known = visit.shape in self.timed or visit.shape in result.timings
         if has_clock(dense) and not known:
-            density = reading.curves["density"][0]
-            timing = time_call(call, THRESHOLDS, density, self.probes)
-            orders = time_orders(call, self.orders)
-            result.timings[call.shape] = timing.model_copy(update={"orders": orders})
+            density = heads.own(reading.curves["density"][0])
+            timings = heads.team.together(
+                lambda: (
+                    time_call(call, THRESHOLDS, density, self.probes),
+                    time_orders(call, self.orders),
+                )
+            )
+            result.timings[visit.shape] = joined_timing(heads, *timings[0])
         result.readings.append(reading)
         return dense
 
@@ -168,16 +190,21 @@ class Inject(Request):
 
     def attend(self, visit: Visit) -> Tensor:
         """See `Request`."""
-        site, _, call, result = visit
+        call, result, heads = visit.call, visit.result, visit.heads
         dense = call.dense()
-        if site != self.site:
+        if visit.site != self.site:
             return dense
-        out, _, _ = call.split(self.threshold, self.probes)
+
+        def split() -> Tensor:
+            return call.split(heads.own(self.threshold), self.probes)[0]
+
+        out = split() if heads.share is None else _split_by_all(heads, split)
         error, _ = head_error(out, dense)
         if self.head >= 0:
             at = torch.arange(len(error), device=error.device)
-            error = torch.where(at == self.head, error, 0.0)
-        injected = error.sum() / head_energy(dense).sum().clamp(min=1e-30)
+            error = torch.where(at == heads.local(self.head), error, 0.0)
+        sums = heads.sum(torch.stack([error.sum(), head_energy(dense).sum()]))
+        injected = sums[0] / sums[1].clamp(min=1e-30)
         factor = (INJECTED / injected.sqrt().clamp(min=1e-30)).clamp(1.0, MOST_AMPLIFIED)
         for part in head_chunks(out):
             truth, chosen = dense[:, part].float(), (error[part] > 0.0)[None, :, None, None]
@@ -185,6 +212,13 @@ class Inject(Request):
             out[:, part] = amplified.to(out.dtype)
         result.injected = injected * factor.square()
         return out
+
+
+def _split_by_all(heads: Heads, split: Callable[[], Tensor]) -> Tensor:
+    """What a split gives here; where it fails on another process, it fails here too."""
+    kept: list[Tensor] = []
+    heads.team.together(lambda: kept.append(split()))
+    return kept[0]
 
 
 @dataclass(frozen=True)
@@ -200,7 +234,10 @@ class Split(Request):
         if site not in self.thresholds:
             return call.dense()
         out, density, _ = visit.splitting(self.thresholds, self.probes)()
-        result.densities.setdefault(site, []).append(density.mean(0))
+        of_all = density.mean(0)
+        if visit.heads.share is not None:
+            of_all = visit.heads.joined(visit.heads.team.all(of_all.cpu()))
+        result.densities.setdefault(site, []).append(of_all)
         return out
 
 
@@ -217,10 +254,12 @@ class Time(Request):
 
     def attend(self, visit: Visit) -> Tensor:
         """See `Request`."""
-        site, _, call, result = visit
+        site, call, result, heads = visit.site, visit.call, visit.result, visit.heads
         if site in self.thresholds:
             run = visit.splitting(self.thresholds, self.probes)
-            dense = self.dense_ms.get(call.shape) or milliseconds(call.dense, TIMED_REPEATS)
-            split = milliseconds(run, TIMED_REPEATS)
+            dense = self.dense_ms.get(visit.shape) or heads.times * max(
+                heads.team.all(milliseconds(call.dense, TIMED_REPEATS))
+            )
+            split = heads.times * max(heads.team.all(milliseconds(run, TIMED_REPEATS)))
             result.times[site] = dense, split
         return call.dense()

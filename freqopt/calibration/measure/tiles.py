@@ -79,7 +79,7 @@ def even_sample(tiles: int, count: int, offset: float, device: torch.device) -> 
     Every tile is as likely as any other if the offset is uniform, so expanded sums are unbiased.
     """
     count = min(count, tiles)
-    at = (torch.arange(count, dtype=torch.float64) + offset) * (tiles / count)
+    at = (torch.arange(count, dtype=torch.float64, device="cpu") + offset) * (tiles / count)
     return at.long().clamp(max=tiles - 1).to(device)
 
 

@@ -259,6 +259,7 @@ def cheapest(
     """Candidates near the criterion's target, that which costs least there first."""
     candidates: list[Candidate] = []
     with bench.progress.phase("comparing strategies", len(strategies)) as step:
+        step.runs(criterion.runs)
         for strategy in strategies:
             start = strategy.start or criterion.start
             candidates.append(settle(strategy, criterion, bench.cost, start))
@@ -273,6 +274,7 @@ def best_at_density(
     candidates: list[tuple[float, Candidate]] = []
     cost = bench.cost
     with bench.progress.phase("comparing strategies", len(strategies)) as step:
+        step.runs(criterion.runs)
         for strategy in strategies:
             sites, allocation = strategy.sites, strategy.solve_density(density, cost)
             verdict = criterion.measure(thresholds_of(sites, allocation))

@@ -66,7 +66,10 @@ class Probing:
 
     def rounding(self, number: int) -> None:
         """Run a reference with everything exact."""
-        exact = {site.name: SiteThresholds(torch.zeros(site.heads)) for site in self.sites}
+        exact = {
+            site.name: SiteThresholds(torch.zeros(site.heads, dtype=torch.float32, device="cpu"))
+            for site in self.sites
+        }
         self.roundings.append(
             self.bench.kept(
                 f"rounding/{number}",
@@ -119,7 +122,10 @@ class Probing:
         bucket = self.bench.samples.bucket(reference.sample)
         threshold, predicted = together(self.sites, rows[bucket], bucket)
         every = {
-            site.name: SiteThresholds(torch.full((site.heads,), threshold)) for site in self.sites
+            site.name: SiteThresholds(
+                torch.full((site.heads,), threshold, dtype=torch.float32, device="cpu")
+            )
+            for site in self.sites
         }
         error = self.bench.kept(
             f"together/{number}/{threshold:.6g}",
@@ -266,4 +272,6 @@ def spread_over_depth(
 def probe_threshold(site: MeasuredSite) -> Tensor:
     """Thresholds (H,) that give every head about PROBE_DENSITY."""
     density = site.total().mean("density")
-    return torch.tensor(THRESHOLDS)[(density - PROBE_DENSITY).abs().argmin(0)]
+    return torch.tensor(THRESHOLDS, dtype=torch.float32, device="cpu")[
+        (density - PROBE_DENSITY).abs().argmin(0)
+    ]

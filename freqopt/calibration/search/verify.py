@@ -67,6 +67,10 @@ class Criterion(Protocol):
     start: float
     comparable: bool
 
+    @property
+    def runs(self) -> float:
+        """Runs of the model that measuring takes, about."""
+
     def measure(self, thresholds: Thresholds) -> Verdict:
         """Run the model with these thresholds; sites without any stay dense."""
 
@@ -117,6 +121,11 @@ class OutputError:
         self.bench, self.references, self.kind = bench, references, kind
         self.target, self.start, self.quantile = target, target * AIM, quantile
         self.comparable = quantile is None
+
+    @property
+    def runs(self) -> float:
+        """See `Criterion`."""
+        return float(len(self.references))
 
     def measure(self, thresholds: Thresholds) -> Verdict:
         """See `Criterion`."""
@@ -192,6 +201,7 @@ class Search:
         loosest = self.strategy.solve(math.inf, self.cost).multiplier
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
+            step.runs(self.criterion.runs)
             for _ in range(MAX_TRIALS):
                 allocation = believed.solve(predicted, self.cost)
                 if previous is not None and same_choices(allocation, previous):
@@ -239,6 +249,7 @@ class Search:
         loosest = self.strategy.solve_density(0.0, self.cost)
         previous: Allocation | None = None
         with self.progress.phase("verifying", MAX_TRIALS) as step:
+            step.runs(self.criterion.runs)
             for _ in range(MAX_TRIALS):
                 allocation = self.strategy.solve_density(predicted, self.cost)
                 while previous and same_choices(allocation, previous):
@@ -302,7 +313,7 @@ def thresholds_of(
     for site, choice in zip(sites, allocation.choices, strict=True):
         if choice.dense:
             continue
-        threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32)
+        threshold = torch.tensor(site.threshold[choice.index], dtype=torch.float32, device="cpu")
         by_bucket = threshold.unflatten(0, (len(site.shares), site.heads))
         thresholds[site.name] = SiteThresholds(by_bucket, chunks_of(site, choice))
     return thresholds

@@ -59,6 +59,7 @@ class GeneratedVideo:
     def __init__(self, bench: Workbench, pipeline: Callable[[], Any], decibels: float) -> None:
         self.bench, self.pipeline = bench, pipeline
         self.target, self.start = relative_of(decibels), START
+        self.runs = float(len(bench.samples.fit) + len(bench.samples.held_out))
         self.reference = pixels(bench.runner.generate(pipeline, Dense())[0])
         self.range = value_range(self.reference)
         again = self._error(pixels(bench.runner.generate(pipeline, Dense())[0]))
@@ -87,7 +88,7 @@ class GeneratedVideo:
             float((x - y).square().sum()) for x, y in zip(output, self.reference, strict=True)
         )
         error = math.sqrt(squares / sum(x.numel() for x in output)) / self.range
-        return error if math.isfinite(error) else math.inf
+        return self.bench.runner.team.of_first(error if math.isfinite(error) else math.inf)
 
 
 def value_range(output: Sequence[Tensor]) -> float:

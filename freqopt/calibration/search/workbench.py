@@ -21,12 +21,15 @@ from freqopt.progress import Progress
 class Workbench:
     """The model at hand, results so far, and where they are shown and kept.
 
-    survey: what was measured. references: by the identity of their samples.
+    rounds, passes: as in `freqopt.calibrate`. survey: what was measured. references: by the
+    identity of their samples.
     """
 
     runner: Runner
     progress: Progress
     checkpoint: Checkpoint
+    rounds: int | None = None
+    passes: int | None = None
     survey: Survey = field(default_factory=Survey)
     references: dict[int, Reference] = field(default_factory=dict)
 
@@ -47,10 +50,10 @@ class Workbench:
     def kept(self, key: str, step: Callable[[], Any]) -> Any:
         """What the checkpoint has of a step, or else what the step gives, which is kept.
 
-        That must be something that JSON can express.
+        That must be something that JSON can express. Of several processes the first one's counts.
         """
         entry = self.checkpoint.find(key)
-        return (entry or self.checkpoint.keep(key, step())).facts
+        return (entry or self.checkpoint.keep(key, self.runner.team.of_first(step()))).facts
 
     def split_error(self, reference: Reference, thresholds: Thresholds) -> float:
         """Relative L2 error of the model's output for a sample with these thresholds."""
@@ -72,4 +75,4 @@ class Reference:
 
     def error_of(self, output: list[Tensor]) -> float:
         """Relative L2 error of another output."""
-        return relative_error(output, self.compute())
+        return relative_error(output, self.compute(), self.runner.team)

@@ -1,0 +1,310 @@
+"""A model of Wan's size on several GPUs: `torchrun --nproc-per-node 4 -m benchmarks.parallel`.
+
+Weights are random, so densities are set: heads of a plan whose densities spread tenfold around a
+mean. A step dense and split under Ulysses, with heads balanced, and with all keys on every rank.
+Times are by rank, and so is the share of them that collectives take. Nothing is compared with
+figures of other runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import freqopt
+from benchmarks.common import environment, write
+from freqopt.plan.plan import Plan, model_fingerprint
+from freqopt.plan.records import (
+    Budget,
+    Evidence,
+    ModelIdentity,
+    SiteLayout,
+    SitePlan,
+    Versions,
+)
+
+SIZES = {
+    "14b": {
+        "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40,
+    },
+    "1b": {
+        "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30,
+    },
+    "tiny": {
+        "num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 2,
+        "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "rope_max_seq_len": 32,
+    },
+}  # fmt: skip
+SPREAD = 10.0
+"""Ratio of the largest to the smallest density of a site's heads."""
+
+
+def model_of(size: str, layers: int | None, device: torch.device) -> nn.Module:
+    """Wan's transformer with random weights, the same on all ranks."""
+    from diffusers import WanTransformer3DModel
+
+    config = {**SIZES[size], **({} if layers is None else {"num_layers": layers})}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with device:
+        model: nn.Module = WanTransformer3DModel(**config).to(dtype)
+    return model.eval()
+
+
+def call_of(model: nn.Module, grid: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Arguments of one call, the same on all ranks."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    t, h, w = grid
+
+    def noise(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+    return {
+        "hidden_states": noise(1, config.in_channels, t, 2 * h, 2 * w),
+        "timestep": torch.tensor([500.0], device=device),
+        "encoder_hidden_states": noise(1, 64, config.text_dim),
+        "return_dict": False,
+    }
+
+
+def spread_densities(heads: int, mean: float, turn: int) -> list[float]:
+    """Densities of heads, SPREAD apart from end to end, in another order for every site."""
+    raw = [SPREAD ** (head / max(heads - 1, 1)) for head in range(heads)]
+    factor = mean * heads / sum(raw)
+    order = torch.randperm(heads, generator=torch.Generator().manual_seed(turn)).tolist()
+    return [min(factor * raw[i], 1.0) for i in order]
+
+
+def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: float) -> Plan:
+    """A plan whose thresholds give each head its density on this call."""
+    from freqopt.capture.eager import answered
+
+    sites: dict[str, SitePlan] = {}
+    tokens = grid[0] * grid[1] * grid[2]
+
+    def answer(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        query, key, value = (options.get(n) for n in ("query", "key", "value"))
+        if query is None:
+            query, key, value = given[:3]
+        if not name.endswith("attn1"):
+            return
+        wanted = spread_densities(query.shape[1], mean, len(sites))
+        thresholds, reached = [], []
+        for head, density in enumerate(wanted):
+            one = [x[:, head : head + 1] for x in (query, key, value)]
+            threshold, found = threshold_of(one, grid, density)
+            thresholds.append(threshold)
+            reached.append(found)
+        sites[name] = SitePlan(
+            heads=query.shape[1], head_dim=query.shape[3], tokens=tokens, decision="split",
+            reason="", budgets=[Budget(threshold=thresholds)], density=reached,
+            layouts=[SiteLayout(grid=tuple(grid))],
+        )  # fmt: skip
+
+    answered(model, (), call, answer)
+    return Plan(
+        model=ModelIdentity(
+            class_name=type(model).__name__, fingerprint=model_fingerprint(model)
+        ),
+        grids=[tuple(grid)], device="random weights", versions=Versions(freqopt="0", torch="0"),
+        target_error=0.1, measured_error=0.1, worst_error=0.1, mean_density=mean, sites=sites,
+        evidence=Evidence(samples=1, held_out=1),
+    )  # fmt: skip
+
+
+def threshold_of(one: list[Tensor], grid: Sequence[int], density: float) -> tuple[float, float]:
+    """The threshold at which a head (1, 1, N, D) has a density, by halving, and what it reaches."""
+    low, high, reached = -14.0, 14.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        stats = freqopt.split_attention(
+            *one, grid=tuple(grid), threshold=2.0**middle, probes=0, return_stats=True
+        )[1]
+        reached = float(stats.density)  # type: ignore[union-attr]
+        low, high = (middle, high) if reached > density else (low, middle)
+    return 2.0**high, reached
+
+
+class Clock:
+    """Times steps of the model, and the collectives in them."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def step(self, run: Callable[[], Tensor]) -> tuple[float, float]:
+        """Median milliseconds of a step, and the share of it that collectives take."""
+        run()
+        times = []
+        for _ in range(self.repeats):
+            self._wait()
+            start = time.perf_counter()
+            run()
+            self._wait()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times), self._collectives(run)
+
+    def _collectives(self, run: Callable[[], Tensor]) -> float:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        with profile(activities=kinds) as found:
+            self._wait()
+            start = time.perf_counter()
+            run()
+            self._wait()
+            whole = 1e6 * (time.perf_counter() - start)
+        on_gpu = self.device.type == "cuda"
+        names = ("nccl",) if on_gpu else ("gloo:",)
+        spent = sum(
+            event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            for event in found.key_averages()
+            if event.key.lower().startswith(names)
+        )
+        return min(spent / whole, 0.999)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+
+@contextmanager
+def blocks_compiled(
+    model: nn.Module, plan: Plan | None, inner: str
+) -> Iterator[Callable[..., Any]]:
+    """The model with its blocks compiled: split by a plan, or dense."""
+    torch._dynamo.reset()
+    options = {"inner": inner, "strict": True}
+    try:
+        if plan is None:
+            model.compile_repeated_blocks(backend=inner)  # type: ignore[operator]
+            yield model
+        else:
+            with freqopt.attach(model, plan):
+                model.compile_repeated_blocks(backend="freqopt", options=options)  # type: ignore[operator]
+                yield model
+    finally:
+        for module in model.modules():
+            module._compiled_call_impl = None
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """What every rank has."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+class Bench:
+    """One configuration: models made anew for every row, as sharing out cannot be undone."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.size, self.grid = "tiny" if args.tiny else args.size, tuple(args.grid)
+        self.inner, self.clock = "eager" if args.tiny else "inductor", Clock(device, args.repeats)
+        self.count = dist.get_world_size()
+        self.rows: list[dict[str, Any]] = []
+        model = self.model()
+        self.call = call_of(model, self.grid, device)
+        self.dense: Tensor = model(**self.call)[0]
+        self.plan = plan_of(model, self.call, self.grid, args.density)
+
+    def model(self) -> nn.Module:
+        """The model with all of its weights and tokens here."""
+        return model_of(self.size, self.args.layers, self.device)
+
+    def share_out(self, model: nn.Module, **degrees: int) -> None:
+        """diffusers' `enable_parallelism`, and a call, in which its hooks set themselves up."""
+        from diffusers import ContextParallelConfig
+
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))  # type: ignore[operator]
+        if "ulysses_degree" in degrees:
+            model(**self.call)
+
+    def row(self, name: str, run: Callable[..., Any]) -> None:
+        """Add a row: error against dense on one rank, times and collectives by rank."""
+
+        def step() -> Tensor:
+            found: Tensor = run(**self.call)[0]
+            return found
+
+        error = float((step().float() - self.dense.float()).norm() / self.dense.float().norm())
+        ms, share = self.clock.step(step)
+        times, shares = zip(*all_ranks((ms, share)), strict=True)
+        self.rows.append({"name": name, "ms": times, "collectives": shares, "error": error})
+        if dist.get_rank() == 0:
+            print(f"{name:20} {max(times):9.1f} ms  collectives {max(shares):.0%}  L2 {error:.4f}")
+
+    def ulysses(self, name: str, model: nn.Module, plan: Plan | None) -> None:
+        """A row under Ulysses."""
+        self.share_out(model, ulysses_degree=self.count)
+        with blocks_compiled(model, plan, self.inner) as run:
+            self.row(f"{name}, Ulysses", run)
+
+    def measure(self) -> dict[str, Any]:
+        """All rows; the same on every rank."""
+        uneven: dict[str, float] = {}
+        model = self.model()
+        if model.config.num_attention_heads % self.count == 0:  # type: ignore[union-attr]
+            self.ulysses("dense", model, None)
+            self.ulysses("split", self.model(), self.plan)
+            model = self.model()
+            balanced = freqopt.parallel.balance(model, self.plan, self.count, self.call)
+            uneven = {"before": balanced.before, "after": balanced.after}
+            self.ulysses("balanced", model, balanced.plan)
+            model = self.model()
+        self.share_out(model, ring_degree=self.count)
+        with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
+            self.row("split, all keys", model)
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        return {
+            "environment": environment(), "ranks": self.count, "size": self.size,
+            "grid": list(self.grid), "density": self.args.density, "spread": SPREAD,
+            "imbalance": uneven, "rows": self.rows, "gib": all_ranks(memory),
+        }  # fmt: skip
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, and write one file of results from the first rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=sorted(SIZES), default="14b")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--grid", type=int, nargs=3, default=(21, 45, 80))
+    parser.add_argument("--density", type=float, default=0.1, help="mean over heads")
+    parser.add_argument("--method", choices=("gather", "ring"), default="gather")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on CPUs")
+    parser.add_argument("--out", type=Path, help="folder of the result")
+    args = parser.parse_args(given)
+    if args.tiny:
+        args.grid, args.density, args.repeats = (3, 6, 10), 0.5, 1
+    on_gpu = torch.cuda.is_available()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    with torch.no_grad():
+        result = Bench(args, device).measure()
+    if dist.get_rank() == 0:
+        name = f"parallel_{result['ranks']}"
+        print(f"wrote {write(name, result, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attention without a compiler: calls of attention are answered by the op as they come."""

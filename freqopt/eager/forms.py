@@ -1,0 +1,177 @@
+"""What is known of the calls of a model by their form: how the tokens of its attentions lie.
+
+The first call of a form is written down while it runs. At each attention the graph so far tells
+where its tokens come from, so that this very call is served, and no call is made twice: step caches
+and other hooks would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.call_grids import OneCall, Reader
+from freqopt.capture.call_shapes import told_by_lists
+from freqopt.capture.eager import Writer, writing
+from freqopt.decisions import grids_of
+from freqopt.eager.lay import Lay, lay_of
+from freqopt.options import Options
+from freqopt.passes.decision import Decision
+from freqopt.passes.find import Grids, Model
+from freqopt.passes.known import UNSHOWN
+from freqopt.passes.manager import rewrite
+from freqopt.passes.naming import Names
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Known, Site
+from freqopt.positions import layout_of_positions
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+
+MOST_LOOKS = 4
+"""Calls of one form that are written down before what is not known by then stays dense."""
+
+MOST_FORMS = 256
+"""Forms that are remembered; more are those of a model with an argument that is never the same."""
+
+
+@dataclass
+class Form:
+    """What calls of one form have in common.
+
+    lays: by kind of site, see `Forms.find`. again: whether the next call is to be written down.
+    looks: how many were.
+    """
+
+    lays: dict[object, Lay | Why] = field(default_factory=dict)
+    again: bool = True
+    looks: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A site in the call that is under way.
+
+    kind: what its calls have in common with those of other layers. content: whether an order by
+    content may serve it.
+    """
+
+    name: str
+    kind: object
+    content: bool
+
+
+class Forms:
+    """All forms of the calls of a model. known: layouts that a plan has, by the name of a site."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, known: Mapping[str, tuple[Known, ...]]
+    ) -> None:
+        self.model, self.plan = model, plan
+        self.known = dict(known)
+        self._forms: dict[object, Form] = {}
+        self._readers: dict[object, list[tuple[int, Reader]]] = {}
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
+        """The form of a call: shapes, numbers other than the timestep, grids of its positions."""
+        named = named_arguments(forward_signature(self.model), tuple(args), dict(kwargs))
+        named.pop(self.plan.timestep_name or "", None)
+        leaves, tree = pytree.tree_flatten(named)
+        shape = (str(tree), tuple(_shown(leaf) for leaf in leaves))
+        if shape not in self._readers:
+            self._readers[shape] = [
+                (i, Reader("positions", 4)) for i, leaf in enumerate(leaves) if _tells(leaf)
+            ]
+        told = tuple(reader.read([leaves[i]]) for i, reader in self._readers[shape])
+        if len(self._forms) >= MOST_FORMS and (shape, told) not in self._forms:
+            self._forms.clear()
+        return self._forms.setdefault((shape, told), Form())
+
+
+class Look:
+    """One call that is written down while it runs."""
+
+    def __init__(
+        self, forms: Forms, form: Form, names: Names, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.forms, self.form, self.names = forms, form, names
+        self.examples = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if _is_data(x)]
+        self.named = named_arguments(forward_signature(forms.model), tuple(args), dict(kwargs))
+        self.missing: list[Wanted] = []
+        self._open = ExitStack()
+        self.writer: Writer = self._open.enter_context(writing(forms.model, args, kwargs))
+        form.looks += 1
+        form.again = False
+
+    def begin(self, function: Any, args: Any, kwargs: Any, example: Any) -> fx.Node:
+        """Write an attention that is about to be served."""
+        return self.writer.begin(function, args, kwargs, example)
+
+    def find(self, wanted: Wanted) -> Lay | Why:
+        """How the tokens of a site lie, which is at the last node written."""
+        site = next((s for s in reversed(self._sites()) if _base(s.name) == wanted.name), None)
+        lay = Reason.NO_AXES() if site is None else self._lay(site, wanted)
+        if isinstance(lay, Why) and lay.reason in UNSHOWN:
+            self.missing.append(wanted)
+        return lay
+
+    def close(self) -> None:
+        """The call is over: what nothing before an attention told may be told behind it."""
+        self._open.close()
+        if self.missing and self.writer.graph.nodes:
+            sites = {_base(site.name): site for site in self._sites()}
+            for wanted in self.missing:
+                if wanted.name in sites:
+                    self.form.lays[wanted.kind] = self._lay(sites[wanted.name], wanted)
+
+    def abandon(self) -> None:
+        """The call has failed."""
+        self._open.close()
+
+    def _lay(self, site: Site, wanted: Wanted) -> Lay | Why:
+        return lay_of(site, content=wanted.content) or site.why
+
+    def _sites(self) -> list[Site]:
+        """The sites of the graph so far."""
+        found: list[Site] = []
+
+        def look(sites: Sequence[Site]) -> list[Decision]:
+            found.extend(sites)
+            return [Decision(site, False, site.why) for site in sites]
+
+        with torch._C.DisableTorchFunction(), self.writer.closed() as gm:
+            known = self.forms.known
+            model = Model(self.names, lambda name: known.get(_base(name), ()))
+            rewrite(gm, look, None, self._grids(gm), model=model)
+        return found
+
+    def _grids(self, gm: fx.GraphModule) -> Grids:
+        calls = OneCall(gm, self.examples)
+        if calls.inputs:
+            calls.told += told_by_lists(calls.inputs[0], self.named)
+        return grids_of(Options(plan=self.forms.plan), calls)
+
+
+def _base(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _is_data(leaf: object) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _tells(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and layout_of_positions(leaf) is not None
+
+
+def _shown(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return "a number" if isinstance(leaf, float) else repr(leaf)

@@ -1,0 +1,86 @@
+"""How the tokens of an attention lie in calls of one form, in numbers that the op takes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from freqopt.grid import Grid
+from freqopt.passes.content import by_content
+from freqopt.passes.nodes import shape, value
+from freqopt.passes.site import Argument, Kind, Known, Product, Site, Size, Total, Value
+
+
+class Lay(NamedTuple):
+    """What an eager call of an attention is told.
+
+    grid, before, after, mask: as in `Known`. pads: tokens before and after the queries that only
+    the keys have. queries: (t, h, w, before, after) of queries that are other tokens.
+    """
+
+    kind: Kind
+    grid: Grid
+    before: int
+    after: int
+    mask: int = 0
+    pads: tuple[int, int] = (0, 0)
+    queries: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> Known:
+        """The same as calibration notes it."""
+        return Known(self.grid, self.before, self.after, self.mask)
+
+
+def lay_of(site: Site, *, content: bool) -> Lay | None:
+    """The numbers of a site in a graph of known sizes; None if it cannot be split.
+
+    content: an order by content may serve it where no grid does.
+    """
+    if not site.eligible and content:
+        site = by_content(site) or site
+    if not site.eligible or site.grid is None:
+        return None
+    t, h, w = (_number(argument) for argument in site.grid_arguments)
+    mask = 0 if site.attention.mask is None else 1 + site.attention.masks_queries
+    if not t * h * w:
+        return None
+    return Lay(
+        site.kind, (t, h, w), _hinted(site.text_before), _hinted(site.text_after), mask,
+        (_sum(site.pad_before_arguments), _sum(site.pad_after_arguments)),
+        tuple(_number(argument) for argument in site.query_arguments),
+    )  # fmt: skip
+
+
+def believed(layouts: tuple[Known, ...], tokens: int) -> Lay | None:
+    """The one layout that calibration saw and that has so many tokens; None for none or several."""
+    around = [(known, known.around(tokens)) for known in layouts]
+    found = [(known, text) for known, text in around if text is not None]
+    if not found or len({known.grid for known, _ in found}) > 1:
+        return None
+    known, (before, after) = found[0]
+    return Lay("joint" if before or after else "self", known.grid, before, after, known.mask)
+
+
+def _number(argument: Argument) -> int:
+    """What an argument is in this call."""
+    if isinstance(argument, Product):
+        return math.prod(_number(part) for part in argument.parts)
+    if isinstance(argument, Total):
+        return _sum(argument.parts)
+    if isinstance(argument, Size):
+        return _hinted(shape(argument.node)[argument.dim])
+    if isinstance(argument, Value):
+        return int(value(argument.node))
+    assert isinstance(argument, int), argument
+    return argument
+
+
+def _sum(arguments: tuple[Argument, ...]) -> int:
+    return sum(_number(argument) for argument in arguments)
+
+
+def _hinted(extent: int | torch.SymInt) -> int:
+    return extent if isinstance(extent, int) else int(extent.node.hint)

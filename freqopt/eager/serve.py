@@ -1,0 +1,357 @@
+"""Serves the attention of a model in eager mode, at the modules that a plan names.
+
+`freqopt.attach` keeps the budgets on the modules, those of each call's timestep. While such a
+module runs, calls of attention in it are answered by the op; nothing else of it is touched.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from freqopt.capture.modules import OwnOnly, names_of, running
+from freqopt.eager.calls import (
+    Served,
+    example_of,
+    form_of_call,
+    is_attention,
+    may_be_attention,
+    serve,
+    tensors_of,
+)
+from freqopt.eager.forms import MOST_LOOKS, Form, Forms, Look, Wanted
+from freqopt.eager.lay import Lay, believed
+from freqopt.eager.telling import Split, Told
+from freqopt.passes.naming import site_name
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Known
+from freqopt.regional import Attached, attribute_of
+from freqopt.telling.said import warn
+
+if TYPE_CHECKING:
+    from freqopt.plan.plan import Plan
+
+BEGINS, ENDS, ENTERS, LEAVES = -20_260_010, -20_260_011, -20_260_012, -20_260_013
+"""Keys of our hooks, which no hook of another's has."""
+
+NOT_SERVED = object()
+
+SERVER = "freqopt_server"
+"""Attribute of the model, and of its attention modules, for what serves them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attention that a plan splits: its site in the plan, its name in the model, and its module.
+
+    known: layouts that the plan has. content: whether a head's tokens are ordered by content.
+    """
+
+    site: str
+    name: str
+    module: nn.Module
+    nth: int
+    known: tuple[Known, ...]
+    content: bool
+
+    @property
+    def budget(self) -> Tensor:
+        """(2, H), of the timestep under way."""
+        found: Tensor = self.module.__dict__[attribute_of(self.nth)]
+        return found
+
+
+@dataclass
+class _Running:
+    """A module with planned attention while it runs, and how many attentions it has met."""
+
+    module: nn.Module
+    mode: TorchFunctionMode
+    met: int = 0
+
+
+@dataclass
+class _Call:
+    """One call of the model that is under way."""
+
+    form: Form
+    look: Look | None
+    stack: list[_Running] = field(default_factory=list)
+    split: list[Split] = field(default_factory=list)
+
+
+class _Calls(threading.local):
+    """Calls under way in a thread, the innermost last, and the share of heads that it has."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Server, _Call]] = []
+        self.share: tuple[int, int] | None = None
+
+
+_calls = _Calls()
+
+
+def is_serving() -> bool:
+    """Whether a model that is served is being called in this thread."""
+    return bool(_calls.stack)
+
+
+@contextmanager
+def share_of_heads(rank: int, ranks: int) -> Iterator[None]:
+    """In the body, attention has the heads of one of several ranks, shared out evenly in order."""
+    before, _calls.share = _calls.share, (rank, ranks)
+    try:
+        yield
+    finally:
+        _calls.share = before
+
+
+class Server:
+    """What serves a model that a plan is attached to, from `start` to `stop`.
+
+    strict: raise where a planned attention cannot be split.
+    """
+
+    def __init__(self, attached: Attached, plan: Plan, *, strict: bool = False) -> None:
+        self.root, self.plan = attached.root, plan
+        self.names = names_of(self.root)
+        self.places: dict[tuple[str, int], Place] = {}
+        for site, (module, nth) in attached.places.items():
+            if plan.sites[site].decision == "split":
+                name, content = self.names[id(module)], any(plan.sites[site].chunks)
+                self.places[name, nth] = Place(
+                    site, site_name(name, 0, nth), module, nth, plan.known(site), content
+                )
+        self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
+        self.told = Told(self.root, plan, strict=strict)
+        self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
+        self._served: dict[object, Served | Why] = {}
+        self._attention: dict[object, bool] = {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that have planned attention."""
+        return list(dict.fromkeys(place.module for place in self.places.values()))
+
+    def start(self) -> None:
+        """Serve from the next call on."""
+        self.root.__dict__[SERVER] = OwnOnly(self)
+        _hook(self.root, BEGINS, ENDS, _begin, _end)
+        hooks: Any = self.root._forward_hooks
+        hooks.move_to_end(ENDS, last=False)  # before it is told what was split
+        for module in self.modules:
+            module.__dict__[SERVER] = OwnOnly(self)
+            _hook(module, ENTERS, LEAVES, _enter, _leave)
+
+    def stop(self) -> None:
+        """Serve no more; once is enough."""
+        _unhook(self.root, BEGINS, ENDS)
+        for module in self.modules:
+            _unhook(module, ENTERS, LEAVES)
+        for module in (self.root, *self.modules):
+            module.__dict__.pop(SERVER, None)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A call of the model begins."""
+        self._drop_interrupted()
+        form = self.forms.of(args, kwargs)
+        look = None
+        if form.again and form.looks < MOST_LOOKS:
+            look = Look(self.forms, form, self.names, args, kwargs)
+        _calls.stack.append((self, _Call(form, look)))
+
+    def _drop_interrupted(self) -> None:
+        """Close what a call left open that was interrupted from the keyboard."""
+        while any(server is self for server, _ in _calls.stack):
+            _, call = _calls.stack.pop()
+            while call.stack:
+                call.stack.pop().mode.__exit__(None, None, None)
+            if call.look is not None:
+                call.look.abandon()
+
+    def end(self, *, failed: bool) -> None:
+        """A call of the model is over."""
+        if not _calls.stack or _calls.stack[-1][0] is not self:
+            return
+        _, call = _calls.stack.pop()
+        if call.look is not None:
+            call.look.abandon() if failed else call.look.close()
+        if call.split and not failed:
+            self.told.split(call.split)
+
+    def attend(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call that may be attention returns, or NOT_SERVED."""
+        call = _calls.stack[-1][1]
+        form = form_of_call(function, args, kwargs)
+        if form not in self._attention:
+            self._attention[form] = is_attention(function, args, kwargs)
+        if not self._attention[form]:
+            return NOT_SERVED
+        running_now, inner = call.stack[-1], next(self._running(), None)
+        if inner is None or self.names[id(inner)] != self.names[id(running_now.module)]:
+            return NOT_SERVED  # it is in a module inside that the plan does not name
+        name, nth = self.names[id(inner)], running_now.met
+        running_now.met += 1
+        place = self.places.get((name, nth))
+        if place is None:
+            return NOT_SERVED
+        node = None
+        if call.look is not None:
+            example = example_of(function, args, kwargs)
+            node = call.look.begin(function, args, kwargs, example)
+        lay = self._lay(call, place, form, args, kwargs)
+        budget = _share_of(place.budget)
+        found = (
+            lay
+            if isinstance(lay, Why)
+            else self._serving(form, function, args, kwargs, lay, budget)
+        )
+        tensors = tensors_of(args, kwargs)
+        if isinstance(found, Why):
+            self.told.dense(place.site, found)
+            result = function(*args, **kwargs)
+        else:
+            result, density, error = found(tensors, budget.to(tensors[0].device))
+            call.split.append(Split(place.site, place.budget, density, error))
+        if call.look is not None and node is not None:
+            call.look.writer.end(node, result)
+        return result
+
+    def _running(self) -> Iterator[nn.Module]:
+        """Modules of the model that are running, the innermost first."""
+        return (module for module in running() if id(module) in self.names)
+
+    def _lay(self, call: _Call, place: Place, form: object, args: Any, kwargs: Any) -> Lay | Why:
+        """How the tokens of an attention lie in this call."""
+        kind = (place.known, place.content, form)
+        lay = call.form.lays.get(kind)
+        if lay is None and call.look is not None:
+            lay = call.look.find(Wanted(place.name, kind, place.content))
+            call.form.lays[kind] = lay
+        if lay is None:  # as it was skipped when the form was looked at
+            call.form.again = True
+            lay = believed(place.known, tensors_of(args, kwargs)[0].shape[-2])
+        return lay or Reason.NO_AXES()
+
+    def _serving(
+        self, form: object, function: Any, args: Any, kwargs: Any, lay: Lay, budget: Tensor
+    ) -> Served | Why:
+        """What serves such calls, made once."""
+        heads = budget.shape[-1]
+        key = (form, lay, heads)
+        if key not in self._served:
+            self._served[key] = serve(function, args, kwargs, lay, heads, self.largest_chunk)
+        return self._served[key]
+
+
+class _Serving(TorchFunctionMode):
+    """Answers attention while a module with planned attention runs."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if may_be_attention(func):
+            with torch._C.DisableTorchFunction():
+                found = self.server.attend(func, args, kwargs)
+            if found is not NOT_SERVED:
+                return found
+        return func(*args, **kwargs)
+
+
+def _server_of(module: nn.Module) -> Server | None:
+    held = module.__dict__.get(SERVER)
+    found = held.held if isinstance(held, OwnOnly) else None
+    return found if isinstance(found, Server) else None
+
+
+def _share_of(budget: Tensor) -> Tensor:
+    """The rows of a budget (2, H) for the heads that are here."""
+    if _calls.share is None:
+        return budget
+    rank, ranks = _calls.share
+    heads = budget.shape[1] // ranks
+    return budget[:, rank * heads : (rank + 1) * heads]
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    server = _server_of(module)
+    if server is None:
+        _warn_of_copy(module)
+    else:
+        server.begin(args, kwargs)
+
+
+def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    server = _server_of(module)
+    if server is not None:
+        server.end(failed=output is None)
+
+
+def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    server = _server_of(module)
+    if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
+        return
+    mode: Any = _Serving(server)
+    mode.__enter__()
+    _calls.stack[-1][1].stack.append(_Running(module, mode))
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    server = _server_of(module)
+    if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
+        return
+    stack = _calls.stack[-1][1].stack
+    if any(each.module is module for each in stack):
+        while stack:
+            left = stack.pop()
+            left.mode.__exit__(None, None, None)
+            if left.module is module:
+                break
+
+
+_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _warn_of_copy(module: nn.Module) -> None:
+    """Say once of a model that it is a copy, whose attention is dense."""
+    if module not in _copies:
+        _copies.add(module)
+        warn(
+            f"{type(module).__name__} is a copy of a model that freqopt serves without a compiler, "
+            "and is dense: call freqopt.optimize on the copy"
+        )
+
+
+def _hook(module: nn.Module, before: int, after: int, pre: Any, post: Any) -> None:
+    module._forward_pre_hooks[before] = pre
+    module._forward_pre_hooks_with_kwargs[before] = True
+    module._forward_hooks[after] = post
+    module._forward_hooks_with_kwargs[after] = True
+    module._forward_hooks_always_called[after] = True
+
+
+def _unhook(module: nn.Module, before: int, after: int) -> None:
+    module._forward_pre_hooks.pop(before, None)
+    module._forward_pre_hooks_with_kwargs.pop(before, None)
+    module._forward_hooks.pop(after, None)
+    module._forward_hooks_with_kwargs.pop(after, None)
+    module._forward_hooks_always_called.pop(after, None)

@@ -1,0 +1,175 @@
+"""The three ways to replace a model's attention, each of which can be taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from torch import nn
+
+from freqopt.backend import freqopt_backend
+from freqopt.capture.modules import modules_of
+from freqopt.eager import dispatcher
+from freqopt.eager.serve import Server
+from freqopt.front.state import Route, blocks_of
+from freqopt.plan.plan import Plan
+from freqopt.regional import Attached, attach
+from freqopt.telling.attached import measured_at
+from freqopt.telling.running import Measured, measured_in
+
+COMPILED = "_compiled_call_impl"
+
+
+class Way(Protocol):
+    """One model on one route. Starting where it has started, or stopping twice, changes nothing."""
+
+    def start(self) -> None:
+        """Replace the attention, from the next call on."""
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+
+    def measured(self) -> dict[str, Measured]:
+        """What ran so far, by the plan's names of the sites that were split."""
+
+    def densities(self) -> dict[str, float]:
+        """Share of pairs attended exactly so far, by site, where it was measured."""
+
+
+def way_of(
+    route: Route, model: nn.Module, plan: Plan, options: Mapping[str, Any], *, strict: bool
+) -> Way:
+    """The way for a route. options: of the backend, for the routes that compile."""
+    if route == "eager":
+        return Eager(model, plan, strict=strict)
+    if route == "regional":
+        return Regional(model, plan, {**options, "strict": strict})
+    return Whole(model, plan, {**options, "strict": strict})
+
+
+class Eager:
+    """Calls of attention are answered as they come."""
+
+    def __init__(self, model: nn.Module, plan: Plan, *, strict: bool) -> None:
+        self.model, self.plan, self.strict = model, plan, strict
+        self.server: Server | None = None
+        self._undo = ExitStack()
+        self._on = False
+
+    def start(self) -> None:
+        """Attach the plan, and serve."""
+        if self._on:
+            return
+        with ExitStack() as undo:
+            attached = attach(self.model, self.plan)
+            undo.callback(attached.remove)
+            if self.server is not None:
+                self.server.told.forget()
+            self.server = Server(attached, self.plan, strict=self.strict)
+            undo.callback(self.server.stop)
+            self.server.start()
+            undo.callback(dispatcher.restore, dispatcher.choose(self.server.modules))
+            self._undo, self._on = undo.pop_all(), True
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self._undo.close()
+        self._on = False
+
+    def measured(self) -> dict[str, Measured]:
+        """See `Way`."""
+        return {} if self.server is None else measured_in(self.server.told.graphs.values())
+
+    def densities(self) -> dict[str, float]:
+        """See `Way`."""
+        return {} if self.server is None else self.server.told.densities()
+
+
+class Regional:
+    """Blocks are compiled, one for all that are alike."""
+
+    def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
+        self.model, self.plan, self.options = model, plan, dict(options)
+        modules = modules_of(model)
+        self.blocks = [modules[name] for name in blocks_of(model, plan)] or [model]
+        self.attached: Attached | None = None
+        self._undo = ExitStack()
+        self._on = False
+        self._before: dict[str, Measured] = {}
+
+    def start(self) -> None:
+        """Attach the plan, and have each block compiled when it is called."""
+        if self._on:
+            return
+        with ExitStack() as undo:
+            self.attached = attach(self.model, self.plan)
+            undo.callback(self.attached.remove)
+            for block in self.blocks:
+                undo.callback(_compile(block, self.options))
+            self._undo, self._on = undo.pop_all(), True
+
+    def stop(self) -> None:
+        """Leave the blocks as they were."""
+        self._before = self.measured()
+        self._undo.close()
+        self._on = False
+
+    def measured(self) -> dict[str, Measured]:
+        """See `Way`."""
+        if self._on and self.attached is not None:
+            return measured_at(self.attached.root)
+        return self._before
+
+    def densities(self) -> dict[str, float]:
+        """See `Way`."""
+        return {}
+
+
+class Whole:
+    """The model is compiled in place as one."""
+
+    def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
+        self.model, self.options = model, {**options, "plan": plan}
+        plan.check_model(model)
+        self._undo: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Have the model compiled when it is called."""
+        if self._undo is None:
+            self._undo = _compile(self.model, self.options)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def measured(self) -> dict[str, Measured]:
+        """See `Way`."""
+        return measured_in(graph for graph in graphs_of(self.model))
+
+    def densities(self) -> dict[str, float]:
+        """See `Way`."""
+        return {}
+
+
+def graphs_of(model: nn.Module) -> list[Any]:
+    """The graphs that were compiled for calls of a model."""
+    from freqopt.telling import running
+
+    return [g for g in running.graphs if g.owner is not None and g.owner() is model]
+
+
+def _compile(module: nn.Module, options: Mapping[str, Any]) -> Callable[[], None]:
+    """Compile a module in place; what puts back what was there."""
+    had, before = COMPILED in module.__dict__, module.__dict__.get(COMPILED)
+
+    def undo() -> None:
+        if had:
+            module.__dict__[COMPILED] = before
+        else:
+            module.__dict__.pop(COMPILED, None)
+
+    module.compile(backend=freqopt_backend, options=dict(options))
+    return undo

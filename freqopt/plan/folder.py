@@ -1,0 +1,180 @@
+"""Plans as a folder that travels: a file for each component, and a page with the figures.
+
+A file says which component it is for, so one that was renamed to another's is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from freqopt.errors import InputError, PlanError
+from freqopt.files import check_writable, write_atomically
+from freqopt.plan.content import PlanContent
+
+SUFFIX = ".plan.json"
+PAGE = "README.md"
+MARK = "library_name: freqopt"
+ALONE = "model"
+"""The component of a plan that was saved by itself."""
+
+Kind = TypeVar("Kind", bound=PlanContent)
+
+
+def is_file(output: str | os.PathLike[str]) -> bool:
+    """Whether plans are saved there as one file; else as a folder."""
+    return Path(output).suffix == ".json"
+
+
+def check_place(output: str | os.PathLike[str]) -> None:
+    """Try whether plans can be saved to a file (.json), or to a folder.
+
+    Raises:
+        FileError: they cannot.
+    """
+    check_writable(output if is_file(output) else Path(output) / PAGE)
+
+
+def read_folder(folder: Path, load: Callable[[Path], Kind]) -> dict[str, Kind]:
+    """The plans in a folder, by component.
+
+    Raises:
+        PlanError: none, a damaged one, or one that is another component's.
+    """
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise PlanError(
+            f"{folder} holds no plans (files *{SUFFIX}); Plan.save_pretrained writes such a folder"
+        )
+    found = {}
+    for file in files:
+        name, plan = file.name.removesuffix(SUFFIX), load(file)
+        check_component(plan, name, str(file))
+        found[name] = plan
+    return found
+
+
+def check_component(plan: PlanContent, name: str, origin: str) -> None:
+    """Refuse the plan of another component.
+
+    Raises:
+        PlanError: it says that it is another's.
+    """
+    if name != ALONE and plan.component not in (None, name):
+        times = ""
+        if plan.timestep_range is not None:
+            low, high = plan.timestep_range
+            times = f", verified at {plan.timestep_name} {low:g} to {high:g}"
+        raise PlanError(
+            f"{origin} is the plan of {plan.component}{times}, and was given for {name}: are two "
+            "plans swapped?"
+        )
+
+
+def write_folder(plans: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Write plans by component, each into a file, and a page about them.
+
+    Raises:
+        InputError: a component's name cannot be part of a file's name.
+        PlanError: a plan is another component's, or the folder has a page about something else.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    page = target / PAGE
+    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise PlanError(f"{page} is not about plans and would be lost: name another folder")
+    for name, plan in plans.items():
+        if not name or Path(name).name != name:
+            raise InputError(f"component {name!r} cannot be part of a file's name")
+        check_component(plan, name, "the plan")
+        own = plan.component if name == ALONE else name
+        plan.model_copy(update={"component": own}).save(target / f"{name}{SUFFIX}")
+    write_atomically(page, page_of(plans))
+
+
+def page_of(plans: Mapping[str, PlanContent]) -> str:
+    """The page of a folder, with what the Hub reads at its top."""
+    lines = [
+        "---", MARK, "tags:", "- freqopt", "- attention", "---", "",
+        "# Plans for frequency-split attention", "",
+        "```python", "import freqopt", "",
+        'handle = freqopt.optimize(pipe, "this folder or repository")', "```", "",
+        "| component | model | output error | worst sample | pairs exact | grids | timesteps |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, plan in plans.items():
+        grids = ", ".join("x".join(map(str, grid)) for grid in plan.grids)
+        times = "-"
+        if plan.timestep_range is not None:
+            times = "{:g} to {:g}".format(*plan.timestep_range)
+        predicted = " (predicted)" if plan.predicted else ""
+        lines.append(
+            f"| {name} | {plan.model.class_name} | {plan.measured_error:.4f}{predicted} | "
+            f"{plan.worst_error:.4f} | {plan.mean_density:.1%} | {grids} | {times} |"
+        )
+    lines += ["", "Errors are relative L2 errors of the model's output on held-out samples.", ""]
+    for name, plan in plans.items():
+        split = sum(site.decision == "split" for site in plan.sites.values())
+        line = (
+            f"{name}: {split} of {len(plan.sites)} sites split; {plan.evidence.samples} samples "
+            f"and {plan.evidence.held_out} held out; {plan.device}, torch {plan.versions.torch}, "
+            f"freqopt {plan.versions.freqopt}"
+        )
+        if plan.verified is not None and plan.verified.model_ms is not None:
+            line += "; a run of the model {:.4g} ms dense, {:.4g} ms split".format(
+                *plan.verified.model_ms
+            )
+        lines += [line + ".", ""]
+    return "\n".join(lines)
+
+
+def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A folder as it is here, or a repository of the Hugging Face Hub, brought here.
+
+    Raises:
+        PlanError: neither, or huggingface_hub is not installed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    named = text.count("/") == 1 and not text.startswith(("/", ".")) and "\\" not in text
+    if not named or path.suffix == ".json":
+        raise PlanError(
+            f"{text} is no folder here, and no repository of the Hugging Face Hub (owner/name)"
+        )
+    hub = _hub(f"reading {text} from")
+    try:
+        patterns = [f"*{SUFFIX}", PAGE]
+        return Path(hub.snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except OSError as error:  # what the Hub's errors are
+        raise PlanError(f"{text} cannot be read from the Hugging Face Hub: {error}") from error
+
+
+def pushed(
+    plans: Mapping[str, Any], repository: str, *, private: bool = False, message: str | None = None
+) -> str:
+    """Upload plans as a repository of the Hugging Face Hub; returns the address of the commit."""
+    hub = _hub("uploading to")
+    api = hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(plans, folder)
+        api.create_repo(repository, private=private, exist_ok=True)
+        found = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message or "Add plans of freqopt"
+        )
+    return str(found)
+
+
+def _hub(what: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise PlanError(
+            f"{what} the Hugging Face Hub needs the package huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    return huggingface_hub

@@ -1,0 +1,60 @@
+"""What was measured for hours is not lost: outputs are tried first, checkpoints go last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_plans import full_plan
+from torch import nn
+from typer.testing import CliRunner
+
+import freqopt
+from freqopt.calibration import calibrate as calibrating
+from freqopt.cli.app import app
+from freqopt.errors import FileError
+from freqopt.plan.plan import Plan
+
+
+def test_an_output_that_cannot_be_written_is_said_first(tmp_path: Path) -> None:
+    """`calibrate -o` of a folder used to measure, remove the checkpoint, and fail."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "plan.json"):
+        with pytest.raises(FileError, match="cannot write"):
+            freqopt.calibrate(nn.Identity(), [], output=path)
+        arguments = ["calibrate", "no.such:model", "--samples", "none", "-o", str(path)]
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, FileError)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A calibration that is done at once, and its checkpoint."""
+    path = tmp_path / "plan.json.resume"
+
+    def instantly(model: Any, samples: Any, options: Any, *, keep: bool = False) -> Plan:
+        assert keep, "the checkpoint must outlive the measuring"
+        Path(options["checkpoint"]).write_text("measured")
+        return full_plan()
+
+    monkeypatch.setattr(calibrating, "_calibrate_one", instantly)
+    return path
+
+
+def test_the_checkpoint_goes_when_the_plan_is_there(measured: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    plan = freqopt.calibrate(nn.Identity(), [], checkpoint=measured, output=output)
+    assert Plan.load(output) == plan and not measured.exists()
+
+
+def test_the_checkpoint_stays_when_the_disk_is_full(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(FileError, match="No space left"):
+        freqopt.calibrate(nn.Identity(), [], checkpoint=measured, output=tmp_path / "plan.json")
+    assert measured.exists() and not (tmp_path / "plan.json").exists()

@@ -1,0 +1,243 @@
+"""Attention without a compiler: the numbers of the compiled route, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pieces_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from plans import plan_of
+from torch import Tensor, nn
+
+import freqopt
+from freqopt.backend import freqopt_backend
+from freqopt.eager.serve import Server, share_of_heads
+from freqopt.errors import SiteError
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
+
+COMPILED = {"min_tokens": 0, "inner": "eager"}
+
+
+def spread(plan: Plan, **changes: Any) -> Plan:
+    """A plan in which every head of every site has another threshold."""
+    sites = {}
+    for number, (name, site) in enumerate(plan.sites.items()):
+        rows = [
+            Budget(threshold=[0.5 + 0.3 * number + 0.2 * head + b for head in range(site.heads)])
+            for b in range(len(changes.get("timestep_edges", ())) + 1)
+        ]
+        sites[name] = site.model_copy(update={"budgets": rows})
+    return plan.model_copy(update={"sites": sites, **changes})
+
+
+@contextmanager
+def served(model: nn.Module, plan: Plan, *, strict: bool = False) -> Iterator[Server]:
+    attached = freqopt.attach(model, plan)
+    server = Server(attached, plan, strict=strict)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        attached.remove()
+
+
+def compiled(model: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tensor:
+    torch._dynamo.reset()
+    options = {**COMPILED, "plan": plan}
+    with torch.no_grad():
+        out: Tensor = torch.compile(model, backend=freqopt_backend, options=options)(**inputs)
+    torch._dynamo.reset()
+    return out
+
+
+def far(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm())
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return spread(plan_of(models.make(), models.inputs(), 1.0))
+
+
+@pytest.mark.smoke
+def test_the_numbers_are_those_of_the_compiled_route(plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs(batch=2)
+    before = dict(vars(model)), [dict(vars(m)) for m in model.modules()]
+    with torch.no_grad():
+        dense = model(**inputs)
+        expected = compiled(models.make(), plan, inputs)
+        freqopt.reset_counters()
+        with served(model, plan) as server:
+            first, second = model(**inputs), model(**inputs)
+        assert far(expected, dense) > 1e-3
+        assert far(first, expected) < 1e-5
+        assert torch.equal(first, second)
+        assert torch.equal(model(**inputs), dense)
+    counted = {s.site: s.calls for s in freqopt.counters().sites if s.split}
+    assert counted == dict.fromkeys(plan.sites, 2)
+    assert all(0 < each < 1 for each in server.told.densities().values())
+    assert (dict(vars(model)), [dict(vars(m)) for m in model.modules()]) == before
+
+
+@pytest.mark.parametrize(
+    "change", [models.breaking_linears, models.breaking_blocks, models.brought_in, models.adapted]
+)
+def test_what_breaks_a_compilers_graph_does_not_matter(change: Any, plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    change(model)
+    with torch.no_grad(), served(model, plan):
+        out = model(**inputs)
+    with torch.no_grad(), served(models.make(), plan) as server:
+        expected = server.root(**inputs)
+    assert far(out, expected) < (1e-5 if change is not models.adapted else 1.0)
+    assert freqopt.counters().split >= 3
+
+
+def test_a_second_resolution_is_served_on_its_own_grid(plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    other = {**inputs, "video": torch.randn(1, 4, 5, 14, 10)}
+    turned = {**inputs, "video": torch.randn(1, 4, 3, 20, 12)}  # as many tokens, another grid
+    expected = [compiled(models.make(), plan, each) for each in (other, turned)]
+    with torch.no_grad(), served(model, plan):
+        model(**inputs)
+        for _ in range(2):
+            assert far(model(**other), expected[0]) < 1e-5
+            assert far(model(**turned), expected[1]) < 1e-5
+
+
+class Timed(models.Video):
+    def forward(self, video: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(video + timestep.mean() / 10, text)
+
+
+def test_each_timestep_has_its_budgets_and_is_no_other_form(plan: Plan) -> None:
+    torch.manual_seed(0)
+    model = Timed().eval()
+    inputs = models.inputs()
+    base = plan_of(model, {**inputs, "timestep": torch.tensor([0.5])}, 1.0)
+    timed = spread(base, timestep_name="timestep", timestep_edges=[0.4])
+    times = [torch.tensor([time]) for time in (0.1, 0.9, 0.3)]
+    with torch.no_grad():
+        expected = [compiled(copy.deepcopy(model), timed, {**inputs, "timestep": t}) for t in times]
+        with served(model, timed) as server:
+            for time, each in zip(times, expected, strict=True):
+                assert far(model(**inputs, timestep=time), each) < 1e-5
+            assert far(model(**inputs, timestep=0.1 * torch.ones(1)), expected[0]) < 1e-5
+            assert len(server.forms._forms) == 1
+    assert far(expected[0], expected[2]) > 0 and timed.budget("blocks.0.attn", 1)[0, 0] == 1.5
+
+
+class Kinds(nn.Module):
+    """Attention by nn.MultiheadAttention, and joint attention with a text and a mask over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.packed = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.joint = Joint()
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        x = x + self.packed(x * 3, x * 3, x, need_weights=False)[0]
+        return self.joint(x, text)
+
+
+class Joint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        shown = torch.arange(text.shape[1]) < 9
+        both = torch.cat([text, x], 1)
+        mask = torch.cat([shown, torch.ones(x.shape[1], dtype=torch.bool)])[None, None, None]
+        q, k, v = (f(both).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(3 * q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def test_packed_and_joint_attention_are_served() -> None:
+    torch.manual_seed(0)
+    model, inputs = Kinds().eval(), models.inputs()
+    found = freqopt.calibrate(
+        model, [models.inputs(), {**inputs, "video": inputs["video"].flip(2)}],
+        target_density=0.6, progress=False, rounds=0,
+    )  # fmt: skip
+    assert [site.decision for site in found.sites.values()] == ["split", "split"]
+    expected = compiled(copy.deepcopy(model), found, inputs)
+    freqopt.reset_counters()
+    with torch.no_grad():
+        dense = model(**inputs)
+    with torch.no_grad(), served(model, found, strict=True):
+        out = model(**inputs)
+        assert far(out, expected) < 1e-5
+    assert far(expected, dense) > 1e-3
+    assert freqopt.counters().split >= 2
+
+
+def test_an_attention_that_cannot_be_served_is_told(plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    model.blocks[1].attn.forward = lambda x, context=None: x  # nothing there any more
+    told = pytest.raises(SiteError, match="2 of 3 planned sites split.*not met")
+    with torch.no_grad(), served(model, plan, strict=True), told:
+        model(**inputs)
+
+
+def test_copies_are_dense_and_say_so(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = models.make(), models.inputs()
+    with torch.no_grad():
+        dense = model(**inputs)
+        with served(model, plan):
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(**inputs), dense)
+            assert not torch.equal(model(**inputs), dense)
+            assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs), dense)
+    assert "is a copy of a model" in caplog.text
+
+
+def test_a_failing_call_leaves_nothing_open(plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    with torch.no_grad(), served(model, plan):
+        with pytest.raises(RuntimeError):
+            model(video=inputs["video"], text=inputs["text"][..., :3])
+        out = model(**inputs)
+        assert not torch.overrides._get_current_function_mode_stack()
+    with torch.no_grad(), served(models.make(), plan) as server:
+        assert torch.equal(server.root(**inputs), out)
+
+
+def test_a_rank_serves_its_heads_of_the_plan(plan: Plan) -> None:
+    """As where a sequence is spread over several GPUs, and each has all tokens of some heads."""
+    inputs, caught = models.inputs(), []
+
+    def of_rank(attn: models.Attention, rank: int | None) -> Any:
+        def forward(x: Tensor, context: Tensor | None = None) -> Tensor:
+            parts = [f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (attn.q, attn.k, attn.v)]
+            if rank is None:
+                caught.append(F.scaled_dot_product_attention(*parts))
+            else:
+                with share_of_heads(rank, 2):
+                    mine = (part[:, rank : rank + 1] for part in parts)
+                    caught.append(F.scaled_dot_product_attention(*mine))
+            return x
+
+        return forward
+
+    for rank in (None, 0, 1):
+        model = models.make()
+        for block in model.blocks:
+            block.attn.forward = of_rank(block.attn, rank)
+        with torch.no_grad(), served(model, plan, strict=True):
+            model(**inputs)
+    whole, first, second = caught[:3], caught[3:6], caught[6:]
+    for every, *halves in zip(whole, first, second, strict=True):
+        assert far(torch.cat(halves, 1), every) < 1e-5
+    budgets = [plan.budget(name)[0] for name in plan.sites]
+    assert all(budget[0] != budget[1] for budget in budgets)

@@ -1,0 +1,64 @@
+"""Classes of the model table in every way they are run: split as without, exact at threshold 0.
+
+What becomes of each class in each way is in benchmarks/results/ways.json, which docs/works-with.md
+shows: it must be what happens here. The default run takes a few of each way, `slow` all.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from model_cases import load_all
+from ways import WAYS, Class, look, outcome
+
+from benchmarks.pages import load
+from benchmarks.ways import TITLES, page, plain
+
+pytest.importorskip("diffusers")
+
+ROWS = load("ways")["rows"]
+OFTEN = [
+    ("wan", "cast_blocks"), ("wan", "offload"), ("wan", "cache_blocks"), ("cogvideox", "cast"),
+    ("cogvideox", "lora_blocks"), ("hunyuan", "blocks"), ("hunyuan", "offload_blocks"),
+    ("flux", "blocks"), ("flux", "cache"), ("ltx", "blocks"), ("ltx", "lora"), ("mochi", "blocks"),
+    ("qwen_image", "blocks"), ("latte", "blocks"),
+]  # fmt: skip
+"""Class and way, in the default run."""
+
+
+@functools.cache
+def known(name: str) -> Class:
+    return look(load_all()[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name, way in OFTEN if way in ROWS.get(name, {"ways": ()})["ways"]],
+)
+def test_some_classes_are_as_the_table_says(name: str, way: str) -> None:
+    assert plain(outcome(known(name), WAYS[way])) == ROWS[name]["ways"][way]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_class_is_as_the_table_says(name: str) -> None:
+    expected = ROWS[name]["ways"]
+    assert {way: plain(outcome(known(name), WAYS[way])) for way in expected} == expected
+
+
+def test_nothing_is_wrong_and_whole_classes_are_split() -> None:
+    outcomes = [what for row in ROWS.values() for what in row["ways"].values()]
+    assert not [what for what in outcomes if "WRONG" in what or "NO REASON" in what]
+    assert set(TITLES) == set(WAYS)
+    assert len({name for name, _ in OFTEN}) >= 8 or len(ROWS) < 8
+
+
+def test_the_page_gives_every_reason() -> None:
+    result = {
+        "environment": {"device": "cpu", "torch": "2", "commit": "x"},
+        "rows": {"a": {"class": "A", "ways": {"whole": "split", "blocks": "dense: no list"}}},
+    }
+    text = "\n".join(page(result))
+    assert "| `A` | split | dense (1) | - (2) |" in text
+    assert "1. no list" in text and "2. not run" in text

@@ -1,0 +1,181 @@
+"""Queries of one rank over the keys of all: gathered, or passed around. Heads need not divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parallel_models import compiled, ranks, relative, share_out, uneven_plan, wan
+from ranks import Ranks
+from torch import Tensor
+
+import freqopt
+from freqopt.errors import InputError
+from freqopt.parallel import attention_over_ranks, over_all_keys
+
+METHODS = ("gather", "ring")
+GRID, HEADS, KEY_HEADS, DIM = (4, 8, 16), 3, 1, 16
+BEFORE, AFTER = 5, 3
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as found:
+        yield found
+
+
+def tensors(text: bool) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Query, key and value of all tokens, those of this rank, and key masks of both."""
+    rank, count = ranks()
+    t, h, w = GRID
+    video, generator = t * h * w // count, torch.Generator().manual_seed(3)
+    lengths = [BEFORE, video, AFTER] if text else [video]
+    tokens = sum(lengths)
+    at = torch.stack(torch.meshgrid(*(torch.arange(n) for n in GRID), indexing="ij")).flatten(1)
+    waves = torch.stack([(at.float() * k).sum(0) for k in (0.3, 0.7)]).repeat(DIM // 2, 1).t()
+    whole = []
+    for heads in (HEADS, KEY_HEADS, KEY_HEADS):
+        x = torch.randn(2, heads, count * tokens, DIM, generator=generator)
+        for r in range(count):  # neighbours are alike, so that a split has something to leave out
+            start = r * tokens + (BEFORE if text else 0)
+            x[:, :, start : start + video] += 3.0 * waves[r * video : (r + 1) * video].sin()
+        whole.append(x)
+    mask = torch.rand(2, count * tokens, generator=generator) > 0.5
+    for r in range(count):
+        start = r * tokens + (BEFORE if text else 0)
+        mask[:, start : start + video] = True
+    part = slice(rank * tokens, (rank + 1) * tokens)
+    return whole, [x[:, :, part] for x in whole], mask, mask[:, part]
+
+
+def _ends(mask: Tensor, lengths: tuple[int, ...], count: int) -> Tensor:
+    """A mask of all tokens, text of all ranks at either end."""
+    parts = mask.unflatten(1, (count, -1)).split(lengths, 2)
+    return torch.cat([part.flatten(1, 2) for part in parts], 1)
+
+
+def over_ranks(method: str, text: bool) -> dict[str, float]:
+    whole, mine, mask, own_mask = tensors(text)
+    rank, count = ranks()
+    bias = mask[:, None, None] if text else None
+    dense = F.scaled_dot_product_attention(*whole, attn_mask=bias, enable_gqa=True)
+    dense = dense.chunk(count, 2)[rank]
+    options: dict[str, Any] = {"method": method, "grid": GRID}
+    if text:
+        options |= {"text_before": BEFORE, "text_after": AFTER, "key_mask": own_mask}
+    t, h, w = GRID
+    first, last = (count * BEFORE, count * AFTER) if text else (0, 0)
+    parts = [x.unflatten(2, (count, -1)) for x in whole]
+    lengths = (BEFORE, t * h * w // count, AFTER) if text else (0, t * h * w // count, 0)
+    ordered = [torch.cat([p.flatten(2, 3) for p in x.split(lengths, 3)], 2) for x in parts]
+    keys = _ends(mask, lengths, count) if text else None
+    of_one = freqopt.split_attention(
+        *ordered, grid=GRID, text_before=first, text_after=last, density=0.4,
+        key_mask=keys,
+    )  # fmt: skip
+    exact = F.scaled_dot_product_attention(
+        *ordered, attn_mask=None if keys is None else keys[:, None, None], enable_gqa=True
+    )
+    by_one = relative(of_one, exact)
+    found = {
+        "zero": attention_over_ranks(*mine, threshold=0.0, **options),
+        "exact": attention_over_ranks(*mine, exact=True, **options),
+        "grid": attention_over_ranks(*mine, density=0.4, **options),
+        "content": attention_over_ranks(*mine, density=0.4, order="content", **options),
+        "mixed": attention_over_ranks(
+            *mine, threshold=0.0, order=torch.tensor([256] * KEY_HEADS), **options
+        ),
+    }
+    return {"one": by_one} | {n: relative(x, dense) for n, x in found.items()}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["video", "text"])
+@pytest.mark.parametrize("method", METHODS)
+def test_all_keys_are_reached(two: Ranks, method: str, text: bool) -> None:
+    for found in two.call(over_ranks, method, text):
+        assert max(found["zero"], found["exact"], found["mixed"]) < 1e-5
+        assert 0.3 * found["one"] < found["grid"] < 1.5 * found["one"]
+        assert found["content"] < 1.5 * found["one"]
+
+
+def one_graph() -> float:
+    _, mine, _, _ = tensors(False)
+    call = {"grid": GRID, "density": 0.4}
+    wanted = attention_over_ranks(*mine, **call)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_over_ranks(q, k, v, **call)
+
+    with torch.no_grad():
+        return relative(torch.compile(run, backend="eager", fullgraph=True)(*mine), wanted)
+
+
+def test_gathering_is_a_part_of_a_graph(two: Ranks) -> None:
+    assert max(two.call(one_graph)) < 1e-6
+
+
+def refused() -> list[str]:
+    _, mine, _, _ = tensors(False)
+    said = []
+    for options in (
+        {"method": "alltoall"}, {"grid": (4, 8, 15)}, {"grid": GRID, "text_before": 600},
+    ):  # fmt: skip
+        with pytest.raises(InputError) as error:
+            attention_over_ranks(*mine, **options)
+        said.append(str(error.value))
+    mine[0].requires_grad_()
+    with pytest.raises(InputError) as error:
+        attention_over_ranks(*mine, grid=GRID)
+    return [*said, str(error.value)]
+
+
+def test_what_cannot_be_is_said(two: Ranks) -> None:
+    (method, grid, text, gradients), _ = two.call(refused)
+    assert "'gather' and 'ring'" in method and "grid of all ranks together" in grid
+    assert "leave no tokens" in text and "torch.no_grad" in gradients
+
+
+def wan_ring(method: str) -> dict[str, float]:
+    """Three heads on two ranks."""
+    with torch.no_grad():
+        model, call = wan(heads=3)
+        dense = model(**call)[0]
+        plan = uneven_plan(model, call)
+        alone = compiled(model, call, plan=plan)
+        share_out(model, ring_degree=2)
+        found = {}
+        with over_all_keys(model, plan, method=method):  # type: ignore[arg-type]
+            found["split"] = relative(model(**call)[0], dense)
+        with over_all_keys(model, method=method, threshold=0.0, grid=(3, 6, 10)):  # type: ignore[arg-type]
+            found["exact"] = relative(model(**call)[0], dense)
+        processors = [block.attn1.processor._parallel_config for block in model.blocks]
+        assert all(config is not None for config in processors)
+        for block in model.blocks:
+            block.attn1.processor._parallel_config = None
+        return found | {"alone": relative(alone, dense), "local": relative(model(**call)[0], dense)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_with_heads_that_do_not_divide(two: Ranks, method: str) -> None:
+    for found in two.call(wan_ring, method):
+        assert found["exact"] < 1e-5
+        assert found["alone"] > 1e-3 and 1e-3 < found["split"] < 0.5 * found["local"]
+
+
+def shared_heads() -> str:
+    model, call = wan()
+    with torch.no_grad():
+        plan = uneven_plan(model, call)
+        share_out(model, ulysses_degree=2)
+    with pytest.raises(InputError, match="it has its own"), over_all_keys(model, plan, density=0.1):
+        pass
+    with pytest.raises(InputError) as error, over_all_keys(model, threshold=0.0):
+        pass
+    return str(error.value)
+
+
+def test_a_model_that_shares_out_heads_is_refused(two: Ranks) -> None:
+    assert "ulysses_degree" in two.call(shared_heads)[0]
