@@ -28,7 +28,7 @@ HEADS, DIM = 2, 16
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 
 
-class Block(nn.Module):
+class Attention(nn.Module):
     """Self-attention over a video."""
 
     def __init__(self) -> None:
@@ -38,7 +38,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
-        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """What is compiled, with an attention inside as models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, C)."""
+        return x + self.attn(x)
 
 
 class Video(nn.Module):

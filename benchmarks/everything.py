@@ -55,6 +55,8 @@ DEMO = "freqopt demo --quiet --out FOLDER"
 
 JOBS = (
     Job("benchmarks.models", ("models",), gpu=False),
+    Job("benchmarks.ways", ("ways",), gpu=False),
+    Job("benchmarks.calls", ("calls",), gpu=False),
     Job("benchmarks.cpu --threads 2 --rounds 3", ("cpu",), gpu=False),
     Job(f"{DEMO} --device cpu", ("demo_cpu",), gpu=False),
     Job("benchmarks.attention --densities .05 .1 .2", ("attention",)),

@@ -18,9 +18,9 @@ from freqopt.plan.plan import Plan
 
 
 def test_an_output_that_cannot_be_written_is_said_first(tmp_path: Path) -> None:
-    """`calibrate -o` of a folder used to measure, remove the checkpoint, and fail."""
+    """Before anything is measured: neither a file nor a folder of plans can be in a file."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "plan.json"):
+    for path in (tmp_path / "file", tmp_path / "file" / "plan.json"):
         with pytest.raises(FileError, match="cannot write"):
             freqopt.calibrate(nn.Identity(), [], output=path)
         arguments = ["calibrate", "no.such:model", "--samples", "none", "-o", str(path)]
