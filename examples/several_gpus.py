@@ -5,7 +5,6 @@
 Each rank works on prompts of its own. Without torchrun it is one rank; without GPUs, CPUs do.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 
 
 def main() -> None:
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    gpus = torch.cuda.is_available()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpus else torch.device("cpu")
-    if ranks > 1:
+    gpus, rank, ranks = torch.cuda.is_available(), 0, 1
+    if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if gpus else "gloo")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if gpus else torch.device("cpu")
 
     torch.manual_seed(0)  # the same weights everywhere
     config = VideoDiTConfig(width=32, layers=2, heads=2, mlp_width=32, rope_axes=(4, 6, 6))
@@ -35,7 +34,7 @@ def main() -> None:
         samples = [{"video": v, "timestep": t} for v, t in zip(video, times, strict=True)]
         plan = freqopt.calibrate(model, samples, target_error=0.1, rounds=0, progress=False)
         found = [plan.text()]
-    if ranks > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(found, src=0, device=device)
     path = Path(tempfile.mkdtemp()) / "plan.json"
     path.write_text(found[0], encoding="utf-8")
@@ -44,7 +43,7 @@ def main() -> None:
     with torch.no_grad():
         compiled(torch.randn(1, 3, 3, 40, 56, device=device), torch.rand(1, device=device))
     print(f"rank {rank} of {ranks}: {freqopt.counters().split} attention calls were split")
-    if ranks > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

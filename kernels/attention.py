@@ -225,6 +225,8 @@ def _check_tensors(shapes: str, query: Tensor, key: Tensor, value: Tensor) -> No
         )
     if not query.device == key.device == value.device:
         raise InputError(f"devices differ: {query.device}, {key.device}, {value.device}")
+    if not query.shape[3]:
+        raise InputError(f"{shapes}: head_dim is 0; 1 and more are supported")
     reason = check_site(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device)
     if reason:
         raise InputError(f"{shapes}: {reason}{_swapped(query, key)}")
@@ -292,7 +294,7 @@ def _orders(
                 f"integers ({kv_heads},), the chunk of each key head, or an order "
                 f"{(batch, kv_heads, layout.tokens)} are supported"
             )
-        largest = max(each and check_chunk(each) for each in order.tolist())
+        largest = max((each and check_chunk(each) for each in order.tolist()), default=0)
         chunks = order.to(device=key.device, dtype=torch.int32)
         return _Orders(chunks, min(largest, enclosing(longest)), query_order=query_order)
     if order == "grid":

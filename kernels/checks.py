@@ -7,7 +7,6 @@ past its end. Only Python's numbers are compared, nothing waits for a device.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from freqopt.errors import InputError
 from freqopt.kernels.layout import Inputs, Settings, TokenLayout
 
 MOST_PROBES = 1024
+MOST_SCALE = 3e38
 
 
 def check_call(inputs: Inputs, settings: Settings) -> None:
@@ -57,7 +57,7 @@ def _fits(inputs: Inputs, settings: Settings) -> bool:
         and other is None
         and query_order is None
         and queries == tokens
-        and -3e38 < scale < 3e38
+        and -MOST_SCALE < scale < MOST_SCALE
         and 0.0 <= density <= 1.0
         and 0 <= probes <= MOST_PROBES
         and largest >= 0
@@ -111,8 +111,8 @@ def _explain(inputs: Inputs, settings: Settings) -> None:
 
 def _check_settings(settings: Settings) -> None:
     scale, density, probes, largest, _ = settings
-    if not math.isfinite(scale):
-        raise InputError(f"scale {scale} is not finite; head_dim**-0.5 is usual")
+    if not -MOST_SCALE < scale < MOST_SCALE:
+        raise InputError(f"scale {scale} is no number of float32; head_dim**-0.5 is usual")
     if not 0.0 <= density <= 1.0:
         raise InputError(f"density {density} is outside [0, 1]; 0 leaves it to the thresholds")
     if not 0 <= probes <= MOST_PROBES:
@@ -184,6 +184,21 @@ def check_backward(
     _is("key", key, (rows[0], key.shape[1], key.shape[2], query.shape[3]), query.dtype, query)
     _is("value", inputs.value, tuple(key.shape), query.dtype, query)
     _check_layout("the keys'", inputs.layout, key.shape[2])
+
+
+def check_chunks(chunks: Tensor) -> None:
+    """Refuse sizes of chunks that are none; for tensors on a CPU, which are read.
+
+    Raises:
+        InputError: one is neither 0 nor a power of two.
+    """
+    sizes = chunks.long()
+    wrong = (sizes < 0) | (sizes & (sizes - 1) != 0)
+    if bool(wrong.any()):
+        raise InputError(
+            f"chunks holds {sizes[wrong][0].item()}; 0 for the base order and powers of two are "
+            "supported"
+        )
 
 
 def check_order(name: str, order: Tensor) -> None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
-from freqopt.kernels.checks import check_backward, check_call, check_devices, check_order
+from freqopt.kernels.checks import (
+    check_backward,
+    check_call,
+    check_chunks,
+    check_devices,
+    check_order,
+)
 from freqopt.kernels.device import shared_memory
 from freqopt.kernels.layout import (
     PER_BYTE,
@@ -90,6 +96,8 @@ def split_attention_op(
     check_call(inputs, settings)
     if not query.shape[0] * query.shape[1]:
         return _unwritten(inputs, settings)
+    if chunks is not None:
+        check_chunks(chunks)
     if key_order is not None:
         check_order("key_order", key_order)
     if query_order is not None:

@@ -64,4 +64,5 @@ def _held(given: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
                 f"a dict must hold modules by name, and {wrong[:1] or 'this one is empty'} is none"
             )
         return dict(given)
-    return modules_in(given)
+    usual = {name: getattr(given, name, None) for name in USUAL}  # properties among them
+    return {n: m for n, m in usual.items() if isinstance(m, nn.Module)} | modules_in(given)

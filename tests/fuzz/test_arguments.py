@@ -152,7 +152,7 @@ def test_a_call_is_refused_or_right(case: tuple[list[Tensor], dict[str, Any]]) -
 def test_some_of_them_were_accepted() -> None:
     if not accepted:
         pytest.skip("the test before this one did not run")
-    assert sum(accepted) > len(accepted) // 20 and not all(accepted)
+    assert sum(accepted) > len(accepted) // 50 and not all(accepted)
 
 
 @pytest.mark.slow

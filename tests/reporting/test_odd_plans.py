@@ -106,9 +106,9 @@ def negative(plan: Any, site: Any, evidence: Any) -> None:
     ids=lambda f: f.__name__,
 )
 def test_evidence_that_does_not_fit_is_refused(change: Any) -> None:
-    from freqopt.plan.plan import _content_hash
+    from freqopt.plan.plan import content_hash
 
     content = changed(change)
-    content["hash"] = _content_hash(content)
+    content["hash"] = content_hash(content)
     with pytest.raises(PlanError):
         Plan.parse(json.dumps(content))
