@@ -20,9 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
 FIELDS = {
-    "Name": "freqopt", "License-Expression": "Apache-2.0", "Requires-Python": ">=3.10",
+    "Name": "freqopt",
+    "License-Expression": "Apache-2.0",
+    "Requires-Python": ">=3.10",
     "Description-Content-Type": "text/markdown",
-}  # fmt: skip
+}
 UNWANTED = re.compile(r"(^|/)(tests|benchmarks|__pycache__)/|\.py[co]$|/models_zoo/training/")
 
 

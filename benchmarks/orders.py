@@ -58,9 +58,19 @@ class Ordering(NamedTuple):
         thresholds = torch.full((a.query.shape[1],), threshold, device=a.query.device)
         content = (self.chunks, self.largest) if self.largest else (None, 0)
         out, reached, error, *_ = split_attention_op(
-            a.query, a.key, a.value, thresholds, None, list(a.grid), 0, 0,
-            a.query.shape[-1] ** -0.5, density, DEFAULT_PROBES, *content,
-        )  # fmt: skip
+            a.query,
+            a.key,
+            a.value,
+            thresholds,
+            None,
+            list(a.grid),
+            0,
+            0,
+            a.query.shape[-1] ** -0.5,
+            density,
+            DEFAULT_PROBES,
+            *content,
+        )
         return Called(out, reached, error)
 
     def make(self, key: Tensor, grid: tuple[int, int, int]) -> Callable[[], object] | None:
@@ -133,5 +143,6 @@ def threshold_at(each: Ordering, a: Attention, density: float) -> float:
         return 0.0
     return largest_budget(
         lambda threshold: float(each.call(a, threshold=threshold).density.mean()) > density,
-        -4.0, 4.0,
-    )  # fmt: skip
+        -4.0,
+        4.0,
+    )

@@ -34,16 +34,29 @@ from freqopt.plan.records import (
 
 SIZES = {
     "14b": {
-        "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40,
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "ffn_dim": 13824,
+        "num_layers": 40,
     },
     "1b": {
-        "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30,
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "ffn_dim": 8960,
+        "num_layers": 30,
     },
     "tiny": {
-        "num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 32, "num_layers": 2,
-        "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "rope_max_seq_len": 32,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "rope_max_seq_len": 32,
     },
-}  # fmt: skip
+}
 SPREAD = 10.0
 """Ratio of the largest to the smallest density of a site's heads."""
 
@@ -107,20 +120,29 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
             thresholds.append(threshold)
             reached.append(found)
         sites[name] = SitePlan(
-            heads=query.shape[1], head_dim=query.shape[3], tokens=tokens, decision="split",
-            reason="", budgets=[Budget(threshold=thresholds)], density=reached,
+            heads=query.shape[1],
+            head_dim=query.shape[3],
+            tokens=tokens,
+            decision="split",
+            reason="",
+            budgets=[Budget(threshold=thresholds)],
+            density=reached,
             layouts=[SiteLayout(grid=tuple(grid))],
-        )  # fmt: skip
+        )
 
     answered(model, (), call, answer)
     return Plan(
-        model=ModelIdentity(
-            class_name=type(model).__name__, fingerprint=model_fingerprint(model)
-        ),
-        grids=[tuple(grid)], device="random weights", versions=Versions(freqopt="0", torch="0"),
-        target_error=0.1, measured_error=0.1, worst_error=0.1, mean_density=mean, sites=sites,
+        model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
+        grids=[tuple(grid)],
+        device="random weights",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.1,
+        measured_error=0.1,
+        worst_error=0.1,
+        mean_density=mean,
+        sites=sites,
         evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+    )
 
 
 def threshold_of(one: list[Tensor], grid: Sequence[int], density: float) -> tuple[float, float]:
@@ -272,10 +294,16 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         return {
-            "environment": environment(), "ranks": self.count, "size": self.size,
-            "grid": list(self.grid), "density": self.args.density, "spread": SPREAD,
-            "imbalance": uneven, "rows": self.rows, "gib": all_ranks(memory),
-        }  # fmt: skip
+            "environment": environment(),
+            "ranks": self.count,
+            "size": self.size,
+            "grid": list(self.grid),
+            "density": self.args.density,
+            "spread": SPREAD,
+            "imbalance": uneven,
+            "rows": self.rows,
+            "gib": all_ranks(memory),
+        }
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -40,15 +40,24 @@ def compile_wan(layers: int, backend: Backend) -> None:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=layers,
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
         rope_max_seq_len=32,
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         torch.compile(model, backend=backend, dynamic=False)(
-            hidden_states=torch.randn(1, 4, 3, 12, 20), timestep=torch.tensor([5]),
-            encoder_hidden_states=torch.randn(1, 7, 16), return_dict=False,
-        )  # fmt: skip
+            hidden_states=torch.randn(1, 4, 3, 12, 20),
+            timestep=torch.tensor([5]),
+            encoder_hidden_states=torch.randn(1, 7, 16),
+            return_dict=False,
+        )
 
 
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Backend) -> Any:

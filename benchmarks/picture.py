@@ -160,10 +160,12 @@ def draw() -> str:
         *attend_panel(602, 67, 20.5),
         rect(28, 284, 904, 36, "probe", 6),
         text(
-            480, 307, "4  probe: 64 queries a head, attended exactly in every call, "
+            480,
+            307,
+            "4  probe: 64 queries a head, attended exactly in every call, "
             "remove the bias and measure the error of that call",
         ),
-    ]  # fmt: skip
+    ]
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 340" role="img">\n'
         "<title>How the split works: order, route, attend, probe</title>\n"

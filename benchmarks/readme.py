@@ -37,21 +37,27 @@ def summary(result: dict[str, Any]) -> list[str]:
     """The op at a few densities, beside dense attention: all problems of a result in one table."""
     rows = [
         [
-            f"{problem['tokens']:,}", f"{100 * row['density']:.0f} %",
-            f"{row['l1']:.4f}", f"{row['l2']:.4f}", f"{row['ms']:.2f} ms",
-            f"{min(problem['dense_ms'].values()):.1f} ms", f"**{row['speedup']:.2f}x**",
+            f"{problem['tokens']:,}",
+            f"{100 * row['density']:.0f} %",
+            f"{row['l1']:.4f}",
+            f"{row['l2']:.4f}",
+            f"{row['ms']:.2f} ms",
+            f"{min(problem['dense_ms'].values()):.1f} ms",
+            f"**{row['speedup']:.2f}x**",
         ]
         for problem in result["problems"]
         for row in in_grid_order(problem)
         if near(row["density"])
-    ]  # fmt: skip
+    ]
     first = result["problems"][0]
     head = ["tokens", "density", "relative L1", "relative L2", "split", "dense", "against dense"]
     return [
         f"The op alone: {first['heads']} heads of {first['head_dim']}, "
         f"{first['dtype'].removeprefix('torch.')}, tensors of the zoo's video transformer.",
-        origin(result), "", *table(head, rows),
-    ]  # fmt: skip
+        origin(result),
+        "",
+        *table(head, rows),
+    ]
 
 
 def attention(result: dict[str, Any]) -> list[str]:
@@ -60,24 +66,33 @@ def attention(result: dict[str, Any]) -> list[str]:
     for problem in result["problems"]:
         rows = [
             [
-                f"{100 * row['density']:.1f} %", f"{row['l1']:.4f}", f"{row['l2']:.4f}",
+                f"{100 * row['density']:.1f} %",
+                f"{row['l1']:.4f}",
+                f"{row['l2']:.4f}",
                 f"{row['ms']:.2f} ms",
                 f"{row['graph_ms']:.2f} ms" if "graph_ms" in row else "",
                 f"{row['speedup']:.2f}x",
                 f"{100 * row['other_share']:.1f} %" if "other_share" in row else "",
             ]
             for row in in_grid_order(problem)
-        ]  # fmt: skip
+        ]
         head = [
-            "density", "relative L1", "relative L2", "whole call", "in a CUDA graph",
-            "against dense", "everything but attention",
-        ]  # fmt: skip
+            "density",
+            "relative L1",
+            "relative L2",
+            "whole call",
+            "in a CUDA graph",
+            "against dense",
+            "everything but attention",
+        ]
         lines += [
             f"{problem['heads']} heads x {problem['tokens']:,} tokens, head dim "
             f"{problem['head_dim']}, {problem['dtype'].removeprefix('torch.')}.",
-            f"Dense attention takes {min(problem['dense_ms'].values()):.1f} ms.", "",
-            *table(head, rows), "",
-        ]  # fmt: skip
+            f"Dense attention takes {min(problem['dense_ms'].values()):.1f} ms.",
+            "",
+            *table(head, rows),
+            "",
+        ]
         if len(in_grid_order(problem)) < len(problem["rows"]):
             lines += [*by_order(problem["rows"]), ""]
     return lines[:-1]
@@ -87,17 +102,28 @@ def by_order(rows: list[dict[str, Any]]) -> list[str]:
     """What every order of the tokens gives and costs, at every density below dense."""
     cells = [
         [
-            row["order"], f"{100 * row['density']:.1f} %", f"{row['l1']:.4f}", f"{row['l2']:.4f}",
-            f"{row['probe_error']:.4f}", f"{row['ms']:.2f} ms", f"{row['speedup']:.2f}x",
+            row["order"],
+            f"{100 * row['density']:.1f} %",
+            f"{row['l1']:.4f}",
+            f"{row['l2']:.4f}",
+            f"{row['probe_error']:.4f}",
+            f"{row['ms']:.2f} ms",
+            f"{row['speedup']:.2f}x",
             f"{100 * row['order_share']:.1f} %",
         ]
         for row in rows
         if row["density"] < DENSE
-    ]  # fmt: skip
+    ]
     head = [
-        "order", "density", "relative L1", "relative L2", "by the probes", "whole call",
-        "against dense", "of it the order",
-    ]  # fmt: skip
+        "order",
+        "density",
+        "relative L1",
+        "relative L2",
+        "by the probes",
+        "whole call",
+        "against dense",
+        "of it the order",
+    ]
     return table(head, cells)
 
 
@@ -121,16 +147,27 @@ def dinov2_speed(result: dict[str, Any]) -> list[str]:
     """Whole calls at one error."""
     cells = [
         [
-            row["order"], f"one {row['by']}", f"{100 * row['density']:.1f} %", f"{row['l2']:.4f}",
-            f"{row['ms']:.2f} ms", f"{row['dense_ms']:.2f} ms", f"**{row['speedup']:.2f}x**",
+            row["order"],
+            f"one {row['by']}",
+            f"{100 * row['density']:.1f} %",
+            f"{row['l2']:.4f}",
+            f"{row['ms']:.2f} ms",
+            f"{row['dense_ms']:.2f} ms",
+            f"**{row['speedup']:.2f}x**",
             f"{100 * row['order_share']:.1f} %",
         ]
         for row in result["speed"]
-    ]  # fmt: skip
+    ]
     head = [
-        "order", "budget", "density", "relative L2", "split", "dense", "against dense",
+        "order",
+        "budget",
+        "density",
+        "relative L2",
+        "split",
+        "dense",
+        "against dense",
         "of it the order",
-    ]  # fmt: skip
+    ]
     return table(head, cells)
 
 
@@ -138,16 +175,27 @@ def cpu(result: dict[str, Any]) -> list[str]:
     """The op on a CPU."""
     cells = [
         [
-            row["order"], f"{100 * row['density']:.1f} %", f"{row['l1']:.4f}", f"{row['l2']:.4f}",
-            f"{row['ms']:.0f} ms", f"{row['dense_ms']:.0f} ms", f"**{row['speedup']:.2f}x**",
+            row["order"],
+            f"{100 * row['density']:.1f} %",
+            f"{row['l1']:.4f}",
+            f"{row['l2']:.4f}",
+            f"{row['ms']:.0f} ms",
+            f"{row['dense_ms']:.0f} ms",
+            f"**{row['speedup']:.2f}x**",
             f"{100 * row['order_share']:.1f} %",
         ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     head = [
-        "order", "density", "relative L1", "relative L2", "split", "dense", "against dense",
+        "order",
+        "density",
+        "relative L1",
+        "relative L2",
+        "split",
+        "dense",
+        "against dense",
         "of it the order",
-    ]  # fmt: skip
+    ]
     return table(head, cells)
 
 
@@ -228,44 +276,53 @@ def backward(result: dict[str, Any]) -> list[str]:
     l2 = result["gradient_l2"]
     dense = min(result["dense_ms"].values())
     head = [
-        "density", "gradients' relative L2 (query, key, value)", "forward and backward", "dense",
+        "density",
+        "gradients' relative L2 (query, key, value)",
+        "forward and backward",
+        "dense",
         "against dense",
-    ]  # fmt: skip
+    ]
     row = [
         f"{100 * result['density']:.1f} %",
-        f"{l2['query']:.4f}, {l2['key']:.4f}, {l2['value']:.4f}", f"{result['ms']:.1f} ms",
-        f"{dense:.1f} ms", f"{result['speedup']:.2f}x",
-    ]  # fmt: skip
+        f"{l2['query']:.4f}, {l2['key']:.4f}, {l2['value']:.4f}",
+        f"{result['ms']:.1f} ms",
+        f"{dense:.1f} ms",
+        f"{result['speedup']:.2f}x",
+    ]
     parts = [[name, f"{ms:.2f}"] for name, ms in result["backward_parts_ms"].items()]
     return [
         f"{result['heads']} heads x {result['tokens']:,} tokens, head dim {result['head_dim']}.",
-        "", *table(head, [row]), "",
+        "",
+        *table(head, [row]),
+        "",
         f"The backward pass alone takes {result['backward_ms']:.1f} ms and "
-        f"{result['backward_extra_bytes'] / 1e9:.1f} GB beside its inputs:", "",
+        f"{result['backward_extra_bytes'] / 1e9:.1f} GB beside its inputs:",
+        "",
         *table(["part", "ms"], parts),
-    ]  # fmt: skip
+    ]
 
 
 def demo(result: dict[str, Any]) -> list[str]:
     """The video sampled from the zoo's DiT, dense and rewritten."""
     settings, made = result["settings"], result["calibration_seconds"]
     grid = " x ".join(str(n) for n in result["grid"])
-    head = [
-        "density", "output error", "PSNR to dense", "SSIM", "dense", "split",
-        "calibration",
-    ]  # fmt: skip
+    head = ["density", "output error", "PSNR to dense", "SSIM", "dense", "split", "calibration"]
     row = [
         f"{100 * result.get('density_here', result['mean_density']):.1f} %",
         f"{result.get('error_here', result['measured_error']):.4f}",
-        f"{result['psnr_db']:.1f} dB", f"{result['ssim']:.3f}", f"{result['dense_seconds']:.1f} s",
+        f"{result['psnr_db']:.1f} dB",
+        f"{result['ssim']:.3f}",
+        f"{result['dense_seconds']:.1f} s",
         f"{result['split_seconds']:.1f} s",
         "a plan that ships" if made is None else f"{made:.0f} s",
-    ]  # fmt: skip
+    ]
     return [
         f"`{result['command'].split(' --out')[0]}`:",
         f"{settings['steps']} steps at {grid} = {result['tokens']:,} tokens, {settings['dtype']}.",
-        origin(result), "", *table(head, [row]),
-    ]  # fmt: skip
+        origin(result),
+        "",
+        *table(head, [row]),
+    ]
 
 
 def film() -> str:

@@ -29,11 +29,21 @@ class Page(NamedTuple):
         commands = dict.fromkeys(commanded(load(name)) for name in self.files)
         sources = [f"- [{name}.json]({FILES}/{name}.json)" for name in self.files]
         lines = [
-            f"# {self.title}", "", f"{self.about}.", "",
+            f"# {self.title}",
+            "",
+            f"{self.about}.",
+            "",
             "This page is written by `python -m benchmarks.docs`.",
-            "Its figures are those of these files,", "", *sources, "", "written by", "",
-            *(f"- `{command}`" for command in commands), "", *self.body(),
-        ]  # fmt: skip
+            "Its figures are those of these files,",
+            "",
+            *sources,
+            "",
+            "written by",
+            "",
+            *(f"- `{command}`" for command in commands),
+            "",
+            *self.body(),
+        ]
         return "\n".join(lines).rstrip() + "\n"
 
 
@@ -145,11 +155,16 @@ def export_row(row: dict[str, Any]) -> list[str]:
     """One case; times in ms."""
     ms = row["ms"]
     return [
-        row["name"], row["dtype"], str(row["head_dim"]), f"{row['tokens']:,}",
-        f"{ms['pytorch']:.3f} ms", f"{ms['library']:.3f} ms",
-        f"{ms['library'] / ms['pytorch']:.3f}", f"{ms['body']:.1f} ms",
+        row["name"],
+        row["dtype"],
+        str(row["head_dim"]),
+        f"{row['tokens']:,}",
+        f"{ms['pytorch']:.3f} ms",
+        f"{ms['library']:.3f} ms",
+        f"{ms['library'] / ms['pytorch']:.3f}",
+        f"{ms['body']:.1f} ms",
         f"{row['l2']['library']:.1e}",
-    ]  # fmt: skip
+    ]
 
 
 def demos() -> Iterator[str]:
@@ -216,31 +231,86 @@ def found() -> Iterator[str]:
 
 
 PAGES = (
-    Page("attention", "The op", "What the op costs, beside dense attention, and how far its "
-         "output is from it", ("attention", "attention_h100"), attention),
-    Page("backward", "Gradients", "What the backward pass costs, and how far gradients are from "
-         "dense attention's", ("backward",), gradients),
-    Page("overhead", "What everything but attention costs", "Each kernel of one call beside the "
-         "time that it needs at least", ("roofline",), overhead),
-    Page("lengths", "How time grows with the length", "Time, density and memory at one error",
-         ("scaling",), lengths),
-    Page("calibration", "Calibration", "What budgets per head and timestep are worth",
-         ("calibration",), calibration),
-    Page("export", "Exported operators", "The op inside ONNX Runtime against the op in PyTorch",
-         ("export", "export_564acc8"), exported),
-    Page("demo", "The demo", "A video sampled from the zoo's model, dense and rewritten",
-         ("demo_h200", "demo_cpu"), demos),
-    Page("dinov2", "Others' weights", "Orders of tokens on DINOv2 over real film", ("dinov2",),
-         dinov2),
+    Page(
+        "attention",
+        "The op",
+        "What the op costs, beside dense attention, and how far its output is from it",
+        ("attention", "attention_h100"),
+        attention,
+    ),
+    Page(
+        "backward",
+        "Gradients",
+        "What the backward pass costs, and how far gradients are from dense attention's",
+        ("backward",),
+        gradients,
+    ),
+    Page(
+        "overhead",
+        "What everything but attention costs",
+        "Each kernel of one call beside the time that it needs at least",
+        ("roofline",),
+        overhead,
+    ),
+    Page(
+        "lengths",
+        "How time grows with the length",
+        "Time, density and memory at one error",
+        ("scaling",),
+        lengths,
+    ),
+    Page(
+        "calibration",
+        "Calibration",
+        "What budgets per head and timestep are worth",
+        ("calibration",),
+        calibration,
+    ),
+    Page(
+        "export",
+        "Exported operators",
+        "The op inside ONNX Runtime against the op in PyTorch",
+        ("export", "export_564acc8"),
+        exported,
+    ),
+    Page(
+        "demo",
+        "The demo",
+        "A video sampled from the zoo's model, dense and rewritten",
+        ("demo_h200", "demo_cpu"),
+        demos,
+    ),
+    Page(
+        "dinov2",
+        "Others' weights",
+        "Orders of tokens on DINOv2 over real film",
+        ("dinov2",),
+        dinov2,
+    ),
     Page("cpu", "On a CPU", "The op beside dense attention on a CPU", ("cpu",), on_a_cpu),
-    Page("rivals", "Beside others", "The op and what else attends sparsely or fast, in one run",
-         ("rivals",), beside_rivals),
-    Page("real", "On what others made", "Plans judged by what a model's features are for",
-         ("real",), on_real_models),
-    Page("generations", "Whole generations", "Clips against the dense ones, by number of dense "
-         "steps", ("generations",), whole_generations),
+    Page(
+        "rivals",
+        "Beside others",
+        "The op and what else attends sparsely or fast, in one run",
+        ("rivals",),
+        beside_rivals,
+    ),
+    Page(
+        "real",
+        "On what others made",
+        "Plans judged by what a model's features are for",
+        ("real",),
+        on_real_models,
+    ),
+    Page(
+        "generations",
+        "Whole generations",
+        "Clips against the dense ones, by number of dense steps",
+        ("generations",),
+        whole_generations,
+    ),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
-)  # fmt: skip
+)
 
 
 OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations"}
@@ -261,9 +331,12 @@ def index() -> str:
     """The folder's first page."""
     rows = [[f"[{page.title}]({page.name}.md)", page.about] for page in present()]
     lines = [
-        "# Results", "",
+        "# Results",
+        "",
         "Every page here is written whole by `python -m benchmarks.docs`, from the files under",
         f"[benchmarks/results]({FILES}/).",
-        "Each file names device, versions and commit.", "", *table(["page", "what"], rows),
-    ]  # fmt: skip
+        "Each file names device, versions and commit.",
+        "",
+        *table(["page", "what"], rows),
+    ]
     return "\n".join(lines) + "\n"

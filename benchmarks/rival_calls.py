@@ -140,9 +140,13 @@ def block_mask(tokens: int, exact_list: Tensor, counts: Tensor) -> Any:
     column = torch.arange(exact_list.shape[-1], device=exact_list.device)
     listed = torch.where(column < counts[..., None], exact_list, 0)
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), torch.zeros_like(listed), counts, listed,
-        BLOCK_SIZE=(QUERY_TILE, KEY_BLOCK), seq_lengths=(tokens, tokens),
-    )  # fmt: skip
+        torch.zeros_like(counts),
+        torch.zeros_like(listed),
+        counts,
+        listed,
+        BLOCK_SIZE=(QUERY_TILE, KEY_BLOCK),
+        seq_lengths=(tokens, tokens),
+    )
 
 
 def flex(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:

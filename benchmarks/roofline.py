@@ -132,10 +132,15 @@ def rows_of(
         floor, bound = floor_ms(work[name], tflops, tbs)
         rows.append(
             {
-                "kernel": kernel, "ms": ms, "floor_ms": floor, "bound": bound,
-                "bytes": work[name].bytes, "flops": work[name].flops, "of_floor": floor / ms,
+                "kernel": kernel,
+                "ms": ms,
+                "floor_ms": floor,
+                "bound": bound,
+                "bytes": work[name].bytes,
+                "flops": work[name].flops,
+                "of_floor": floor / ms,
             }
-        )  # fmt: skip
+        )
     rows.sort(key=lambda row: -row["ms"])
     rows.append({"kernel": "everything else", "ms": rest, "floor_ms": None})
     return rows
@@ -195,9 +200,14 @@ def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, A
         f"{times['other_share']:.1%}"
     )
     return {
-        "tokens": tokens, "heads": heads, "density": reached, "l1": l1, "l2": l2, **times,
+        "tokens": tokens,
+        "heads": heads,
+        "density": reached,
+        "l1": l1,
+        "l2": l2,
+        **times,
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -243,9 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     if tflops is None or tbs is None:
         parser.error(f"the rates of a {name} are not known here: give --tflops and --tbs")
     problems = [measure(size, given.density, tflops, tbs) for size in given.sizes]
-    result = {
-        "environment": environment(), "tflops": tflops, "tbs": tbs, "problems": problems,
-    }  # fmt: skip
+    result = {"environment": environment(), "tflops": tflops, "tbs": tbs, "problems": problems}
     path = write("roofline", result, given.out)
     plot(problems, f"freqopt on {name}", path.with_suffix(".png"))
     print(f"wrote {path}")

@@ -28,10 +28,18 @@ from benchmarks.natural import natural_attention
 from benchmarks.tensors import Attention
 
 GRIDS = {
-    "1K": (6, 13, 13), "2K": (8, 16, 16), "4K": (10, 20, 20), "8K": (13, 25, 25),
-    "16K": (16, 32, 32), "32K": (20, 40, 41), "64K": (25, 51, 51), "128K": (32, 64, 64),
-    "256K": (41, 80, 80), "512K": (51, 101, 102), "1M": (64, 128, 128),
-}  # fmt: skip
+    "1K": (6, 13, 13),
+    "2K": (8, 16, 16),
+    "4K": (10, 20, 20),
+    "8K": (13, 25, 25),
+    "16K": (16, 32, 32),
+    "32K": (20, 40, 41),
+    "64K": (25, 51, 51),
+    "128K": (32, 64, 64),
+    "256K": (41, 80, 80),
+    "512K": (51, 101, 102),
+    "1M": (64, 128, 128),
+}
 """Grids of one proportion, 1:2:2 as nearly as whole numbers allow. What of a natural field's power
 varies along time and what along space depends on the proportion, and with it the density at an
 error: between 1:2:2 and 1:8:8 it changes by ten times at one length."""
@@ -127,9 +135,12 @@ def measure_field(a: Attention, target: float) -> dict[str, Any] | None:
         out, stats = split_call(a, threshold)
         l1, l2 = sample.errors(out)
         return {
-            "threshold": threshold, "density": float(stats.density.mean()), "l1": l1, "l2": l2,
+            "threshold": threshold,
+            "density": float(stats.density.mean()),
+            "l1": l1,
+            "l2": l2,
             "probe_error": float(stats.probe_error.mean()),
-        }  # fmt: skip
+        }
 
     def timed_at(threshold: float) -> float:
         return timed(lambda: split_call(a, threshold), device)
@@ -176,13 +187,14 @@ def measure(
         if not same:
             same = content_free(a, field["threshold"])
     row: dict[str, Any] = {
-        "size": size, "tokens": a.query.shape[2], "grid": a.grid, **same,
+        "size": size,
+        "tokens": a.query.shape[2],
+        "grid": a.grid,
+        **same,
         **{name: geometric_mean([f[name] for f in found]) for name in MEANS},
-        "sampled": {
-            name: geometric_mean([f["sampled"][name] for f in found]) for name in MEANS
-        },
+        "sampled": {name: geometric_mean([f["sampled"][name] for f in found]) for name in MEANS},
         "fields": found,
-    }  # fmt: skip
+    }
     extra = row["extra_per_key_value"]
     memory = "" if extra is None else f"  beside inputs {extra:.2f} x (K + V)"
     print(
@@ -202,11 +214,10 @@ def content_free(a: Attention, threshold: float) -> dict[str, Any]:
     extra = extra_memory(lambda: split_call(a, threshold), device, bytes_out)
     key_value = 2 * a.key.numel() * a.key.element_size()
     return {
-        "dense_ms": timed(
-            lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device
-        ),
-        "extra_bytes": extra, "extra_per_key_value": None if extra is None else extra / key_value,
-    }  # fmt: skip
+        "dense_ms": timed(lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device),
+        "extra_bytes": extra,
+        "extra_per_key_value": None if extra is None else extra / key_value,
+    }
 
 
 def growth(tokens: list[int], times: list[float], least: int) -> float | None:
@@ -245,9 +256,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.legend(frameon=False)
     right.semilogx(tokens, [100 * r["density"] for r in rows], "o-", color="#1f6feb")
     right.set(
-        xlabel="tokens", ylabel="density, %", ylim=(0, None),
+        xlabel="tokens",
+        ylabel="density, %",
+        ylim=(0, None),
         title=f"at relative L2 error {result['target']:g}",
-    )  # fmt: skip
+    )
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
@@ -316,11 +329,14 @@ def main(arguments: list[str] | None = None) -> None:
         "dense_growth": [row["dense_ms"] for row in rows],
     }
     result = {
-        "environment": environment(), "target": given.target, "heads": given.heads, "rows": rows,
+        "environment": environment(),
+        "target": given.target,
+        "heads": given.heads,
+        "rows": rows,
         "growth_from": GROWTH_FROM,
         **{name: growth(tokens, found, GROWTH_FROM) for name, found in times.items()},
         "ends": {name: ends(tokens, found, GROWTH_FROM) for name, found in times.items()},
-    }  # fmt: skip
+    }
     if result["growth"] is not None:
         print(
             f"time grows as tokens^{result['growth']:.3f}, at the sampled error "

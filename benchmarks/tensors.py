@@ -78,8 +78,14 @@ def zoo_attention(
                 return model(video, timestep_now)
 
     sample(
-        Recorder(), frames=frames, height=height, width=width, steps=steps, seed=seed,
-        device=weight.device, dtype=weight.dtype,
-    )  # fmt: skip
+        Recorder(),
+        frames=frames,
+        height=height,
+        width=width,
+        steps=steps,
+        seed=seed,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
     query, key, value = (torch.cat([x[i][:1] for x in recorded], 1) for i in range(3))
     return Attention(query, key, value, grid)

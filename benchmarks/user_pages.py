@@ -35,10 +35,13 @@ def looks() -> str:
     ]
     settings = result["settings"]
     head = ["error of calls", "mean density", "PSNR of the video to the dense one", "measured on"]
-    return "\n".join([
-        f"The zoo's video transformer, {settings['steps']} steps, 32,760 tokens.", "",
-        *table(head, cells),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"The zoo's video transformer, {settings['steps']} steps, 32,760 tokens.",
+            "",
+            *table(head, cells),
+        ]
+    )
 
 
 def ways_of_running() -> str:

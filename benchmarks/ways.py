@@ -25,10 +25,17 @@ from benchmarks.pages import RESULTS, origin, table
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 
 TITLES = {
-    "whole": "whole", "blocks": "by blocks", "cast": "casting", "cast_blocks": "casting, by blocks",
-    "offload": "offload", "offload_blocks": "offload, by blocks", "lora": "LoRA",
-    "lora_blocks": "LoRA, by blocks", "cache": "cache", "cache_blocks": "cache, by blocks",
-}  # fmt: skip
+    "whole": "whole",
+    "blocks": "by blocks",
+    "cast": "casting",
+    "cast_blocks": "casting, by blocks",
+    "offload": "offload",
+    "offload_blocks": "offload, by blocks",
+    "lora": "LoRA",
+    "lora_blocks": "LoRA, by blocks",
+    "cache": "cache",
+    "cache_blocks": "cache, by blocks",
+}
 """Ways by name, and the heads of their columns."""
 
 

@@ -29,10 +29,14 @@ from freqopt.exporters.trust import check_external_data, library_to_load
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ELEMENT_TYPES = {
-    "tensor(float)": torch.float32, "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16, "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32, "tensor(bool)": torch.bool, "tensor(double)": torch.float64,
-}  # fmt: skip
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+    "tensor(double)": torch.float64,
+}
 
 
 @dataclass(frozen=True)

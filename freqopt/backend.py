@@ -35,9 +35,14 @@ from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with
 logger = logging.getLogger(__name__)
 
 UNREAD = {
-    Reason.OPAQUE, Reason.IN_POSITIONS, Reason.GRIDS_ALIKE, Reason.PLACED, Reason.DISTRIBUTED,
-    Reason.HEADS_UNTOLD, Reason.IN_PIECES,
-}  # fmt: skip
+    Reason.OPAQUE,
+    Reason.IN_POSITIONS,
+    Reason.GRIDS_ALIKE,
+    Reason.PLACED,
+    Reason.DISTRIBUTED,
+    Reason.HEADS_UNTOLD,
+    Reason.IN_PIECES,
+}
 """Why attention that may well be a video's stays dense: it, or its grid, cannot be read."""
 
 
@@ -90,9 +95,13 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         if told:
             grids = replace(grids, told=(*grids.told, *told), believed=True)
         decisions = rewrite(
-            gm, functools.partial(_decide, settings, part, gm), put, grids,
-            strict=settings.strict, model=part.model,
-        ).decisions  # fmt: skip
+            gm,
+            functools.partial(_decide, settings, part, gm),
+            put,
+            grids,
+            strict=settings.strict,
+            model=part.model,
+        ).decisions
     except FreqoptError:
         raise
     except Exception as error:

@@ -144,9 +144,13 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
             return Decision(site, False, problem)
         _check_mark(site, site.mark)
         return Decision(
-            site, True, Reason.BY_MODULE(), site.mark.budget, probes=DEFAULT_PROBES,
+            site,
+            True,
+            Reason.BY_MODULE(),
+            site.mark.budget,
+            probes=DEFAULT_PROBES,
             largest_chunk=site.mark.largest_chunk,
-        )  # fmt: skip
+        )
     if plan is not None:
         return _planned(plan, site, planned)
     chunk = check_chunk(settings.chunk) if settings.order == "content" else 0
@@ -158,9 +162,14 @@ def _budgeted(settings: Options, plan: Plan | None, site: Site, planned: str | N
         why = Reason.BY_THRESHOLD(threshold=settings.threshold)
         return Decision(site, True, why, budget, probes=probes, largest_chunk=chunk)
     return Decision(
-        site, True, Reason.BY_DENSITY(density=DEFAULT_DENSITY), budget, density=DEFAULT_DENSITY,
-        probes=DEFAULT_PROBES, largest_chunk=chunk,
-    )  # fmt: skip
+        site,
+        True,
+        Reason.BY_DENSITY(density=DEFAULT_DENSITY),
+        budget,
+        density=DEFAULT_DENSITY,
+        probes=DEFAULT_PROBES,
+        largest_chunk=chunk,
+    )
 
 
 def _has_rows(plan: Plan, names: Mapping[str, str], site: Site) -> bool:
@@ -201,10 +210,14 @@ def _planned(plan: Plan, site: Site, name_there: str | None) -> Decision:
     name, edges = plan.timestep_name, tuple(plan.timestep_edges)
     budgets = own_rows(site, plan.budgets(name_there))
     return Decision(
-        site, True, Reason.BY_PLAN(), budgets if edges else budgets[0],
-        probes=DEFAULT_PROBES, timestep=Timestep(name, edges) if name and edges else None,
+        site,
+        True,
+        Reason.BY_PLAN(),
+        budgets if edges else budgets[0],
+        probes=DEFAULT_PROBES,
+        timestep=Timestep(name, edges) if name and edges else None,
         largest_chunk=plan.largest_chunk(name_there),
-    )  # fmt: skip
+    )
 
 
 def own_rows(site: Site, budgets: torch.Tensor) -> torch.Tensor:
@@ -243,8 +256,11 @@ def check_length(plan: Plan, name: str, length: int) -> bool:
     logger.warning(
         "the plan was verified at %s (%d tokens) and is used at %d tokens: an output error of "
         "about %.3g is expected, but not verified; calibrate with samples of this size to know",
-        grids, planned, length, expected,
-    )  # fmt: skip
+        grids,
+        planned,
+        length,
+        expected,
+    )
     return True
 
 

@@ -110,9 +110,11 @@ def _devices() -> Iterator[Finding]:
         )
         old = capability < OLDEST_CAPABILITY
         yield Finding(
-            "devices", f"cuda:{index}", "broken" if old else "ok",
+            "devices",
+            f"cuda:{index}",
+            "broken" if old else "ok",
             detail + ("; older than sm_80, for which there are no kernels" if old else ""),
-        )  # fmt: skip
+        )
         yield _attempt("devices", f"launches on cuda:{index}", partial(_launches, index))
 
 
@@ -140,9 +142,11 @@ def _compiler() -> Iterator[Finding]:
         yield Finding("compilation", "C++ compiler", "ok", found)
     else:
         yield Finding(
-            "compilation", "C++ compiler", "absent",
+            "compilation",
+            "C++ compiler",
+            "absent",
             "inductor cannot compile for the CPU; install g++, or use the option inner='eager'",
-        )  # fmt: skip
+        )
 
 
 def cpp_compiler() -> str | None:
@@ -181,9 +185,11 @@ def _backend() -> Iterator[Finding]:
     points = importlib.metadata.entry_points(group="torch_dynamo_backends")
     if not any(point.name == "freqopt" for point in points):
         yield Finding(
-            "compilation", "backend", "broken",
+            "compilation",
+            "backend",
+            "broken",
             "backend='freqopt' is not registered: install the package (pip install -e .)",
-        )  # fmt: skip
+        )
         return
     yield _attempt("compilation", "backend", _try_backend)
 
@@ -248,8 +254,11 @@ def _commit() -> str:
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True, text=True, cwd=root, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=root,
+            check=False,
+        )
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"

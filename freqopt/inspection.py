@@ -209,10 +209,17 @@ def inspect(
         InputError: `model` is not a module.
     """
     inner = module_of(model, "inspect")
-    settings = parse_options({
-        "grid": grid, "grids": grids, "plan": plan, "min_tokens": min_tokens, "order": order,
-        "before": before, "after": after,
-    })  # fmt: skip
+    settings = parse_options(
+        {
+            "grid": grid,
+            "grids": grids,
+            "plan": plan,
+            "min_tokens": min_tokens,
+            "order": order,
+            "before": before,
+            "after": after,
+        }
+    )
     capture = _Capture(settings, inner)
     if capture.plan is not None:
         capture.plan.check_order(inner)

@@ -87,10 +87,17 @@ def denoising_samples(
     videos = trajectories(count)
     for trajectory in range(videos):
         sample(
-            model, frames=frames, height=height, width=width, steps=steps,
-            seed=seed + trajectory, device=device, dtype=dtype, inputs=met.append,
+            model,
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            seed=seed + trajectory,
+            device=device,
+            dtype=dtype,
+            inputs=met.append,
             callback=callback,
-        )  # fmt: skip
+        )
     chosen = [round((i + 0.5) * steps / count - 0.5) for i in range(count)]
     turn = [(i + (i // 4 if videos > 2 else 0)) % videos for i in range(count)]
     return [

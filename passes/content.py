@@ -16,13 +16,28 @@ from freqopt.passes.site import Extent, Site, Size
 
 UNPLACED = frozenset(
     {
-        Reason.READY_MADE, Reason.NO_AXES, Reason.CROSS, Reason.CACHE, Reason.OTHER_KEYS,
-        Reason.MANY_KEYS, Reason.OTHER_VALUES, Reason.SLICES, Reason.LENGTHS, Reason.KEY_ORDER,
-        Reason.LOST, Reason.NO_GRID, Reason.GRID_MISFIT, Reason.GRID_UNPROVEN,
-        Reason.SEVERAL_GRIDS, Reason.TILES, Reason.AXES, Reason.EXTENT_UNREADABLE,
-        Reason.TEXT_UNREADABLE, Reason.PADS_UNREADABLE,
+        Reason.READY_MADE,
+        Reason.NO_AXES,
+        Reason.CROSS,
+        Reason.CACHE,
+        Reason.OTHER_KEYS,
+        Reason.MANY_KEYS,
+        Reason.OTHER_VALUES,
+        Reason.SLICES,
+        Reason.LENGTHS,
+        Reason.KEY_ORDER,
+        Reason.LOST,
+        Reason.NO_GRID,
+        Reason.GRID_MISFIT,
+        Reason.GRID_UNPROVEN,
+        Reason.SEVERAL_GRIDS,
+        Reason.TILES,
+        Reason.AXES,
+        Reason.EXTENT_UNREADABLE,
+        Reason.TEXT_UNREADABLE,
+        Reason.PADS_UNREADABLE,
     }
-)  # fmt: skip
+)
 """Reasons that tell of where tokens lie, and of nothing else."""
 
 OTHER_TOKENS = frozenset({Reason.CROSS, Reason.CACHE, Reason.OTHER_KEYS, Reason.MANY_KEYS})

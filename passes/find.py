@@ -150,9 +150,14 @@ def find_sites(
     for site in sites:
         logger.debug(
             "%s: %s, %s heads of %s, %s queries, grid %s, %s",
-            site.name, site.kind, site.heads, site.head_dim, site.query_length, site.grid,
+            site.name,
+            site.kind,
+            site.heads,
+            site.head_dim,
+            site.query_length,
+            site.grid,
             site.why,
-        )  # fmt: skip
+        )
     return sites
 
 
@@ -182,9 +187,16 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     if problem is None:
         problem = _shape_problem(attention, sizes)
     return Site(
-        name=name, kind=kind, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        query_length=lengths[0], key_length=lengths[1], grid=layout.grid,
-        text_before=layout.text_before, text_after=layout.text_after,
+        name=name,
+        kind=kind,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        query_length=lengths[0],
+        key_length=lengths[1],
+        grid=layout.grid,
+        text_before=layout.text_before,
+        text_after=layout.text_after,
         why=problem or Reason.FITS(remark=layout.remark),
         dtype=_compute_dtype(attention),
         device=query.device if query is not None else torch.device("cpu"),
@@ -198,7 +210,7 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         share=share_of(attention, operands, dimensions) if heads else None,
         pieces=layout.pieces,
         sources=layout.sources,
-    )  # fmt: skip
+    )
 
 
 def _distributed(attention: Attention) -> Why | None:

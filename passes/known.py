@@ -23,11 +23,22 @@ from freqopt.passes.rewrite.rewrite import add_method
 from freqopt.passes.site import Argument, Extent, Known, Rest, Site
 
 UNSHOWN = {
-    Reason.READY_MADE, Reason.NO_AXES, Reason.OTHER_KEYS, Reason.OTHER_VALUES, Reason.LENGTHS,
-    Reason.KEY_ORDER, Reason.LOST, Reason.NO_GRID, Reason.GRID_MISFIT, Reason.GRID_UNPROVEN,
-    Reason.SEVERAL_GRIDS, Reason.EXTENT_UNREADABLE, Reason.TEXT_UNREADABLE, Reason.MASK_UNPROVEN,
+    Reason.READY_MADE,
+    Reason.NO_AXES,
+    Reason.OTHER_KEYS,
+    Reason.OTHER_VALUES,
+    Reason.LENGTHS,
+    Reason.KEY_ORDER,
+    Reason.LOST,
+    Reason.NO_GRID,
+    Reason.GRID_MISFIT,
+    Reason.GRID_UNPROVEN,
+    Reason.SEVERAL_GRIDS,
+    Reason.EXTENT_UNREADABLE,
+    Reason.TEXT_UNREADABLE,
+    Reason.MASK_UNPROVEN,
     Reason.MASK_PAIRS,
-}  # fmt: skip
+}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
 
 KEYS, PAIRS = 1, 2

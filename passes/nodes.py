@@ -36,11 +36,39 @@ OVERWRITING = {"copy_", "index_put_", "masked_fill_", "fill_", "zero_", "index_c
 """Keep the underscore of their names: nothing, or something else, is called like them without."""
 
 VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
-    "transpose", "permute", "movedim", "t", "getitem", "select", "slice", "narrow", "chunk",
-    "split", "unbind", "split_with_sizes", "tensor_split", "view_as", "alias", "detach",
-    "contiguous", "diagonal", "unfold", "view_as_real", "view_as_complex", "to", "type_as", "float",
-}  # fmt: skip
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "transpose",
+    "permute",
+    "movedim",
+    "t",
+    "getitem",
+    "select",
+    "slice",
+    "narrow",
+    "chunk",
+    "split",
+    "unbind",
+    "split_with_sizes",
+    "tensor_split",
+    "view_as",
+    "alias",
+    "detach",
+    "contiguous",
+    "diagonal",
+    "unfold",
+    "view_as_real",
+    "view_as_complex",
+    "to",
+    "type_as",
+    "float",
+}
 """May share memory with their first argument (the last ones when there is nothing to convert)."""
 
 

@@ -376,6 +376,11 @@ def split_function(opset: int, outputs: tuple[str, ...] = ("out",)) -> onnx.Func
     for name in outputs:
         nodes.nodes.append(helper.make_node("Identity", [results[name].name], [name]))
     return helper.make_function(
-        DOMAIN, OP_NAME, list(INPUTS), list(outputs), nodes.nodes,
-        [helper.make_opsetid("", opset)], attributes=list(ATTRIBUTES),
-    )  # fmt: skip
+        DOMAIN,
+        OP_NAME,
+        list(INPUTS),
+        list(outputs),
+        nodes.nodes,
+        [helper.make_opsetid("", opset)],
+        attributes=list(ATTRIBUTES),
+    )

@@ -215,6 +215,11 @@ def content_function(opset: int) -> onnx.FunctionProto:
     order = _Tree(nodes).build()
     nodes.nodes.append(helper.make_node("Identity", [order.name], ["order"]))
     return helper.make_function(
-        DOMAIN, CONTENT_NAME, list(CONTENT_INPUTS), ["order"], nodes.nodes,
-        [helper.make_opsetid("", opset)], attributes=list(CONTENT_ATTRIBUTES),
-    )  # fmt: skip
+        DOMAIN,
+        CONTENT_NAME,
+        list(CONTENT_INPUTS),
+        ["order"],
+        nodes.nodes,
+        [helper.make_opsetid("", opset)],
+        attributes=list(CONTENT_ATTRIBUTES),
+    )

@@ -36,9 +36,11 @@ class Compiled:
     def describe(self) -> dict[str, Any]:
         """What a manifest says about the kernel; shared: bytes."""
         return {
-            "kernel": self.kernel, **asdict(self.variant),
-            "warps": self.warps, "shared": self.shared,
-        }  # fmt: skip
+            "kernel": self.kernel,
+            **asdict(self.variant),
+            "warps": self.warps,
+            "shared": self.shared,
+        }
 
 
 def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:
@@ -87,26 +89,42 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
     for i, row in enumerate(table):
         path = json.dumps(str((folder / row.file).resolve()), ensure_ascii=False)
         assembly += [
-            f".global freqopt_cubin_{i}", f".hidden freqopt_cubin_{i}", ".balign 64",
-            f"freqopt_cubin_{i}:", f".incbin {path}",
-        ]  # fmt: skip
+            f".global freqopt_cubin_{i}",
+            f".hidden freqopt_cubin_{i}",
+            ".balign 64",
+            f"freqopt_cubin_{i}:",
+            f".incbin {path}",
+        ]
         externs.append(
             f'extern "C" const unsigned char freqopt_cubin_{i}[] '
             '__attribute__((visibility("hidden")));'
         )
         v = row.variant
         values = (
-            json.dumps(row.kernel), json.dumps(row.symbol), json.dumps(",".join(row.arguments)),
-            v.capability, DTYPE_CODES[v.dtype], v.head_dim, int(v.masked),
-            row.tile, row.warps, row.shared, f"freqopt_cubin_{i}",
-        )  # fmt: skip
+            json.dumps(row.kernel),
+            json.dumps(row.symbol),
+            json.dumps(",".join(row.arguments)),
+            v.capability,
+            DTYPE_CODES[v.dtype],
+            v.head_dim,
+            int(v.masked),
+            row.tile,
+            row.warps,
+            row.shared,
+            f"freqopt_cubin_{i}",
+        )
         entries.append("    {" + ", ".join(map(str, values)) + "},")
     assembly.append('.section .note.GNU-stack, "", @progbits')
     index = [
-        '#include "launches.h"', *externs, "namespace freqopt {",
-        "const Cubin kCubins[] = {", *entries, "};",
-        f"const int kCubinCount = {len(table)};", "}  // namespace freqopt",
-    ]  # fmt: skip
+        '#include "launches.h"',
+        *externs,
+        "namespace freqopt {",
+        "const Cubin kCubins[] = {",
+        *entries,
+        "};",
+        f"const int kCubinCount = {len(table)};",
+        "}  // namespace freqopt",
+    ]
     for name, lines in (("cubins.S", assembly), ("cubins.cc", index)):
         (folder / name).write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     return [folder / "cubins.S", folder / "cubins.cc"]

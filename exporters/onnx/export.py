@@ -232,7 +232,10 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
     return {
         "opset": onnx_model.opset_imports[""],
         "operator": {
-            "domain": DOMAIN, "name": OP_NAME, "version": OP_VERSION, "split": SPLIT_VERSION,
+            "domain": DOMAIN,
+            "name": OP_NAME,
+            "version": OP_VERSION,
+            "split": SPLIT_VERSION,
         },
         "inputs": values(onnx_model.graph.inputs),
         "outputs": values(onnx_model.graph.outputs),
@@ -241,7 +244,7 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
         "plan": describe_plan(plan),
         "kernels": [],
         "notes": list(program.notes),
-    }  # fmt: skip
+    }
 
 
 def _add_library(

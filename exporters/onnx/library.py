@@ -30,9 +30,16 @@ MOST_CACHED = 8
 OLDEST_ONNXRUNTIME = (1, 17)
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
-    "-Wall", "-Wextra", "-include", str(SOURCES / "old_systems.h"),
-)  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-include",
+    str(SOURCES / "old_systems.h"),
+)
 UNMAPPED = "attend (attend_hopper needs a driver of CUDA 12.0 or newer)"
 ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
@@ -63,9 +70,14 @@ def build_library(folder: Path, table: Sequence[Path], *, defines: tuple[str, ..
     """
     sources = [*sorted(SOURCES.glob("*.cc")), *table]
     command = [
-        compiler(), *FLAGS, f'-DFREQOPT_ORT_VERSION="{LIBRARY_VERSION}"',
-        *(f"-D{name}" for name in defines), f"-I{SOURCES}", *map(str, sources), "-ldl",
-    ]  # fmt: skip
+        compiler(),
+        *FLAGS,
+        f'-DFREQOPT_ORT_VERSION="{LIBRARY_VERSION}"',
+        *(f"-D{name}" for name in defines),
+        f"-I{SOURCES}",
+        *map(str, sources),
+        "-ldl",
+    ]
     cached = cache_folder() / "ort" / _digest(command, sources, table) / LIBRARY_NAME
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / LIBRARY_NAME
@@ -190,6 +202,4 @@ def attend_counts(library: Path) -> dict[str, int]:
             f"{library} cannot be asked what it ran ({error}); export again with this freqopt"
         ) from error
     hopper, portable, unmapped = counts
-    return {
-        "attend_hopper": hopper, "attend": portable - unmapped, UNMAPPED: unmapped
-    }  # fmt: skip
+    return {"attend_hopper": hopper, "attend": portable - unmapped, UNMAPPED: unmapped}

@@ -210,8 +210,10 @@ def _build_engine(folder: Path) -> str | None:
     """Run build_engine.py as a user would; None, or why it failed."""
     done = subprocess.run(
         [sys.executable, str(folder / "build_engine.py")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode == 0:
         return None
     return f"no engine was built; the last words of build_engine.py: {done.stderr[-1500:]}"

@@ -69,10 +69,13 @@ def _execute(
     tensorrt: Any, engine: Any, inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float]:
     kinds = {
-        tensorrt.float32: torch.float32, tensorrt.float16: torch.float16,
-        tensorrt.bfloat16: torch.bfloat16, tensorrt.int32: torch.int32,
-        tensorrt.int64: torch.int64, tensorrt.bool: torch.bool,
-    }  # fmt: skip
+        tensorrt.float32: torch.float32,
+        tensorrt.float16: torch.float16,
+        tensorrt.bfloat16: torch.bfloat16,
+        tensorrt.int32: torch.int32,
+        tensorrt.int64: torch.int64,
+        tensorrt.bool: torch.bool,
+    }
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     wanted = [n for n in names if engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]

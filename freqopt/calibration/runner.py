@@ -149,9 +149,12 @@ class Runner:
     def _ready(self) -> Iterator[None]:
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with (
-            unwrapped(), torch.no_grad(), torch.random.fork_rng(devices), _many_recompiles(),
+            unwrapped(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            _many_recompiles(),
             uncompiled(self.model),
-        ):  # fmt: skip
+        ):
             torch.manual_seed(self.seed)
             yield
 

@@ -171,9 +171,13 @@ def _calls(
 
 
 def _grown(
-    key: str, leaves: dict[str, Any], trees: dict[str, Any], used: set[str],
-    path: str | os.PathLike[str], depth: int,
-) -> Any:  # fmt: skip
+    key: str,
+    leaves: dict[str, Any],
+    trees: dict[str, Any],
+    used: set[str],
+    path: str | os.PathLike[str],
+    depth: int,
+) -> Any:
     """The value of a key: a leaf, or a tree of those below it."""
     used.add(key)
     if key in leaves:

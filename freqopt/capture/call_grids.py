@@ -43,9 +43,12 @@ class OneCall:
     def _told(self, table: Table) -> Told:
         layout = table.layout
         return Told(
-            self.inputs[table.place], table.name, table.rows, *layout,
+            self.inputs[table.place],
+            table.name,
+            table.rows,
+            *layout,
             arguments=(layout.before, *layout.grid),
-        )  # fmt: skip
+        )
 
     def order_of(self, indices: tuple[fx.Node, ...]) -> Argument | None:
         """1 if tokens put in their places by these indices lie in the order of writing."""
@@ -272,8 +275,10 @@ class Reader:
             seen = "positions of a grid in raster order" if self.count > 1 else "places in order"
             logger.warning(
                 "%s: no %s in this call, unlike the one it was compiled for: attention is dense in "
-                "such calls", self.name, seen,
-            )  # fmt: skip
+                "such calls",
+                self.name,
+                seen,
+            )
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[key] = Seen(given, numbers)

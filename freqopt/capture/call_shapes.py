@@ -113,9 +113,14 @@ def _told(source: fx.Node, name: str, items: Sequence[Extents]) -> Told | None:
     first: Argument = Total(parts) if parts else 0
     label = re.findall(r"\w+", re.sub(r"\[\d+\]", "", name))[-1]
     return Told(
-        source, label, rows, before, (grid[0], grid[1], grid[2]),
-        total - before - items[main].tokens, arguments=(first, *items[main].arguments),
-    )  # fmt: skip
+        source,
+        label,
+        rows,
+        before,
+        (grid[0], grid[1], grid[2]),
+        total - before - items[main].tokens,
+        arguments=(first, *items[main].arguments),
+    )
 
 
 def _known_ints(inputs: Sequence[fx.Node]) -> dict[tuple[str, int], tuple[Extent, Number]]:

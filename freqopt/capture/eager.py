@@ -196,9 +196,11 @@ class Writer(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), self.fake:
             stride = tensor.stride() if tensor.layout is torch.strided else ()
             made = torch.empty_strided(
-                tensor.shape, stride or _dense(tensor.shape), dtype=tensor.dtype,
+                tensor.shape,
+                stride or _dense(tensor.shape),
+                dtype=tensor.dtype,
                 device=tensor.device,
-            )  # fmt: skip
+            )
             return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
 
 

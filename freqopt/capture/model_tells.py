@@ -67,8 +67,9 @@ class Telling:
             self._said = True
             logger.warning(
                 "%s tells no grid of tokens in this call, unlike the one it was compiled for: "
-                "attention is dense in such calls", self.teller.name,
-            )  # fmt: skip
+                "attention is dense in such calls",
+                self.teller.name,
+            )
         return numbers_of_layout(layout)
 
 

@@ -354,11 +354,24 @@ def demo(
         patch = VideoDiTConfig().patch
         frames, height, width = (n * p for n, p in zip(parse_grid(grid), patch, strict=True))
     settings = default_settings(
-        device, frames=frames, height=height, width=width, steps=steps, target_error=target_error,
-        density=density, seed=seed, samples=samples, repeats=repeats, dtype=dtype, inner=inner,
-        mode=mode, out=out, calibrate=calibrate, random_weights=random_weights,
+        device,
+        frames=frames,
+        height=height,
+        width=width,
+        steps=steps,
+        target_error=target_error,
+        density=density,
+        seed=seed,
+        samples=samples,
+        repeats=repeats,
+        dtype=dtype,
+        inner=inner,
+        mode=mode,
+        out=out,
+        calibrate=calibrate,
+        random_weights=random_weights,
         progress=not quiet,
-    )  # fmt: skip
+    )
     run_demo(settings, Console(quiet=quiet))
 
 

@@ -65,8 +65,15 @@ def onnx(
     """Write model.onnx, the operator library and a manifest."""
     from freqopt.exporters.onnx.export import export_onnx
 
-    say(export_onnx(*_call(model, samples), folder, opset=opset, library=library,
-                      **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
+    say(
+        export_onnx(
+            *_call(model, samples),
+            folder,
+            opset=opset,
+            library=library,
+            **_options(samples, plan, dynamic, grid, capability),
+        )
+    )
 
 
 @export_app.command()
@@ -84,8 +91,15 @@ def tensorrt(
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt.export import export_tensorrt
 
-    say(export_tensorrt(*_call(model, samples), folder, build=build, plugin=plugin,
-                          **_options(samples, plan, dynamic, grid, capability)))  # fmt: skip
+    say(
+        export_tensorrt(
+            *_call(model, samples),
+            folder,
+            build=build,
+            plugin=plugin,
+            **_options(samples, plan, dynamic, grid, capability),
+        )
+    )
 
 
 @export_app.command(name="plan")

@@ -40,10 +40,25 @@ Long = Annotated[bool, typer.Option("--long", help="Of sequences of 262,144 toke
 
 
 GPUS = {
-    "a100": 80, "a30": 80, "a10": 86, "a40": 86, "a6000": 86, "rtx3090": 86, "l4": 89, "l40": 89,
-    "l40s": 89, "rtx4090": 89, "h100": 90, "h200": 90, "h20": 90, "h800": 90, "gh200": 90,
-    "b200": 100, "gb200": 100, "rtx5090": 120,
-}  # fmt: skip
+    "a100": 80,
+    "a30": 80,
+    "a10": 86,
+    "a40": 86,
+    "a6000": 86,
+    "rtx3090": 86,
+    "l4": 89,
+    "l40": 89,
+    "l40s": 89,
+    "rtx4090": 89,
+    "h100": 90,
+    "h200": 90,
+    "h20": 90,
+    "h800": 90,
+    "gh200": 90,
+    "b200": 100,
+    "gb200": 100,
+    "rtx5090": 120,
+}
 """Compute capabilities by the names that GPUs are sold under, in small letters."""
 
 
@@ -90,8 +105,10 @@ def kernels_of(variant: Variant, *, long: bool = False) -> dict[str, Any]:
     every = specialise.long_specialisations if long else specialise.specialisations
     found = {given.name: given for given in every(variant)}
     of_hopper = (
-        specialise.hopper_preparation, specialise.hopper_scores, specialise.hopper_specialisation,
-    )  # fmt: skip
+        specialise.hopper_preparation,
+        specialise.hopper_scores,
+        specialise.hopper_specialisation,
+    )
     for specialised in of_hopper:
         given = specialised(variant, long=long)
         if given is not None:
@@ -150,11 +167,13 @@ def list_kernels(
         table.add_row(name, given.function.__name__, warps, shared, constants)
         listed.append(
             {
-                "kernel": name, "function": given.function.__name__,
-                "warps": made.metadata.num_warps, "shared_bytes": made.metadata.shared,
+                "kernel": name,
+                "function": given.function.__name__,
+                "warps": made.metadata.num_warps,
+                "shared_bytes": made.metadata.shared,
                 "constants": {k: str(v) for k, v in given.chosen().items()},
             }
-        )  # fmt: skip
+        )
     if as_json:
         print(json.dumps(listed, indent=2))
         return
@@ -245,9 +264,14 @@ def tune(
             tuned.keep_choice(*start, tuned.bucket_of(problem.tokens), found.fields)
             choice = " ".join(f"{k}={v}" for k, v in found.fields.items()) or "as it was"
             table.add_row(
-                part.name, f"{found.shipped_ms:.3f} ms", f"{found.ms:.3f} ms", choice,
-                str(found.tried), str(found.failed), str(found.wrong),
-            )  # fmt: skip
+                part.name,
+                f"{found.shipped_ms:.3f} ms",
+                f"{found.ms:.3f} ms",
+                choice,
+                str(found.tried),
+                str(found.failed),
+                str(found.wrong),
+            )
     Console().print(table)
     print(
         f"kept in {path}, for {dtype}, head dim {head_dim}, {tuned.bucket_of(problem.tokens)} "

@@ -210,19 +210,29 @@ def denoising_inputs(
     """Inputs that the model meets while sampling, of other seeds than the demo's own."""
     with bars.phase("sampling inputs", trajectories(settings.samples) * settings.steps) as step:
         return denoising_samples(
-            model, settings.samples, frames=settings.frames, height=settings.height,
-            width=settings.width, steps=settings.steps, seed=settings.seed + 1000,
-            device=settings.device, dtype=DTYPES[settings.dtype],
+            model,
+            settings.samples,
+            frames=settings.frames,
+            height=settings.height,
+            width=settings.width,
+            steps=settings.steps,
+            seed=settings.seed + 1000,
+            device=settings.device,
+            dtype=DTYPES[settings.dtype],
             callback=lambda done, total: step(),
-        )  # fmt: skip
+        )
 
 
 def calibrate(model: VideoDiT, inputs: list[dict[str, Tensor]], settings: Settings) -> Plan:
     """A plan for the target error, or for the density if one is set."""
     return freqopt.calibrate(
-        model, inputs, target_error=settings.target_error, target_density=settings.density,
-        progress=settings.progress, seed=settings.seed,
-    )  # fmt: skip
+        model,
+        inputs,
+        target_error=settings.target_error,
+        target_density=settings.density,
+        progress=settings.progress,
+        seed=settings.seed,
+    )
 
 
 def compiled(
@@ -265,10 +275,16 @@ def sampled(
         _synchronise(settings.device)
         start = time.perf_counter()
         video = sample(
-            model, frames=settings.frames, height=settings.height, width=settings.width,  # type: ignore[arg-type]
-            steps=steps, seed=settings.seed, device=settings.device, dtype=DTYPES[settings.dtype],
+            model,
+            frames=settings.frames,
+            height=settings.height,
+            width=settings.width,  # type: ignore[arg-type]
+            steps=steps,
+            seed=settings.seed,
+            device=settings.device,
+            dtype=DTYPES[settings.dtype],
             callback=callback,
-        )  # fmt: skip
+        )
         _synchronise(settings.device)
         return video[0].float().cpu(), time.perf_counter() - start
 

@@ -61,21 +61,38 @@ def default_settings(device: str | None = None, **given: Any) -> Settings:
     if kind == "cuda" and not torch.cuda.is_available():
         raise OptionError("there is no CUDA device here; `freqopt doctor` says why. Use the cpu")
     defaults: dict[str, Any] = {
-        "device": device, "target_error": 0.03, "density": None, "seed": 0, "out": Path("demo"),
-    }  # fmt: skip
+        "device": device,
+        "target_error": 0.03,
+        "density": None,
+        "seed": 0,
+        "out": Path("demo"),
+    }
     if kind == "cuda":
         defaults |= {
-            "dtype": "bfloat16", "frames": 21, "height": 120, "width": 208, "steps": 25,
-            "samples": 8, "repeats": 3,
+            "dtype": "bfloat16",
+            "frames": 21,
+            "height": 120,
+            "width": 208,
+            "steps": 25,
+            "samples": 8,
+            "repeats": 3,
             # With two heads a layer every step is short, and launching takes longer than running:
             # both models are replayed as CUDA graphs.
-            "inner": "inductor", "mode": "reduce-overhead",
-        }  # fmt: skip
+            "inner": "inductor",
+            "mode": "reduce-overhead",
+        }
     else:
         defaults |= {
-            "dtype": "float32", "frames": 10, "height": 72, "width": 104, "steps": 8,
-            "samples": 4, "repeats": 1, "inner": "eager", "mode": None,
-        }  # fmt: skip
+            "dtype": "float32",
+            "frames": 10,
+            "height": 72,
+            "width": 104,
+            "steps": 8,
+            "samples": 4,
+            "repeats": 1,
+            "inner": "eager",
+            "mode": None,
+        }
     given = {k: v for k, v in given.items() if v is not None}
     told = {"target_error", "density", "samples"} & given.keys()
     made = kind == "cuda" or bool(told) or given.get("random_weights", False)

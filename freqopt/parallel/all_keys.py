@@ -92,9 +92,13 @@ class _Served:
     """Calls the model, its self-attention reaching all keys."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan | None, method: Method, grid: Grid | None,
+        self,
+        model: nn.Module,
+        plan: Plan | None,
+        method: Method,
+        grid: Grid | None,
         budget: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.plan, self.method, self.grid = model, plan, method, grid
         self.budget, self.group = budget, None
         self.places: dict[object, dict[str, _Place]] = {}
@@ -146,9 +150,13 @@ class _Served:
         return found
 
     def _attend(
-        self, name: str, place: _Place, bucket: Tensor | None, given: tuple[Any, ...],
+        self,
+        name: str,
+        place: _Place,
+        bucket: Tensor | None,
+        given: tuple[Any, ...],
         options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         query, key, value, mask, scale = _arguments(name, *given, **options)
         common: dict[str, Any] = {
             "group": self.group,
@@ -167,10 +175,16 @@ class _Served:
         listed = planned.chunks or [0] * key.shape[1]
         chunks = torch.tensor(listed, dtype=torch.int64, device="cpu")
         return attention_over_ranks(
-            query, key, value, grid=grid, text_before=before, text_after=after,
+            query,
+            key,
+            value,
+            grid=grid,
+            text_before=before,
+            text_after=after,
             threshold=row[0].to(query.device),
-            order=chunks if bool(chunks.any()) else "grid", **common,
-        )  # fmt: skip
+            order=chunks if bool(chunks.any()) else "grid",
+            **common,
+        )
 
     def _layout(self, planned: str, tokens: int) -> tuple[Grid, int, int]:
         """Grid of all ranks together, and text tokens at either end of each rank's part."""

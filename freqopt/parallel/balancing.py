@@ -112,9 +112,12 @@ def balance(model: nn.Module, plan: Plan, degree: int, sample: Any) -> Balanced:
 
 
 def _changes(
-    model: nn.Module, plan: Plan, sites: Sequence[Site], names: Mapping[str, str],
+    model: nn.Module,
+    plan: Plan,
+    sites: Sequence[Site],
+    names: Mapping[str, str],
     orders: Mapping[str, list[int]],
-) -> tuple[list[Change], dict[str, str]]:  # fmt: skip
+) -> tuple[list[Change], dict[str, str]]:
     """How weights are to be permuted, and of sites whose weights cannot be told, why."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     calls: dict[str, list[Site]] = {}

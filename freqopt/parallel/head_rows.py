@@ -87,8 +87,10 @@ def rows_of_site(site: Site) -> Rows:
         raise Untraceable(f"{site.name}: its keys are transposed")
     walk = _Walk(rows)
     for node, kind in (
-        (attention.query, "query"), (attention.key, "key"), (attention.value, "key"),
-    ):  # fmt: skip
+        (attention.query, "query"),
+        (attention.key, "key"),
+        (attention.value, "key"),
+    ):
         walk.back(node, _numbered(_sizes(node)), kind)
     walk.forward(site.node, _numbered(_sizes(site.node)), "query")
     return rows

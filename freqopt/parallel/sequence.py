@@ -128,13 +128,24 @@ def attention_over_ranks(
 
     def attend(k: Tensor, v: Tensor, mask: Tensor | None, layout: _Layout) -> tuple[Tensor, ...]:
         return split_attention(
-            query, k, v, grid=layout.grid, order=_order(order, layout, key.shape[:2]),
-            threshold=0.0 if exact else threshold, density=None if exact else density,
+            query,
+            k,
+            v,
+            grid=layout.grid,
+            order=_order(order, layout, key.shape[:2]),
+            threshold=0.0 if exact else threshold,
+            density=None if exact else density,
             text_before=layout.before,
-            text_after=layout.after, query_grid=(1, 1, part.video), query_text_before=part.before,
-            query_text_after=part.after, query_order=_query_order(order, part, query),
-            key_mask=mask, scale=scale, probes=probes, return_lse=True,
-        )  # type: ignore[return-value]  # fmt: skip
+            text_after=layout.after,
+            query_grid=(1, 1, part.video),
+            query_text_before=part.before,
+            query_text_after=part.after,
+            query_order=_query_order(order, part, query),
+            key_mask=mask,
+            scale=scale,
+            probes=probes,
+            return_lse=True,
+        )  # type: ignore[return-value]
 
     if ranks == 1 or method == "gather":
         keys, mask = _gathered(torch.stack([key, value]), key_mask, part, group)
@@ -161,9 +172,14 @@ class _Layout:
 
 
 def _part(
-    query: Tensor, key: Tensor, rank: int, ranks: int, grid: Sequence[int] | None, before: int,
+    query: Tensor,
+    key: Tensor,
+    rank: int,
+    ranks: int,
+    grid: Sequence[int] | None,
+    before: int,
     after: int,
-) -> Part:  # fmt: skip
+) -> Part:
     if query.dim() != 4 or key.dim() != 4 or query.shape[2] != key.shape[2]:
         raise InputError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}: the tensors of one rank's tokens "
@@ -277,9 +293,12 @@ def _passed_on(
 
 
 def _exchange(
-    leaving: Sequence[Tensor], arriving: Sequence[Tensor], to: int, come: int,
+    leaving: Sequence[Tensor],
+    arriving: Sequence[Tensor],
+    to: int,
+    come: int,
     group: dist.ProcessGroup | None,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """Start passing tensors on; returns what waits for them."""
     if not arriving:
         return lambda: None

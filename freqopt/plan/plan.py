@@ -307,11 +307,14 @@ class Plan(Travelling):
             return tuple(Known(grid) for grid in self.grids)
         return tuple(
             Known(
-                each.grid, each.before, each.after, each.mask,
+                each.grid,
+                each.before,
+                each.after,
+                each.mask,
                 tuple(Source(*source) for source in each.sources),
             )
             for each in layouts
-        )  # fmt: skip
+        )
 
     def names_of(self, names: Iterable[str]) -> dict[str, str]:
         """Which of the plan's sites each site of a model is, by name, where that is unique."""

@@ -124,14 +124,17 @@ def frontier(plan: Plan) -> Figure:
         *zip(*_uniform(sites), strict=True), color=GREY, lw=2, label="one threshold for all heads"
     )
     ax.plot(
-        *zip(*points, strict=True), color=BLUE, lw=2.4,
-        label="per head and timestep, errors alone",
-    )  # fmt: skip
+        *zip(*points, strict=True), color=BLUE, lw=2.4, label="per head and timestep, errors alone"
+    )
     if trials:
         ax.scatter(
-            [t.mean_density for t in trials], [t.measured_error for t in trials], s=26, color=INK,
-            zorder=3, label="verified on held-out samples",
-        )  # fmt: skip
+            [t.mean_density for t in trials],
+            [t.measured_error for t in trials],
+            s=26,
+            color=INK,
+            zorder=3,
+            label="verified on held-out samples",
+        )
     ax.scatter(
         [plan.mean_density], [plan.measured_error], s=110, color=ORANGE, zorder=4, label="this plan"
     )
@@ -140,13 +143,20 @@ def frontier(plan: Plan) -> Figure:
     elif plan.target_psnr is None:
         ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
         ax.annotate(
-            "target", (1.0, plan.target_error), xycoords=("axes fraction", "data"), ha="right",
-            va="bottom", color=ORANGE, fontsize=9.5,
-        )  # fmt: skip
+            "target",
+            (1.0, plan.target_error),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color=ORANGE,
+            fontsize=9.5,
+        )
     ax.set(
         xlabel="mean density (share of pairs attended exactly)",
-        ylabel="relative L2 error of the output", xscale="log", yscale="log",
-    )  # fmt: skip
+        ylabel="relative L2 error of the output",
+        xscale="log",
+        yscale="log",
+    )
     ax.set_ylim(bottom=plan.target_error / 30)
     percent_axis(ax)
     ax.legend(loc="lower left")
@@ -262,9 +272,11 @@ def probe_scatter(plan: Plan) -> tuple[Figure, float, float] | None:
     ends = np.array([values.min(), values.max()])
     ax.plot(ends, ends, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
     ax.set(
-        xscale="log", yscale="log", xlabel="true relative L2 error",
+        xscale="log",
+        yscale="log",
+        xlabel="true relative L2 error",
         ylabel="error reported by the probes",
-    )  # fmt: skip
+    )
     ranks = np.argsort(np.argsort(values, axis=0), axis=0)
     correlation = float(np.asarray(np.corrcoef(ranks.T))[0, 1])
     return figure, correlation, float((values[:, 1] / values[:, 0]).mean())

@@ -143,9 +143,13 @@ def _map(
     top: float | None = None,
 ) -> None:
     image = ax.imshow(
-        values, aspect="auto", cmap=colours, interpolation="nearest",
-        vmin=0, vmax=top or max(float(np.nanmax(values)), 1e-9),
-    )  # fmt: skip
+        values,
+        aspect="auto",
+        cmap=colours,
+        interpolation="nearest",
+        vmin=0,
+        vmax=top or max(float(np.nanmax(values)), 1e-9),
+    )
     step = max(1, math.ceil(len(names) / 24))
     ax.set_yticks(range(0, len(names), step), [short(names[i]) for i in range(0, len(names), step)])
     ax.tick_params(labelleft=labels)

@@ -320,10 +320,21 @@ def _gains(plan: Plan) -> Section | None:
 def _sites(plan: Plan) -> Section:
     rows = [_site_row(name, site) for name, site in plan.sites.items()]
     html = table_html(
-        ("site", "decision", "heads", "head dim", "tokens", "density", "lowest", "highest",
-         "error", "reason"),
-        rows, numbers=range(2, 9),
-    )  # fmt: skip
+        (
+            "site",
+            "decision",
+            "heads",
+            "head dim",
+            "tokens",
+            "density",
+            "lowest",
+            "highest",
+            "error",
+            "reason",
+        ),
+        rows,
+        numbers=range(2, 9),
+    )
     left = plan.evidence.dense_sites
     if left:
         html += "<p>Attention that cannot be split, and why:</p>"
@@ -348,12 +359,17 @@ def _how(plan: Plan) -> Section:
     trials = table_html(
         ("trial", "predicted error", "measured error", "worst sample", "mean density"),
         [
-            (i + 1, f"{t.predicted_error:.4f}", f"{t.measured_error:.4f}", f"{t.worst_error:.4f}",
-             f"{100 * t.mean_density:.1f} %")
+            (
+                i + 1,
+                f"{t.predicted_error:.4f}",
+                f"{t.measured_error:.4f}",
+                f"{t.worst_error:.4f}",
+                f"{100 * t.mean_density:.1f} %",
+            )
             for i, t in enumerate(plan.evidence.trials)
         ],
         numbers=range(5),
-    )  # fmt: skip
+    )
     return Section(
         "Verification and identity",
         trials
@@ -364,12 +380,15 @@ def _how(plan: Plan) -> Section:
                 ("plan format, split definition", f"{plan.version}, {plan.split_version}"),
                 ("device", plan.device),
                 ("output error with everything exact (rounding)", _floor(plan)),
-                ("versions", f"freqopt {plan.versions.freqopt}, torch {plan.versions.torch}, "
-                             f"triton {plan.versions.triton or 'none'}"),
+                (
+                    "versions",
+                    f"freqopt {plan.versions.freqopt}, torch {plan.versions.torch}, "
+                    f"triton {plan.versions.triton or 'none'}",
+                ),
                 ("seed", plan.seed),
             ],
         ),
-    )  # fmt: skip
+    )
 
 
 def _floor(plan: Plan) -> str:

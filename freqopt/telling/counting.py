@@ -130,11 +130,14 @@ def _total(name: str, sites: Sequence[SiteCount]) -> ModelCount:
     for site in sites:
         by_site[site.site] = by_site.get(site.site, False) or site.split
     return ModelCount(
-        name, sum(s.calls for s in sites if s.split), sum(s.calls for s in sites if not s.split),
-        sum(by_site.values()), len(by_site),
+        name,
+        sum(s.calls for s in sites if s.split),
+        sum(s.calls for s in sites if not s.split),
+        sum(by_site.values()),
+        len(by_site),
         math.sqrt(squares / calls) if calls else None,
         max((s.probe_worst for s in sites if s.probe_worst is not None), default=None),
-    )  # fmt: skip
+    )
 
 
 def counters() -> Counters:
@@ -154,9 +157,15 @@ def _counts(graph: Graph) -> Iterator[SiteCount]:
         for index, (_, split, reason) in enumerate(graph.decisions):
             named = calls.names[index]
             yield SiteCount(
-                named.site, split, calls.count, reason, named.model, means.get(index),
-                worst.get(index), named.verified,
-            )  # fmt: skip
+                named.site,
+                split,
+                calls.count,
+                reason,
+                named.model,
+                means.get(index),
+                worst.get(index),
+                named.verified,
+            )
 
 
 def reset_counters() -> None:

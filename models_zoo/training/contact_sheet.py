@@ -26,8 +26,10 @@ def write_contact_sheet(video: Tensor, path: Path, *, frames: int = 5, zoom: int
     lines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), pixels.flatten(1)], 1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [
-        (b"IHDR", header), (b"IDAT", zlib.compress(bytes(lines.numpy().data), 6)), (b"IEND", b""),
-    ]  # fmt: skip
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(bytes(lines.numpy().data), 6)),
+        (b"IEND", b""),
+    ]
     data = b"\x89PNG\r\n\x1a\n"
     for kind, body in parts:
         data += struct.pack(">I", len(body)) + kind + body

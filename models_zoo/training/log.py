@@ -44,9 +44,10 @@ class Report:
             except ImportError:
                 return
             self.bar = Progress(
-                *Progress.get_default_columns()[:2], TimeRemainingColumn(),
+                *Progress.get_default_columns()[:2],
+                TimeRemainingColumn(),
                 TextColumn("{task.fields[said]}"),
-            )  # fmt: skip
+            )
             self.bar.start()
             self.task = self.bar.add_task("training", total=total_seconds, said="")
 

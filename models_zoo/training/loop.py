@@ -85,8 +85,10 @@ class State:
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         self.optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-            lr=rate, betas=(0.9, 0.98), fused=device.type == "cuda",
-        )  # fmt: skip
+            lr=rate,
+            betas=(0.9, 0.98),
+            fused=device.type == "cuda",
+        )
         self.step = 0
         self.seconds = 0.0
         self.log: list[Row] = []
@@ -95,11 +97,14 @@ class State:
     def save(self, path: Path) -> None:
         """Write a checkpoint; readers never see half of one."""
         parts = {
-            "model": self.model.state_dict(), "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(), "step": self.step,
-            "seconds": self.seconds, "log": [tuple(row) for row in self.log],
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": [tuple(row) for row in self.log],
             "notes": self.notes,
-        }  # fmt: skip
+        }
         temporary = path.with_suffix(".part")
         torch.save(parts, temporary)
         temporary.replace(path)
@@ -207,11 +212,16 @@ def fastest_attention(stage: Stage, config: VideoDiTConfig) -> tuple[SDPBackend,
     generator = torch.Generator("cuda").manual_seed(0)
     parts = [
         torch.randn(
-            stage.batch, tokens, config.heads, config.head_dim,
-            device="cuda", dtype=torch.bfloat16, generator=generator,
+            stage.batch,
+            tokens,
+            config.heads,
+            config.head_dim,
+            device="cuda",
+            dtype=torch.bfloat16,
+            generator=generator,
         ).transpose(1, 2)
         for _ in range(4)
-    ]  # fmt: skip
+    ]
     wanted = parts.pop()
     best, best_ms, said, reference = SDPBackend.FLASH_ATTENTION, math.inf, [], None
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -263,9 +273,15 @@ class Trainer:
     """One run of the loop over a `State`."""
 
     def __init__(
-        self, state: State, stages: tuple[Stage, ...], *, device: torch.device, seed: int,
-        rate: float, compiled: bool,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        stages: tuple[Stage, ...],
+        *,
+        device: torch.device,
+        seed: int,
+        rate: float,
+        compiled: bool,
+    ) -> None:
         self.state, self.stages, self.device = state, stages, device
         self.seed, self.rate, self.compiled = seed, rate, compiled
         self.generator = torch.Generator(device).manual_seed(seed + 7 + state.step)
@@ -329,9 +345,13 @@ class Trainer:
         stage, state = self.stages[index], self.state
         with torch.no_grad():
             video = render_videos(
-                stage.batch, stage.frames, stage.height, stage.width,
-                seed=self.seed * 1_000_003 + state.step, device=self.device,
-            )  # fmt: skip
+                stage.batch,
+                stage.frames,
+                stage.height,
+                stage.width,
+                seed=self.seed * 1_000_003 + state.step,
+                device=self.device,
+            )
         t = draw_times(stage.batch, state.step, stage.shift, self.generator)
         loss = flow_loss(state.model, video, t, self.generator)
         loss.backward()

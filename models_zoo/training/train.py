@@ -77,9 +77,15 @@ def write_results(
     with trainer.attending():
         results["validation_loss"] = validate(model, last, device)
         video = sample(
-            model.to(dtype), frames=last.frames, height=last.height, width=last.width,
-            steps=steps, seed=1, device=device, dtype=dtype,
-        )  # fmt: skip
+            model.to(dtype),
+            frames=last.frames,
+            height=last.height,
+            width=last.width,
+            steps=steps,
+            seed=1,
+            device=device,
+            dtype=dtype,
+        )
     write_contact_sheet(video[0], out / "sampled.png")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"loss on videos never trained on: {results['validation_loss']:.4f}")
@@ -136,13 +142,19 @@ def main(arguments: list[str] | None = None) -> None:
     previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
     try:
         trainer = Trainer(
-            state, stages, device=device, seed=given.seed, rate=given.rate,
+            state,
+            stages,
+            device=device,
+            seed=given.seed,
+            rate=given.rate,
             compiled=device.type == "cuda" and not given.eager,
-        )  # fmt: skip
+        )
         trainer.run(
-            seconds=given.minutes * 60, started=started, out=given.out,
+            seconds=given.minutes * 60,
+            started=started,
+            out=given.out,
             stop=lambda: bool(interrupted),
-        )  # fmt: skip
+        )
     finally:
         signal.signal(signal.SIGINT, previous)
     if interrupted:

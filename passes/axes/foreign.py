@@ -35,11 +35,21 @@ RULED = (
 """Namespaces of operators that have a rule if they keep rows, or are no computation of a model."""
 
 KEEP_ROWS = {
-    "_scaled_mm", "_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_norm",
-    "_addmm_activation", "_fused_rms_norm", "_fused_dropout", "_dyn_quant_matmul_4bit",
-    "_weight_int4pack_mm_for_cpu", "_mixed_dtypes_linear", "_sparse_semi_structured_linear",
-    "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
-}  # fmt: skip
+    "_scaled_mm",
+    "_int_mm",
+    "_weight_int8pack_mm",
+    "_weight_int4pack_mm",
+    "_weight_norm",
+    "_addmm_activation",
+    "_fused_rms_norm",
+    "_fused_dropout",
+    "_dyn_quant_matmul_4bit",
+    "_weight_int4pack_mm_for_cpu",
+    "_mixed_dtypes_linear",
+    "_sparse_semi_structured_linear",
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+}
 """PyTorch's own products and norms without a rule of their own; rows of the first stay rows."""
 
 MOVERS = re.compile(

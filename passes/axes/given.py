@@ -35,9 +35,12 @@ def given_layout(axis: Axis, given: Grid, graph: fx.Graph, others: Others = (0, 
     if len(chosen) != 1:
         sizes = " + ".join(str(segment_size(segment)) for segment in axis)
         misfit = Reason.GRID_MISFIT(
-            grid=given, shown="x".join(map(str, given)), tokens=tokens, sizes=sizes,
+            grid=given,
+            shown="x".join(map(str, given)),
+            tokens=tokens,
+            sizes=sizes,
             how_many="more than one has" if chosen else "none has",
-        )  # fmt: skip
+        )
         return Layout(problem=misfit)
     layout = around(axis, *chosen[0], given, graph, counted=guarded)
     layout.grid_arguments = given
@@ -66,9 +69,12 @@ def _among_others(axis: Axis, given: Grid, others: Others, graph: fx.Graph) -> L
     if len(segments) != 1:
         sizes = " + ".join(str(segment_size(segment)) for segment in axis)
         misfit = Reason.GRID_MISFIT(
-            grid=given, shown=f"{before} + {'x'.join(map(str, given))} + {after}", tokens=tokens,
-            sizes=sizes, how_many="more than one has" if segments else "none has",
-        )  # fmt: skip
+            grid=given,
+            shown=f"{before} + {'x'.join(map(str, given))} + {after}",
+            tokens=tokens,
+            sizes=sizes,
+            how_many="more than one has" if segments else "none has",
+        )
         return Layout(problem=misfit)
     layout = around(axis, *segments[0], given, graph, counted=True)
     layout.grid_arguments = given

@@ -31,9 +31,21 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Extent
 
 PASS = {
-    "view", "reshape", "unsqueeze", "expand", "expand_as", "to", "contiguous", "clone", "detach",
-    "bool", "type_as", "flatten", "alias", "repeat",
-}  # fmt: skip
+    "view",
+    "reshape",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "to",
+    "contiguous",
+    "clone",
+    "detach",
+    "bool",
+    "type_as",
+    "flatten",
+    "alias",
+    "repeat",
+}
 """Operations after which an entry is true if it was before, and the last axis is the same."""
 
 

@@ -15,9 +15,22 @@ from torch import fx
 from freqopt.passes.nodes import operation, raw_name, tensor
 
 OPERATORS = {
-    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
-    "ior", "ixor", "ilshift", "irshift", "iconcat",
-}  # fmt: skip
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+    "iconcat",
+}
 """`x[i] = y`, `x &= y` and so on. All others that write in place end in an underscore."""
 
 NO_WRITES = {"and_", "or_", "not_", "is_"}

@@ -78,9 +78,13 @@ def split_as_decided(gm: fx.GraphModule, decision: Decision) -> Inserted:
     """Put the op in the place of a site, with the budget that was decided on."""
     assert decision.budget is not None
     return insert_split(
-        gm, decision.site, decision.budget, density=decision.density, probes=decision.probes,
+        gm,
+        decision.site,
+        decision.budget,
+        density=decision.density,
+        probes=decision.probes,
         largest_chunk=decision.largest_chunk,
-    )  # fmt: skip
+    )
 
 
 def insert_split(
@@ -119,9 +123,19 @@ def insert_split(
             layout = [_argument(site, argument) for argument in site.query_arguments]
             ordering = (*(ordering or (None, 0)), None, None, layout)
         arguments = (
-            query, key, values, threshold, key_mask, list(grid), before, after, scale, density,
-            probes, *ordering,
-        )  # fmt: skip
+            query,
+            key,
+            values,
+            threshold,
+            key_mask,
+            list(grid),
+            before,
+            after,
+            scale,
+            density,
+            probes,
+            *ordering,
+        )
         ops = torch.ops.freqopt
         op = ops.split_attention_at_call if site.at_call else ops.split_attention
         call = graph.call_function(op.default, arguments)

@@ -20,8 +20,15 @@ from freqopt.passes.spellings.packed import FORWARD, is_opened, packed_problem
 from freqopt.passes.spellings.softmax import match_softmax
 
 SDPA_PARAMETERS = (
-    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
-)  # fmt: skip
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 
 PACKED = {FORWARD: 3, "_native_multi_head_attention": 3, "_transformer_encoder_layer_fwd": 1}
 """Nodes that hold attention and its projections, and how many of their arguments are tokens."""

@@ -23,22 +23,60 @@ from freqopt.passes.reasons import Reason, Why
 
 SCALES = {"softmax_scale", "scale", "sm_scale", "scale_value", "attn_scale"}
 OFF = {
-    "causal": False, "is_causal": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0,
-    "softcap": 0.0, "logits_soft_cap": 0.0, "attention_chunk": 0, "keep_prob": 1.0,
-    "sparse_mode": 0, "pre_tockens": 2147483647, "next_tockens": 2147483647,
-}  # fmt: skip
+    "causal": False,
+    "is_causal": False,
+    "dropout_p": 0.0,
+    "dropout": 0.0,
+    "p": 0.0,
+    "softcap": 0.0,
+    "logits_soft_cap": 0.0,
+    "attention_chunk": 0,
+    "keep_prob": 1.0,
+    "sparse_mode": 0,
+    "pre_tockens": 2147483647,
+    "next_tockens": 2147483647,
+}
 """Arguments that have to have this value for attention to be plain."""
 
 WINDOWS = {"window_size", "window_size_left", "window_size_right", "window_left", "window_right"}
 IDLE = {
-    "return_softmax", "return_lse", "return_softmax_lse", "return_attn_probs", "deterministic",
-    "num_splits", "pack_gqa", "sm_margin", "max_seqlen_q", "max_seqlen_k", "max_q", "max_k",
-    "return_debug_mask", "compute_log_sumexp", "compute_logsumexp", "zero_tensors", "tensor_layout",
-    "input_layout", "layout", "head_num", "backend", "smooth_k", "smooth_v", "qk_quant_gran",
-    "pv_accum_dtype", "cu_seqlens_q", "cu_seqlens_k", "philox_seed", "philox_offset", "enable_gqa",
-    "cum_seq_q", "cum_seq_k", "unpadded_lse", "inner_precise",
-    "gen_mask_parallel", "sync",
-}  # fmt: skip
+    "return_softmax",
+    "return_lse",
+    "return_softmax_lse",
+    "return_attn_probs",
+    "deterministic",
+    "num_splits",
+    "pack_gqa",
+    "sm_margin",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "max_q",
+    "max_k",
+    "return_debug_mask",
+    "compute_log_sumexp",
+    "compute_logsumexp",
+    "zero_tensors",
+    "tensor_layout",
+    "input_layout",
+    "layout",
+    "head_num",
+    "backend",
+    "smooth_k",
+    "smooth_v",
+    "qk_quant_gran",
+    "pv_accum_dtype",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "philox_seed",
+    "philox_offset",
+    "enable_gqa",
+    "cum_seq_q",
+    "cum_seq_k",
+    "unpadded_lse",
+    "inner_precise",
+    "gen_mask_parallel",
+    "sync",
+}
 """Arguments that do not change the result of plain attention on whole sequences."""
 
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
@@ -177,8 +215,14 @@ def _tokens_first(
     """Whether tensors are (B, N, H, D) and not (B, H, N, D); None if nothing tells."""
     said = next((rest[k] for k in ("tensor_layout", "input_layout", "layout") if k in rest), None)
     if said is not None:
-        return {"NHD": True, "BSND": True, "BSHD": True, "HND": False, "BNSD": False,
-                "BHSD": False}.get(str(said))  # fmt: skip
+        return {
+            "NHD": True,
+            "BSND": True,
+            "BSHD": True,
+            "HND": False,
+            "BNSD": False,
+            "BHSD": False,
+        }.get(str(said))
     if name.startswith("aten::_scaled_dot_product"):
         return False
     others = outputs[1:] if isinstance(outputs, (tuple, list)) else ()

@@ -169,8 +169,9 @@ def einsum_labels(node: fx.Node) -> tuple[str, str, str] | None:
         return None
     first, second = left.split(",")
     names = {label: chr(ord("a") + i) for i, label in enumerate(dict.fromkeys(first + second))}
-    a, b, c = ("".join(names.get(label, "?") for label in labels) for labels in
-               (first, second, right))  # fmt: skip
+    a, b, c = (
+        "".join(names.get(label, "?") for label in labels) for labels in (first, second, right)
+    )
     return a, b, c
 
 

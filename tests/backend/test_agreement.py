@@ -55,9 +55,13 @@ def masked(make: Any, split: int = 1) -> Callable[[], Case]:
 
 
 TOKENS = [
-    toys.conv3d_tokens, toys.conv2d_tokens, toys.linear_tokens, toys.einsum_tokens,
-    toys.padded_tokens, toys.time_fastest_tokens,
-]  # fmt: skip
+    toys.conv3d_tokens,
+    toys.conv2d_tokens,
+    toys.linear_tokens,
+    toys.einsum_tokens,
+    toys.padded_tokens,
+    toys.time_fastest_tokens,
+]
 CASES: dict[str, Callable[[], Case]] = {
     **{tokens.__name__: toy(tokens) for tokens in TOKENS},
     "tiled_tokens": toy(toys.tiled_tokens, split=0),

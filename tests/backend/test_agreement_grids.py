@@ -43,10 +43,16 @@ def plan_of(case: Case, *grids: tuple[int, int, int], dense: str = "") -> Plan:
         sites[dense] = SitePlan(**site, decision="dense", reason="too sensitive")
     return Plan(
         model=ModelIdentity(class_name="Packed", fingerprint=model_fingerprint(case.model)),
-        grids=list(grids), device="cpu", versions=Versions(freqopt="0", torch="0"),
-        target_error=0.03, measured_error=0.02, worst_error=0.02, mean_density=0.5, sites=sites,
+        grids=list(grids),
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.03,
+        measured_error=0.02,
+        worst_error=0.02,
+        mean_density=0.5,
+        sites=sites,
         evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+    )
 
 
 def test_they_agree_on_a_grid_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +84,9 @@ def test_they_agree_on_the_grids_and_the_budgets_of_a_plan() -> None:
         options = {"plan": plan} if grid is None else {"plan": plan, "grid": grid}
         found = compiled(case, **options)
         assert found == {
-            "blocks.0": Said(want), "blocks.1": Said(None, "by the plan: too sensitive"),
-        }  # fmt: skip
+            "blocks.0": Said(want),
+            "blocks.1": Said(None, "by the plan: too sensitive"),
+        }
         assert inspected(case, **options) == found
         assert exported(case, **options) == found
 

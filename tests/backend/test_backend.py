@@ -70,18 +70,28 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> tuple[T
 def make_plan(*, heads: int = HEADS, names: tuple[str, ...] = ("blocks.0", "blocks.1")) -> Plan:
     """Splits the first site and leaves the second dense."""
     split = SitePlan(
-        heads=heads, head_dim=DIM, tokens=TOKENS, decision="split", reason="calibrated",
+        heads=heads,
+        head_dim=DIM,
+        tokens=TOKENS,
+        decision="split",
+        reason="calibrated",
         budgets=[Budget(threshold=[0.5] * heads)],
-    )  # fmt: skip
+    )
     dense = SitePlan(
         heads=heads, head_dim=DIM, tokens=TOKENS, decision="dense", reason="too sensitive"
     )
     return Plan(
-        model=ModelIdentity(class_name="Toy", fingerprint="0" * 16), grids=[GRID], device="cpu",
-        versions=Versions(freqopt="0", torch="0"), target_error=0.03, measured_error=0.02,
-        worst_error=0.02, mean_density=0.5, sites=dict(zip(names, (split, dense), strict=True)),
+        model=ModelIdentity(class_name="Toy", fingerprint="0" * 16),
+        grids=[GRID],
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.03,
+        measured_error=0.02,
+        worst_error=0.02,
+        mean_density=0.5,
+        sites=dict(zip(names, (split, dense), strict=True)),
         evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.smoke
@@ -352,9 +362,11 @@ def test_decisions_and_times_are_logged(caplog: pytest.LogCaptureFixture) -> Non
 def test_gradients_pass_through_the_rewritten_model() -> None:
     model = Toy()
     compiled = torch.compile(
-        model, backend=freqopt_backend, dynamic=False,
+        model,
+        backend=freqopt_backend,
+        dynamic=False,
         options={"threshold": 0.0, "min_tokens": 1, "inner": "eager", "strict": True},
-    )  # fmt: skip
+    )
     x = video(GRID)
     model(x).square().mean().backward()
     expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -372,8 +384,10 @@ def test_gradients_pass_through_the_rewritten_model() -> None:
 def test_aot_autograd_takes_the_rewritten_graph(dynamic: bool) -> None:
     model, inputs = Toy(), (video(GRID, 2),)
     compiled = torch.compile(
-        model, backend=freqopt_backend, dynamic=dynamic,
+        model,
+        backend=freqopt_backend,
+        dynamic=dynamic,
         options={"threshold": 0.0, "min_tokens": 1, "inner": "aot_eager", "strict": True},
-    )  # fmt: skip
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)

@@ -21,9 +21,18 @@ from freqopt.plan.plan import Plan
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 WIDE, TALL = models.GRID, (3, 10, 6)
 SIZES = [
-    WIDE, TALL, (3, 7, 10), (2, 9, 8), (1, 12, 15), (4, 5, 9), (3, 8, 9), (2, 6, 15), (3, 5, 11),
-    (3, 9, 7), WIDE,
-]  # fmt: skip
+    WIDE,
+    TALL,
+    (3, 7, 10),
+    (2, 9, 8),
+    (1, 12, 15),
+    (4, 5, 9),
+    (3, 8, 9),
+    (2, 6, 15),
+    (3, 5, 11),
+    (3, 9, 7),
+    WIDE,
+]
 
 
 def call(grid: tuple[int, int, int], text: int = 12) -> dict[str, Tensor]:

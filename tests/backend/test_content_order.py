@@ -122,9 +122,11 @@ def test_a_mask_keeps_it_dense() -> None:
 def test_dynamic_lengths_are_read_at_the_call() -> None:
     model = TwoKinds().eval()
     compiled = torch.compile(
-        model, backend="freqopt", dynamic=True,
+        model,
+        backend="freqopt",
+        dynamic=True,
         options={"inner": "eager", "min_tokens": 1, "threshold": 0.0, "order": "content"},
-    )  # fmt: skip
+    )
     torch._dynamo.reset()
     with torch.no_grad():
         for lengths in ((300, 400), (500, 290)):
@@ -142,10 +144,16 @@ def with_chunks(chunks: list[int]) -> Plan:
     }
     return Plan(
         model=ModelIdentity(class_name="Toy", fingerprint=model_fingerprint(Toy())),
-        grids=[GRID], device="cpu",
-        versions=Versions(freqopt="0", torch="0"), target_error=0.03, measured_error=0.02,
-        worst_error=0.02, mean_density=0.5, sites=sites, evidence=Evidence(samples=1, held_out=1),
-    )  # fmt: skip
+        grids=[GRID],
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.03,
+        measured_error=0.02,
+        worst_error=0.02,
+        mean_density=0.5,
+        sites=sites,
+        evidence=Evidence(samples=1, held_out=1),
+    )
 
 
 def test_a_plan_says_how_each_head_is_ordered() -> None:

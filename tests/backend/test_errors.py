@@ -14,9 +14,14 @@ import freqopt
 from freqopt.errors import through_compiler
 
 KINDS = (
-    freqopt.FreqoptError, freqopt.InputError, freqopt.OptionError, freqopt.PlanError,
-    freqopt.SiteError, freqopt.CalibrationError, freqopt.ExportError,
-)  # fmt: skip
+    freqopt.FreqoptError,
+    freqopt.InputError,
+    freqopt.OptionError,
+    freqopt.PlanError,
+    freqopt.SiteError,
+    freqopt.CalibrationError,
+    freqopt.ExportError,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

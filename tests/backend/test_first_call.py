@@ -24,22 +24,37 @@ TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))
 
 
 def plan_of(
-    model: nn.Module, *names: str, heads: int = HEADS, threshold: float = 0.5, error: float = 0.5,
+    model: nn.Module,
+    *names: str,
+    heads: int = HEADS,
+    threshold: float = 0.5,
+    error: float = 0.5,
     **fields: Any,
-) -> Plan:  # fmt: skip
+) -> Plan:
     budget = Budget(threshold=[threshold] * heads)
     site = SitePlan(
-        heads=heads, head_dim=model.head_dim, tokens=180, decision="split", reason="measured",  # type: ignore[arg-type]
-        budgets=[budget], density=[0.5] * heads, error=[error] * heads,
-    )  # fmt: skip
+        heads=heads,
+        head_dim=model.head_dim,
+        tokens=180,
+        decision="split",
+        reason="measured",  # type: ignore[arg-type]
+        budgets=[budget],
+        density=[0.5] * heads,
+        error=[error] * heads,
+    )
     return Plan(
-        model=ModelIdentity(
-            class_name=type(model).__name__, fingerprint=model_fingerprint(model)
-        ),
-        grids=[GRID], device="cpu", versions=Versions(freqopt="0", torch="0"), target_error=0.1,
-        measured_error=0.1, worst_error=0.1, mean_density=0.5, sites=dict.fromkeys(names, site),
-        evidence=Evidence(samples=2, held_out=2), **fields,
-    )  # fmt: skip
+        model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
+        grids=[GRID],
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.1,
+        measured_error=0.1,
+        worst_error=0.1,
+        mean_density=0.5,
+        sites=dict.fromkeys(names, site),
+        evidence=Evidence(samples=2, held_out=2),
+        **fields,
+    )
 
 
 class Timed(Toy):
@@ -82,9 +97,10 @@ def lines(heard: pytest.LogCaptureFixture) -> list[str]:
 def test_one_line_says_that_all_is_split(heard: pytest.LogCaptureFixture) -> None:
     model, inputs = Timed(), (video(GRID), torch.tensor([5.0]))
     compiled = torch.compile(
-        model, backend=freqopt_backend,
+        model,
+        backend=freqopt_backend,
         options={"inner": "eager", "plan": plan_of(model, "blocks.0", "blocks.1")},
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for _ in range(3):
             compiled(*inputs)
@@ -231,9 +247,11 @@ def test_the_probes_that_are_counted_are_those_of_the_op(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(chunked, "split_forward", record)
     compiled = torch.compile(
-        Toy(), backend=freqopt_backend, dynamic=False,
+        Toy(),
+        backend=freqopt_backend,
+        dynamic=False,
         options={"inner": "eager", "threshold": 50.0, "min_tokens": 0},
-    )  # fmt: skip
+    )
     with torch.no_grad():
         compiled(video(GRID, 2))
         freqopt.reset_counters()

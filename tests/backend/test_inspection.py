@@ -51,10 +51,19 @@ def test_sites_decisions_and_reasons() -> None:
     assert isinstance(found, Inspection) and found.graphs == 1
     assert not found.graph_breaks and not found.unseen
     assert found.sites[0] == InspectedSite(
-        name="blocks.0", kind="joint", heads=2, head_dim=8, query_length=187, key_length=187,
-        grid=GRID, text_before=0, text_after=7, eligible=True, decision="dense",
+        name="blocks.0",
+        kind="joint",
+        heads=2,
+        head_dim=8,
+        query_length=187,
+        key_length=187,
+        grid=GRID,
+        text_before=0,
+        text_after=7,
+        eligible=True,
+        decision="dense",
         reason="187 tokens are fewer than min_tokens = 4096",
-    )  # fmt: skip
+    )
     found = freqopt.inspect(Toy(), video(GRID), min_tokens=100)
     assert [site.decision for site in found.sites] == ["split", "split"]
     assert found.sites[0].reason == "dense attention on a known grid"
@@ -227,7 +236,7 @@ def reference(image: int, *extents: int) -> torch.Tensor:
         (places(5, 7, 9).T[None].expand(2, -1, -1), (0, (5, 7, 9), 0)),
         (torch.stack([places(5, 7, 9).T, places(5, 7, 9).T + 1], -1)[None], (0, (5, 7, 9), 0)),
     ],
-)  # fmt: skip
+)
 def test_the_main_grid_and_what_lies_around_it_are_told(
     ids: torch.Tensor, layout: tuple[int, tuple[int, int, int], int]
 ) -> None:

@@ -20,9 +20,12 @@ def compiled_in_a_process(**environment: str) -> str:
     """Compile the toy in a process of its own; what it wrote to standard error."""
     path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": path, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 

@@ -34,8 +34,11 @@ class Around(nn.Module):
     ("names", "planned", "expected"),
     [
         (["blocks.0.attn"], ["blocks.0.attn", "blocks.1.attn"], {"blocks.0.attn": "blocks.0.attn"}),
-        (["a.blocks.0.attn", "a.blocks.1.attn"], ["blocks.0.attn", "blocks.1.attn"],
-         {"a.blocks.0.attn": "blocks.0.attn", "a.blocks.1.attn": "blocks.1.attn"}),
+        (
+            ["a.blocks.0.attn", "a.blocks.1.attn"],
+            ["blocks.0.attn", "blocks.1.attn"],
+            {"a.blocks.0.attn": "blocks.0.attn", "a.blocks.1.attn": "blocks.1.attn"},
+        ),
         (["blocks.0.attn"], ["model.blocks.0.attn"], {"blocks.0.attn": "model.blocks.0.attn"}),
         (["blocks.0.wrapped.attn"], ["blocks.0.attn"], {"blocks.0.wrapped.attn": "blocks.0.attn"}),
         (["one.blocks.0.attn", "two.blocks.0.attn"], ["blocks.0.attn"], {}),
@@ -45,7 +48,7 @@ class Around(nn.Module):
         (["attn", "attn@1"], ["attn"], {"attn": "attn", "attn@1": "attn"}),
         (["attn", "attn@1"], ["attn", "attn@1"], {"attn": "attn", "attn@1": "attn@1"}),
     ],
-)  # fmt: skip
+)
 def test_names_match_where_that_is_unique(
     names: list[str], planned: list[str], expected: dict[str, str]
 ) -> None:

@@ -42,8 +42,10 @@ class Layers(nn.Module):
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
         x = tokens + self.first(tokens)
         q = self.second.qkv(x)[..., :32].unflatten(-1, (2, 16)).transpose(1, 2)
-        k, v = (m.unflatten(-1, (2, 16)).transpose(1, 2)
-                for m in self.second.qkv(memory)[..., 32:].chunk(2, -1))  # fmt: skip
+        k, v = (
+            m.unflatten(-1, (2, 16)).transpose(1, 2)
+            for m in self.second.qkv(memory)[..., 32:].chunk(2, -1)
+        )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -155,10 +155,26 @@ def test_a_run_from_a_pack_writes_errors_and_speed(
 ) -> None:
     model.pack(model.Source(tiny_weights(), clips(4)), tmp_path / "pack")
     monkeypatch.setattr(dinov2, "COPIES", 1)
-    dinov2.main([
-        "--packed", str(tmp_path / "pack"), "--clips", "bikes", "bigbuckbunny", "--frames", "4",
-        "--layers", "1", "--densities", "0.5", "--device", "cpu", "--speed", "--out", str(tmp_path),
-    ])  # fmt: skip
+    dinov2.main(
+        [
+            "--packed",
+            str(tmp_path / "pack"),
+            "--clips",
+            "bikes",
+            "bigbuckbunny",
+            "--frames",
+            "4",
+            "--layers",
+            "1",
+            "--densities",
+            "0.5",
+            "--device",
+            "cpu",
+            "--speed",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     result = json.loads((tmp_path / "dinov2.json").read_text())
     assert result["tokens"] == 4 * 8 * 10 and result["layers"] == 1
     names = ["grid", "content 1,024", "content all", "per head"]

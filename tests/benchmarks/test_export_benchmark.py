@@ -16,9 +16,18 @@ from freqopt.kernels.specialise import hopper_specialisation
 
 PLAIN = Case("plain", "float16", 128, (4, 8, 9), 2, "attend_hopper", density=0.25)
 TEXT = Case(
-    "text", "bfloat16", 64, (3, 5, 7), 4, "attend_hopper",
-    batch=2, kv_heads=2, before=3, after=6, masked=True,
-)  # fmt: skip
+    "text",
+    "bfloat16",
+    64,
+    (3, 5, 7),
+    4,
+    "attend_hopper",
+    batch=2,
+    kv_heads=2,
+    before=3,
+    after=6,
+    masked=True,
+)
 
 
 @pytest.fixture(scope="module")

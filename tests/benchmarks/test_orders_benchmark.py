@@ -32,9 +32,15 @@ def test_a_call_is_that_of_the_public_function() -> None:
     sizes = dict(zip(orders.CHUNKS, (1024, 1024, "all"), strict=True))
     for each in (*orders.shared_orderings(a), mixed):
         wanted, stats = freqopt.split_attention(
-            a.query, a.key, a.value, grid=a.grid, order=cases.get(each.name, chunks),
-            chunk=sizes.get(each.name, 1024), threshold=1.0, return_stats=True,
-        )  # fmt: skip
+            a.query,
+            a.key,
+            a.value,
+            grid=a.grid,
+            order=cases.get(each.name, chunks),
+            chunk=sizes.get(each.name, 1024),
+            threshold=1.0,
+            return_stats=True,
+        )
         found = each.call(a, threshold=1.0)
         assert torch.equal(found.out, wanted) and torch.equal(found.density, stats.density)
         assert (each.make(a.key, a.grid) is None) == (each.name == "grid")
@@ -86,9 +92,12 @@ def test_rows_of_all_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     lines = readme.attention({"problems": [found]})
     assert sum(line.startswith("| content") for line in lines) == 2
-    assert not any("content" in line for line in readme.summary(
-        {"environment": {"device": "", "torch": "", "commit": ""}, "problems": [found]}
-    ))  # fmt: skip
+    assert not any(
+        "content" in line
+        for line in readme.summary(
+            {"environment": {"device": "", "torch": "", "commit": ""}, "problems": [found]}
+        )
+    )
 
 
 def test_a_row_that_fails_its_gate_has_no_time(

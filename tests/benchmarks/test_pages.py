@@ -58,9 +58,13 @@ def test_markers() -> None:
 def attention_problem(**more: Any) -> dict[str, Any]:
     row = {"density": 0.1, "l1": 0.06, "l2": 0.05, "ms": 4.0, "speedup": 5.7, **more}
     return {
-        "heads": 24, "tokens": 32760, "head_dim": 128, "dtype": "torch.bfloat16",
-        "dense_ms": {"cudnn": 22.9, "flash": 30.0}, "rows": [row, {**row, "density": 0.3}],
-    }  # fmt: skip
+        "heads": 24,
+        "tokens": 32760,
+        "head_dim": 128,
+        "dtype": "torch.bfloat16",
+        "dense_ms": {"cudnn": 22.9, "flash": 30.0},
+        "rows": [row, {**row, "density": 0.3}],
+    }
 
 
 def test_rows_carry_error_and_density_beside_every_time(tmp_path: Path) -> None:
@@ -83,12 +87,17 @@ def test_calibration_rows() -> None:
     result = {
         "environment": WHERE,
         "settings": {
-            "frames": 21, "height": 120, "width": 208, "steps": 25, "dtype": "bfloat16",
-            "samples": 8, "seeds": 2,
+            "frames": 21,
+            "height": 120,
+            "width": 208,
+            "steps": 25,
+            "dtype": "bfloat16",
+            "samples": 8,
+            "seeds": 2,
         },
         "variants": variants,
         "summary": {"PSNR at the first density, dB": 37.0, "calibration, s": None},
-    }  # fmt: skip
+    }
     said = "\n".join(calibration_page.rows(result))
     assert "21 x 30 x 52 = 32,760 tokens" in said
     assert "| PSNR at 10% density, dB | 37 | at least 36 (aim 42) |" in said

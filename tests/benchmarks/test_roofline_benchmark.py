@@ -40,8 +40,10 @@ def test_rows_pair_times_with_floors_and_sum_the_rest(tmp_path: Path) -> None:
     times = {"attend_hopper_kernel": 2.5, "score_kernel": 0.3, "a reduction": 0.1, "a cast": 0.2}
     rows = roofline.rows_of(times, work, 989.0, 4.8)
     assert [row["kernel"] for row in rows] == [
-        "attend_hopper_kernel", "score_kernel", "everything else"
-    ]  # fmt: skip
+        "attend_hopper_kernel",
+        "score_kernel",
+        "everything else",
+    ]
     assert 0 < rows[0]["of_floor"] < 1 and rows[0]["bound"] == "products"
     assert rows[2]["ms"] == pytest.approx(0.3)
     roofline.plot([{"tokens": 32_760, "density": 0.1, "rows": rows}], "test", tmp_path / "r.png")

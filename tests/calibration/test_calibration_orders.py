@@ -109,9 +109,15 @@ def test_costs_of_orders() -> None:
                 shape, 24, chunk
             )
     timing = SiteTiming(
-        heads=24, tokens=600, head_dim=128, dense_ms=1.0, base_ms=0.1, density_ms=1.0, points=[],
+        heads=24,
+        tokens=600,
+        head_dim=128,
+        dense_ms=1.0,
+        base_ms=0.1,
+        density_ms=1.0,
+        points=[],
         orders=[(1024, 0.3)],
-    )  # fmt: skip
+    )
     shape = AttentionShape(24, 600, 128)
     cost = MeasuredCost({shape: timing})
     assert cost.order(shape, 8, 1024) == 0.3 and cost.order(shape, 8, ALL) == np.inf
@@ -206,9 +212,14 @@ def errors_with(plan: Plan, model: Likeness, sample: dict[str, Tensor]) -> tuple
         )
         query = key.repeat_interleave(model.heads // model.key_heads, 1)
         out, stats = freqopt.split_attention(
-            query, key, value, grid=video.shape[2:], order=torch.tensor(plan.sites[name].chunks),
-            threshold=plan.budget(name)[0], return_stats=True,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            grid=video.shape[2:],
+            order=torch.tensor(plan.sites[name].chunks),
+            threshold=plan.budget(name)[0],
+            return_stats=True,
+        )
         dense = model(**sample)
         wrong = model.out(out.transpose(1, 2).flatten(2)) - dense
     return float(wrong.norm() / dense.norm()), stats.density[0]

@@ -85,9 +85,18 @@ def run(work: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_calibrate_and_report(work: Path, run: Run) -> None:
     done = run(
-        "calibrate", "models:make", "--samples", "samples.safetensors", "--target-error", "0.2",
-        "--device", "cpu", "-o", "out/plan.json", "--quiet",
-    )  # fmt: skip
+        "calibrate",
+        "models:make",
+        "--samples",
+        "samples.safetensors",
+        "--target-error",
+        "0.2",
+        "--device",
+        "cpu",
+        "-o",
+        "out/plan.json",
+        "--quiet",
+    )
     assert done.returncode == 0, done.stderr
     plan = Plan.load(work / "out/plan.json")
     assert plan.model.class_name == "Tiny" and plan.grids == [(4, 8, 8)]
@@ -182,9 +191,15 @@ def test_the_version_is_said(run: Run) -> None:
 
 def test_two_targets_are_refused(run: Run) -> None:
     done = run(
-        "calibrate", "models:make", "--samples", "samples.safetensors", "--target-error", "0.1",
-        "--target-density", "0.5",
-    )  # fmt: skip
+        "calibrate",
+        "models:make",
+        "--samples",
+        "samples.safetensors",
+        "--target-error",
+        "0.1",
+        "--target-density",
+        "0.5",
+    )
     assert done.returncode == cli.BAD_INPUT and "both given" in done.stderr
 
 

@@ -23,8 +23,11 @@ def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "freqopt", "kernels", *arguments],
-        capture_output=True, text=True, check=False, env={**environment, "COLUMNS": "200"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, "COLUMNS": "200"},
+    )
 
 
 def test_list_names_every_kernel_with_what_it_needs() -> None:

@@ -74,9 +74,10 @@ def test_ssim_is_its_definition() -> None:
                 var_b = (weight * (b - mean_b) ** 2).sum()
                 both = (weight * (a - mean_a) * (b - mean_b)).sum()
                 values.append(
-                    (2 * mean_a * mean_b + 0.02**2) * (2 * both + 0.06**2)
+                    (2 * mean_a * mean_b + 0.02**2)
+                    * (2 * both + 0.06**2)
                     / ((mean_a**2 + mean_b**2 + 0.02**2) * (var_a + var_b + 0.06**2))
-                )  # fmt: skip
+                )
     assert demo_video.ssim(noisy, clean) == pytest.approx(float(np.mean(values)), abs=1e-9)
     assert 0.3 < demo_video.ssim(noisy, clean) < 0.999
     assert demo_video.ssim(-clean, clean) < 0
@@ -136,11 +137,29 @@ def test_missing_weights_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_the_demo_end_to_end(tmp_path: Path) -> None:
     """From the command line: everything is written, and the figures agree with each other."""
     done = subprocess.run(
-        [sys.executable, "-m", "freqopt", "demo", "--device", "cpu", "--random-weights",
-         "--grid", "3,8,10", "--steps", "3", "--samples", "2", "--target-error", "0.1",
-         "--out", tmp_path / "demo"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "freqopt",
+            "demo",
+            "--device",
+            "cpu",
+            "--random-weights",
+            "--grid",
+            "3,8,10",
+            "--steps",
+            "3",
+            "--samples",
+            "2",
+            "--target-error",
+            "0.1",
+            "--out",
+            tmp_path / "demo",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "demo/result.json").read_text())
     assert result["grid"] == [3, 8, 10] and result["tokens"] == 240

@@ -56,8 +56,13 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "length and angle": lambda x, t: t.abs() * as_complex(x).angle(),
     "exponential": lambda x, t: back(torch.exp(1j * x[..., :3])),
     "shapes": lambda x, t: back(
-        (as_complex(x).transpose(-1, -2).unsqueeze(-3) * t.permute(-1, 0)).squeeze(-3)
-        .reshape(2, -1).view(2, 3, 5).expand(2, 3, 5).flatten(-2, -1).unflatten(-1, (3, 5))
+        (as_complex(x).transpose(-1, -2).unsqueeze(-3) * t.permute(-1, 0))
+        .squeeze(-3)
+        .reshape(2, -1)
+        .view(2, 3, 5)
+        .expand(2, 3, 5)
+        .flatten(-2, -1)
+        .unflatten(-1, (3, 5))
     ),
     "pieces": lambda x, t: back(
         torch.cat([*t.split([1, 2], -1), t.chunk(3, dim=1)[-1], t[:, :1]], dim=-1)[1:4]
@@ -70,7 +75,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "summed": lambda x, t: back(as_complex(x).sum(-2) + t.mean(0)),
     "padded": lambda x, t: back(nn.functional.pad(t, (0, 1, 2, 0))),
     "chosen": lambda x, t: back(torch.where(x[..., :3] > 0, as_complex(x), t)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)

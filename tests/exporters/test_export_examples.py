@@ -25,8 +25,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_example(name: str, said: str, made: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), str(tmp_path)],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert said in done.stdout
     assert (tmp_path / made).is_file() and (tmp_path / "manifest.json").is_file()

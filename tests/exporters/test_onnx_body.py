@@ -36,9 +36,18 @@ def test_body_is_the_op(case: Case, opset: int, dtype: torch.dtype) -> None:
     onnx.checker.check_model(model, full_check=True)
     found = session(model).run(None, feed(case, (query, key, value, tensors[3]), budget))
     out, _, error, route, coefficients, *_ = torch.ops.freqopt.split_attention(
-        query, key, value, budget, tensors[3], list(case.grid), case.before, case.after,
-        scale, 0.0, 64,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        budget,
+        tensors[3],
+        list(case.grid),
+        case.before,
+        case.after,
+        scale,
+        0.0,
+        64,
+    )
     assert set(route.unique().tolist()) >= {0, 2}
     assert torch.equal(torch.from_numpy(found[1]), route.long())
     assert relative(torch.from_numpy(found[0]), out) < TOLERANCE[dtype]
@@ -81,9 +90,8 @@ def test_bfloat16() -> None:
         inputs[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
     found = _to_tensor(runner.run_with_ort_values(None, inputs)[0])
     out = torch.ops.freqopt.split_attention(
-        *halves.values(), budget, tensors[3], list(case.grid), case.before, case.after, 0.2, 0.0,
-        64,
-    )[0]  # fmt: skip
+        *halves.values(), budget, tensors[3], list(case.grid), case.before, case.after, 0.2, 0.0, 64
+    )[0]
     assert found.dtype == torch.bfloat16
     assert relative(found, out) < 1e-2
 
@@ -95,9 +103,8 @@ def test_one_session_serves_two_token_counts() -> None:
         budget = budget_for(case, tensors, 0.3)
         found = runner.run(None, feed(case, tensors, budget))[0]
         out = torch.ops.freqopt.split_attention(
-            *tensors[:3], budget, None, list(case.grid), case.before, case.after, 0.18, 0.0,
-            64,
-        )[0]  # fmt: skip
+            *tensors[:3], budget, None, list(case.grid), case.before, case.after, 0.18, 0.0, 64
+        )[0]
         assert relative(torch.from_numpy(found), out) < 1e-5
 
 

@@ -89,9 +89,11 @@ def order_of(
     tokens: Tensor, base: Tensor, chunks: list[int], before: int = 0, opset: int = 20
 ) -> Tensor:
     given = {
-        "tokens": tokens.numpy(), "base": base.numpy(), "chunks": np.array(chunks, np.int32),
+        "tokens": tokens.numpy(),
+        "base": base.numpy(),
+        "chunks": np.array(chunks, np.int32),
         "text_before": np.array([before]),
-    }  # fmt: skip
+    }
     return torch.from_numpy(order_session(opset).run(None, given)[0])
 
 
@@ -186,19 +188,30 @@ def plan_for(model: nn.Module, threshold: float, *chunks: list[int]) -> Plan:
     """A plan by hand for the sites of `TwoKinds`."""
     sites = {
         name: {
-            "heads": 2, "head_dim": 16, "tokens": 420, "decision": "split", "reason": "test",
-            "budgets": [{"threshold": [threshold, threshold]}], "chunks": own,
+            "heads": 2,
+            "head_dim": 16,
+            "tokens": 420,
+            "decision": "split",
+            "reason": "test",
+            "budgets": [{"threshold": [threshold, threshold]}],
+            "chunks": own,
         }
         for name, own in zip(site_names(), chunks, strict=True)
-    }  # fmt: skip
+    }
     return Plan.model_validate(
         {
             "model": {"class_name": "TwoKinds", "fingerprint": model_fingerprint(model)},
-            "grids": [(1, 1, 7)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
-            "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
-            "mean_density": 0.3, "sites": sites, "evidence": {"samples": 1, "held_out": 1},
+            "grids": [(1, 1, 7)],
+            "device": "cpu",
+            "versions": {"freqopt": "0", "torch": "2"},
+            "target_error": 0.05,
+            "measured_error": 0.04,
+            "worst_error": 0.04,
+            "mean_density": 0.3,
+            "sites": sites,
+            "evidence": {"samples": 1, "held_out": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -66,25 +66,54 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
     buffers = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
     blocks, tiles, pairs, kv = 5, 3, 8, 4
     expected_grid = {
-        "limits": (pairs, 1, 1), "summarise": (kv, 2, 1), "total": (2, kv, 1),
-        "centre": (1, kv, 1), "first": (1, kv, 1), "order": (4, kv, 1),
-        "pool_tiles": (pairs, tiles, 1), "disperse": (pairs, 1, 1),
-        "score": (pairs, 1, 1), "route": (tiles, pairs, 1),
-        "probe": (5, pairs, 1), "merge": (16, pairs, 1),
-        "estimate": (1, pairs, 1), "fit": (pairs, 1, 1),
-        "attend": (3, pairs, 1), "text": (1, pairs, 1),
-    }  # fmt: skip
+        "limits": (pairs, 1, 1),
+        "summarise": (kv, 2, 1),
+        "total": (2, kv, 1),
+        "centre": (1, kv, 1),
+        "first": (1, kv, 1),
+        "order": (4, kv, 1),
+        "pool_tiles": (pairs, tiles, 1),
+        "disperse": (pairs, 1, 1),
+        "score": (pairs, 1, 1),
+        "route": (tiles, pairs, 1),
+        "probe": (5, pairs, 1),
+        "merge": (16, pairs, 1),
+        "estimate": (1, pairs, 1),
+        "fit": (pairs, 1, 1),
+        "attend": (3, pairs, 1),
+        "text": (1, pairs, 1),
+    }
     integers = {
-        "heads": heads, "group_size": 2, "tokens": tokens, "tiles": tiles, "blocks": blocks,
-        "groups": 2, "text": 5, "text_before": before, "probes": 64, "parts": 5,
-        "cells": dim * dim, "stride_qn": dim, "stride_kn": dim, "stride_vn": dim,
-        "stride_on": dim, "stride_qh": length * dim, "stride_kh": length * dim,
-        "stride_vh": length * dim, "stride_oh": length * dim, "stride_qb": heads * length * dim,
-        "stride_ob": heads * length * dim, "stride_kb": kv_heads * length * dim,
-        "stride_vb": kv_heads * length * dim, "stride_mb": length,
-        "order_row": 0, "order_share": pairs, "queries": tokens, "query_text": 5,
+        "heads": heads,
+        "group_size": 2,
+        "tokens": tokens,
+        "tiles": tiles,
+        "blocks": blocks,
+        "groups": 2,
+        "text": 5,
+        "text_before": before,
+        "probes": 64,
+        "parts": 5,
+        "cells": dim * dim,
+        "stride_qn": dim,
+        "stride_kn": dim,
+        "stride_vn": dim,
+        "stride_on": dim,
+        "stride_qh": length * dim,
+        "stride_kh": length * dim,
+        "stride_vh": length * dim,
+        "stride_oh": length * dim,
+        "stride_qb": heads * length * dim,
+        "stride_ob": heads * length * dim,
+        "stride_kb": kv_heads * length * dim,
+        "stride_vb": kv_heads * length * dim,
+        "stride_mb": length,
+        "order_row": 0,
+        "order_share": pairs,
+        "queries": tokens,
+        "query_text": 5,
         "query_before": before,
-    }  # fmt: skip
+    }
     seen = []
     for _, symbol, x, y, z, threads, shared, stream, *values in [
         line for line in lines if line[0] == "launch"
@@ -132,17 +161,25 @@ def test_constants_are_those_of_the_kernels(tmp_path: Path) -> None:
     from freqopt.kernels.portable.glue import MOMENTS, UNIT
 
     expected = {
-        "kKeyBlock": KEY_BLOCK, "kQueryTile": QUERY_TILE,
-        "kGroup": summaries.GROUP, "kOrderGroup": summaries.ORDER_GROUP,
-        "kProbePrograms": probe.PROBE_PROGRAMS, "kMaxParts": probe.MAX_PARTS,
-        "kMoments": MOMENTS.value, "kUnit": UNIT.value,
-        "kPooledTiles": routing.POOLED_TILES, "kSubTiles": QUERY_TILE // SUB_TILE,
-    }  # fmt: skip
+        "kKeyBlock": KEY_BLOCK,
+        "kQueryTile": QUERY_TILE,
+        "kGroup": summaries.GROUP,
+        "kOrderGroup": summaries.ORDER_GROUP,
+        "kProbePrograms": probe.PROBE_PROGRAMS,
+        "kMaxParts": probe.MAX_PARTS,
+        "kMoments": MOMENTS.value,
+        "kUnit": UNIT.value,
+        "kPooledTiles": routing.POOLED_TILES,
+        "kSubTiles": QUERY_TILE // SUB_TILE,
+    }
     of_order = {
-        "kRank": content_order.RANK, "kSamples": content_order.SAMPLES,
-        "kLeaf": content_order.LEAF, "kSegmentSamples": content_order.SEGMENT_SAMPLES,
-        "kMomentParts": order.PARTS, "kLargestHalved": max(order.LEVELS),
-    }  # fmt: skip
+        "kRank": content_order.RANK,
+        "kSamples": content_order.SAMPLES,
+        "kLeaf": content_order.LEAF,
+        "kSegmentSamples": content_order.SEGMENT_SAMPLES,
+        "kMomentParts": order.PARTS,
+        "kLargestHalved": max(order.LEVELS),
+    }
 
     def disagree(file: str, values: dict[str, int]) -> list[str]:
         source = tmp_path / "constants.cc"
@@ -169,15 +206,24 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
     }
     kv, pairs, blocks, tiles, dim, half = 4, 8, 5, 3, 64, 2
     needed = {
-        "key_out": kv * blocks * 64 * dim * half, "first_order": kv * dim * dim * 4,
+        "key_out": kv * blocks * 64 * dim * half,
+        "first_order": kv * dim * dim * 4,
         "limits": pairs * 4,
-        "sub_mean": pairs * 64 * dim * half, "tile_square": pairs * tiles * dim * half,
-        "score": pairs * tiles * blocks * 4, "exact_list": pairs * tiles * blocks * 4,
-        "exact_out": pairs * 5 * 64 * dim * 4, "mass": pairs * 5 * 64 * 2 * 4,
-        "counts": pairs * tiles * 4, "moments": pairs * 4 * 1 * 16 * 4,
-        "coefficients": pairs * 2 * 4, "logit": pairs * 64 * 5 * 4, "term": pairs * 64 * 5 * 2,
-        "sums": kv * 2 * 3 * dim * 4, "key_shift": kv * dim * 4, "route": pairs * tiles * blocks,
-    }  # fmt: skip
+        "sub_mean": pairs * 64 * dim * half,
+        "tile_square": pairs * tiles * dim * half,
+        "score": pairs * tiles * blocks * 4,
+        "exact_list": pairs * tiles * blocks * 4,
+        "exact_out": pairs * 5 * 64 * dim * 4,
+        "mass": pairs * 5 * 64 * 2 * 4,
+        "counts": pairs * tiles * 4,
+        "moments": pairs * 4 * 1 * 16 * 4,
+        "coefficients": pairs * 2 * 4,
+        "logit": pairs * 64 * 5 * 4,
+        "term": pairs * 64 * 5 * 2,
+        "sums": kv * 2 * 3 * dim * 4,
+        "key_shift": kv * dim * 4,
+        "route": pairs * tiles * blocks,
+    }
     for name, size in needed.items():
         assert size <= room[name] < size + 256, name
 
@@ -223,8 +269,11 @@ def test_launches_of_an_order(programs: Programs, table: list[Compiled]) -> None
     assert seen == [(4, pairs), (pairs, 1), (pairs, 235), *far_grids, *near_grids, (pairs, 469)]
     given = [dict(zip(rows[n].arguments, v[3:], strict=False)) for n, v in found]
     # Positions go back and forth between two buffers, and end where they began.
-    moved = [(g["position"], g["target"]) for g, (n, _) in zip(given, found, strict=True)
-             if n == "divide"]  # fmt: skip
+    moved = [
+        (g["position"], g["target"])
+        for g, (n, _) in zip(given, found, strict=True)
+        if n == "divide"
+    ]
     assert moved[0] == moved[1][::-1] and given[-1]["position"] == moved[0][0]
     assert (given[-1]["order"], given[-1]["base"], given[-1]["chunks"]) == (0xA000, 0x6000, 0x9000)
     sizes = [g["size"] for g in given if "size" in g]
@@ -245,9 +294,12 @@ def test_launches_replayed_in_the_interpreter_are_the_definition(programs: Progr
     """
     script = Path(__file__).parents[1] / "support" / "ort_replay.py"
     done = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(vars(programs), default=str),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(script)],
+        input=json.dumps(vars(programs), default=str),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 4
@@ -345,15 +397,32 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     library = build_library(tmp_path, write_sources(table, folder), defines=(provider,))
     done = subprocess.run(
         [sys.executable, "-c", SESSION, str(library), str(Path(__file__).parents[1] / "support")],
-        capture_output=True, text=True, check=False, env=programs.environment(80),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=programs.environment(80),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [x.split(" ") for x in done.stdout.splitlines() if x.startswith("launch ")]
     launches, of_orders = launches[:16], launches[16:]
     assert [x[1].removesuffix("_kernel") for x in launches] == [
-        "summarise", "total", "centre", "first_order", "order", "pool_tiles", "disperse", "score",
-        "limits", "route", "probe", "merge", "estimate", "fit", "attend", "text",
-    ]  # fmt: skip
+        "summarise",
+        "total",
+        "centre",
+        "first_order",
+        "order",
+        "pool_tiles",
+        "disperse",
+        "score",
+        "limits",
+        "route",
+        "probe",
+        "merge",
+        "estimate",
+        "fit",
+        "attend",
+        "text",
+    ]
     (row,) = [r for r in table if r.kernel == "attend" and r.variant == AMPERE]
     (attend,) = [x for x in launches if x[1] == "attend_kernel"]
     assert attend[2:5] == [str(-(-315 // row.tile)), "8", "1"] and attend[7] == "0"
@@ -364,11 +433,17 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     refused = [x for x in done.stdout.splitlines() if x.startswith("refused ")]
     for line, said in zip(
         refused,
-        ["no attend kernel for sm_80, float32", "do not fit a sequence", "budget is",
-         "one self-attention", "does not broadcast", "do not go with 2 heads",
-         "do not fit a sequence"],
+        [
+            "no attend kernel for sm_80, float32",
+            "do not fit a sequence",
+            "budget is",
+            "one self-attention",
+            "does not broadcast",
+            "do not go with 2 heads",
+            "do not fit a sequence",
+        ],
         strict=True,
-    ):  # fmt: skip
+    ):
         assert said in line
     kernels = [x[1].removesuffix("_kernel") for x in of_orders]
     assert kernels == [*ORDERED, "halve", "halve", "leaf"]

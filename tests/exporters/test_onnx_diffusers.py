@@ -28,10 +28,19 @@ Call = Callable[[int, int, int], dict[str, Any]]
 
 def wan() -> tuple[nn.Module, Call, dict[str, Any]]:
     model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
 
     def call(t: int, h: int, w: int) -> dict[str, Any]:
         return {
@@ -45,10 +54,20 @@ def wan() -> tuple[nn.Module, Call, dict[str, Any]]:
 
 def hunyuan() -> tuple[nn.Module, Call, dict[str, Any]]:
     model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-        num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1,
-        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
     mask = torch.ones(1, 9)
     mask[:, 6:] = 0
 
@@ -69,11 +88,21 @@ def cogvideox() -> tuple[nn.Module, Call, dict[str, Any]]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-        time_embed_dim=8, text_embed_dim=16, num_layers=1, sample_width=20, sample_height=12,
-        sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=6,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=20,
+        sample_height=12,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=6,
         use_rotary_positional_embeddings=True,
-    )  # fmt: skip
+    )
 
     def call(t: int, h: int, w: int) -> dict[str, Any]:
         size = (h // 2, w // 2)

@@ -50,17 +50,27 @@ def plan_for(model: nn.Module, *sites: float | None) -> Plan:
     for name, site in zip(SITES, sites, strict=True):
         budgets = [{"threshold": [site] * 2}] if site else []
         made[name] = {
-            "heads": 2, "head_dim": 32, "tokens": 240, "reason": "test",
-            "decision": "split" if site else "dense", "budgets": budgets,
-        }  # fmt: skip
+            "heads": 2,
+            "head_dim": 32,
+            "tokens": 240,
+            "reason": "test",
+            "decision": "split" if site else "dense",
+            "budgets": budgets,
+        }
     return Plan.model_validate(
         {
             "model": {"class_name": "VideoDiT", "fingerprint": model_fingerprint(model)},
-            "grids": [(5, 6, 8)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
-            "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
-            "mean_density": 0.3, "sites": made, "evidence": {"samples": 1, "held_out": 1},
+            "grids": [(5, 6, 8)],
+            "device": "cpu",
+            "versions": {"freqopt": "0", "torch": "2"},
+            "target_error": 0.05,
+            "measured_error": 0.04,
+            "worst_error": 0.04,
+            "mean_density": 0.3,
+            "sites": made,
+            "evidence": {"samples": 1, "held_out": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

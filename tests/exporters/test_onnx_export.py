@@ -60,20 +60,29 @@ def plan_for(model: nn.Module, **sites: float) -> Plan:
     """A plan by hand: threshold of each split site (dots written as __)."""
     budgets = {
         name.replace("__", "."): {
-            "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
+            "heads": 2,
+            "head_dim": 32,
+            "tokens": 240,
+            "decision": "split",
+            "reason": "test",
             "budgets": [{"threshold": [value, 2 * value]}],
         }
         for name, value in sites.items()
-    }  # fmt: skip
+    }
     return Plan.model_validate(
         {
             "model": {"class_name": "VideoDiT", "fingerprint": model_fingerprint(model)},
-            "grids": [(5, 6, 8)], "device": "cpu",
+            "grids": [(5, 6, 8)],
+            "device": "cpu",
             "versions": {"freqopt": "0", "torch": "2"},
-            "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
-            "mean_density": 0.3, "sites": budgets, "evidence": {"samples": 1, "held_out": 1},
+            "target_error": 0.05,
+            "measured_error": 0.04,
+            "worst_error": 0.04,
+            "mean_density": 0.3,
+            "sites": budgets,
+            "evidence": {"samples": 1, "held_out": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ HERE = Path(__file__).parents[1] / "support"
 def run(script: str, *arguments: object) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(HERE / script), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found

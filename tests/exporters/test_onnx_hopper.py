@@ -76,13 +76,30 @@ def test_maps_and_arguments_are_those_of_the_pytorch_launch(
     ]
     expected: dict[str, int] = {
         **{n: at[n] for n in ("key_shift", "mass_term", "coefficients", "exact_list", "counts")},
-        "query": 0x1000, "order": 0x6000, "out": 0x7000,
-        "stride_qb": 4 * 315 * dim, "stride_qh": 315 * dim, "stride_qn": dim,
-        "stride_ob": 4 * 315 * dim, "stride_oh": 315 * dim, "stride_on": dim,
-        "stride_mb": 0, "key_mask": at["route"], "heads": 4, "group_size": 2, "tokens": 315,
-        "tiles": 3, "blocks": 5, "text": 0, "text_before": 0, "scale": 0x3E000000,
-        "order_row": 0, "order_share": 8, "queries": 315, "query_before": 0,
-    }  # fmt: skip
+        "query": 0x1000,
+        "order": 0x6000,
+        "out": 0x7000,
+        "stride_qb": 4 * 315 * dim,
+        "stride_qh": 315 * dim,
+        "stride_qn": dim,
+        "stride_ob": 4 * 315 * dim,
+        "stride_oh": 315 * dim,
+        "stride_on": dim,
+        "stride_mb": 0,
+        "key_mask": at["route"],
+        "heads": 4,
+        "group_size": 2,
+        "tokens": 315,
+        "tiles": 3,
+        "blocks": 5,
+        "text": 0,
+        "text_before": 0,
+        "scale": 0x3E000000,
+        "order_row": 0,
+        "order_share": 8,
+        "queries": 315,
+        "query_before": 0,
+    }
     for name in (*MAPPED, "text_key", "text_value"):
         n = name.removeprefix("text_")  # as hopper.attend without text
         expected |= {f"{name}.map": at[n], f"{name}.extent0": rows[n], f"{name}.extent1": dim}
@@ -188,8 +205,14 @@ def test_another_layout_of_arguments_is_refused() -> None:
     right = {"swizzle": 3, "elem_size": 2, "block_size": [64, 64], "fp4_padded": False}
     made.metadata.tensordesc_meta = [right]
     assert launch_arguments(given, made) == (
-        "query", "key.map", "key.extent0", "key.extent1", "key.stride0", "key.stride1", "tokens",
-    )  # fmt: skip
+        "query",
+        "key.map",
+        "key.extent0",
+        "key.extent1",
+        "key.stride0",
+        "key.stride1",
+        "tokens",
+    )
     made.metadata.tensordesc_meta = [{**right, "swizzle": 2}]
     with pytest.raises(RuntimeError, match="and swizzle 3"):
         launch_arguments(given, made)

@@ -45,9 +45,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     model, _ = small()
     args = (torch.randn(2, 3, 5, 24, 32), torch.rand(2))
     return export_tensorrt(
-        model, args, None, tmp_path_factory.mktemp("aot"), plan=plan_for(model), build="never",
-        plugin="aot", dynamic_shapes=({0: FREE}, {0: FREE}),
-    )  # fmt: skip
+        model,
+        args,
+        None,
+        tmp_path_factory.mktemp("aot"),
+        plan=plan_for(model),
+        build="never",
+        plugin="aot",
+        dynamic_shapes=({0: FREE}, {0: FREE}),
+    )
 
 
 def nodes_of(artifact: Artifact) -> list[dict[str, Any]]:
@@ -58,15 +64,21 @@ def nodes_of(artifact: Artifact) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("case", "dtype", "tiles", "bound"),
-    [(0, "float32", "fast", 1e-3), (2, "float16", "fast", 5e-3), (3, "float16", "small", 5e-3),
-     (4, "float32", "small", 1e-3)],
-)  # fmt: skip
+    [
+        (0, "float32", "fast", 1e-3),
+        (2, "float16", "fast", 5e-3),
+        (3, "float16", "small", 5e-3),
+        (4, "float32", "small", 1e-3),
+    ],
+)
 def test_chain_is_the_split(case: int, dtype: str, tiles: str, bound: float) -> None:
     """With text, grouped heads, odd grids and batch 2; both tilings."""
     done = subprocess.run(
         [sys.executable, str(HERE / "aot_chain_run.py"), str(case), dtype, tiles],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["out"] < bound and found["route"] and found["probe_error"] < 1e-2, found
@@ -84,8 +96,10 @@ def test_ptx_takes_inputs_integers_outputs(artifact: Artifact, tmp_path: Path) -
             source = artifact.path / "aot" / tactic["ptx"]
             done = subprocess.run(
                 [PTXAS, "-arch=sm_80", "-o", tmp_path / "out", source],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             assert done.returncode == 0, done.stderr
 
 
@@ -217,10 +231,22 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
     chain = [node for node in graph.node if node.domain == "freqopt"]
     assert [node.op_type for node in chain] == names
     assert [node.op_type.rsplit("_", 1)[0] for node in chain] == [
-        "summarise", "total", "centre", "first", "order", "pool_tiles", "disperse", "score",
-        "limits", "route", "probe",
-        "merge", "estimate", "fit", "attend",
-    ]  # fmt: skip
+        "summarise",
+        "total",
+        "centre",
+        "first",
+        "order",
+        "pool_tiles",
+        "disperse",
+        "score",
+        "limits",
+        "route",
+        "probe",
+        "merge",
+        "estimate",
+        "fit",
+        "attend",
+    ]
     batch, heads, tokens, dim = 3, 2, 240, 32
     tensors: dict[str, Described] = {}
     for node in chain:
@@ -323,7 +349,9 @@ def test_real_bindings_register_every_node(artifact: Artifact) -> None:
         pytest.skip("TENSORRT_PYTHON names no Python with TensorRT's bindings")
     done = subprocess.run(
         [python, "-c", REGISTER, str(artifact.path / "aot")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{len(nodes_of(artifact))} registered with" in done.stdout

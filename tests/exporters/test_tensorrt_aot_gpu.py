@@ -26,9 +26,12 @@ from freqopt.kernels.variant import Variant
 pytestmark = pytest.mark.gpu
 GRID, BEFORE, AFTER = (5, 7, 9), 7, 8
 TYPES = {
-    "fp32": torch.float32, "fp16": torch.float16, "i64": torch.int64, "i32": torch.int32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "i64": torch.int64,
+    "i32": torch.int32,
     "i8": torch.int8,
-}  # fmt: skip
+}
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -63,9 +66,17 @@ class Driver:
         grid += [1] * (3 - len(grid))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self.call(
-            "cuLaunchKernel", function, *grid, tactic["warps"] * 32, 1, 1,
-            tactic["shared"], stream, addresses, None,
-        )  # fmt: skip
+            "cuLaunchKernel",
+            function,
+            *grid,
+            tactic["warps"] * 32,
+            1,
+            1,
+            tactic["shared"],
+            stream,
+            addresses,
+            None,
+        )
 
 
 def run(

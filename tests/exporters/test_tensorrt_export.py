@@ -43,18 +43,27 @@ def small() -> tuple[VideoDiT, tuple[torch.Tensor, ...]]:
 def plan_for(model: VideoDiT, chunks: list[int] | None = None) -> Plan:
     site = {
         "chunks": chunks or [],
-        "heads": 2, "head_dim": 32, "tokens": 240, "decision": "split", "reason": "test",
+        "heads": 2,
+        "head_dim": 32,
+        "tokens": 240,
+        "decision": "split",
+        "reason": "test",
         "budgets": [{"threshold": [0.4, 0.8]}],
-    }  # fmt: skip
+    }
     return Plan.model_validate(
         {
             "model": {"class_name": "VideoDiT", "fingerprint": model_fingerprint(model)},
-            "grids": [(5, 6, 8)], "device": "cpu", "versions": {"freqopt": "0", "torch": "2"},
-            "target_error": 0.05, "measured_error": 0.04, "worst_error": 0.04,
-            "mean_density": 0.3, "sites": {"blocks.0.attn": site},
+            "grids": [(5, 6, 8)],
+            "device": "cpu",
+            "versions": {"freqopt": "0", "torch": "2"},
+            "target_error": 0.05,
+            "measured_error": 0.04,
+            "worst_error": 0.04,
+            "mean_density": 0.3,
+            "sites": {"blocks.0.attn": site},
             "evidence": {"samples": 1, "held_out": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +271,12 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("refuse", "said"),
-    [("load_library", "could not load"), ("parse_from_file", "parser refused"),
-     ("build_serialized_network", "no engine")],
-)  # fmt: skip
+    [
+        ("load_library", "could not load"),
+        ("parse_from_file", "parser refused"),
+        ("build_serialized_network", "no engine"),
+    ],
+)
 def test_build_with_a_made_up_tensorrt(refuse: str, said: str) -> None:
     given = (Path("m"), Path("p"), {}, 1)
     made_up = Recorder()

@@ -161,14 +161,28 @@ def test_the_api_has_every_public_name() -> None:
 
 
 PUBLIC = (
-    "options.Options", "inspection.InspectedSite", "inspection.GraphBreak", "inspection.Inspection",
-    "telling.counting.SiteCount", "telling.counting.ModelCount", "telling.counting.Counters",
-    "plan.plan.Plan", "plan.records.SitePlan",
-    "plan.records.Budget", "plan.records.Curve", "plan.records.BucketCurves",
-    "plan.records.Spectrum", "plan.records.SiteEvidence", "plan.records.SiteTiming",
-    "plan.records.Trial", "plan.records.Evidence", "plan.records.ModelIdentity",
-    "plan.records.Versions", "exporters.manifest.Artifact", "exporters.runner.RunResult",
-)  # fmt: skip
+    "options.Options",
+    "inspection.InspectedSite",
+    "inspection.GraphBreak",
+    "inspection.Inspection",
+    "telling.counting.SiteCount",
+    "telling.counting.ModelCount",
+    "telling.counting.Counters",
+    "plan.plan.Plan",
+    "plan.records.SitePlan",
+    "plan.records.Budget",
+    "plan.records.Curve",
+    "plan.records.BucketCurves",
+    "plan.records.Spectrum",
+    "plan.records.SiteEvidence",
+    "plan.records.SiteTiming",
+    "plan.records.Trial",
+    "plan.records.Evidence",
+    "plan.records.ModelIdentity",
+    "plan.records.Versions",
+    "exporters.manifest.Artifact",
+    "exporters.runner.RunResult",
+)
 
 
 @pytest.mark.parametrize("path", PUBLIC)

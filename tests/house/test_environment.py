@@ -85,10 +85,13 @@ def test_the_page_lists_exactly_what_the_tests_read() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        'os.environ["X"]', 'os.environ.get("X", 1)', 'os.getenv("X")', '"X" in os.environ',
+        'os.environ["X"]',
+        'os.environ.get("X", 1)',
+        'os.getenv("X")',
+        '"X" in os.environ',
         'os.environ.pop("X", None)',
     ],
-)  # fmt: skip
+)
 def test_every_way_of_reading_is_seen(line: str) -> None:
     assert read_by_python(f"import os\nfound = {line}") == {"X"}
 

@@ -18,16 +18,39 @@ PACKAGE = ROOT / "freqopt"
 LINKED = ("passes", "kernels", "exporters", "models_zoo")
 
 HEAVY = {
-    "diffusers", "jinja2", "matplotlib", "networkx", "onnx", "onnxruntime", "pydantic", "rich",
-    "safetensors", "tensorrt", "transformers", "triton", "typer",
-}  # fmt: skip
+    "diffusers",
+    "jinja2",
+    "matplotlib",
+    "networkx",
+    "onnx",
+    "onnxruntime",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tensorrt",
+    "transformers",
+    "triton",
+    "typer",
+}
 OPTIONAL = {"diffusers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "transformers"}
 
 BASE = {"break_even", "chunks", "config", "errors", "files", "grid", "positions", "shown"}
 CORE = {
-    "backend", "calibration", "capture", "decisions", "eager", "inspection", "options", "parallel",
-    "plan", "progress", "regional", "reuse", "telling", "turns",
-}  # fmt: skip
+    "backend",
+    "calibration",
+    "capture",
+    "decisions",
+    "eager",
+    "inspection",
+    "options",
+    "parallel",
+    "plan",
+    "progress",
+    "regional",
+    "reuse",
+    "telling",
+    "turns",
+}
 
 FLOORS = (
     *("values", "team", "samples", "samples_file", "checkpoint"),

@@ -116,9 +116,12 @@ def test_wheel_has_every_module_and_its_data(built: tuple[Path, Path]) -> None:
         f"freqopt-{freqopt.__version__}.dist-info",
     }
     assert {
-        "freqopt/py.typed", "freqopt/kernels/op.py", "freqopt/passes/find.py",
-        "freqopt/models_zoo/sampling.py", "freqopt/models_zoo/weights/video_dit.safetensors",
-    } <= names  # fmt: skip
+        "freqopt/py.typed",
+        "freqopt/kernels/op.py",
+        "freqopt/passes/find.py",
+        "freqopt/models_zoo/sampling.py",
+        "freqopt/models_zoo/weights/video_dit.safetensors",
+    } <= names
     assert not [n for n in names if "__pycache__" in n]
 
 
@@ -180,8 +183,19 @@ def test_installed_wheel_works_without_the_checkout(
     built: tuple[Path, Path], tmp_path: Path
 ) -> None:
     site = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
-        "--target", site, built[0], cwd=tmp_path)  # fmt: skip
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        site,
+        built[0],
+        cwd=tmp_path,
+    )
     script = f"""
 import sys
 sys.meta_path = [f for f in sys.meta_path if "freqopt" not in repr(f)]

@@ -115,9 +115,11 @@ def test_keys_that_are_no_numbers_spoil_their_own_head(
         for tensors in (spoilt, clean)
     )
     for mine, theirs, truth in zip(
-        (*found[:2], *found[2]), (*whole[:2], *whole[2]),
-        (lambda d: (*d[:2], *d[2]))(dense(spoilt)), strict=True,
-    ):  # fmt: skip
+        (*found[:2], *found[2]),
+        (*whole[:2], *whole[2]),
+        (lambda d: (*d[:2], *d[2]))(dense(spoilt)),
+        strict=True,
+    ):
         assert theirs.isfinite().all()
         # Tiles with as many blocks go together, over all heads: rounding may differ.
         torch.testing.assert_close(mine[:, 1], theirs[:, 1], rtol=1e-4, atol=1e-5)

@@ -28,9 +28,18 @@ from freqopt.kernels import chunked, op
 def call_op(case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64) -> tuple:
     query, key, value, mask = tensors
     return op.split_attention_op(
-        query, key, value, budget, mask, list(case.grid), case.before, case.after,
-        case.dim**-0.5, 0.0, probes,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        budget,
+        mask,
+        list(case.grid),
+        case.before,
+        case.after,
+        case.dim**-0.5,
+        0.0,
+        probes,
+    )
 
 
 @pytest.mark.parametrize("density", [0.2, 0.6])
@@ -81,10 +90,18 @@ def test_schema_fake_and_autograd_registrations_are_consistent() -> None:
     case = CASES[1]
     query, key, value, mask = make_tensors(case)
     arguments = (
-        query.requires_grad_(), key.requires_grad_(), value.requires_grad_(),
-        torch.full((case.heads,), 0.5), mask, list(case.grid), case.before, case.after,
-        case.dim**-0.5, 0.0, 16,
-    )  # fmt: skip
+        query.requires_grad_(),
+        key.requires_grad_(),
+        value.requires_grad_(),
+        torch.full((case.heads,), 0.5),
+        mask,
+        list(case.grid),
+        case.before,
+        case.after,
+        case.dim**-0.5,
+        0.0,
+        16,
+    )
     results = torch.library.opcheck(torch.ops.freqopt.split_attention.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -189,11 +206,16 @@ QKV = torch.randn(1, 2, 60, 16)
         ({"mid_band": torch.ones(2)}, "mid_band"),
         ({"probes": -1}, "probes"),
         ({"key_mask": torch.ones(1, 60)}, "key_mask"),
-        ({"key": QKV.expand(1, 2, 60, 16)[:, :1].repeat(1, 3, 1, 1),
-          "value": QKV[:, :1].repeat(1, 3, 1, 1)}, "not a multiple"),
+        (
+            {
+                "key": QKV.expand(1, 2, 60, 16)[:, :1].repeat(1, 3, 1, 1),
+                "value": QKV[:, :1].repeat(1, 3, 1, 1),
+            },
+            "not a multiple",
+        ),
         ({"query": QKV.to("meta"), "key": QKV.to("meta"), "value": QKV.to("meta")}, "meta"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_with_what_was_seen(change: dict, said: str) -> None:
     arguments = {"query": QKV, "key": QKV, "value": QKV, "grid": (3, 4, 5)} | change
     with pytest.raises(InputError, match=said):
@@ -203,14 +225,24 @@ def test_bad_input_is_refused_with_what_was_seen(change: dict, said: str) -> Non
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     grid=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
-    before=st.integers(0, 5), after=st.integers(0, 5), dim=st.sampled_from([8, 16, 24]),
-    groups=st.sampled_from([1, 2]), density=st.floats(0.05, 0.95),
-    batch=st.integers(1, 2), seed=st.integers(0, 99),
-)  # fmt: skip
+    before=st.integers(0, 5),
+    after=st.integers(0, 5),
+    dim=st.sampled_from([8, 16, 24]),
+    groups=st.sampled_from([1, 2]),
+    density=st.floats(0.05, 0.95),
+    batch=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_agrees_with_the_reference(
-    grid: tuple, before: int, after: int, dim: int, groups: int, density: float,
-    batch: int, seed: int,
-) -> None:  # fmt: skip
+    grid: tuple,
+    before: int,
+    after: int,
+    dim: int,
+    groups: int,
+    density: float,
+    batch: int,
+    seed: int,
+) -> None:
     case = Case(grid, dim, 2 * groups, 2, batch, before, after, masked=before + after > 0)
     tensors = make_tensors(case, seed)
     budget = budget_for(case, tensors, density) if case.length > 128 else torch.ones(case.heads)

@@ -28,10 +28,24 @@ def call_op(case: Case, tensors: tuple, threshold: torch.Tensor, probes: int = 6
     query, key, value, mask = tensors
     orders = orders_of(case, tensors)
     return op.split_attention_op(
-        query, key, value, threshold, mask, list(case.grid), case.before, case.after,
-        case.dim**-0.5, 0.0, probes, None, 0, orders.key,
-        None if case.queries is None else orders.query, case.op_layout(), True,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        threshold,
+        mask,
+        list(case.grid),
+        case.before,
+        case.after,
+        case.dim**-0.5,
+        0.0,
+        probes,
+        None,
+        0,
+        orders.key,
+        None if case.queries is None else orders.query,
+        case.op_layout(),
+        True,
+    )
 
 
 @pytest.mark.parametrize("case", CONTENT_CASES + RECTANGULAR_CASES, ids=str)
@@ -82,10 +96,24 @@ def test_schema_fake_and_autograd_of_every_option() -> None:
     query, key, value, mask = make_tensors(case)
     chunks = torch.full((case.kv_heads,), 256, dtype=torch.int32)
     arguments = (
-        query.requires_grad_(), key.requires_grad_(), value.requires_grad_(),
-        torch.full((case.heads,), 0.5), mask, list(case.grid), case.before, case.after,
-        case.dim**-0.5, 0.0, 16, chunks, 256, None, None, case.op_layout(), True,
-    )  # fmt: skip
+        query.requires_grad_(),
+        key.requires_grad_(),
+        value.requires_grad_(),
+        torch.full((case.heads,), 0.5),
+        mask,
+        list(case.grid),
+        case.before,
+        case.after,
+        case.dim**-0.5,
+        0.0,
+        16,
+        chunks,
+        256,
+        None,
+        None,
+        case.op_layout(),
+        True,
+    )
     results = torch.library.opcheck(torch.ops.freqopt.split_attention.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 

@@ -51,11 +51,25 @@ else:
     )
     def test_in_the_interpreter(name: str, cases: int) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-             f"{CHECKS}", "-k", name],
-            capture_output=True, text=True, check=False, cwd=CHECKS.parents[2],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                f"{CHECKS}",
+                "-k",
+                name,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=CHECKS.parents[2],
             env={**os.environ, "TRITON_INTERPRET": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         assert f"{cases} passed" in done.stdout and "skipped" not in done.stdout
 

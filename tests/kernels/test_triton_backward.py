@@ -20,9 +20,16 @@ CHECKS = Path(__file__).parents[1] / "support" / "triton_backward_checks.py"
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 KERNELS = {
-    "list_kernel", "rows_kernel", "sum_kernel", "band_gradient_kernel", "mean_gradient_kernel",
-    "order_gradient_kernel", "query_gradient_kernel", "key_gradient_kernel", "finish_kernel",
-}  # fmt: skip
+    "list_kernel",
+    "rows_kernel",
+    "sum_kernel",
+    "band_gradient_kernel",
+    "mean_gradient_kernel",
+    "order_gradient_kernel",
+    "query_gradient_kernel",
+    "key_gradient_kernel",
+    "finish_kernel",
+}
 
 SCRIPT = """
 import json, sys
@@ -57,11 +64,25 @@ else:
 
     def test_in_the_interpreter() -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-             f"{CHECKS}", "-m", "not gpu"],
-            capture_output=True, text=True, check=False, cwd=CHECKS.parents[2],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                f"{CHECKS}",
+                "-m",
+                "not gpu",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=CHECKS.parents[2],
             env={**os.environ, "TRITON_INTERPRET": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         assert "18 passed" in done.stdout and "skipped" not in done.stdout
 
@@ -73,10 +94,20 @@ else:
 def test_backward_kernels_fit_shared_memory(dtype: str, dim: int, capability: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tests=str(CHECKS.parent)), dtype, str(dim),
-         str(capability)],
-        capture_output=True, text=True, check=False, env=environment, cwd=CHECKS.parents[2],
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            SCRIPT.format(tests=str(CHECKS.parent)),
+            dtype,
+            str(dim),
+            str(capability),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=CHECKS.parents[2],
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert set(found) == KERNELS

@@ -100,9 +100,12 @@ def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
-        capture_output=True, text=True, check=False, cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -52,11 +52,15 @@ def test_a_kept_choice_runs_in_its_bucket_only() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "null", '{"choices": 3}', '{"choices": {"x": {"rows": 24}}, "made_for": {}}',
+        "",
+        "[]",
+        "null",
+        '{"choices": 3}',
+        '{"choices": {"x": {"rows": 24}}, "made_for": {}}',
         '{"choices": {"x": {"precision": "tf32"}}, "made_for": {}}',
         '{"choices": {"x": {"warps": true}}, "made_for": {}}',
     ],
-)  # fmt: skip
+)
 def test_a_broken_file_is_named_and_ignored(text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tuned.file_of(GPU)
     path.write_text(text)

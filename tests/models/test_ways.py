@@ -19,11 +19,21 @@ pytest.importorskip("diffusers")
 
 ROWS = load("ways")["rows"] if (RESULTS / "ways.json").exists() else {}
 OFTEN = [
-    ("wan", "cast_blocks"), ("wan", "offload"), ("wan", "cache_blocks"), ("cogvideox", "cast"),
-    ("cogvideox", "lora_blocks"), ("hunyuan", "blocks"), ("hunyuan", "offload_blocks"),
-    ("flux", "blocks"), ("flux", "cache"), ("ltx", "blocks"), ("ltx", "lora"), ("mochi", "blocks"),
-    ("qwen_image", "blocks"), ("latte", "blocks"),
-]  # fmt: skip
+    ("wan", "cast_blocks"),
+    ("wan", "offload"),
+    ("wan", "cache_blocks"),
+    ("cogvideox", "cast"),
+    ("cogvideox", "lora_blocks"),
+    ("hunyuan", "blocks"),
+    ("hunyuan", "offload_blocks"),
+    ("flux", "blocks"),
+    ("flux", "cache"),
+    ("ltx", "blocks"),
+    ("ltx", "lora"),
+    ("mochi", "blocks"),
+    ("qwen_image", "blocks"),
+    ("latte", "blocks"),
+]
 """Class and way, in the default run."""
 
 

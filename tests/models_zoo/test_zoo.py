@@ -89,9 +89,14 @@ def test_later_objects_occlude_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> 
     )
     still = torch.zeros_like(scene.velocity)
     scene = scene._replace(
-        position=still, velocity=still, acceleration=still, petals=torch.zeros(1, OBJECTS),
-        pan=torch.zeros(1, 2), surface=flat, radius=torch.full((1, OBJECTS), 0.3),
-    )  # fmt: skip
+        position=still,
+        velocity=still,
+        acceleration=still,
+        petals=torch.zeros(1, OBJECTS),
+        pan=torch.zeros(1, 2),
+        surface=flat,
+        radius=torch.full((1, OBJECTS), 0.3),
+    )
     monkeypatch.setattr("freqopt.models_zoo.training.procedural.make_scenes", lambda *a: scene)
     centre = render_videos(1, 1, 41, 41)[0, :, 0, 20, 20]
     # 0.9, the last object's colour, under a light of 0.85 at the centre.
@@ -152,9 +157,8 @@ def test_rotary_products_depend_on_the_offset_alone() -> None:
     table = rotary_table(grid, config, torch.device("cpu"))
     query, key = torch.randn(2, 48)
     products = (
-        (rotate(query.expand(1, 1, 120, 48), table) @ rotate(key.expand(1, 1, 120, 48), table).mT)
-        .view(*grid, *grid)
-    )  # fmt: skip
+        rotate(query.expand(1, 1, 120, 48), table) @ rotate(key.expand(1, 1, 120, 48), table).mT
+    ).view(*grid, *grid)
     torch.testing.assert_close(products[1, 2, 3, 3, 3, 1], products[0, 1, 5, 2, 2, 3])
     torch.testing.assert_close(products[0, 0, 0, 1, 1, 1], products[2, 3, 4, 3, 4, 5])
     assert (products[0, 0, 0, 1, 0, 0] - products[0, 0, 0, 0, 1, 0]).abs() > 1e-3

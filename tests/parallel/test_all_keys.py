@@ -73,9 +73,8 @@ def over_ranks(method: str, text: bool) -> dict[str, float]:
     ordered = [torch.cat([p.flatten(2, 3) for p in x.split(lengths, 3)], 2) for x in parts]
     keys = _ends(mask, lengths, count) if text else None
     of_one = freqopt.split_attention(
-        *ordered, grid=GRID, text_before=first, text_after=last, density=0.4,
-        key_mask=keys,
-    )  # fmt: skip
+        *ordered, grid=GRID, text_before=first, text_after=last, density=0.4, key_mask=keys
+    )
     exact = F.scaled_dot_product_attention(
         *ordered, attn_mask=None if keys is None else keys[:, None, None], enable_gqa=True
     )
@@ -121,8 +120,10 @@ def refused() -> list[str]:
     _, mine, _, _ = tensors(False)
     said = []
     for options in (
-        {"method": "alltoall"}, {"grid": (4, 8, 15)}, {"grid": GRID, "text_before": 600},
-    ):  # fmt: skip
+        {"method": "alltoall"},
+        {"grid": (4, 8, 15)},
+        {"grid": GRID, "text_before": 600},
+    ):
         with pytest.raises(InputError) as error:
             attention_over_ranks(*mine, **options)
         said.append(str(error.value))

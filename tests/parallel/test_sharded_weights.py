@@ -74,9 +74,11 @@ def tensor_parallel() -> dict[str, float]:
         shared = model(**call)[0]
         found = compiled(model, call, plan=plan, strict=True)
     return {
-        "split": relative(alone, dense), "mistake": relative(wrong, alone),
-        "dense": relative(shared, dense), "found": relative(found, alone),
-    }  # fmt: skip
+        "split": relative(alone, dense),
+        "mistake": relative(wrong, alone),
+        "dense": relative(shared, dense),
+        "found": relative(found, alone),
+    }
 
 
 def test_weights_of_some_heads(two: Ranks) -> None:

@@ -50,10 +50,14 @@ def wan_by_plan() -> dict[str, Any]:
             regional = model(**call)[0]
             counted = str(freqopt.counters())
     return {
-        "split": relative(alone, dense), "mistake": relative(wrong, alone),
-        "whole": relative(whole, alone), "regional": relative(regional, alone),
-        "exact": relative(exact, dense), "told": told, "counted": counted,
-    }  # fmt: skip
+        "split": relative(alone, dense),
+        "mistake": relative(wrong, alone),
+        "whole": relative(whole, alone),
+        "regional": relative(regional, alone),
+        "exact": relative(exact, dense),
+        "told": told,
+        "counted": counted,
+    }
 
 
 def test_rows_of_a_plan_land_on_their_heads(two: Ranks) -> None:
@@ -78,9 +82,11 @@ def flux_by_plan() -> dict[str, Any]:
         whole = compiled(model, call, plan=plan, strict=True)
         exact = compiled(model, call, threshold=0.0, grid=(1, 16, 20), strict=True)
     return {
-        "split": relative(alone, dense), "whole": relative(whole, alone),
-        "exact": relative(exact, dense), "layouts": [plan.known(name) for name in plan.sites],
-    }  # fmt: skip
+        "split": relative(alone, dense),
+        "whole": relative(whole, alone),
+        "exact": relative(exact, dense),
+        "layouts": [plan.known(name) for name in plan.sites],
+    }
 
 
 def test_text_and_image_that_were_sharded_apart(two: Ranks) -> None:

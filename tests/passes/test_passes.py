@@ -24,7 +24,7 @@ from passes_toys import (
     sites_of,
     text,
     video,
-)  # fmt: skip
+)
 from torch import Tensor, fx, nn
 
 from freqopt.errors import SiteError

@@ -71,10 +71,17 @@ def flipped(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "tokens",
     [
-        frames_in_a_loop, frames_stacked, frames_unbound, pooled, unshuffled, windows, blocks,
-        four_merged, flipped,
+        frames_in_a_loop,
+        frames_stacked,
+        frames_unbound,
+        pooled,
+        unshuffled,
+        windows,
+        blocks,
+        four_merged,
+        flipped,
     ],
-)  # fmt: skip
+)
 def test_grid_is_read_however_frames_become_tokens(tokens: Callable[..., Tensor]) -> None:
     for site in sites_of(Toy(tokens), video((5, 7, 9), 2)):
         assert site.eligible, site.reason

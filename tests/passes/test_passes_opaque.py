@@ -30,18 +30,33 @@ def sums(q: Tensor) -> Tensor:
 
 @torch.library.custom_op("flash_toys::fwd", mutates_args=())
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
     return_softmax: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     return dense(q, k, v, softmax_scale), sums(q)
 
 
 @torch.library.custom_op("flash_toys::varlen_fwd", mutates_args=())
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, softmax_scale: float | None, causal: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
     return dense(q[None], k[None], v[None], softmax_scale)[0].clone()
 
 

@@ -172,9 +172,11 @@ def test_short_sequences_keep_their_node() -> None:
 def test_symbolic_sizes() -> None:
     model = Model().eval()
     compiled = torch.compile(
-        model, backend=freqopt_backend, dynamic=True,
+        model,
+        backend=freqopt_backend,
+        dynamic=True,
         options={"threshold": 0.0, "min_tokens": 1, "inner": "aot_eager", "strict": True},
-    )  # fmt: skip
+    )
     freqopt.reset_counters()
     with torch.no_grad():
         for grid in ((5, 7, 9), (3, 6, 10)):

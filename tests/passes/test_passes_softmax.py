@@ -64,9 +64,7 @@ class Model(nn.Module):
         return self.attention(conv3d_tokens(x, self.weight))
 
 
-FORMS = [
-    largest_subtracted, quotient, divided_at_last, by_log_of_sum, by_einsum, in_place_in_float,
-]  # fmt: skip
+FORMS = [largest_subtracted, quotient, divided_at_last, by_log_of_sum, by_einsum, in_place_in_float]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

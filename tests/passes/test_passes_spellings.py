@@ -114,10 +114,20 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 SPELLINGS = [
-    plain, divided, scaled_query, both_scaled, key_kept_transposed, float_softmax, by_einsum,
-    no_scale, fused, einsum_of_tokens_first, einsum_with_ellipsis, einsum_of_key_first,
+    plain,
+    divided,
+    scaled_query,
+    both_scaled,
+    key_kept_transposed,
+    float_softmax,
+    by_einsum,
+    no_scale,
+    fused,
+    einsum_of_tokens_first,
+    einsum_with_ellipsis,
+    einsum_of_key_first,
     einsum_and_product,
-]  # fmt: skip
+]
 FOLDED = [batched_products, legacy_baddbmm]
 
 
@@ -131,8 +141,7 @@ def capture(model: nn.Module, video: Tensor, *, split: bool) -> tuple[Tensor, li
             found.extend(find_sites(gm))
             for site in found if split else []:
                 if site.eligible:
-                    insert_split(gm, site, torch.zeros(2, site.heads), density=0.0,
-                                 probes=8)  # fmt: skip
+                    insert_split(gm, site, torch.zeros(2, site.heads), density=0.0, probes=8)
         assert split or str(gm.graph) == before
         gm.graph.lint()
         gm.recompile()
@@ -206,9 +215,16 @@ def einsum_with_other_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 LOOK_ALIKES = [
-    einsum_over_heads, einsum_with_other_values, over_queries, over_heads, not_values, no_softmax,
-    gated, scaled_by_data, reversed_product,
-]  # fmt: skip
+    einsum_over_heads,
+    einsum_with_other_values,
+    over_queries,
+    over_heads,
+    not_values,
+    no_softmax,
+    gated,
+    scaled_by_data,
+    reversed_product,
+]
 
 
 @pytest.mark.parametrize("mix", LOOK_ALIKES, ids=lambda m: m.__name__)

@@ -410,9 +410,13 @@ def values_overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 OVERWRITTEN = [
-    scores_set, scores_set_through_a_view, query_overwritten, scaled_query_overwritten,
-    key_overwritten_through_a_view, values_overwritten,
-]  # fmt: skip
+    scores_set,
+    scores_set_through_a_view,
+    query_overwritten,
+    scaled_query_overwritten,
+    key_overwritten_through_a_view,
+    values_overwritten,
+]
 
 
 def rotated_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,24 +30,50 @@ class Tiny(nn.Module):
 def make_plan(**changes: Any) -> Plan:
     sites = {
         "blocks.0.attn": SitePlan(
-            heads=2, head_dim=64, tokens=256, decision="split", reason="",
+            heads=2,
+            head_dim=64,
+            tokens=256,
+            decision="split",
+            reason="",
             budgets=[Budget(threshold=[0.25, 2.0])],
-            density=[0.1, 0.2], error=[0.05, 0.04], gains=[[0.5, 0.25]],
+            density=[0.1, 0.2],
+            error=[0.05, 0.04],
+            gains=[[0.5, 0.25]],
         ),
         "blocks.1.attn": SitePlan(
-            heads=2, head_dim=64, tokens=256, decision="dense", reason="splitting saves nothing",
+            heads=2,
+            head_dim=64,
+            tokens=256,
+            decision="dense",
+            reason="splitting saves nothing",
         ),
-    }  # fmt: skip
+    }
     fields: dict[str, Any] = dict(
         model=ModelIdentity(class_name="Tiny", fingerprint=model_fingerprint(Tiny())),
-        grids=[(4, 8, 8)], device="cpu", versions=Versions(freqopt="0.1.0", torch="2.13.0"),
-        target_error=0.03, measured_error=0.028, worst_error=0.029, mean_density=0.15, sites=sites,
+        grids=[(4, 8, 8)],
+        device="cpu",
+        versions=Versions(freqopt="0.1.0", torch="2.13.0"),
+        target_error=0.03,
+        measured_error=0.028,
+        worst_error=0.029,
+        mean_density=0.15,
+        sites=sites,
         evidence=Evidence(
-            samples=3, held_out=1, notes=["a note"],
-            trials=[Trial(multiplier=0.5, predicted_error=0.03, measured_error=0.028,
-                          worst_error=0.028, mean_density=0.15, sample_errors=[0.028])],
+            samples=3,
+            held_out=1,
+            notes=["a note"],
+            trials=[
+                Trial(
+                    multiplier=0.5,
+                    predicted_error=0.03,
+                    measured_error=0.028,
+                    worst_error=0.028,
+                    mean_density=0.15,
+                    sample_errors=[0.028],
+                )
+            ],
         ),
-    )  # fmt: skip
+    )
     return Plan(**{**fields, **changes})
 
 
@@ -240,9 +266,15 @@ def test_any_wrong_value_with_a_right_hash_is_a_plan_error_or_a_plan(
     for key in parents:
         holder = holder[key]
     holder[last] = data.draw(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(max_size=4) | st.just([]) | st.just({}) | st.lists(st.floats(-1, 2), max_size=3)
-    )  # fmt: skip
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=4)
+        | st.just([])
+        | st.just({})
+        | st.lists(st.floats(-1, 2), max_size=3)
+    )
     text = json.dumps({"hash": content_hash(content), **content})
     try:
         plan = Plan.parse(text)

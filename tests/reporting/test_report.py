@@ -69,43 +69,69 @@ def make_plan(*, buckets: bool = True, evidence: bool = True) -> Plan:
             error=[0.1, 0.05, 0.02] if split else [],
         )
         found[name] = SiteEvidence(
-            thresholds=list(THRESHOLDS), energy=[0.5, 0.3, 0.2],
+            thresholds=list(THRESHOLDS),
+            energy=[0.5, 0.3, 0.2],
             curve=curve(1.0),
             buckets=[
                 BucketCurves(
-                    bucket=b, samples=1, energy=[0.5, 0.3, 0.2], curve=curve(s),
+                    bucket=b,
+                    samples=1,
+                    energy=[0.5, 0.3, 0.2],
+                    curve=curve(s),
                 )
                 for b, s in enumerate((1.0, 3.0))
-            ] if buckets else [],
+            ]
+            if buckets
+            else [],
             spectrum=Spectrum(
                 edges=(np.arange(1, 33) / 32).tolist(),
                 power=[(power / power.sum()).tolist()] * HEADS,
-                cutoff=band_cutoff((21, 30, 52)), low=[0.5] * HEADS,
+                cutoff=band_cutoff((21, 30, 52)),
+                low=[0.5] * HEADS,
             ),
             times_ms=(22.9, 4.4) if split else None,
-        )  # fmt: skip
+        )
     trial = Trial(
-        multiplier=1.0, predicted_error=0.02, measured_error=0.0276, worst_error=0.031,
-        mean_density=0.1234, sample_errors=[0.024, 0.031],
-    )  # fmt: skip
+        multiplier=1.0,
+        predicted_error=0.02,
+        measured_error=0.0276,
+        worst_error=0.031,
+        mean_density=0.1234,
+        sample_errors=[0.024, 0.031],
+    )
     return Plan(
         model=ModelIdentity(class_name="Video<DiT>", fingerprint="0123456789abcdef"),
-        grids=[(21, 30, 52)], device="cpu", versions=Versions(freqopt="0.1.0", torch="2.13.0"),
-        target_error=0.03, measured_error=0.0276, worst_error=0.031, mean_density=0.1234,
-        sites=sites, timestep_name="timestep", timestep_edges=[500.0] if buckets else [],
+        grids=[(21, 30, 52)],
+        device="cpu",
+        versions=Versions(freqopt="0.1.0", torch="2.13.0"),
+        target_error=0.03,
+        measured_error=0.0276,
+        worst_error=0.031,
+        mean_density=0.1234,
+        sites=sites,
+        timestep_name="timestep",
+        timestep_edges=[500.0] if buckets else [],
         evidence=Evidence(
-            samples=6, held_out=2, notes=["only <one> note"],
+            samples=6,
+            held_out=2,
+            notes=["only <one> note"],
             bucket_samples=[3, 3] if buckets else [6],
             timings=[
                 SiteTiming(
-                    heads=HEADS, tokens=32760, head_dim=64, dense_ms=22.9, base_ms=0.5,
-                    density_ms=24.0, points=[(0.03, 1.3), (0.1, 2.8), (0.3, 7.8)],
+                    heads=HEADS,
+                    tokens=32760,
+                    head_dim=64,
+                    dense_ms=22.9,
+                    base_ms=0.5,
+                    density_ms=24.0,
+                    points=[(0.03, 1.3), (0.1, 2.8), (0.3, 7.8)],
                 )
             ],
             trials=[trial],
-            dense_sites={"blocks.0.attn2": "cross-attention"}, sites=found if evidence else {},
+            dense_sites={"blocks.0.attn2": "cross-attention"},
+            sites=found if evidence else {},
         ),
-    )  # fmt: skip
+    )
 
 
 class Page(HTMLParser):
@@ -160,13 +186,29 @@ def test_page_is_complete(html: str) -> None:
     page = Page(html)
     assert page.open == []
     for words in (
-        "Video<DiT>", "2.76 %", "3 %", "12.3 %", "1 of 2", "21x30x52", "only <one> note",
-        "Error-cost curves", "Spectra of the keys", "Probe error against true error",
-        "Density and error per layer and head", "What reaches the output", "cross-attention",
-        "blocks.1.<attn>", "saves nothing & so on", "0123456789abcdef", "32,760",
-        "0.0276", "the videos", "50 %",
-        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)", "costs says 4.0 ms",
-    ):  # fmt: skip
+        "Video<DiT>",
+        "2.76 %",
+        "3 %",
+        "12.3 %",
+        "1 of 2",
+        "21x30x52",
+        "only <one> note",
+        "Error-cost curves",
+        "Spectra of the keys",
+        "Probe error against true error",
+        "Density and error per layer and head",
+        "What reaches the output",
+        "cross-attention",
+        "blocks.1.<attn>",
+        "saves nothing & so on",
+        "0123456789abcdef",
+        "32,760",
+        "0.0276",
+        "the videos",
+        "50 %",
+        "22.9 ms dense, 4.4 ms with this plan (5.2 times faster)",
+        "costs says 4.0 ms",
+    ):
         assert words in page.text, words
 
 

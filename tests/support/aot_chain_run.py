@@ -36,9 +36,12 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     look_once_a_helper()
 TYPES = {
-    "fp32": torch.float32, "fp16": torch.float16, "i64": torch.int64, "i32": torch.int32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "i64": torch.int64,
+    "i32": torch.int32,
     "i8": torch.int8,
-}  # fmt: skip
+}
 SMALL = {"BM": 32, "BP": 16, "BI": 16, "BJ": 32, "WIDE": 16, "TILES": 1}
 """Tiles of a second tactic, where a kernel has such constants: the grid must follow."""
 
@@ -61,9 +64,11 @@ def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: b
             if output.rewrites is None:
                 kind = element_type(output.argument)
                 fresh = torch.empty(
-                    case.batch, *output.shape, dtype=dtype if kind == "own" else TYPES[kind],
+                    case.batch,
+                    *output.shape,
+                    dtype=dtype if kind == "own" else TYPES[kind],
                     device=DEVICE,
-                )  # fmt: skip
+                )
                 memory[output.name] = fresh.fill_(torch.nan if fresh.is_floating_point() else 77)
             values[output.argument] = memory[output.name]
         names = given.function.arg_names
@@ -78,11 +83,13 @@ def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: b
             else:  # a key mask, which this variant has not
                 arguments[name] = step.integers.get(name, tensors["query"])
         grid = tuple(
-            axis.times * case.batch if isinstance(axis, Batch)
-            else axis if isinstance(axis, int)
+            axis.times * case.batch
+            if isinstance(axis, Batch)
+            else axis
+            if isinstance(axis, int)
             else -(-axis[1] // constants[axis[0]])
             for axis in step.grid
-        )  # fmt: skip
+        )
         given.function[grid](**arguments, **given.options)
     return memory
 

@@ -67,9 +67,16 @@ class Case:
         query, key, value, mask = tensors
         of_queries = None if self.queries is None else orders.query
         return Inputs(
-            query, key, value, threshold, mask, self.sequence, self.query_layout,
-            key_order=orders.key, query_order=of_queries,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            threshold,
+            mask,
+            self.sequence,
+            self.query_layout,
+            key_order=orders.key,
+            query_order=of_queries,
+        )
 
 
 CASES = [
@@ -180,17 +187,29 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
 
 
 def reference_split(
-    case: Case, tensors: tuple[Tensor, ...], threshold: Tensor, probes: int = 64,
+    case: Case,
+    tensors: tuple[Tensor, ...],
+    threshold: Tensor,
+    probes: int = 64,
     density: float = 0.0,
-) -> tuple[Tensor, reference.Split]:  # fmt: skip
+) -> tuple[Tensor, reference.Split]:
     """The definition's result in the model's order, with its findings."""
     orders = orders_of(case, tensors)
     tokens = chunked.take_apart(case.inputs(tensors, threshold, orders), orders)
     split = reference.split_tokens(
-        tokens.query, tokens.key, tokens.value, tokens.text_key, tokens.text_value,
-        tokens.text_bias, threshold, scale=case.dim**-0.5, density=density, probes=probes,
-        dtype=tensors[0].dtype, own=case.queries is None,
-    )  # fmt: skip
+        tokens.query,
+        tokens.key,
+        tokens.value,
+        tokens.text_key,
+        tokens.text_value,
+        tokens.text_bias,
+        threshold,
+        scale=case.dim**-0.5,
+        density=density,
+        probes=probes,
+        dtype=tensors[0].dtype,
+        own=case.queries is None,
+    )
     out = torch.full_like(tensors[0], torch.nan)
     layout = case.query_side
     layout.store(out, split.out, layout.text_of(dense(case, tensors)), orders.query)

@@ -31,11 +31,13 @@ def tiny_weights() -> dict[str, Tensor]:
         for name in ("layer_scale1", "layer_scale2"):
             found[f"{own}{name}.lambda1"] = random(WIDTH)
         sizes = {
-            "attention.attention.query": (WIDTH, WIDTH), "attention.attention.key": (WIDTH, WIDTH),
+            "attention.attention.query": (WIDTH, WIDTH),
+            "attention.attention.key": (WIDTH, WIDTH),
             "attention.attention.value": (WIDTH, WIDTH),
-            "attention.output.dense": (WIDTH, WIDTH), "mlp.fc1": (4 * WIDTH, WIDTH),
+            "attention.output.dense": (WIDTH, WIDTH),
+            "mlp.fc1": (4 * WIDTH, WIDTH),
             "mlp.fc2": (WIDTH, 4 * WIDTH),
-        }  # fmt: skip
+        }
         for name, (out, into) in sizes.items():
             found |= {f"{own}{name}.weight": random(out, into), f"{own}{name}.bias": random(out)}
     return {name: x.bfloat16().float() for name, x in found.items()}

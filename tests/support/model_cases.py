@@ -23,8 +23,12 @@ TEXT = 7
 """Text tokens in the inputs of all cases."""
 
 VARIANTS: tuple[tuple[Grid, int], ...] = (
-    ((3, 6, 10), 1), ((5, 7, 9), 2), ((1, 14, 22), 2), ((3, 6, 10), 2), ((5, 7, 9), 1),
-)  # fmt: skip
+    ((3, 6, 10), 1),
+    ((5, 7, 9), 2),
+    ((1, 14, 22), 2),
+    ((3, 6, 10), 2),
+    ((5, 7, 9), 1),
+)
 """Grids and batches, spread over the cases in turn."""
 
 IMAGES: tuple[Grid, ...] = ((1, 14, 22), (1, 15, 21), (1, 18, 10))

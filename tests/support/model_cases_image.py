@@ -20,25 +20,46 @@ def inputs_of(grid: Grid, batch: int, **more: Any) -> dict[str, Any]:
 @case("SD3Transformer2DModel", dense=2, kind="joint", after=TEXT, image=True)
 def sd3(grid: Grid, batch: int) -> Made:
     model = build(
-        "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, num_layers=2,
-        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
-        joint_attention_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=32,
-    )  # fmt: skip
+        "SD3Transformer2DModel",
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=32,
+    )
     return model, inputs_of(grid, batch, pooled_projections=torch.randn(batch, 8))
 
 
 @case(
-    "SD3Transformer2DModel", dense=3, image=True,
+    "SD3Transformer2DModel",
+    dense=3,
+    image=True,
     each=(("joint", 0, TEXT), ("self", 0, 0), ("joint", 0, TEXT)),
     note="3.5: the image attends to itself besides",
-)  # fmt: skip
+)
 def sd35(grid: Grid, batch: int) -> Made:
     model = build(
-        "SD3Transformer2DModel", sample_size=64, patch_size=2, in_channels=4, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
-        pos_embed_max_size=40, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        "SD3Transformer2DModel",
+        sample_size=64,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=40,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     return model, {
         "hidden_states": image(grid, batch),
         "encoder_hidden_states": text(batch),
@@ -51,20 +72,37 @@ def sd35(grid: Grid, batch: int) -> Made:
 @case("AuraFlowTransformer2DModel", dense=2, kind="joint", before=TEXT + 8, image=True)
 def auraflow(grid: Grid, batch: int) -> Made:
     model = build(
-        "AuraFlowTransformer2DModel", sample_size=32, patch_size=2, in_channels=4,
-        num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=16, out_channels=4, pos_embed_max_size=1024,
-    )  # fmt: skip
+        "AuraFlowTransformer2DModel",
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=16,
+        out_channels=4,
+        pos_embed_max_size=1024,
+    )
     return model, inputs_of(grid, batch, timestep=torch.full((batch,), 0.5))
 
 
 @case("PixArtTransformer2DModel", dense=2, others=2, image=True)
 def pixart(grid: Grid, batch: int) -> Made:
     model = build(
-        "PixArtTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=8, num_layers=2, cross_attention_dim=16, sample_size=16, patch_size=2,
-        caption_channels=16, use_additional_conditions=False,
-    )  # fmt: skip
+        "PixArtTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=16,
+        patch_size=2,
+        caption_channels=16,
+        use_additional_conditions=False,
+    )
     return model, inputs_of(
         grid, batch, added_cond_kwargs={"resolution": None, "aspect_ratio": None}
     )
@@ -73,9 +111,16 @@ def pixart(grid: Grid, batch: int) -> Made:
 @case("DiTTransformer2DModel", dense=2, image=True, grids=((1, 18, 18),))
 def dit(grid: Grid, batch: int) -> Made:
     model = build(
-        "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4,
-        out_channels=8, num_layers=2, sample_size=36, patch_size=2, num_embeds_ada_norm=1000,
-    )  # fmt: skip
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=36,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
     return model, {
         "hidden_states": image(grid, batch),
         "timestep": steps(batch),
@@ -87,21 +132,38 @@ def dit(grid: Grid, batch: int) -> Made:
 @case("SanaTransformer2DModel", dense=0, others=2, source="", image=True, note="linear attention")
 def sana(grid: Grid, batch: int) -> Made:
     model = build(
-        "SanaTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2,
-        attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16,
+        "SanaTransformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
         patch_size=2,
-    )  # fmt: skip
+    )
     return model, inputs_of(grid, batch)
 
 
 @case("CogView3PlusTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
 def cogview3plus(grid: Grid, batch: int) -> Made:
     model = build(
-        "CogView3PlusTransformer2DModel", patch_size=2, in_channels=4, num_layers=2,
-        attention_head_dim=8, num_attention_heads=2, out_channels=4, text_embed_dim=16,
-        time_embed_dim=8, condition_dim=2, pos_embed_max_size=32, sample_size=16,
-    )  # fmt: skip
+        "CogView3PlusTransformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=2,
+        pos_embed_max_size=32,
+        sample_size=16,
+    )
     size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
     return model, {
         "hidden_states": image(grid, batch),
@@ -117,10 +179,18 @@ def cogview3plus(grid: Grid, batch: int) -> Made:
 @case("CogView4Transformer2DModel", dense=2, kind="joint", before=TEXT, image=True)
 def cogview4(grid: Grid, batch: int) -> Made:
     model = build(
-        "CogView4Transformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8,
-        condition_dim=4, rope_axes_dim=(32, 32),
-    )  # fmt: skip
+        "CogView4Transformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        rope_axes_dim=(32, 32),
+    )
     size = torch.tensor([[64.0, 64.0]]).repeat(batch, 1)
     return model, inputs_of(
         grid, batch, original_size=size, target_size=size, crop_coords=torch.zeros(batch, 2)
@@ -130,10 +200,18 @@ def cogview4(grid: Grid, batch: int) -> Made:
 @case("GlmImageTransformer2DModel", dense=2, kind="joint", before=TEXT, image=True, fullgraph=True)
 def glm_image(grid: Grid, batch: int) -> Made:
     model = build(
-        "GlmImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=8,
-        condition_dim=4, prior_vq_quantizer_codebook_size=64,
-    )  # fmt: skip
+        "GlmImageTransformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        condition_dim=4,
+        prior_vq_quantizer_codebook_size=64,
+    )
     tokens = grid[1] * grid[2]
     return model, {
         "hidden_states": image(grid, batch),
@@ -150,10 +228,19 @@ def glm_image(grid: Grid, batch: int) -> Made:
 @case("ErnieImageTransformer2DModel", dense=2, kind="joint", after=TEXT, image=True)
 def ernie(grid: Grid, batch: int) -> Made:
     model = build(
-        "ErnieImageTransformer2DModel", hidden_size=32, num_attention_heads=2, num_layers=2,
-        ffn_hidden_size=32, in_channels=4, out_channels=4, patch_size=1, text_in_dim=16,
-        rope_theta=256, rope_axes_dim=(8, 4, 4), qk_layernorm=True,
-    )  # fmt: skip
+        "ErnieImageTransformer2DModel",
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=4,
+        out_channels=4,
+        patch_size=1,
+        text_in_dim=16,
+        rope_theta=256,
+        rope_axes_dim=(8, 4, 4),
+        qk_layernorm=True,
+    )
     return model, {
         "hidden_states": image(grid, batch, patch=1),
         "timestep": torch.ones(batch),
@@ -166,30 +253,58 @@ def ernie(grid: Grid, batch: int) -> Made:
 @case("HunyuanDiT2DModel", dense=2, others=3, image=True)
 def hunyuan_dit(grid: Grid, batch: int) -> Made:
     model = build(
-        "HunyuanDiT2DModel", sample_size=16, patch_size=2, in_channels=4, num_layers=2,
-        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
-        cross_attention_dim_t5=16, pooled_projection_dim=4, hidden_size=16, text_len=TEXT,
+        "HunyuanDiT2DModel",
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=4,
+        hidden_size=16,
+        text_len=TEXT,
         text_len_t5=TEXT,
-    )  # fmt: skip
+    )
     tokens = grid[1] * grid[2]
     return model, inputs_of(
-        grid, batch, text_embedding_mask=torch.ones(batch, TEXT), timestep=steps(batch).float(),
-        encoder_hidden_states_t5=text(batch), text_embedding_mask_t5=torch.ones(batch, TEXT),
-        image_meta_size=torch.zeros(batch, 6), style=torch.zeros(batch, dtype=torch.int64),
+        grid,
+        batch,
+        text_embedding_mask=torch.ones(batch, TEXT),
+        timestep=steps(batch).float(),
+        encoder_hidden_states_t5=text(batch),
+        text_embedding_mask_t5=torch.ones(batch, TEXT),
+        image_meta_size=torch.zeros(batch, 6),
+        style=torch.zeros(batch, dtype=torch.int64),
         image_rotary_emb=(torch.randn(tokens, 8), torch.randn(tokens, 8)),
-    )  # fmt: skip
+    )
 
 
 @case(
-    "HunyuanImageTransformer2DModel", dense=2, others=1, kind="joint", after=TEXT, image=True,
+    "HunyuanImageTransformer2DModel",
+    dense=2,
+    others=1,
+    kind="joint",
+    after=TEXT,
+    image=True,
     note="guidance",
-)  # fmt: skip
+)
 def hunyuan_image(grid: Grid, batch: int) -> Made:
     model = build(
-        "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_attention_heads=2,
-        attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1,
-        patch_size=(1, 1), text_embed_dim=16, rope_axes_dim=(8, 8), guidance_embeds=True,
-    )  # fmt: skip
+        "HunyuanImageTransformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        text_embed_dim=16,
+        rope_axes_dim=(8, 8),
+        guidance_embeds=True,
+    )
     return model, {
         "hidden_states": image(grid, batch, 4, 1),
         "timestep": steps(batch, torch.float32),
@@ -201,15 +316,30 @@ def hunyuan_image(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "Lumina2Transformer2DModel", dense=1, others=3, source="given", image=True, batches=(1,),
+    "Lumina2Transformer2DModel",
+    dense=1,
+    others=3,
+    source="given",
+    image=True,
+    batches=(1,),
     note="text lengths are data: the graph breaks before text and image are joined",
-)  # fmt: skip
+)
 def lumina2(grid: Grid, batch: int) -> Made:
     model = build(
-        "Lumina2Transformer2DModel", sample_size=16, patch_size=2, in_channels=4, hidden_size=32,
-        num_layers=2, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=2,
-        axes_dim_rope=(4, 6, 6), axes_lens=(64, 64, 64), cap_feat_dim=16,
-    )  # fmt: skip
+        "Lumina2Transformer2DModel",
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=16,
+    )
     mask = torch.ones(batch, TEXT, dtype=torch.bool)
     return model, inputs_of(
         grid, batch, encoder_attention_mask=mask, timestep=torch.full((batch,), 0.5)
@@ -221,10 +351,17 @@ def lumina_next(grid: Grid, batch: int) -> Made:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     model = build(
-        "LuminaNextDiT2DModel", sample_size=28, patch_size=2, in_channels=4, hidden_size=32,
-        num_layers=2, num_attention_heads=2, num_kv_heads=1, multiple_of=16,
+        "LuminaNextDiT2DModel",
+        sample_size=28,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
         cross_attention_dim=16,
-    )  # fmt: skip
+    )
     return model, {
         "hidden_states": image(grid, batch),
         "timestep": torch.full((batch,), 0.5),
@@ -237,16 +374,29 @@ def lumina_next(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "ZImageTransformer2DModel", dense=3, others=1, grids=((1, 18, 10),),
+    "ZImageTransformer2DModel",
+    dense=3,
+    others=1,
+    grids=((1, 18, 10),),
     each=(("joint", 0, 12), ("joint", 0, 44), ("joint", 0, 44)),
     note="tokens are filled up to multiples of 32; so is the text",
-)  # fmt: skip
+)
 def z_image(grid: Grid, batch: int) -> Made:
     model = build(
-        "ZImageTransformer2DModel", all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4,
-        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, qk_norm=True,
-        cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
-    )  # fmt: skip
+        "ZImageTransformer2DModel",
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        qk_norm=True,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 32, 32],
+    )
     return model, {
         "x": [torch.randn(4, 1, 2 * grid[1], 2 * grid[2]) for _ in range(batch)],
         "t": torch.full((batch,), 0.5),
@@ -256,18 +406,35 @@ def z_image(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HiDreamImageTransformer2DModel", dense=1, others=1, kind="joint", after=3 * TEXT,
-    source="given", grids=((1, 16, 16),), batches=(1,),
+    "HiDreamImageTransformer2DModel",
+    dense=1,
+    others=1,
+    kind="joint",
+    after=3 * TEXT,
+    source="given",
+    grids=((1, 16, 16),),
+    batches=(1,),
     note="experts break the graph: single-stream blocks get text and image as one axis",
-)  # fmt: skip
+)
 def hidream(grid: Grid, batch: int) -> Made:
     model = build(
-        "HiDreamImageTransformer2DModel", patch_size=2, in_channels=4, out_channels=4,
-        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=4,
-        caption_channels=[8, 4], text_emb_dim=8, num_routed_experts=2, num_activated_experts=2,
-        axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1),
+        "HiDreamImageTransformer2DModel",
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=[8, 4],
+        text_emb_dim=8,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32),
+        llama_layers=(0, 1),
         force_inference_output=True,
-    )  # fmt: skip
+    )
     return model, {
         "hidden_states": image(grid, batch),
         "timesteps": steps(batch),
@@ -279,14 +446,25 @@ def hidream(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "PRXTransformer2DModel", dense=2, kind="text in keys", before=TEXT, grids=((1, 16, 20),),
+    "PRXTransformer2DModel",
+    dense=2,
+    kind="text in keys",
+    before=TEXT,
+    grids=((1, 16, 20),),
     note="image queries, text in the keys only",
-)  # fmt: skip
+)
 def prx(grid: Grid, batch: int) -> Made:
     model = build(
-        "PRXTransformer2DModel", in_channels=4, patch_size=2, context_in_dim=16, hidden_size=32,
-        mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8],
-    )  # fmt: skip
+        "PRXTransformer2DModel",
+        in_channels=4,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=32,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+    )
     return model, {
         "hidden_states": image(grid, batch),
         "timestep": torch.ones(batch),
@@ -296,18 +474,32 @@ def prx(grid: Grid, batch: int) -> Made:
 
 
 FIBO2 = {
-    "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
-    "cap_feat_dim": 16, "injection_layer_ids": (1,), "perceiver_num_layers": 1,
-    "min_num_gist_tokens": 8, "max_num_gist_tokens": 16, "gist_step": 4, "gist_min_text_len": 4,
-    "gist_max_text_len": 32, "axes_dims": (4, 6, 6), "axes_lens": (64, 64, 64),
-}  # fmt: skip
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "cap_feat_dim": 16,
+    "injection_layer_ids": (1,),
+    "perceiver_num_layers": 1,
+    "min_num_gist_tokens": 8,
+    "max_num_gist_tokens": 16,
+    "gist_step": 4,
+    "gist_min_text_len": 4,
+    "gist_max_text_len": 32,
+    "axes_dims": (4, 6, 6),
+    "axes_lens": (64, 64, 64),
+}
 
 
 @case(
-    "BriaFibo2Transformer2DModel", dense=3, others=3, image=True,
+    "BriaFibo2Transformer2DModel",
+    dense=3,
+    others=3,
+    image=True,
     each=(("self", 0, 0), ("joint", 12, 0), ("joint", 12, 0)),
     note="text becomes 12 tokens, which come first",
-)  # fmt: skip
+)
 def bria_fibo2(grid: Grid, batch: int) -> Made:
     return build("BriaFibo2Transformer2DModel", **FIBO2), {
         "hidden_states": image(grid, batch),
@@ -318,10 +510,13 @@ def bria_fibo2(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "BriaFibo2Transformer2DModel", dense=3, others=3, image=True,
+    "BriaFibo2Transformer2DModel",
+    dense=3,
+    others=3,
+    image=True,
     each=(("joint", 0, 48), ("joint", 12, 48), ("joint", 12, 48)),
     note="an image to edit, on a grid of its own, comes last and stays exact",
-)  # fmt: skip
+)
 def bria_fibo2_edit(grid: Grid, batch: int) -> Made:
     model, inputs = bria_fibo2(grid, batch)
     return model, inputs | {"context_latents": [image((1, 6, 8), batch)]}
@@ -330,11 +525,23 @@ def bria_fibo2_edit(grid: Grid, batch: int) -> Made:
 @case("UVit2DModel", dense=2, others=6, image=True, note="a U-Net of tokens of a codebook")
 def uvit(grid: Grid, batch: int) -> Made:
     model = inner(
-        "UVit2DModel", hidden_size=32, cond_embed_dim=16, micro_cond_encode_dim=8,
-        micro_cond_embed_dim=40, encoder_hidden_size=16, vocab_size=40, codebook_size=32,
-        in_channels=32, block_out_channels=32, num_res_blocks=1, block_num_heads=2,
-        num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, sample_size=16,
-    )  # fmt: skip
+        "UVit2DModel",
+        hidden_size=32,
+        cond_embed_dim=16,
+        micro_cond_encode_dim=8,
+        micro_cond_embed_dim=40,
+        encoder_hidden_size=16,
+        vocab_size=40,
+        codebook_size=32,
+        in_channels=32,
+        block_out_channels=32,
+        num_res_blocks=1,
+        block_num_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        sample_size=16,
+    )
     return model, {
         "input_ids": torch.randint(0, 32, (batch, *grid[1:])),
         "encoder_hidden_states": text(batch),

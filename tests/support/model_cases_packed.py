@@ -14,9 +14,14 @@ def packed(grid: Grid, batch: int, channels: int = 4) -> torch.Tensor:
 
 
 LTX = {
-    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12,
-    "cross_attention_dim": 24, "num_layers": 2, "caption_channels": 16,
-}  # fmt: skip
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "num_layers": 2,
+    "caption_channels": 16,
+}
 
 
 def ltx_inputs(grid: Grid, batch: int) -> dict[str, Any]:
@@ -33,24 +38,38 @@ def ltx_inputs(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 @case(
-    "LTXVideoTransformer3DModel", dense=2, others=2,
+    "LTXVideoTransformer3DModel",
+    dense=2,
+    others=2,
     note="grid from the rotary table, which the graph makes of three ints",
-)  # fmt: skip
+)
 def ltx(grid: Grid, batch: int) -> Made:
     return build("LTXVideoTransformer3DModel", **LTX), ltx_inputs(grid, batch)
 
 
 @case(
-    "LTX2VideoTransformer3DModel", dense=2, others=10,
+    "LTX2VideoTransformer3DModel",
+    dense=2,
+    others=10,
     note="audio attends to itself and to the video; both stay dense",
-)  # fmt: skip
+)
 def ltx2(grid: Grid, batch: int) -> Made:
     model = build(
-        "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2,
-        attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
-        audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8,
-        num_layers=2, caption_channels=16, rope_double_precision=False,
-    )  # fmt: skip
+        "LTX2VideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=16,
+        rope_double_precision=False,
+    )
     return model, ltx_inputs(grid, batch) | {
         "audio_hidden_states": torch.randn(batch, 9, 4),
         "audio_encoder_hidden_states": text(batch),
@@ -61,10 +80,15 @@ def ltx2(grid: Grid, batch: int) -> Made:
 
 
 FLUX = {
-    "patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1,
-    "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
     "axes_dims_rope": (4, 4, 8),
-}  # fmt: skip
+}
 
 
 def flux_inputs(grid: Grid, batch: int, axes: int = 3) -> dict[str, Any]:
@@ -93,10 +117,16 @@ def flux2(grid: Grid, batch: int) -> Made:
 
 
 FLUX3 = {
-    "in_channels": 4, "cond_in_channels": 4, "num_layers": 1, "num_single_layers": 2,
-    "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
-    "timestep_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
-}  # fmt: skip
+    "in_channels": 4,
+    "cond_in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "timestep_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
 
 
 def flux3_inputs(grid: Grid, batch: int) -> dict[str, Any]:
@@ -111,19 +141,27 @@ def flux3_inputs(grid: Grid, batch: int) -> dict[str, Any]:
 
 
 @case(
-    "Flux3Transformer2DModel", dense=3, others=1, source="given", image=True,
+    "Flux3Transformer2DModel",
+    dense=3,
+    others=1,
+    source="given",
+    image=True,
     each=(("self", 0, 0), ("joint", TEXT, 0), ("joint", TEXT, 0)),
     note="image and text alone first, then together",
-)  # fmt: skip
+)
 def flux3(grid: Grid, batch: int) -> Made:
     return build("Flux3Transformer2DModel", **FLUX3), flux3_inputs(grid, batch)
 
 
 @case(
-    "Flux3Transformer2DModel", dense=3, others=2, source="given", image=True,
+    "Flux3Transformer2DModel",
+    dense=3,
+    others=2,
+    source="given",
+    image=True,
     each=(("self", 0, 0), ("joint", TEXT, 80), ("joint", TEXT, 80)),
     note="a reference image of 80 tokens comes last and stays exact",
-)  # fmt: skip
+)
 def flux3_reference(grid: Grid, batch: int) -> Made:
     return build("Flux3Transformer2DModel", **FLUX3), flux3_inputs(grid, batch) | {
         "image_cond_hidden_states": torch.randn(batch, 80, 4),
@@ -134,16 +172,23 @@ def flux3_reference(grid: Grid, batch: int) -> Made:
 @case("ChromaTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
 def chroma(grid: Grid, batch: int) -> Made:
     model = build(
-        "ChromaTransformer2DModel", **FLUX, approximator_num_channels=8,
-        approximator_hidden_dim=16, approximator_layers=1,
-    )  # fmt: skip
+        "ChromaTransformer2DModel",
+        **FLUX,
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
     return model, flux_inputs(grid, batch)
 
 
 @case(
-    "ChromaTransformer2DModel", dense=0, others=2, source="given", image=True,
+    "ChromaTransformer2DModel",
+    dense=0,
+    others=2,
+    source="given",
+    image=True,
     note="with attention_mask, which is added to the scores",
-)  # fmt: skip
+)
 def chroma_masked(grid: Grid, batch: int) -> Made:
     model, inputs = chroma(grid, batch)
     mask = torch.ones(batch, TEXT + grid[1] * grid[2])
@@ -156,15 +201,19 @@ def bria(grid: Grid, batch: int) -> Made:
     return build("BriaTransformer2DModel", **config), flux_inputs(grid, batch)
 
 
-@case(
-    "BriaFiboTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True,
-)  # fmt: skip
+@case("BriaFiboTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
 def bria_fibo(grid: Grid, batch: int) -> Made:
     model = build(
-        "BriaFiboTransformer2DModel", in_channels=4, num_layers=1, num_single_layers=1,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=[4, 6, 6], text_encoder_dim=8,
-    )  # fmt: skip
+        "BriaFiboTransformer2DModel",
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=[4, 6, 6],
+        text_encoder_dim=8,
+    )
     return model, {
         "hidden_states": text(batch, 4, grid[1] * grid[2]),
         "encoder_hidden_states": text(batch),
@@ -192,10 +241,16 @@ def longcat(grid: Grid, batch: int) -> Made:
 @case("QwenImageTransformer2DModel", dense=2, kind="joint", before=TEXT, source="given", image=True)
 def qwen_image(grid: Grid, batch: int) -> Made:
     model = build(
-        "QwenImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4, num_layers=2,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+        "QwenImageTransformer2DModel",
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
-    )  # fmt: skip
+    )
     return model, {
         "hidden_states": packed(grid, batch, 16),
         "encoder_hidden_states": text(batch),
@@ -206,15 +261,28 @@ def qwen_image(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "NucleusMoEImageTransformer2DModel", dense=2, kind="text in keys", after=TEXT, source="given",
-    image=True, note="image queries, text in the keys only",
-)  # fmt: skip
+    "NucleusMoEImageTransformer2DModel",
+    dense=2,
+    kind="text in keys",
+    after=TEXT,
+    source="given",
+    image=True,
+    note="image queries, text in the keys only",
+)
 def nucleus(grid: Grid, batch: int) -> Made:
     model = build(
-        "NucleusMoEImageTransformer2DModel", patch_size=2, in_channels=16, out_channels=4,
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4), moe_enabled=False, capacity_factors=[8.0, 8.0],
-    )  # fmt: skip
+        "NucleusMoEImageTransformer2DModel",
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        moe_enabled=False,
+        capacity_factors=[8.0, 8.0],
+    )
     return model, {
         "hidden_states": packed(grid, batch, 16),
         "encoder_hidden_states": text(batch),
@@ -224,16 +292,35 @@ def nucleus(grid: Grid, batch: int) -> Made:
     }
 
 
-@case("Krea2Transformer2DModel", dense=2, others=2, kind="joint", before=TEXT, source="given",
-      image=True, note="grouped heads")  # fmt: skip
+@case(
+    "Krea2Transformer2DModel",
+    dense=2,
+    others=2,
+    kind="joint",
+    before=TEXT,
+    source="given",
+    image=True,
+    note="grouped heads",
+)
 def krea2(grid: Grid, batch: int) -> Made:
     model = build(
-        "Krea2Transformer2DModel", in_channels=4, num_layers=2, attention_head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16,
-        text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
-        text_num_key_value_heads=1, text_intermediate_size=16, num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        "Krea2Transformer2DModel",
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
     return model, {
         "hidden_states": packed(grid, batch),
         "encoder_hidden_states": torch.randn(batch, TEXT, 2, 16),
@@ -244,14 +331,24 @@ def krea2(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "JoyImageEditPlusTransformer3DModel", dense=2, kind="joint", after=TEXT, source="given",
+    "JoyImageEditPlusTransformer3DModel",
+    dense=2,
+    kind="joint",
+    after=TEXT,
+    source="given",
     note="the mask is filled item by item of the batch",
-)  # fmt: skip
+)
 def joyimage_plus(grid: Grid, batch: int) -> Made:
     model = build(
-        "JoyImageEditPlusTransformer3DModel", patch_size=[1, 2, 2], in_channels=4, hidden_size=32,
-        num_attention_heads=2, text_dim=16, num_layers=2, rope_dim_list=[4, 6, 6],
-    )  # fmt: skip
+        "JoyImageEditPlusTransformer3DModel",
+        patch_size=[1, 2, 2],
+        in_channels=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        text_dim=16,
+        num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    )
     kept = torch.ones(batch, TEXT)
     kept[:, 5:] = 0
     return model, {
@@ -265,17 +362,34 @@ def joyimage_plus(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "Cosmos3OmniTransformer", dense=2, others=2, kind="text in keys", before=TEXT, source="given",
+    "Cosmos3OmniTransformer",
+    dense=2,
+    others=2,
+    kind="text in keys",
+    before=TEXT,
+    source="given",
     batches=(1,),
     note="video queries, text in the keys only; the text's own attention is causal",
-)  # fmt: skip
+)
 def cosmos3(grid: Grid, batch: int) -> Made:
     model = build(
-        "Cosmos3OmniTransformer", head_dim=12, hidden_act="relu2", hidden_size=24,
-        intermediate_size=24, latent_channel=2, latent_patch_size=1, num_attention_heads=2,
-        num_hidden_layers=2, num_key_value_heads=1, patch_latent_dim=2, qk_norm_for_text=False,
-        rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], rope_theta=1e8, vocab_size=32,
-    )  # fmt: skip
+        "Cosmos3OmniTransformer",
+        head_dim=12,
+        hidden_act="relu2",
+        hidden_size=24,
+        intermediate_size=24,
+        latent_channel=2,
+        latent_patch_size=1,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        patch_latent_dim=2,
+        qk_norm_for_text=False,
+        rms_norm_eps=1e-5,
+        rope_axes_dim=[2, 2, 2],
+        rope_theta=1e8,
+        vocab_size=32,
+    )
     t, h, w = grid
     vision = torch.arange(TEXT, TEXT + t * h * w)
     places = TEXT + positions(grid).T.long()
@@ -295,16 +409,32 @@ def cosmos3(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "MiniMaxH3Transformer3DModel", dense=2, others=1, kind="joint", before=TEXT, after=5,
-    source="given", note="text, video and audio are put in place by index, as they are written",
-)  # fmt: skip
+    "MiniMaxH3Transformer3DModel",
+    dense=2,
+    others=1,
+    kind="joint",
+    before=TEXT,
+    after=5,
+    source="given",
+    note="text, video and audio are put in place by index, as they are written",
+)
 def minimax_h3(grid: Grid, batch: int) -> Made:
     model = build(
-        "MiniMaxH3Transformer3DModel", num_attention_heads=2, attention_head_dim=24,
-        hidden_size=32, num_layers=2, num_refiner_layers=1, ffn_dim=32, in_channels=4,
-        audio_in_channels=4, text_dim=16, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=16,
+        "MiniMaxH3Transformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=24,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=16,
         rope_freq_dim=4,
-    )  # fmt: skip
+    )
     video, audio = grid[0] * grid[1] * grid[2], 5
     counts = torch.tensor([TEXT, video, audio])
     text_at, video_at, audio_at = torch.arange(int(counts.sum())).split(counts.tolist())

@@ -18,9 +18,15 @@ def frames(grid: Grid, batch: int, tubelet: int = 2) -> torch.Tensor:
 @encoder_case("VideoMAEModel", dense=2, grids=SQUARE_VIDEO)
 def videomae(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "VideoMAEModel", "VideoMAEConfig", **SMALL, image_size=2 * grid[1], patch_size=2,
-        num_frames=2 * grid[0], tubelet_size=2, intermediate_size=32,
-    )  # fmt: skip
+        "VideoMAEModel",
+        "VideoMAEConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        patch_size=2,
+        num_frames=2 * grid[0],
+        tubelet_size=2,
+        intermediate_size=32,
+    )
     return model, {"pixel_values": frames(grid, batch)}
 
 
@@ -34,36 +40,64 @@ def videomae_eager(grid: Grid, batch: int) -> Made:
 @encoder_case("VJEPA2Model", dense=2, grids=SQUARE_VIDEO, note="encoder")
 def vjepa2(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "VJEPA2Model", "VJEPA2Config", **(SMALL | {"hidden_size": 48}), patch_size=2,
-        crop_size=2 * grid[1], frames_per_clip=2 * grid[0], tubelet_size=2, mlp_ratio=1,
-        pred_hidden_size=48, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+        "VJEPA2Model",
+        "VJEPA2Config",
+        **(SMALL | {"hidden_size": 48}),
+        patch_size=2,
+        crop_size=2 * grid[1],
+        frames_per_clip=2 * grid[0],
+        tubelet_size=2,
+        mlp_ratio=1,
+        pred_hidden_size=48,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
         pred_num_mask_tokens=1,
-    )  # fmt: skip
+    )
     return model, {"pixel_values_videos": frames(grid, batch), "skip_predictor": True}
 
 
 @encoder_case(
-    "TimesformerModel", dense=0, others=4, source="", grids=SQUARE_VIDEO[:2],
+    "TimesformerModel",
+    dense=0,
+    others=4,
+    source="",
+    grids=SQUARE_VIDEO[:2],
     note="attends in time, then in space",
-)  # fmt: skip
+)
 def timesformer(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "TimesformerModel", "TimesformerConfig", **SMALL, image_size=2 * grid[1], patch_size=2,
-        num_frames=grid[0], intermediate_size=32,
-    )  # fmt: skip
+        "TimesformerModel",
+        "TimesformerConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        patch_size=2,
+        num_frames=grid[0],
+        intermediate_size=32,
+    )
     return model, {"pixel_values": frames(grid, batch, 1)}
 
 
 @encoder_case(
-    "TimesformerModel", dense=2, before=1, kind="joint", grids=SQUARE_VIDEO[:2], order=(1, 2, 0),
+    "TimesformerModel",
+    dense=2,
+    before=1,
+    kind="joint",
+    grids=SQUARE_VIDEO[:2],
+    order=(1, 2, 0),
     note="joint attention in time and space, time fastest; a class token in front",
-)  # fmt: skip
+)
 def timesformer_joint(grid: Grid, batch: int) -> Made:
     t, h, _ = grid
     model = encoder(
-        "TimesformerModel", "TimesformerConfig", **SMALL, image_size=2 * h, patch_size=2,
-        num_frames=t, intermediate_size=32, attention_type="joint_space_time",
-    )  # fmt: skip
+        "TimesformerModel",
+        "TimesformerConfig",
+        **SMALL,
+        image_size=2 * h,
+        patch_size=2,
+        num_frames=t,
+        intermediate_size=32,
+        attention_type="joint_space_time",
+    )
     return model, {"pixel_values": frames(grid, batch, 1)}
 
 
@@ -77,32 +111,54 @@ def timesformer_joint(grid: Grid, batch: int) -> Made:
 )
 def vivit(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "VivitModel", "VivitConfig", **SMALL, image_size=2 * grid[1], num_frames=2 * grid[0],
-        tubelet_size=[2, 2, 2], intermediate_size=32,
-    )  # fmt: skip
+        "VivitModel",
+        "VivitConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        num_frames=2 * grid[0],
+        tubelet_size=[2, 2, 2],
+        intermediate_size=32,
+    )
     return model, {"pixel_values": frames(grid, batch)}
 
 
 @encoder_case(
-    "XCLIPVisionModel", dense=2, others=2, kind="joint", before=1, after=1,
-    grids=((1, 16, 16),), batches=(4,),
+    "XCLIPVisionModel",
+    dense=2,
+    others=2,
+    kind="joint",
+    before=1,
+    after=1,
+    grids=((1, 16, 16),),
+    batches=(4,),
     note="a class token before and a message after each frame's; messages attend in time",
-)  # fmt: skip
+)
 def xclip(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "XCLIPVisionModel", "XCLIPVisionConfig", **SMALL, intermediate_size=32, patch_size=2,
-        image_size=2 * grid[1], num_frames=batch, mit_hidden_size=16, mit_intermediate_size=16,
+        "XCLIPVisionModel",
+        "XCLIPVisionConfig",
+        **SMALL,
+        intermediate_size=32,
+        patch_size=2,
+        image_size=2 * grid[1],
+        num_frames=batch,
+        mit_hidden_size=16,
+        mit_intermediate_size=16,
         mit_num_attention_heads=2,
-    )  # fmt: skip
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
 @encoder_case("ViTModel", dense=2, kind="joint", before=1, image=True, note="class token")
 def vit(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "ViTModel", "ViTConfig", **SMALL, image_size=(2 * grid[1], 2 * grid[2]), patch_size=2,
+        "ViTModel",
+        "ViTConfig",
+        **SMALL,
+        image_size=(2 * grid[1], 2 * grid[2]),
+        patch_size=2,
         intermediate_size=32,
-    )  # fmt: skip
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
@@ -115,19 +171,34 @@ def dinov2(grid: Grid, batch: int) -> Made:
 
 
 @encoder_case(
-    "Dinov2WithRegistersModel", dense=2, kind="joint", before=5, image=True,
+    "Dinov2WithRegistersModel",
+    dense=2,
+    kind="joint",
+    before=5,
+    image=True,
     note="class token and registers",
-)  # fmt: skip
+)
 def dinov2_registers(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **SMALL, image_size=2 * grid[1],
-        patch_size=2, mlp_ratio=1, num_register_tokens=4,
-    )  # fmt: skip
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        patch_size=2,
+        mlp_ratio=1,
+        num_register_tokens=4,
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
-@encoder_case("DINOv3ViTModel", dense=2, kind="joint", before=4, image=True,
-      note="class token and registers, rotary positions")  # fmt: skip
+@encoder_case(
+    "DINOv3ViTModel",
+    dense=2,
+    kind="joint",
+    before=4,
+    image=True,
+    note="class token and registers, rotary positions",
+)
 def dinov3(grid: Grid, batch: int) -> Made:
     config = SMALL | {"intermediate_size": 32, "patch_size": 2, "num_register_tokens": 3}
     model = encoder("DINOv3ViTModel", "DINOv3ViTConfig", **config)
@@ -148,114 +219,217 @@ def aimv2(grid: Grid, batch: int) -> Made:
 
 
 @encoder_case(
-    "CLIPVisionModel", dense=2, kind="joint", before=1, image=True,
-    grids=((1, 18, 18), (1, 16, 16)), note="class token",
-)  # fmt: skip
+    "CLIPVisionModel",
+    dense=2,
+    kind="joint",
+    before=1,
+    image=True,
+    grids=((1, 18, 18), (1, 16, 16)),
+    note="class token",
+)
 def clip_vision(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "CLIPVisionModel", "CLIPVisionConfig", **SMALL, image_size=2 * grid[1], patch_size=2,
+        "CLIPVisionModel",
+        "CLIPVisionConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        patch_size=2,
         intermediate_size=32,
-    )  # fmt: skip
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
 @encoder_case("SiglipVisionModel", dense=2, others=1, image=True, grids=((1, 18, 18),))
 def siglip(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "SiglipVisionModel", "SiglipVisionConfig", **SMALL, image_size=2 * grid[1], patch_size=2,
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        **SMALL,
+        image_size=2 * grid[1],
+        patch_size=2,
         intermediate_size=32,
-    )  # fmt: skip
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
 @encoder_case("DPTModel", dense=2, kind="joint", before=1, grids=SQUARE, note="class token")
 def dpt(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "DPTModel", "DPTConfig", **SMALL, intermediate_size=32, patch_size=2,
-        image_size=2 * grid[1], backbone_out_indices=[0, 1], neck_hidden_sizes=[8, 8],
-    )  # fmt: skip
-    return model, {"pixel_values": image(grid, batch, 3)}
-
-
-@encoder_case("YolosModel", dense=2, kind="joint", before=1, after=5, grids=WIDE,
-      note="class token before, detection tokens after")  # fmt: skip
-def yolos(grid: Grid, batch: int) -> Made:
-    model = encoder(
-        "YolosModel", "YolosConfig", **SMALL, intermediate_size=32, patch_size=2,
-        image_size=[2 * grid[1], 2 * grid[2]], num_detection_tokens=5,
-    )  # fmt: skip
-    return model, {"pixel_values": image(grid, batch, 3)}
-
-
-@encoder_case("VitDetModel", dense=1, others=1, grids=((1, 16, 16),),
-      note="the other attends within windows")  # fmt: skip
-def vitdet(grid: Grid, batch: int) -> Made:
-    model = encoder(
-        "VitDetModel", "VitDetConfig", **SMALL, patch_size=2, image_size=2 * grid[1],
-        window_block_indices=[0], window_size=4,
-    )  # fmt: skip
-    return model, {"pixel_values": image(grid, batch, 3)}
-
-
-@encoder_case("SamVisionModel", dense=0, others=2, source="", grids=((1, 16, 16),),
-      note="a bias per pair, from queries and relative positions")  # fmt: skip
-def sam(grid: Grid, batch: int) -> Made:
-    model = encoder(
-        "SamVisionModel", "SamVisionConfig", **SMALL, mlp_dim=32, output_channels=16, patch_size=2,
-        image_size=2 * grid[1], window_size=4, global_attn_indexes=[1],
-    )  # fmt: skip
-    return model, {"pixel_values": image(grid, batch, 3)}
-
-
-@encoder_case("BeitModel", dense=0, others=2, source="", grids=((1, 16, 16),),
-      note="a learned bias per pair")  # fmt: skip
-def beit_bias(grid: Grid, batch: int) -> Made:
-    model = encoder(
-        "BeitModel", "BeitConfig", **SMALL, intermediate_size=32, patch_size=2,
-        image_size=2 * grid[1], use_relative_position_bias=True,
-    )  # fmt: skip
+        "DPTModel",
+        "DPTConfig",
+        **SMALL,
+        intermediate_size=32,
+        patch_size=2,
+        image_size=2 * grid[1],
+        backbone_out_indices=[0, 1],
+        neck_hidden_sizes=[8, 8],
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
 @encoder_case(
-    "Swinv2Model", dense=0, others=1, source="", grids=((1, 16, 16),),
+    "YolosModel",
+    dense=2,
+    kind="joint",
+    before=1,
+    after=5,
+    grids=WIDE,
+    note="class token before, detection tokens after",
+)
+def yolos(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "YolosModel",
+        "YolosConfig",
+        **SMALL,
+        intermediate_size=32,
+        patch_size=2,
+        image_size=[2 * grid[1], 2 * grid[2]],
+        num_detection_tokens=5,
+    )
+    return model, {"pixel_values": image(grid, batch, 3)}
+
+
+@encoder_case(
+    "VitDetModel", dense=1, others=1, grids=((1, 16, 16),), note="the other attends within windows"
+)
+def vitdet(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "VitDetModel",
+        "VitDetConfig",
+        **SMALL,
+        patch_size=2,
+        image_size=2 * grid[1],
+        window_block_indices=[0],
+        window_size=4,
+    )
+    return model, {"pixel_values": image(grid, batch, 3)}
+
+
+@encoder_case(
+    "SamVisionModel",
+    dense=0,
+    others=2,
+    source="",
+    grids=((1, 16, 16),),
+    note="a bias per pair, from queries and relative positions",
+)
+def sam(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "SamVisionModel",
+        "SamVisionConfig",
+        **SMALL,
+        mlp_dim=32,
+        output_channels=16,
+        patch_size=2,
+        image_size=2 * grid[1],
+        window_size=4,
+        global_attn_indexes=[1],
+    )
+    return model, {"pixel_values": image(grid, batch, 3)}
+
+
+@encoder_case(
+    "BeitModel", dense=0, others=2, source="", grids=((1, 16, 16),), note="a learned bias per pair"
+)
+def beit_bias(grid: Grid, batch: int) -> Made:
+    model = encoder(
+        "BeitModel",
+        "BeitConfig",
+        **SMALL,
+        intermediate_size=32,
+        patch_size=2,
+        image_size=2 * grid[1],
+        use_relative_position_bias=True,
+    )
+    return model, {"pixel_values": image(grid, batch, 3)}
+
+
+@encoder_case(
+    "Swinv2Model",
+    dense=0,
+    others=1,
+    source="",
+    grids=((1, 16, 16),),
     note="cosine scores with a learned temperature, in windows",
-)  # fmt: skip
+)
 def swin(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "Swinv2Model", "Swinv2Config", image_size=32, patch_size=2, embed_dim=16, depths=[2],
-        num_heads=[2], window_size=4,
-    )  # fmt: skip
+        "Swinv2Model",
+        "Swinv2Config",
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2],
+        num_heads=[2],
+        window_size=4,
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
-@encoder_case("SwinModel", dense=0, others=3, source="", grids=((1, 16, 16),),
-      note="windows, shifted ones too")  # fmt: skip
+@encoder_case(
+    "SwinModel",
+    dense=0,
+    others=3,
+    source="",
+    grids=((1, 16, 16),),
+    note="windows, shifted ones too",
+)
 def swin_shifted(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "SwinModel", "SwinConfig", embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4,
-        patch_size=2, image_size=2 * grid[1],
-    )  # fmt: skip
+        "SwinModel",
+        "SwinConfig",
+        embed_dim=16,
+        depths=[2, 1],
+        num_heads=[2, 2],
+        window_size=4,
+        patch_size=2,
+        image_size=2 * grid[1],
+    )
     return model, {"pixel_values": image(grid, batch, 3)}
 
 
-@encoder_case("SegformerModel", dense=1, others=1, grids=((1, 16, 20),),
-      note="the other has fewer keys than queries")  # fmt: skip
+@encoder_case(
+    "SegformerModel",
+    dense=1,
+    others=1,
+    grids=((1, 16, 20),),
+    note="the other has fewer keys than queries",
+)
 def segformer(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "SegformerModel", "SegformerConfig", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1],
-        hidden_sizes=[16, 32], num_attention_heads=[1, 2], patch_sizes=[3, 3], strides=[2, 2],
+        "SegformerModel",
+        "SegformerConfig",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        num_attention_heads=[1, 2],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
         mlp_ratios=[2, 2],
-    )  # fmt: skip
+    )
     return model, {"pixel_values": image(grid, batch, 3, 4)}
 
 
-@encoder_case("PvtV2Model", dense=1, others=1, grids=((1, 16, 20),),
-      note="the other has fewer keys than queries")  # fmt: skip
+@encoder_case(
+    "PvtV2Model",
+    dense=1,
+    others=1,
+    grids=((1, 16, 20),),
+    note="the other has fewer keys than queries",
+)
 def pvt(grid: Grid, batch: int) -> Made:
     model = encoder(
-        "PvtV2Model", "PvtV2Config", hidden_sizes=[16, 32], depths=[1, 1], num_encoder_blocks=2,
-        sr_ratios=[2, 1], num_attention_heads=[1, 2], patch_sizes=[3, 3], strides=[2, 2],
-        mlp_ratios=[2, 2], image_size=64,
-    )  # fmt: skip
+        "PvtV2Model",
+        "PvtV2Config",
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        num_encoder_blocks=2,
+        sr_ratios=[2, 1],
+        num_attention_heads=[1, 2],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        mlp_ratios=[2, 2],
+        image_size=64,
+    )
     return model, {"pixel_values": image(grid, batch, 3, 4)}

@@ -8,10 +8,17 @@ import torch
 from model_cases import Grid, Made, build, case, latents, steps, text
 
 WAN = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-    "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2,
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
     "rope_max_seq_len": 32,
-}  # fmt: skip
+}
 
 
 def wan_inputs(grid: Grid, batch: int, channels: int = 4) -> dict[str, Any]:
@@ -64,11 +71,19 @@ def wan22(grid: Grid, batch: int) -> Made:
 @case("WanAnimateTransformer3DModel", dense=2, others=3, grids=((21, 6, 8),), batches=(1,))
 def wan_animate(grid: Grid, batch: int) -> Made:
     model = build(
-        "WanAnimateTransformer3DModel", **(WAN | {"in_channels": 12}), latent_channels=4,
-        image_dim=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
-        motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16,
-        face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
-    )  # fmt: skip
+        "WanAnimateTransformer3DModel",
+        **(WAN | {"in_channels": 12}),
+        latent_channels=4,
+        image_dim=16,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
     return model, {
         "hidden_states": latents(grid, batch, 12),
         "timestep": steps(batch),
@@ -92,10 +107,14 @@ def skyreels(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "SkyReelsV2Transformer3DModel", dense=0, others=4, source="",
-    grids=((4, 6, 10),), batches=(1,),
+    "SkyReelsV2Transformer3DModel",
+    dense=0,
+    others=4,
+    source="",
+    grids=((4, 6, 10),),
+    batches=(1,),
     note="frame blocks see the earlier ones only",
-)  # fmt: skip
+)
 def skyreels_causal(grid: Grid, batch: int) -> Made:
     return skyreels_diffusion_forcing(grid, batch, 2)
 
@@ -128,16 +147,30 @@ def anyflow(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "AnyFlowFARTransformer3DModel", dense=0, others=4, source="", grids=((3, 6, 10),),
+    "AnyFlowFARTransformer3DModel",
+    dense=0,
+    others=4,
+    source="",
+    grids=((3, 6, 10),),
     note="chunks of frames see the earlier ones: FlexAttention with a block mask",
-)  # fmt: skip
+)
 def anyflow_far(grid: Grid, batch: int) -> Made:
     model = build(
-        "AnyFlowFARTransformer3DModel", patch_size=(1, 2, 2), compressed_patch_size=(1, 4, 4),
-        full_chunk_limit=3, num_attention_heads=2, attention_head_dim=24, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=64,
+        "AnyFlowFARTransformer3DModel",
+        patch_size=(1, 2, 2),
+        compressed_patch_size=(1, 4, 4),
+        full_chunk_limit=3,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
         chunk_partition=(1, 2),
-    )  # fmt: skip
+    )
     return model, {
         "hidden_states": latents(grid, batch).transpose(1, 2).contiguous(),
         "timestep": torch.full((batch, grid[0]), 500.0),
@@ -156,8 +189,11 @@ HELIOS = {key: WAN[key] for key in WAN if key not in ("rope_max_seq_len",)} | {
 
 @case("HeliosTransformer3DModel", dense=2, others=2, note="without history frames")
 def helios(grid: Grid, batch: int) -> Made:
-    config = HELIOS | {"has_multi_term_memory_patch": False, "guidance_cross_attn": False,
-                       "zero_history_timestep": False}  # fmt: skip
+    config = HELIOS | {
+        "has_multi_term_memory_patch": False,
+        "guidance_cross_attn": False,
+        "zero_history_timestep": False,
+    }
     return build("HeliosTransformer3DModel", **config), {
         "hidden_states": latents(grid, batch),
         "timestep": steps(batch),
@@ -168,10 +204,15 @@ def helios(grid: Grid, batch: int) -> Made:
 
 
 @case(
-    "HeliosTransformer3DModel", dense=2, others=2, kind="joint", before=6 + 15, frames=1,
+    "HeliosTransformer3DModel",
+    dense=2,
+    others=2,
+    kind="joint",
+    before=6 + 15,
+    frames=1,
     grids=((3, 6, 10),),
     note="history comes first: two coarser grids stay exact, a frame of the same grid joins it",
-)  # fmt: skip
+)
 def helios_history(grid: Grid, batch: int) -> Made:
     model = build("HeliosTransformer3DModel", **HELIOS, has_multi_term_memory_patch=True)
     inputs: dict[str, Any] = {

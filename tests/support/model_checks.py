@@ -69,9 +69,13 @@ def splitting(seen: Seen, grid: Grid | None) -> Callable[..., Any]:
         query, key, value, budget, mask, lattice, before, after, scale, *_ = arguments
         allowed = None if mask is None else mask[:, None, None]
         dense = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, scale=scale,
+            query,
+            key,
+            value,
+            attn_mask=allowed,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        )
         coarse = torch.ops.freqopt.split_attention.default(
             query, key, value, budget, mask, lattice, before, after, scale, 0.02, 0
         )

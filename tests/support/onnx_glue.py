@@ -40,14 +40,31 @@ def attend_text(case: Case, tensors: tuple) -> torch.Tensor:
     out = torch.full_like(query, torch.nan)
     given = mask if mask is not None else query
     glue.text_kernel[(triton.cdiv(sequence.text, 64), query.shape[0] * heads)](
-        query, summaries.key, summaries.value, key, value, given, out,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        mask.stride(0) if mask is not None else 0, *out.stride()[:3],
-        heads, heads // key.shape[1], tokens, blocks, sequence.text, sequence.text_before,
+        query,
+        summaries.key,
+        summaries.value,
+        key,
+        value,
+        given,
+        out,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        mask.stride(0) if mask is not None else 0,
+        *out.stride()[:3],
+        heads,
+        heads // key.shape[1],
+        tokens,
+        blocks,
+        sequence.text,
+        sequence.text_before,
         query.shape[-1] ** -0.5,
-        D=query.shape[-1], DP=padded_dim(query.shape[-1]), BM=64, HAS_MASK=mask is not None,
+        D=query.shape[-1],
+        DP=padded_dim(query.shape[-1]),
+        BM=64,
+        HAS_MASK=mask is not None,
         PRECISION=launch.precision,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -25,23 +25,31 @@ class Programs:
     counts: str
 
     def run(
-        self, *arguments: float, capability: int = 90, driver: Path | None = None,
+        self,
+        *arguments: float,
+        capability: int = 90,
+        driver: Path | None = None,
         **environment: str,
-    ) -> list[list[str]]:  # fmt: skip
+    ) -> list[list[str]]:
         """Lines of the program and the driver, in words; arguments: as in ort_launch.cc."""
         given = self.environment(capability, driver) | environment
         done = subprocess.run(
-            [str(self.launch), *map(str, arguments)], env=given, capture_output=True, text=True,
+            [str(self.launch), *map(str, arguments)],
+            env=given,
+            capture_output=True,
+            text=True,
             check=True,
-        )  # fmt: skip
+        )
         return [line.split(" ") for line in done.stdout.splitlines()]
 
     def environment(self, capability: int, driver: Path | None = None) -> dict[str, str]:
         """Of a process that opens the made-up driver for the driver."""
         return {
-            **os.environ, "FREQOPT_LIBCUDA": str(driver or self.driver),
-            "FAKE_COUNTS": self.counts, "FAKE_CAPABILITY": str(capability),
-        }  # fmt: skip
+            **os.environ,
+            "FREQOPT_LIBCUDA": str(driver or self.driver),
+            "FAKE_COUNTS": self.counts,
+            "FAKE_CAPABILITY": str(capability),
+        }
 
 
 def build_driver(path: Path, *flags: str) -> Path:

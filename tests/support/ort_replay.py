@@ -36,17 +36,30 @@ from freqopt.kernels.variant import Variant
 look_once_a_helper()
 ABOUT = Variant(80, "float16", 64, False, content=True)
 TYPES = {
-    "*fp32": torch.float32, "*fp16": torch.float16, "*i64": torch.int64, "*i32": torch.int32,
-    "*i8": torch.int8, "*i1": torch.bool,
-}  # fmt: skip
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*i64": torch.int64,
+    "*i32": torch.int32,
+    "*i8": torch.int8,
+    "*i1": torch.bool,
+}
 WORKSPACE = 0x100000
 CASES = [
     Case((4, 5, 9), dim=64, heads=4, before=3, after=5, chunk=256),
     Case((1, 1, 300), dim=64, heads=2, kv_heads=1, chunk=512),
     Case((5, 7, 9), dim=64, batch=1, before=3, after=5, queries=(2, 5, 7)),
-    Case((1, 1, 280), dim=64, heads=2, kv_heads=1, batch=1, chunk=256, queries=(1, 1, 150),
-         query_before=2, query_after=3),
-]  # fmt: skip
+    Case(
+        (1, 1, 280),
+        dim=64,
+        heads=2,
+        kv_heads=1,
+        batch=1,
+        chunk=256,
+        queries=(1, 1, 150),
+        query_before=2,
+        query_after=3,
+    ),
+]
 """By content on a grid with text, in a batch; and queries of other tokens, by the grid or not."""
 
 EXACT = (1, 3)
@@ -126,24 +139,46 @@ def worst_spread(
 
 
 def attended(
-    programs: Programs, case: Case, tensors: tuple[torch.Tensor, ...], threshold: torch.Tensor,
+    programs: Programs,
+    case: Case,
+    tensors: tuple[torch.Tensor, ...],
+    threshold: torch.Tensor,
     orders: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and route of the launches, given the orders of the keys and the queries."""
     query, key, value = (x.contiguous() for x in tensors[:3])
     out = torch.full_like(query, torch.nan)
     of_keys, of_queries = (x.long().contiguous() for x in orders)
     given = {
-        0x1000: query, 0x2000: key, 0x3000: value,
-        0x4000: threshold.contiguous(), 0x6000: of_keys, 0x8000: of_queries, 0x7000: out,
-    }  # fmt: skip
+        0x1000: query,
+        0x2000: key,
+        0x3000: value,
+        0x4000: threshold.contiguous(),
+        0x6000: of_keys,
+        0x8000: of_queries,
+        0x7000: out,
+    }
     queries = case.query_side
     memory, at = replay(
-        programs, given, case.batch, case.heads, case.kv_heads, case.length, case.dim,
-        case.sequence.tokens, case.before, 0, 64, 1, 0,
-        query.shape[2], queries.tokens, queries.text_before, int(case.queries is None),
+        programs,
+        given,
+        case.batch,
+        case.heads,
+        case.kv_heads,
+        case.length,
+        case.dim,
+        case.sequence.tokens,
+        case.before,
+        0,
+        64,
+        1,
+        0,
+        query.shape[2],
+        queries.tokens,
+        queries.text_before,
+        int(case.queries is None),
         *(x.numel() // x.shape[-1] for x in (of_keys, of_queries)),
-    )  # fmt: skip
+    )
     shape = (case.batch, case.heads, -(-queries.tokens // 128), -(-case.sequence.tokens // 64))
     route = memory[at["route"] :][: math.prod(shape)].view(torch.int8).view(shape)
     return out, route

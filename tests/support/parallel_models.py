@@ -22,10 +22,17 @@ def wan(heads: int = 4, layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
 
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=16, in_channels=4,
-        out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=layers,
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
         rope_max_seq_len=32,
-    ).eval()  # fmt: skip
+    ).eval()
     t, h, w = GRID
     call = {
         "hidden_states": torch.randn(1, 4, t, 2 * h, 2 * w),
@@ -42,10 +49,16 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=4, joint_attention_dim=16, pooled_projection_dim=16,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
-    ).eval()  # fmt: skip
+    ).eval()
     ids = torch.zeros(16, 20, 3)
     ids[..., 1] += torch.arange(16)[:, None]
     ids[..., 2] += torch.arange(20)

@@ -25,11 +25,20 @@ def wan() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
         models.WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
-            out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
-            cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
         )
-    )  # fmt: skip
+    )
 
 
 def wan_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:
@@ -46,12 +55,21 @@ def hunyuan() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
         models.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
-            num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1,
-            guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=2,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=16,
+            pooled_projection_dim=8,
             rope_axes_dim=(4, 6, 6),
         )
-    )  # fmt: skip
+    )
 
 
 def hunyuan_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:
@@ -73,12 +91,22 @@ def cogvideox() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
         models.CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
-            time_embed_dim=8, text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8,
-            sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=7,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=16,
+            num_layers=2,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=9,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=7,
             use_rotary_positional_embeddings=True,
         )
-    )  # fmt: skip
+    )
 
 
 def cogvideox_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:

@@ -39,16 +39,24 @@ def plan_of(model: nn.Module, inputs: dict[str, Any], threshold: float, **grids:
             for k in desk.layouts[name]
         ]
         sites[name] = SitePlan(
-            heads=site.heads, head_dim=site.head_dim, tokens=site.tokens, decision="split",
-            reason="", budgets=[Budget(threshold=budget)],
+            heads=site.heads,
+            head_dim=site.head_dim,
+            tokens=site.tokens,
+            decision="split",
+            reason="",
+            budgets=[Budget(threshold=budget)],
             layouts=layouts,
-        )  # fmt: skip
+        )
     found = sorted({k.grid for known in desk.layouts.values() for k in known})
     return Plan(
-        model=ModelIdentity(
-            class_name=type(model).__name__, fingerprint=model_fingerprint(model)
-        ),
-        grids=found, device="cpu", versions=Versions(freqopt="0", torch="0"),
-        target_error=0.1, measured_error=0.1, worst_error=0.1, mean_density=0.5, sites=sites,
+        model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
+        grids=found,
+        device="cpu",
+        versions=Versions(freqopt="0", torch="0"),
+        target_error=0.1,
+        measured_error=0.1,
+        worst_error=0.1,
+        mean_density=0.5,
+        sites=sites,
         evidence=Evidence(samples=1, held_out=1, dense_sites=dict(desk.dense_sites)),
-    )  # fmt: skip
+    )

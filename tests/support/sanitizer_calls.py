@@ -40,9 +40,14 @@ def tensors(dtype: torch.dtype, dim: int, heads: int, kv_heads: int, text: int) 
 
 
 def call(
-    name: str, dtype: torch.dtype, dim: int, *, text: bool = False, backward: bool = False,
+    name: str,
+    dtype: torch.dtype,
+    dim: int,
+    *,
+    text: bool = False,
+    backward: bool = False,
     density: float = 0.0,
-) -> None:  # fmt: skip
+) -> None:
     """One call; prints its name, so that what the sanitizer finds can be placed."""
     before, after = TEXT if text else (0, 0)
     query, key, value = tensors(dtype, dim, 4, 2, before + after)
@@ -52,9 +57,15 @@ def call(
         key_mask[:, -3:] = False
     given = [x.requires_grad_(backward) for x in (query, key, value)]
     out, stats = freqopt.split_attention(
-        *given, grid=GRID, text_before=before, text_after=after, key_mask=key_mask,
-        threshold=None if density else 1.3, density=density or None, return_stats=True,
-    )  # fmt: skip
+        *given,
+        grid=GRID,
+        text_before=before,
+        text_after=after,
+        key_mask=key_mask,
+        threshold=None if density else 1.3,
+        density=density or None,
+        return_stats=True,
+    )
     if backward:
         out.float().square().sum().backward()
     torch.cuda.synchronize()

@@ -87,12 +87,14 @@ def gradients(
     forward = chunked.split_forward(inputs, Settings(scale, 0.0, 64))
     probe = forward.split.probe
     found = split_backward(
-        on_device(grad), on_device(sums_grad), Inputs(*map(on_device, inputs)),
-        Forward(*map(on_device, (
-            forward.out, forward.split.route, torch.stack([probe.c, probe.g], -1)
-        ))),
+        on_device(grad),
+        on_device(sums_grad),
+        Inputs(*map(on_device, inputs)),
+        Forward(
+            *map(on_device, (forward.out, forward.split.route, torch.stack([probe.c, probe.g], -1)))
+        ),
         scale,
-    )  # fmt: skip
+    )
     return tuple(x.cpu() for x in found), tuple(x.grad for x in leaves)
 
 
@@ -153,10 +155,16 @@ def test_the_benchmark_compares_with_the_definition() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dim", "dtype"),
-    [(64, torch.bfloat16), (96, torch.float16), (128, torch.bfloat16), (128, torch.float32),
-     (256, torch.bfloat16), (256, torch.float32)],
+    [
+        (64, torch.bfloat16),
+        (96, torch.float16),
+        (128, torch.bfloat16),
+        (128, torch.float32),
+        (256, torch.bfloat16),
+        (256, torch.float32),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_gradients_of_every_head_dim_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
     compare(Case((7, 13, 17), dim=dim, heads=4, kv_heads=2, batch=1, after=21, masked=True), dtype)
 

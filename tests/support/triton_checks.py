@@ -65,9 +65,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    case: Case, tensors: tuple, budget: torch.Tensor, probes: int = 64, density: float = 0.0,
+    case: Case,
+    tensors: tuple,
+    budget: torch.Tensor,
+    probes: int = 64,
+    density: float = 0.0,
     log_sum: bool = False,
-) -> tuple:  # fmt: skip
+) -> tuple:
     """The op's results, given the definition's orders."""
     there = tuple(x if x is None else x.to(DEVICE) for x in tensors)
     orders = Orders(*(x if x is None else x.to(DEVICE) for x in orders_of(case, tensors)))
@@ -187,9 +191,13 @@ def is_permutation(order: torch.Tensor) -> bool:
     ],
 )
 def test_orders_leave_the_spread_of_the_definitions(
-    tokens: int, dim: int, chunks: list[int], far: bool, dtype: torch.dtype,
+    tokens: int,
+    dim: int,
+    chunks: list[int],
+    far: bool,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """far: levels as those of segments that are too large for one program."""
     if far:
         levels = {size: found for size, found in order_launch.LEVELS.items() if size <= 256}
@@ -278,9 +286,12 @@ def test_heads_in_turns_are_heads_together(
 
     monkeypatch.setattr(short, "split_heads", counted)
     in_turns = run(case, tensors, budget, 16)
-    assert calls == {
-        (1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)],
-    }[items, heads]  # fmt: skip
+    assert (
+        calls
+        == {(1, 1): [(1, 2)] * 9, (1, 2): [(1, 4), (1, 2)] * 3, (2, 2): [(2, 6), (1, 6)]}[
+            items, heads
+        ]
+    )
     assert all(torch.equal(a, b) for a, b in zip(in_turns, together, strict=True))
 
 
@@ -392,12 +403,16 @@ def random_cases(draw: st.DrawFn) -> Case:
     kv_heads = draw(st.integers(1, 2))
     return Case(
         (draw(st.integers(1, longest)), draw(st.integers(1, 12)), draw(st.integers(4, 13))),
-        dim=dim, kv_heads=kv_heads, heads=kv_heads * draw(st.integers(1, 3)),
-        batch=draw(st.integers(1, 2)), before=draw(st.sampled_from([0, 0, 1, 70])),
-        after=draw(st.sampled_from([0, 0, 3, 130])), masked=draw(st.booleans()),
+        dim=dim,
+        kv_heads=kv_heads,
+        heads=kv_heads * draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, 2)),
+        before=draw(st.sampled_from([0, 0, 1, 70])),
+        after=draw(st.sampled_from([0, 0, 3, 130])),
+        masked=draw(st.booleans()),
         chunk=draw(st.sampled_from([0, 0, 256])),
         queries=draw(st.sampled_from([None, None, (1, 1, 1), (2, 9, 11)])),
-    )  # fmt: skip
+    )
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -417,14 +432,19 @@ LAYOUTS = ["B,N,H,D", "B,H,N,D", "a slice of B,N,3,H,D", "last stride 2"]
 
 
 @settings(
-    max_examples=16 if ON_GPU else 6, deadline=None, derandomize=True,
+    max_examples=16 if ON_GPU else 6,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 @given(
-    case=random_cases(), seed=st.integers(0, 99), density=st.floats(0.05, 0.95),
+    case=random_cases(),
+    seed=st.integers(0, 99),
+    density=st.floats(0.05, 0.95),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3),
-    dtype=st.sampled_from(DTYPES), probes=st.sampled_from([0, 1, 16, 64]),
-)  # fmt: skip
+    dtype=st.sampled_from(DTYPES),
+    probes=st.sampled_from([0, 1, 16, 64]),
+)
 def test_random_calls_are_the_reference(
     case: Case, seed: int, density: float, layouts: list[str], dtype: torch.dtype, probes: int
 ) -> None:
@@ -500,11 +520,15 @@ def test_hopper_kernel_is_the_reference(case: Case, dtype: torch.dtype) -> None:
         (Case((11, 13, 17), dim=128, heads=6, kv_heads=3, before=5), "B,N,H,D", torch.bfloat16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_hopper_preparation_is_the_portable_one(
-    case: Case, layout: str, dtype: torch.dtype, length: int, ordered: bool,
+    case: Case,
+    layout: str,
+    dtype: torch.dtype,
+    length: int,
+    ordered: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Keys and values of a large mean, in ranges of one block, several and all."""
     tensors = (3 * x.cuda() + 5 for x in make_tensors(case)[1:3])
     key, value = (laid_out(x.to(dtype), layout) for x in tensors)
@@ -517,9 +541,12 @@ def test_hopper_preparation_is_the_portable_one(
     wanted = summarise(call, ordered=ordered)
     assert torch.equal(found.key, wanted.key) and torch.equal(found.value, wanted.value)
     for name, most in (
-        ("key_shift", 1e-6), ("spread", 1e-4), ("key_var", 1e-3), ("low_value", 1e-3),
+        ("key_shift", 1e-6),
+        ("spread", 1e-4),
+        ("key_var", 1e-3),
+        ("low_value", 1e-3),
         ("low_order", 1e-2),
-    ):  # fmt: skip
+    ):
         x, y = getattr(found, name), getattr(wanted, name)
         assert x.dtype == y.dtype and relative(x, y) < most, name
         assert torch.equal(x, getattr(again, name)), name
@@ -629,9 +656,16 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         leaves = [x.to(device).detach().requires_grad_() for x in tensors[:3]]
         out = torch.ops.freqopt.split_attention(
-            *leaves, budget.to(device), tensors[3].to(device), list(case.grid), case.before,
-            case.after, case.dim**-0.5, 0.0, 64,
-        )[0]  # fmt: skip
+            *leaves,
+            budget.to(device),
+            tensors[3].to(device),
+            list(case.grid),
+            case.before,
+            case.after,
+            case.dim**-0.5,
+            0.0,
+            64,
+        )[0]
         out.square().sum().backward()
         grads.append([x.grad.cpu() for x in leaves])
     for on_cpu, on_gpu in zip(*grads, strict=True):

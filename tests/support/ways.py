@@ -46,9 +46,11 @@ def cast(model: nn.Module) -> None:
     """Weights in half precision, cast layer by layer (diffusers)."""
     hooks = pytest.importorskip("diffusers.hooks")
     hooks.apply_layerwise_casting(
-        model, storage_dtype=torch.float16, compute_dtype=torch.float32,
+        model,
+        storage_dtype=torch.float16,
+        compute_dtype=torch.float32,
         skip_modules_pattern=("norm", "embed"),
-    )  # fmt: skip
+    )
 
 
 def moved(items: Any, device: torch.device, **_: Any) -> Any:
@@ -67,9 +69,12 @@ def offloaded(kind: str) -> Callable[[nn.Module], None]:
             group_offloading.send_to_device = moved
         groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         hooks.apply_group_offloading(
-            model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
-            offload_type=kind, **groups,
-        )  # fmt: skip
+            model,
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type=kind,
+            **groups,
+        )
 
     return change
 

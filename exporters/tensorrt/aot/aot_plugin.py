@@ -17,8 +17,13 @@ from typing import Any
 
 NAMESPACE = "freqopt"
 IO_TYPES = {
-    "fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "i64": "INT64", "i32": "INT32", "i8": "INT8"
-}  # fmt: skip
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "bf16": "BF16",
+    "i64": "INT64",
+    "i32": "INT32",
+    "i8": "INT8",
+}
 
 
 def register(folder: Path, plugin: Any = None, tensorrt: Any = None) -> list[str]:
@@ -39,9 +44,13 @@ def _register_node(node: dict[str, Any], folder: Path, plugin: Any, tensorrt: An
     name = f"{NAMESPACE}::{node['name']}"
     inputs = [f"input_{i}" for i in range(node["inputs"])]
     types = {
-        "fp32": tensorrt.float32, "fp16": tensorrt.float16, "bf16": tensorrt.bfloat16,
-        "i64": tensorrt.int64, "i32": tensorrt.int32, "i8": tensorrt.int8,
-    }  # fmt: skip
+        "fp32": tensorrt.float32,
+        "fp16": tensorrt.float16,
+        "bf16": tensorrt.bfloat16,
+        "i64": tensorrt.int64,
+        "i32": tensorrt.int32,
+        "i8": tensorrt.int8,
+    }
 
     def describe(*tensors: Any) -> Any:
         made = [

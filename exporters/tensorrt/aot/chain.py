@@ -98,13 +98,25 @@ def chain(call: Call) -> list[Step]:
     parts = max(min(PROBE_PROGRAMS // heads, MAX_PARTS, blocks), 1)
     per_kv, per_head = Batch(kv), Batch(heads)
     sizes = {
-        "heads": heads, "group_size": heads // kv, "tokens": tokens, "tiles": tiles,
-        "blocks": blocks, "groups": groups, "text": text, "text_before": call.text_before,
-        "probes": probes, "parts": parts, "cells": dim * dim,
-        "kept": exact_pairs(call.density, tiles * blocks), "stride_mb": 0,
-        "order_row": 0, "order_share": 1, "queries": tokens, "query_before": call.text_before,
+        "heads": heads,
+        "group_size": heads // kv,
+        "tokens": tokens,
+        "tiles": tiles,
+        "blocks": blocks,
+        "groups": groups,
+        "text": text,
+        "text_before": call.text_before,
+        "probes": probes,
+        "parts": parts,
+        "cells": dim * dim,
+        "kept": exact_pairs(call.density, tiles * blocks),
+        "stride_mb": 0,
+        "order_row": 0,
+        "order_share": 1,
+        "queries": tokens,
+        "query_before": call.text_before,
         "query_text": text,
-    }  # fmt: skip
+    }
     for letter, count in (("q", heads), ("k", kv), ("v", kv), ("o", heads)):
         sizes[f"stride_{letter}n"] = dim
         sizes[f"stride_{letter}h"] = call.length * dim
@@ -125,9 +137,11 @@ def chain(call: Call) -> list[Step]:
         argument = renamed or {}
         own = [
             *(Output(name, argument.get(name, name), shape) for name, shape in outputs.items()),
-            *(Output(name, argument.get(name, name), shapes[name], name)
-              for name in rewrites.split()),
-        ]  # fmt: skip
+            *(
+                Output(name, argument.get(name, name), shapes[name], name)
+                for name in rewrites.split()
+            ),
+        ]
         shapes.update(outputs)
         tensors = {argument.get(name, name): name for name in inputs.split()}
         steps.append(
@@ -137,93 +151,140 @@ def chain(call: Call) -> list[Step]:
     shapes: dict[str, tuple[int, ...]] = {"out": (heads, call.length, dim)}
     rows = blocks * KEY_BLOCK
     step(
-        "summarise", "key value order",
-        {"key_out": (kv, rows, dim), "value_out": (kv, rows, dim), "key_mean": (kv, blocks, dim),
-         "low_value": (kv, blocks, dim), "key_var": (kv, blocks, dim), "spread": (kv, blocks),
-         "sums": (kv, groups, 3, dim)},
-        (per_kv, groups), heads=kv,
-    )  # fmt: skip
+        "summarise",
+        "key value order",
+        {
+            "key_out": (kv, rows, dim),
+            "value_out": (kv, rows, dim),
+            "key_mean": (kv, blocks, dim),
+            "low_value": (kv, blocks, dim),
+            "key_var": (kv, blocks, dim),
+            "spread": (kv, blocks),
+            "sums": (kv, groups, 3, dim),
+        },
+        (per_kv, groups),
+        heads=kv,
+    )
     padded = padded_dim(dim)
     step(
-        "total", "sums",
+        "total",
+        "sums",
         {"key_shift": (kv, dim), "head_spread": (kv, padded // min(TOTAL_COLS, padded))},
         (("COLS", padded), per_kv),
-    )  # fmt: skip
+    )
     step(
-        "centre", "key_mean spread key_shift head_spread", {"low_key": (kv, blocks, dim)},
-        (("BJ", blocks), per_kv), rewrites="spread",
-    )  # fmt: skip
+        "centre",
+        "key_mean spread key_shift head_spread",
+        {"low_key": (kv, blocks, dim)},
+        (("BJ", blocks), per_kv),
+        rewrites="spread",
+    )
     step(
-        "first", "key_out value_out key_mean", {"products": (kv, spans, dim, dim)},
+        "first",
+        "key_out value_out key_mean",
+        {"products": (kv, spans, dim, dim)},
         (spans, per_kv),
         renamed={"key_out": "key", "value_out": "value", "products": "first_order"},
-    )  # fmt: skip
+    )
     step(
-        "order", "products", {"low_order": (kv, dim, dim)}, (("CELLS", dim * dim), per_kv),
-        renamed={"products": "first_order", "low_order": "out"}, groups=spans,
-    )  # fmt: skip
+        "order",
+        "products",
+        {"low_order": (kv, dim, dim)},
+        (("CELLS", dim * dim), per_kv),
+        renamed={"products": "first_order", "low_order": "out"},
+        groups=spans,
+    )
     cells = (heads, tiles, blocks)
     pooled_rows = -(-tiles // POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
     step(
-        "pool_tiles", "query order",
+        "pool_tiles",
+        "query order",
         {"sub_mean": (heads, pooled_rows, dim), "tile_square": (heads, tiles, dim)},
         (per_head, tiles),
-    )  # fmt: skip
+    )
     step(
-        "disperse", "tile_square key_var", {"score": cells, "mass_term": cells},
+        "disperse",
+        "tile_square key_var",
+        {"score": cells, "mass_term": cells},
         (per_head, ("BI", tiles), ("BJ", blocks)),
-    )  # fmt: skip
+    )
     step(
-        "score", "sub_mean low_key spread score", {}, (per_head, ("TILES", tiles)),
-        rewrites="score",
-    )  # fmt: skip
+        "score", "sub_mean low_key spread score", {}, (per_head, ("TILES", tiles)), rewrites="score"
+    )
     if c.density > 0:
         step("density", "score", {"limits": (heads,)}, (per_head,))
     else:
         step("limits", "budget", {"limits": (heads,)}, (per_head,), unread="query")
     step(
-        "route", "score limits mass_term",
+        "route",
+        "score limits mass_term",
         {"route": cells, "exact_list": cells, "counts": (heads, tiles)},
-        (tiles, per_head), rewrites="mass_term", renamed={"limits": "threshold"},
-    )  # fmt: skip
+        (tiles, per_head),
+        rewrites="mass_term",
+        renamed={"limits": "threshold"},
+    )
     found = (heads, parts, probes)
     step(
-        "probe", "query order key_out value_out key value route key_shift",
-        {"peak": found, "mass": (*found, 2), "exact_out": (*found, dim),
-         "missing_out": (*found, dim)},
+        "probe",
+        "query order key_out value_out key value route key_shift",
+        {
+            "peak": found,
+            "mass": (*found, 2),
+            "exact_out": (*found, dim),
+            "missing_out": (*found, dim),
+        },
         (parts, per_head, ("BP", probes)),
-        renamed={"key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value",
-                 "peak": "peak_out", "mass": "mass_out"},
-    )  # fmt: skip
+        renamed={
+            "key_out": "key",
+            "value_out": "value",
+            "key": "text_key",
+            "value": "text_value",
+            "peak": "peak_out",
+            "mass": "mass_out",
+        },
+    )
     step(
-        "merge", "peak mass exact_out missing_out", {}, (("BP", probes), per_head),
+        "merge",
+        "peak mass exact_out missing_out",
+        {},
+        (("BP", probes), per_head),
         rewrites="peak mass exact_out missing_out",
-    )  # fmt: skip
+    )
     step(
-        "estimate", "query order low_key mass_term peak",
-        {"logit": (heads, probes, blocks), "term": (heads, probes, blocks),
-         "moments": (heads, moment_units(probes, blocks), MOMENTS.value)},
+        "estimate",
+        "query order low_key mass_term peak",
+        {
+            "logit": (heads, probes, blocks),
+            "term": (heads, probes, blocks),
+            "moments": (heads, moment_units(probes, blocks), MOMENTS.value),
+        },
         (("BJ", blocks), per_head, ("BP", probes)),
         renamed={"logit": "logit_out", "term": "term_out"},
-    )  # fmt: skip
+    )
     step(
-        "fit", "query order low_value low_order logit term moments mass exact_out missing_out",
-        {"coefficients": (heads, 2), "probe_error": (heads,)}, (per_head,),
-    )  # fmt: skip
-    ordered = {
-        "key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value"
-    }  # fmt: skip
+        "fit",
+        "query order low_value low_order logit term moments mass exact_out missing_out",
+        {"coefficients": (heads, 2), "probe_error": (heads,)},
+        (per_head,),
+    )
+    ordered = {"key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value"}
     step(
         "attend",
         "query order key_out value_out key value key_shift low_key low_value low_order mass_term "
         "coefficients exact_list counts",
-        {"out": (heads, call.length, dim)}, (("BM", tokens), per_head), renamed=ordered,
-    )  # fmt: skip
+        {"out": (heads, call.length, dim)},
+        (("BM", tokens), per_head),
+        renamed=ordered,
+    )
     if text:
         step(
-            "text", "query key_out value_out key value out", {}, (("BM", text), per_head),
-            rewrites="out", renamed=ordered,
-        )  # fmt: skip
+            "text",
+            "query key_out value_out key value out",
+            {},
+            (("BM", text), per_head),
+            rewrites="out",
+            renamed=ordered,
+        )
     return steps
 
 

@@ -27,8 +27,14 @@ FOLDER = "aot"
 DEFAULT_CAPABILITY = 80
 """PTX for 8.0 runs on every later GPU: the driver compiles it once more."""
 
-TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "i64": "INT64", "i32": "INT32",
-         "i8": "INT8"}  # fmt: skip
+TYPES = {
+    "fp32": "FLOAT",
+    "fp16": "FLOAT16",
+    "bf16": "BFLOAT16",
+    "i64": "INT64",
+    "i32": "INT32",
+    "i8": "INT8",
+}
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,15 @@ def find_calls(model: ir.Model) -> tuple[list[Site], list[str]]:
         else:
             heads, length, dim, kv_heads = extents
             call = Call(
-                heads, kv_heads, length, dim, constant(order).size,
-                node.attributes["text_before"].as_int(), node.attributes["density"].as_float(),
+                heads,
+                kv_heads,
+                length,
+                dim,
+                constant(order).size,
+                node.attributes["text_before"].as_int(),
+                node.attributes["density"].as_float(),
                 probes,
-            )  # fmt: skip
+            )
             dtype = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
             sites.append(
                 Site(node, call, dtype[query.dtype.name], node.attributes["scale"].as_float())
@@ -113,11 +124,19 @@ def write_chains(
     shutil.copyfile(MODULE, target / MODULE.name)
     files = [f"{FOLDER}/{path.name}" for path in sorted(target.iterdir())]
     rows = [
-        {"kernel": node["kernel"], "capability": capability, "dtype": request[1].dtype,
-         "head_dim": request[0].dim, "masked": False,
-         "warps": tactic["warps"], "shared": tactic["shared"]}
-        for request, nodes in compiled.items() for node in nodes for tactic in node["tactics"]
-    ]  # fmt: skip
+        {
+            "kernel": node["kernel"],
+            "capability": capability,
+            "dtype": request[1].dtype,
+            "head_dim": request[0].dim,
+            "masked": False,
+            "warps": tactic["warps"],
+            "shared": tactic["shared"],
+        }
+        for request, nodes in compiled.items()
+        for node in nodes
+        for tactic in node["tactics"]
+    ]
     return files, rows, problems
 
 
@@ -145,13 +164,17 @@ def _expand(model: ir.Model, site: Site, chain: list[dict[str, Any]]) -> list[di
         ]
         made.append(
             ir.Node(
-                DOMAIN, step["name"], inputs,
+                DOMAIN,
+                step["name"],
+                inputs,
                 name=f"{site.node.name}/SplitAttention/{step['name']}",
-                attributes=[ir.AttrString("plugin_namespace", DOMAIN),
-                            ir.AttrString("plugin_version", "1")],
+                attributes=[
+                    ir.AttrString("plugin_namespace", DOMAIN),
+                    ir.AttrString("plugin_version", "1"),
+                ],
                 outputs=outputs,
             )
-        )  # fmt: skip
+        )
         at.update(zip(step["output_names"], outputs, strict=True))
     result, was = at["out"], site.node.outputs[0]
     result.shape, result.type = was.shape, was.type

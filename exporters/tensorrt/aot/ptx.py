@@ -145,15 +145,17 @@ def node_of(
         "inputs": len(inputs),
         "outputs": [
             {
-                "type": kind(o.argument), "shape": list(o.shape),
-                "rewrites": None if o.rewrites is None
+                "type": kind(o.argument),
+                "shape": list(o.shape),
+                "rewrites": None
+                if o.rewrites is None
                 else [tensor for _, tensor in inputs].index(o.rewrites),
             }
             for o in step.outputs
         ],
         "integers": [_checked(name, step.integers[name]) for name in integers],
         "tactics": tactics,
-    }  # fmt: skip
+    }
     digest = hashlib.sha256(json.dumps(node, sort_keys=True).encode()).hexdigest()[:12]
     return {
         "name": f"{step.kernel}_{digest}",
@@ -183,9 +185,13 @@ def _tilings(given: Any, variant: Variant) -> list[Any]:
 
 
 def _tactic(
-    given: Any, step: Step, variant: Variant, scale: float,
-    wanted: list[tuple[str, str | None]], folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    given: Any,
+    step: Step,
+    variant: Variant,
+    scale: float,
+    wanted: list[tuple[str, str | None]],
+    folder: Path,
+) -> dict[str, Any]:
     from freqopt.kernels.specialise import compile_specialised
 
     names = list(given.function.arg_names)
@@ -197,9 +203,12 @@ def _tactic(
     file = f"{given.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.ptx"
     (folder / file).write_text(text)
     return {
-        "ptx": file, "symbol": made.metadata.name, "warps": made.metadata.num_warps,
-        "shared": made.metadata.shared, "grid": [_axis(a, given.constants) for a in step.grid],
-    }  # fmt: skip
+        "ptx": file,
+        "symbol": made.metadata.name,
+        "warps": made.metadata.num_warps,
+        "shared": made.metadata.shared,
+        "grid": [_axis(a, given.constants) for a in step.grid],
+    }
 
 
 def _axis(axis: Any, constants: dict[str, Any]) -> list[int]:

@@ -24,9 +24,13 @@ from typing import Any
 MODEL, ENGINE, PLUGIN, AOT = "model.trt.onnx", "model.engine", "libfreqopt_trt.so", "aot"
 HEADERS = ("NvInferRuntime.h", "cuda_runtime_api.h", "crt/host_defines.h")
 PLACES = (
-    "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include",
-    "/usr/local/cuda/include", "/usr/local/tensorrt/include", "/usr/local/TensorRT/include",
-)  # fmt: skip
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/include",
+    "/usr/local/cuda/include",
+    "/usr/local/tensorrt/include",
+    "/usr/local/TensorRT/include",
+)
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -51,10 +55,20 @@ def build_plugin(folder: Path, includes: Sequence[str]) -> Path:
         sys.exit("no C++ compiler was found; install g++ or set CXX")
     sources = [*sorted(folder.glob("*.cc")), *folder.glob("*.S")]
     done = subprocess.run(
-        [compiler, *FLAGS, *(part for i in includes for part in ("-isystem", i)),
-         *(s.name for s in sources), "-ldl", "-o", PLUGIN],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            compiler,
+            *FLAGS,
+            *(part for i in includes for part in ("-isystem", i)),
+            *(s.name for s in sources),
+            "-ldl",
+            "-o",
+            PLUGIN,
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         sys.exit(f"{compiler} could not build {PLUGIN}: {done.stderr[-2000:]}")
     return folder / PLUGIN

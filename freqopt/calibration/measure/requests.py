@@ -107,10 +107,12 @@ class Visit(NamedTuple):
         threshold = self.heads.own(rows if rows.dim() == 1 else rows[self.bucket])
         chunks = torch.tensor(of_heads, dtype=torch.int32, device="cpu") if any(of_heads) else None
         return partial(
-            self.call.split, threshold.to(device, non_blocking=True), probes,
+            self.call.split,
+            threshold.to(device, non_blocking=True),
+            probes,
             None if chunks is None else chunks.to(device, non_blocking=True),
             max(of_heads, default=0),
-        )  # fmt: skip
+        )
 
 
 class Request(ABC):
