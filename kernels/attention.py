@@ -274,9 +274,14 @@ def _thresholds(
 
 
 def _orders(
-    order: str | Tensor, chunk: int | str, query_order: Tensor | None, query: Tensor, key: Tensor,
-    layout: TokenLayout, other: TokenLayout | None,
-) -> _Orders:  # fmt: skip
+    order: str | Tensor,
+    chunk: int | str,
+    query_order: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    layout: TokenLayout,
+    other: TokenLayout | None,
+) -> _Orders:
     """The op's arguments for the orders that a call asks for."""
     batch, kv_heads = key.shape[:2]
     if query_order is not None:

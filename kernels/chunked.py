@@ -168,9 +168,13 @@ def attend_low(
 
 
 def attend_tiles(
-    tokens: Tokens, low: ref.Summary, scores: ref.Scores, route: Tensor, probe: ref.Probe,
+    tokens: Tokens,
+    low: ref.Summary,
+    scores: ref.Scores,
+    route: Tensor,
+    probe: ref.Probe,
     scale: float,
-) -> Part:  # fmt: skip
+) -> Part:
     """Split attention of all queries (B, H, Tq, D), in their order, in one softmax."""
     tiles = ref.split_blocks(tokens.query, QUERY_TILE)
     parts = [
@@ -257,8 +261,10 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
     text = attend_text(tokens, scale) if layout.text else None
     layout.store(out, video.out, None if text is None else text.out, orders.query)
     layout.store(
-        log_sum, video.log_sum[..., None], None if text is None else text.log_sum[..., None],
+        log_sum,
+        video.log_sum[..., None],
+        None if text is None else text.log_sum[..., None],
         orders.query,
-    )  # fmt: skip
+    )
     split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
     return Forward(out, log_sum[..., 0], split, orders)

@@ -91,9 +91,10 @@ def attend_tiles(
         query @ context.text_key.unsqueeze(2).mT * scale + bias.unsqueeze(2),
     ]
     values = [
-        context.value_mean.unsqueeze(2), _gather(context.value_blocks, index),
+        context.value_mean.unsqueeze(2),
+        _gather(context.value_blocks, index),
         context.text_value.unsqueeze(2),
-    ]  # fmt: skip
+    ]
     log_sum = torch.cat(logits, -1).logsumexp(-1)
     weights = [(x - log_sum[..., None]).exp() for x in logits]
     low = weights[0].sum(-1, keepdim=True)
@@ -122,9 +123,13 @@ class Gradients(NamedTuple):
 
 
 def split_backward(
-    grads: Gradients, inputs: Inputs, orders: Orders, route: Tensor, coefficients: Tensor,
+    grads: Gradients,
+    inputs: Inputs,
+    orders: Orders,
+    route: Tensor,
+    coefficients: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key, value; orders, route and the probe's scalars are held fixed.
 
     route: (B, H, I, J) int8, coefficients: (B, H, 2), of the forward pass.

@@ -135,12 +135,15 @@ class Inputs(NamedTuple):
             return None if x is None else x[items, heads]
 
         return self._replace(
-            query=self.query[items, own], key=self.key[items, kv], value=self.value[items, kv],
+            query=self.query[items, own],
+            key=self.key[items, kv],
+            value=self.value[items, kv],
             threshold=self.threshold[own],
             key_mask=None if self.key_mask is None else self.key_mask[items],
             chunks=None if self.chunks is None else self.chunks[kv],
-            key_order=of(self.key_order, kv), query_order=of(self.query_order, own),
-        )  # fmt: skip
+            key_order=of(self.key_order, kv),
+            query_order=of(self.query_order, own),
+        )
 
     def order_memory(self, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
         """Memory for the orders (B, Hkv, T) of keys and (B, H, Tq) of queries that are made."""

@@ -110,13 +110,17 @@ def split_attention_op(
     made = bool(largest_chunk) and chunks is not None
     of_keys, of_queries = found.orders
     return (
-        found.out, split.density, split.probe.error, route, coefficients,
+        found.out,
+        split.density,
+        split.probe.error,
+        route,
+        coefficients,
         found.log_sum if log_sum else query.new_empty(0, dtype=torch.float32),
         of_keys if made and key_order is None and of_keys is not None else nothing,
         of_queries
         if made and query_layout is not None and query_order is None and of_queries is not None
         else torch.empty_like(nothing),
-    )  # fmt: skip
+    )
 
 
 @split_attention_op.register_kernel("cuda")
@@ -246,9 +250,13 @@ def split_attention_backward_op(
     if query_layout is None and key_order is not None:
         of_queries = key_order.repeat_interleave(query.shape[1] // key.shape[1], 1)
     grads = split_backward(
-        Gradients(grad, log_sum_grad), inputs, Orders(key_order, of_queries),
-        unpack_route(route, inputs.layout.tokens), coefficients, scale,
-    )  # fmt: skip
+        Gradients(grad, log_sum_grad),
+        inputs,
+        Orders(key_order, of_queries),
+        unpack_route(route, inputs.layout.tokens),
+        coefficients,
+        scale,
+    )
     return by_tokens(grads[0]), by_tokens(grads[1]), by_tokens(grads[2])
 
 

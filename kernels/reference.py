@@ -310,9 +310,12 @@ def observe(bands: Bands, full_logits: Tensor) -> Observed:
     exact = (bands.exact - log_total).exp()
     missing = torch.where(bands.exact.isinf(), (full_logits - log_total).exp(), 0.0)
     return Observed(
-        log_total, exact.sum(-1, keepdim=True), exact @ bands.value,
-        missing.sum(-1, keepdim=True), missing @ bands.value,
-    )  # fmt: skip
+        log_total,
+        exact.sum(-1, keepdim=True),
+        exact @ bands.value,
+        missing.sum(-1, keepdim=True),
+        missing @ bands.value,
+    )
 
 
 def make_bands(

@@ -53,9 +53,7 @@ POINTERS = {
 As exported graphs pass them: PyTorch's token order is int32, an ONNX graph's int64.
 """
 
-DESCRIPTORS = (
-    "key", "value", "text_key", "text_value", "low_key", "low_value", "low_order"
-)  # fmt: skip
+DESCRIPTORS = ("key", "value", "text_key", "text_value", "low_key", "low_value", "low_order")
 """Arguments of the Hopper attention kernel that are tensor descriptors instead of pointers."""
 
 
@@ -192,9 +190,12 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
 
     yield Specialised("limits", glue.limits_kernel, {}, {"num_warps": 1, "num_stages": 1}, 0)
     yield Specialised(
-        "summarise", prepare.summarise_kernel, {**size, "GROUP": summaries.GROUP},
-        {"num_warps": summaries.SUMMARY_WARPS, "num_stages": 1}, summaries.GROUP,
-    )  # fmt: skip
+        "summarise",
+        prepare.summarise_kernel,
+        {**size, "GROUP": summaries.GROUP},
+        {"num_warps": summaries.SUMMARY_WARPS, "num_stages": 1},
+        summaries.GROUP,
+    )
     first = {**size, "GROUP": summaries.ORDER_GROUP}
     yield Specialised("first", prepare.first_order_kernel, first, streamed, summaries.ORDER_GROUP)
     cols = min(summaries.TOTAL_COLS, padded_dim(dim))
@@ -217,9 +218,12 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
     routed = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
     yield Specialised("route", prepare.route_kernel, {"BJ": routing.ROUTE_BLOCKS}, routed, 0)
     yield Specialised(
-        "probe", triton_attend.probe_kernel, {**size, **mask, **precision, "BP": launch.probe_rows},
-        {"num_warps": 4, "num_stages": launch.probe_stages}, launch.probe_rows,
-    )  # fmt: skip
+        "probe",
+        triton_attend.probe_kernel,
+        {**size, **mask, **precision, "BP": launch.probe_rows},
+        {"num_warps": 4, "num_stages": launch.probe_stages},
+        launch.probe_rows,
+    )
     rows = probe.MERGE_ROWS
     yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
     yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
@@ -232,9 +236,12 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
         {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
     )  # fmt: skip
     yield Specialised(
-        "density", triton_density.density_kernel, {"CELLS": DENSITY_CELLS},
-        {"num_warps": 16, "num_stages": 1}, 0,
-    )  # fmt: skip
+        "density",
+        triton_density.density_kernel,
+        {"CELLS": DENSITY_CELLS},
+        {"num_warps": 16, "num_stages": 1},
+        0,
+    )
     dense = {"num_warps": 4, "num_stages": launch.stages}
     rows = 32 if variant.dtype == "float32" and padded_dim(dim) > 128 else 64
     yield Specialised(
@@ -243,10 +250,14 @@ def _chosen(variant: Variant) -> Iterator[Specialised]:
 
 
 LONG = {
-    "summarise": {"COPY": False}, "first": {}, "pool_tiles": {}, "score": {},
-    "probe": {"IN_PLACE": True, "BY_PROBE": True}, "estimate": {"BY_PROBE": True},
+    "summarise": {"COPY": False},
+    "first": {},
+    "pool_tiles": {},
+    "score": {},
+    "probe": {"IN_PLACE": True, "BY_PROBE": True},
+    "estimate": {"BY_PROBE": True},
     "attend": {"IN_PLACE": True},
-}  # fmt: skip
+}
 """Kernels that long sequences launch otherwise, and the constants they change. Calls whose probes
 run beside the scores (`freqopt.kernels.overlap`) change those of BY_PROBE."""
 
@@ -276,9 +287,12 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         else:
             yield given
     yield Specialised(
-        "probe_tiles", triton_glue.probe_tiles_kernel, {"ROWS": routing.PROBE_TILES},
-        {"num_warps": 1, "num_stages": 1}, 0,
-    )  # fmt: skip
+        "probe_tiles",
+        triton_glue.probe_tiles_kernel,
+        {"ROWS": routing.PROBE_TILES},
+        {"num_warps": 1, "num_stages": 1},
+        0,
+    )
     rows = {"BJ": routing.ROUTE_BLOCKS, "LISTS": False}
     options = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
     given = Specialised("probe_route", triton_prepare.route_kernel, rows, options, 0)

@@ -48,10 +48,14 @@ MOST_BYTES = 2**20
 SOURCES = tuple(
     f"{part}.py"
     for part in (
-        "portable/prepare", "portable/score", "portable/glue", "portable/attend", "forward/probe",
+        "portable/prepare",
+        "portable/score",
+        "portable/glue",
+        "portable/attend",
+        "forward/probe",
         "forward/split",
     )
-)  # fmt: skip
+)
 
 
 def bucket_of(tokens: int) -> str:
@@ -102,14 +106,19 @@ def read_choices(device: torch.device) -> dict[str, dict[str, int]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning(
             "%s cannot be used (%s); launches are the shipped ones. Delete it, or run "
-            "`freqopt kernels tune` again", path, error,
-        )  # fmt: skip
+            "`freqopt kernels tune` again",
+            path,
+            error,
+        )
         return {}
     if owner != here:
         logger.warning(
             "%s was measured for %s and this is %s; launches are the shipped ones. Run "
-            "`freqopt kernels tune` again", path, str(owner)[:200], here,
-        )  # fmt: skip
+            "`freqopt kernels tune` again",
+            path,
+            str(owner)[:200],
+            here,
+        )
         return {}
     return choices
 

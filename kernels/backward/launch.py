@@ -110,9 +110,14 @@ def mean_gradients(turn: Turn, rows: Rows, band: Band, sums: Sums) -> tuple[Tens
 
 
 def band_gradients(
-    turn: Turn, rows: Rows, band: Band, sums: Sums, key_shift: Tensor, coefficients: Tensor,
+    turn: Turn,
+    rows: Rows,
+    band: Band,
+    sums: Sums,
+    key_shift: Tensor,
+    coefficients: Tensor,
     banded: Tensor,
-) -> BandGradients:  # fmt: skip
+) -> BandGradients:
     """Gradients through the low band; that of the queries is written to banded.
 
     banded: (B, H, R, D) float32.
@@ -179,9 +184,10 @@ def exact_gradients(
     )  # fmt: skip
     for keys in (True, False):
         own, other, exact, result = (
-            (blocks.key, blocks.value, key_grad, results.key) if keys
+            (blocks.key, blocks.value, key_grad, results.key)
+            if keys
             else (blocks.value, blocks.key, value_grad, results.value)
-        )  # fmt: skip
+        )
         finish_kernel[(turn.all_blocks, turn.key_pairs)](
             own, other, blocks.valid, exact, call.order.index, result,
             through.key if keys else through.value, through.var, through.order,
@@ -218,9 +224,10 @@ def split_backward(
     """
     grad, out = with_unit_last_stride(grad), with_unit_last_stride(forward.out)
     inputs = inputs._replace(
-        query=with_unit_last_stride(inputs.query), key=with_unit_last_stride(inputs.key),
+        query=with_unit_last_stride(inputs.query),
+        key=with_unit_last_stride(inputs.key),
         value=with_unit_last_stride(inputs.value),
-    )  # fmt: skip
+    )
     if log_sum_grad is not None:
         log_sum_grad = log_sum_grad.contiguous()
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -247,11 +254,14 @@ def split_backward(
                     out[items, own], forward.route[items, own], forward.coefficients[items, own]
                 )
                 heads_backward(
-                    turn, grad[items, own], sums, found,
+                    turn,
+                    grad[items, own],
+                    sums,
+                    found,
                     Results(
                         results.query[items, own], results.key[items, kv], results.value[items, kv]
                     ),
-                )  # fmt: skip
+                )
         if (inputs.query_layout or inputs.layout).text:
             _add_text(grad, log_sum_grad, inputs, scale, results)
     return results

@@ -169,9 +169,12 @@ class Turn(NamedTuple):
     def options(self, shape: Shape) -> dict[str, Any]:
         """Constants and launch options of a kernel of BM rows."""
         return {
-            **self.call.size, "BM": shape.rows, "PRECISION": self.shapes.precision,
-            "num_warps": shape.warps, "num_stages": shape.stages,
-        }  # fmt: skip
+            **self.call.size,
+            "BM": shape.rows,
+            "PRECISION": self.shapes.precision,
+            "num_warps": shape.warps,
+            "num_stages": shape.stages,
+        }
 
 
 def make_lists(route: Tensor, all_blocks: int) -> Lists:
@@ -182,9 +185,7 @@ def make_lists(route: Tensor, all_blocks: int) -> Lists:
     def whole(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, device=route.device, dtype=torch.int32)
 
-    found = Lists(
-        whole(tiles, blocks), whole(tiles), whole(all_blocks, tiles), whole(all_blocks)
-    )  # fmt: skip
+    found = Lists(whole(tiles, blocks), whole(tiles), whole(all_blocks, tiles), whole(all_blocks))
     for listed, counts, rows, all_rows, columns, strides in (
         (found.blocks, found.block_counts, tiles, tiles, blocks, (blocks, 1)),
         (found.tiles, found.tile_counts, blocks, all_blocks, tiles, (1, blocks)),
@@ -211,9 +212,13 @@ def with_text(call: Call, summaries: Summaries) -> Blocks:
 
 
 def copy_rows(
-    turn: Turn, grad: Tensor, log_sum_grad: Tensor | None, out: Tensor, summaries: Summaries,
+    turn: Turn,
+    grad: Tensor,
+    log_sum_grad: Tensor | None,
+    out: Tensor,
+    summaries: Summaries,
     coefficients: Tensor,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Queries and output gradients in the queries' order, with their row sums."""
     shape, call = turn.shapes.bands, turn.call
     parts = turn.rows // shape.rows
@@ -254,9 +259,13 @@ def make_band(turn: Turn, summaries: Summaries, route: Tensor, pooled: Tensor, c
     logit = (capacity + c * torch.minimum(spread, capacity)) * LOG2E
     bias = torch.where(route == ref.LOW, logit, -torch.inf)
     return Band(
-        summaries.low_key, summaries.low_value, var, summaries.low_order, bias,
+        summaries.low_key,
+        summaries.low_value,
+        var,
+        summaries.low_order,
+        bias,
         torch.where(spread < capacity, c, 0.0),
-    )  # fmt: skip
+    )
 
 
 def softmax_sums(turn: Turn, rows: Rows, blocks: Blocks, band: Band, lists: Lists) -> Sums:

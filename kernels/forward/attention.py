@@ -18,9 +18,13 @@ TEXT_ROWS = 64
 
 
 def attend(
-    call: Call, summaries: Summaries, route: Route, coefficients: Tensor, target: Target,
+    call: Call,
+    summaries: Summaries,
+    route: Route,
+    coefficients: Tensor,
+    target: Target,
     tile_list: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """The fused attention of all queries but text, written into `target`.
 
     tile_list: (tiles,) int32, which tiles the rows of the route are; all of them without it.
@@ -62,9 +66,13 @@ def attend_text(
     mask: (B, Nk) bool.
     """
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if mask is None else mask[:, None, None, :],
-        scale=scale, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[:, None, None, :],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def text_log_sums(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

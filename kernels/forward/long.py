@@ -55,14 +55,21 @@ class Walk:
         self.tiles = triton.cdiv(call.queries, QUERY_TILE)
         device = call.query.device
         self.chunk = chunk_tiles(
-            call.tokens, call.queries, call.dim, call.query.element_size(), call.group_size,
+            call.tokens,
+            call.queries,
+            call.dim,
+            call.query.element_size(),
+            call.group_size,
             processors(device),
-        )  # fmt: skip
+        )
         self.every = torch.arange(self.tiles, device=device, dtype=torch.int32)
         self.packed = torch.empty(
-            *call.per_head, self.tiles, triton.cdiv(self.blocks, PER_BYTE),
-            device=device, dtype=torch.uint8,
-        )  # fmt: skip
+            *call.per_head,
+            self.tiles,
+            triton.cdiv(self.blocks, PER_BYTE),
+            device=device,
+            dtype=torch.uint8,
+        )
 
     def space(self) -> Space:
         """A workspace for one chunk after the other."""

@@ -45,9 +45,13 @@ DIVIDE_PIECE, DIVIDE_WARPS = 8192, 32
 
 
 def order_by_content(
-    tokens_of: Tensor, base: Tensor, chunks: Tensor, largest_chunk: int, text_before: int,
+    tokens_of: Tensor,
+    base: Tensor,
+    chunks: Tensor,
+    largest_chunk: int,
+    text_before: int,
     order: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Write each head's content order (B, H, T) int32 into `order`; see `content_order`.
 
     Args:

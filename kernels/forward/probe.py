@@ -70,12 +70,16 @@ def probe_space(call: Call, blocks: int, probes: int) -> ProbeSpace:
 
     rows = (pairs, parts, probes)
     return ProbeSpace(
-        single(*rows), single(*rows, 2), single(*rows, dim), single(*rows, dim),
+        single(*rows),
+        single(*rows, 2),
+        single(*rows, dim),
+        single(*rows, dim),
         single(pairs, probes, blocks),
         torch.empty(pairs, probes, blocks, device=device, dtype=torch.float16),
         single(pairs, moment_units(probes, blocks), MOMENTS.value),
-        single(*call.per_head, 2), single(*call.per_head),
-    )  # fmt: skip
+        single(*call.per_head, 2),
+        single(*call.per_head),
+    )
 
 
 def moment_units(probes: int, blocks: int) -> int:

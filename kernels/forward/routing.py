@@ -28,9 +28,12 @@ PROBE_TILES = 64
 
 
 def score_tiles(
-    call: Call, summaries: Summaries, score: Tensor, mass_term: Tensor,
+    call: Call,
+    summaries: Summaries,
+    score: Tensor,
+    mass_term: Tensor,
     tile_list: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write scores (float32) and mass terms (float16) of tiles, both (B, H, tiles, blocks).
 
     tile_list: (tiles,) int32, which ones; all of them without it.
@@ -77,9 +80,12 @@ def limits_of(threshold: Tensor, batch: int) -> Tensor:
 
 
 def make_route(
-    call: Call, summaries: Summaries, threshold: Tensor, density: float = 0.0,
+    call: Call,
+    summaries: Summaries,
+    threshold: Tensor,
+    density: float = 0.0,
     limits: Tensor | None = None,
-) -> Route:  # fmt: skip
+) -> Route:
     """Score every (query tile, key block) pair and choose its band.
 
     threshold: (H,), used where density is 0. limits: thresholds (B, H), where they are in hand.

@@ -27,10 +27,11 @@ def with_unit_last_stride(x: Tensor) -> Tensor:
 def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
     """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
     inputs = inputs._replace(
-        query=with_unit_last_stride(inputs.query), key=with_unit_last_stride(inputs.key),
+        query=with_unit_last_stride(inputs.query),
+        key=with_unit_last_stride(inputs.key),
         value=with_unit_last_stride(inputs.value),
         key_mask=None if inputs.key_mask is None else with_unit_last_stride(inputs.key_mask),
-    )  # fmt: skip
+    )
     query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
     kv_heads, tokens = key.shape[1], inputs.layout.tokens
@@ -90,9 +91,13 @@ def call_of(
 
 
 def _order(
-    tokens_of: Tensor, layout: TokenLayout, given: Tensor | None, chunks: Tensor | None,
-    largest_chunk: int, memory: Tensor | None,
-) -> Order:  # fmt: skip
+    tokens_of: Tensor,
+    layout: TokenLayout,
+    given: Tensor | None,
+    chunks: Tensor | None,
+    largest_chunk: int,
+    memory: Tensor | None,
+) -> Order:
     """The order of (B, H, N, D) tokens: the one given, one by content, or the base order."""
     if given is not None:  # by whoever calls the op: no number of it may lead past the tokens
         return Order.per_head(given.clamp(0, layout.tokens - 1).contiguous())
