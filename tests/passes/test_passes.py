@@ -261,7 +261,7 @@ def test_queries_that_come_ready_made_are_not_called_cross_attention() -> None:
 
     (site,) = sites_of(Broken(), video())
     assert (site.kind, site.eligible) == ("other", False)
-    assert "ready-made" in site.reason and "fullgraph=True" in site.reason
+    assert "ready-made" in site.reason and "where the break is" in site.reason
     (given,) = sites_of(Broken(), video(), grid=(3, 6, 10))
     assert not given.eligible
 
