@@ -73,7 +73,7 @@ def decide(
         told = [site for site in sites if site.eligible and _has_rows(plan, names, site)]
         if told:
             plan.check_model({site.name: (site.all_heads, site.head_dim) for site in told})
-            check_lengths(plan, sites)
+            _check_lengths(plan, names, sites)
     decisions = []
     for found in sites:
         site = _by_content(settings, plan, found, names.get(found.name))
@@ -227,13 +227,14 @@ def own_rows(site: Site, budgets: torch.Tensor) -> torch.Tensor:
     return budgets[..., list(site.share.numbers)]
 
 
-def check_lengths(plan: Plan, sites: Sequence[Site]) -> None:
+def _check_lengths(plan: Plan, names: Mapping[str, str], sites: Sequence[Site]) -> None:
     """Tell the error to expect where lengths are not those that the plan was verified at.
+
+    names: of the sites in the plan.
 
     Raises:
         PlanError: a length that is too far off.
     """
-    names = plan.names_of([site.name for site in sites])
     for site in sites:
         planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
         if planned is None or planned.decision == "dense" or not site.eligible:

@@ -275,10 +275,10 @@ def sampled(
         _synchronise(settings.device)
         start = time.perf_counter()
         video = sample(
-            model,
+            model,  # type: ignore[arg-type]
             frames=settings.frames,
             height=settings.height,
-            width=settings.width,  # type: ignore[arg-type]
+            width=settings.width,
             steps=steps,
             seed=settings.seed,
             device=settings.device,
