@@ -264,7 +264,7 @@ class _Notebook(_Shown):
 
     def __init__(self, parts: int) -> None:
         super().__init__(parts)
-        from IPython.display import HTML, display  # type: ignore[import-not-found,unused-ignore]
+        from IPython.display import HTML, display
 
         self.html = HTML
         self.picture = display(HTML(self.text()), display_id=True)
