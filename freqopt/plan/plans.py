@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from freqopt.errors import PlanError
 from freqopt.files import write_atomically
+from freqopt.plan.densities import densities_of
 from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
 from freqopt.plan.plan import Plan, read_plan
 
@@ -51,6 +53,10 @@ class Plans(Mapping[str, Plan]):
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
         write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
+
+    def to_densities(self) -> dict[str, Any]:
+        """As `Plan.to_densities`, of all models in one document."""
+        return densities_of(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write each plan into a folder, beside a README.md with the figures.
@@ -107,3 +113,17 @@ class Plans(Mapping[str, Plan]):
         return cls(
             {n: Plan.parse(json.dumps(p), origin=f"{source}: {n}") for n, p in plans.items()}
         )
+
+
+def read_plans(source: str | os.PathLike[str]) -> Plan | Plans:
+    """What there is: a file of one plan or of several, a folder of plans, or one of the Hub.
+
+    Raises:
+        PlanError: none can be read there.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return Plans.from_pretrained(source)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        several = f'"{FORMAT}"' in file.read(200)
+    return Plans.load(path) if several else Plan.load(path)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from freqopt.plan.curves import planned_points
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import Curve
 from freqopt.reporting.figures import MAX_MARKS, Array, short, styled, thin
 from freqopt.shown import shown
 
@@ -99,24 +99,14 @@ def _unknown(plan: Plan, names: Sequence[str]) -> Array:
 def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> Array:
     matrix = _unknown(plan, names)
     for row, name in enumerate(names):
-        site, evidence = plan.sites[name], plan.evidence.sites[name]
-        curve = next((b.curve for b in evidence.buckets if b.bucket == bucket), None)
-        if curve is None:
+        evidence = plan.evidence.sites[name]
+        if all(each.bucket != bucket for each in evidence.buckets):
             continue
-        if site.decision == "dense":
-            matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
-            continue
-        for head, threshold in enumerate(site.budgets[bucket].threshold[: matrix.shape[1]]):
-            matrix[row, head] = _at(curve, evidence.thresholds, threshold, head, kind)
+        points = planned_points(plan.sites[name], evidence, bucket, matrix.shape[1])
+        for head, point in enumerate(points):
+            if point is not None:
+                matrix[row, head] = getattr(point, kind)
     return matrix
-
-
-def _at(curve: Curve, ladder: Sequence[float], threshold: float, head: int, kind: str) -> float:
-    """Density or error of one head at a threshold, between the rungs of its curve."""
-    if threshold <= 0.0:
-        return 1.0 if kind == "density" else 0.0
-    values = np.maximum([row[head] for row in getattr(curve, kind)], 1e-12)
-    return float(np.exp(np.interp(math.log(threshold), np.log(ladder), np.log(values))))
 
 
 def _last_row(ax: Axes) -> bool:
