@@ -40,6 +40,7 @@ from freqopt.kernels.forward import short, split
 from freqopt.kernels.forward.call import Call, Order
 from freqopt.kernels.forward.density import threshold_of_density
 from freqopt.kernels.forward.order import order_by_content
+from freqopt.kernels.forward.sampled import SampledCall
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Settings, pack_route, unpack_route
@@ -248,6 +249,34 @@ def test_the_threshold_of_a_density_is_the_definitions(
     if torch.equal(found[1], wanted.density):
         assert torch.equal(unpack_route(found[3], case.sequence.tokens), wanted.route)
     assert relative(found[0], expected) < 2e-2
+
+
+SAMPLED_CASES = [dataclasses.replace(x, batch=1) for x in (CASES[1], CONTENT_CASES[0])]
+
+
+@pytest.mark.parametrize("case", SAMPLED_CASES, ids=str)
+def test_sampled_tiles_are_those_of_the_whole_call(case: Case) -> None:
+    """At thresholds in turn, so that nothing of one is left for the next."""
+    tensors = make_tensors(case)
+    there = tuple(x if x is None else x.to(DEVICE) for x in tensors)
+    orders = Orders(*(x if x is None else x.to(DEVICE) for x in orders_of(case, tensors)))
+    inputs = case.inputs(there, torch.zeros(case.heads, device=DEVICE), orders)
+    sampled = SampledCall(inputs, Settings(case.dim**-0.5, 0.0, 64))
+    tiles = torch.tensor([sampled.tiles - 1, 0], dtype=torch.int32, device=DEVICE)
+    layout = case.sequence
+    index = layout.base_order(torch.device("cpu")).expand(case.batch, case.heads, -1)
+    if orders.key is not None:
+        index = orders.key.cpu().repeat_interleave(case.heads // case.kv_heads, 1)
+    row = (tiles.cpu().long()[:, None] * QUERY_TILE + torch.arange(QUERY_TILE)).flatten()
+    token = index.long()[..., row.clamp(max=layout.tokens - 1)] + layout.text_before
+    for threshold in (0.9, 2.5):
+        coefficients, error = sampled.fit(threshold)
+        rows = sampled.attend(tiles, threshold, coefficients).cpu()
+        whole = run(case, tensors, torch.full((case.heads,), threshold))
+        wanted = whole[0].gather(2, token[..., None].expand(-1, -1, -1, case.dim))
+        assert relative(rows, wanted) < 2e-3, threshold
+        assert torch.allclose(error.cpu(), whole[2], atol=1e-3)
+        assert torch.allclose(coefficients.cpu(), whole[4], atol=1e-3)
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
