@@ -22,7 +22,7 @@ from freqopt.kernels.forward.routing import (
     route_step,
     score_tiles,
 )
-from freqopt.kernels.forward.split import call_of, on_device, with_unit_last_stride
+from freqopt.kernels.forward.split import call_of, on_device, readable
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Inputs, Settings
@@ -38,8 +38,7 @@ class SampledCall:
 
     def __init__(self, inputs: Inputs, settings: Settings) -> None:
         """inputs: on one GPU; of their threshold only the device counts."""
-        tensors = {name: getattr(inputs, name) for name in ("query", "key", "value")}
-        inputs = inputs._replace(**{n: with_unit_last_stride(x) for n, x in tensors.items()})
+        inputs = readable(inputs)
         with on_device(inputs.query):
             call = call_of(inputs, settings, *inputs.order_memory(settings))
             if hopper.applies(call.query):
