@@ -88,3 +88,14 @@ def planned_points(
             None if curve is None else point_at(curve, evidence.thresholds, thresholds[head], head)
         )
     return points
+
+
+def error_at(curve: Curve | ContentCurve, density: float, head: int) -> float | None:
+    """Error of a head at a density, interpolated on logarithmic axes; None beyond the curve."""
+    shares = np.array([row[head] for row in curve.density])
+    errors = np.array([row[head] for row in curve.error])
+    order = np.argsort(shares, kind="stable")
+    if not shares[order[0]] * 0.999 <= density <= shares[order[-1]] * 1.001 or density <= 0.0:
+        return None
+    logs = [np.log(np.maximum(values[order], LEAST)) for values in (shares, errors)]
+    return float(np.exp(np.interp(math.log(density), *logs)))

@@ -14,6 +14,7 @@ from freqopt.files import write_atomically
 from freqopt.plan.densities import densities_of
 from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
 from freqopt.plan.plan import Plan, read_plan
+from freqopt.plan.text import describe_all
 
 FORMAT = "freqopt-plans"
 
@@ -42,11 +43,10 @@ class Plans(Mapping[str, Plan]):
         return f"Plans({', '.join(f'{name}: {plan!r}' for name, plan in self._plans.items())})"
 
     def _repr_html_(self) -> str:
-        parts = ((html.escape(name), plan) for name, plan in self._plans.items())
-        return "".join(f"<h4>{name}</h4>{plan._repr_html_()}" for name, plan in parts)
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
-        return "\n\n".join(f"{name}: {plan}" for name, plan in self._plans.items())
+        return describe_all(self._plans)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all plans into one JSON file, which replaces one only when it is complete."""

@@ -10,7 +10,7 @@ from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.search.cost import cost_model
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SiteTiming
-from freqopt.reporting.figures import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
+from freqopt.reporting.style import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
 
 COLOURS = (BLUE, GREEN, ORANGE, GREY)
 
@@ -31,6 +31,25 @@ def site_times(plan: Plan) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def model_parts(plan: Plan) -> dict[str, tuple[float, float]] | None:
+    """Milliseconds of a run of the model, dense and split: attention at split sites, and the rest.
+
+    None where the model was not timed. Sites were timed one by one, so the parts are approximate;
+    their sum is what was measured.
+    """
+    if plan.verified is None or plan.verified.model_ms is None:
+        return None
+    dense, split = plan.verified.model_ms
+    if min(dense, split) <= 0.0:
+        return None
+    times = list(site_times(plan).values())
+    found = {}
+    for name, total, index in (("dense", dense, 0), ("split", split, 1)):
+        attention = min(sum(each[index] for each in times), total)
+        found[name] = attention, total - attention
+    return found
+
+
 @styled
 def speed(plan: Plan) -> Figure:
     """Time against density by shape, and measured against modelled time by site."""
@@ -41,7 +60,8 @@ def speed(plan: Plan) -> Figure:
         _draw_line(left, timing, colour, label)
         left.axhline(timing.dense_ms, color=colour, lw=1.2, ls=(0, (4, 3)))
     left.set(xlabel="density (share of pairs attended exactly)", ylabel="ms, all heads")
-    left.set(xscale="log", yscale="log", title="Heads x tokens x head dim")
+    timed = any(ms > 0.0 for timing in plan.evidence.timings for _, ms in timing.points)
+    left.set(xscale="log", yscale="log" if timed else "linear", title="Heads x tokens x head dim")
     percent_axis(left)
     left.legend(loc="center left")
     times = list(site_times(plan).values())
@@ -49,7 +69,7 @@ def speed(plan: Plan) -> Figure:
         right.set_visible(False)
         return figure
     dense, measured, modelled = np.array(times).T
-    top = 1.08 * max(measured.max(), modelled.max())
+    top = 1.08 * max(measured.max(), modelled.max()) or 1.0
     right.plot([0, top], [0, top], color=ORANGE, lw=1.2, ls=(0, (4, 3)))
     right.scatter(modelled, measured, s=22, color=BLUE, alpha=0.7)
     right.set(xlim=(0, top), ylim=(0, top), xlabel="ms by the model of costs")
