@@ -66,6 +66,7 @@ JOBS = (
     Job("benchmarks.scaling", ("scaling",)),
     Job("benchmarks.generations", ("generations",)),
     Job("benchmarks.calibration --seconds 285 --quiet", ("calibration",)),
+    Job("benchmarks.large --again", ("large",)),
     Job(f"{DEMO} --grid 21,30,52 --density 0.1", ("demo_h200",)),
     Job("benchmarks.dinov2 --packages PACKAGES", ("dinov2",), missing=without_packages),
     Job("benchmarks.real --packages PACKAGES", ("real",), missing=without_packages),

@@ -6,11 +6,14 @@ rich draws them in a terminal, HTML in a notebook; anywhere else there is a plai
 from __future__ import annotations
 
 import html
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 PRINT_EVERY = 30.0
 """Seconds between plain lines."""
@@ -161,10 +164,21 @@ def _has_widgets() -> bool:
     return True
 
 
+@contextmanager
+def _logged(title: str) -> Iterator[None]:
+    """Log how long a phase took."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        logger.info("%s took %.3g s", title, time.monotonic() - start)
+
+
 class _Silent:
     @contextmanager
     def phase(self, title: str, total: int | None) -> Iterator[Step]:
-        yield Step()
+        with _logged(title):
+            yield Step()
 
 
 class _Shown:
@@ -177,7 +191,8 @@ class _Shown:
     def phase(self, title: str, total: int | None) -> Iterator[Step]:
         self.overall.begin(title, total)
         self.begin()
-        yield _ShownStep(self)
+        with _logged(title):
+            yield _ShownStep(self)
         self.end()
         self.overall.end()
 

@@ -22,6 +22,9 @@ MEASURING = 2.0
 TRIALS = 3
 """Plans that are tried out on the held-out samples, as a rule."""
 
+BEHIND = 0.55
+"""Part of a run that is behind a site, on average, and run for it."""
+
 COMPARED = 4
 """Strategies that are compared, each on one sample."""
 
@@ -72,7 +75,8 @@ def runs_of(
     samples = min(fitted, MAX_PROBED_SAMPLES)
     if rounds is None:
         rounds = 3 if small and on_gpu else 1
-    probing = samples * (units + FIXED_RUNS) + units * samples * (rounds + (rounds >= 3))
+    moved = units * samples * (1 + rounds + (rounds >= 3))
+    probing = samples * FIXED_RUNS + BEHIND * moved
     if passes is None and seconds_of_run is not None and seconds_of_run >= SLOW_PASS and on_gpu:
         passes = PASSES_WHEN_SLOW
     if passes is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
+from freqopt.calibration.measure.replay import Captured, Held, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.team import Team
@@ -30,13 +31,17 @@ RECOMPILE_LIMIT = 256
 
 
 class Runner:
-    """A model whose attention does what is asked for; use as ``with opened(...) as runner``."""
+    """A model whose attention does what is asked for; use as ``with opened(...) as runner``.
+
+    passes: runs of the model so far; of runs of a part of it their shares.
+    """
 
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
         self.model, self.samples, self.seed = model, samples, seed
         self._desk = Desk()
         grids = Grids(grid, tuple(samples.grids))
         self._graphs, self._in_pieces = 0, False
+        self.passes = 0.0
         backend = recording_backend(self._desk, grids, names_of(model))
         self.compiled = torch.compile(model, dynamic=False, backend=self._counting(backend))
         self._eager = EagerRecorders(model, self._desk, grids)
@@ -83,7 +88,77 @@ class Runner:
         with self._asking(request) as result, self._ready():
             self._desk.bucket = self.samples.bucket(sample)
             result.output = output_tensors(self._call(sample.args, sample.kwargs))
+        self.passes += 1.0
         return result
+
+    def replays(self, sample: Sample, base: Request) -> Replays:
+        """Runs of a sample that are as `base` says up to a site, and as asked for behind it."""
+        return Replays(self, sample, base)
+
+    def hold(self, sample: Sample) -> Held | None:
+        """A sample held at the start of the graph that serves it; None where that cannot be.
+
+        The first time, whether running a graph from a cut gives what the whole gives is tried.
+        """
+        held = self._captured(sample)
+        if held is None:
+            return None
+        staged = held.staged
+        if staged.usable is None:
+            usable = all(self.team.all(bool(staged.cuts) and self._tried(sample, held)))
+            staged.usable = usable
+            if not usable:
+                logger.info("the model's graph cannot be run in part, so it is run whole")
+            held = self._captured(sample) if usable else None
+        return held if staged.usable else None
+
+    def resume(self, sample: Sample, held: Held, request: Request, site: str | None) -> Result:
+        """Run on from what is held: to the cut before a site, or (None) to the model's output."""
+        at = held.staged.share_behind(held.at)
+        with self._asking(request) as result, self._ready():
+            self._desk.bucket = self.samples.bucket(sample)
+            if site is None:
+                result.output = held.finish()
+            else:
+                held.advance(held.staged.cuts[site])
+        self.passes += at - (0.0 if site is None else held.staged.share_behind(held.at))
+        return result
+
+    def _captured(self, sample: Sample) -> Held | None:
+        """What a sample gives to the model's graph, which is not run."""
+        if self._in_pieces or not self._graphs:
+            return None
+        self._desk.tape = Tape(ends=True)
+        try:
+            with self._asking(Dense()), self._ready():
+                self._call(sample.args, sample.kwargs)
+        except Captured as captured:
+            return Held(captured.staged, captured.arguments)
+        finally:
+            self._desk.tape = None
+        return None
+
+    def _tried(self, sample: Sample, held: Held) -> bool:
+        """Whether a run from the first cut gives, bit by bit, what a whole run gives.
+
+        Not where that draws random numbers, which would be others from another cut.
+        """
+        self._desk.tape = tape = Tape(ends=False)
+        try:
+            with self._asking(Dense()), self._ready():
+                before = _random_state()
+                whole = output_tensors(self._call(sample.args, sample.kwargs))
+                drawn = not torch.equal(before, _random_state())
+        finally:
+            self._desk.tape = None
+        self.passes += 1.0
+        if drawn or not held.staged.find_outputs(whole, tape.returned):
+            return False
+        tape.returned.clear()
+        first = min(held.staged.cuts, key=lambda site: held.staged.cuts[site])
+        self.resume(sample, held, Dense(), first)
+        again = self.resume(sample, held, Dense(), None).output
+        return not held.spoiled and all(map(torch.equal, whole, again))
 
     def generate(self, pipeline: Callable[[], Any], request: Request) -> tuple[Any, Result]:
         """What a pipeline returns that calls the model, and what all those calls show."""
@@ -159,6 +234,43 @@ class Runner:
             yield
 
 
+class Replays:
+    """Runs of one sample with another request from a site on; sites in the order of the model.
+
+    What is before a site is run once, where the model's graph allows it, else every time.
+    """
+
+    def __init__(self, runner: Runner, sample: Sample, base: Request) -> None:
+        self.runner, self.sample, self.base = runner, sample, base
+        self._held: Held | None = None
+        self._begun = False
+
+    def run(self, site: str, request: Request) -> Result:
+        """A run that is as the base says before a site, and as the request says from there on.
+
+        The request must say of earlier sites what the base does.
+        """
+        held = self._at(site)
+        if held is None:
+            return self.runner.run(self.sample, request)
+        result = self.runner.resume(self.sample, held, request, None)
+        if held.spoiled:
+            held.staged.usable = False
+            self._held = None
+        return result
+
+    def _at(self, site: str) -> Held | None:
+        """What is alive before a site; None where runs must be whole."""
+        held = self._held
+        if not self._begun or (held and held.at > held.staged.cuts.get(site, -1) >= 0):
+            self._begun, self._held = True, None
+            held = self._held = self.runner.hold(self.sample)
+        if held is None or site not in held.staged.cuts:
+            return None
+        self.runner.resume(self.sample, held, self.base, site)
+        return held
+
+
 @contextmanager
 def opened(model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> Iterator[Runner]:
     """A runner; the model is in evaluation mode meanwhile and left as it was."""
@@ -177,6 +289,14 @@ def _forget_compiled(model: nn.Module) -> None:
     code = getattr(model.forward, "__code__", None)
     if code is not None:
         torch._dynamo.eval_frame.remove_from_cache(code)
+
+
+def _random_state() -> Tensor:
+    """State of the generators that models draw from by default."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    return torch.cat(states)
 
 
 def _breaks() -> int:

@@ -105,6 +105,10 @@ class SumModel:
             dense[:-1] = away @ self.vectors[bucket]
         return result
 
+    def replays(self, bucket: int, base: Request) -> Any:
+        """Runs of parts, all of which are whole."""
+        return SimpleNamespace(run=lambda site, request: self.run(bucket, request))
+
     def refinement(self) -> Refinement:
         references = [self.bench.reference(bucket) for bucket in self.samples.fit]
         return Refinement(self.bench, references, 3)

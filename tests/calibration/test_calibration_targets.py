@@ -112,14 +112,14 @@ def test_a_budget_of_passes_is_kept_and_heads_are_still_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     injected: list[tuple[str, int]] = []
-    original = Runner.run
+    original = Runner.resume
 
-    def run(self: Runner, sample: Any, request: Any) -> Any:
+    def resume(self: Runner, sample: Any, held: Any, request: Any, site: Any) -> Any:
         if isinstance(request, Inject):
             injected.append((request.site, request.head))
-        return original(self, sample, request)
+        return original(self, sample, held, request, site)
 
-    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(Runner, "resume", resume)
     whole = calibrate(target_error=0.1)
     assert len(injected) == 4 * 4  # samples, heads
     injected.clear()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.readings import Layouts
+from freqopt.calibration.measure.replay import Staged, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result, Visit
 from freqopt.calibration.team import Heads, Team
 from freqopt.capture.call_grids import CallGrids
@@ -40,7 +41,8 @@ class Desk:
     """Between a runner and the recorders in its model: the run under way.
 
     dense_sites: attention that cannot be split at all, with the reason. layouts: of the others'
-    tokens. team: who shares the heads of the sites met so far.
+    tokens. team: who shares the heads of the sites met so far. tape: what is wanted of the graph of
+    the next call.
     """
 
     request: Request = field(default_factory=Dense)
@@ -49,6 +51,7 @@ class Desk:
     dense_sites: dict[str, str] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=Layouts)
     team: Team = field(default_factory=Team)
+    tape: Tape | None = None
 
     def clear(self) -> None:
         """Forget what recorders have said so far in this run, and of which sites there are."""
@@ -146,6 +149,11 @@ def team_of(sites: Sequence[Site]) -> Team:
     return Team(next(iter(groups), None))
 
 
+def _site_of(node: torch.fx.Node) -> str | None:
+    """The site that a node records."""
+    return node.target.site if isinstance(node.target, Recorder) else None
+
+
 def recording_backend(
     desk: Desk, grids: Grids, names: Names | None = None
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
@@ -165,6 +173,7 @@ def recording_backend(
                 desk.dense_sites[decision.site.name] = decision.reason
         desk.team = team_of([decision.site for decision in decisions if decision.split])
         calls.settle()
-        return calls.reading(gm.forward)
+        staged = Staged(gm, _site_of)
+        return calls.reading(lambda *arguments: staged(desk.tape, *arguments))
 
     return backend

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.measure.requests import Thresholds
+from freqopt.calibration.measure.requests import Split, Thresholds
+from freqopt.calibration.runner import Replays
 from freqopt.calibration.search.allocate import Allocation, SiteChoice
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
@@ -82,11 +83,20 @@ def own_errors(site: SiteChoices, choice: SiteChoice) -> Array:
 
 
 def _squared_error(
-    bench: Workbench, reference: Reference, number: int, thresholds: Thresholds
+    bench: Workbench, key: str, reference: Reference, replays: Replays, change: Change
 ) -> float:
-    key = thresholds_key(f"marginal/{number}", thresholds)
-    error = bench.kept(key, lambda: bench.split_error(reference, thresholds))
+    error = bench.kept(
+        thresholds_key(key, change.thresholds),
+        lambda: reference.error_of(replays.run(change.site, Split(change.thresholds)).output),
+    )
     return float(error) ** 2
+
+
+class Change(NamedTuple):
+    """Thresholds that differ from others at one site."""
+
+    site: str
+    thresholds: Thresholds
 
 
 class Neighbours(NamedTuple):
@@ -119,10 +129,12 @@ def measure_neighbours(
         for number, reference, error in working_points:
             bucket = bench.samples.bucket(reference.sample)
             coupling, measured = np.zeros(len(units)), np.zeros(len(units), dtype=bool)
+            replays = bench.replays(reference, Split(thresholds_of(sites, allocation)))
             for at, unit in enumerate(units):
                 other = neighbour(sites, allocation, unit, bucket)
-                thresholds = thresholds_of(sites, other)
-                changed = _squared_error(bench, reference, number, thresholds) - error**2
+                change = Change(sites[unit.site].name, thresholds_of(sites, other))
+                key = f"marginal/{number}"
+                changed = _squared_error(bench, key, reference, replays, change) - error**2
                 step()
                 here, then = (
                     own_errors(sites[unit.site], each.choices[unit.site])[bucket][heads_of(unit)]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from freqopt.calibration.measure.ladder import THRESHOLDS, Array
 from freqopt.calibration.measure.readings import MeasuredSite
-from freqopt.calibration.measure.requests import Inject, SiteThresholds
+from freqopt.calibration.measure.requests import Dense, Inject, SiteThresholds
+from freqopt.calibration.runner import Replays
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.errors import CalibrationError
@@ -77,12 +78,12 @@ class Probing:
             )
         )
 
-    def inject(self, number: int, unit: tuple[int, int]) -> None:
+    def inject(self, number: int, unit: tuple[int, int], replays: Replays) -> None:
         """Run a reference with errors injected at a unit of `probe_units`."""
         reference, (index, head) = self.references[number], unit
         injected, error = self.bench.kept(
             f"sensitivity/{number}/{index}/{head}",
-            lambda: self._injected(reference, self.sites[index], head),
+            lambda: self._injected(reference, replays, self.sites[index], head),
         )
         if injected < 1e-14:
             return
@@ -90,10 +91,11 @@ class Probing:
         row = self.squares[self.bench.samples.bucket(reference.sample)]
         row.setdefault(unit, []).append(caused / injected)
 
-    def _injected(self, reference: Reference, site: MeasuredSite, head: int) -> tuple[float, float]:
+    def _injected(
+        self, reference: Reference, replays: Replays, site: MeasuredSite, head: int
+    ) -> tuple[float, float]:
         """Squared relative error put into a site, and the relative error of the output."""
-        request = Inject(site.name, head, probe_threshold(site))
-        result = self.bench.runner.run(reference.sample, request)
+        result = replays.run(site.name, Inject(site.name, head, probe_threshold(site)))
         self.bench.survey.add_sites({}, result.failures)
         if result.injected is None:
             return 0.0, 0.0
@@ -181,8 +183,9 @@ def measure_sensitivities(
         for number in numbers:
             probing.rounding(number)
             step(2)
+            replays = bench.replays(probing.references[number], Dense())
             for unit in shares[number]:
-                probing.inject(number, unit)
+                probing.inject(number, unit, replays)
                 step()
         every = [value for bucket in probing.squares for row in bucket.values() for value in row]
         if every and max(every) <= 1e-12:

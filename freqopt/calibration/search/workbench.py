@@ -10,8 +10,8 @@ from torch import Tensor
 
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.readings import Survey
-from freqopt.calibration.measure.requests import Dense, Split, Thresholds
-from freqopt.calibration.runner import Runner, relative_error
+from freqopt.calibration.measure.requests import Dense, Request, Split, Thresholds
+from freqopt.calibration.runner import Replays, Runner, relative_error
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.search.cost import CostModel, cost_model
 from freqopt.progress import Progress
@@ -58,6 +58,10 @@ class Workbench:
     def split_error(self, reference: Reference, thresholds: Thresholds) -> float:
         """Relative L2 error of the model's output for a sample with these thresholds."""
         return reference.error_of(self.runner.run(reference.sample, Split(thresholds)).output)
+
+    def replays(self, reference: Reference, base: Request) -> Replays:
+        """Runs of a sample that are as `base` says up to a site; see `Replays`."""
+        return self.runner.replays(reference.sample, base)
 
 
 class Reference:
