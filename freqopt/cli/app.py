@@ -283,7 +283,9 @@ def calibrate(
 
 @app.command()
 def report(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A file of one plan or several, or a folder.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The page to write; by default beside the plan."),
@@ -292,13 +294,20 @@ def report(
         bool, typer.Option("--json", help="Print the page's data as JSON instead, and write none.")
     ] = False,
 ) -> None:
-    """Show what a plan does, and why, as one HTML page."""
-    if as_json:
-        from freqopt.plan.plan import Plan
+    """Show what a plan does, and why, as one HTML page; of several plans a page each."""
+    from freqopt.plan.plan import Plan
+    from freqopt.plan.plans import read_plans
+    from freqopt.reporting.report import report_each
 
-        print(json.dumps(Plan.load(plan).model_dump(mode="json"), indent=2))
+    found = read_plans(plan)
+    plans = {"": found} if isinstance(found, Plan) else dict(found)
+    if as_json:
+        data = {name: each.model_dump(mode="json") for name, each in plans.items()}
+        print(json.dumps(data.get("", data), indent=2))
         return
-    say(f"wrote {freqopt.report(plan, output or plan.with_suffix('.html'))}")
+    target = output or plan.with_suffix(".html")
+    for page in report_each(plans, target):
+        say(f"wrote {page}")
 
 
 @app.command()

@@ -39,7 +39,9 @@ from freqopt.plan.travelling import Travelling
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "freqopt-plan"
+FORMAT, SEVERAL = "freqopt-plan", "freqopt-plans"
+"""What files of one plan and of several say that they are."""
+
 MAX_FILE_BYTES = 64 * 2**20
 """Ten times the largest plan that was seen; parsed it takes 27 times as much memory."""
 
@@ -269,6 +271,11 @@ class Plan(Travelling):
                 f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
                 "calibrate again or copy it anew"
             ) from error
+        if isinstance(content, dict) and content.get("format") == SEVERAL:
+            raise PlanError(
+                f"{origin} holds plans of several models: read it with freqopt.Plans.load, and "
+                "take the one of this model"
+            )
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise PlanError(f"{origin} is not a plan: it lacks the field format = {FORMAT!r}")
         for field, supported in (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_plans import full_plan
 from torch import nn
 
 from freqopt import doctor
@@ -17,6 +18,7 @@ from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.cli import app as cli
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.plan.plan import Plan
+from freqopt.plan.plans import Plans
 
 FACTORY = '''
 """A one-layer video transformer over tokens of a (4, 8, 8) grid, as a user would write it."""
@@ -106,6 +108,21 @@ def test_calibrate_and_report(work: Path, run: Run) -> None:
     assert done.returncode == 0, done.stderr
     page = (work / "out/plan.html").read_text()
     assert "Tiny" in page and "<script src" not in page
+
+
+def test_several_experts_have_a_page_each(work: Path, run: Run) -> None:
+    plans = Plans({"transformer": full_plan(), "transformer_2": full_plan()})
+    plans.save(work / "plans.json")
+    done = run("report", "plans.json", "-o", "pages/wan.html")
+    assert done.returncode == 0, done.stderr
+    names = sorted(page.name for page in (work / "pages").iterdir())
+    assert names == ["wan-transformer.html", "wan-transformer_2.html"]
+    told = json.loads(run("report", "plans.json", "--json").stdout)
+    assert {name: each["format"] for name, each in told.items()} == dict.fromkeys(
+        plans, "freqopt-plan"
+    )
+    with pytest.raises(PlanError, match="plans of several models: read it with freqopt.Plans.load"):
+        Plan.load(work / "plans.json")
 
 
 def test_inspect_prints_the_sites(run: Run) -> None:
