@@ -13,7 +13,8 @@ from freqopt.errors import PlanError
 from freqopt.files import write_atomically
 from freqopt.plan.densities import densities_of
 from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
-from freqopt.plan.plan import SEVERAL, Plan, read_plan
+from freqopt.plan.plan import Plan
+from freqopt.plan.plan_file import SEVERAL, read_plan
 from freqopt.plan.text import describe_all
 
 

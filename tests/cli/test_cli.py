@@ -16,6 +16,7 @@ from torch import nn
 from freqopt import doctor
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.cli import app as cli
+from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
@@ -154,14 +155,14 @@ def test_missing_cuda_is_said(run: Run) -> None:
     done = run("demo", "--device", "cuda")
     assert done.returncode == cli.BAD_INPUT and "no CUDA" in done.stderr
     with pytest.raises(OptionError, match="no CUDA"):
-        cli.choose_device("cuda:1")
+        choose_device("cuda:1")
 
 
 def test_models_are_found_by_module_and_by_file(work: Path) -> None:
     for text in ("models.py:make", "models:make", "models:READY"):
-        model = cli.load_model(text)
+        model = load_model(text)
         assert type(model).__name__ == "Tiny" and not model.training
-    assert isinstance(cli.load_model("torch.nn:Identity"), nn.Identity)
+    assert isinstance(load_model("torch.nn:Identity"), nn.Identity)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +177,13 @@ def test_models_are_found_by_module_and_by_file(work: Path) -> None:
 )
 def test_a_wrong_model_is_refused(work: Path, text: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        cli.load_model(text)
+        load_model(text)
 
 
 def test_a_defect_inside_a_users_module_is_not_called_a_missing_one(work: Path) -> None:
     (work / "wanting.py").write_text("import surely_not_installed_anywhere\n")
     with pytest.raises(InputError, match="ModuleNotFoundError.*surely_not_installed"):
-        cli.load_model("wanting:make")
+        load_model("wanting:make")
 
 
 def test_an_error_of_the_users_factory_is_shown_as_theirs_in_two_lines(
@@ -237,13 +238,13 @@ def test_json_for_other_programs(run: Run) -> None:
 
 @pytest.mark.parametrize("text", ["21,30,52", "21x30x52", "21, 30, 52"])
 def test_grids(text: str) -> None:
-    assert cli.parse_grid(text) == (21, 30, 52)
+    assert parse_grid(text) == (21, 30, 52)
 
 
 @pytest.mark.parametrize("text", ["", "1,2", "1,2,3,4", "a,b,c", "0,2,3", "-1,2,3", "1.5,2,3"])
 def test_a_wrong_grid_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="t,h,w"):
-        cli.parse_grid(text)
+        parse_grid(text)
 
 
 @pytest.mark.smoke

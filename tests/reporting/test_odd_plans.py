@@ -159,7 +159,7 @@ def negative(plan: Any, site: Any, evidence: Any) -> None:
     ids=lambda f: f.__name__,
 )
 def test_evidence_that_does_not_fit_is_refused(change: Any) -> None:
-    from freqopt.plan.plan import content_hash
+    from freqopt.plan.file_text import content_hash
 
     content = changed(change)
     content["hash"] = content_hash(content)
