@@ -12,8 +12,10 @@ from passes_toys import HEADS, Toy, video
 from torch import Tensor, nn
 
 import freqopt
+import freqopt.parallel
 from freqopt.backend import freqopt_backend
 from freqopt.capture.conditions import adapters_of, dtype_of
+from freqopt.exporters.program import make_program
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Verified, Versions
 from freqopt.plan.text import scope_of
@@ -204,3 +206,14 @@ def test_what_a_model_computes_in_is_read_off_its_layers() -> None:
     model[1].merged_adapters = ["c"]
     assert adapters_of(model) == ["a", "c"]
     assert dtype_of(nn.ReLU()) == "none" and adapters_of(nn.ReLU()) == []
+
+
+def test_files_and_ranks_are_told_of_too(heard: pytest.LogCaptureFixture) -> None:
+    model = Timed()
+    plan = plan_of(model, verified={"dtype": "bfloat16"})
+    make_program(model, (video(GRID), torch.tensor([5.0])), {}, plan=plan)
+    assert "its parameters are float32" in warnings(heard)[0]
+    other = plan_of(model, verified={"adapters": ["style"]})
+    with freqopt.parallel.over_all_keys(model, other):
+        assert "it lacks the adapter style" in warnings(heard)[1]
+    assert len(warnings(heard)) == 2
