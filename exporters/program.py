@@ -27,6 +27,7 @@ from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import Site
+from freqopt.telling.outside import tell_outside
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -103,6 +104,7 @@ def make_program(
     settings = parse_options({**given, "chunk": chunk} if order == "content" else given)
     if plan is not None:
         plan.check_model(model)
+        tell_outside(model, plan, (), lengths=False)
     was_training = model.training
     model.eval()
     try:

@@ -7,18 +7,13 @@ once. It is run once more without the compiler to name the attention that no bac
 from __future__ import annotations
 
 import functools
-import html
-import itertools
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from freqopt.capture.call_grids import OneCall
 from freqopt.capture.eager import uncompiled, written
@@ -31,150 +26,28 @@ from freqopt.capture.modules import (
 )
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import unwrapped
+from freqopt.inspection_found import GraphBreak, InspectedSite, Inspection
+from freqopt.inspection_watch import (
+    attention_modules,
+    breaks_recorded,
+    compiled_forgotten,
+    random_state_kept,
+)
 from freqopt.options import Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
 from freqopt.passes.manager import rewrite
-from freqopt.passes.naming import plain_path, site_name
-from freqopt.passes.site import Extent, Kind, Known
+from freqopt.passes.naming import site_name
+from freqopt.passes.site import Extent, Known
 from freqopt.positions import grids_of_positions
-from freqopt.telling.verdict import HOOKED, by_hook
 
-FULLGRAPH = (
-    "compile with torch.compile(..., fullgraph=True), which refuses to break and says where the "
-    "cause is; or change that line"
-)
+__all__ = ["GraphBreak", "InspectedSite", "Inspection", "attention_modules", "inspect"]
 
 IN_PIECES = (
     "it can be split, but the model's graph is in pieces, and that of this attention does not show "
     "what its tokens are: make a plan with freqopt.calibrate(model, samples), which measures it, "
     "and compile with the plan or call freqopt.attach(model, plan)"
 )
-
-ATTENTION_FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-
-
-@dataclass(frozen=True)
-class InspectedSite:
-    """One attention.
-
-    Attributes:
-        name: path of the module around it, with #1, #2 for further attention in the same module; it
-            is what plans refer to.
-        kind: what it attends over: self, joint, text in keys, cross or other.
-        heads: number of query heads.
-        head_dim: channels of a head.
-        query_length: queries, in tokens.
-        key_length: keys, in tokens.
-        grid: extents (t, h, w) of the video tokens, from the slowest to the fastest axis; None if
-            unknown.
-        text_before: text tokens before the video.
-        text_after: text tokens after it.
-        eligible: whether it could be split, whatever its length.
-        decision: what the backend would do, "split" or "dense"; without a plan if none was given.
-        reason: why it stays dense, or can be split.
-        ranks: processes that share its heads out, of which `heads` are here.
-    """
-
-    name: str
-    kind: Kind
-    heads: int
-    head_dim: int
-    query_length: int
-    key_length: int
-    grid: tuple[int, int, int] | None
-    text_before: int
-    text_after: int
-    eligible: bool
-    decision: str
-    reason: str
-    ranks: int = 1
-
-
-@dataclass(frozen=True)
-class GraphBreak:
-    """A place where torch.compile leaves the graph.
-
-    Attributes:
-        reason: torch.compile's own words.
-        where: file and line.
-        advice: what to do.
-    """
-
-    reason: str
-    where: str
-    advice: str = FULLGRAPH
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """All attention of a model that a backend sees, and what it does not see.
-
-    Attributes:
-        sites: attention in the graphs, in the order of execution.
-        graph_breaks: where torch.compile left a graph.
-        graphs: number of graphs the model was captured in; 1 is best.
-        unseen: modules whose attention ran outside all graphs, where no backend can do anything
-            about it.
-        positions: inputs that hold the positions of tokens (such as img_ids), and the grid that
-            these are in raster order on.
-        imbalance: with a plan, how much longer attention takes on ranks that share the heads than
-            it would with equal ones, as they are and after `freqopt.parallel.balance`; None where
-            no heads are shared.
-    """
-
-    sites: list[InspectedSite]
-    graph_breaks: list[GraphBreak] = field(default_factory=list)
-    graphs: int = 1
-    unseen: list[str] = field(default_factory=list)
-    positions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    imbalance: tuple[float, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dicts and lists, for JSON."""
-        return asdict(self)
-
-    def __repr__(self) -> str:
-        split = sum(site.decision == "split" for site in self.sites)
-        return (
-            f"Inspection({len(self.sites)} sites, {split} to be split, {self.graphs} graphs, "
-            f"{len(self.graph_breaks)} graph breaks)"
-        )
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def __str__(self) -> str:
-        split = sum(site.decision == "split" for site in self.sites)
-        eligible = sum(site.eligible for site in self.sites)
-        lines = [
-            f"{len(self.sites)} attention sites in {self.graphs} graph(s): {eligible} can be "
-            f"split, {split} will be",
-            *_table(self.sites),
-        ]
-        if not self.sites:
-            lines.append("no attention was found in any graph")
-        if any(site.grid is None and not site.eligible for site in self.sites):
-            lines += [
-                f"{name} holds the positions of a {'x'.join(map(str, grid))} grid, which no graph "
-                f"shows: pass grid={grid}"
-                for name, grid in self.positions.items()
-            ]
-        if self.imbalance is not None:
-            before, after = self.imbalance
-            lines.append(
-                f"by the plan, attention takes {before:.2f} times as long as with equal ranks; "
-                f"freqopt.parallel.balance would make that {after:.2f}"
-            )
-        for broken in self.graph_breaks:
-            lines += ["", f"graph break at {broken.where}: {broken.reason}", f"  {broken.advice}"]
-        if self.unseen:
-            grouped = _grouped([(name or "the model itself", ()) for name in self.unseen])
-            names = ", ".join(name for name, _ in grouped)
-            lines += ["", f"runs outside all graphs, where no backend sees it: {names}"]
-            hooked = any(broken.advice == HOOKED for broken in self.graph_breaks)
-            lines.append(f"  {HOOKED if hooked else FULLGRAPH}")
-        return "\n".join(lines)
 
 
 def inspect(
@@ -223,10 +96,10 @@ def inspect(
     capture = _Capture(settings, inner)
     if capture.plan is not None:
         capture.plan.check_order(inner)
-    with torch.no_grad(), _random_state_kept(), uncompiled(inner):
+    with torch.no_grad(), random_state_kept(), uncompiled(inner):
         if _is_one_of_several():
             inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
-        with unwrapped(), _breaks_recorded(capture), _compiled_forgotten(inner):
+        with unwrapped(), breaks_recorded(capture.breaks), compiled_forgotten(inner):
             torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
         unseen = [name for name in ran if name not in capture.seen]
@@ -349,154 +222,3 @@ def _number(extent: Extent) -> int:
     if isinstance(extent, int):
         return extent
     return int(extent.node.hint) if extent.node.has_hint() else -1
-
-
-@contextmanager
-def _breaks_recorded(capture: _Capture) -> Iterator[None]:
-    """Collect why torch.compile left the graph while the body runs."""
-    from torch._dynamo import utils
-
-    before = len(utils.graph_break_reasons)
-    skipped_before = dict(utils.counters["unimplemented"])
-    yield
-    known: set[tuple[str, str]] = set()
-    for found in utils.graph_break_reasons[before:]:
-        reason, frame = _first_line(found.reason), _user_frame(found.user_stack)
-        if (reason, frame) not in known:
-            known.add((reason, frame))
-            hooked = by_hook(reason, list(found.user_stack or ()))
-            capture.breaks.append(GraphBreak(reason, frame, HOOKED if hooked else FULLGRAPH))
-    skipped = utils.counters["unimplemented"]
-    for text in [t for t in skipped if skipped[t] > skipped_before.get(t, 0)]:
-        reason = _first_line(text)
-        if reason not in {r for r, _ in known}:
-            known.add((reason, ""))
-            where = "a function that therefore runs without the compiler"
-            capture.breaks.append(GraphBreak(reason, where))
-
-
-def _first_line(reason: object) -> str:
-    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
-    explanation = next((x for x in lines if x.startswith("Explanation:")), "")
-    return " ".join(filter(None, [lines[0] if lines else "unknown", explanation]))
-
-
-def _user_frame(stack: Sequence[Any] | None) -> str:
-    return f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown place"
-
-
-@contextmanager
-def _compiled_forgotten(model: nn.Module) -> Iterator[None]:
-    """Drop what was compiled for looking: it would count as a recompilation of the real thing."""
-    from torch._dynamo.eval_frame import remove_from_cache
-
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            code = getattr(module.forward, "__code__", None)
-            if code is not None:
-                remove_from_cache(code)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-
-
-class _Watch(TorchFunctionMode):
-    """Notes the module that is running whenever attention is computed."""
-
-    def __init__(self, running: list[str]) -> None:
-        super().__init__()
-        self.running = running
-        self.found: dict[str, None] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ATTENTION_FUNCTIONS:
-            self.found[self.running[-1] if self.running else ""] = None
-        return func(*args, **(kwargs or {}))
-
-
-def attention_modules(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Paths of the modules that compute attention while `run` runs the model eagerly."""
-    running: list[str] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            handle = module.register_forward_pre_hook(enter(name))
-            stack.callback(handle.remove)
-            after = module.register_forward_hook(lambda *_: _leave(running), always_call=True)
-            stack.callback(after.remove)
-        watch = _Watch(running)
-        with watch, torch.compiler.set_stance("force_eager"):
-            run()
-    return [plain_path(name) for name in watch.found]
-
-
-def _leave(running: list[str]) -> None:
-    running.pop()
-
-
-def _table(sites: Sequence[InspectedSite]) -> list[str]:
-    rows: list[tuple[str, ...]] = []
-    for name, (site,) in _grouped([(s.name, (_anonymous(s),)) for s in sites]):
-        lengths = str(site.query_length)
-        if site.key_length != site.query_length:
-            lengths += f" -> {site.key_length}"
-        text = " + ".join(
-            part
-            for part in (
-                f"{site.text_before} before" if site.text_before else "",
-                f"{site.text_after} after" if site.text_after else "",
-            )
-            if part
-        )
-        grid = "x".join(map(str, site.grid)) if site.grid else "-"
-        here = str(site.heads) if site.ranks == 1 else f"{site.heads} of {site.ranks} ranks"
-        heads = f"{here} x {site.head_dim}" if site.heads else "-"
-        rows.append(
-            (name, site.kind, heads, lengths, grid, text or "-", site.decision, site.reason)
-        )
-    if not rows:
-        return []
-    head = ("site", "kind", "heads", "tokens", "grid", "text", "decision", "reason")
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-
-
-def _anonymous(site: InspectedSite) -> InspectedSite:
-    return InspectedSite(**{**asdict(site), "name": ""})
-
-
-def _grouped(items: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Equal items of numbered names in one: blocks.0.attn, blocks.1.attn as blocks.0-1.attn."""
-    groups: dict[Any, list[str]] = {}
-    for name, item in items:
-        pattern = re.sub(r"\d+", "*", name, count=1)
-        groups.setdefault((pattern, item), []).append(name)
-    result = []
-    for (pattern, item), names in groups.items():
-        if len(names) == 1:
-            result.append((names[0], item))
-            continue
-        numbers = sorted({int(m.group()) for n in names if (m := re.search(r"\d+", n))})
-        result.append((pattern.replace("*", _ranges(numbers), 1), item))
-    return result
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2,5"."""
-    parts = []
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        parts.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
-    return ",".join(parts)

@@ -176,7 +176,8 @@ def load_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
         PlanError: see `Plan.load`.
         OptionError: neither a plan nor a path.
     """
-    from freqopt.plan.plan import Plan, read_plan
+    from freqopt.plan.plan import Plan
+    from freqopt.plan.plan_file import read_plan
 
     if isinstance(plan, Plan):
         return plan

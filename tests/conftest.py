@@ -87,9 +87,10 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose figures are not drawn, which takes seconds: for tests of their words."""
-    monkeypatch.setattr(
-        "freqopt.reporting.sections.figure_html", lambda figure, caption="", alt="": caption
-    )
+    for module in ("sections", "model_sections"):
+        monkeypatch.setattr(
+            f"freqopt.reporting.{module}.figure_html", lambda figure, caption="", alt="": caption
+        )
 
 
 def _tensorrt_missing() -> bool:

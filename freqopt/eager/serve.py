@@ -214,6 +214,8 @@ class Server:
             if isinstance(lay, Why)
             else self._serving(form, function, args, kwargs, lay, budget)
         )
+        if isinstance(lay, Lay):
+            self.told.compiled.grids.add(lay.grid)
         tensors = tensors_of(args, kwargs)
         if isinstance(found, Why):
             self.told.dense(place.site, found)

@@ -161,14 +161,9 @@ class Handle:
 
         Of several components, each page has the component's name behind that of the file.
         """
-        from freqopt.reporting.report import report
+        from freqopt.reporting.report import report_each
 
-        target = Path(path)
-        alone = len(self.components) == 1
-        return [
-            Path(report(e.plan, target if alone else target.with_stem(f"{target.stem}-{e.name}")))
-            for e in self.components.values()
-        ]
+        return report_each(self.plans, path)
 
     def __enter__(self) -> Handle:
         return self.enable()

@@ -27,6 +27,7 @@ from freqopt.parallel.sequence import Method, attention_over_ranks
 from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.plan.plan import Plan
 from freqopt.regional import budget_at
+from freqopt.telling.outside import tell_outside
 
 
 class _Place(NamedTuple):
@@ -76,6 +77,7 @@ def over_all_keys(
         raise InputError("a plan was given, and grid, threshold or density too; it has its own")
     if budgets is not None:
         budgets.check_model(inner)
+        tell_outside(inner, budgets, (), lengths=False)
     served = _Served(inner, budgets, method, grid, {"threshold": threshold, "density": density})
     with ExitStack() as stack:
         ring = stack.enter_context(_own_attention_aside(inner))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from freqopt.errors import InputError, PlanError
 from freqopt.files import check_writable, write_atomically
 from freqopt.plan.content import PlanContent
+from freqopt.plan.text import verification
 
 SUFFIX = ".plan.json"
 PAGE = "README.md"
@@ -134,11 +135,7 @@ def page_of(plans: Mapping[str, PlanContent]) -> str:
             f"and {plan.evidence.held_out} held out; {plan.device}, torch {plan.versions.torch}, "
             f"freqopt {plan.versions.freqopt}"
         )
-        if plan.verified is not None and plan.verified.model_ms is not None:
-            line += "; a run of the model {:.4g} ms dense, {:.4g} ms split".format(
-                *plan.verified.model_ms
-            )
-        lines += [line + ".", ""]
+        lines += [f"{line}.", "", *(f"* {told}" for told in verification(plan)), ""]
     return "\n".join(lines)
 
 
@@ -152,7 +149,7 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     if path.is_dir():
         return path
     text = str(source)
-    named = text.count("/") == 1 and not text.startswith(("/", ".")) and "\\" not in text
+    named = text.count("/") == 1 and all(text.split("/")) and text[0] != "." and "\\" not in text
     if not named or path.suffix == ".json":
         raise PlanError(
             f"{text} is no folder here, and no repository of the Hugging Face Hub (owner/name)"
@@ -161,7 +158,7 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     try:
         patterns = [f"*{SUFFIX}", PAGE]
         return Path(hub.snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except OSError as error:  # what the Hub's errors are
+    except (OSError, ValueError) as error:  # what the Hub's errors are
         raise PlanError(f"{text} cannot be read from the Hugging Face Hub: {error}") from error
 
 

@@ -7,15 +7,11 @@ checked field by field, never pickle. Its hash refuses truncated and hand-edited
 from __future__ import annotations
 
 import difflib
-import functools
-import hashlib
 import html
 import importlib
 import json
-import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,33 +20,34 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from freqopt.capture.modules import match_names, module_of_site, modules_of
-from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.files import read_bounded, write_atomically
+from freqopt.files import write_atomically
 from freqopt.passes.site import Known, Source
-from freqopt.plan.content import PLAN_VERSION, some_of
 from freqopt.plan.densities import densities_of
-from freqopt.plan.file_text import content_hash, refuse_constant, write_json
+from freqopt.plan.file_text import content_hash, write_json
 from freqopt.plan.folder import ALONE
+from freqopt.plan.identity import (
+    SiteShape,
+    check_sites,
+    class_name_of,
+    model_fingerprint,
+    modules_in,
+    names_in,
+    note_difference,
+    unwrapped_model,
+)
+from freqopt.plan.plan_file import content_of, read_plan
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
 from freqopt.plan.travelling import Travelling
 
-logger = logging.getLogger(__name__)
-
-FORMAT = "freqopt-plan"
-MAX_FILE_BYTES = 64 * 2**20
-"""Ten times the largest plan that was seen; parsed it takes 27 times as much memory."""
+__all__ = ["BALANCED", "CARRY", "Plan", "model_fingerprint"]
 
 CARRY = 8
 """Largest factor, either way, between the lengths that a plan is calibrated at and used at."""
 
 BALANCED = "freqopt_balanced"
 """Attribute of a model whose heads were put in another order: budgets for the order before."""
-
-SiteShape = tuple[int, int]
-"""(heads, head_dim) of a site, all that a compiler backend can check a plan against."""
 
 
 class Plan(Travelling):
@@ -198,7 +195,7 @@ class Plan(Travelling):
             PlanError: saying what differs.
         """
         if isinstance(model, Mapping):
-            return self._check_sites(model)
+            return check_sites(self, model)
         if isinstance(model, str):
             if model != self.model.fingerprint:
                 raise PlanError(
@@ -219,10 +216,10 @@ class Plan(Travelling):
         Raises:
             PlanError: `freqopt.parallel.balance` was given this plan, and returned another.
         """
-        before = _unwrap(model).__dict__.get(BALANCED)
+        before = unwrapped_model(model).__dict__.get(BALANCED)
         if before is not None and before == {n: self.rows(n) for n in before if n in self.sites}:
             raise PlanError(
-                f"the heads of {_class_name(model)} were put in another order by "
+                f"the heads of {class_name_of(model)} were put in another order by "
                 "freqopt.parallel.balance, and this plan is for the order before: its budgets "
                 "would go to wrong heads. Use the plan that balance returned (.plan)"
             )
@@ -262,30 +259,7 @@ class Plan(Travelling):
     @classmethod
     def parse(cls, text: str, *, origin: str = "plan") -> Plan:
         """A plan from the text of its file; `origin` names it in errors (see `load`)."""
-        try:
-            content = json.loads(text, parse_constant=refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(
-                f"{origin} is not complete JSON ({error}): the file is truncated or damaged; "
-                "calibrate again or copy it anew"
-            ) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise PlanError(f"{origin} is not a plan: it lacks the field format = {FORMAT!r}")
-        for field, supported in (
-            ("version", PLAN_VERSION),
-            ("split_version", SPLIT_VERSION),
-        ):
-            if content.get(field) != supported:
-                raise PlanError(
-                    f"{origin} has {field} {content.get(field)!r} and this freqopt reads "
-                    f"{supported}: calibrate again, or install the version that wrote it"
-                )
-        stated = content.pop("hash", None)
-        if stated != content_hash(content):
-            raise PlanError(
-                f"{origin} does not match its own hash: it was edited or damaged after it was "
-                "written. Change plans in Python (Plan.load, model_copy, save) or calibrate again"
-            )
+        content = content_of(text, origin)
         try:
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
@@ -328,7 +302,7 @@ class Plan(Travelling):
 
     def names_of(self, names: Iterable[str]) -> dict[str, str]:
         """Which of the plan's sites each site of a model is, by name, where that is unique."""
-        return match_names(names, self.sites, self.evidence.dense_sites)
+        return names_in(self, names)
 
     def modules(self, model: nn.Module) -> dict[str, str]:
         """Names in `model` of the modules that the plan's sites are in, by the site's name.
@@ -336,29 +310,7 @@ class Plan(Travelling):
         Raises:
             PlanError: some are not there, or the model has more of them than were calibrated.
         """
-        modules = modules_of(model)
-        planned = {name: module_of_site(name)[0] for name in self.sites}
-        found = {plan: name for name, plan in match_names(modules, planned.values()).items()}
-        missing = [name for name, module in planned.items() if module not in found]
-        if missing:
-            raise PlanError(
-                f"this plan was calibrated for {self.model.class_name} and {_class_name(model)} has"
-                f" no module for {len(missing)} of its {len(self.sites)} sites "
-                f"({some_of(dict.fromkeys(missing))}), or more than one: it is another "
-                "architecture or depth. Calibrate this model with freqopt.calibrate()"
-            )
-        known = {module_of_site(name)[0] for name in (*self.sites, *self.evidence.dense_sites)}
-        known = {found.get(name, name) for name in known}
-        like = {(_pattern(name), type(modules[name])) for name in found.values()}
-        more = [n for n, m in modules.items() if (_pattern(n), type(m)) in like and n not in known]
-        if more:
-            raise PlanError(
-                f"this plan was calibrated for {self.model.class_name} with {len(self.sites)} sites"
-                f" and {_class_name(model)} has {len(more)} modules more of the kind "
-                f"({some_of(dict.fromkeys(more))}): it is of another depth. Calibrate this model "
-                "with freqopt.calibrate()"
-            )
-        return {name: found[module] for name, module in planned.items()}
+        return modules_in(self, model)
 
     def _site(self, name: str) -> SitePlan:
         if name in self.sites:
@@ -367,78 +319,7 @@ class Plan(Travelling):
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise PlanError(f"this plan has no site {name!r} (it has {len(self.sites)} sites){hint}")
 
-    def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
-        shared = self.names_of(sites)
-        if sites and not shared:
-            raise PlanError(
-                f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
-                f"{len(self.sites)} ({some_of(self.sites)}) of this plan for "
-                f"{self.model.class_name}: it was made for another model"
-            )
-        for name, plan_name in shared.items():
-            planned = (self.sites[plan_name].heads, self.sites[plan_name].head_dim)
-            if planned != tuple(sites[name]):
-                raise PlanError(
-                    f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
-                    f"{self.model.class_name} has {planned}: it was made for another model"
-                )
-
-
-def read_plan(path: str | os.PathLike[str]) -> str:
-    """The text of a plan's file, which may hold anything yet.
-
-    Raises:
-        PlanError: it cannot be read, is no regular file, is too large, or is no text.
-    """
-    source = Path(path)
-    try:
-        return read_bounded(source, MAX_FILE_BYTES).decode("utf-8")
-    except OSError as error:
-        raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise PlanError(f"{source} is not a plan: it is not UTF-8 text") from error
-
 
 def _calibration(name: str) -> Any:
     """A module of the calibration room, which stands above this one: found when it is called."""
     return importlib.import_module(f"freqopt.calibration.{name}")
-
-
-def note_difference(plan: Plan, model: nn.Module) -> None:
-    """Tell, once, that the model's parameters are not those that the plan was calibrated with."""
-    _note_once(
-        f"the parameters of {_class_name(model)} are not named and shaped as those of the "
-        f"{plan.model.class_name} that the plan was calibrated for (an adapter, fused or quantised "
-        f"weights, a wrapper): its {len(plan.sites)} sites are all there and keep their budgets, "
-        "whose error is verified for the calibrated weights only"
-    )
-
-
-@functools.cache
-def _note_once(note: str) -> None:
-    logger.info("%s", note)
-
-
-def _pattern(name: str) -> str:
-    """A name with its numbers left open: blocks.*.attn."""
-    return re.sub(r"\b\d+\b", "*", name)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's class name and of its parameters' names and shapes (not their values).
-
-    Fine-tuned, merged-LoRA, quantised-in-place and cast weights of one architecture share it;
-    another architecture, size or an unmerged adapter does not. 16 hexadecimal digits.
-    """
-    inner = _unwrap(model)
-    shapes = sorted((name, tuple(p.shape)) for name, p in inner.named_parameters())
-    return hashlib.sha256(repr((_class_name(inner), shapes)).encode()).hexdigest()[:16]
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _class_name(model: nn.Module) -> str:
-    return type(_unwrap(model)).__name__

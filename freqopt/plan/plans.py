@@ -13,10 +13,9 @@ from freqopt.errors import PlanError
 from freqopt.files import write_atomically
 from freqopt.plan.densities import densities_of
 from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
-from freqopt.plan.plan import Plan, read_plan
+from freqopt.plan.plan import Plan
+from freqopt.plan.plan_file import SEVERAL, read_plan
 from freqopt.plan.text import describe_all
-
-FORMAT = "freqopt-plans"
 
 
 class Plans(Mapping[str, Plan]):
@@ -51,7 +50,7 @@ class Plans(Mapping[str, Plan]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all plans into one JSON file, which replaces one only when it is complete."""
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
-        head = f'"format": {json.dumps(FORMAT)}, "version": 1'
+        head = f'"format": {json.dumps(SEVERAL)}, "version": 1'
         write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
 
     def to_densities(self) -> dict[str, Any]:
@@ -102,9 +101,9 @@ class Plans(Mapping[str, Plan]):
             content = json.loads(read_plan(source))
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not complete JSON ({error}); copy it anew") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") != SEVERAL:
             raise PlanError(
-                f"{source} does not hold plans of several models (format {FORMAT!r}); a file of "
+                f"{source} does not hold plans of several models (format {SEVERAL!r}); a file of "
                 "one plan is read by Plan.load"
             )
         plans = content.get("plans")
@@ -122,8 +121,8 @@ def read_plans(source: str | os.PathLike[str]) -> Plan | Plans:
         PlanError: none can be read there.
     """
     path = Path(source)
-    if not path.is_file():
-        return Plans.from_pretrained(source)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        several = f'"{FORMAT}"' in file.read(200)
-    return Plans.load(path) if several else Plan.load(path)
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            several = f'"{SEVERAL}"' in file.read(200)
+        return Plans.load(path) if several else Plan.load(path)
+    return Plan.load(path) if path.suffix == ".json" else Plans.from_pretrained(source)

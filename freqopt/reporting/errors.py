@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from freqopt.calibration.evidence import choices_of_plan
 from freqopt.calibration.search.allocate import Allocation, solve
@@ -35,7 +36,9 @@ from freqopt.reporting.style import (
     thin,
 )
 
-HELD = "shaded: what verification accepts"
+DENSITY = "mean density (pairs attended exactly)"
+
+ONE_THRESHOLD = "one threshold for all heads"
 
 DASHES: Any = (0, (4, 3))
 
@@ -49,40 +52,55 @@ def comparable(plan: Plan) -> list[Comparison]:
 def frontier(plan: Plan) -> Figure:
     """Output error against density: left as predicted from the heads' curves, right as measured.
 
-    Points of one shape were measured on the same samples.
+    Points of one shape were measured on the same samples. Each panel has its own axes.
     """
-    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings)
-    exact = solve(sites, 0.0, cost)
-    loosest = solve(sites, np.inf, cost)
-    highest = max(loosest.error, 1e-5)
-    targets = np.geomspace(min(highest, plan.target_error) / 20, highest, 60)
-    found = [exact, *(solve(sites, float(target), cost) for target in targets)]
-    ours = sorted({(each.density, each.error) for each in found if each.error > 0.0})
-    one = [(each.density, each.error) for each in _uniform(sites, cost) if each.error > 0.0]
-    for points, colour, label in (
-        (one, GREY, "one threshold for all heads"),
-        (ours, BLUE, "by head and timestep"),
-    ):
-        if points:
-            left.plot(*zip(*points, strict=True), color=colour, lw=2.2, label=label)
+    figure = Figure(figsize=(11.4, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines = predicted_lines(plan)
+    for label, points in lines.items():
+        colour = GREY if label == ONE_THRESHOLD else BLUE
+        left.plot(*np.array(points).T, color=colour, lw=2.2, label=label)
+    if not lines:
+        words = "not known: what heads' errors do\nto the output was not measured"
+        left.text(0.5, 0.5, words, transform=left.transAxes, ha="center", color=ORANGE)
     within = ""
     if plan.target_quantile is not None:
         within = f": {plan.target_quantile:.0%} of samples within"
     left.set(title="Predicted from the heads' curves", ylabel="relative L2 error of the output")
     right.set(title=f"Measured, the whole model{within}")
     _measured(right, plan)
+    left.set(xlabel=DENSITY, xscale="log", yscale="log")
+    left.set_ylim(bottom=plan.target_error / 30)
+    right.set(xlabel=DENSITY)
+    right.margins(0.25)
+    right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     for ax in (left, right):
-        ax.set(xlabel="mean density (pairs attended exactly)", xscale="log", yscale="log")
         if plan.target_density is not None:
             ax.axvline(plan.target_density, color=ORANGE, lw=1.2, ls=DASHES, label="target")
         elif plan.target_psnr is None:
             ax.axhline(plan.target_error, color=ORANGE, lw=1.2, ls=DASHES, label="target")
-        ax.legend(loc="lower left")
-    left.set_ylim(bottom=plan.target_error / 30)
     percent_axis(left)
+    left.legend(loc="lower left")
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def predicted_lines(plan: Plan) -> dict[str, list[tuple[float, float]]]:
+    """(density, error) along the two ways that heads' curves alone tell of; none if they do not."""
+    buckets = len(plan.timestep_edges) + 1
+    if any(len(plan.sites[name].gains) != buckets for name in plan.evidence.sites):
+        return {}
+    timed = all(timing.dense_ms > 0.0 for timing in plan.evidence.timings)
+    sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings if timed else ())
+    highest = max(solve(sites, np.inf, cost).error, 1e-5)
+    targets = np.geomspace(min(highest, plan.target_error) / 20, highest, 60)
+    ours = [solve(sites, float(target), cost) for target in [0.0, *targets]]
+    ways = {ONE_THRESHOLD: _uniform(sites, cost), "by head and timestep": ours}
+    found = {
+        label: sorted({(each.density, each.error) for each in way if each.error > 0.0})
+        for label, way in ways.items()
+    }
+    return {label: points for label, points in found.items() if points}
 
 
 def judged_error(plan: Plan) -> float:

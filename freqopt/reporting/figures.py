@@ -7,10 +7,12 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
+from freqopt.plan.curves import chunks_by_head, curve_of
 from freqopt.plan.plan import Plan
 from freqopt.reporting.style import (
     BAND_COLOURS,
     BLUE,
+    GREEN,
     MAX_LINES,
     MAX_MARKS,
     ORANGE,
@@ -29,25 +31,35 @@ LEAST_POWER = 1e-9
 
 @styled
 def error_cost_curves(plan: Plan) -> Figure:
-    """Error of each head against its density, one panel per site, with the chosen points."""
+    """Error of each head against its density, one panel per site, with the chosen points.
+
+    A head's line is that of its own order.
+    """
     names = thin(list(plan.evidence.sites))
     figure, axes = panels(len(names), sharex=True, sharey=True)
     for ax, name in zip(axes, names, strict=True):
         site, evidence = plan.sites[name], plan.evidence.sites[name]
         heads = thin(range(site.heads), MAX_LINES)
-        density = np.array(evidence.curve.density)[:, heads]
-        error = np.array(evidence.curve.error)[:, heads]
-        ax.plot(density, np.maximum(error, 1e-4), color=BLUE, lw=1.0, alpha=0.45)
-        if site.decision == "split":
+        chunks = chunks_by_head(site)
+        for head in heads:
+            curve = curve_of(evidence, chunks[head])
+            if curve is None:
+                continue
+            density, error = ([row[head] for row in rows] for rows in (curve.density, curve.error))
+            colour = GREEN if chunks[head] else BLUE
+            ax.plot(density, np.maximum(error, 1e-4), color=colour, lw=1.0, alpha=0.45)
+        if site.decision == "split" and site.density and site.error:
             chosen = [max(site.error[h], 1e-4) for h in heads]
             ax.scatter([site.density[h] for h in heads], chosen, s=16, color=ORANGE, zorder=3)
-        else:
+        elif site.decision == "dense":
             ax.text(0.5, 0.9, "dense", transform=ax.transAxes, color=ORANGE, ha="center")
         ax.set(xscale="log", yscale="log", title=short(name))
         percent_axis(ax, marks=(1.0,))
     figure.supxlabel("density (share of pairs attended exactly)")
     figure.supylabel("relative L2 error of the head")
-    legend(figure, {"measured": BLUE, "chosen": ORANGE})
+    by_content = any(any(plan.sites[name].chunks) for name in names)
+    orders = {"measured, by content": GREEN} if by_content else {}
+    legend(figure, {"measured": BLUE, **orders, "chosen": ORANGE})
     return figure
 
 

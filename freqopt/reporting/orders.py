@@ -17,7 +17,7 @@ from freqopt.plan.plan import Plan
 from freqopt.reporting.maps import label_map, map_height, unknown
 from freqopt.reporting.style import GRID, INK, MAX_MARKS, Array, styled, thin
 
-SHADES = ("#b9c3cd", "#9cc3e4", "#4b93c9", "#0b62a4", "#083d66", "#3b2a66")
+SHADES = ("#d8dde3", "#8dbbe0", "#3f8ac6", "#0b5794", "#072f52", "#3b2a66")
 """Of the grid's order, and of chunks that are ordered by content from small to large."""
 
 
@@ -81,7 +81,7 @@ def order_maps(plan: Plan) -> Figure:
     known = bought(plan)
     figure = Figure(figsize=(9.6, map_height(len(names)) + 0.3), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _orders(left, plan, names)
+    _orders(figure, left, plan, names)
     ratios = unknown(plan, names)
     for row, name in enumerate(names):
         for head, each in enumerate(known.get(name, [])[: ratios.shape[1]]):
@@ -90,7 +90,7 @@ def order_maps(plan: Plan) -> Figure:
     return figure
 
 
-def _orders(ax: Axes, plan: Plan, names: Sequence[str]) -> None:
+def _orders(figure: Figure, ax: Axes, plan: Plan, names: Sequence[str]) -> None:
     used = sorted({c for name in names for c in plan.sites[name].chunks} | {0})
     values = unknown(plan, names)
     for row, name in enumerate(names):
@@ -115,7 +115,7 @@ def _orders(ax: Axes, plan: Plan, names: Sequence[str]) -> None:
     ]
     if any(plan.sites[name].decision == "dense" for name in names):
         handles.append(Patch(facecolor="white", edgecolor=GRID, hatch="////", label="dense"))
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2)
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
 
 
 def _ratios(figure: Figure, ax: Axes, plan: Plan, names: Sequence[str], values: Array) -> None:
@@ -142,7 +142,9 @@ def _ratios(figure: Figure, ax: Axes, plan: Plan, names: Sequence[str], values: 
         if chunk
     ]
     if dots:
-        ax.scatter([x for x, _ in dots], [y for _, y in dots], s=9, color=INK, lw=0)
+        ax.scatter(
+            [x for x, _ in dots], [y for _, y in dots], s=14, color=INK, edgecolors="white", lw=0.6
+        )
 
 
 def _blank(ax: Axes, values: Array) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from freqopt.plan.plan import Plan
@@ -21,6 +21,7 @@ __all__ = [
     "figure_html",
     "plan_sections",
     "report",
+    "report_each",
     "table_html",
     "write_page",
 ]
@@ -55,6 +56,20 @@ def report(
         [*extra_sections, *plan_sections(shown)],
         notes=shown.evidence.notes,
     )
+
+
+def report_each(plans: Mapping[str, Plan], path: str | os.PathLike[str]) -> list[Path]:
+    """Write a page about each of several plans, as `report`; returns the files.
+
+    Of several, each has the name of its model behind that of the file.
+
+    Raises:
+        FileError: a page cannot be written.
+    """
+    target = Path(path)
+    if len(plans) == 1:
+        return [report(plan, target) for plan in plans.values()]
+    return [report(plan, target.with_stem(f"{target.stem}-{name}")) for name, plan in plans.items()]
 
 
 def _lead(plan: Plan) -> str:

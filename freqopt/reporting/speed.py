@@ -60,7 +60,8 @@ def speed(plan: Plan) -> Figure:
         _draw_line(left, timing, colour, label)
         left.axhline(timing.dense_ms, color=colour, lw=1.2, ls=(0, (4, 3)))
     left.set(xlabel="density (share of pairs attended exactly)", ylabel="ms, all heads")
-    left.set(xscale="log", yscale="log", title="Heads x tokens x head dim")
+    timed = any(ms > 0.0 for timing in plan.evidence.timings for _, ms in timing.points)
+    left.set(xscale="log", yscale="log" if timed else "linear", title="Heads x tokens x head dim")
     percent_axis(left)
     left.legend(loc="center left")
     times = list(site_times(plan).values())
@@ -68,7 +69,7 @@ def speed(plan: Plan) -> Figure:
         right.set_visible(False)
         return figure
     dense, measured, modelled = np.array(times).T
-    top = 1.08 * max(measured.max(), modelled.max())
+    top = 1.08 * max(measured.max(), modelled.max()) or 1.0
     right.plot([0, top], [0, top], color=ORANGE, lw=1.2, ls=(0, (4, 3)))
     right.scatter(modelled, measured, s=22, color=BLUE, alpha=0.7)
     right.set(xlim=(0, top), ylim=(0, top), xlabel="ms by the model of costs")

@@ -18,9 +18,10 @@ from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.options import Options
 from freqopt.telling import running
 from freqopt.telling.outermost import outermost_call
+from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
-from freqopt.telling.watching import TimestepRange
+from freqopt.telling.watching import TimestepRange, is_due
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -74,7 +75,8 @@ class Watch:
         self.plan, self.places = plan, dict(places)
         self.name = type(model).__name__
         self.verified = verified_errors(plan)
-        self.range = TimestepRange(plan)
+        self.range = TimestepRange(plan, model)
+        self.calls = 0
         self.line, self.whole = "", False
         self.parts = weakref.WeakSet(model.modules())
 
@@ -95,8 +97,14 @@ class Watch:
             times = named_arguments(forward_signature(model), args, kwargs).get(self.range.name)
             if isinstance(times, (Tensor, int, float)):
                 self.range.note(times)
-        if not self.whole and outermost_call() is None:  # else it is told when that is over
+        if outermost_call() is not None:  # it is told when that is over
+            return
+        if not self.whole:
             self._say(self.served())
+        self.calls += 1
+        if is_due(self.calls):
+            grids = [grid for part in self._compiled() for grid in part.grids]
+            tell_outside(model, self.plan, grids, lengths=True)
 
     def served(self) -> set[str]:
         """Sites whose budgets a split attention was called with."""
@@ -121,6 +129,10 @@ class Watch:
         budget = calls.budgets[graph.inputs.index(place)]()
         owner = None if budget is None else self.owner_of(budget)
         return None if owner is None else owner.site
+
+    def _compiled(self) -> list[Compiled]:
+        """What is known of the parts that were compiled, or are served."""
+        return [found for part, found in _parts.items() if part in self.parts]
 
     def _say(self, served: set[str]) -> None:
         found = Compiled(Options())

@@ -16,6 +16,7 @@ from freqopt.options import Options, load_plan
 from freqopt.passes.decision import Decision
 from freqopt.telling.attached import attached_to, inside_attached
 from freqopt.telling.outermost import OutermostCall, outermost_call
+from freqopt.telling.outside import tell_outside
 from freqopt.telling.verdict import Compiled, judge, say
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def gather(
     known.graphs.append(graph)
     if isinstance(call.called, nn.Module):
         graph.owner = weakref.ref(call.called)
+        if graph.range is not None:
+            graph.range.owner = graph.owner
     if isinstance(call.called, nn.Module) and inside_attached(call.called, known):
         return call.name
     attached = attached_to(call.called)
@@ -66,7 +69,7 @@ def gather(
         known.awaited = planned_in(call.called)
     if fresh or not known.said.startswith(_pending):
         known.said = _pending + known.said
-        call.at_end(lambda: _say(call.name, known, planned))
+        call.at_end(lambda: _say(call.name, known, planned, call.called, attached is not None))
     return call.name
 
 
@@ -102,10 +105,14 @@ def _breaks_since() -> list[Any]:
     return list(graph_break_reasons[start:])
 
 
-def _say(name: str, known: Compiled, plan: Plan | None) -> None:
+def _say(
+    name: str, known: Compiled, plan: Plan | None, model: object = None, lengths: bool = False
+) -> None:
     for cause in _breaks_since():
         known.add_break(cause)
     before, known.said = known.said.removeprefix(_pending), ""
     verdict = judge(name, known, plan, known.look())
     known.said = verdict.line
     say(verdict, again=verdict.line == before, strict=known.settings.strict)
+    if plan is not None and isinstance(model, nn.Module):
+        tell_outside(model, plan, known.grids, lengths=lengths)

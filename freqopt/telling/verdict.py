@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from freqopt.errors import SiteError
+from freqopt.grid import Grid
 from freqopt.options import Options
 from freqopt.passes.decision import Decision
 from freqopt.passes.reasons import Reason, Text, Why
@@ -52,7 +53,8 @@ class Compiled:
 
     settings: of the last graph. graphs: all of them. served: names of sites that were split in a
     call. awaited: names of the plan's sites in the part that was compiled, None for all. breaks:
-    (place, reason) where Dynamo left a graph, and whether a hook did it.
+    (place, reason) where Dynamo left a graph, and whether a hook did it. grids: that tokens of
+    split attention lie on, where a graph is for one.
     """
 
     settings: Options
@@ -62,12 +64,16 @@ class Compiled:
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
     said: str = ""
     awaited: set[str] | None = None
+    grids: set[Grid] = field(default_factory=set)
 
     def add(self, gm: fx.GraphModule, decisions: Iterable[Decision]) -> None:
         """Take in a graph."""
         for decision in decisions:
             cross = decision.site.kind == "cross"
             self.outcomes[decision.site.name] = Outcome(decision.split, decision.why, cross)
+            grid = decision.site.grid
+            if decision.split and grid and all(isinstance(extent, int) for extent in grid):
+                self.grids.add((int(grid[0]), int(grid[1]), int(grid[2])))
         cause = getattr(gm, "compile_subgraph_reason", None)
         if cause is not None and cause.graph_break:
             self.add_break(cause)

@@ -7,13 +7,16 @@ the computation and looked at a call later.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from freqopt.plan.text import scope_of
+from freqopt.telling.outside import TIMESTEPS, is_first
 from freqopt.telling.said import warn
 
 if TYPE_CHECKING:
@@ -146,9 +149,14 @@ class ProbeErrors:
 
 
 class TimestepRange:
-    """The timesteps that a plan was calibrated at; says once where a model is called outside."""
+    """The timesteps that a plan was calibrated at; says once where a model is called outside.
 
-    def __init__(self, plan: Plan) -> None:
+    owner: the model, of which it is said once however many graphs it has.
+    """
+
+    def __init__(self, plan: Plan, owner: nn.Module | None = None) -> None:
+        self.plan = plan
+        self.owner = None if owner is None else weakref.ref(owner)
         self.name = plan.timestep_name
         self.range = plan.timestep_range
         self.told = self.range is None
@@ -192,11 +200,14 @@ class TimestepRange:
         if not outside or not all(map(math.isfinite, outside)):
             return
         self.told = True
+        if not is_first(None if self.owner is None else self.owner(), self.plan, TIMESTEPS):
+            return
         first, last = self.range
         warn(
             f"the plan was calibrated at {self.name} {first:g} to {last:g} and is used at "
-            f"{outside[0]:g}: its error was not verified there. Calibrate with samples of these "
-            "steps; where two models share the denoising (two experts), each needs its own plan"
+            f"{outside[0]:g}: its error was not verified there, but for {scope_of(self.plan)}. "
+            "Calibrate with samples of these steps; where two models share the denoising (two "
+            "experts), each needs its own plan"
         )
 
     def covers(self, time: float) -> bool:

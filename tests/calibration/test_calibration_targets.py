@@ -57,7 +57,12 @@ def test_the_plan_says_what_every_held_out_sample_did(tmp_path: Path) -> None:
     assert plan.worst_error == errors.max() > errors.min()
     assert verified.spread == pytest.approx(errors.std(), rel=1e-3)
     assert (verified.dtype, verified.quantile_error, verified.model_ms) == ("float32", None, None)
-    assert f"{plan.worst_error:.4f} at worst" in str(plan)
+    assert verified.adapters == [] and len(plan.evidence.compared) >= 2
+    assert [each.taken for each in plan.evidence.compared].count(True) == 1
+    assert all(0.0 < each.cost < 2.0 for each in plan.evidence.compared)
+    text = str(plan)
+    assert f"{plan.worst_error:.4f} worst" in text and "float32; no adapter" in text
+    assert all(f"{error:.4f}" in text for error in errors)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 

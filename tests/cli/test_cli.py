@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_plans import full_plan
 from torch import nn
 
 from freqopt import doctor
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.cli import app as cli
+from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.errors import InputError, OptionError, PlanError
 from freqopt.plan.plan import Plan
+from freqopt.plan.plans import Plans
 
 FACTORY = '''
 """A one-layer video transformer over tokens of a (4, 8, 8) grid, as a user would write it."""
@@ -108,6 +111,21 @@ def test_calibrate_and_report(work: Path, run: Run) -> None:
     assert "Tiny" in page and "<script src" not in page
 
 
+def test_several_experts_have_a_page_each(work: Path, run: Run) -> None:
+    plans = Plans({"transformer": full_plan(), "transformer_2": full_plan()})
+    plans.save(work / "plans.json")
+    done = run("report", "plans.json", "-o", "pages/wan.html")
+    assert done.returncode == 0, done.stderr
+    names = sorted(page.name for page in (work / "pages").iterdir())
+    assert names == ["wan-transformer.html", "wan-transformer_2.html"]
+    told = json.loads(run("report", "plans.json", "--json").stdout)
+    assert {name: each["format"] for name, each in told.items()} == dict.fromkeys(
+        plans, "freqopt-plan"
+    )
+    with pytest.raises(PlanError, match="plans of several models: read it with freqopt.Plans.load"):
+        Plan.load(work / "plans.json")
+
+
 def test_inspect_prints_the_sites(run: Run) -> None:
     command = ("inspect", "models.py:make", "--samples", "samples.safetensors")
     done = run(*command)
@@ -137,14 +155,14 @@ def test_missing_cuda_is_said(run: Run) -> None:
     done = run("demo", "--device", "cuda")
     assert done.returncode == cli.BAD_INPUT and "no CUDA" in done.stderr
     with pytest.raises(OptionError, match="no CUDA"):
-        cli.choose_device("cuda:1")
+        choose_device("cuda:1")
 
 
 def test_models_are_found_by_module_and_by_file(work: Path) -> None:
     for text in ("models.py:make", "models:make", "models:READY"):
-        model = cli.load_model(text)
+        model = load_model(text)
         assert type(model).__name__ == "Tiny" and not model.training
-    assert isinstance(cli.load_model("torch.nn:Identity"), nn.Identity)
+    assert isinstance(load_model("torch.nn:Identity"), nn.Identity)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +177,13 @@ def test_models_are_found_by_module_and_by_file(work: Path) -> None:
 )
 def test_a_wrong_model_is_refused(work: Path, text: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        cli.load_model(text)
+        load_model(text)
 
 
 def test_a_defect_inside_a_users_module_is_not_called_a_missing_one(work: Path) -> None:
     (work / "wanting.py").write_text("import surely_not_installed_anywhere\n")
     with pytest.raises(InputError, match="ModuleNotFoundError.*surely_not_installed"):
-        cli.load_model("wanting:make")
+        load_model("wanting:make")
 
 
 def test_an_error_of_the_users_factory_is_shown_as_theirs_in_two_lines(
@@ -220,13 +238,13 @@ def test_json_for_other_programs(run: Run) -> None:
 
 @pytest.mark.parametrize("text", ["21,30,52", "21x30x52", "21, 30, 52"])
 def test_grids(text: str) -> None:
-    assert cli.parse_grid(text) == (21, 30, 52)
+    assert parse_grid(text) == (21, 30, 52)
 
 
 @pytest.mark.parametrize("text", ["", "1,2", "1,2,3,4", "a,b,c", "0,2,3", "-1,2,3", "1.5,2,3"])
 def test_a_wrong_grid_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="t,h,w"):
-        cli.parse_grid(text)
+        parse_grid(text)
 
 
 @pytest.mark.smoke

@@ -171,7 +171,8 @@ PLAN = object()
         ({"plan": PLAN}, PlanError, "each needs a plan of its own"),
         ({"plan": {"transformer": PLAN}}, PlanError, "no plan for transformer_2"),
         ({"plan": 3}, OptionError, "not int"),
-        ({"plan": "nowhere.json"}, PlanError, "no folder here"),
+        ({"plan": "nowhere.json"}, PlanError, "No such file"),
+        ({"plan": "nowhere/"}, PlanError, "no folder here"),
     ],
 )
 def test_arguments_are_checked_before_anything_runs(

@@ -21,7 +21,8 @@ from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.errors import FreqoptError
 from freqopt.exporters.manifest import Artifact, write_manifest
-from freqopt.plan.plan import Plan, content_hash
+from freqopt.plan.file_text import content_hash
+from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 
 FEW, MANY = 250, 20_000

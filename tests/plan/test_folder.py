@@ -121,8 +121,17 @@ def test_a_plan_moves_along_its_curves(calibrated: Plan) -> None:
     assert errors == sorted(errors) and errors[0] < errors[2]
     assert not known[0].predicted and known[0].verified is not None
     for plan in known:
+        verified = plan.verified
+        assert verified is not None and verified.adapters == [] and verified.dtype == "float32"
+        assert len(verified.sample_errors) == 2 and "not verified" not in str(plan)
         with freqopt.optimize(models.make(), plan, route="eager") as handle, torch.no_grad():
             out, dense = handle.components["model"].model(**samples[0]), model(**samples[0])
+            way = handle.components["model"].way
+            seen = way.densities()
+        assert set(seen) == {n for n, site in plan.sites.items() if site.decision == "split"}
+        for name, density in seen.items():
+            share = math.fsum(plan.sites[name].density) / plan.sites[name].heads
+            assert math.isclose(density, share, rel_tol=1e-3), "not as measured"
         assert math.isclose(
             float((out - dense).norm() / dense.norm()), plan.measured_error, rel_tol=1e-3
         )

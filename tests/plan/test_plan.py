@@ -18,7 +18,17 @@ from freqopt.errors import PlanError
 from freqopt.plan.content import PLAN_VERSION
 from freqopt.plan.file_text import content_hash
 from freqopt.plan.plan import Plan, model_fingerprint
-from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Trial, Versions
+from freqopt.plan.plans import Plans
+from freqopt.plan.records import (
+    Budget,
+    Evidence,
+    ModelIdentity,
+    SitePlan,
+    Trial,
+    Verified,
+    Versions,
+)
+from freqopt.plan.text import MOST_ERRORS
 
 
 class Tiny(nn.Module):
@@ -326,3 +336,66 @@ def test_check_model() -> None:
         plan.check_model({"layers.0": (2, 64)})
     with pytest.raises(PlanError, match=r"\(4, 64\)"):
         plan.check_model({"blocks.0.attn": (4, 64)})
+
+
+VERIFIED: dict[str, Any] = {
+    "sample_errors": [0.02, 0.035, 0.027],
+    "sample_timesteps": [900.0, 20.0, 500.0],
+    "spread": 0.0061,
+    "quantile_error": 0.035,
+    "dtype": "bfloat16",
+    "adapters": ["style"],
+    "model_ms": (300.0, 150.0),
+}
+
+
+def test_the_text_says_exactly_what_was_verified() -> None:
+    times: dict[str, Any] = {"timestep_name": "timestep", "timestep_range": (15.0, 980.0)}
+    text = str(make_plan(verified=Verified(**VERIFIED), target_quantile=0.9, **times))
+    assert "output error 0.0280 (target 0.03 for 90% of inputs)" in text
+    assert (
+        "verified on 3 samples: error 0.0280 root mean square, 0.0290 worst, 0.0200 best, "
+        "standard deviation 0.0061; 90% of them within 0.0350\n"
+        "verified for: grids 4x8x8; timestep 15 to 980; bfloat16; adapters style\n"
+        "errors by sample (at timestep): 0.0200 (900), 0.0350 (20), 0.0270 (500)\n"
+        "whole model 300 ms dense, 150 ms split\n"
+    ) in text
+
+
+def test_of_many_samples_the_worst_are_listed() -> None:
+    many = {**VERIFIED, "sample_errors": [i / 1000 for i in range(60)], "sample_timesteps": []}
+    text = str(make_plan(verified=Verified(**many)))
+    (line,) = (line for line in text.splitlines() if line.startswith("errors of"))
+    assert line.startswith(f"errors of the {MOST_ERRORS} worst samples: 0.0360, 0.0370")
+    assert line.endswith("0.0590") and line.count(",") == MOST_ERRORS - 1
+
+
+def test_a_verification_has_a_timestep_for_each_sample_or_none() -> None:
+    with pytest.raises(ValueError, match="one timestep for each sample"):
+        Verified(**{**VERIFIED, "sample_timesteps": [1.0]})
+
+
+def test_the_text_says_which_heads_are_ordered_by_content() -> None:
+    sites = dict(make_plan().sites)
+    for chunks, words in (([0, 0], "grid"), ([1024, 0], "content 1 of 2"), ([1024], "content")):
+        sites["blocks.0.attn"] = sites["blocks.0.attn"].model_copy(update={"chunks": chunks})
+        row = next(x for x in str(make_plan(sites=sites)).splitlines() if x.startswith("blocks.0"))
+        assert f"split     {words} " in row
+
+
+def test_plans_of_several_experts_are_told_side_by_side() -> None:
+    noisy: dict[str, Any] = {"timestep_name": "timestep", "timestep_range": (875.0, 1000.0)}
+    plans = Plans(
+        {
+            "transformer": make_plan(component="transformer", **noisy),
+            "transformer_2": make_plan(component="transformer_2", predicted=True),
+        }
+    )
+    text = str(plans)
+    lines = text.splitlines()
+    assert lines[0].split() == "model class timesteps samples error worst density split".split()
+    assert lines[1].startswith("transformer    Tiny   875 to 1000  3 + 1 held out")
+    assert "0.0280 predicted" in lines[2] and "1 of 2 sites" in lines[2]
+    for name, plan in plans.items():
+        assert f"\n\n{name}\n{'-' * len(name)}\n{plan}" in text
+    assert plans._repr_html_().startswith("<pre>model")

@@ -10,7 +10,7 @@ from small_plans import full_plan
 
 from freqopt.errors import PlanError
 from freqopt.options import load_plan
-from freqopt.plan import plan as plans
+from freqopt.plan import plan_file as plans
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.shown import say, shown, shown_lines

@@ -35,7 +35,7 @@ from freqopt.plan.records import (
     Versions,
 )
 from freqopt.reporting.errors import frontier, judged_error, sample_errors
-from freqopt.reporting.figures import probe_scatter
+from freqopt.reporting.figures import error_cost_curves, probe_scatter
 from freqopt.reporting.maps import heat_maps, timestep_maps
 from freqopt.reporting.orders import bought, order_maps
 from freqopt.reporting.report import Section, _cards, figure_html, report, table_html
@@ -289,11 +289,11 @@ def test_timestep_maps_read_each_buckets_curve_at_the_plans_threshold() -> None:
 
 
 def test_frontier_of_calibrated_budgets_is_never_above_the_uniform_one() -> None:
-    left = frontier(make_plan()).axes[0]
+    left = frontier(with_orders(make_plan())).axes[0]
     lines = {line.get_label(): line.get_xydata() for line in left.lines}
     ours, uniform = lines["by head and timestep"], lines["one threshold for all heads"]
     assert (np.diff(ours[:, 0]) >= 0).all() and (np.diff(ours[:, 1]) <= 1e-12).all()
-    assert (np.diff(uniform[:, 0]) <= 0).all(), "one line, not one for each order"
+    assert (np.diff(uniform[:, 1]) <= 1e-12).all(), "a line for each order, joined"
     # Past the last but one sites go dense, which jumps.
     compared = [(d, error) for d, error in uniform if ours[0, 0] < d < ours[-2, 0]]
     assert len(compared) >= 5
@@ -430,8 +430,7 @@ def test_order_maps_show_the_orders() -> None:
     np.testing.assert_array_equal(orders[0], [0, 0, 1])
     assert np.isnan(np.ma.filled(orders[1], np.nan)).all(), "a dense site has no order"
     np.testing.assert_allclose(ratios[0], [-1, -1, -1], atol=1e-9)  # in powers of two
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "grid",
         "content, chunks of 1,024",
@@ -446,6 +445,13 @@ def test_pages_say_what_orders_buy(tmp_path: Path) -> None:
     assert "2 of 3 heads keep the grid" in text and "content 1 of 3" in text
     report(make_plan(), tmp_path / "grid.html")
     assert "Order per head" not in (tmp_path / "grid.html").read_text()
+
+
+def test_curves_are_those_of_a_heads_own_order() -> None:
+    lines = error_cost_curves(with_orders(make_plan())).axes[0].lines
+    by_grid = error_cost_curves(make_plan()).axes[0].lines
+    factors = [np.divide(a.get_ydata(), b.get_ydata()) for a, b in zip(lines, by_grid, strict=True)]
+    np.testing.assert_allclose([np.median(each) for each in factors], [1, 1, 0.5], rtol=1e-6)
 
 
 def test_timestep_maps_read_a_heads_own_order() -> None:
