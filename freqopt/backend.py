@@ -200,7 +200,9 @@ def _is_missed(settings: Options, decision: Decision) -> bool:
     if decision.split:
         return False
     if decision.why.reason in UNREAD:
-        return not is_shorter(site.query_length, least_tokens(settings, site), guard=False)
+        return site.kind != "cross" and not is_shorter(
+            site.query_length, least_tokens(settings, site), guard=False
+        )
     if site.kind not in OURS or site.grid is None:
         return False
     by_plan = settings.plan is not None and site.eligible
