@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from freqopt.capture.modules import match_names, module_of_site, modules_of
+from freqopt.capture.modules import base_name, match_names, module_of_site, modules_of
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
 from freqopt.files import read_bounded, write_atomically
@@ -360,6 +360,14 @@ class Plan(Travelling):
     def _check_sites(self, sites: Mapping[str, SiteShape]) -> None:
         shared = self.names_of(sites)
         if sites and not shared:
+            twice = [n for n in self.sites if sum(_fits(name, n) for name in sites) > 1]
+            if twice:
+                ends = dict.fromkeys(name for name in sites if _fits(name, twice[0]))
+                raise PlanError(
+                    f"the sites of this plan for {self.model.class_name} are in this graph more "
+                    f"than once ({some_of(ends)}): one plan serves one model, so compile each "
+                    "model by itself, with its own plan, or call freqopt.attach for each"
+                )
             raise PlanError(
                 f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
                 f"{len(self.sites)} ({some_of(self.sites)}) of this plan for "
@@ -372,6 +380,11 @@ class Plan(Travelling):
                     f"site {name!r} has (heads, head_dim) {tuple(sites[name])} and this plan for "
                     f"{self.model.class_name} has {planned}: it was made for another model"
                 )
+
+
+def _fits(name: str, planned: str) -> bool:
+    """Whether a name ends in that of a plan's site, as within a wrapper."""
+    return base_name(name).endswith(f".{planned}")
 
 
 def read_plan(path: str | os.PathLike[str]) -> str:
