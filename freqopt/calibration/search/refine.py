@@ -138,7 +138,7 @@ class Refinement:
     bench: Workbench
     references: list[Reference]
     rounds: int | None = None
-    passes: int | None = None
+    passes: float | None = None
     quantile: float | None = None
     units: list[Unit] = field(default_factory=list)
     neighbours: dict[int, Neighbours] = field(default_factory=dict)
