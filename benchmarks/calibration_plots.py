@@ -14,7 +14,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    from freqopt.reporting.figures import BLUE, GREY, ORANGE, STYLE, percent_axis
+    from freqopt.reporting.style import BLUE, GREY, ORANGE, STYLE, percent_axis
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 4.8), layout="constrained")

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from freqopt.capture.call_grids import CallGrids
 from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
-from freqopt.decisions import grids_of, is_shorter, least_tokens
+from freqopt.decisions import grids_of, is_shorter, least_tokens, records_cuda_graphs
 from freqopt.errors import FreqoptError, SiteError, through_compiler
 from freqopt.options import Compiled, Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
@@ -31,6 +32,7 @@ from freqopt.reuse import compile_reusing
 from freqopt.telling.attached import verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
+from freqopt.telling.watching import MOST_KEPT
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ def freqopt_backend(
         compiled: Compiled = compile_reusing(inner, graph_of_part, inputs, settings.reuse_order)
     else:
         compiled = inner(graph_of_part, inputs)
-    return calls.reading(part.fed(counted(compiled, graph)))
+    feed = part.feeding.feed() if part.inputs else None
+    return calls.reading(counted(compiled, graph, feed))
 
 
 def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -> Graph:
@@ -124,15 +127,23 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         for index, decision in enumerate(decisions)
         if id(decision) in placed and decision.probes and decision.site.device == device
     }
-    graph = graph_of(gm, decisions, watch_probes(gm, watched))
+    graph = graph_of(gm, decisions, watch_probes(gm, watched), _most_kept(settings, device))
     if part.plan is not None:
         graph.names = part.plan.names_of([d.site.name for d in decisions])
         graph.verified = verified_errors(part.plan)
         if part.inputs:
-            graph.site_of = _weakly(part.site_of)
+            graph.site_of = _weakly(part.feeding.site_of)
         graph = with_timesteps(graph, gm, part.plan)
     graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
     return graph
+
+
+def _most_kept(settings: Options, device: torch.device | None) -> int:
+    """Calls whose outputs may be kept: one where CUDA graphs write them anew, or may do so."""
+    known = settings.inner in ("inductor", "eager", "aot_eager")
+    if device is None or device.type == "cpu" or (known and not records_cuda_graphs(settings)):
+        return MOST_KEPT
+    return 1
 
 
 def _weakly(tell: Callable[[Tensor], str | None]) -> Callable[[Tensor], str | None]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture import under_way
 from freqopt.capture.modules import base_name, module_of, module_of_site, modules_of
 from freqopt.errors import PlanError
 from freqopt.options import load_plan
@@ -150,9 +151,8 @@ def _put(
         places.append((module, nth, plan.budgets(site)))
     selector = _Selector(places, plan.timestep_name, plan.timestep_edges)
     _hook(root, SELECTS, selector)
-    if selector.name is not None:
-        root._forward_hooks[ENDS] = selector.end
-        root._forward_hooks_always_called[ENDS] = True
+    root._forward_hooks[ENDS] = selector.end
+    root._forward_hooks_always_called[ENDS] = True
     sites = {site: (m, attribute_of(nth)) for site, (m, nth) in handle.places.items()}
     watch(root, plan, sites)
     inner.__dict__[HANDLE] = handle
@@ -219,7 +219,10 @@ def _root_of(names: dict[str, str]) -> str:
 
 
 class _Selector:
-    """Forward pre-hook of a model: puts the budgets of the call's timestep on its modules."""
+    """Forward pre-hook of a model: puts the budgets of the call's timestep on its modules.
+
+    It notes the call too, of which parts of the model then ask.
+    """
 
     def __init__(
         self,
@@ -239,6 +242,7 @@ class _Selector:
         if self.name is not None and not compiling:
             self.turns.begin()
         if not compiling:
+            under_way.begin(model)
             self._follow(model)
         if self.name is None:
             return
@@ -273,7 +277,10 @@ class _Selector:
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: the call is over, well or not."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        under_way.end(model)
+        if self.name is not None:
             self.turns.end()
 
     def _follow(self, model: nn.Module) -> None:

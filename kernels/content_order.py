@@ -21,6 +21,9 @@ RANK = 32
 STEPS = 2
 """Steps of the subspace iteration that finds them."""
 
+LEAST_VARIANCE = 1e-6
+"""Of a channel, relative to the sum of all, in what the iteration starts from."""
+
 SAMPLES = 512
 """Tokens at most, evenly spaced in base order, that they are found on."""
 
@@ -66,9 +69,13 @@ def directions_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
     if dim <= RANK:
         axes = torch.eye(dim, device=tokens.device, dtype=torch.float32).expand_as(covariance)
         return axes / scale.sqrt(), mean
-    axes = signs(dim, RANK, tokens.device).expand(*tokens.shape[:2], dim, RANK)
+    covariance = covariance / scale
+    # Every channel weighs alike at first: a few of large variance, which real models have, would
+    # leave of the others what float32 keeps beside them.
+    variance = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=LEAST_VARIANCE)
+    axes = signs(dim, RANK, tokens.device) / variance[..., None]
     for _ in range(STEPS):
-        axes = orthonormal(covariance / scale @ axes)
+        axes = orthonormal(covariance @ axes)
     return axes / scale.sqrt(), mean
 
 

@@ -15,7 +15,7 @@ import torch
 
 from freqopt.kernels.content_order import LEAF, RANK, SEGMENT_SAMPLES
 from freqopt.kernels.forward import density, order, probe, routing, summaries
-from freqopt.kernels.forward.density import RANK_BITS
+from freqopt.kernels.forward.density import RANK_BITS, RANK_BITS_ANEW
 from freqopt.kernels.forward.long import ROUTE_STEP
 from freqopt.kernels.hopper import attend as gluon_attend
 from freqopt.kernels.hopper import gather as gluon_gather
@@ -300,7 +300,7 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
     few = {"num_warps": 4, "num_stages": 3}
     route = Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
     yield route.with_defaults()
-    for bits, below in RANK_BITS:
+    for bits, below in (*RANK_BITS, *RANK_BITS_ANEW):
         constants = {"BITS": bits, "BELOW": below, "CELLS": density.CELLS}
         name = f"rank_{below}"
         counting = Specialised(

@@ -206,12 +206,17 @@ class Site:
         return self.heads if self.share is None or not self.share.heads else self.share.heads
 
     @property
-    def at_call(self) -> bool:
-        """Whether its grid is read at every call, so that no size is known to be of it."""
+    def read_at_call(self) -> list[fx.Node]:
+        """What is read at every call for its grid: 0 where the call tells none."""
         parts = [
             p for a in self.grid_arguments for p in (a.parts if isinstance(a, Product) else (a,))
         ]
-        return any(isinstance(part, Value) for part in parts)
+        return [part.node for part in parts if isinstance(part, Value)]
+
+    @property
+    def at_call(self) -> bool:
+        """Whether its grid is read at every call, so that no size is known to be of it."""
+        return bool(self.read_at_call)
 
     @property
     def eligible(self) -> bool:

@@ -88,7 +88,7 @@ def _seeds() -> Iterator[None]:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose figures are not drawn, which takes seconds: for tests of their words."""
     monkeypatch.setattr(
-        "freqopt.reporting.report.figure_html", lambda figure, caption="", alt="": caption
+        "freqopt.reporting.sections.figure_html", lambda figure, caption="", alt="": caption
     )
 
 

@@ -14,6 +14,7 @@ from freqopt.exporters.onnx.body import DOMAIN
 from freqopt.exporters.onnx.graph import Nodes, Value
 from freqopt.kernels.content_order import (
     LEAF,
+    LEAST_VARIANCE,
     RANK,
     SAMPLES,
     SEGMENT_SAMPLES,
@@ -90,9 +91,10 @@ class _Tree:
         unit = self.unit(self.dim)
         scale = self.trace_of(covariance, unit)
         many = self.dim > RANK
-        start = n.where(many, self.signs(self.dim, self.rank), unit.slice(1, 0, self.rank))
-        start = start.expand(self.batch, self.heads, 1, 1)
         scaled = covariance / scale
+        variance = (scaled * unit).sum(3, keep=True).maximum(LEAST_VARIANCE)
+        signs = self.signs(self.dim, self.rank) / variance
+        start = n.where(many, signs, unit.slice(1, 0, self.rank))
 
         def iterate(_: Value, axes: Value) -> list[Value]:
             return [self.orthonormal(scaled @ axes)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import freqopt
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS, Array
 from freqopt.calibration.measure.readings import MeasuredSite, SpectrumSums, Sums
+from freqopt.calibration.samples import Sample
 from freqopt.calibration.search.allocate import SiteChoice
 from freqopt.calibration.search.choices import HeadCurves, SiteChoices, join_curves, make_choices
 from freqopt.calibration.search.cost import CostModel, MeasuredCost
@@ -29,15 +30,18 @@ from freqopt.calibration.search.verify import (
 )
 from freqopt.calibration.search.video import decibels_of
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.capture.conditions import adapters_of, dtype_of
 from freqopt.passes.site import Known
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     BucketCurves,
     Budget,
+    Comparison,
     ContentCurve,
     Curve,
     Evidence,
     ModelIdentity,
+    Record,
     SiteEvidence,
     SiteLayout,
     SitePlan,
@@ -47,6 +51,8 @@ from freqopt.plan.records import (
     Verified,
     Versions,
 )
+
+Kind = TypeVar("Kind", bound=Record)
 
 DIGITS = 5
 MAX_PSNR = 200.0
@@ -69,6 +75,7 @@ class PlanFacts:
     rounding: float
     outcome: Outcome
     trials: Sequence[Trial]
+    compared: Sequence[Comparison]
     error: Trial
     goal: Goal
     times: Mapping[str, tuple[float, float]]
@@ -97,7 +104,9 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
         measured_error=error,
         worst_error=_round(max(errors)),
         target_quantile=goal.quantile,
-        verified=_verified(model, facts),
+        verified=verified_on(
+            model, errors, samples.held_out, quantile=goal.quantile, model_ms=facts.model_ms
+        ),
         target_psnr=goal.psnr,
         target_density=goal.density,
         measured_psnr=psnr,
@@ -113,7 +122,8 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
             rounding_error=_round(facts.rounding),
             bucket_samples=samples.bucket_samples,
             timings=[_rounded_timing(timing) for timing in survey.timings.values()],
-            trials=[_rounded_trial(trial) for trial in facts.trials],
+            trials=[_rounded(trial) for trial in facts.trials],
+            compared=[_rounded(each) for each in facts.compared],
             dense_sites=dict(survey.dense_sites),
             sites={
                 name: _site_evidence(site, facts.times.get(name)) for name, site in measured.items()
@@ -122,15 +132,25 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
     )
 
 
-def _verified(model: nn.Module, facts: PlanFacts) -> Verified:
-    errors, quantile, times = facts.error.sample_errors, facts.goal.quantile, facts.model_ms
-    parameter = next(model.parameters(), None)
+def verified_on(
+    model: nn.Module,
+    errors: Sequence[float],
+    samples: Sequence[Sample],
+    *,
+    quantile: float | None = None,
+    model_ms: tuple[float, float] | None = None,
+) -> Verified:
+    """What is kept of a verification. errors: of the model's output, of each of the samples."""
+    times = [sample.timestep for sample in samples]
+    known = [_round(time) for time in times if time is not None]
     return Verified(
         sample_errors=[_round(x) for x in errors],
+        sample_timesteps=known if len(known) == len(errors) else [],
         spread=_round(float(np.std(errors))),
         quantile_error=None if quantile is None else _round(quantile_of(errors, quantile)),
-        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        model_ms=None if times is None else (_round(times[0]), _round(times[1])),
+        dtype=dtype_of(model),
+        adapters=adapters_of(model),
+        model_ms=None if model_ms is None else (_round(model_ms[0]), _round(model_ms[1])),
     )
 
 
@@ -309,12 +329,15 @@ def _rounded_timing(timing: SiteTiming) -> SiteTiming:
     )
 
 
-def _rounded_trial(trial: Trial) -> Trial:
-    rounded: dict[str, Any] = {
-        name: [_round(x) for x in value] if isinstance(value, list) else _round(value)
-        for name, value in trial.model_dump().items()
-    }
-    return Trial(**rounded)
+def _rounded(record: Kind) -> Kind:
+    """A record whose numbers are rounded."""
+    changed: dict[str, Any] = {}
+    for name, value in record:
+        if isinstance(value, list):
+            changed[name] = [_round(x) for x in value]
+        elif isinstance(value, float):
+            changed[name] = _round(value)
+    return record.model_copy(update=changed)
 
 
 def _round(value: float) -> float:

@@ -7,6 +7,7 @@ error in milliseconds; how far off they are only a run of the model tells.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from freqopt.calibration.evidence import choices_of_plan, dense_reason
+from freqopt.calibration.evidence import choices_of_plan, dense_reason, verified_on
+from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.ladder import ORDERS, Array
 from freqopt.calibration.measure.requests import SiteThresholds, Split
 from freqopt.calibration.runner import opened, relative_error
@@ -22,12 +24,15 @@ from freqopt.calibration.samples import Samples, collect_samples
 from freqopt.calibration.search.allocate import SiteChoice, solve
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import cost_model
-from freqopt.calibration.search.verify import chunks_of, root_mean_square
+from freqopt.calibration.search.verify import chunks_of, mean_over_runs, root_mean_square
 from freqopt.calibration.search.workbench import Reference
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError, PlanError
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import Budget, SitePlan, Verified
+from freqopt.plan.records import Budget, SitePlan
+
+UNVERIFIED = "predicted, not verified"
+"""What notes about a moved plan end in, until it is verified."""
 
 FURTHEST = 4.0
 """Times the measured error, either way, that a prediction goes to."""
@@ -65,7 +70,7 @@ def moved(plan: Plan, target_error: float) -> Plan:
     error = found.error * ratio
     note = (
         f"moved from output error {plan.measured_error:.3g} to {error:.3g} along the measured "
-        "curves: predicted, not verified"
+        f"curves: {UNVERIFIED}"
     )
     evidence = plan.evidence.model_copy(update={"notes": [*plan.evidence.notes, note]})
     return plan.model_copy(
@@ -98,26 +103,56 @@ def verified(plan: Plan, model: nn.Module, samples: Samples) -> Plan:
         for name, site in plan.sites.items()
         if site.decision == "split"
     }
-    errors = []
+    errors, runs = [], []
     with opened(inner, asked, None, plan.seed) as runner:
         for sample in both:
             dense = Reference(runner, sample).compute()
-            split = runner.run(sample, Split(thresholds)).output
-            errors.append(relative_error(split, dense))
-    parameter = next(inner.parameters(), None)
-    kept = Verified(
-        sample_errors=errors,
-        spread=float(np.std(errors)),
-        dtype="none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
-    )
+            result = runner.run(sample, Split(thresholds))
+            errors.append(relative_error(result.output, dense))
+            runs.append(result.densities)
+        layouts = runner.layouts.values()
+    grids = {(t, h, w) for known in layouts for (t, h, w, *_), _ in known}
+    densities = {name: _row(rows.numpy()) for name, rows in mean_over_runs(runs).items()}
+    sites = {
+        name: site.model_copy(update={"density": densities[name]}) if name in densities else site
+        for name, site in plan.sites.items()
+    }
+    notes = [note for note in plan.evidence.notes if not note.endswith(UNVERIFIED)]
     return plan.model_copy(
         update={
             "measured_error": root_mean_square(errors),
             "worst_error": max(errors),
-            "verified": kept,
+            "verified": verified_on(inner, errors, both, quantile=plan.target_quantile),
             "predicted": False,
+            "grids": sorted({*plan.grids, *grids}),
+            "timestep_range": _joined(plan.timestep_range, found.timestep_range),
+            "mean_density": _mean_density(plan, densities),
+            "sites": sites,
+            "evidence": plan.evidence.model_copy(update={"notes": notes}),
         }
     )
+
+
+def _joined(
+    first: tuple[float, float] | None, second: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    """The range over two of them."""
+    if first is None or second is None:
+        return first or second
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
+def _mean_density(plan: Plan, densities: Mapping[str, Sequence[float]]) -> float:
+    """Density over the sites that a plan knows the cost of. densities: by head, of those split."""
+    measured = plan.evidence.sites
+    cost, weights = cost_model(plan.evidence.timings if measured else ()), {}
+    for name in measured or plan.sites:
+        site = plan.sites[name]
+        shape = AttentionShape(site.heads, site.tokens, site.head_dim)
+        weights[name] = cost.dense(shape) * site.heads
+    shares = {name: math.fsum(rows) / len(rows) for name, rows in densities.items()}
+    spent = math.fsum(weight * shares.get(name, 1.0) for name, weight in weights.items())
+    return spent / math.fsum(weights.values())
 
 
 def _predicted(plan: Plan, sites: list[SiteChoices]) -> float:

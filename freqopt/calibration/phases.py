@@ -22,6 +22,7 @@ from freqopt.calibration.search.refine import (
     Refinement,
     best_at_density,
     cheapest,
+    comparisons,
 )
 from freqopt.calibration.search.sensitivity import (
     PASSES_WHEN_SLOW,
@@ -171,6 +172,7 @@ class Calibration:
             rounding=self.rounding,
             outcome=outcome,
             trials=search.trials,
+            compared=comparisons(best, search.strategy, bench.cost),
             error=error,
             goal=goal,
             times=times,

@@ -7,59 +7,20 @@ them), positions and lists of extents among them tell how the tokens lie.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from freqopt.capture.call_grids import MOST_KNOWN, Seen
-from freqopt.capture.modules import CALLS, unwrapped_module
+from freqopt.capture.under_way import Arguments
 from freqopt.passes.site import Source
 from freqopt.positions import Layout, layout_of_positions
 
-Arguments = Mapping[str, Any]
-
 NOTHING = Layout(0, (0, 0, 0), 0)
 """Of a call that tells no grid: attention is dense there."""
-
-
-def arguments_of(model: nn.Module) -> Arguments | None:
-    """The arguments of the call of a model that is under way in this thread, by name.
-
-    None where it is not being called.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in CALLS:
-            held = frame.f_locals
-            module = held.get("self")
-            if isinstance(module, nn.Module) and unwrapped_module(module) is model:
-                return _named(model, held.get("args", ()), held.get("kwargs", {}))
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Arguments by name and by place, whichever way they were given."""
-    parameters = _parameters_of(type(model).forward)
-    given = kwargs | dict(zip(parameters, args, strict=False))
-    places = {str(place): given[name] for place, name in enumerate(parameters) if name in given}
-    return given | {str(place): item for place, item in enumerate(args)} | places
-
-
-@functools.cache
-def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the arguments of a class's `forward` that may be given by place."""
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ model it is.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
@@ -18,10 +19,10 @@ from freqopt.capture.call_grids import int_inputs
 from freqopt.capture.call_layouts import (
     BySizes,
     Teller,
-    arguments_of,
     numbers_of_layout,
     tellers,
 )
+from freqopt.capture.under_way import Arguments, arguments_of
 from freqopt.decisions import check_length
 from freqopt.grid import Grid
 from freqopt.passes.axes.told import Told
@@ -34,35 +35,35 @@ logger = logging.getLogger(__name__)
 
 NUMBERS = ("before", "t", "h", "w", "after")
 
-
-_met: weakref.WeakKeyDictionary[nn.Module, set[Grid]] = weakref.WeakKeyDictionary()
-"""Grids of calls so far, by model."""
+Sources = tuple[Source, ...]
 
 
 class Telling:
     """What the call of a model that is under way tells.
 
-    on_grid: is called with each grid that was not met before.
+    plan_of: the plan of a model, to whose lengths calls are held. sources: as in its layouts.
     """
 
-    def __init__(self, model: nn.Module, teller: Teller, on_grid: Callable[[Grid], None]) -> None:
-        self.model, self.teller, self.on_grid = weakref.ref(model), teller, on_grid
+    def __init__(
+        self, teller: Teller, plan_of: Callable[[nn.Module], Plan | None], sources: Sources
+    ) -> None:
+        self.teller, self.plan_of, self.sources = teller, plan_of, sources
+        self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
 
-    def __call__(self) -> tuple[int, int, int, int, int]:
+    def __call__(
+        self, model: nn.Module | None, arguments: Arguments | None
+    ) -> tuple[int, int, int, int, int]:
         """As `numbers_of_layout`; zeros, and a warning once, where the call tells nothing.
+
+        model, arguments: None where the model is not being called.
 
         Raises:
             PlanError: a length too far from those of the plan.
         """
-        model = self.model()
-        arguments = None if model is None else arguments_of(model)
         layout = None if arguments is None else self.teller(arguments)
-        if model is not None and layout is not None:
-            met = _met.setdefault(model, set())
-            if layout.grid not in met:
-                self.on_grid(layout.grid)
-                met.add(layout.grid)
+        if layout is not None and model is not None:
+            self._check(model, layout.grid)
         if layout is None and not self._said:
             self._said = True
             logger.warning(
@@ -71,6 +72,22 @@ class Telling:
                 self.teller.name,
             )
         return numbers_of_layout(layout)
+
+    def _check(self, model: nn.Module, grid: Grid) -> None:
+        """Check a length that is new against those that the model's plan was verified at."""
+        plan = self.plan_of(model)
+        if plan is None or (id(plan), grid) in (met := self._met.setdefault(model, set())):
+            return
+        sites = (
+            (name, known)
+            for name, site in plan.sites.items()
+            if site.decision == "split"
+            for known in plan.known(name)
+            if known.sources == self.sources
+        )
+        for name, known in itertools.islice(sites, 1):
+            check_length(plan, name, math.prod(grid) + known.before + known.after)
+        met.add((id(plan), grid))
 
 
 class Number(NamedTuple):
@@ -87,12 +104,13 @@ class Number(NamedTuple):
 
 
 def told_by_model(
-    gm: fx.GraphModule, model: nn.Module | None, plan: Plan | None
+    gm: fx.GraphModule, model: nn.Module | None, plan_of: Callable[[nn.Module], Plan | None]
 ) -> tuple[list[Told], list[Number]]:
     """What the call under way of a model tells a part of its graph, and the part's new inputs."""
     arguments = None if model is None else arguments_of(model)
+    plan = None if model is None else plan_of(model)
     places = gm.graph.find_nodes(op="placeholder")
-    if model is None or plan is None or arguments is None or not places:
+    if plan is None or arguments is None or not places:
         return [], []
     sources = [k.sources for name in plan.sites for k in plan.known(name)]
     found, numbers = [], []
@@ -103,26 +121,9 @@ def told_by_model(
         made = int_inputs(gm, places, f"{teller.name}_of_model", named)
         if not made:
             return [], []
-        telling = Telling(model, teller, _checks(plan, own))
+        telling = Telling(teller, plan_of, own)
         numbers += [Number(telling, i, node) for i, node in enumerate(made)]
         before, t, h, w, after = (Value(node) for node in made)
         rows = layout.before + math.prod(layout.grid) + layout.after
         found.append(Told(places[0], teller.name, rows, *layout, (before, t, h, w), after, own))
     return found, numbers
-
-
-def _checks(plan: Plan, sources: tuple[Source, ...]) -> Callable[[Grid], None]:
-    """Checks the lengths of calls against those that a plan was verified at."""
-    sites = {
-        name: known
-        for name, site in plan.sites.items()
-        if site.decision == "split"
-        for known in plan.known(name)
-        if known.sources == sources
-    }
-
-    def check(grid: Grid) -> None:
-        for name, known in list(sites.items())[:1]:
-            check_length(plan, name, math.prod(grid) + known.before + known.after)
-
-    return check

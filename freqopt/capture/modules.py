@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -129,6 +130,38 @@ def match_names(
         if _once(around, 1, outer):
             found.update(dict.fromkeys(rest[base], outer))
     return found
+
+
+class PlannedCallers:
+    """Tells which of the modules that are running is the model that a plan is for.
+
+    planned: names of the modules of the plan's sites.
+    """
+
+    is_noted = False
+
+    def __init__(self, planned: Iterable[str]) -> None:
+        self.planned = set(planned)
+        self._fits: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+    def among(self, modules: Iterable[nn.Module]) -> nn.Module | None:
+        """The innermost that has them all, by their very names rather than by the ends of them."""
+        found = None
+        for module in modules:
+            fit = self._fits.get(module)
+            if fit is None:
+                fit = self._fits[module] = self._fit(module)
+            if fit == 2:
+                return module
+            if fit and found is None:
+                found = module
+        return found
+
+    def _fit(self, module: nn.Module) -> int:
+        names = modules_of(module)
+        if self.planned <= names.keys():
+            return 2
+        return int(self.planned <= set(match_names(names, self.planned).values()))
 
 
 def _once(pairs: list[tuple[str, str]], side: int, name: str) -> bool:

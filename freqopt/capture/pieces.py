@@ -7,18 +7,17 @@ input of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
-from freqopt.capture.model_tells import Number, Telling, told_by_model
+from freqopt.capture.feeding import Budget, Callers, Feeding, NamedParts
+from freqopt.capture.model_tells import Number, told_by_model
 from freqopt.capture.modules import (
-    base_name,
-    match_names,
+    PlannedCallers,
     module_of_site,
     modules_of,
     names_of,
@@ -31,7 +30,7 @@ from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, name_around, passes_through, site_name
+from freqopt.passes.naming import module_path, passes_through, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
@@ -58,10 +57,10 @@ class Part:
     def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
         self.plan: Plan | None = None if settings.plan is None else load_plan(settings.plan)
         self.root, self.runner = root, runner
-        self.caller = root if self.plan is not None else next(filter(_selects, running()), None)
-        self.inputs: list[_Input | Number] = []
+        self.callers: Callers = AttachedCallers() if self.plan is None else _callers(self.plan)
+        self.caller = root if self.plan is not None else self.callers.among(running())
+        self.inputs: list[Budget | Number] = []
         self.is_told_of_calls = False
-        self.budgets = _Budgets(self)
 
     @property
     def is_whole(self) -> bool:
@@ -75,8 +74,12 @@ class Part:
         return ".".join(OTHER_LAYER if part.isdecimal() else part for part in name.split("."))
 
     @cached_property
+    def _parts(self) -> NamedParts | None:
+        return None if self.root is None else NamedParts(self.root, self.plan)
+
+    @property
     def _names(self) -> dict[int, str]:
-        return {} if self.root is None else names_of(self.root)
+        return {} if self._parts is None else self._parts.names
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -131,7 +134,9 @@ class Part:
 
     def tells(self, gm: fx.GraphModule) -> list[Told]:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
-        told, inputs = told_by_model(gm, self.caller, self.plan or attached_to(self.caller))
+        plan = self.plan
+        plan_of = attached_to if plan is None else lambda model: plan
+        told, inputs = told_by_model(gm, self.caller, plan_of)
         self.inputs += inputs
         self.is_told_of_calls = bool(told)
         return told
@@ -168,7 +173,7 @@ class Part:
         mode = fake_mode(gm.graph)
         node.meta["example_value"] = zeros if mode is None else mode.from_tensor(zeros)
         relative, nth = self._relative(site.name), module_of_site(site.name)[1]
-        self.inputs.append(_Input(relative, nth, zeros, node))
+        self.inputs.append(Budget(relative, nth, zeros, node))
         return bring(node, site.node.graph)
 
     def _heads(self, site: Site) -> int:
@@ -201,73 +206,27 @@ class Part:
             gm.graph.erase_node(each.node)
         return taken
 
-    def fed(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """`compiled`, given the budgets of the module that is running at each call."""
-        if not self.inputs:
-            return compiled
-        inputs, budgets = self.inputs, self.budgets
-        by_module = any(isinstance(each, _Input) for each in inputs)
-
-        def run(*arguments: Any) -> Any:
-            runner = next(running(), None) if by_module else None
-            said: dict[Telling, Sequence[int]] = {}
-            given: list[Any] = []
-            for each in inputs:
-                if isinstance(each, _Input):
-                    given.append(budgets.of(runner, each))
-                    continue
-                if each.telling not in said:
-                    said[each.telling] = each.telling()
-                given.append(said[each.telling][each.place])
-            return compiled(*arguments, *given)
-
-        return run
-
-    def site_of(self, budget: Tensor) -> str | None:
-        """The plan's name of the site that a budget was given to the graph for."""
-        for module, known in self.budgets.planned.items():
-            for nth, given in known.items():
-                name = self._names.get(id(module))
-                if given is budget and name is not None:
-                    return self._planned(site_name(name, 0, nth))
-        return None
-
-    def budget(self, module: nn.Module, nth: int) -> Tensor | None:
-        """The most exact of the budgets (2, H) of an attention of a module, by the plan."""
-        name = self._names.get(id(module))
-        if name is None or self.plan is None:
-            return None
-        planned = self._planned(site_name(name, 0, nth))
-        return None if planned is None else self.plan.budgets(planned).amin(0)
+    @cached_property
+    def feeding(self) -> Feeding:
+        """What the graph is given at every call, once its inputs are settled."""
+        return Feeding(self.callers, self.plan, self.root, self._parts, self.inputs)
 
     def planned_in(self, module: object) -> set[str]:
         """The plan's names of the sites in a module of the model; of all where it is no part."""
         if self.plan is None or not isinstance(module, nn.Module) or module is self.root:
             return set() if self.plan is None else set(self.plan.sites)
         inside = {id(each) for each in module.modules()}
-        paths = {self._matched.get(name) for name, m in self._modules.items() if id(m) in inside}
+        matched = {} if self._parts is None else self._parts.matched
+        paths = {matched.get(name) for name, m in self._modules.items() if id(m) in inside}
         found = {name for name in self.plan.sites if module_of_site(name)[0] in paths}
         return found or set(self.plan.sites)
 
     def _planned(self, name: str) -> str | None:
         """The plan's name of a site."""
         assert self.plan is not None
-        if self.root is None:
+        if self._parts is None:
             return self.plan.names_of([name]).get(name)
-        if base_name(name) in self.plan.sites:
-            return base_name(name)
-        path, nth = module_of_site(name)
-        found = site_name(self._matched.get(path, ""), 0, nth)
-        if found in self.plan.sites or name in self.plan.evidence.dense_sites:
-            return found if found in self.plan.sites else None
-        outer = name_around(path, self._matched)
-        found = site_name(self._matched.get(outer or "", ""), 0, nth)
-        return found if found in self.plan.sites else None
-
-    @cached_property
-    def _matched(self) -> dict[str, str]:
-        assert self.plan is not None
-        return match_names(self._modules, [module_of_site(name)[0] for name in self.plan.sites])
+        return self._parts.planned(name)
 
     def _real(self, name: str) -> str:
         """The name of a site with the number of the layer for which the graph is compiled."""
@@ -286,49 +245,18 @@ class Part:
         return self._modules.get(module_of_site(self._real(name))[0])
 
 
-def _selects(module: nn.Module) -> bool:
-    """Whether a plan is attached to a model that this module is."""
-    return SELECTS in module._forward_pre_hooks
+class AttachedCallers:
+    """The models that a plan is attached to: the innermost that is running counts."""
+
+    is_noted = True
+
+    def among(self, modules: Iterable[nn.Module]) -> nn.Module | None:
+        """The model, None if it is not being called."""
+        return next((each for each in modules if SELECTS in each._forward_pre_hooks), None)
 
 
-class _Input:
-    """A budget that a graph takes: whose, and what it is for modules that have none (exact)."""
-
-    def __init__(self, relative: str, nth: int, zeros: Tensor, node: fx.Node) -> None:
-        self.relative, self.nth, self.zeros, self.node = relative, nth, zeros, node
-        self.example = node.meta["example_value"]
-
-
-class _Budgets:
-    """Budgets by the module that is running, of the plan looked up once."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.planned: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
-        self.inner: WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = WeakKeyDictionary()
-
-    def of(self, runner: nn.Module | None, wanted: _Input) -> Tensor:
-        """The budget (2, H) of an attention in the module that is running."""
-        module = runner
-        if runner is not None and wanted.relative:
-            if runner not in self.inner:
-                self.inner[runner] = modules_of(runner)
-            module = self.inner[runner].get(wanted.relative)
-        if module is None:
-            return wanted.zeros
-        attribute = attribute_of(wanted.nth)
-        own = module.__dict__.get(attribute)
-        if isinstance(own, Tensor) and own.shape == wanted.zeros.shape:
-            if own.device != wanted.zeros.device:
-                own = module.__dict__[attribute] = own.to(wanted.zeros.device)
-            return own
-        known = self.planned.setdefault(module, {})
-        if wanted.nth not in known:
-            found = self.part.budget(module, wanted.nth)
-            if found is None or found.shape != wanted.zeros.shape:
-                found = wanted.zeros
-            known[wanted.nth] = found.to(wanted.zeros.device)
-        return known[wanted.nth]
+def _callers(plan: Plan) -> PlannedCallers:
+    return PlannedCallers(module_of_site(name)[0] for name in plan.sites)
 
 
 def part_of_model(settings: Options) -> Part:
@@ -339,11 +267,7 @@ def part_of_model(settings: Options) -> Part:
     root = modules[-1]
     if settings.plan is not None:
         plan = load_plan(settings.plan)
-        planned = {module_of_site(name)[0] for name in plan.sites}
-        for module in modules:
-            if planned <= set(match_names(modules_of(module), planned).values()):
-                root = module
-                break
+        root = _callers(plan).among(modules) or root
         plan.check_order(root)
     return Part(settings, root, modules[0])
 

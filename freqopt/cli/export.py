@@ -1,4 +1,4 @@
-"""`freqopt export onnx|tensorrt` and `freqopt run`, mounted by `freqopt.cli.app`.
+"""`freqopt export onnx|tensorrt|plan|densities` and `freqopt run`, mounted by `freqopt.cli.app`.
 
 Only typer is imported here; everything heavy loads when a command runs.
 """
@@ -12,12 +12,12 @@ import typer
 
 from freqopt.cli.arguments import load_model, parse_grid
 from freqopt.errors import InputError, OptionError
-from freqopt.files import check_regular, check_writable, replacing
+from freqopt.files import check_regular, check_writable, replacing, write_atomically
 from freqopt.shown import say
 
 export_app = typer.Typer(
     name="export",
-    help="Write a model with frequency-split attention for ONNX Runtime or TensorRT.",
+    help="Write a model for ONNX Runtime or TensorRT, or what a plan knows for other kernels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -112,6 +112,25 @@ def exchange(
     from freqopt.plan.plan import Plan
 
     say(exchange_plan(artifact, Plan.load(plan)))
+
+
+@export_app.command()
+def densities(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, or a folder of them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file; standard output by default.")
+    ] = None,
+) -> None:
+    """Write density, order and error by layer, head and timestep as JSON, for other kernels."""
+    from freqopt.plan.file_text import write_json
+    from freqopt.plan.plans import read_plans
+
+    text = write_json(read_plans(plan).to_densities())
+    if output is None:
+        print(text)
+        return
+    write_atomically(output, f"{text}\n")
+    say(f"wrote {output}")
 
 
 def run(

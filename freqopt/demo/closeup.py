@@ -24,7 +24,7 @@ from freqopt.calibration.samples import collect_samples
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE
 from freqopt.kernels.layout import TokenLayout
 from freqopt.plan.plan import Plan
-from freqopt.reporting.figures import BLUE, GREY, ORANGE, percent_axis, styled
+from freqopt.reporting.style import BLUE, GREY, ORANGE, percent_axis, styled
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from freqopt.errors import OptionError, PlanError
 from freqopt.front.components import ALONE
 from freqopt.plan.folder import check_component
 from freqopt.plan.plan import Plan
-from freqopt.plan.plans import FORMAT, Plans
+from freqopt.plan.plans import Plans, read_plans
 
 Given = Plan | Plans | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -61,9 +60,5 @@ def _held(given: Given) -> Plan | dict[str, Plan]:
         raise OptionError(
             f"plan must be a Plan, Plans, a dict of plans or a path, not {type(given).__name__}"
         )
-    path = Path(given)
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            several = f'"{FORMAT}"' in file.read(200)
-        return dict(Plans.load(path)) if several else Plan.load(path)
-    return dict(Plans.from_pretrained(given))
+    found = read_plans(given)
+    return found if isinstance(found, Plan) else dict(found)

@@ -30,7 +30,9 @@ from freqopt.errors import PlanError
 from freqopt.files import read_bounded, write_atomically
 from freqopt.passes.site import Known, Source
 from freqopt.plan.content import PLAN_VERSION, some_of
+from freqopt.plan.densities import densities_of
 from freqopt.plan.file_text import content_hash, refuse_constant, write_json
+from freqopt.plan.folder import ALONE
 from freqopt.plan.records import SitePlan
 from freqopt.plan.text import describe
 from freqopt.plan.travelling import Travelling
@@ -161,6 +163,14 @@ class Plan(Travelling):
         """
         found: Plan = _calibration("moving").moved(self, target_error)
         return found
+
+    def to_densities(self) -> dict[str, Any]:
+        """Density, order and error by layer, head and timestep range, for other kernels.
+
+        Plain dicts, lists, numbers and strings, which are JSON as they are; docs/densities.md has
+        the schema. The model's name in it is `component`, or "model".
+        """
+        return densities_of({self.component or ALONE: self})
 
     def verify(self, model: nn.Module, samples: Any) -> Plan:
         """The same plan with the error measured on samples, as `freqopt.calibrate` takes them.

@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from freqopt.errors import PlanError
 from freqopt.files import write_atomically
+from freqopt.plan.densities import densities_of
 from freqopt.plan.folder import fetched, pushed, read_folder, write_folder
 from freqopt.plan.plan import Plan, read_plan
+from freqopt.plan.text import describe_all
 
 FORMAT = "freqopt-plans"
 
@@ -40,17 +43,20 @@ class Plans(Mapping[str, Plan]):
         return f"Plans({', '.join(f'{name}: {plan!r}' for name, plan in self._plans.items())})"
 
     def _repr_html_(self) -> str:
-        parts = ((html.escape(name), plan) for name, plan in self._plans.items())
-        return "".join(f"<h4>{name}</h4>{plan._repr_html_()}" for name, plan in parts)
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
-        return "\n\n".join(f"{name}: {plan}" for name, plan in self._plans.items())
+        return describe_all(self._plans)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all plans into one JSON file, which replaces one only when it is complete."""
         plans = ",\n".join(f"{json.dumps(n)}: {plan.text()}" for n, plan in self._plans.items())
         head = f'"format": {json.dumps(FORMAT)}, "version": 1'
         write_atomically(path, f'{{{head}, "plans": {{\n{plans}\n}}}}\n')
+
+    def to_densities(self) -> dict[str, Any]:
+        """As `Plan.to_densities`, of all models in one document."""
+        return densities_of(self)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write each plan into a folder, beside a README.md with the figures.
@@ -107,3 +113,17 @@ class Plans(Mapping[str, Plan]):
         return cls(
             {n: Plan.parse(json.dumps(p), origin=f"{source}: {n}") for n, p in plans.items()}
         )
+
+
+def read_plans(source: str | os.PathLike[str]) -> Plan | Plans:
+    """What there is: a file of one plan or of several, a folder of plans, or one of the Hub.
+
+    Raises:
+        PlanError: none can be read there.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return Plans.from_pretrained(source)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        several = f'"{FORMAT}"' in file.read(200)
+    return Plans.load(path) if several else Plan.load(path)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from freqopt.plan.content import PlanContent, some_of
+from freqopt.plan.curves import chunks_by_head
+from freqopt.plan.records import SitePlan, Verified
 from freqopt.shown import shown
+
+MOST_ERRORS = 24
+"""Samples whose errors a text lists."""
 
 
 def describe(plan: PlanContent) -> str:
@@ -22,15 +27,15 @@ def describe(plan: PlanContent) -> str:
     lines = [
         f"plan for {shown(plan.model.class_name)}: output error {plan.measured_error:.4f} "
         f"({target}) at {plan.mean_density:.1%} mean density",
-        f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}; "
+        f"{'' if plan.verified else f'{scope_of(plan)}; '}"
         f"{shown(plan.device)}; torch {shown(plan.versions.torch)}; "
         f"{plan.evidence.samples} samples + {plan.evidence.held_out} held out; "
         f"{_costs(plan)}",
-        *_verified(plan),
+        *verification(plan),
         *(f"note: {shown(note)}" for note in [*plan.evidence.notes, *slow_notes(plan)]),
         "",
     ]
-    rows = [("site", "heads", "tokens", "decision", "density", "error", "reason")]
+    rows = [("site", "heads", "tokens", "decision", "order", "density", "error", "reason")]
     for name, site in plan.sites.items():
         rows.append(
             (
@@ -38,12 +43,38 @@ def describe(plan: PlanContent) -> str:
                 str(site.heads),
                 str(site.tokens),
                 site.decision,
+                order_words(site),
                 _spread(site.density, 100, "%"),
                 _spread(site.error, 1, ""),
                 shown(site.reason),
             )
         )
-    return "\n".join(lines + _table(rows, right=(1, 2, 4, 5)))
+    return "\n".join(lines + _table(rows, right=(1, 2, 5, 6)))
+
+
+def describe_all(plans: Mapping[str, PlanContent]) -> str:
+    """A table of several models' plans, and each of them."""
+    head = ("model", "class", "timesteps", "samples", "error", "worst", "density", "split")
+    rows: list[tuple[str, ...]] = [head]
+    for name, plan in plans.items():
+        times = "-"
+        if plan.timestep_range is not None:
+            times = "{:g} to {:g}".format(*plan.timestep_range)
+        split = sum(site.decision == "split" for site in plan.sites.values())
+        rows.append(
+            (
+                shown(name),
+                shown(plan.model.class_name),
+                times,
+                f"{plan.evidence.samples} + {plan.evidence.held_out} held out",
+                f"{plan.measured_error:.4f}" + (" predicted" if plan.predicted else ""),
+                f"{plan.worst_error:.4f}",
+                f"{plan.mean_density:.1%}",
+                f"{split} of {len(plan.sites)} sites",
+            )
+        )
+    parts = [f"{shown(name)}\n{'-' * len(shown(name))}\n{plan}" for name, plan in plans.items()]
+    return "\n\n".join(["\n".join(_table(rows, right=(4, 5, 6))), *parts])
 
 
 def slow_sites(plan: PlanContent) -> dict[str, tuple[float, float]]:
@@ -68,27 +99,70 @@ def slow_notes(plan: PlanContent) -> list[str]:
     ]
 
 
-def _verified(plan: PlanContent) -> list[str]:
-    """What was verified, in a line; none in plans of earlier versions."""
+def scope_of(plan: PlanContent) -> str:
+    """What a plan was verified for: grids, timesteps, dtype and adapters."""
+    parts = [f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}"]
+    if plan.timestep_range is not None:
+        low, high = plan.timestep_range
+        parts.append(f"{shown(plan.timestep_name or 'timestep')} {low:g} to {high:g}")
+    if plan.verified is not None:
+        parts.append(shown(plan.verified.dtype))
+        adapters = plan.verified.adapters
+        if adapters is not None:
+            parts.append(
+                f"adapters {', '.join(map(shown, adapters))}" if adapters else "no adapter"
+            )
+    return "; ".join(parts)
+
+
+def verification(plan: PlanContent) -> list[str]:
+    """What was verified, in lines; none in plans of earlier versions and those that moved."""
     verified = plan.verified
     if verified is None:
         return []
+    errors = verified.sample_errors
     line = (
-        f"verified in {verified.dtype}: error of a held-out sample {plan.worst_error:.4f} at "
-        f"worst, standard deviation {verified.spread:.4f}"
+        f"verified on {len(errors)} samples: error {plan.measured_error:.4f} root mean square, "
+        f"{plan.worst_error:.4f} worst, {min(errors, default=0.0):.4f} best, standard deviation "
+        f"{verified.spread:.4f}"
     )
     if verified.quantile_error is not None and plan.target_quantile is not None:
         line += f"; {plan.target_quantile:.0%} of them within {verified.quantile_error:.4f}"
+    lines = [line, f"verified for: {scope_of(plan)}", _sample_errors(plan, verified)]
     if verified.model_ms is not None:
         dense, split = verified.model_ms
-        line += f"; whole model {dense:.4g} ms dense, {split:.4g} ms split"
-    return [line]
+        lines.append(f"whole model {dense:.4g} ms dense, {split:.4g} ms split")
+    return lines
+
+
+def _sample_errors(plan: PlanContent, verified: Verified) -> str:
+    """The errors one by one, the worst of them where they are many; with timesteps where known."""
+    errors, times = verified.sample_errors, verified.sample_timesteps
+    places = list(range(len(errors)))
+    head = "errors by sample"
+    if len(errors) > MOST_ERRORS:
+        places = sorted(sorted(places, key=lambda at: -errors[at])[:MOST_ERRORS])
+        head = f"errors of the {MOST_ERRORS} worst samples"
+    if times:
+        head += f" (at {shown(plan.timestep_name or 'timestep')})"
+    cells = [f"{errors[at]:.4f}" + (f" ({times[at]:g})" if times else "") for at in places]
+    return f"{head}: {', '.join(cells)}"
 
 
 def _costs(plan: PlanContent) -> str:
     if not plan.evidence.timings:
         return f"costs counted in multiply-adds, not measured on this {plan.device}"
     return f"costs measured at {len(plan.evidence.timings)} shapes"
+
+
+def order_words(site: SitePlan) -> str:
+    """How the heads of a site order their tokens."""
+    if site.decision == "dense":
+        return "-"
+    by_content = sum(chunk > 0 for chunk in chunks_by_head(site))
+    if by_content in (0, site.heads):
+        return "content" if by_content else "grid"
+    return f"content {by_content} of {site.heads}"
 
 
 def _spread(values: Sequence[float], factor: float, unit: str) -> str:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from freqopt.plan.curves import planned_points
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import Curve
-from freqopt.reporting.figures import MAX_MARKS, Array, short, styled, thin
+from freqopt.reporting.style import MAX_MARKS, Array, short, styled, thin
 from freqopt.shown import shown
 
 MAX_BUCKETS = 12
@@ -25,7 +25,7 @@ def heat_maps(plan: Plan) -> Figure:
     names = thin([name for name in plan.sites if name in plan.evidence.sites], MAX_MARKS)
     density = _matrix(plan, names, "density", dense=1.0)
     error = _matrix(plan, names, "error", dense=0.0)
-    figure = Figure(figsize=(9.6, _map_height(len(names))), layout="constrained")
+    figure = Figure(figsize=(9.6, map_height(len(names))), layout="constrained")
     left, right = figure.subplots(1, 2)
     _map(figure, left, 100 * density, "density (%)", "Blues", names, "Density")
     _map(figure, right, error, "relative L2 error", "Oranges", names, "Error", labels=False)
@@ -45,12 +45,12 @@ def timestep_maps(plan: Plan) -> Figure | None:
         ("error", 1.0, "relative L2 error", "Oranges"),
     )
     figure = Figure(
-        figsize=(2.3 * len(buckets) + 1.6, 2 * _map_height(len(names))), layout="constrained"
+        figsize=(2.3 * len(buckets) + 1.6, 2 * map_height(len(names))), layout="constrained"
     )
     axes = figure.subplots(2, len(buckets), squeeze=False, sharex=True, sharey=True)
     for row, (kind, factor, label, colours) in zip(axes, kinds, strict=True):
         maps = [factor * _bucket_matrix(plan, names, bucket, kind) for bucket in buckets]
-        top = max(float(np.nanmax(m)) for m in maps)
+        top = _highest(maps)
         for i, (ax, values, bucket) in enumerate(zip(row, maps, buckets, strict=True)):
             title = bucket_label(plan, bucket)
             last = i == len(buckets) - 1
@@ -81,7 +81,7 @@ def bucket_label(plan: Plan, bucket: int) -> str:
 
 
 def _matrix(plan: Plan, names: Sequence[str], kind: str, dense: float) -> Array:
-    matrix = _unknown(plan, names)
+    matrix = unknown(plan, names)
     for row, name in enumerate(names):
         site = plan.sites[name]
         known = getattr(site, kind)[: matrix.shape[1]] if site.decision == "split" else dense
@@ -90,33 +90,23 @@ def _matrix(plan: Plan, names: Sequence[str], kind: str, dense: float) -> Array:
     return matrix
 
 
-def _unknown(plan: Plan, names: Sequence[str]) -> Array:
+def unknown(plan: Plan, names: Sequence[str]) -> Array:
     """A row for each site, a column for each head, as far as they are shown."""
     heads = max(plan.sites[name].heads for name in names)
     return np.full((len(names), min(heads, MAX_MARKS)), np.nan)
 
 
 def _bucket_matrix(plan: Plan, names: Sequence[str], bucket: int, kind: str) -> Array:
-    matrix = _unknown(plan, names)
+    matrix = unknown(plan, names)
     for row, name in enumerate(names):
-        site, evidence = plan.sites[name], plan.evidence.sites[name]
-        curve = next((b.curve for b in evidence.buckets if b.bucket == bucket), None)
-        if curve is None:
+        evidence = plan.evidence.sites[name]
+        if all(each.bucket != bucket for each in evidence.buckets):
             continue
-        if site.decision == "dense":
-            matrix[row, : site.heads] = 1.0 if kind == "density" else 0.0
-            continue
-        for head, threshold in enumerate(site.budgets[bucket].threshold[: matrix.shape[1]]):
-            matrix[row, head] = _at(curve, evidence.thresholds, threshold, head, kind)
+        points = planned_points(plan.sites[name], evidence, bucket, matrix.shape[1])
+        for head, point in enumerate(points):
+            if point is not None:
+                matrix[row, head] = getattr(point, kind)
     return matrix
-
-
-def _at(curve: Curve, ladder: Sequence[float], threshold: float, head: int, kind: str) -> float:
-    """Density or error of one head at a threshold, between the rungs of its curve."""
-    if threshold <= 0.0:
-        return 1.0 if kind == "density" else 0.0
-    values = np.maximum([row[head] for row in getattr(curve, kind)], 1e-12)
-    return float(np.exp(np.interp(math.log(threshold), np.log(ladder), np.log(values))))
 
 
 def _last_row(ax: Axes) -> bool:
@@ -125,7 +115,24 @@ def _last_row(ax: Axes) -> bool:
     return place is None or place.is_last_row()
 
 
-def _map_height(rows: int) -> float:
+def _highest(maps: Sequence[Array]) -> float:
+    """The largest value of some maps, above 0; unknown values do not count."""
+    known = [float(values[np.isfinite(values)].max(initial=0.0)) for values in maps]
+    return max(*known, 1e-9)
+
+
+def label_map(ax: Axes, names: Sequence[str], title: str, *, labels: bool = True) -> None:
+    """Names of sites, numbers of heads and a title around a map of them."""
+    step = max(1, math.ceil(len(names) / 24))
+    ax.set_yticks(range(0, len(names), step), [short(names[i]) for i in range(0, len(names), step)])
+    ax.tick_params(labelleft=labels)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="head" if _last_row(ax) else "", title=title)
+    ax.grid(False)
+
+
+def map_height(rows: int) -> float:
+    """Inches of a map of so many sites."""
     return min(max(1.6 + 0.22 * rows, 2.4), 9.0)
 
 
@@ -148,13 +155,8 @@ def _map(
         cmap=colours,
         interpolation="nearest",
         vmin=0,
-        vmax=top or max(float(np.nanmax(values)), 1e-9),
+        vmax=top or _highest([values]),
     )
-    step = max(1, math.ceil(len(names) / 24))
-    ax.set_yticks(range(0, len(names), step), [short(names[i]) for i in range(0, len(names), step)])
-    ax.tick_params(labelleft=labels)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="head" if _last_row(ax) else "", title=title)
-    ax.grid(False)
+    label_map(ax, names, title, labels=labels)
     if bar:
         figure.colorbar(image, ax=ax, label=label, shrink=0.9)

@@ -10,7 +10,7 @@ from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.search.cost import cost_model
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SiteTiming
-from freqopt.reporting.figures import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
+from freqopt.reporting.style import BLUE, GREEN, GREY, ORANGE, percent_axis, styled
 
 COLOURS = (BLUE, GREEN, ORANGE, GREY)
 
@@ -28,6 +28,25 @@ def site_times(plan: Plan) -> dict[str, tuple[float, float, float]]:
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
         modelled = float(cost.split(shape, np.array(site.density)).sum())
         found[name] = (*evidence.times_ms, modelled)
+    return found
+
+
+def model_parts(plan: Plan) -> dict[str, tuple[float, float]] | None:
+    """Milliseconds of a run of the model, dense and split: attention at split sites, and the rest.
+
+    None where the model was not timed. Sites were timed one by one, so the parts are approximate;
+    their sum is what was measured.
+    """
+    if plan.verified is None or plan.verified.model_ms is None:
+        return None
+    dense, split = plan.verified.model_ms
+    if min(dense, split) <= 0.0:
+        return None
+    times = list(site_times(plan).values())
+    found = {}
+    for name, total, index in (("dense", dense, 0), ("split", split, 1)):
+        attention = min(sum(each[index] for each in times), total)
+        found[name] = attention, total - attention
     return found
 
 

@@ -105,11 +105,12 @@ class Watch:
             for name, (module, attribute) in self.places.items()
         }
         return {
-            ours[key[graph.inputs.index(index)]]
+            ours[key[graph.inputs.index(place)]]
             for graph in running.graphs
             for key, calls in graph.calls.items()
-            for (_, split, _), index in zip(graph.decisions, graph.budgets, strict=True)
-            if split and index >= 0 and calls.count and key[graph.inputs.index(index)] in ours
+            for index, (_, split, _) in enumerate(graph.decisions)
+            if split and (place := graph.budgets[index]) >= 0 and calls.split(index)
+            if key[graph.inputs.index(place)] in ours
         }
 
     def name_of(self, graph: Graph, calls: Calls, index: int) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any
 from freqopt.telling import running
 from freqopt.telling.running import Graph
 
+UNTOLD = "these calls tell no grid of its tokens"
+
 
 @dataclass(frozen=True)
 class SiteCount:
@@ -156,10 +158,12 @@ def _counts(graph: Graph) -> Iterator[SiteCount]:
         means, worst = running.errors_of(calls, graph)
         for index, (_, split, reason) in enumerate(graph.decisions):
             named = calls.names[index]
+            if calls.untold[index]:
+                yield SiteCount(named.site, False, calls.untold[index], UNTOLD, named.model)
             yield SiteCount(
                 named.site,
                 split,
-                calls.count,
+                calls.split(index),
                 reason,
                 named.model,
                 means.get(index),

@@ -1,14 +1,16 @@
 """Compiled graphs while they run: calls, layers that share a graph, and what probes measure.
 
-One increment a call of a graph, and the errors of its probes added up on the device: nothing here
-waits for the device, and all of it works under CUDA graphs.
+One increment a call of a graph, and the errors of its probes kept to be added up on the device:
+nothing here waits for the device, and all of it works under CUDA graphs.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +22,7 @@ from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import operation
 from freqopt.passes.rewrite.timestep import find_timestep
 from freqopt.telling.said import warn
-from freqopt.telling.watching import ProbeErrors, TimestepRange, is_due
+from freqopt.telling.watching import MOST_KEPT, ProbeErrors, TimestepRange
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -55,13 +57,19 @@ owners: list[weakref.WeakMethod[Callable[[Tensor], Named | None]]] = []
 class Calls:
     """Calls of a graph with one set of budgets: of one layer, where several share the graph.
 
-    budgets: as given, whose identity tells layers apart. names: for each decision.
+    budgets: as given, whose identity tells layers apart. names: for each decision. untold: how many
+    of the calls told no grid, by decision, and were dense there.
     """
 
     budgets: tuple[weakref.ref[Tensor], ...]
     names: tuple[Named, ...]
     count: int = 0
     errors: ProbeErrors | None = None
+    untold: Counter[int] = field(default_factory=Counter)
+
+    def split(self, decision: int) -> int:
+        """How many calls were split, of a decision that is to split."""
+        return self.count - self.untold[decision]
 
 
 @dataclass
@@ -71,7 +79,9 @@ class Graph:
     decisions: (site, split, reason). names: those of the decisions in the plan, where they are
     among its sites. verified: the plan's error by its own names. measured: positions of those
     decisions whose probes are watched, heads: how many each has. budgets: for each decision the
-    graph's input that holds the budget of its module, -1 for none. timestep: input that holds it.
+    graph's input that holds the budget of its module, -1 for none. grids: the same for an input
+    that is 0 where a call tells no grid, and attention is dense. timestep: input that holds it.
+    most_kept: calls whose errors may be kept as the graph returned them.
     site_of: the plan's name of the site that a budget was given for. owner: the module that was
     called.
     """
@@ -82,7 +92,9 @@ class Graph:
     measured: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
+    grids: tuple[int, ...] = ()
     timestep: int = -1
+    most_kept: int = MOST_KEPT
     range: TimestepRange | None = None
     site_of: Callable[[Tensor], str | None] = lambda budget: None
     model: str = ""
@@ -93,19 +105,33 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.inputs = tuple(dict.fromkeys(index for index in self.budgets if index >= 0))
+        self.tells = tuple(dict.fromkeys(index for index in self.grids if index >= 0))
+        self._only = self.inputs[0] if len(self.inputs) == 1 else -1
 
     def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
-        """Count a call. errors: of the measured sites, flattened and joined."""
-        found = self._calls(arguments)
+        """Count a call. errors: of the measured sites, flattened and joined.
+
+        Runs once for each block of a model: the usual ways through it take no loop and no call.
+        """
+        found = None
+        if self._only >= 0:
+            budget = arguments[self._only]
+            found = self.calls.get((id(budget),))
+            if found is not None and found.budgets[0]() is not budget:
+                found = None
+        if found is None:
+            found = self._calls(arguments)
         found.count += 1
         if self.range is not None:
             self.range.note(arguments[self.timestep])
+        for index in self.tells:
+            if not arguments[index]:
+                found.untold.update(i for i, place in enumerate(self.grids) if place == index)
         if errors is None or type(errors) is not Tensor:
             return
         if found.errors is None:
-            found.errors = ProbeErrors(self.heads)
-        found.errors.add(errors.detach())
-        if not self.told and is_due(found.errors.calls):
+            found.errors = ProbeErrors(self.heads, self.most_kept)
+        if found.errors.add(errors) and not self.told:
             self._judge(found, found.errors.glance())
 
     def _calls(self, arguments: Sequence[Any]) -> Calls:
@@ -188,8 +214,8 @@ def measured_in(
             means, worst = errors_of(calls, graph)
             for index, (_, split, _) in enumerate(graph.decisions):
                 named = calls.names[index].site if name_of is None else name_of(graph, calls, index)
-                if split and named is not None and calls.count:
-                    measured = Measured(calls.count, means.get(index), worst.get(index))
+                if split and named is not None and calls.split(index):
+                    measured = Measured(calls.split(index), means.get(index), worst.get(index))
                     found.setdefault(named, []).append(measured)
     return {site: _together(parts) for site, parts in found.items()}
 
@@ -205,25 +231,42 @@ def _together(parts: Sequence[Measured]) -> Measured:
     )
 
 
-def counted(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
-    """`compiled`, counting its calls for the sites it holds.
+Feed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+"""Adds what a graph takes beside its own inputs to the arguments of a call."""
+
+
+def counted(
+    compiled: Callable[..., Any], graph: Graph, feed: Feed | None = None
+) -> Callable[..., Any]:
+    """`compiled`, given what it takes besides, and counting its calls for the sites it holds.
 
     Where sites are measured, the last output of `compiled` is their errors and is taken off.
     """
     if not graph.decisions and graph.range is None:
-        return compiled
+        return compiled if feed is None else functools.partial(_fed, compiled, feed)
+    feed = feed or tuple
+    note = graph.note
     _remember(graph)
 
-    def run(*arguments: Any) -> Any:
+    def measured(*arguments: Any) -> Any:
+        arguments = feed(arguments)
         found = compiled(*arguments)
-        if not graph.measured:
-            graph.note(arguments, None)
-            return found
-        graph.note(arguments, found[-1])
+        note(arguments, found[-1])
         return found[:-1]
 
+    def unmeasured(*arguments: Any) -> Any:
+        arguments = feed(arguments)
+        found = compiled(*arguments)
+        note(arguments, None)
+        return found
+
+    run = measured if graph.measured else unmeasured
     weakref.finalize(run, setattr, graph, "gone", True).atexit = False
     return run
+
+
+def _fed(compiled: Callable[..., Any], feed: Feed, *arguments: Any) -> Any:
+    return compiled(*feed(arguments))
 
 
 def _remember(graph: Graph) -> None:
@@ -234,7 +277,9 @@ def _remember(graph: Graph) -> None:
     graphs.append(graph)
 
 
-def graph_of(gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequence[int]) -> Graph:
+def graph_of(
+    gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequence[int], most_kept: int
+) -> Graph:
     """The record of a rewritten graph. measured: positions of decisions with watched probes."""
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     return Graph(
@@ -242,7 +287,16 @@ def graph_of(gm: fx.GraphModule, decisions: Sequence[Decision], measured: Sequen
         measured=tuple(measured),
         heads=tuple(decisions[index].site.heads for index in measured),
         budgets=tuple(inputs.get(_input_of(d.budget), -1) for d in decisions),
+        grids=tuple(_grid_at_call(d, inputs) for d in decisions),
+        most_kept=most_kept,
     )
+
+
+def _grid_at_call(decision: Decision, inputs: Mapping[fx.Node, int]) -> int:
+    """The input that is 0 where a call tells no grid for a site, -1 if there is none."""
+    if not decision.split:
+        return -1
+    return next((inputs[node] for node in decision.site.read_at_call if node in inputs), -1)
 
 
 def _input_of(budget: object) -> Any:
@@ -285,5 +339,6 @@ def errors_of(found: Calls, graph: Graph) -> tuple[dict[int, float], dict[int, f
     if found.errors is None or not found.errors.calls:
         return {}, {}
     means, worst = found.errors.means().tolist(), found.errors.worst().tolist()
-    by_place = (dict(zip(graph.measured, values, strict=True)) for values in (means, worst))
+    known = [i for i, mean in enumerate(means) if not math.isnan(mean)]
+    by_place = ({graph.measured[i]: values[i] for i in known} for values in (means, worst))
     return next(by_place), next(by_place)

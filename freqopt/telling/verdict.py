@@ -75,11 +75,11 @@ class Compiled:
     def look(self) -> set[str]:
         """Names, of the plan where it has them, of the sites that were split in a call."""
         self.served |= {
-            named.site
+            calls.names[index].site
             for graph in self.graphs
             for calls in graph.calls.values()
-            for named, (_, split, _) in zip(calls.names, graph.decisions, strict=True)
-            if split and calls.count
+            for index, (_, split, _) in enumerate(graph.decisions)
+            if split and calls.split(index)
         }
         return self.served
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
 
+MOST_KEPT = 256
+"""Calls whose probe errors are kept as they came, (B, H) floats for each layer, to be added up."""
+
+
 class Peek:
     """Values of a small tensor on the host, later."""
 
@@ -51,47 +55,84 @@ def is_due(calls: int) -> bool:
     return not calls & (calls - 1) or not (calls - 1) & (calls - 2)
 
 
+def next_look(calls: int) -> int:
+    """The next number of calls after which to look."""
+    return 1 << calls.bit_length() if calls & (calls - 1) else calls + 1
+
+
 @dataclass
 class _Sum:
-    """Over calls, (n,) each: squared errors and the largest error."""
+    """Over calls, (n,) each: squared errors, how many there were, and the largest error."""
 
     squares: Tensor
+    seen: Tensor
     worst: Tensor
-    calls: int = 0
 
 
 class ProbeErrors:
     """Errors that the probes of a graph's sites measured.
 
-    heads: of the sites, in the order in which their errors come.
+    Adding some up is work for the host, which a call must not wait for: they are kept as they are,
+    and added up a number of calls at a time.
+
+    heads: of the sites, in the order in which their errors come. most_kept: calls whose errors are
+    kept; 1 where their memory is written anew at the next call, as that of CUDA graphs is.
     """
 
-    def __init__(self, heads: Sequence[int]) -> None:
-        self.heads = list(heads)
-        self.calls = 0
-        self._sums: dict[int, _Sum] = {}
+    def __init__(self, heads: Sequence[int], most_kept: int = MOST_KEPT) -> None:
+        self.heads, self.most_kept = list(heads), most_kept
         self._peek = Peek()
+        self.clear()
 
-    def add(self, errors: Tensor) -> None:
-        """Take in the errors of one call: (B, H) of every site, flattened and joined."""
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums: dict[int, _Sum] = {}
+        self._kept: list[Tensor] = []
+        self._added, self._room = 0, 1
+
+    @property
+    def calls(self) -> int:
+        """How many calls were taken in."""
+        return self._added + len(self._kept)
+
+    def add(self, errors: Tensor) -> bool:
+        """Take in the errors of one call: (B, H) of every site, flattened and joined.
+
+        NaN of what measured nothing is left out. Returns whether it is time to look at the means.
+        """
+        kept = self._kept
+        kept.append(errors.detach() if errors.requires_grad else errors)
+        if len(kept) < self._room:
+            return False
+        self._add_up()
+        return is_due(self._added)
+
+    def _add_up(self) -> None:
+        kept, self._kept = self._kept, []
+        self._added += len(kept)
+        self._room = min(next_look(self._added) - self._added, self.most_kept)
         with torch.inference_mode(False), torch.no_grad():
-            found = self._sums.get(errors.numel())
-            if found is None:
-                empty = torch.zeros_like(errors, requires_grad=False)
-                found = self._sums[errors.numel()] = _Sum(empty, empty.clone())
-        with torch.no_grad():
-            found.squares.addcmul_(errors, errors)
-            torch.maximum(found.worst, errors, out=found.worst)
-        found.calls += 1
-        self.calls += 1
+            for size in {errors.numel() for errors in kept}:
+                table = torch.stack([errors for errors in kept if errors.numel() == size])
+                found = self._sums.get(size)
+                if found is None:
+                    found = self._sums[size] = _Sum(*table.new_zeros(3, size).unbind())
+                found.squares.add_(table.square().nansum(0))
+                found.seen.add_(table.isnan().logical_not_().sum(0))
+                torch.maximum(found.worst, table.nan_to_num_().amax(0), out=found.worst)
 
     def means(self) -> Tensor:
-        """(sites,) root mean square over calls, batch and heads, on the device."""
-        total = torch.stack([self._by_site(s.squares, "mean") for s in self._sums.values()])
-        return (total.sum(0) / self.calls).sqrt()
+        """(sites,) root mean square over calls, batch and heads, on the device; NaN of none."""
+        if self._kept:
+            self._add_up()
+        sums = self._sums.values()
+        total = torch.stack([self._by_site(s.squares, "mean") for s in sums]).sum(0)
+        return (total / torch.stack([self._by_site(s.seen, "mean") for s in sums]).sum(0)).sqrt()
 
     def worst(self) -> Tensor:
         """(sites,) the largest error of a head in a call, on the device."""
+        if self._kept:
+            self._add_up()
         return torch.stack([self._by_site(s.worst, "amax") for s in self._sums.values()]).amax(0)
 
     def _by_site(self, values: Tensor, reduce: str) -> Tensor:
@@ -102,10 +143,6 @@ class ProbeErrors:
     def glance(self) -> Tensor | None:
         """`means` on the host, if they have arrived; see `Peek`."""
         return self._peek(self.means()) if self.calls else None
-
-    def clear(self) -> None:
-        """Start anew."""
-        self._sums, self.calls = {}, 0
 
 
 class TimestepRange:

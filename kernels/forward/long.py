@@ -20,7 +20,7 @@ from freqopt.config import QUERY_TILE
 from freqopt.kernels.device import processors
 from freqopt.kernels.forward.attention import attend, store_text
 from freqopt.kernels.forward.call import Call, Findings, Route, Summaries, Target
-from freqopt.kernels.forward.density import threshold_of_density
+from freqopt.kernels.forward.density import RANK_BITS_ANEW, threshold_of_density
 from freqopt.kernels.forward.probe import fit_probes, probe_space
 from freqopt.kernels.forward.routing import limits_of, probe_rows, route_probes, score_tiles
 from freqopt.kernels.forward.short import reached_density
@@ -106,7 +106,7 @@ class Walk:
         return Route(self.packed, exact_list, counts, mass_term)
 
     def limits_of(self, density: float) -> Tensor:
-        """Thresholds (B, H) of a density: everything is scored twice."""
+        """Thresholds (B, H) of a density: everything is scored anew for each of its bits."""
         space = self.space()
 
         def scores() -> Iterator[tuple[Tensor, Tensor]]:
@@ -115,7 +115,12 @@ class Walk:
 
         shape = (*self.call.per_head, self.tiles, self.blocks)
         return threshold_of_density(
-            scores, shape, density, self.call.query.device, own=self.call.own
+            scores,
+            shape,
+            density,
+            self.call.query.device,
+            own=self.call.own,
+            rank_bits=RANK_BITS_ANEW,
         )
 
 

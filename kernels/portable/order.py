@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from freqopt.kernels.content_order import LEAST_VARIANCE as DEFINED_FLOOR
 from freqopt.kernels.content_order import RANK as DEFINED_RANK
 from freqopt.kernels.content_order import SQUARINGS as DEFINED_SQUARINGS
 from freqopt.kernels.content_order import STEPS as DEFINED_STEPS
@@ -18,6 +19,7 @@ RANK = tl.constexpr(DEFINED_RANK)
 STEPS = tl.constexpr(DEFINED_STEPS)
 SQUARINGS = tl.constexpr(DEFINED_SQUARINGS)
 WIDE = tl.constexpr(16)  # columns of the narrowest product
+FLOOR = tl.constexpr(DEFINED_FLOOR)
 LARGEST = tl.constexpr(60000.0)  # that a coordinate may be in float16
 NONE = tl.constexpr(0x7FFFFFFF)  # rank of a row that is not there: below nothing
 
@@ -133,7 +135,10 @@ def directions_kernel(
     target = col[:, None] * RANK + axis[None, :]
     basis = tl.where((col[:, None] == axis[None, :]) & in_dim[:, None], 1.0, 0.0)
     if D > RANK:
-        tl.store(axes + target, tl.where(in_dim[:, None], _signs(col[:, None], axis[None, :]), 0.0))
+        tl.debug_barrier()
+        variance = tl.load(covariance + col * DP + col) * scale
+        start = _signs(col[:, None], axis[None, :]) / tl.maximum(variance, FLOOR)[:, None]
+        tl.store(axes + target, tl.where(in_dim[:, None], start, 0.0))
         for _ in range(STEPS):
             tl.debug_barrier()
             moved = tl.zeros((DP, RANK), tl.float32)
@@ -214,7 +219,8 @@ def _eighth_power(square, total, count):
     diagonal = tl.sum(tl.where(axis[:, None] == axis[None, :], covariance, 0.0), 1)
     power = covariance / tl.maximum(tl.sum(diagonal, 0), 1e-30)
     for _ in tl.static_range(SQUARINGS):
-        power = tl.dot(power, power)
+        half = power.to(tl.bfloat16)
+        power = tl.dot(half, tl.trans(half))
     return power, tl.argmax(diagonal, 0)
 
 
@@ -240,20 +246,28 @@ def _projected(x, direction, row, inside, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _bound_of(ranks, half):
-    """The largest number that at most `half` ranks are below, by bisection, two bits a step."""
+def _bound_of(ranks, half, SIZE: tl.constexpr):
+    """The largest number that at most `half` ranks are below, by bisection, two bits a step.
+
+    Counts below three candidates are one number in the sum of a step, as sums cross lanes.
+    """
+    FIELD: tl.constexpr = 10 if SIZE <= 512 else 20  # bits of a count, which is SIZE at most
     below = tl.sum((ranks < 0).to(tl.int32), 0)
     bound = tl.where(below <= half, 0, -2147483648)
     for pair in range(15):
         step = 1 << (29 - 2 * pair)
-        # Counts below three candidates in one sum; none reaches 2^20.
-        counts = (ranks < bound + step).to(tl.int64)
-        counts += (ranks < bound + 2 * step).to(tl.int64) << 20
-        counts += (ranks < bound + 3 * step).to(tl.int64) << 40
+        if SIZE <= 512:
+            counts = (ranks < bound + step).to(tl.int32)
+            counts += (ranks < bound + 2 * step).to(tl.int32) << FIELD
+            counts += (ranks < bound + 3 * step).to(tl.int32) << (2 * FIELD)
+        else:
+            counts = (ranks < bound + step).to(tl.int64)
+            counts += (ranks < bound + 2 * step).to(tl.int64) << FIELD
+            counts += (ranks < bound + 3 * step).to(tl.int64) << (2 * FIELD)
         total = tl.sum(counts, 0)
-        steps = ((total & 0xFFFFF) <= half).to(tl.int32)
-        steps += (((total >> 20) & 0xFFFFF) <= half).to(tl.int32)
-        steps += ((total >> 40) <= half).to(tl.int32)
+        steps = ((total & ((1 << FIELD) - 1)) <= half).to(tl.int32)
+        steps += (((total >> FIELD) & ((1 << FIELD) - 1)) <= half).to(tl.int32)
+        steps += ((total >> (2 * FIELD)) <= half).to(tl.int32)
         bound += steps * step
     return tl.where(tl.sum((ranks < bound + 1).to(tl.int32), 0) <= half, bound + 1, bound)
 
@@ -299,7 +313,7 @@ def halve_kernel(
             tl.debug_barrier()
             rank = tl.load(ranks + row, mask=inside, other=NONE)
         token = tl.load(position + row, mask=inside, other=0)
-        left = rank < _bound_of(rank, SIZE // 2)
+        left = rank < _bound_of(rank, SIZE // 2, SIZE)
         before = tl.cumsum(left.to(tl.int32), 0)
         place = tl.where(left, before - 1, SIZE // 2 + row - before)
         tl.debug_barrier()
@@ -435,10 +449,17 @@ def _column(x, column, at):
 
 
 @triton.jit
-def _sorted_within(ranks, local, PARTS: tl.constexpr, SIZE: tl.constexpr):
-    """Rows `local` sorted by their ranks within each of PARTS equal parts."""
-    ranks = tl.reshape(tl.gather(ranks, local, 0), (PARTS, SIZE // PARTS))
-    return tl.reshape(tl.sort(ranks, 1), (SIZE,)) & (SIZE - 1)
+def _place_within(projection, part, row, inside, SIZE: tl.constexpr):
+    """Places (SIZE,) of rows by their part, 0 to 3, and along a direction within each.
+
+    Counts the rows before each, which needs fewer steps across lanes than a sort. Rows that are not
+    there share the places behind all others.
+    """
+    bits = projection.to(tl.int32, bitcast=True)
+    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 2
+    along = (bits & (-SIZE)) | row  # no two are equal
+    key = tl.where(inside, ((part - 2) << 30) + (1 << 29) + along, NONE)
+    return tl.sum((key[:, None] < key[None, :]).to(tl.int32), 0)
 
 
 @triton.jit
@@ -472,9 +493,9 @@ def leaf_kernel(
         wide = tl.where(column == 0, one[:, None], tl.where(column == 1, two[:, None], 0.0))
         wide = tl.where(column == 2, three[:, None], wide).to(tl.float16)
         at = tl.dot(x, wide)
-        local = tl.sort(_ranks(_column(at, column, 0), row, inside, SIZE), 0) & (SIZE - 1)
-        local = _sorted_within(_ranks(_column(at, column, 1), row, inside, SIZE), local, 2, SIZE)
-        local = _sorted_within(_ranks(_column(at, column, 2), row, inside, SIZE), local, 4, SIZE)
-        token = tl.load(position + local, mask=inside, other=0)
+        place = _place_within(_column(at, column, 0), row * 0, row, inside, SIZE)
+        place = _place_within(_column(at, column, 1), place // (SIZE // 2), row, inside, SIZE)
+        place = _place_within(_column(at, column, 2), place // (SIZE // 4), row, inside, SIZE)
+        row = tl.where(inside, place, row)
     target = order + pair * tokens + first + row
     tl.store(target, tl.load(base + token, mask=inside, other=0), mask=inside)

@@ -118,7 +118,7 @@ def test_ptx_launched_as_tensorrt_would_is_the_op(dim: int, tmp_path: Path) -> N
     )
     budget = torch.full((2, heads), 0.8)
     expected = torch.ops.freqopt.split_attention(
-        query, key, value, budget, None, list(GRID), BEFORE, AFTER, dim**-0.5, 0.0, 64
+        query, key, value, budget[0], None, list(GRID), BEFORE, AFTER, dim**-0.5, 0.0, 64
     )[0]
     order = token_order(GRID, torch.device("cpu")).long().contiguous()
     given = {"query": query, "key": key, "value": value, "budget": budget, "order": order}

@@ -15,11 +15,14 @@ from matplotlib.figure import Figure
 
 from freqopt.calibration.measure.ladder import THRESHOLDS
 from freqopt.calibration.measure.spectrum import band_cutoff
+from freqopt.config import ALL
 from freqopt.errors import PlanError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import (
     BucketCurves,
     Budget,
+    Comparison,
+    ContentCurve,
     Curve,
     Evidence,
     ModelIdentity,
@@ -31,10 +34,13 @@ from freqopt.plan.records import (
     Verified,
     Versions,
 )
-from freqopt.reporting.figures import frontier, probe_scatter, thin
+from freqopt.reporting.errors import frontier, judged_error, sample_errors
+from freqopt.reporting.figures import probe_scatter
 from freqopt.reporting.maps import heat_maps, timestep_maps
+from freqopt.reporting.orders import bought, order_maps
 from freqopt.reporting.report import Section, _cards, figure_html, report, table_html
-from freqopt.reporting.speed import site_times
+from freqopt.reporting.speed import model_parts, site_times
+from freqopt.reporting.style import thin
 
 HEADS = 3
 
@@ -283,17 +289,183 @@ def test_timestep_maps_read_each_buckets_curve_at_the_plans_threshold() -> None:
 
 
 def test_frontier_of_calibrated_budgets_is_never_above_the_uniform_one() -> None:
-    lines = {line.get_label(): line.get_xydata() for line in frontier(make_plan()).axes[0].lines}
-    ours, uniform = (
-        lines["per head and timestep, errors alone"],
-        lines["one threshold for all heads"],
-    )
+    left = frontier(make_plan()).axes[0]
+    lines = {line.get_label(): line.get_xydata() for line in left.lines}
+    ours, uniform = lines["by head and timestep"], lines["one threshold for all heads"]
     assert (np.diff(ours[:, 0]) >= 0).all() and (np.diff(ours[:, 1]) <= 1e-12).all()
+    assert (np.diff(uniform[:, 0]) <= 0).all(), "one line, not one for each order"
     # Past the last but one sites go dense, which jumps.
     compared = [(d, error) for d, error in uniform if ours[0, 0] < d < ours[-2, 0]]
     assert len(compared) >= 5
     for density, error in compared:
         assert np.interp(density, ours[:, 0], ours[:, 1]) <= error * 1.02
+
+
+def with_orders(plan: Plan) -> Plan:
+    """Orders by content measured at the split site: half of the error in chunks, the last head's.
+
+    That head has it.
+    """
+    evidence = dict(plan.evidence.sites)
+    name, known = "blocks.0.attn", evidence["blocks.0.attn"]
+    content = [
+        ContentCurve(
+            chunk=chunk,
+            density=known.curve.density,
+            error=(factor * np.array(known.curve.error)).tolist(),
+        )
+        for chunk, factor in ((1024, 0.5), (ALL, 2.0))
+    ]
+    buckets = [each.model_copy(update={"content": content}) for each in known.buckets]
+    evidence[name] = known.model_copy(update={"content": content, "buckets": buckets})
+    sites = {**plan.sites, name: plan.sites[name].model_copy(update={"chunks": [0, 0, 1024]})}
+    found = plan.evidence.model_copy(update={"sites": evidence})
+    return plan.model_copy(update={"sites": sites, "evidence": found})
+
+
+COMPARED = [
+    Comparison(
+        name=name,
+        taken=name != "one threshold for all",
+        predicted_error=0.02,
+        measured_error=error,
+        mean_density=density,
+        cost=cost,
+    )
+    for name, error, density, cost in (
+        ("marginals, round 1", 0.0281, 0.125, 0.31),
+        ("one threshold for all", 0.0279, 0.2, 0.43),
+    )
+]
+
+
+def compared_plan() -> Plan:
+    plan = make_plan()
+    return plan.model_copy(
+        update={"evidence": plan.evidence.model_copy(update={"compared": COMPARED})}
+    )
+
+
+def marks(figure: Figure) -> dict[str, list[list[float]]]:
+    """Points of the panel of what was measured, by their label in the legend."""
+    right = figure.axes[1]
+    legend = right.get_legend()
+    assert legend is not None
+    named = {text.get_text() for text in legend.get_texts()}
+    found = {str(c.get_label()): np.asarray(c.get_offsets()).tolist() for c in right.collections}
+    assert set(found) <= named
+    return found
+
+
+def test_what_was_predicted_and_what_was_measured_are_told_apart() -> None:
+    """The plan's mark stands beside others of its own kind only, each measured on the same samples.
+
+    Its trial is among those on held-out samples; one threshold was run on the fitted ones, as its
+    own way was.
+    """
+    figure = frontier(compared_plan())
+    assert not figure.axes[0].collections, "marks among predictions"
+    found = marks(figure)
+    assert found["this plan, held-out samples"] == [[0.1234, 0.0276]]
+    assert found["trials, held-out samples"] == [[0.1234, 0.0276]]
+    assert found["one threshold, fitted samples"] == [[0.2, 0.0279]]
+    assert found["by head, fitted samples"] == found["the way that was taken"] == [[0.125, 0.0281]]
+    assert len(figure.axes[1].lines) == 1, "the target alone: a line would be a prediction"
+
+
+def test_a_plan_that_was_not_verified_is_marked_as_predicted() -> None:
+    found = marks(frontier(compared_plan().model_copy(update={"predicted": True})))
+    assert "this plan, predicted" in found and "trials, held-out samples" not in found
+
+
+def test_a_plan_for_a_quantile_is_judged_by_it() -> None:
+    verified = Verified(
+        sample_errors=[0.01, 0.02, 0.04], spread=0.0125, dtype="bfloat16", quantile_error=0.04
+    )
+    plan = compared_plan().model_copy(update={"verified": verified, "target_quantile": 0.9})
+    assert judged_error(plan) == 0.04 and judged_error(compared_plan()) == 0.0276
+    figure = frontier(plan)
+    assert marks(figure)["this plan, held-out samples"] == [[0.1234, 0.04]]
+    assert figure.axes[1].get_title(loc="left").endswith("90% of samples within")
+
+
+def test_pages_compare_what_was_measured_alike(tmp_path: Path) -> None:
+    report(compared_plan(), tmp_path / "r.html")
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "marginals, round 1 (taken)" in text and "43.0 %" in text
+    assert "predicted to be 0.0200 and measured as 0.0276, 1.38 times that" in text
+
+
+def test_samples_errors_stand_at_their_timesteps() -> None:
+    errors = {"sample_errors": [0.02, 0.05, 0.01], "spread": 0.017, "dtype": "float32"}
+    plan = make_plan().model_copy(
+        update={"verified": Verified(**errors, sample_timesteps=[900.0, 20.0, 500.0])}
+    )
+    figure = sample_errors(plan)
+    assert figure is not None
+    (points,) = (c for c in figure.axes[0].collections if len(c.get_offsets()) == 3)
+    np.testing.assert_allclose(points.get_offsets(), [[20, 0.05], [500, 0.01], [900, 0.02]])
+    colours = np.asarray(points.get_facecolor())
+    assert (colours[0] != colours[1]).any() and (colours[1] == colours[2]).all()
+    assert figure.axes[0].get_xlabel() == "timestep"
+    figure = sample_errors(make_plan().model_copy(update={"verified": Verified(**errors)}))
+    assert figure is not None and figure.axes[0].get_xlabel() == "sample"
+    assert sample_errors(make_plan()) is None
+
+
+def test_what_orders_buy_is_read_at_the_same_density() -> None:
+    plan = with_orders(make_plan())
+    (heads,) = bought(plan).values()
+    assert [each.chunk for each in heads] == [0, 0, 1024]
+    for each, density in zip(heads, plan.sites["blocks.0.attn"].density, strict=True):
+        assert each.grid == pytest.approx(0.3 * (1 - density) ** 2 + 2e-4, rel=0.05)
+        assert each.content[ALL] == pytest.approx(2 * each.grid)
+        assert each.ratio == pytest.approx(0.5)
+    assert bought(make_plan()) == {}
+
+
+def test_order_maps_show_the_orders() -> None:
+    figure = order_maps(with_orders(make_plan()))
+    orders, ratios = image_of(figure, 0), image_of(figure, 1)
+    np.testing.assert_array_equal(orders[0], [0, 0, 1])
+    assert np.isnan(np.ma.filled(orders[1], np.nan)).all(), "a dense site has no order"
+    np.testing.assert_allclose(ratios[0], [-1, -1, -1], atol=1e-9)  # in powers of two
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "grid",
+        "content, chunks of 1,024",
+        "dense",
+    ]
+
+
+def test_pages_say_what_orders_buy(tmp_path: Path) -> None:
+    report(with_orders(make_plan()), tmp_path / "r.html")
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "1 of 3 heads are ordered by content: their error is 0.50 times" in text
+    assert "2 of 3 heads keep the grid" in text and "content 1 of 3" in text
+    report(make_plan(), tmp_path / "grid.html")
+    assert "Order per head" not in (tmp_path / "grid.html").read_text()
+
+
+def test_timestep_maps_read_a_heads_own_order() -> None:
+    """The last head's error by content is half of that by the grid at every threshold."""
+    figures = [timestep_maps(plan) for plan in (make_plan(), with_orders(make_plan()))]
+    by_grid, by_content = (image_of(f, 2) for f in figures if f is not None)
+    np.testing.assert_allclose(by_content[0], by_grid[0] * [1, 1, 0.5], rtol=1e-6)
+
+
+def test_the_whole_models_time_is_shown(tmp_path: Path) -> None:
+    verified = Verified(sample_errors=[0.02], spread=0.0, dtype="float16", model_ms=(60.0, 40.0))
+    plan = make_plan().model_copy(update={"verified": verified})
+    parts = model_parts(plan)
+    assert parts is not None
+    assert parts["dense"] == pytest.approx((22.9, 37.1))
+    assert parts["split"] == pytest.approx((4.4, 35.6))
+    report(plan, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "dense, 60 ms" in page and "split, 40 ms" in page and "width: 38.17%" in page
+    assert model_parts(make_plan()) is None
 
 
 def test_probe_scatter_measures_agreement() -> None:

@@ -25,7 +25,7 @@ from attention_cases import (
     reference_split,
     relative,
 )
-from interpreted import look_once_a_helper
+from interpreted import look_once_a_helper, multiply_bfloat16
 from ort_programs import Programs
 
 from freqopt.kernels.content_order import spread
@@ -34,6 +34,7 @@ from freqopt.kernels.specialise import NATIVE, POINTERS, specialisations
 from freqopt.kernels.variant import Variant
 
 look_once_a_helper()
+multiply_bfloat16()
 ABOUT = Variant(80, "float16", 64, False, content=True)
 TYPES = {
     "*fp32": torch.float32,

@@ -21,7 +21,7 @@ from attention_cases import (
     reference_split,
     relative,
 )
-from interpreted import look_once_a_helper
+from interpreted import look_once_a_helper, multiply_bfloat16
 
 import freqopt
 from benchmarks.backward import gradient_errors, prepare
@@ -39,6 +39,7 @@ TOLERANCE = {
 }
 if not ON_GPU:
     look_once_a_helper()
+    multiply_bfloat16()
 
 ODD = [
     *CASES,

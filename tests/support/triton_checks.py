@@ -29,7 +29,7 @@ from attention_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import look_once_a_helper
+from interpreted import look_once_a_helper, multiply_bfloat16
 
 from freqopt.config import ALL, QUERY_TILE
 from freqopt.kernels import autotune, content_order, overlap, reference, tuned, workspace
@@ -38,6 +38,7 @@ from freqopt.kernels.forward import long as long_split
 from freqopt.kernels.forward import order as order_launch
 from freqopt.kernels.forward import short, split
 from freqopt.kernels.forward.call import Call, Order
+from freqopt.kernels.forward.density import threshold_of_density
 from freqopt.kernels.forward.order import order_by_content
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
@@ -50,6 +51,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 if not ON_GPU:
     look_once_a_helper()
+    multiply_bfloat16()
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +248,22 @@ def test_the_threshold_of_a_density_is_the_definitions(
     if torch.equal(found[1], wanted.density):
         assert torch.equal(unpack_route(found[3], case.sequence.tokens), wanted.route)
     assert relative(found[0], expected) < 2e-2
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+def test_a_density_is_reached_and_passed_by_a_twentieth_at_most(spread: float) -> None:
+    """Over scores that lie together, and over scores of many orders of magnitude."""
+    tiles, blocks, generator = 60, 199, torch.Generator().manual_seed(1)
+    scores = (torch.randn(1, 2, tiles, blocks, generator=generator) * spread).exp().to(DEVICE)
+    every = torch.arange(tiles, dtype=torch.int32, device=DEVICE)
+    for asked in (0.02, 0.1, 0.5):
+        limits = threshold_of_density(
+            lambda: [(every, scores)], scores.shape, asked, scores.device, own=False
+        )
+        found = (scores >= limits[..., None, None]).double().mean((2, 3))
+        wanted = -(-asked * tiles * blocks // 1) / (tiles * blocks)
+        assert (found >= wanted).all()
+        assert (found <= asked * 1.05).all(), (asked, found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

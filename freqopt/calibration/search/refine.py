@@ -38,6 +38,7 @@ from freqopt.calibration.search.verify import (
     thresholds_of,
 )
 from freqopt.calibration.search.workbench import Reference, Workbench
+from freqopt.plan.records import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -286,3 +287,24 @@ def best_at_density(
             logger.info("%s: error %.3g at a density of %.4g", strategy.name, verdict.error, there)
             step()
     return [candidate for _, candidate in sorted(candidates, key=lambda one: one[0])]
+
+
+def comparisons(
+    candidates: Sequence[Candidate], taken: Strategy, cost: CostModel
+) -> list[Comparison]:
+    """What a plan tells of the strategies that were run on the same samples, as they are sorted."""
+    found = []
+    for candidate in candidates:
+        sites, verdict = candidate.strategy.sites, candidate.verdict
+        dense = sum(cost.dense(site.shape) * site.heads for site in sites)
+        found.append(
+            Comparison(
+                name=candidate.strategy.name,
+                taken=candidate.strategy is taken,
+                predicted_error=candidate.allocation.error,
+                measured_error=verdict.error,
+                mean_density=mean_density(sites, verdict.densities, cost),
+                cost=spent_cost(sites, candidate.allocation, verdict, cost) / max(dense, 1e-30),
+            )
+        )
+    return found
