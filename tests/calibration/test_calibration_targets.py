@@ -56,7 +56,7 @@ def test_the_plan_says_what_every_held_out_sample_did(tmp_path: Path) -> None:
     assert plan.worst_error == errors.max() > errors.min()
     assert verified.spread == pytest.approx(errors.std(), rel=1e-3)
     assert (verified.dtype, verified.quantile_error, verified.model_ms) == ("float32", None, None)
-    assert f"{plan.worst_error:.4f} at worst" in str(plan)
+    assert f"{plan.worst_error:.4f} worst" in str(plan)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 
