@@ -122,11 +122,9 @@ def test_orders_that_are_not_the_best_get_few_tiles(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(curves, "tile_errors", counting)
     grid = (4, 32, 40)  # 40 tiles
     kinds, field = make_call(grid), waves(grid)
-    found = measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS).curves
+    measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS)
     of_head = [32, 4, 4, 4, 4]
     assert taken[:6] == [*of_head, 12] and taken.count(4) == 8 and 2 <= taken.count(12) <= 4
-    few = found["variance"][:, 8, 0] / found["site"][:, 8, 0].square()
-    assert few[1] > 2 * few[-1]  # chunks of 512, and all, which are best here
     taken.clear()
     measure_curves("a", field, field.dense(), 64, orders=ORDERS)
     assert taken in ([*of_head, 12], [*of_head, 12, 12])
