@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
 
 from freqopt.capture.call_grids import CallGrids
 from freqopt.capture.pieces import Part, decide_in_part, part_of_model
@@ -67,8 +68,10 @@ def freqopt_backend(
         # One plan for all that follows: its file may be another by the time it is read again.
         plan = None if settings.plan is None else load_plan(settings.plan)
         settings = replace(settings, mode=mode or settings.mode, plan=plan)
-        part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
-        graph = _rewritten(calls, settings, part, options)
+        # What examples of sizes save for a backward pass is none of a checkpoint's around the call.
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
+            graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
     inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
     if settings.reuse_order > 1:
@@ -77,6 +80,10 @@ def freqopt_backend(
         compiled = inner(graph_of_part, inputs)
     feed = part.feeding.feed() if part.inputs else None
     return calls.reading(counted(compiled, graph, feed))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -> Graph:
@@ -200,7 +207,9 @@ def _is_missed(settings: Options, decision: Decision) -> bool:
     if decision.split:
         return False
     if decision.why.reason in UNREAD:
-        return not is_shorter(site.query_length, least_tokens(settings, site), guard=False)
+        return site.kind != "cross" and not is_shorter(
+            site.query_length, least_tokens(settings, site), guard=False
+        )
     if site.kind not in OURS or site.grid is None:
         return False
     by_plan = settings.plan is not None and site.eligible

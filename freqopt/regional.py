@@ -23,7 +23,7 @@ from freqopt.errors import PlanError
 from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
-from freqopt.telling.attached import unwatch, watch
+from freqopt.telling.attached import is_watched, unwatch, watch
 from freqopt.turns import Turns
 
 if TYPE_CHECKING:
@@ -149,12 +149,11 @@ def _put(
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
         places.append((module, nth, plan.budgets(site)))
-    selector = _Selector(places, plan.timestep_name, plan.timestep_edges)
+    selector = _Selector(places, plan, list(handle.places))
     _hook(root, SELECTS, selector)
     root._forward_hooks[ENDS] = selector.end
     root._forward_hooks_always_called[ENDS] = True
-    sites = {site: (m, attribute_of(nth)) for site, (m, nth) in handle.places.items()}
-    watch(root, plan, sites)
+    watch(root, plan, selector.sites())
     inner.__dict__[HANDLE] = handle
 
 
@@ -221,17 +220,20 @@ def _root_of(names: dict[str, str]) -> str:
 class _Selector:
     """Forward pre-hook of a model: puts the budgets of the call's timestep on its modules.
 
-    It notes the call too, of which parts of the model then ask.
+    It notes the call too, of which parts of the model then ask, and has copies of the model watched
+    as the model is.
     """
 
     def __init__(
         self,
         places: Sequence[tuple[nn.Module, int, Tensor]],
-        name: str | None,
-        edges: Sequence[float],
+        plan: Plan,
+        names: Sequence[str],
     ) -> None:
         self.places = [(module, attribute_of(nth)) for module, nth, _ in places]
-        self.name = name if edges else None
+        self.plan, self.names = plan, list(names)
+        edges = plan.timestep_edges
+        self.name = plan.timestep_name if edges else None
         self.sizes = [table[0].numel() for _, _, table in places]
         self.table = torch.cat([table.flatten(1) for _, _, table in places], 1)
         self.edges = torch.tensor(list(edges), dtype=torch.float32, device="cpu")
@@ -244,6 +246,8 @@ class _Selector:
         if not compiling:
             under_way.begin(model)
             self._follow(model)
+            if not is_watched(model):  # a copy, or read from a file
+                watch(model, self.plan, self.sites())
         if self.name is None:
             return
         named = named_arguments(forward_signature(model), args, kwargs)
@@ -269,6 +273,10 @@ class _Selector:
             fresh = torch._foreach_mul(self._parts(times, budgets), 1.0)
             for budget, part in zip(budgets, fresh, strict=True):
                 budget.data = part
+
+    def sites(self) -> dict[str, tuple[nn.Module, str]]:
+        """Where the budgets of the plan's sites are."""
+        return dict(zip(self.names, self.places, strict=True))
 
     def _parts(self, times: Tensor, budgets: Sequence[Tensor]) -> list[Tensor]:
         """The budgets at a timestep, each as it lies on its module."""

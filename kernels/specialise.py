@@ -301,7 +301,7 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
     route = Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
     yield route.with_defaults()
     for bits, below in (*RANK_BITS, *RANK_BITS_ANEW):
-        constants = {"BITS": bits, "BELOW": below, "CELLS": density.CELLS}
+        constants = {"BITS": bits, "BELOW": below, "CELLS": density.CELLS, "FIRST": False}
         name = f"rank_{below}"
         counting = Specialised(
             name, triton_density.histogram_kernel, constants, {**few, "num_warps": 8}, 0

@@ -45,6 +45,19 @@ def bring(node: fx.Node, graph: fx.Graph) -> fx.Node:
     return node
 
 
+def outside(node: fx.Node, outer: fx.Graph) -> fx.Node:
+    """What a graph hands to the body that a placeholder is of; the node itself if it is no such."""
+    for call, body in reversed(way_into(outer, node.graph) or []):
+        places = body.graph.find_nodes(op="placeholder")
+        if node not in places:
+            break
+        handed = call.args[1:][places.index(node)]
+        if not isinstance(handed, fx.Node):
+            break
+        node = handed
+    return node
+
+
 def _as_operand(node: fx.Node, call: fx.Node, body: fx.GraphModule) -> fx.Node:
     """The placeholder of `node` in a body, which the call is given as an operand, once."""
     places = body.graph.find_nodes(op="placeholder")

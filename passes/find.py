@@ -174,12 +174,16 @@ def _walk(graph: fx.Graph, dimensions: Dimensions) -> Iterator[tuple[Attention, 
 def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: str) -> Site:
     query, key = tensor(attention.query), tensor(attention.key)
     operands = operands_of(attention, dimensions)
-    sizes = heads_of(attention, operands)
+    own = attention.sizes
+    sizes = heads_of(attention, operands) if own is None else own[:3]
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
     layout, problem = Layout(), attention.objection or _distributed(attention)
     lengths: tuple[Extent, Extent] = (0, 0)
-    if query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
+    if own is not None:
+        kind = dimensions.provenance().kind(attention.query, attention.key)
+        lengths = own.queries, own.keys
+    elif query is not None and key is not None and query.dim() >= 2 and key.dim() >= 2:
         lengths = (query.shape[-2], length_of_keys(attention))
         if sizes is not None or problem is None:
             kind, layout, why_not = classify(attention, dimensions, said)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from freqopt.passes.naming import Names, module_call, site_name
+from freqopt.passes.naming import Names, Ways, site_name
 from freqopt.passes.nodes import operation
 from freqopt.passes.site import Known, Mark
 
@@ -18,6 +18,7 @@ FIELDS = 6
 def take_marks(gm: fx.GraphModule, names: Names | None = None, inside: str = "") -> dict[str, Mark]:
     """Marks of a graph by the name of the site that they are for; the graph keeps none."""
     found: dict[str, Mark] = {}
+    ways = Ways(names, inside)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or operation(node) != "mark":
             continue
@@ -25,7 +26,7 @@ def take_marks(gm: fx.GraphModule, names: Names | None = None, inside: str = "")
         assert isinstance(source, fx.Node) and isinstance(budget, fx.Node)
         assert isinstance(layouts, (list, tuple))
         assert isinstance(nth, int) and isinstance(largest_chunk, int)
-        path, call = module_call(node, names, inside)
+        path, call = ways.place(node.meta.get("nn_module_stack") or {})
         found[site_name(path, call, nth)] = Mark(budget, layouts_of(layouts), largest_chunk)
         node.replace_all_uses_with(source)
         gm.graph.erase_node(node)

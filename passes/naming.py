@@ -43,7 +43,7 @@ def module_path(node: fx.Node) -> str:
 
     The same on all versions of torch and in Dynamo and export graphs.
     """
-    return module_call(node)[0]
+    return _place(node.meta.get("nn_module_stack") or {}, None, "")[0]
 
 
 def passes_through(node: fx.Node, path: str) -> bool:
@@ -57,26 +57,23 @@ def passes_through(node: fx.Node, path: str) -> bool:
     return all(part in way for part in path.split("."))
 
 
-def module_call(node: fx.Node, names: Names | None = None, inside: str = "") -> tuple[str, int]:
-    """Path of the module that a node is in, and in which of its calls, from 0.
-
-    inside: the module that runs the whole graph, which no node is in.
-    """
-    return _place(node.meta.get("nn_module_stack") or {}, names, inside)
-
-
-def _place(stack: Mapping[Any, Any], names: Names | None, inside: str) -> tuple[str, int]:
+def _place(stack: Mapping[Any, Any], names: Names | None, inside: str) -> tuple[str, int, str]:
+    """Name of the module that a node is in, in which of its calls, and how it was reached."""
     if not stack:
-        return inside, 0
+        return inside, 0, ""
     entries = list(stack.items())
     call = _call_of(entries[-1][0])
-    for key, _ in reversed(entries):
+    for key, entry in reversed(entries):
         name = (names or {}).get(_identity(key))
         if name is not None:
-            return name, call
-    last = entries[-1][1]
-    path = last[0] if isinstance(last, tuple) else last
-    return plain_path(readable_path(str(path))), call
+            return name, call, _way(entry)
+    way = _way(entries[-1][1])
+    return plain_path(readable_path(way)), call, way
+
+
+def _way(entry: object) -> str:
+    """The way by which a module was reached, of an entry of a stack."""
+    return str(entry[0] if isinstance(entry, tuple) else entry)
 
 
 def _identity(key: object) -> int:
@@ -90,12 +87,33 @@ def _call_of(key: object) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+class Ways:
+    """Where nodes are, with the calls of a module told apart.
+
+    Dynamo numbers the calls of a module by one way only. One that stands at two places of a model
+    is called once by each of two ways, and the second is its second call.
+    """
+
+    def __init__(self, names: Names | None = None, inside: str = "") -> None:
+        self.names, self.inside = names, inside
+        self.met: dict[str, dict[tuple[str, int], int]] = {}
+
+    def place(self, stack: Mapping[Any, Any]) -> tuple[str, int]:
+        """Name of the module that a node with such a stack is in, and in which of its calls."""
+        name, call, way = _place(stack, self.names, self.inside)
+        met = self.met.setdefault(name, {})
+        first = next(iter(met), (way, 0))[0]
+        found = met.setdefault((way, call), call if way == first else max(met.values()) + 1)
+        return name, found
+
+
 class Numbered:
     """Tells apart the attentions of a module ("attn#1") and its calls ("attn@1") in one graph."""
 
     def __init__(self, names: Names | None = None, inside: str = "") -> None:
         self.names, self.inside = names, inside
         self.seen: dict[tuple[str, int], int] = {}
+        self.calls = Ways(names, inside)
 
     def name(self, node: fx.Node) -> str:
         """Name of the next site, which is at a node."""
@@ -103,7 +121,7 @@ class Numbered:
 
     def of(self, stack: Mapping[Any, Any]) -> str:
         """Name of the next site, whose node has such a stack of modules."""
-        place = _place(stack, self.names, self.inside)
+        place = self.calls.place(stack)
         nth = self.seen.get(place, 0)
         self.seen[place] = nth + 1
         return site_name(*place, nth)

@@ -64,6 +64,16 @@ Argument = int | Size | Value | Rest | Total | Product
 sequence, a sum or product of sizes."""
 
 
+class Sizes(NamedTuple):
+    """Heads, key heads, head dim, and numbers of queries and keys."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    queries: Extent
+    keys: Extent
+
+
 @dataclass
 class Attention:
     """One attention as an anchor found it; tensors as fx nodes.
@@ -72,7 +82,7 @@ class Attention:
     (.., D, M) if `key_transposed`. scale: factor of the logits, None for D**-0.5. masks_queries:
     queries that the mask hides as keys give zero. objection: why this form of attention can never
     be rewritten, or None. nodes: all that compute it, `node` (the output, which a replacement
-    stands in for) last.
+    stands in for) last. sizes: of operands that lie in another way, which is never rewritten.
     """
 
     node: fx.Node
@@ -85,6 +95,7 @@ class Attention:
     nodes: tuple[fx.Node, ...] = ()
     key_transposed: bool = False
     masks_queries: bool = False
+    sizes: Sizes | None = None
 
 
 class Source(NamedTuple):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx, nn
 
 from freqopt.capture.call_grids import int_inputs
@@ -22,8 +23,9 @@ from freqopt.capture.call_layouts import (
     numbers_of_layout,
     tellers,
 )
-from freqopt.capture.under_way import Arguments, arguments_of
+from freqopt.capture.under_way import Arguments, arguments_of, is_training
 from freqopt.decisions import check_length
+from freqopt.errors import InputError
 from freqopt.grid import Grid
 from freqopt.passes.axes.told import Told
 from freqopt.passes.site import Source, Value
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 NUMBERS = ("before", "t", "h", "w", "after")
 
 Sources = tuple[Source, ...]
+Numbers = tuple[int, int, int, int, int]
 
 
 class Telling:
@@ -50,17 +53,20 @@ class Telling:
         self.teller, self.plan_of, self.sources = teller, plan_of, sources
         self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
+        self._trained: dict[Numbers, None] = {}
+        self._is_repeated = False
 
-    def __call__(
-        self, model: nn.Module | None, arguments: Arguments | None
-    ) -> tuple[int, int, int, int, int]:
+    def __call__(self, model: nn.Module | None, arguments: Arguments | None) -> Numbers:
         """As `numbers_of_layout`; zeros, and a warning once, where the call tells nothing.
 
         model, arguments: None where the model is not being called.
 
         Raises:
             PlanError: a length too far from those of the plan.
+            InputError: see `_repeated`.
         """
+        if arguments is None and torch._C._current_graph_task_id() != -1 and self._trained:
+            return self._repeated()
         layout = None if arguments is None else self.teller(arguments)
         if layout is not None and model is not None:
             self._check(model, layout.grid)
@@ -71,7 +77,33 @@ class Telling:
                 "attention is dense in such calls",
                 self.teller.name,
             )
-        return numbers_of_layout(layout)
+        numbers = numbers_of_layout(layout)
+        if is_training():
+            self._note(numbers)
+        return numbers
+
+    def _note(self, numbers: Numbers) -> None:
+        """Remember a call that a backward pass may come for, and forget those that one came for."""
+        if self._is_repeated:
+            self._is_repeated = False
+            self._trained.clear()
+        self._trained[numbers] = None
+
+    def _repeated(self) -> Numbers:
+        """What the call told that activation checkpointing runs once more, in the backward pass.
+
+        Raises:
+            InputError: several calls may be meant, and told different grids.
+        """
+        self._is_repeated = True
+        if len(self._trained) > 1:
+            grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in self._trained)
+            raise InputError(
+                "activation checkpointing runs a compiled block once more, outside of any call of "
+                f"its model, and the model was called on several grids since ({grids}): call "
+                "backward() after each, or compile the whole model"
+            )
+        return next(iter(self._trained))
 
     def _check(self, model: nn.Module, grid: Grid) -> None:
         """Check a length that is new against those that the model's plan was verified at."""

@@ -30,7 +30,7 @@ from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.naming import module_path, passes_through, site_name
+from freqopt.passes.naming import module_path, passes_through, plain_path, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.rewrite.rewrite import fake_mode
@@ -130,7 +130,7 @@ class Part:
         reached = module_path(site.node)
         if reached == relative or reached.endswith(f".{relative}") or not relative:
             return True
-        return passes_through(site.node, relative)
+        return passes_through(site.node, relative) or self._at(reached) is self._module(site.name)
 
     def tells(self, gm: fx.GraphModule) -> list[Told]:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
@@ -240,6 +240,12 @@ class Part:
         """Name of a site's module in the module that runs the graph."""
         path = module_of_site(name)[0]
         return path if self.is_whole else path[len(self.inside) :].lstrip(".")
+
+    def _at(self, path: str) -> nn.Module | None:
+        """The module at a place in the one that runs the graph, where it may have others too."""
+        runner = self.root if self.is_whole else self.runner
+        places = () if runner is None else runner.named_modules(remove_duplicate=False)
+        return next((module for name, module in places if plain_path(name) == path), None)
 
     def _module(self, name: str) -> nn.Module | None:
         return self._modules.get(module_of_site(self._real(name))[0])

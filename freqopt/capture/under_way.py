@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from freqopt.capture.modules import CALLS, unwrapped_module
@@ -32,14 +33,16 @@ class Call:
     """One call of a model that notes its calls.
 
     model, frame: `id` of the model, and of the frame that it runs in. told: what the call was found
-    to tell, by who asked. Nothing here keeps a model or its arguments.
+    to tell, by who asked. trains: gradients may be asked for. Nothing here keeps a model or its
+    arguments.
     """
 
-    __slots__ = ("frame", "model", "told")
+    __slots__ = ("frame", "model", "told", "trains")
 
     def __init__(self, model: int, frame: int) -> None:
         self.model, self.frame = model, frame
         self.told: dict[object, tuple[int, ...]] = {}
+        self.trains = torch.is_grad_enabled()
 
 
 class _Own(threading.local):
@@ -70,6 +73,12 @@ def end(model: nn.Module) -> None:
     if calls and calls[-1].model == id(model):
         calls.pop()
     _own.top = calls[-1] if calls else None
+
+
+def is_training() -> bool:
+    """Whether gradients may be asked for of the call under way."""
+    call = _own.top
+    return torch.is_grad_enabled() if call is None else call.trains
 
 
 def told_once(ask: Ask) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from freqopt.capture.modules import match_names, module_of_site, modules_of
+from freqopt.capture.modules import base_name, match_names, module_of_site, modules_of
 from freqopt.errors import PlanError
 from freqopt.plan.content import PlanContent, some_of
 
@@ -87,6 +87,14 @@ def check_sites(plan: PlanContent, sites: Mapping[str, SiteShape]) -> None:
     """
     shared = names_in(plan, sites)
     if sites and not shared:
+        twice = [n for n in plan.sites if sum(_fits(name, n) for name in sites) > 1]
+        if twice:
+            ends = dict.fromkeys(name for name in sites if _fits(name, twice[0]))
+            raise PlanError(
+                f"the sites of this plan for {plan.model.class_name} are in this graph more "
+                f"than once ({some_of(ends)}): one plan serves one model, so compile each "
+                "model by itself, with its own plan, or call freqopt.attach for each"
+            )
         raise PlanError(
             f"none of the {len(sites)} sites of this graph ({some_of(sites)}) is among the "
             f"{len(plan.sites)} ({some_of(plan.sites)}) of this plan for "
@@ -114,6 +122,11 @@ def note_difference(plan: PlanContent, model: nn.Module) -> None:
 @functools.cache
 def _note_once(note: str) -> None:
     logger.info("%s", note)
+
+
+def _fits(name: str, planned: str) -> bool:
+    """Whether a name ends in that of a plan's site, as within a wrapper."""
+    return base_name(name).endswith(f".{planned}")
 
 
 def _pattern(name: str) -> str:

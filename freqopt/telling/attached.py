@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.modules import base_name
 from freqopt.options import Options
 from freqopt.telling import running
 from freqopt.telling.outermost import outermost_call
@@ -26,7 +27,10 @@ from freqopt.telling.watching import TimestepRange, is_due
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
-NOTHING_RAN = "no compiled block ran: compile the blocks with backend='freqopt'"
+NOTHING_RAN = (
+    "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
+    "freqopt.attach (torch.compiler.reset() forgets what was compiled before)"
+)
 
 TELLS = -20_260_002
 """Key of the hook, the same in all models, as the compiler guards on it."""
@@ -46,6 +50,11 @@ def watch(model: nn.Module, plan: Plan, places: Places) -> None:
     model._forward_hooks_with_kwargs[TELLS] = True
 
 
+def is_watched(model: nn.Module) -> bool:
+    """Whether the calls of a model are looked at."""
+    return model in _watches
+
+
 def unwatch(model: nn.Module) -> None:
     """Look no more."""
     model._forward_hooks.pop(TELLS, None)
@@ -63,7 +72,7 @@ def _after_call(
     """Forward hook: a function and no method, so that models are copied and pickled with it."""
     if torch.compiler.is_compiling():
         return
-    found = _watches.get(model)  # copies of the model have none
+    found = _watches.get(model)  # copies that have not been called have none
     if found is not None:
         found.after(model, args, kwargs)
 
@@ -107,12 +116,12 @@ class Watch:
             tell_outside(model, self.plan, grids, lengths=True)
 
     def served(self) -> set[str]:
-        """Sites whose budgets a split attention was called with."""
+        """Sites whose budgets a split attention was called with; with further calls of modules."""
         ours = {
             id(module.__dict__.get(attribute)): name
             for name, (module, attribute) in self.places.items()
         }
-        return {
+        found = {
             ours[key[graph.inputs.index(place)]]
             for graph in running.graphs
             for key, calls in graph.calls.items()
@@ -120,6 +129,7 @@ class Watch:
             if split and (place := graph.budgets[index]) >= 0 and calls.split(index)
             if key[graph.inputs.index(place)] in ours
         }
+        return found | {name for name in self.plan.sites if base_name(name) in found}
 
     def name_of(self, graph: Graph, calls: Calls, index: int) -> str | None:
         """The site of a decision in calls of a graph, None where it is of another model."""
@@ -171,8 +181,11 @@ def attached_to(model: object) -> Plan | None:
     """The plan that is attached to a model, or to a module in it; None if there is none."""
     if not isinstance(model, nn.Module) or not _watches:
         return None
-    found = (_watches.get(module) for module in model.modules())
-    return next((each.plan for each in found if each is not None), None)
+    own = _watches.get(model)
+    if own is None:
+        found = (_watches.get(module) for module in model.modules())
+        own = next((each for each in found if each is not None), None)
+    return None if own is None else own.plan
 
 
 def note_part(part: nn.Module, found: Compiled) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from freqopt.passes.bodies import outside
 from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import operation
 from freqopt.passes.rewrite.timestep import find_timestep
@@ -286,7 +287,7 @@ def graph_of(
         decisions=tuple((d.site.name, d.split, d.reason) for d in decisions),
         measured=tuple(measured),
         heads=tuple(decisions[index].site.heads for index in measured),
-        budgets=tuple(inputs.get(_input_of(d.budget), -1) for d in decisions),
+        budgets=tuple(inputs.get(_input_of(gm.graph, d.budget), -1) for d in decisions),
         grids=tuple(_grid_at_call(d, inputs) for d in decisions),
         most_kept=most_kept,
     )
@@ -299,11 +300,16 @@ def _grid_at_call(decision: Decision, inputs: Mapping[fx.Node, int]) -> int:
     return next((inputs[node] for node in decision.site.read_at_call if node in inputs), -1)
 
 
-def _input_of(budget: object) -> Any:
-    """The input that a budget is, whichever device it is brought to."""
-    while isinstance(budget, fx.Node) and operation(budget) == "to":
-        budget = budget.args[0]
-    return budget if isinstance(budget, fx.Node) else None
+def _input_of(graph: fx.Graph, budget: object) -> Any:
+    """The input that a budget is, in whichever body it is used and to whichever device brought."""
+    while isinstance(budget, fx.Node):
+        if budget.graph is not graph and (found := outside(budget, graph)) is not budget:
+            budget = found
+        elif operation(budget) == "to":
+            budget = budget.args[0]
+        else:
+            return budget
+    return None
 
 
 def with_timesteps(graph: Graph, gm: fx.GraphModule, plan: Plan) -> Graph:

@@ -36,6 +36,10 @@ HOOKED = (
     "a hook (offloading, casting, a step cache) cannot be traced: freqopt.attach(model, plan), and "
     "compile the blocks"
 )
+DATA_DEPENDENT = (
+    "set torch._dynamo.config.capture_dynamic_output_shape_ops = True, which keeps operators whose "
+    "sizes depend on data in the graph"
+)
 NOT_MET = "not met in any graph"
 
 
@@ -196,6 +200,8 @@ def _advice(left: Iterable[Outcome | None], known: Compiled) -> str:
         (where, reason), count = next(iter(known.breaks)), len(known.breaks)
         times = "once" if count == 1 else f"at {count} places"
         found = f"torch.compile left the graph {times} ({where}: {reason})"
+        if any(reason.startswith("Dynamic shape operator") for _, reason in known.breaks):
+            return f"{found}; {DATA_DEPENDENT}"
         return f"{found}; {HOOKED if any(known.breaks.values()) else INSPECT}"
     found_advice: dict[str, None] = {}
     for outcome in left:

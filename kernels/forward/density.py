@@ -28,7 +28,7 @@ CELLS, PARTS = 4096, 24
 
 
 def threshold_of_density(
-    scores: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    scores: Callable[[], Iterable[tuple[Tensor | None, Tensor]]],
     shape: tuple[int, int, int, int],
     density: float,
     device: torch.device,
@@ -39,37 +39,33 @@ def threshold_of_density(
     """Thresholds (B, H) float32 of a density: at most those of reference.threshold_for_density.
 
     Args:
-        scores: called once for each of rank_bits; gives tiles that go together, (tiles,) int32,
-            and their scores (B, H, tiles, blocks) float32, until all tiles were given.
+        scores: called once for each of rank_bits; gives tiles that go together, (tiles,) int32 or
+            None for all, and their scores (B, H, tiles, blocks) float32, until all tiles were
+            given.
         shape: (B, H, tiles, blocks) of all scores.
         density: share of pairs that are to be exact.
         own: the queries are the keys' tokens, so that a tile's own blocks are exact anyway.
+        rank_bits: as RANK_BITS, most significant first; 31 bits with those left below the last.
     """
     batch, heads, tiles, blocks = shape
     pairs, cells = batch * heads, tiles * blocks
-
-    def whole(*size: int) -> Tensor:
-        return torch.zeros(*size, device=device, dtype=torch.int32)
-
-    histogram, prefix = whole(pairs, 2 ** max(bits for bits, _ in rank_bits)), whole(pairs)
-    left = whole(pairs).fill_(min(max(math.ceil(density * cells), 1), cells))
+    kept = min(max(math.ceil(density * cells), 1), cells)
+    bins = 2 ** max(bits for bits, _ in rank_bits)
+    histogram = torch.zeros(pairs, bins, device=device, dtype=torch.int32)
+    prefix, left = torch.empty(2, pairs, device=device, dtype=torch.int32)
     limits = torch.empty(batch, heads, device=device, dtype=torch.float32)
-    for bits, below in rank_bits:
+    for number, (bits, below) in enumerate(rank_bits):
+        first, last = number == 0, number == len(rank_bits) - 1
         for tile_list, score in scores():
-            steps = triton.cdiv(len(tile_list) * blocks, CELLS)
+            rows = score.shape[2]
+            steps = triton.cdiv(rows * blocks, CELLS)
             span = triton.cdiv(steps, PARTS) * CELLS
-            histogram_kernel[(triton.cdiv(len(tile_list) * blocks, span), pairs)](
-                score, tile_list, prefix, histogram, len(tile_list), blocks, span,
-                BITS=bits, BELOW=below, CELLS=CELLS, OWN=own, num_warps=8,
+            histogram_kernel[(triton.cdiv(rows * blocks, span), pairs)](
+                score, tile_list, prefix, histogram, rows, blocks, span,
+                BITS=bits, BELOW=below, CELLS=CELLS, FIRST=first, OWN=own, num_warps=8,
             )  # fmt: skip
         narrow_kernel[(pairs,)](
-            histogram,
-            prefix,
-            left,
-            limits,
-            below,
-            BITS=bits,
-            LAST=below == rank_bits[-1][1],
-            num_warps=4,
-        )
+            histogram, prefix, left, limits, kept, below,
+            BITS=bits, FIRST=first, LAST=last, num_warps=4,
+        )  # fmt: skip
     return limits

@@ -33,8 +33,8 @@ DIRECTION_SLICE = 32
 """Rows of the covariance that a product takes at a time."""
 
 LEVELS = {
-    8192: (16, 256), 4096: (8, 256), 2048: (4, 256), 1024: (2, 128), 512: (2, 128),
-    256: (1, 128), 128: (1, 128),
+    8192: (8, 256), 4096: (4, 256), 2048: (4, 256), 1024: (2, 128), 512: (1, 128),
+    256: (1, 128), 128: (1, 64),
 }  # fmt: skip
 """Warps of a segment that one program halves, and tokens that it reads at a time, by the segment's
 tokens: the fastest of those tried on an H200. Larger segments take three launches, so that more

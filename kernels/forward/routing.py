@@ -99,10 +99,7 @@ def make_route(
     if limits is None and density == 0.0:
         limits = limits_of(threshold, call.batch)
     elif limits is None:
-        every = torch.arange(tiles, device=device, dtype=torch.int32)
-        limits = threshold_of_density(
-            lambda: [(every, score)], shape, density, device, own=call.own
-        )
+        limits = threshold_of_density(lambda: [(None, score)], shape, density, device, own=call.own)
     route = torch.empty(shape, device=device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=device, dtype=torch.int32)
     counts = torch.empty(shape[:3], device=device, dtype=torch.int32)

@@ -24,14 +24,19 @@ def with_unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
-    """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
-    inputs = inputs._replace(
+def readable(inputs: Inputs) -> Inputs:
+    """Tensors as the kernels read them."""
+    return inputs._replace(
         query=with_unit_last_stride(inputs.query),
         key=with_unit_last_stride(inputs.key),
         value=with_unit_last_stride(inputs.value),
         key_mask=None if inputs.key_mask is None else with_unit_last_stride(inputs.key_mask),
     )
+
+
+def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
+    """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
+    inputs = readable(inputs)
     query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
     kv_heads, tokens = key.shape[1], inputs.layout.tokens

@@ -67,17 +67,21 @@ def density_kernel(
 @triton.jit
 def histogram_kernel(
     score, tile_list, prefix, histogram, tiles, blocks, span,
-    BITS: tl.constexpr, BELOW: tl.constexpr, CELLS: tl.constexpr, OWN: tl.constexpr = True,
+    BITS: tl.constexpr, BELOW: tl.constexpr, CELLS: tl.constexpr, FIRST: tl.constexpr,
+    OWN: tl.constexpr = True,
 ):  # fmt: skip
     """One program: adds `span` of a head's scores to its histogram (pairs, 2**BITS) int32.
 
     Counted by BITS bits of a score, those above its lowest BELOW, where the bits still above are
-    the head's prefix (pairs,) int32. OWN: a tile's own blocks count as infinite, being exact at
-    any threshold. tile_list: (tiles,) int32, which tiles the rows of scores (tiles, blocks) are.
+    the head's prefix (pairs,) int32, which at the FIRST bits there is none of. OWN: a tile's own
+    blocks count as infinite, being exact at any threshold. tile_list: (tiles,) int32, which tiles
+    the rows of scores (tiles, blocks) are; None for all in turn.
     """
     part = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
-    wanted = tl.load(prefix + pair)
+    wanted = 0
+    if not FIRST:
+        wanted = tl.load(prefix + pair)
     score += pair * tiles * blocks
     found = tl.zeros((2**BITS,), tl.int32)
     stop = tl.minimum((part + 1) * span, tiles * blocks)
@@ -86,7 +90,9 @@ def histogram_kernel(
         inside = cell < stop
         bits = tl.load(score + cell, mask=inside, other=0.0).to(tl.int32, bitcast=True)
         if OWN:
-            tile = tl.load(tile_list + cell // blocks, mask=inside, other=0)
+            tile = cell // blocks
+            if tile_list is not None:
+                tile = tl.load(tile_list + tile, mask=inside, other=0)
             bits = tl.where(cell % blocks * BLOCK // TILE == tile, INFINITY, bits)
         counted = inside & ((bits >> (BITS + BELOW)) == wanted)
         found += tl.histogram((bits >> BELOW) & (2**BITS - 1), 2**BITS, mask=counted)
@@ -96,23 +102,29 @@ def histogram_kernel(
 
 @triton.jit
 def narrow_kernel(
-    histogram, prefix, left, limits, below, BITS: tl.constexpr, LAST: tl.constexpr
+    histogram, prefix, left, limits, kept, below,
+    BITS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head): BITS more bits of the score that `left` scores reach.
+    """One program per (batch, head): BITS more bits of the score that `kept` scores reach.
 
-    Appends them to the prefix, takes what lies above off `left` (pairs,) int32, and empties the
-    histogram for the next bits; after the LAST the prefix, with its `below` lower bits zero, is the
-    threshold, limits (pairs,).
+    Appends them to the prefix, keeps in `left` (pairs,) int32 how many are still to be found below
+    what lies above them, and empties the histogram for the next bits. At the FIRST bits neither is
+    read; after the LAST the prefix, with its `below` lower bits zero, is the threshold, limits
+    (pairs,).
     """
     pair = tl.program_id(0)
     bins = tl.arange(0, 2**BITS)
     here = histogram + pair * 2**BITS + bins
     counts = tl.load(here)
-    wanted = tl.load(left + pair)
+    known = 0
+    wanted = kept
+    if not FIRST:
+        known = tl.load(prefix + pair)
+        wanted = tl.load(left + pair)
     reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
     bin = tl.maximum(tl.sum((reached >= wanted).to(tl.int32), 0) - 1, 0)
     above = tl.sum(tl.where(bins > bin, counts, 0), 0)
-    found = (tl.load(prefix + pair) << BITS) + bin
+    found = (known << BITS) + bin
     tl.store(left + pair, wanted - above)
     tl.store(prefix + pair, found)
     tl.store(here, tl.zeros((2**BITS,), tl.int32))

@@ -13,11 +13,13 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import Atom, Axis, atoms_of, same
+from freqopt.passes.masks.memory import is_written
 from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import VIEWS, operation, tensor
 from freqopt.passes.site import Kind
 
 PROJECTIONS = {"linear", "addmm", "conv1d", "conv2d", "conv3d"}
+CASTS = {"to", "float", "half", "bfloat16", "type_as", "_to_copy", "dropout"}
 PRODUCTS = {"matmul", "mm", "bmm", "einsum"}
 
 
@@ -109,7 +111,8 @@ class Provenance:
     def projection_inputs(self, node: fx.Node) -> frozenset[fx.Node]:
         """Inputs of the projections that a query or key was computed from.
 
-        Parameters count for nothing; a tensor that was never projected counts as itself.
+        Parameters count for nothing. Of projections of projections, as adapters are, the first
+        one's counts: rows stay rows.
         """
         reached = {node, *nx.ancestors(self.edges, node)}
         result: set[fx.Node] = set()
@@ -117,7 +120,7 @@ class Provenance:
             if is_projection(found):
                 source = found.args[0] if found.args else found.kwargs.get("input")
                 if isinstance(source, fx.Node):
-                    result.add(source)
+                    result.add(_projected(source))
         return frozenset(result)
 
     def kind(self, query: fx.Node, key: fx.Node) -> Kind:
@@ -126,6 +129,20 @@ class Provenance:
         if first and first == second:
             return "self" if len(first) == 1 else "joint"
         return "other" if first & second or not (first and second) else "cross"
+
+
+def _projected(node: fx.Node) -> fx.Node:
+    """What a tensor is projected from, or is another dtype of; the tensor itself otherwise."""
+    while (_keeps_rows(node) or operation(node) in CASTS) and not is_written(node):
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    return is_projection(node) and not operation(node).startswith("conv")
 
 
 def is_projection(node: fx.Node) -> bool:

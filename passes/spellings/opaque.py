@@ -36,7 +36,9 @@ def match_opaque(node: fx.Node) -> Attention | None:
         return None
     objection = call.objection or outputs_problem(node)
     why = objection or Reason.OPAQUE(operation=call.name, problem="it was not opened")
-    return Attention(node, call.query, call.key, call.value, objection=why, nodes=(node,))
+    return Attention(
+        node, call.query, call.key, call.value, objection=why, nodes=(node,), sizes=call.sizes
+    )
 
 
 def outputs_problem(node: fx.Node) -> Any:

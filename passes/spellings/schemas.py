@@ -7,7 +7,6 @@ by the shape of the log-sum-exp, or by the family that the operator's name says 
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from torch import fx
 
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.axes.foreign import is_foreign
-from freqopt.passes.nodes import constant, raw_name, shape, tensor, value
+from freqopt.passes.nodes import constant, raw_name, shape, value
 from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Sizes
+from freqopt.passes.spellings.declared import arguments_of, operands_in, shown_name, sizes_of
 
 SCALES = {"softmax_scale", "scale", "sm_scale", "scale_value", "attn_scale"}
 OFF = {
@@ -79,8 +80,6 @@ IDLE = {
 }
 """Arguments that do not change the result of plain attention on whole sequences."""
 
-NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
-ATTENTION = re.compile(r"(attn|attention|flash|sage|fmha|sdpa)", re.IGNORECASE)
 TOKENS_FIRST = re.compile(r"(flash|xformers|fmha|efficient|cutlass|aiter)", re.IGNORECASE)
 PYTORCHS_OWN = re.compile(
     r"^(_scaled_dot_product_(flash|efficient|cudnn|fused)\w*|_flash_attention_forward|"
@@ -92,14 +91,16 @@ PYTORCHS_OWN = re.compile(
 class Call:
     """One call of an attention operator.
 
-    tokens_first: (B, N, H, D) instead of (B, H, N, D). packed: (N, H, D), one sequence without a
-    batch. several: it returns more than the result. objection: why it cannot be replaced.
+    sizes: of its operands, guessed where nothing tells how they lie. tokens_first: (B, N, H, D)
+    instead of (B, H, N, D). packed: (N, H, D), one sequence without a batch. several: it returns
+    more than the result. objection: why it cannot be replaced.
     """
 
     name: str
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    sizes: Sizes
     scale: float | None = None
     tokens_first: bool = False
     packed: bool = False
@@ -108,39 +109,44 @@ class Call:
 
 
 def read_call(node: fx.Node) -> Call | None:
-    """The call of an operator on three tensors shaped like an attention; None for all else."""
+    """The call of an operator on tensors shaped like an attention's; None for all else."""
     own = isinstance(node.target, torch._ops.OpOverload) and PYTORCHS_OWN.match(raw_name(node))
     if not (own or is_foreign(node)):
         return None
-    given = _arguments(node)
-    if given is None or len(given) < 3:
+    given = arguments_of(node)
+    operands = None if given is None else operands_in(node, given)
+    if given is None or operands is None:
         return None
-    names = list(given)[:3]
-    three = [given[name] for name in names]
-    if not _is_attention(node, names, three):
-        return None
-    schema = getattr(node.target, "_schema", None)
-    name = str(node.target if schema is None else schema.name)
+    names, (query, key, values) = operands
+    name = shown_name(node)
     outputs = value(node)
     several = isinstance(outputs, (tuple, list))
-    first = outputs[0] if several else outputs
-    query, key, values = three
-    if not isinstance(first, torch.Tensor) or len(first.shape) != len(shape(query)):
-        return None
+    first = outputs[0] if several and outputs else outputs
+    rest = {
+        k: constant(v) if isinstance(v, fx.Node) else v for k, v in given.items() if k not in names
+    }
+    first_tokens = _tokens_first(name, rest, shape(query), outputs)
+    sizes = sizes_of(shape(query), shape(key), rest, first_tokens)
 
     def objects(problem: str) -> Call:
         why = Reason.OPAQUE(operation=name, problem=problem)
-        return Call(name, query, key, values, several=several, objection=why)
+        return Call(name, query, key, values, sizes, several=several, objection=why)
 
-    rest = {k: constant(v) if isinstance(v, fx.Node) else v for k, v in list(given.items())[3:]}
+    if outputs is None and (written := _written(node, given)):
+        return objects(f"it writes its result into its argument {written}")
+    if query is key or key is values:
+        return (
+            objects(f"it takes them as one tensor, {names[-1]}") if _is_part(first, key) else None
+        )
+    if not isinstance(first, torch.Tensor) or len(first.shape) != len(shape(query)):
+        return None
     problem = next((p for k, v in rest.items() if (p := _argument_problem(k, v)) is not None), None)
     if problem is not None:
         return objects(problem)
     packed = len(shape(query)) == 3
     if packed and not _one_sequence(rest):
         return objects("its tensors are not four-dimensional, nor one sequence by its cu_seqlens")
-    first_tokens = True if packed else _tokens_first(name, rest, shape(query), outputs)
-    if first_tokens is None:
+    if not packed and first_tokens is None:
         return objects("whether its tokens or its heads come first cannot be told")
     if not SCALES & set(rest):
         return objects("it has no argument for the scale")
@@ -148,44 +154,23 @@ def read_call(node: fx.Node) -> Call | None:
     if scale is not None and not isinstance(scale, (int, float)):
         return objects("its scale is computed at run time")
     own_scale = float(scale) if scale else None
-    return Call(name, query, key, values, own_scale, first_tokens, packed, several)
+    tokens_first = packed or bool(first_tokens)
+    return Call(name, query, key, values, sizes, own_scale, tokens_first, packed, several)
 
 
-def _arguments(node: fx.Node) -> Mapping[str, Any] | None:
-    """Arguments by name, defaults included; None where they cannot be told."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = target.overloads()
-        target = getattr(target, overloads[0]) if len(overloads) == 1 else target
-    if isinstance(target, torch._ops.OpOverload):
-        declared = target._schema.arguments
-        given = {a.name: a.default_value if a.has_default_value() else None for a in declared}
-        given |= dict(zip([a.name for a in declared], node.args, strict=False))
-        return given | dict(node.kwargs)
-    try:
-        bound = inspect.signature(target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    bound.apply_defaults()
-    return bound.arguments
+def _is_part(output: Any, joined: fx.Node) -> bool:
+    """Whether an output is one of several tensors that lie in one."""
+    sizes = shape(joined)
+    return isinstance(output, torch.Tensor) and len(output.shape) == len(sizes) - 1
 
 
-def _is_attention(node: fx.Node, names: list[str], three: list[Any]) -> bool:
-    """Whether three arguments are queries, keys and values, by their names and shapes."""
-    if not all(isinstance(item, fx.Node) and tensor(item) is not None for item in three):
-        return False
-    named = all(
-        name.lower().strip("_") in known or name.lower().startswith((known[0], f"{known[1]}_"))
-        for name, known in zip(names, NAMES, strict=True)
-    )
-    if not (named or ATTENTION.search(str(node.target))):
-        return False
-    query, key, values = (shape(item) for item in three)
-    if len({len(query), len(key), len(values)}) != 1 or len(query) not in (3, 4):
-        return False
-    return same(query[-1], key[-1]) and all(
-        same(a, b) for a, b in zip(key[:-1], values[:-1], strict=True)
-    )
+def _written(node: fx.Node, given: Mapping[str, Any]) -> str | None:
+    """The argument into which an operator writes that returns nothing."""
+    schema = getattr(node.target, "_schema", None)
+    for argument in () if schema is None else schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return str(argument.name)
+    return None
 
 
 def _argument_problem(name: str, given: Any) -> str | None:
@@ -197,7 +182,7 @@ def _argument_problem(name: str, given: Any) -> str | None:
         return None if all(side == -1 for side in sides) else f"it has a window ({name}={given})"
     if name in OFF and given == OFF[name]:
         return None
-    if name in ("out", "rng_state", "gen") or isinstance(given, fx.Node):
+    if name in ("out", "rng_state", "gen") or isinstance(given, (fx.Node, torch.Tensor)):
         return f"it is given {name}"
     return f"it is given {name}={given}"
 

@@ -227,6 +227,63 @@ def test_budgets_survive_what_becomes_of_a_model(pieces_plan: Plan) -> None:
         assert freqopt.counters().split == 3
 
 
+def test_copies_are_told_the_grid_of_their_calls(
+    pieces_plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    tall = {**models.inputs(), "video": models.inputs()["video"].mT.contiguous()}
+    model = models.make()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=freqopt_backend, options={**LOUD, "plan": pieces_plan})
+    with torch.no_grad():
+        expected = compiled(**tall)
+        freqopt.attach(model, pieces_plan)
+        for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            by_blocks(made)
+            assert (made(**tall) - expected).norm() < 1e-5 * expected.norm()
+            sites = freqopt.counters().sites
+            assert {site.site for site in sites if site.split} == set(pieces_plan.sites)
+            made.freqopt_handle.remove()
+            assert not any(module._forward_pre_hooks for module in made.modules())
+    assert "on the calibrated grid" not in caplog.text
+
+
+def test_a_module_at_two_places_is_called_twice(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> models.Video:
+        model = models.make()
+        model.blocks[2] = model.blocks[0]
+        return model
+
+    twice = plan_of(make(), models.inputs(), 1.0)
+    assert list(twice.sites) == ["blocks.0.attn", "blocks.1.attn", "blocks.0.attn@1"]
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    options = {**LOUD, "plan": twice, "strict": True}
+    with torch.no_grad():
+        torch.compile(make(), backend=freqopt_backend, options=options)(**models.inputs())
+    assert [site.site for site in freqopt.counters().sites if site.split] == list(twice.sites)
+    model = make()
+    with freqopt.attach(model, twice):
+        by_blocks(model, strict=True)  # the second call has the budget of the first
+    assert freqopt.counters().split == 3
+
+
+def test_a_plan_of_two_models_in_one_graph_is_refused_for_what_it_is(pieces_plan: Plan) -> None:
+    class Both(nn.Module):
+        """Two experts of one class."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.high, self.low = models.make(), models.make()
+
+        def forward(self, **given: torch.Tensor) -> torch.Tensor:
+            return self.high(**given) + self.low(**given)
+
+    torch._dynamo.reset()
+    options = {**LOUD, "plan": pieces_plan}
+    with pytest.raises(PlanError, match=r"more than once \(high\.blocks\.0\.attn, low\.blocks"):
+        torch.compile(Both(), backend=freqopt_backend, options=options)(**models.inputs())
+
+
 def test_attaching_twice_is_refused_and_removing_twice_is_not(pieces_plan: Plan) -> None:
     model = models.make()
     first = freqopt.attach(model, pieces_plan)

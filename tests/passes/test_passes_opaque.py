@@ -6,6 +6,7 @@ The operators here declare what those of flash-attn, SageAttention, xformers and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from passes_toys import DIM, HEADS, WIDTH, sites_of
 from torch import Tensor, nn
 
+from freqopt.errors import SiteError
 from freqopt.passes.reasons import Reason
 
 GRID = (3, 6, 10)
@@ -102,6 +104,46 @@ def _gated(x: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("vendor_toys::attention_with_output", mutates_args=("out",))
+def into_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    out.copy_(dense(q, k, v, scale))
+
+
+@torch.library.custom_op("flash_toys::qkvpacked", mutates_args=())
+def joined(qkv: Tensor, causal: bool) -> Tensor:
+    return dense(*qkv.unbind(2))
+
+
+@torch.library.custom_op("flash_toys::kvpacked", mutates_args=())
+def half_joined(q: Tensor, kv: Tensor, causal: bool) -> Tensor:
+    return dense(q, *kv.unbind(2))
+
+
+@torch.library.custom_op("vendor_toys::qkv_norm", mutates_args=())
+def norm(qkv: Tensor, eps: float) -> Tensor:
+    return qkv / (qkv.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@into_out.register_fake
+def _into_out(*rest: object) -> None:
+    return None
+
+
+@joined.register_fake
+def _joined(qkv: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(qkv[:, :, 0])
+
+
+@half_joined.register_fake
+def _half_joined(q: Tensor, kv: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(q)
+
+
+@norm.register_fake
+def _norm(qkv: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(qkv)
+
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -127,6 +169,12 @@ def call_sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def use_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out, total = flash(q, k, v, 0.0, None, False, -1, -1, 0.0, None, False)
     return out * total.transpose(1, 2)[..., None].exp()
+
+
+def call_into_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.empty_like(q)
+    into_out(out, q, k, v, 0.2)
+    return out
 
 
 class Video(nn.Module):
@@ -180,12 +228,17 @@ def test_plain_attention_of_others_is_split(attend: Attend, batch: int) -> None:
         (call_varlen(3), "one sequence"),
         (use_sums, "log-sum-exp"),
         (lambda q, k, v: vendor(q, k, v, 3), "flavour"),
+        (call_into_out, "writes its result into its argument out"),
+        (lambda q, k, v: joined(torch.stack([q, k, v], 2), False), "one tensor, qkv"),
+        (lambda q, k, v: half_joined(q, torch.stack([k, v], 2), False), "one tensor, kv"),
     ],
 )
 def test_other_attention_of_others_is_listed_and_left_alone(attend: Attend, said: str) -> None:
     model, given = Video(attend).eval(), inputs(1)
     (site,) = sites_of(model, *given)
     assert site.why.reason is Reason.OPAQUE and said in site.reason
+    assert (site.heads, site.kv_heads, site.head_dim, site.kind) == (HEADS, HEADS, DIM, "self")
+    assert site.query_length == site.key_length == 187
     torch._dynamo.reset()
     options = {"threshold": 0.0, "min_tokens": 0, "inner": "eager"}
     with torch.no_grad():
@@ -195,3 +248,25 @@ def test_other_attention_of_others_is_listed_and_left_alone(attend: Attend, said
 
 def test_three_tensors_alone_are_no_attention() -> None:
     assert sites_of(Video(lambda q, k, v: gated(q, k, v)), *inputs(1)) == []
+
+    def first_normed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return norm(torch.stack([q, k, v], 2), 1e-5)[:, :, 0].contiguous()
+
+    assert sites_of(Video(first_normed), *inputs(1)) == []
+
+
+def test_long_attention_that_cannot_be_read_is_no_short_one() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense(q, k, v) + vendor(q, k, v, 3)
+
+    def to_words(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        words = torch.ones_like(k[:, :7])
+        return dense(q, k, v) + vendor(q, words, words, 3)
+
+    given = inputs(1)
+    for attend, is_missed in ((both, True), (to_words, False)):
+        torch._dynamo.reset()
+        options = {"threshold": 0.0, "min_tokens": 100, "inner": "eager", "strict": True}
+        compiled = torch.compile(Video(attend).eval(), backend="freqopt", options=options)
+        with torch.no_grad(), pytest.raises(SiteError) if is_missed else nullcontext():
+            compiled(*given)

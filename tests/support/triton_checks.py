@@ -40,6 +40,7 @@ from freqopt.kernels.forward import short, split
 from freqopt.kernels.forward.call import Call, Order
 from freqopt.kernels.forward.density import threshold_of_density
 from freqopt.kernels.forward.order import order_by_content
+from freqopt.kernels.forward.sampled import SampledCall
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Settings, pack_route, unpack_route
@@ -250,6 +251,34 @@ def test_the_threshold_of_a_density_is_the_definitions(
     assert relative(found[0], expected) < 2e-2
 
 
+SAMPLED_CASES = [dataclasses.replace(x, batch=1) for x in (CASES[1], CONTENT_CASES[0])]
+
+
+@pytest.mark.parametrize("case", SAMPLED_CASES, ids=str)
+def test_sampled_tiles_are_those_of_the_whole_call(case: Case) -> None:
+    """At thresholds in turn, so that nothing of one is left for the next."""
+    tensors = make_tensors(case)
+    there = tuple(x if x is None else x.to(DEVICE) for x in tensors)
+    orders = Orders(*(x if x is None else x.to(DEVICE) for x in orders_of(case, tensors)))
+    inputs = case.inputs(there, torch.zeros(case.heads, device=DEVICE), orders)
+    sampled = SampledCall(inputs, Settings(case.dim**-0.5, 0.0, 64))
+    tiles = torch.tensor([sampled.tiles - 1, 0], dtype=torch.int32, device=DEVICE)
+    layout = case.sequence
+    index = layout.base_order(torch.device("cpu")).expand(case.batch, case.heads, -1)
+    if orders.key is not None:
+        index = orders.key.cpu().repeat_interleave(case.heads // case.kv_heads, 1)
+    row = (tiles.cpu().long()[:, None] * QUERY_TILE + torch.arange(QUERY_TILE)).flatten()
+    token = index.long()[..., row.clamp(max=layout.tokens - 1)] + layout.text_before
+    for threshold in (0.9, 2.5):
+        coefficients, error = sampled.fit(threshold)
+        rows = sampled.attend(tiles, threshold, coefficients).cpu()
+        whole = run(case, tensors, torch.full((case.heads,), threshold))
+        wanted = whole[0].gather(2, token[..., None].expand(-1, -1, -1, case.dim))
+        assert relative(rows, wanted) < 2e-3, threshold
+        assert torch.allclose(error.cpu(), whole[2], atol=1e-3)
+        assert torch.allclose(coefficients.cpu(), whole[4], atol=1e-3)
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 def test_a_density_is_reached_and_passed_by_a_twentieth_at_most(spread: float) -> None:
     """Over scores that lie together, and over scores of many orders of magnitude."""
@@ -258,7 +287,7 @@ def test_a_density_is_reached_and_passed_by_a_twentieth_at_most(spread: float) -
     every = torch.arange(tiles, dtype=torch.int32, device=DEVICE)
     for asked in (0.02, 0.1, 0.5):
         limits = threshold_of_density(
-            lambda: [(every, scores)], scores.shape, asked, scores.device, own=False
+            lambda: [(every if spread == 1.0 else None, scores)], scores.shape, asked, scores.device, own=False
         )
         found = (scores >= limits[..., None, None]).double().mean((2, 3))
         wanted = -(-asked * tiles * blocks // 1) / (tiles * blocks)

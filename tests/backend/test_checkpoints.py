@@ -1,0 +1,104 @@
+"""Activation checkpoints around and inside compiled blocks: gradients are those without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pieces_models as models
+import pytest
+import torch
+from plans import plan_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freqopt
+from freqopt.backend import freqopt_backend
+from freqopt.errors import InputError
+from freqopt.plan.plan import Plan
+
+LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
+WIDE, TALL = models.GRID, (3, 10, 6)
+
+
+def call(grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    t, h, w = grid
+    generator = torch.Generator().manual_seed(h)
+    return {
+        "video": torch.randn(1, 4, t, 2 * h, 2 * w, generator=generator),
+        "text": torch.randn(1, 12, models.WIDTH, generator=generator),
+    }
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(models.make(), call(WIDE), 1.0)
+
+
+class Around(nn.Module):
+    """A block that runs once more in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *given: Tensor) -> Any:
+        return checkpoint(self.block, *given, use_reentrant=False)
+
+
+class Inside(models.Block):
+    """The same, in the graph of the block."""
+
+    def forward(self, *given: Tensor) -> Any:
+        return checkpoint(super().forward, *given, use_reentrant=False)
+
+
+def made(way: str, plan: Plan, place: str) -> Any:
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    model = models.make()
+    if way == "attached":
+        freqopt.attach(model, plan)
+    options = LOUD if way == "attached" else {**LOUD, "plan": plan}
+    for index, block in enumerate(model.blocks):
+        if place == "inside":
+            block.__class__ = Inside
+        block.compile(backend=freqopt_backend, options=options)
+        if place == "around":
+            model.blocks[index] = Around(block)
+    return model
+
+
+def gradients(model: Any, *grids: tuple[int, int, int]) -> Tensor:
+    model.zero_grad()
+    loss = sum(model(**call(grid)).square().mean() for grid in grids)
+    loss.backward()  # type: ignore[union-attr]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("way", ["attached", "plan"])
+@pytest.mark.parametrize("place", ["around", "inside"])
+def test_gradients_are_those_without_checkpoints(way: str, place: str, plan: Plan) -> None:
+    plain = made(way, plan, "nowhere")
+    expected = [gradients(plain, grid) for grid in (WIDE, TALL)]
+    dense = gradients(models.make(), TALL)
+    assert (expected[1] - dense).norm() > 1e-3 * dense.norm()
+    model = made(way, plan, place)
+    with torch.no_grad():
+        model(**call((2, 9, 8)))  # a call that no gradient is asked of is none to be repeated
+    for grid, wanted in zip((WIDE, TALL), expected, strict=True):
+        got = gradients(model, grid)
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_checkpoints_inside_are_told_as_split(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    model = made("attached", plan, "inside")
+    gradients(model, WIDE)
+    assert "planned sites split" not in caplog.text  # it is said on INFO, and no warning
+    assert {site.site for site in freqopt.counters().sites if site.split} == set(plan.sites)
+
+
+def test_two_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> None:
+    model = made("attached", plan, "around")
+    with pytest.raises(InputError, match=r"several grids since \(3x6x10, 3x10x6\)"):
+        gradients(model, WIDE, TALL)
+    assert gradients(model, TALL).isfinite().all()
