@@ -287,7 +287,11 @@ def test_a_density_is_reached_and_passed_by_a_twentieth_at_most(spread: float) -
     every = torch.arange(tiles, dtype=torch.int32, device=DEVICE)
     for asked in (0.02, 0.1, 0.5):
         limits = threshold_of_density(
-            lambda: [(every if spread == 1.0 else None, scores)], scores.shape, asked, scores.device, own=False
+            lambda: [(every if spread == 1.0 else None, scores)],
+            scores.shape,
+            asked,
+            scores.device,
+            own=False,
         )
         found = (scores >= limits[..., None, None]).double().mean((2, 3))
         wanted = -(-asked * tiles * blocks // 1) / (tiles * blocks)
