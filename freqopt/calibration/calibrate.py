@@ -119,8 +119,8 @@ def calibrate(
         timestep_buckets: ranges of the timestep with budgets of their own, at most; each needs a
             sample to fit and one held out. 1: the same budgets at all timesteps.
         order: "auto" chooses for each key head whether its tokens are ordered by the grid or by
-            content, in chunks of 1,024 or all, and orders by content only where that gains more
-            than it takes; "grid" leaves out the others, and measuring them.
+            content, in chunks of 512, 1,024, 4,096 or all, and orders by content only where that
+            gains more than it takes; "grid" leaves out the others, and measuring them.
         rounds: of measuring what each head's error adds among those of all others, and allocating
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.

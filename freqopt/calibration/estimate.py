@@ -12,6 +12,7 @@ from freqopt.calibration.search.sensitivity import (
     MAX_PROBED_HEADS,
     MAX_PROBED_SAMPLES,
     MAX_PROBED_SITES,
+    MOST_PASSES,
     PASSES_WHEN_SLOW,
     SLOW_PASS,
 )
@@ -71,12 +72,12 @@ def runs_of(
         on_gpu: whether the model is on a GPU.
     """
     small = heads <= MAX_PROBED_HEADS
-    units = heads if small else min(sites, MAX_PROBED_SITES)
+    units = heads if small else min(sites, MAX_PROBED_SITES)  # of marginals
     samples = min(fitted, MAX_PROBED_SAMPLES)
     if rounds is None:
         rounds = 3 if small and on_gpu else 1
-    moved = units * samples * (1 + rounds + (rounds >= 3))
-    probing = samples * FIXED_RUNS + BEHIND * moved
+    alone = samples * (FIXED_RUNS + BEHIND * heads) if small else MOST_PASSES
+    probing = alone + BEHIND * units * samples * (rounds + (rounds >= 3))
     if passes is None and seconds_of_run is not None and seconds_of_run >= SLOW_PASS and on_gpu:
         passes = PASSES_WHEN_SLOW
     if passes is not None:

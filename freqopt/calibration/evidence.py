@@ -387,7 +387,10 @@ def choices_of_plan(plan: Plan) -> list[SiteChoices]:
         ladder = np.array(evidence.thresholds)
         shape = AttentionShape(site.heads, site.tokens, site.head_dim)
         by_order = [join_curves(of_order) for of_order in rows]
-        of_site = make_choices(name, shape, ladder, by_order, shares, evidence.key_heads or 0)
+        chunks = (0, *(curve.chunk for curve in evidence.content))
+        of_site = make_choices(
+            name, shape, ladder, by_order, shares, evidence.key_heads or 0, chunks
+        )
         choices.append(replace(of_site, forced=plan.target_density is not None))
     return choices
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from freqopt.calibration.evidence import choices_of_plan, dense_reason, verified_on
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.ladder import ORDERS, Array
+from freqopt.calibration.measure.ladder import Array
 from freqopt.calibration.measure.requests import SiteThresholds, Split
 from freqopt.calibration.runner import opened, relative_error
 from freqopt.calibration.samples import Samples, collect_samples
@@ -174,7 +174,7 @@ def _index_of(planned: SitePlan, site: SiteChoices) -> Array:
     found = []
     for budget in planned.budgets:
         for head, threshold in enumerate(budget.threshold):
-            own = ORDERS.index(chunks[head // share])
+            own = site.chunks.index(chunks[head // share])
             away = np.abs(np.log(np.maximum(site.threshold, 1e-9) / max(threshold, 1e-9)))
             found.append(
                 int(np.where((order == own) | (site.threshold == 0), away, np.inf).argmin())

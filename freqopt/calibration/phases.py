@@ -25,11 +25,9 @@ from freqopt.calibration.search.refine import (
     comparisons,
 )
 from freqopt.calibration.search.sensitivity import (
-    FIXED_RUNS,
     PASSES_WHEN_SLOW,
     SLOW_PASS,
     measure_sensitivities,
-    probe_units,
     probed_samples,
 )
 from freqopt.calibration.search.verify import (
@@ -53,7 +51,8 @@ class Calibration:
     """One calibration: its phases in order.
 
     rounds, passes: as in `freqopt.calibrate`. orders: to choose from, the first of ORDERS.
-    sensitivities, rounding: of `measure_sensitivities`. sites: what there is to choose from.
+    sensitivities, rounding, spent: of `measure_sensitivities`. notes: what the plan should say.
+    sites: what there is to choose from.
     """
 
     def __init__(
@@ -65,7 +64,8 @@ class Calibration:
     ) -> None:
         self.bench, self.rounds, self.passes, self.orders = bench, rounds, passes, orders
         self.sensitivities: dict[str, Array] = {}
-        self.rounding = 0.0
+        self.rounding = self.spent = 0.0
+        self.notes: list[str] = []
         self.sites: list[SiteChoices] = []
 
     def for_error(self, target: float, quantile: float | None = None) -> Plan:
@@ -101,7 +101,13 @@ class Calibration:
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
         if self.passes is None and seconds_of_pass(bench, probed[0]) >= SLOW_PASS:
             self.passes = PASSES_WHEN_SLOW
-        self.sensitivities, self.rounding = measure_sensitivities(bench, probed, self.passes)
+        found = measure_sensitivities(bench, probed, self.passes)
+        self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
+        if found.deviation is not None:
+            self.notes.append(
+                f"sensitivities were estimated in {found.passes:.0f} runs of the model; their "
+                f"standard error is {found.deviation:.0%}"
+            )
         self.sites = [
             site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
             for name, site in bench.survey.measurable().items()
@@ -112,11 +118,7 @@ class Calibration:
         """What rounds of refinement need; once all sites are measured."""
         refined = probed_samples(self.bench.samples, MAX_REFINED_SAMPLES)
         references = [self.bench.reference(sample) for sample in refined]
-        passes = self.passes
-        if passes is not None:
-            units = probe_units(list(self.bench.survey.measurable().values()))
-            probed = len(probed_samples(self.bench.samples))
-            passes = max(0, passes - probed * (len(units) + FIXED_RUNS))
+        passes = None if self.passes is None else max(0.0, self.passes - self.spent)
         return Refinement(self.bench, references, self.rounds, passes, quantile)
 
     def held_out(self, target: float, quantile: float | None = None) -> OutputError:
@@ -156,7 +158,7 @@ class Calibration:
                 outcome = search.try_out(everything, [f"{slower}, so every site stays dense"])
             else:
                 outcome.notes.append(f"{slower}; the density asked for rules")
-        notes = [*bench.samples.notes, *outcome.notes]
+        notes = [*bench.samples.notes, *self.notes, *outcome.notes]
         if search.strategy.tied:
             notes.append("one threshold serves all heads and timesteps: no other way cost less")
         error = outcome.trial

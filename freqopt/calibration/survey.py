@@ -15,7 +15,7 @@ from freqopt.calibration.measure.ladder import GRID_ALONE
 from freqopt.calibration.measure.readings import MeasuredSite, Survey, pack, unpack
 from freqopt.calibration.measure.requests import Measure
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
-from freqopt.calibration.search.sensitivity import PROBE_DENSITY, nearest
+from freqopt.calibration.search.probing import PROBE_DENSITY, nearest
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.config import DEFAULT_PROBES
 from freqopt.errors import CalibrationError

@@ -99,7 +99,8 @@ class SampledCall:
         call, device = self.call, tiles.device
         at = tiles.long()
         score, mass_term = self.score[:, :, at], self._mass_term[:, :, at]
-        limits = limits_of(torch.full((call.heads,), threshold, device=device), call.batch)
+        thresholds = torch.full((call.heads,), threshold, device=device, dtype=torch.float32)
+        limits = limits_of(thresholds, call.batch)
         route = torch.empty(score.shape, device=device, dtype=torch.int8)
         exact_list, counts = tiles, tiles
         if lists:

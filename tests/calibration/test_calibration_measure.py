@@ -17,13 +17,17 @@ from freqopt.calibration.measure.attention import (
     head_energy,
     head_error,
 )
+from freqopt.calibration.measure.injections import (
+    INJECTED,
+    MOST_AMPLIFIED,
+    Inject,
+    Injection,
+    one_head,
+)
 from freqopt.calibration.measure.ladder import CHOICES, REFINEMENT, THRESHOLDS
 from freqopt.calibration.measure.readings import FINE, Survey, pack, unpack
 from freqopt.calibration.measure.recorder import Desk, Recorder
 from freqopt.calibration.measure.requests import (
-    INJECTED,
-    MOST_AMPLIFIED,
-    Inject,
     Measure,
     Request,
     Result,
@@ -168,22 +172,35 @@ def test_an_injection_is_an_amplified_error(case: dict[str, Any]) -> None:
     call, truth = make_call(**case), dense(make_call(**case))
     threshold = torch.full((2,), 3.0)
     split, _ = freqopt.split_attention(**call, threshold=threshold, return_stats=True)
-    for head in (-1, 0, 1):
-        request = Inject("a", head, threshold)
+    for head in (0, 1):
+        request = Inject({"a": Injection(threshold, one_head(2, head))})
         out, result = asked(request, call, "b")
         torch.testing.assert_close(out, truth)
-        assert result.injected is None
+        assert not result.injected
         out, result = asked(request, call)
-        assert result.injected is not None
         moved, own = out - truth, split - truth
-        if head >= 0:
-            assert not moved[:, 1 - head].any()
-            own[:, 1 - head] = 0.0
+        assert not moved[:, 1 - head].any()
+        own[:, 1 - head] = 0.0
         own_error = float(own.norm() / truth.norm())
         factor = min(max(INJECTED / own_error, 1.0), MOST_AMPLIFIED)
         torch.testing.assert_close(moved, factor * own, atol=1e-5, rtol=1e-3)
-        assert float(result.injected) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
-        assert own_error > 1e-3
+        injected = result.injected["a"]
+        assert float(injected[head]) == pytest.approx((factor * own_error) ** 2, rel=1e-3)
+        assert own_error > 1e-3 and not injected[1 - head]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_injections_of_many_heads_have_a_sign_and_one_size(case: dict[str, Any]) -> None:
+    call, truth = make_call(**case), dense(make_call(**case))
+    threshold, signs, level = torch.full((2,), 3.0), torch.tensor([-1.0, 1.0]), 0.02
+    split, _ = freqopt.split_attention(**call, threshold=threshold, return_stats=True)
+    out, result = asked(Inject({"a": Injection(threshold, signs)}, level), call)
+    own = split - truth
+    sizes = own.square().sum((0, 2, 3)).sqrt() / truth.norm()
+    assert float(sizes.min()) > 2e-3
+    factor = signs * level / 2**0.5 / sizes
+    torch.testing.assert_close(out - truth, factor[None, :, None, None] * own, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(result.injected["a"], torch.full((2,), level**2 / 2))
 
 
 def test_head_chunks_cover_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:

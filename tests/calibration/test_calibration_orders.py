@@ -15,7 +15,7 @@ from torch import Tensor
 
 import freqopt
 from freqopt.calibration.evidence import choices_of_plan
-from freqopt.calibration.measure import clock
+from freqopt.calibration.measure import clock, curves
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS, Array
@@ -69,7 +69,7 @@ def test_curves_of_an_order_are_those_of_the_op(case: dict[str, Any]) -> None:
     reading = measure_curves("a", call, dense, 64, sampled=64, orders=ORDERS)
     energy = dense.square().sum((0, 2, 3))
     own = reading.curves["own"]
-    assert own.shape == (3, len(THRESHOLDS), 2)
+    assert own.shape == (5, len(THRESHOLDS), 2)
     for (order, chunk), rung in itertools.product(enumerate(ORDERS), (4, 7, 9)):
         chunks = torch.full((call.key.shape[1],), chunk, dtype=torch.int32)
         out, density, probe = call.split(torch.full((2,), THRESHOLDS[rung]), 64, chunks, chunk)
@@ -82,19 +82,57 @@ def test_curves_of_an_order_are_those_of_the_op(case: dict[str, Any]) -> None:
             got = reading.curves[name][order, rung]
             torch.testing.assert_close(got, want.double(), rtol=2e-3, atol=1e-7, msg=name)
     assert not torch.isclose(own[1:], own[0], rtol=1e-2)[:, 7].any()
-    assert not torch.isclose(own[1], own[2], rtol=1e-2)[7].any()
+    for first, second in itertools.combinations((1, 2, 3), 2):
+        assert not torch.isclose(own[first], own[second], rtol=1e-2)[7].any()
+    assert torch.equal(own[3], own[4])  # 4,096 are all there are
 
 
 def test_orders_that_act_alike_are_measured_and_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "milliseconds", lambda run: float(run().shape[-1]))
     few, some, many = (make_call(grid) for grid in ((5, 7, 12), (5, 7, 16), (5, 13, 20)))
-    curves = measure_curves("a", few, few.dense(), 0, orders=ORDERS).curves["own"]
-    assert torch.equal(curves[1], curves[0]) and torch.equal(curves[2], curves[0])
-    curves = measure_curves("a", some, some.dense(), 0, orders=ORDERS).curves["own"]
-    assert torch.equal(curves[2], curves[1]) and not torch.equal(curves[1], curves[0])
+    own = measure_curves("a", few, few.dense(), 0, orders=ORDERS).curves["own"]
+    assert all(torch.equal(curve, own[0]) for curve in own)
+    own = measure_curves("a", some, some.dense(), 0, orders=ORDERS).curves["own"]
+    assert all(torch.equal(curve, own[2]) for curve in own[3:])
+    assert not any(torch.equal(own[1], own[i]) for i in (0, 2))
     assert clock.time_orders(few, ORDERS) == [] == clock.time_orders(many, ORDERS[:1])
-    assert clock.time_orders(some, ORDERS) == [(1024, 560.0)]
-    assert clock.time_orders(many, ORDERS) == [(1024, 1300.0), (ALL, 1300.0)]
+    assert clock.time_orders(some, ORDERS) == [(512, 560.0), (1024, 560.0)]
+    chunks = [chunk for chunk, _ in clock.time_orders(many, ORDERS)]
+    assert chunks == [512, 1024, 4096]
+
+
+def waves(grid: tuple[int, int, int]) -> AttentionCall:
+    """Tokens that are like those near them and like no others."""
+    torch.manual_seed(0)
+    places = torch.cartesian_prod(*(torch.arange(extent).float() for extent in grid))
+    angles = places @ (torch.randn(3, 32) * torch.tensor([1.0, 0.15, 0.15])[:, None])
+    key = torch.cos(angles + 6 * torch.rand(32))[None, None]
+    value = key.roll(1, -1) + 0.1 * torch.randn(key.shape)
+    return AttentionCall(1.5 * key, key, value, None, grid, 0, 0, 0.7)
+
+
+def test_orders_that_are_not_the_best_get_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    original = curves.tile_errors
+
+    def counting(head: Any, thresholds: Tensor, tiles: Tensor, probe: Any) -> Any:
+        taken.append(len(tiles))
+        return original(head, thresholds, tiles, probe)
+
+    monkeypatch.setattr(curves, "tile_errors", counting)
+    grid = (4, 32, 40)  # 40 tiles
+    kinds, field = make_call(grid), waves(grid)
+    found = measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS).curves
+    of_head = [32, 4, 4, 4, 4]
+    assert taken[:6] == [*of_head, 12] and taken.count(4) == 8 and 2 <= taken.count(12) <= 4
+    few = found["variance"][:, 8, 0] / found["site"][:, 8, 0].square()
+    assert few[1] > 2 * few[-1]  # chunks of 512, and all, which are best here
+    taken.clear()
+    measure_curves("a", field, field.dense(), 64, orders=ORDERS)
+    assert taken in ([*of_head, 12], [*of_head, 12, 12])
+    taken.clear()
+    measure_curves("a", field, field.dense(), 64, sampled=64, orders=ORDERS[:1])
+    assert taken == [40]
 
 
 def test_costs_of_orders() -> None:
@@ -142,7 +180,15 @@ def site_of_orders(rng: np.random.Generator, key_heads: int, rungs: int = 2) -> 
     curves = (np.concatenate(x, 1) for x in ((one, density), (none, error), (none, error)))
     order = np.concatenate([[0], np.repeat(np.arange(3), rungs)])
     return SiteChoices(
-        "a", 1024, 64, threshold, *curves, (0.25, 0.75), order=order, key_heads=key_heads
+        "a",
+        1024,
+        64,
+        threshold,
+        *curves,
+        (0.25, 0.75),
+        order=order,
+        key_heads=key_heads,
+        chunks=(0, 1024, ALL),
     )
 
 
@@ -260,7 +306,7 @@ def test_things_are_ordered_by_content(
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     (rebuilt,) = choices_of_plan(plan)
-    assert rebuilt.orders == 3 and rebuilt.key_heads == key_heads
+    assert rebuilt.orders == 5 and rebuilt.chunks == ORDERS and rebuilt.key_heads == key_heads
     evidence = plan.evidence.sites[name]
     assert [curve.chunk for curve in evidence.content] == list(ORDERS[1:])
     assert not by_grid.evidence.sites[name].content
@@ -271,7 +317,7 @@ def test_smooth_fields_keep_the_grid() -> None:
     (site,) = plan.sites.values()
     assert site.decision == "split" and site.chunks == []
     (evidence,) = plan.evidence.sites.values()
-    assert len(evidence.content) == 2
+    assert len(evidence.content) == 4
 
 
 def test_an_order_that_takes_longer_than_it_saves_is_not_chosen() -> None:

@@ -15,6 +15,7 @@ from freqopt.calibration.measure.readings import Survey
 from freqopt.calibration.measure.tiles import (
     SAMPLED_TILES,
     even_sample,
+    fit_probes,
     offset_of,
     tile_errors,
     variance_of_sum,
@@ -44,8 +45,8 @@ def call() -> AttentionCall:
 
 
 def errors(call: AttentionCall, chosen: Tensor, probes: int = 64) -> Tensor:
-    thresholds = torch.tensor(THRESHOLDS)
-    return tile_errors(head_tokens(call, 1), thresholds, chosen, probes).error
+    thresholds, tokens = torch.tensor(THRESHOLDS), head_tokens(call, 1)
+    return tile_errors(tokens, thresholds, chosen, fit_probes(tokens, thresholds, probes)).error
 
 
 @pytest.mark.parametrize("probes", [64, 0])
@@ -55,7 +56,9 @@ def test_every_tile_has_the_error_that_the_op_makes_there(
 ) -> None:
     call = make_call(grid, batch)
     count = -(-call.query.shape[2] // 128)
-    got = tile_errors(head_tokens(call, 1), torch.tensor(THRESHOLDS), torch.arange(count), probes)
+    thresholds, tokens = torch.tensor(THRESHOLDS), head_tokens(call, 1)
+    probe_fit = fit_probes(tokens, thresholds, probes)
+    got = tile_errors(tokens, thresholds, torch.arange(count), probe_fit)
     order = freqopt.grid.token_order(grid, CPU).long()
     dense = call.dense()[:, 1, order]
     for rung in (1, 7, 9, 12):

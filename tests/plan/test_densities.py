@@ -65,7 +65,9 @@ def plain(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda plan: plan, one_range, with_content, without_evidence], ids=str
+    "change",
+    [lambda plan: plan, one_range, with_content, without_evidence],
+    ids=["as it is", "one range", "with content", "without evidence"],
 )
 def test_the_document_is_plain_json_and_all_rows_are_whole(change: Any) -> None:
     plan = change(full_plan())

@@ -12,7 +12,7 @@ from freqopt.config import ALL, DEFAULT_CHUNK
 
 Array = NDArray[np.float64]
 
-ORDERS = (0, DEFAULT_CHUNK, ALL)
+ORDERS = (0, 512, DEFAULT_CHUNK, 4096, ALL)
 """Orders of tokens that a key head may take, as chunks of the op: 0 by the grid, others by content.
 Ascending, as larger chunks take longer. Curves have one row of rungs for each that is measured."""
 

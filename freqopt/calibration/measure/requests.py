@@ -18,9 +18,7 @@ from torch import Tensor
 from freqopt.calibration.measure.attention import (
     AttentionCall,
     AttentionShape,
-    head_chunks,
     head_energy,
-    head_error,
 )
 from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call, time_orders
 from freqopt.calibration.measure.curves import measure_curves
@@ -31,10 +29,6 @@ from freqopt.calibration.measure.tiles import SAMPLED_TILES
 from freqopt.calibration.team import Heads
 from freqopt.config import DEFAULT_PROBES
 from freqopt.plan.records import SiteTiming
-
-INJECTED, MOST_AMPLIFIED = 0.2, 8.0
-"""Relative error of a site's output that injected errors are amplified to, and how much at most.
-One head's own error would drown in the rounding of a bfloat16 model."""
 
 TIMED_REPEATS = 3
 """Repetitions of the times taken at every site, at the plan's thresholds."""
@@ -59,16 +53,16 @@ class Result:
     """What one run of the model showed, at the sites that it reached.
 
     output: floating-point tensors of the model. shapes: of every site reached, in order. densities:
-    (H,) for each call that was split. injected: squared relative error that was put into a site's
-    output, None if it was not reached. times: of one call, (dense, split) in ms. timings: of shapes
-    of attention that were timed. failures: why measuring a site failed.
+    (H,) for each call that was split. injected: by site (H,), the squared error that each head put
+    into the site's output, relative to that. times: of one call, (dense, split) in ms. timings: of
+    shapes of attention that were timed. failures: why measuring a site failed.
     """
 
     output: list[Tensor] = field(default_factory=list)
     shapes: dict[str, AttentionShape] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     densities: dict[str, list[Tensor]] = field(default_factory=dict)
-    injected: Tensor | None = None
+    injected: dict[str, Tensor] = field(default_factory=dict)
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
     timings: dict[AttentionShape, SiteTiming] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -178,49 +172,6 @@ class Measure(Request):
             result.timings[visit.shape] = joined_timing(heads, *timings[0])
         result.readings.append(reading)
         return dense
-
-
-@dataclass(frozen=True)
-class Inject(Request):
-    """Dense attention with the split's error, amplified, at one site: at a head, or -1 for all."""
-
-    site: str
-    head: int
-    threshold: Tensor
-    probes: int = DEFAULT_PROBES
-    lenient = True
-
-    def attend(self, visit: Visit) -> Tensor:
-        """See `Request`."""
-        call, result, heads = visit.call, visit.result, visit.heads
-        dense = call.dense()
-        if visit.site != self.site:
-            return dense
-
-        def split() -> Tensor:
-            return call.split(heads.own(self.threshold), self.probes)[0]
-
-        out = split() if heads.share is None else _split_by_all(heads, split)
-        error, _ = head_error(out, dense)
-        if self.head >= 0:
-            at = torch.arange(len(error), device=error.device)
-            error = torch.where(at == heads.local(self.head), error, 0.0)
-        sums = heads.sum(torch.stack([error.sum(), head_energy(dense).sum()]))
-        injected = sums[0] / sums[1].clamp(min=1e-30)
-        factor = (INJECTED / injected.sqrt().clamp(min=1e-30)).clamp(1.0, MOST_AMPLIFIED)
-        for part in head_chunks(out):
-            truth, chosen = dense[:, part].float(), (error[part] > 0.0)[None, :, None, None]
-            amplified = truth + factor * (out[:, part].float() - truth) * chosen
-            out[:, part] = amplified.to(out.dtype)
-        result.injected = injected * factor.square()
-        return out
-
-
-def _split_by_all(heads: Heads, split: Callable[[], Tensor]) -> Tensor:
-    """What a split gives here; where it fails on another process, it fails here too."""
-    kept: list[Tensor] = []
-    heads.team.together(lambda: kept.append(split()))
-    return kept[0]
 
 
 @dataclass(frozen=True)

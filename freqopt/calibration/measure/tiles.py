@@ -21,6 +21,9 @@ SAMPLED_TILES = 32
 """Query tiles of a call that errors are measured on. That many tell a mean square to a tenth or so,
 whatever the length; of a sequence with no more tiles all are taken."""
 
+TRIAL_TILES = 4
+"""Query tiles that tell whether an order is worth the rest of its tiles."""
+
 CHUNK_BYTES = 256 * 2**20
 """Bound on float32 temporaries."""
 
@@ -57,6 +60,12 @@ class TileErrors(NamedTuple):
     error: Tensor
     along: Tensor
     probe_error: Tensor
+
+    def joined(self, other: TileErrors, places: Tensor) -> TileErrors:
+        """Of these tiles and others; places: (n,) of all of them, in the order wanted."""
+        error = torch.cat([self.error, other.error], 1)[:, places]
+        along = torch.cat([self.along, other.along], 1)[:, places]
+        return TileErrors(error, along, self.probe_error)
 
 
 class BlockSums(NamedTuple):
@@ -125,6 +134,9 @@ def block_sums(query: Tensor, head: HeadTokens) -> BlockSums:
 def fit_probes(head: HeadTokens, thresholds: Tensor, probes: int) -> reference.Probe:
     """The op's c, g and probe error at every threshold (rungs,): (B, rungs) each."""
     tokens, rungs = head.query.shape[2], thresholds.numel()
+    if not probes:
+        one = head.query.new_ones(head.query.shape[0], rungs)
+        return reference.Probe(one, one, one * torch.nan)
     position = reference.probe_positions(tokens, probes, head.query.device)
     query, tile = head.query[:, :, position], position // QUERY_TILE
     sums = block_sums(query, head)
@@ -160,14 +172,15 @@ def _added(chosen: Tensor, mass: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return (pick * mass).sum(-1, keepdim=True), added
 
 
-def tile_errors(head: HeadTokens, thresholds: Tensor, tiles: Tensor, probes: int) -> TileErrors:
-    """Errors of the split at every threshold (rungs,) on some query tiles (n,) of a head."""
+def tile_errors(
+    head: HeadTokens, thresholds: Tensor, tiles: Tensor, probe: reference.Probe
+) -> TileErrors:
+    """Errors of the split at every threshold (rungs,) on some query tiles (n,) of a head.
+
+    probe: of `fit_probes`, at the same thresholds.
+    """
     batch, _, tokens, dim = head.query.shape
     rungs, blocks = thresholds.numel(), head.summary.counts.numel()
-    one = head.query.new_ones(batch, rungs)
-    probe = reference.Probe(one, one, one * torch.nan)
-    if probes:
-        probe = fit_probes(head, thresholds, probes)
     per_tile = 4 * batch * QUERY_TILE * (blocks * (dim + 2 * KEY_BLOCK) + 3 * rungs * blocks)
     errors, alongs = [], []
     for part in tiles.split(max(1, CHUNK_BYTES // per_tile)):

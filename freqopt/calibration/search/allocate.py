@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from freqopt.calibration.measure.ladder import ORDERS
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import CostModel
 
@@ -54,7 +53,7 @@ def order_cost(site: SiteChoices, index: NDArray[np.int64], cost: CostModel) -> 
     largest = int(site.orders_of(index).max()) if site.orders > 1 else 0
     if not largest:
         return 0.0
-    return cost.order(site.shape, site.key_heads or site.heads, ORDERS[largest])
+    return cost.order(site.shape, site.key_heads or site.heads, site.chunks[largest])
 
 
 def _best_split(

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.ladder import REFINEMENT, THRESHOLDS, Array, ladder_choices
+from freqopt.calibration.measure.ladder import (
+    ORDERS,
+    REFINEMENT,
+    THRESHOLDS,
+    Array,
+    ladder_choices,
+)
 from freqopt.calibration.measure.readings import FINE, MeasuredSite
 
 BIAS_WEIGHT = 4.0
@@ -34,11 +40,11 @@ class SiteChoices:
     All rows whose heads share a key head take one order, as keys have one; choice 0 goes with any.
     A row is a head in a timestep bucket: all heads of the first bucket, then of the next. shares:
     of the model's calls in each bucket, sum 1. threshold, order (C,): the choices; order is an
-    index into ORDERS, of length 1 where all have the same. density, error, weighted_error (R, C):
+    index into `chunks`, of length 1 where all have the same. density, error, weighted_error (R, C):
     share of pairs attended exactly; squared relative error that the row brings to the model's
     output, mean over all calls; the same with bias weighed up, which is what allocation minimises.
     forced: split it even where dense attention is cheaper, unless everything would be exact anyway.
-    key_heads: as many as heads where it is 0.
+    key_heads: as many as heads where it is 0. chunks: of the orders, ascending, the grid's first.
     """
 
     name: str
@@ -52,6 +58,7 @@ class SiteChoices:
     forced: bool = False
     order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     key_heads: int = 0
+    chunks: tuple[int, ...] = ORDERS
 
     @property
     def heads(self) -> int:
@@ -186,10 +193,11 @@ def make_choices(
     by_order: Sequence[HeadCurves],
     shares: Sequence[float] = (1.0,),
     key_heads: int = 0,
+    chunks: tuple[int, ...] = ORDERS,
 ) -> SiteChoices:
     """All choices of a site: exact first, then for each order the curves between its rungs.
 
-    by_order: curves in the first of ORDERS.
+    by_order: curves in the first of the orders that have these chunks.
     """
     one = np.ones((by_order[0].density.shape[0], 1))
     columns: list[tuple[Array, ...]] = [(one, 0.0 * one, 0.0 * one)]
@@ -209,6 +217,7 @@ def make_choices(
         tuple(shares),
         order=np.concatenate([[0], np.repeat(np.arange(len(by_order)), len(rungs))]),
         key_heads=key_heads,
+        chunks=chunks,
     )
 
 

@@ -88,13 +88,20 @@ class Candidate:
 def settle(
     strategy: Strategy, criterion: Criterion, cost: CostModel, start: float, tries: int = TRIES
 ) -> Candidate:
-    """Move the predicted error until the measured one is near the criterion's target."""
+    """Move the predicted error until the measured one is near the criterion's target.
+
+    Where the choices leave a gap around it, the last trial below it counts.
+    """
     predicted, target, low, high = start, criterion.target, 0.0, math.inf
+    below: Candidate | None = None
     while True:
         allocation = strategy.solve(predicted, cost)
         verdict, tries = criterion.measure(thresholds_of(strategy.sites, allocation)), tries - 1
         ratio = min(max(target / max(verdict.error, 1e-12), 1.0 / MOST_MOVED), MOST_MOVED)
         then = (predicted if ratio >= 1.0 else min(predicted, allocation.error)) * ratio
+        if ratio >= 1.0:
+            spent = spent_cost(strategy.sites, allocation, verdict, cost)
+            below = Candidate(strategy, allocation, verdict, predicted, spent)
         if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
             break
         if ratio >= 1.0:
@@ -107,6 +114,8 @@ def settle(
     if ratio < SETTLED:  # what is further from the target has nothing nearer to it
         spent *= there.cost / allocation.cost
     if ratio * SETTLED < 1.0 or (ratio < 1.0 and same_choices(there, allocation)):
+        if below is not None:
+            return below
         spent = math.inf  # it may not get there
     logger.info("%s: error %.3g at a cost of %.4g", strategy.name, verdict.error, spent)
     return Candidate(strategy, allocation, verdict, then, spent)
@@ -139,7 +148,7 @@ class Refinement:
     bench: Workbench
     references: list[Reference]
     rounds: int | None = None
-    passes: int | None = None
+    passes: float | None = None
     quantile: float | None = None
     units: list[Unit] = field(default_factory=list)
     neighbours: dict[int, Neighbours] = field(default_factory=dict)

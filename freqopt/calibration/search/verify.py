@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from freqopt.calibration.measure.ladder import ORDERS
 from freqopt.calibration.measure.requests import SiteThresholds, Split, Thresholds
 from freqopt.calibration.search.allocate import Allocation, SiteChoice, same_choices
 from freqopt.calibration.search.choices import SiteChoices
@@ -321,5 +320,5 @@ def thresholds_of(
 
 def chunks_of(site: SiteChoices, choice: SiteChoice) -> tuple[int, ...]:
     """Chunks of a site's key heads; none where all are by the grid."""
-    chunks = tuple(ORDERS[order] for order in site.orders_of(choice.index))
+    chunks = tuple(site.chunks[order] for order in site.orders_of(choice.index))
     return chunks if any(chunks) else ()

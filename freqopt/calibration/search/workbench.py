@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freqopt.calibration.checkpoint import Checkpoint
@@ -80,3 +81,29 @@ class Reference:
     def error_of(self, output: list[Tensor]) -> float:
         """Relative L2 error of another output."""
         return relative_error(output, self.compute(), self.runner.team)
+
+
+class Deviations:
+    """How outputs for a sample are off its dense one, and the products of every two of them.
+
+    They are kept on the CPU.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._kept: list[list[Tensor]] = []
+
+    def add(self, output: list[Tensor]) -> list[float]:
+        """Products with all before it and with itself, over the dense output's squared norm."""
+        dense, team = self.reference.compute(), self.reference.runner.team
+        own = [x.float() - y.to(x.device).float() for x, y in zip(output, dense, strict=True)]
+        self._kept.append([x.cpu() for x in own])
+        found = [_product(own, other) for other in self._kept]
+        energy = sum(float(x.double().square().sum()) for x in dense)
+        *products, energy = (sum(parts) for parts in zip(*team.all((*found, energy)), strict=True))
+        return [product / max(energy, 1e-30) for product in products]
+
+
+def _product(one: list[Tensor], other: list[Tensor]) -> float:
+    pairs = zip(one, other, strict=True)
+    return sum(float((x * y.to(x.device)).sum(dtype=torch.float64)) for x, y in pairs)
