@@ -52,8 +52,8 @@ def test_every_expert_has_the_plan_that_it_would_have_alone(tmp_path: Path) -> N
     path = tmp_path / "plans.json"
     plans.save(path)
     assert dict(Plans.load(path)) == dict(plans)
-    assert str(plans).startswith("transformer: plan for TinyVideo")
-    with pytest.raises(PlanError, match="is not a plan"):
+    assert all(name in str(plans) for name in plans) and "TinyVideo" in str(plans)
+    with pytest.raises(PlanError, match="holds plans of several models"):
         freqopt.Plan.load(path)
     content = json.loads(path.read_text())
     content["plans"]["transformer_2"]["target_error"] = 0.5

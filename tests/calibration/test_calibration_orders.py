@@ -15,7 +15,7 @@ from torch import Tensor
 
 import freqopt
 from freqopt.calibration.evidence import choices_of_plan
-from freqopt.calibration.measure import clock, curves
+from freqopt.calibration.measure import clock, heads
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS, Array
@@ -113,20 +113,18 @@ def waves(grid: tuple[int, int, int]) -> AttentionCall:
 
 def test_orders_that_are_not_the_best_get_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    original = curves.tile_errors
+    original = heads.tile_errors
 
     def counting(head: Any, thresholds: Tensor, tiles: Tensor, probe: Any) -> Any:
         taken.append(len(tiles))
         return original(head, thresholds, tiles, probe)
 
-    monkeypatch.setattr(curves, "tile_errors", counting)
+    monkeypatch.setattr(heads, "tile_errors", counting)
     grid = (4, 32, 40)  # 40 tiles
     kinds, field = make_call(grid), waves(grid)
-    found = measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS).curves
+    measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS)
     of_head = [32, 4, 4, 4, 4]
     assert taken[:6] == [*of_head, 12] and taken.count(4) == 8 and 2 <= taken.count(12) <= 4
-    few = found["variance"][:, 8, 0] / found["site"][:, 8, 0].square()
-    assert few[1] > 2 * few[-1]  # chunks of 512, and all, which are best here
     taken.clear()
     measure_curves("a", field, field.dense(), 64, orders=ORDERS)
     assert taken in ([*of_head, 12], [*of_head, 12, 12])

@@ -31,6 +31,7 @@ from freqopt.calibration.search.marginals import (
 from freqopt.calibration.search.sensitivity import probe_units
 from freqopt.calibration.search.strategies import Strategy
 from freqopt.calibration.search.verify import (
+    ACCEPT,
     Criterion,
     OutputError,
     Verdict,
@@ -90,7 +91,7 @@ def settle(
 ) -> Candidate:
     """Move the predicted error until the measured one is near the criterion's target.
 
-    Where the choices leave a gap around it, the last trial below it counts.
+    Where the choices leave a gap around it, a trial that comes near from below counts.
     """
     predicted, target, low, high = start, criterion.target, 0.0, math.inf
     below: Candidate | None = None
@@ -99,7 +100,7 @@ def settle(
         verdict, tries = criterion.measure(thresholds_of(strategy.sites, allocation)), tries - 1
         ratio = min(max(target / max(verdict.error, 1e-12), 1.0 / MOST_MOVED), MOST_MOVED)
         then = (predicted if ratio >= 1.0 else min(predicted, allocation.error)) * ratio
-        if ratio >= 1.0:
+        if 1.0 <= ratio <= 1.0 / ACCEPT:
             spent = spent_cost(strategy.sites, allocation, verdict, cost)
             below = Candidate(strategy, allocation, verdict, predicted, spent)
         if tries <= 0 or 1.0 / SETTLED < ratio < SETTLED:
