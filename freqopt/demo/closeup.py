@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from freqopt.calibration.measure.attention import AttentionCall
-from freqopt.calibration.measure.curves import head_tokens, measure_curves
+from freqopt.calibration.measure.curves import measure_curves
+from freqopt.calibration.measure.heads import head_tokens
 from freqopt.calibration.measure.ladder import THRESHOLDS
 from freqopt.calibration.measure.orders import key_order
 from freqopt.calibration.measure.requests import Request, SiteThresholds, Split, Visit

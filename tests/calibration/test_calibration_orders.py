@@ -15,7 +15,7 @@ from torch import Tensor
 
 import freqopt
 from freqopt.calibration.evidence import choices_of_plan
-from freqopt.calibration.measure import clock, curves
+from freqopt.calibration.measure import clock, heads
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS, Array
@@ -113,13 +113,13 @@ def waves(grid: tuple[int, int, int]) -> AttentionCall:
 
 def test_orders_that_are_not_the_best_get_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    original = curves.tile_errors
+    original = heads.tile_errors
 
     def counting(head: Any, thresholds: Tensor, tiles: Tensor, probe: Any) -> Any:
         taken.append(len(tiles))
         return original(head, thresholds, tiles, probe)
 
-    monkeypatch.setattr(curves, "tile_errors", counting)
+    monkeypatch.setattr(heads, "tile_errors", counting)
     grid = (4, 32, 40)  # 40 tiles
     kinds, field = make_call(grid), waves(grid)
     measure_curves("a", kinds, kinds.dense(), 64, orders=ORDERS)

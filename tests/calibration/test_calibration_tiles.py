@@ -9,7 +9,8 @@ from torch import Tensor
 import freqopt
 from freqopt.calibration.measure import tiles
 from freqopt.calibration.measure.attention import AttentionCall
-from freqopt.calibration.measure.curves import head_tokens, measure_curves
+from freqopt.calibration.measure.curves import measure_curves
+from freqopt.calibration.measure.heads import head_tokens
 from freqopt.calibration.measure.ladder import THRESHOLDS
 from freqopt.calibration.measure.readings import Survey
 from freqopt.calibration.measure.tiles import (
@@ -70,7 +71,7 @@ def test_every_tile_has_the_error_that_the_op_makes_there(
             torch.testing.assert_close(got.error[rung, tile], error, rtol=2e-3, atol=1e-5)
             torch.testing.assert_close(got.along[rung, tile], along, rtol=2e-3, atol=2e-4)
         torch.testing.assert_close(
-            got.probe_error[rung], probe[:, 1], rtol=2e-3, atol=1e-6, equal_nan=True
+            probe_fit.error[:, rung], probe[:, 1], rtol=2e-3, atol=1e-6, equal_nan=True
         )
     assert got.error[12].min() > 1e-2
 

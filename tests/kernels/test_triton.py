@@ -41,6 +41,7 @@ else:
             ("test_orders_", 4),
             ("test_the_threshold_of_a_density_is_the_definitions", 4),
             ("test_sampled_tiles_are_those_of_the_whole_call", 2),
+            ("test_heads_are_measured_together_as_one_by_one", 1),
             ("test_a_density_is_reached_and_passed_by_a_twentieth_at_most", 3),
             ("test_threshold_zero_is_dense_attention", 4),
             ("test_same_input_same_bits", 1),

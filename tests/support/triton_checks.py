@@ -31,6 +31,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreted import look_once_a_helper, multiply_bfloat16
 
+from freqopt.calibration.measure.attention import AttentionCall
+from freqopt.calibration.measure.heads import HeadAlone, HeadsTogether, head_tokens
 from freqopt.config import ALL, QUERY_TILE
 from freqopt.kernels import autotune, content_order, overlap, reference, tuned, workspace
 from freqopt.kernels.chunked import Orders
@@ -279,15 +281,46 @@ def test_sampled_tiles_are_those_of_the_whole_call(case: Case) -> None:
         assert torch.allclose(coefficients.cpu(), whole[4], atol=1e-3)
 
 
+def test_heads_are_measured_together_as_one_by_one() -> None:
+    """Errors of tiles at some thresholds: by the kernels, and in float32 summed up by block."""
+    torch.manual_seed(0)
+    grid = (3, 9, 20)  # 4 whole tiles and a ragged one
+    query, key, value = torch.randn(3, 1, 2, 540 + 9, 32).unbind(0)
+    drift = torch.linspace(-2, 2, 549)[:, None]
+    there = [x.to(DEVICE) for x in (1.5 * query + drift, (key - drift)[:, :1], value[:, :1])]
+    call = AttentionCall(*there, None, grid, 4, 5, 0.25)
+    thresholds = torch.tensor([0.5, 2.0], device=DEVICE)
+    tiles = torch.tensor([4, 1], device=DEVICE)
+    for order in (None, torch.randperm(540).to(torch.int32)[None, None].to(DEVICE)):
+        together = HeadsTogether(call, order, thresholds, 64)
+        found = together.errors(tiles)
+        for head in range(2):
+            alone = HeadAlone(head_tokens(call, head, order), thresholds, 64)
+            wanted = alone.errors(tiles)
+            torch.testing.assert_close(
+                together.score[:, head], alone.score[:, 0], rtol=1e-3, atol=1e-4
+            )
+            torch.testing.assert_close(
+                together.probe_error[:, head], alone.probe_error[:, 0], rtol=0.02, atol=1e-6
+            )
+            for got, known in zip(found, wanted, strict=True):
+                scale = known.abs().max().item()
+                torch.testing.assert_close(got[:, head], known[:, 0], rtol=0.02, atol=1e-3 * scale)
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 def test_a_density_is_reached_and_passed_by_a_twentieth_at_most(spread: float) -> None:
     """Over scores that lie together, and over scores of many orders of magnitude."""
     tiles, blocks, generator = 60, 199, torch.Generator().manual_seed(1)
     scores = (torch.randn(1, 2, tiles, blocks, generator=generator) * spread).exp().to(DEVICE)
-    every = torch.arange(tiles, dtype=torch.int32, device=DEVICE)
+    listed = torch.arange(tiles, dtype=torch.int32, device=DEVICE) if spread == 1.0 else None
     for asked in (0.02, 0.1, 0.5):
         limits = threshold_of_density(
-            lambda: [(every if spread == 1.0 else None, scores)], scores.shape, asked, scores.device, own=False
+            lambda: [(listed, scores)],
+            scores.shape,
+            asked,
+            scores.device,
+            own=False,
         )
         found = (scores >= limits[..., None, None]).double().mean((2, 3))
         wanted = -(-asked * tiles * blocks // 1) / (tiles * blocks)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall, count_lifted, head_energy
+from freqopt.calibration.measure.heads import HeadsInOrder, groups
 from freqopt.calibration.measure.ladder import (
     CHOICES,
     GRID_ALONE,
@@ -26,17 +27,11 @@ from freqopt.calibration.measure.spectrum import key_spectrum
 from freqopt.calibration.measure.tiles import (
     SAMPLED_TILES,
     TRIAL_TILES,
-    HeadTokens,
     even_sample,
-    fit_probes,
     offset_of,
     tensor_cores,
-    tile_errors,
     variance_of_sum,
 )
-from freqopt.config import KEY_BLOCK
-from freqopt.kernels import reference
-from freqopt.kernels.layout import text_bias
 
 _TINY = 1e-30
 
@@ -71,107 +66,70 @@ def measure_curves(
     """
     energy = head_energy(dense).double()
     total = energy.sum().clamp(min=_TINY)
-    offset, heads = offset_of(site, number), dense.shape[1]
+    offset = offset_of(site, number)
     rows: dict[str, list[Tensor]] = {name: [] for name in (*CURVES, FINE)}
     video = call.layout.tokens
     acting = [distinct(chunk, video) if video >= LEAST_TOKENS else 0 for chunk in orders]
-    by_content = {chunk: key_order(call, chunk) for chunk in set(acting) if chunk}
+    chunks = list(dict.fromkeys(acting))
+    by_content = {chunk: key_order(call, chunk) for chunk in chunks if chunk}
+    thresholds = torch.tensor(THRESHOLDS, device=dense.device, dtype=torch.float32)
     with tensor_cores(dense.dtype):
-        for head in range(heads):
+        for heads, made in groups(call, len(chunks), thresholds, probes):
             measured = {
-                chunk: HeadInOrder(
-                    head_tokens(call, head, by_content.get(chunk)),
+                chunk: Sampled(
+                    made(by_content.get(chunk)),
                     max(sampled // 2, 1) if chunk else sampled,
                     offset,
-                    probes,
                     tried=chunk > 0,
                 )
-                for chunk in dict.fromkeys(acting)
+                for chunk in chunks
             }
             measure_worth(list(measured.values()))
-            known = {chunk: each.curves(energy[head], total) for chunk, each in measured.items()}
-            for chunk in acting:
-                for name, curve in known[chunk].items():
-                    rows[name].append(curve)
-    curves = {
-        name: torch.stack(row, -1).unflatten(-1, (heads, len(acting))).movedim(-1, 0).cpu()
-        for name, row in rows.items()
-    }
+            known = {chunk: each.curves(energy[heads], total) for chunk, each in measured.items()}
+            for name, row in rows.items():
+                row.append(torch.stack([known[chunk][name] for chunk in acting]))
+    curves = {name: torch.cat(row, -1).cpu() for name, row in rows.items()}
     share = (energy / total).cpu()
     spectrum = key_spectrum(call.key, call.grid, call.text_before)
     key_heads = call.key.shape[1]
     return Reading(site, call.shape, call.grid, share, curves, spectrum, key_heads)
 
 
-def head_tokens(call: AttentionCall, head: int, order: Tensor | None = None) -> HeadTokens:
-    """A head's tokens in an order (B, Hkv, T) or by the grid, and how its router scores them."""
-    layout = call.layout
-    at = head // (call.query.shape[1] // call.key.shape[1])
-    query, key, value = (
-        x[:, i : i + 1].float() for x, i in ((call.query, head), (call.key, at), (call.value, at))
-    )
-    of_head = None if order is None else order[:, at : at + 1]
-    video = [layout.video_of(x, of_head) for x in (query, key, value)]
-    text_key = layout.text_of(key)
-    summary = reference.summarise(video[1], video[2], KEY_BLOCK)
-    scores = reference.score_pairs(video[0], summary, call.scale, call.query.dtype)
-    tiles, blocks = scores.score.shape[2:]
-    own = reference.own_blocks(tiles, blocks, scores.score.device)
-    return HeadTokens(
-        query=video[0],
-        key=video[1],
-        value=video[2],
-        text_key=text_key,
-        text_value=layout.text_of(value),
-        text_bias=text_bias(layout.text_mask(call.key_mask), text_key),
-        summary=summary,
-        score=scores.score.masked_fill(own, torch.inf),
-        mass_term=scores.mass_term,
-        scale=call.scale,
-    )
-
-
-class HeadInOrder:
-    """A head in one order, measured on a sample of its query tiles.
+class Sampled:
+    """Heads in one order, measured on a sample of their query tiles.
 
     first, rest: places in the sample that are measured, and that are not yet. tried: on TRIAL_TILES
     of them first, evenly spaced, where that saves much. `measure_rest` measures the others. Errors
     of few tiles are unbiased too, and their deviation is larger.
     """
 
-    def __init__(
-        self, head: HeadTokens, sampled: int, offset: float, probes: int, *, tried: bool
-    ) -> None:
-        self.head, self.tiles = head, head.score.shape[2]
-        self.ordered = head.score.flatten(2).sort(-1).values
+    def __init__(self, heads: HeadsInOrder, sampled: int, offset: float, *, tried: bool) -> None:
+        self.heads, self.tiles = heads, heads.score.shape[2]
+        self.ordered = heads.score.flatten(2).sort(-1).values
         device = self.ordered.device
-        self.thresholds = torch.tensor(THRESHOLDS, device=device, dtype=torch.float32)
         self.density = densities(self.ordered, THRESHOLDS)
-        self.probe = fit_probes(head, self.thresholds, probes)
         self.chosen = even_sample(self.tiles, sampled, offset, device)
         count = len(self.chosen)
         step = count // TRIAL_TILES if tried and count >= 4 * TRIAL_TILES else 1
         self.first = list(range(count))[step // 2 :: step]
         self.rest = sorted(set(range(count)) - set(self.first))
-        chosen = self.chosen[step // 2 :: step]
-        self.errors = tile_errors(head, self.thresholds, chosen, self.probe)
+        self.errors = heads.errors(self.chosen[step // 2 :: step])
 
     def measure_rest(self) -> None:
         """Measure the tiles of the sample that were left out."""
         places = torch.tensor(self.first + self.rest, device=self.chosen.device, dtype=torch.int64)
-        chosen = self.chosen[places[len(self.first) :]]
-        rest = tile_errors(self.head, self.thresholds, chosen, self.probe)
+        rest = self.heads.errors(self.chosen[places[len(self.first) :]])
         self.errors, self.rest = self.errors.joined(rest, places.argsort()), []
 
     def curves(self, energy: Tensor, total: Tensor) -> dict[str, Tensor]:
-        """Over the ladder, (rungs,) each, and densities at all CHOICES.
+        """Over the ladder, (rungs, H) each, and densities at all CHOICES.
 
-        energy, total: squared norms of the head's exact output and of the site's.
+        energy (H,), total: squared norms of the heads' exact outputs and of the site's.
         """
         errors = self.errors
-        expansion = self.tiles / errors.error.shape[1]
+        expansion = self.tiles / errors.error.shape[-1]
         energy = energy.clamp(min=_TINY)
-        error, along = (expansion * x.double().sum(-1) for x in (errors.error, errors.along))
+        error, along = (expansion * x.double().sum(-1) for x in errors)
         error = error.clamp(min=ROUNDING * energy)
         return {
             "density": self.density,
@@ -179,34 +137,39 @@ class HeadInOrder:
             "site": error / total,
             "bias": along / energy,
             "site_bias": along.square() / energy / total,
-            "probe": errors.probe_error.double().square().mean(1),
+            "probe": self.heads.probe_error,
             "variance": variance_of_sum(errors.error.double(), self.tiles) / total.square(),
             FINE: densities(self.ordered, CHOICES),
         }
 
     def log_errors(self) -> Array:
-        """Logarithms of squared errors at TRIED_DENSITIES, up to a constant of the head."""
-        error = self.errors.error.double().mean(1).clamp(min=_TINY).log()
+        """Logarithms of squared errors (H, densities) at TRIED_DENSITIES, up to a constant each."""
+        error = self.errors.error.double().mean(-1).clamp(min=_TINY).log()
         density, logs = torch.stack([self.density, error]).flip(1).cpu().numpy()
-        found: Array = np.interp(TRIED_DENSITIES, density, logs)
-        return found
+        heads = range(density.shape[1])
+        return np.stack([np.interp(TRIED_DENSITIES, density[:, h], logs[:, h]) for h in heads])
 
 
-def measure_worth(orders: Sequence[HeadInOrder]) -> None:
-    """Measure the rest of the orders that are best by their first tiles, at some density."""
+def measure_worth(orders: Sequence[Sampled]) -> None:
+    """Measure the rest of the orders that are best for some head by their first tiles."""
     if not any(each.rest for each in orders):
         return
     logs = np.stack([each.log_errors() for each in orders])
-    behind = (logs - logs.min(0)).mean(1)
-    ranked = sorted(zip(behind.tolist(), range(len(orders)), strict=True))
-    better = [orders[at] for away, at in ranked if away < math.log(FAR_WORSE)]
-    for each in [each for each in better if each.rest][:MOST_WORTH]:
-        each.measure_rest()
+    behind = (logs - logs.min(0)).mean(-1)
+    worth: set[int] = set()
+    for head in range(behind.shape[1]):
+        ranked = sorted(zip(behind[:, head].tolist(), range(len(orders)), strict=True))
+        better = [at for away, at in ranked if away < math.log(FAR_WORSE)]
+        worth.update(
+            [at for at in better if len(orders[at].chosen) > len(orders[at].first)][:MOST_WORTH]
+        )
+    for at in sorted(worth):
+        orders[at].measure_rest()
 
 
 def densities(ordered: Tensor, thresholds: tuple[float, ...]) -> Tensor:
-    """(T,) share of a head's pairs lifted by each threshold, mean over the batch.
+    """(T, H) share of each head's pairs lifted by each threshold, mean over the batch.
 
-    ordered: (B, 1, pairs) scores, ascending.
+    ordered: (B, H, pairs) scores, ascending.
     """
-    return count_lifted(ordered, thresholds).double().mean((1, 2)) / ordered.shape[-1]
+    return count_lifted(ordered, thresholds).double().mean(1) / ordered.shape[-1]

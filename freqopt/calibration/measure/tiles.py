@@ -51,21 +51,18 @@ class HeadTokens(NamedTuple):
 
 
 class TileErrors(NamedTuple):
-    """Errors of the sampled tiles of a head, at every rung of a ladder.
+    """Errors of sampled query tiles, at every rung of a ladder.
 
-    error, along (rungs, n): squared error of each tile, and the product of the error with the exact
-    output. probe_error (rungs, B): what the op's probes report, NaN without.
+    error, along (rungs, ..., n): squared error of each tile, and the product of the error with the
+    exact output; of heads, where there is more than one.
     """
 
     error: Tensor
     along: Tensor
-    probe_error: Tensor
 
     def joined(self, other: TileErrors, places: Tensor) -> TileErrors:
         """Of these tiles and others; places: (n,) of all of them, in the order wanted."""
-        error = torch.cat([self.error, other.error], 1)[:, places]
-        along = torch.cat([self.along, other.along], 1)[:, places]
-        return TileErrors(error, along, self.probe_error)
+        return TileErrors(*(torch.cat(x, -1)[..., places] for x in zip(self, other, strict=True)))
 
 
 class BlockSums(NamedTuple):
@@ -187,7 +184,7 @@ def tile_errors(
         error, along = _chunk_errors(head, thresholds, part, probe, tokens)
         errors.append(error)
         alongs.append(along)
-    return TileErrors(torch.cat(errors, 1), torch.cat(alongs, 1), probe.error.mT)
+    return TileErrors(torch.cat(errors, 1), torch.cat(alongs, 1))
 
 
 def _chunk_errors(
