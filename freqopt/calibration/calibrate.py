@@ -26,6 +26,7 @@ from freqopt.calibration.samples import (
 )
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.team import is_first_process
+from freqopt.calibration.whole import CLOCKS
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
     timestep: str | None
     timestep_buckets: int
     order: str
+    clock: str
     rounds: int | None
     passes: int | None
     checkpoint: str | os.PathLike[str] | None
@@ -81,6 +83,7 @@ def calibrate(
     timestep: str | None = None,
     timestep_buckets: int = MAX_BUCKETS,
     order: str = "auto",
+    clock: str = "auto",
     rounds: int | None = None,
     passes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -121,6 +124,11 @@ def calibrate(
         order: "auto" chooses for each key head whether its tokens are ordered by the grid or by
             content, in chunks of 512, 1,024, 4,096 or all, and orders by content only where that
             gains more than it takes; "grid" leaves out the others, and measuring them.
+        clock: how the model will run, on a GPU, so that costs include what a user waits for.
+            "eager": launches count where the GPU waits for them; "compiled": by torch.compile,
+            which the whole model is then timed with, dense and split; "graphs": in CUDA graphs,
+            where no launch counts. "auto" is "eager", as compiling may take longer than all else.
+            Whatever the clock, a plan that makes the whole model no faster splits nothing.
         rounds: of measuring what each head's error adds among those of all others, and allocating
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.
@@ -157,6 +165,8 @@ def calibrate(
             raise OptionError(f"{name} {value} must be {least} or more")
     if order not in ("auto", "grid"):
         raise OptionError(f"order {order!r} is none; supported: 'auto' and 'grid'")
+    if clock not in CLOCKS:
+        raise OptionError(f"clock {clock!r} is none; supported: {', '.join(CLOCKS)}")
     if timestep_buckets < 1:
         raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
     if not isinstance(model, Mapping) and isinstance(samples, Mapping):
@@ -196,14 +206,18 @@ def _calibrate_one(
     path, seed, identity = options["checkpoint"], options["seed"], ""
     orders = GRID_ALONE if options["order"] == "grid" else ORDERS
     if path is not None:
-        identity = identity_of(inner, collected, grid=grid, seed=seed, orders=orders)
+        identity = identity_of(
+            inner, collected, grid=grid, seed=seed, orders=orders, clock=options["clock"]
+        )
     with (
         opened(inner, collected, grid, seed) as runner,
         open_checkpoint(path, identity, keep=keep, team=runner.look()) as results,
         nullcontext(bars) if bars else _bars(options) as shown,
     ):
         bench = Workbench(runner, shown, results, options["rounds"], options["passes"])
-        calibration = Calibration(bench, options["rounds"], options["passes"], orders)
+        calibration = Calibration(
+            bench, options["rounds"], options["passes"], orders, options["clock"]
+        )
         if density is not None:
             return calibration.for_density(density)
         if pipeline is not None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
-from freqopt.calibration.measure.clock import compare_runs, run_milliseconds
+from freqopt.calibration.measure.clock import run_milliseconds
 from freqopt.calibration.measure.ladder import GRID_ALONE, Array
-from freqopt.calibration.measure.requests import Dense, SiteThresholds, Split, Thresholds, Time
+from freqopt.calibration.measure.requests import SiteThresholds, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -43,16 +43,18 @@ from freqopt.calibration.search.verify import (
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.calibration.survey import measure_sites
+from freqopt.calibration.whole import launches_count, model_times
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
+from freqopt.plan.records import Trial
 
 
 class Calibration:
     """One calibration: its phases in order.
 
-    rounds, passes: as in `freqopt.calibrate`. orders: to choose from, the first of ORDERS.
-    sensitivities, rounding, spent: of `measure_sensitivities`. notes: what the plan should say.
-    sites: what there is to choose from.
+    rounds, passes, clock: as in `freqopt.calibrate`. launches: see `time_call`. orders: to choose
+    from, the first of ORDERS. sensitivities, rounding, spent: of `measure_sensitivities`. notes:
+    what the plan should say. sites: what there is to choose from.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Calibration:
         rounds: int | None = None,
         passes: int | None = None,
         orders: Sequence[int] = GRID_ALONE,
+        clock: str = "auto",
     ) -> None:
         self.bench, self.rounds, self.passes, self.orders = bench, rounds, passes, orders
+        self.clock, self.launches = clock, False
         self.sensitivities: dict[str, Array] = {}
         self.rounding = self.spent = 0.0
         self.notes: list[str] = []
@@ -97,7 +101,8 @@ class Calibration:
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and sensitivities: what there is to choose from at each of them."""
         bench = self.bench
-        measure_sites(bench, orders=self.orders)
+        self.launches = launches_count(bench, self.clock)
+        measure_sites(bench, orders=self.orders, launches=self.launches)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
         if self.passes is None and seconds_of_pass(bench, probed[0]) >= SLOW_PASS:
             self.passes = PASSES_WHEN_SLOW
@@ -147,24 +152,9 @@ class Calibration:
             sites = search.strategy.sites
             faster = with_dense(sites, outcome.allocation, reasons, bench.cost)
             outcome = search.try_out(faster, outcome.notes)
-        model_ms = self._model_times(thresholds_of(self.sites, outcome.allocation))
-        if model_ms and model_ms[1] >= model_ms[0]:
-            slower = model_is_slower(*model_ms)
-            if goal.density is None:
-                reasons = {site.name: slower for site in self.sites}
-                everything = with_dense(
-                    search.strategy.sites, outcome.allocation, reasons, bench.cost
-                )
-                outcome = search.try_out(everything, [f"{slower}, so every site stays dense"])
-            else:
-                outcome.notes.append(f"{slower}; the density asked for rules")
-        notes = [*bench.samples.notes, *self.notes, *outcome.notes]
+        notes = [*bench.samples.notes, *self.notes]
         if search.strategy.tied:
             notes.append("one threshold serves all heads and timesteps: no other way cost less")
-        error = outcome.trial
-        if goal.psnr is not None:
-            held_out = Search(search.strategy, bench, self.held_out(1.0))
-            error = held_out.try_out(outcome.allocation).trial
         facts = PlanFacts(
             sites=self.sites,
             sensitivities=self.sensitivities,
@@ -173,14 +163,45 @@ class Calibration:
             outcome=outcome,
             trials=search.trials,
             compared=comparisons(best, search.strategy, bench.cost),
-            error=error,
+            error=self._error_of(search, outcome, goal),
             goal=goal,
             times=times,
-            model_ms=model_ms,
+            model_ms=None,
             reasons=reasons,
-            notes=notes,
+            notes=[*notes, *outcome.notes],
         )
-        return build_plan(bench, facts)
+        return build_plan(bench, self._as_timed(facts, search))
+
+    def _error_of(self, search: Search, outcome: Outcome, goal: Goal) -> Trial:
+        """The trial of an outcome on the held-out samples."""
+        if goal.psnr is None:
+            return outcome.trial
+        held_out = Search(search.strategy, self.bench, self.held_out(1.0))
+        return held_out.try_out(outcome.allocation).trial
+
+    def _as_timed(self, facts: PlanFacts, search: Search) -> PlanFacts:
+        """The facts with the time of the whole model; where that is no faster, of nothing split."""
+        bench, outcome = self.bench, facts.outcome
+        thresholds = thresholds_of(self.sites, outcome.allocation)
+        found = model_times(bench, thresholds, self.clock, lambda: build_plan(bench, facts))
+        if found is None:
+            return facts
+        notes = [*facts.notes, *([found.note] if found.note else [])]
+        facts = replace(facts, model_ms=(found.dense, found.split), notes=notes)
+        if not found.slower:
+            return facts
+        if facts.goal.density is not None:
+            return replace(facts, notes=[*notes, f"{found.slower}; the density asked for rules"])
+        reasons = {site.name: found.slower for site in self.sites}
+        everything = with_dense(search.strategy.sites, outcome.allocation, reasons, bench.cost)
+        outcome = search.try_out(everything)
+        return replace(
+            facts,
+            outcome=outcome,
+            error=self._error_of(search, outcome, facts.goal),
+            reasons=reasons,
+            notes=[*notes, f"{found.slower}, so every site stays dense"],
+        )
 
     def _search(self, best: Sequence[Candidate], criterion: Criterion) -> tuple[Search, Outcome]:
         """The search that met the target, along the first strategy.
@@ -210,25 +231,11 @@ class Calibration:
         dense_ms = {shape: timing.dense_ms for shape, timing in bench.survey.timings.items()}
         times = bench.kept(
             thresholds_key("times", thresholds),
-            lambda: bench.runner.run(middle, Time(thresholds, dense_ms)).times,
-        )
-        return {name: (dense, split) for name, (dense, split) in times.items()}
-
-    def _model_times(self, thresholds: Thresholds) -> tuple[float, float] | None:
-        """Time of the whole model, dense and split, in ms; if costs were measured too."""
-        bench, samples = self.bench, self.bench.samples.held_out
-        if not bench.survey.timings or not thresholds:
-            return None
-        middle, request = samples[len(samples) // 2], Split(thresholds)
-        dense, split = bench.kept(
-            thresholds_key("model times", thresholds),
-            lambda: compare_runs(
-                lambda: bench.runner.run(middle, Dense()),
-                lambda: bench.runner.run(middle, request),
-                bench.runner.team,
+            lambda: (
+                bench.runner.run(middle, Time(thresholds, dense_ms, launches=self.launches)).times
             ),
         )
-        return dense, split
+        return {name: (dense, split) for name, (dense, split) in times.items()}
 
     def _everything_dense(self, search: Search, criterion: Criterion) -> Outcome:
         """The plan that splits nothing, unless exact attention misses the target as well."""
@@ -256,14 +263,6 @@ def seconds_of_pass(bench: Workbench, reference: Reference) -> float:
     if not bench.survey.timings:
         return 0.0
     return float(bench.kept("seconds of a pass", lambda: run_milliseconds(reference.compute) / 1e3))
-
-
-def model_is_slower(dense_ms: float, split_ms: float) -> str:
-    """Why nothing is split where the whole model is no faster for it."""
-    return (
-        f"the whole model is no faster split: as timed, {split_ms:.4g} ms against {dense_ms:.4g} "
-        "ms dense"
-    )
 
 
 def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from freqopt.capture.modules import names_of
 from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
 from freqopt.passes.find import Grids
+from freqopt.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,25 @@ class Runner:
                 held.advance(held.staged.cuts[site])
         self.passes += at - (0.0 if site is None else held.staged.share_behind(held.at))
         return result
+
+    @contextmanager
+    def compiled_calls(
+        self, sample: Sample, plan: Plan, mode: str | None
+    ) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+        """Calls of the model compiled as a user would, dense, and split by a plan.
+
+        mode: of torch.compile.
+        """
+        from freqopt.backend import freqopt_backend
+
+        dense = torch.compile(self.model, dynamic=False, mode=mode)
+        options: Any = {"plan": plan, "mode": mode}
+        split = torch.compile(self.model, dynamic=False, backend=freqopt_backend, options=options)
+        with self._ready():
+            yield (
+                lambda: dense(*sample.args, **sample.kwargs),
+                lambda: split(*sample.args, **sample.kwargs),
+            )
 
     def _captured(self, sample: Sample) -> Held | None:
         """What a sample gives to the model's graph, which is not run."""

@@ -29,11 +29,15 @@ MOST_TILES = 8 * SAMPLED_TILES
 
 
 def measure_sites(
-    bench: Workbench, probes: int = DEFAULT_PROBES, orders: Sequence[int] = GRID_ALONE
+    bench: Workbench,
+    probes: int = DEFAULT_PROBES,
+    orders: Sequence[int] = GRID_ALONE,
+    *,
+    launches: bool = False,
 ) -> None:
     """Measure all sites in runs on the fitted samples, those that the checkpoint has excepted.
 
-    orders: the first of ORDERS.
+    orders: the first of ORDERS. launches: see `time_call`.
 
     Raises:
         CalibrationError: samples that the model cannot serve, or nothing that can be split.
@@ -51,6 +55,7 @@ def measure_sites(
                 number=index,
                 tiles=tiles_wanted(survey),
                 orders=orders,
+                launches=launches,
                 on_site=step,
             )
             entry = before or bench.checkpoint.keep(key, *_measure_one(bench, index, request))

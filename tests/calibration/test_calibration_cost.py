@@ -15,10 +15,11 @@ import torch
 from calibration_models import make_model, make_sample
 
 import freqopt
-from freqopt.calibration import phases
+from freqopt.calibration import phases, whole
 from freqopt.calibration.measure import clock, requests
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.clock import fit_line, time_call
+from freqopt.calibration.runner import Runner
 from freqopt.calibration.search.allocate import allocate, solve
 from freqopt.calibration.search.choices import HeadCurves, make_choices
 from freqopt.calibration.search.cost import MeasuredCost, ProductCost, cost_model
@@ -103,7 +104,7 @@ class SimulatedGpu:
         dense: float = 8.0,
         model_ms: tuple[float, float] = (100.0, 80.0),
     ):
-        self.dense, self.slow, self.timed = dense, set[int](), 0
+        self.dense, self.slow, self.timed, self.launching = dense, set[int](), 0, 0.0
         self.calls: list[str] = []
         real, device = AttentionCall.split, self
 
@@ -112,10 +113,10 @@ class SimulatedGpu:
             return real(call, *args)
 
         monkeypatch.setattr(AttentionCall, "split", split)
-        for module in (clock, requests):
-            monkeypatch.setattr(module, "milliseconds", self.clock)
+        monkeypatch.setattr(clock, "milliseconds", self.clock)
+        monkeypatch.setattr(clock, "launch_milliseconds", lambda run, repeats: self.launching)
         monkeypatch.setattr(requests, "has_clock", lambda x: True)
-        monkeypatch.setattr(phases, "compare_runs", lambda first, second, team: model_ms)
+        monkeypatch.setattr(whole, "compare_runs", lambda first, second, team: model_ms)
         monkeypatch.setattr(phases, "run_milliseconds", lambda run: run() and 100.0)
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
@@ -125,7 +126,7 @@ class SimulatedGpu:
         if self.kind == "dense":
             return self.dense
         ms = 0.5 + 10.0 * float(out[1].mean())
-        if repeats:  # a site at its budgets
+        if repeats == requests.TIMED_REPEATS:  # a site at its budgets
             self.timed += 1
             ms *= 10.0 if self.timed - 1 in self.slow else 1.0
         return ms
@@ -329,3 +330,83 @@ def test_times_on_a_gpu_grow_with_density() -> None:
     assert found.points[0][0] < 0.1 and found.points[-1][0] == pytest.approx(1.0)
     assert found.density_ms > 0.0 and found.points[-1][1] > found.points[0][1]
     assert found.dense_ms > 0.0
+
+
+def test_a_call_takes_no_less_than_launching_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, call = SimulatedGpu(monkeypatch), white_noise()
+    gpu.launching = 4.0
+    ladder = (0.01, 0.1, 0.5, 2.0, 30.0)
+    found = time_call(call, ladder, densities(call, ladder), 0, launches=True)
+    assert found.dense_ms == 8.0
+    assert min(ms for _, ms in found.points) == 4.0 and max(ms for _, ms in found.points) == 10.5
+    assert time_call(call, ladder, densities(call, ladder), 0).points[0][1] < 4.0
+    gpu.launching = 9.0
+    assert time_call(call, ladder, densities(call, ladder), 0, launches=True).dense_ms == 9.0
+
+
+@pytest.mark.parametrize(
+    "asked, bound, counted",
+    [("auto", True, True), ("eager", False, False), ("graphs", True, False)],
+)
+def test_launches_count_where_the_gpu_waits_for_them(
+    asked: str, bound: bool, counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With launches that take as long as dense attention does, nothing is worth a split."""
+    gpu = SimulatedGpu(monkeypatch)
+    gpu.launching = 8.0
+    monkeypatch.setattr(Runner, "on_gpu", True)
+    monkeypatch.setattr(whole, "is_launch_bound", lambda run: run() and bound)
+    samples = [make_sample(i) for i in range(2)]
+    options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": asked}
+    monkeypatch.setitem(whole.MODES, "graphs", None)
+    plan = freqopt.calibrate(make_model(), samples, **options)
+    assert {site.decision for site in plan.sites.values()} == {"dense" if counted else "split"}
+
+
+@pytest.mark.parametrize("model_ms", [(100.0, 80.0), (100.0, 101.0)])
+def test_a_clock_that_compiles_times_the_compiled_model(
+    model_ms: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SimulatedGpu(monkeypatch)
+    outputs: list[list[torch.Tensor]] = []
+
+    def compare(dense: Any, split: Any, team: Any) -> tuple[float, float]:
+        outputs.append([run()["velocity"] for run in (dense, split)])
+        return model_ms
+
+    monkeypatch.setattr(whole, "compare_runs", compare)
+    model, samples = make_model().eval(), [make_sample(i) for i in range(2)]
+    options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": "compiled"}
+    plan = freqopt.calibrate(model, samples, **options)
+    ((dense, split),) = outputs
+    with torch.no_grad():
+        torch.testing.assert_close(dense, model(**samples[1]).get("velocity"))
+    error = float((split - dense).norm() / dense.norm())
+    assert 0.01 < error <= 0.2
+    assert "the whole model was timed compiled" in plan.evidence.notes
+    faster = model_ms[1] < model_ms[0]
+    assert {site.decision for site in plan.sites.values()} == {"split" if faster else "dense"}
+    if faster:
+        assert error == pytest.approx(plan.measured_error, rel=1e-3)
+    assert plan.verified is not None and plan.verified.model_ms == model_ms
+
+
+def test_a_model_that_does_not_compile_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    SimulatedGpu(monkeypatch)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(Runner, "compiled_calls", fail)
+    samples = [make_sample(i) for i in range(2)]
+    options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": "compiled"}
+    plan = freqopt.calibrate(make_model(), samples, **options)
+    assert any(
+        "eager mode, as compiling it failed: RuntimeError: no" in n for n in plan.evidence.notes
+    )
+    assert plan.verified is not None and plan.verified.model_ms == (100.0, 80.0)
+
+
+def test_a_clock_that_there_is_not() -> None:
+    with pytest.raises(freqopt.OptionError, match="clock 'wall' is none; supported: auto, eager"):
+        freqopt.calibrate(make_model(), [make_sample(0)], clock="wall")

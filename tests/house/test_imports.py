@@ -54,7 +54,8 @@ CORE = {
 
 FLOORS = (
     *("values", "team", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "phases"),
+    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "whole"),
+    "phases",
     "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""

@@ -30,14 +30,24 @@ COMPARED_RUNS, LONG_ENOUGH_MS = 5, 5e3
 LEAST_HEAD_START = 5e-3
 """Seconds that the GPU waits, at least, while calls to be timed are queued."""
 
+LAUNCH_BOUND = 0.9
+"""Share of a run's time until all of it is launched, from which the GPU waits for launches."""
+
 CLOCK_HZ = 2e9
 """Rate of the clock that the wait is counted in; a slower one makes the wait longer."""
 
 
 def time_call(
-    call: AttentionCall, thresholds: Sequence[float], density: Tensor, probes: int
+    call: AttentionCall,
+    thresholds: Sequence[float],
+    density: Tensor,
+    probes: int,
+    *,
+    launches: bool = False,
 ) -> SiteTiming:
     """Time an attention on its GPU: dense, and split, and the line through the split's times.
+
+    launches: a call takes no less than launching it does.
 
     thresholds, density (rungs, H): a ladder, ascending, and what it led to. Thresholds are
     interpolated where densities are TIMED_DENSITIES; the density that counts is that of the call,
@@ -49,10 +59,10 @@ def time_call(
         every = torch.full((shape.heads,), threshold, device=call.query.device, dtype=torch.float32)
         reached = float(call.split(every, 0)[1].mean())
         if all(abs(math.log(reached / timed)) > math.log(APART) for timed, _ in points):
-            ms = milliseconds(partial(call.split, every, probes))
+            ms = time_of(partial(call.split, every, probes), launches=launches)
             points.append((reached, ms))
     base, slope = fit_line(points)
-    dense = milliseconds(call.dense)
+    dense = time_of(call.dense, launches=launches)
     points.sort()
     return SiteTiming(
         **shape._asdict(), dense_ms=dense, base_ms=base, density_ms=slope, points=points
@@ -126,6 +136,33 @@ def compare_runs(
         pair = run_milliseconds(first), run_milliseconds(second)
         times.append(pair if team is None else team.of_first(pair))
     return min(a for a, _ in times), min(b for _, b in times)
+
+
+def time_of(run: Callable[[], object], repeats: int = REPEATS, *, launches: bool = False) -> float:
+    """Time of a call in ms on the GPU; launches: or of launching it, where that takes longer."""
+    ms = milliseconds(run, repeats)
+    return max(ms, launch_milliseconds(run, repeats)) if launches else ms
+
+
+def launch_milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Mean time until Python has launched a call, whatever the GPU still has to do."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    took = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    return 1e3 * took / repeats
+
+
+def is_launch_bound(run: Callable[[], object]) -> bool:
+    """Whether a run of the whole model, warmed up, is launched no faster than the GPU works."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    launched = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    return launched > LAUNCH_BOUND * (time.perf_counter() - begun)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:

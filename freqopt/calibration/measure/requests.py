@@ -20,7 +20,7 @@ from freqopt.calibration.measure.attention import (
     AttentionShape,
     head_energy,
 )
-from freqopt.calibration.measure.clock import has_clock, milliseconds, time_call, time_orders
+from freqopt.calibration.measure.clock import has_clock, time_call, time_of, time_orders
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.joining import joined_readings, joined_timing
 from freqopt.calibration.measure.ladder import GRID_ALONE, THRESHOLDS
@@ -134,7 +134,7 @@ class Measure(Request):
     skipped: sites to leave out, as measuring them failed before. timed: shapes whose times are
     known. number: of the run, as runs measure different tiles. tiles: query tiles of a site's call
     that errors are measured on, SAMPLED_TILES where none are given. orders: the first of ORDERS,
-    which are measured. on_site: called at each site.
+    which are measured. launches: see `time_call`. on_site: called at each site.
     """
 
     skipped: Collection[str] = ()
@@ -143,6 +143,7 @@ class Measure(Request):
     number: int = 0
     tiles: Mapping[str, int] = field(default_factory=dict)
     orders: Sequence[int] = GRID_ALONE
+    launches: bool = False
     on_site: Callable[[], None] = lambda: None
     lenient = True
 
@@ -165,7 +166,7 @@ class Measure(Request):
             density = heads.own(reading.curves["density"][0])
             timings = heads.team.together(
                 lambda: (
-                    time_call(call, THRESHOLDS, density, self.probes),
+                    time_call(call, THRESHOLDS, density, self.probes, launches=self.launches),
                     time_orders(call, self.orders),
                 )
             )
@@ -199,11 +200,13 @@ class Time(Request):
     """Sites with thresholds are timed, dense and split; the model runs on dense attention.
 
     dense_ms: of shapes that were timed before, as dense attention takes as long whatever its data.
+    launches: see `time_call`.
     """
 
     thresholds: Thresholds
     dense_ms: Mapping[AttentionShape, float] = field(default_factory=dict)
     probes: int = DEFAULT_PROBES
+    launches: bool = False
 
     def attend(self, visit: Visit) -> Tensor:
         """See `Request`."""
@@ -211,8 +214,10 @@ class Time(Request):
         if site in self.thresholds:
             run = visit.splitting(self.thresholds, self.probes)
             dense = self.dense_ms.get(visit.shape) or heads.times * max(
-                heads.team.all(milliseconds(call.dense, TIMED_REPEATS))
+                heads.team.all(time_of(call.dense, TIMED_REPEATS, launches=self.launches))
             )
-            split = heads.times * max(heads.team.all(milliseconds(run, TIMED_REPEATS)))
+            split = heads.times * max(
+                heads.team.all(time_of(run, TIMED_REPEATS, launches=self.launches))
+            )
             result.times[site] = dense, split
         return call.dense()
