@@ -82,7 +82,7 @@ def groups(
 
 
 def _bytes_per_head(call: AttentionCall, orders: int) -> int:
-    """An output, what sorts a call's scores, and these of each order, sorted too, with mass terms."""
+    """An output, what sorts scores, and the scores of each order, sorted too, with mass terms."""
     batch, _, tokens, dim = call.query.shape
     pairs = -(-tokens // QUERY_TILE) * -(-tokens // KEY_BLOCK)
     return batch * (tokens * dim * call.query.element_size() + pairs * (12 + 10 * orders))
