@@ -23,8 +23,8 @@ from benchmarks.attention import GRIDS, graph_times, relative_errors, threshold_
 from benchmarks.common import environment, write
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
-from freqopt.kernels.forward.summaries import GROUP, ORDER_GROUP
 from freqopt.kernels.hopper.launch import range_length
+from freqopt.kernels.split_launches import GROUP, ORDER_GROUP
 
 DATA_SHEET = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
 """Dense half-precision TFLOP/s and memory TB/s by part of the GPU's name."""

@@ -8,28 +8,23 @@ This module says which constants a variant has and compiles it, without a GPU: f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.kernels.content_order import LEAF, RANK, SEGMENT_SAMPLES
-from freqopt.kernels.forward import density, order, probe, routing, summaries
-from freqopt.kernels.forward.density import RANK_BITS, RANK_BITS_ANEW
-from freqopt.kernels.forward.long import ROUTE_STEP
+from freqopt.config import QUERY_TILE
+from freqopt.kernels.forward.density import CELLS, RANK_BITS, RANK_BITS_ANEW
 from freqopt.kernels.hopper import attend as gluon_attend
 from freqopt.kernels.hopper import gather as gluon_gather
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.hopper import prepare as gluon_prepare
 from freqopt.kernels.hopper import score as gluon_score
-from freqopt.kernels.portable import attend as triton_attend
-from freqopt.kernels.portable import density as triton_density
-from freqopt.kernels.portable import glue as triton_glue
-from freqopt.kernels.portable import long as triton_long
-from freqopt.kernels.portable import order as triton_order
-from freqopt.kernels.portable import prepare as triton_prepare
-from freqopt.kernels.portable import score as triton_score
-from freqopt.kernels.tiles import launch_for, padded_dim
+from freqopt.kernels.launches import KernelLaunch, bind
+from freqopt.kernels.order_launches import CONTENT_ORDER, numbers_of_order
+from freqopt.kernels.portable.density import histogram_kernel
+from freqopt.kernels.split_launches import LISTED, SPLIT, numbers_of
+from freqopt.kernels.tiles import launch_for
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
 F32 = (
@@ -66,12 +61,8 @@ def _descriptors_of(function: Any) -> tuple[str, ...]:
     return DESCRIPTORS
 
 
-DENSITY_CELLS = 8192
-"""Scores per step of the search for a density's threshold: 16 to a thread."""
-
-
-def _defaults(function: Any) -> dict[str, Any]:
-    """Optional arguments of a kernel, which only long sequences pass, in the interpreter too."""
+def optional_arguments(function: Any) -> dict[str, Any]:
+    """Optional arguments of a kernel with their defaults, in the interpreter too."""
     arguments = inspect.signature(function.fn).parameters.items()
     return {name: a.default for name, a in arguments if a.default is not inspect.Parameter.empty}
 
@@ -79,26 +70,26 @@ def _defaults(function: Any) -> dict[str, Any]:
 class Specialised(NamedTuple):
     """One kernel with its compile-time constants.
 
-    options: num_warps and num_stages; tile: rows, blocks or columns of one program, where the
-    launch grid depends on them, else 0.
+    options: num_warps and num_stages. axes: of the grid, extents and the parts of them that one
+    program has; none where exports do not launch it.
     """
 
     name: str
     function: Any
     constants: dict[str, Any]
     options: dict[str, int]
-    tile: int
+    axes: tuple[tuple[str, int], ...] = ()
 
     def with_defaults(self, besides: tuple[str, ...] = ()) -> Specialised:
         """With the defaults of optional arguments as constants, but for those that are passed."""
-        unset = _defaults(self.function)
+        unset = optional_arguments(self.function)
         for name in besides:
             del unset[name]
         return self._replace(constants={**unset, **self.constants})
 
     def chosen(self) -> dict[str, Any]:
         """Constants that are not defaults."""
-        unset = _defaults(self.function)
+        unset = optional_arguments(self.function)
         return {
             name: value
             for name, value in self.constants.items()
@@ -107,29 +98,25 @@ class Specialised(NamedTuple):
 
 
 def specialisations(variant: Variant) -> Iterator[Specialised]:
-    """Every kernel that one call launches, in no particular order; portable ones only.
+    """Every kernel that one call launches; portable ones only.
 
     Those for text and for a density are launched by onnxruntime's library alone: PyTorch has its
-    own.
+    own. Called <name>_other are those that differ where queries are not the keys' own tokens.
     """
     for given in _chosen(variant):
         yield given.with_defaults(besides=_of_orders(given.function))
     if variant.content:
         yield from order_specialisations(variant)
         for given in _chosen(variant):
-            if given.name in OF_OWN:
+            if "OWN" in given.constants:
                 constants = {**given.constants, "OWN": False}
                 other = given._replace(name=f"{given.name}_other", constants=constants)
                 yield other.with_defaults()
 
 
-OF_OWN = ("route", "density")
-"""Kernels that are others where the queries are not the keys' own tokens."""
-
-
 def _of_orders(function: Any) -> tuple[str, ...]:
     """Arguments of a kernel that say whose order it reads, which exports pass at every launch."""
-    optional = _defaults(function)
+    optional = optional_arguments(function)
     if "order" in optional:
         return ()  # reads keys that are in order already
     return tuple(name for name in PASSED if name in optional)
@@ -140,113 +127,26 @@ def order_specialisations(variant: Variant) -> Iterator[Specialised]:
 
     Those called halve_<tokens> are one kernel for segments of so many tokens.
     """
-    for given in _chosen_of_order(variant):
+    numbers = numbers_of_order(variant.head_dim)
+    for launch in CONTENT_ORDER:
+        given = _specialised(launch, numbers, variant.masked)
         yield given.with_defaults(besides=_of_orders(given.function))
 
 
-def _chosen_of_order(variant: Variant) -> Iterator[Specialised]:
-    padded = max(padded_dim(variant.head_dim), RANK)
-    size: dict[str, Any] = {"D": variant.head_dim, "DP": padded}
-    kernels = triton_order
-
-    def launch(warps: int) -> dict[str, int]:
-        return {"num_warps": warps, "num_stages": 3}
-
-    moments = {**size, "ROWS": order.SAMPLE_ROWS}
-    yield Specialised("moments", kernels.moments_kernel, moments, launch(8), 0)
-    directions = {**size, "SLICE": order.DIRECTION_SLICE}
-    yield Specialised("directions", kernels.directions_kernel, directions, launch(8), 0)
-    rows = order.PROJECT_ROWS
-    project = {**size, "ROWS": rows}
-    warps = order.PROJECT_WARPS
-    yield Specialised("project", kernels.project_kernel, project, launch(warps), rows)
-    piece = order.SEGMENT_PIECE
-    segment = {"PIECE": piece, "PIECES": SEGMENT_SAMPLES // piece}
-    yield Specialised("segment", kernels.segment_kernel, segment, launch(order.SEGMENT_WARPS), 0)
-    ranked = launch(warps // 2)
-    yield Specialised("rank_tokens", kernels.rank_tokens_kernel, {"ROWS": rows}, ranked, rows)
-    divide = {"PIECE": order.DIVIDE_PIECE}
-    yield Specialised("divide", kernels.divide_kernel, divide, launch(order.DIVIDE_WARPS), 0)
-    for tokens, (warps, piece) in order.LEVELS.items():
-        halve = {"SIZE": tokens, "STEP": max(tokens // SEGMENT_SAMPLES, 1), "PIECE": piece}
-        name = f"halve_{tokens}"
-        yield Specialised(name, kernels.halve_kernel, halve, launch(warps), tokens)
-    yield Specialised("leaf", kernels.leaf_kernel, {"SIZE": LEAF}, launch(1), LEAF)
+def _specialised(launch: KernelLaunch, numbers: Mapping[str, Any], masked: bool) -> Specialised:
+    """A launch with its numbers, and the constants that an export has of its calls."""
+    bound = bind(launch, numbers)
+    of_call = {name: masked if x == "masked" else x for name, x in launch.of_call.items()}
+    constants = {**bound.constants, **of_call}
+    return Specialised(launch.name, launch.kernel, constants, bound.options, bound.axes)
 
 
 def _chosen(variant: Variant) -> Iterator[Specialised]:
-    """Those kernels with the constants that a launch chooses."""
-    dim = variant.head_dim
-    shared = CAPABILITIES[variant.capability]
-    launch = launch_for(getattr(torch, variant.dtype), dim, shared)
-    size = {"D": dim, "DP": padded_dim(dim)}
-    mask = {"HAS_MASK": variant.masked}
-    precision = {"PRECISION": launch.precision}
-    fit = {**size, **precision, "BP": launch.fit_rows, "BJ": launch.fit_columns}
-    prepare, glue = triton_prepare, triton_glue
-    few = {"num_warps": 4, "num_stages": 1}
-    many = {"num_warps": 8, "num_stages": 1}
-    streamed = {"num_warps": launch.order_warps, "num_stages": launch.order_stages}
-
-    yield Specialised("limits", glue.limits_kernel, {}, {"num_warps": 1, "num_stages": 1}, 0)
-    yield Specialised(
-        "summarise",
-        prepare.summarise_kernel,
-        {**size, "GROUP": summaries.GROUP},
-        {"num_warps": summaries.SUMMARY_WARPS, "num_stages": 1},
-        summaries.GROUP,
-    )
-    first = {**size, "GROUP": summaries.ORDER_GROUP}
-    yield Specialised("first", prepare.first_order_kernel, first, streamed, summaries.ORDER_GROUP)
-    cols = min(summaries.TOTAL_COLS, padded_dim(dim))
-    total = {**size, "COLS": cols, "ROWS": summaries.TOTAL_ROWS}
-    yield Specialised("total", glue.total_kernel, total, few, cols)
-    centre = {**size, "COLS": cols, "BJ": summaries.CENTRE_BLOCKS}
-    yield Specialised("centre", glue.centre_kernel, centre, few, summaries.CENTRE_BLOCKS)
-    cells = summaries.ORDER_CELLS
-    yield Specialised("order", glue.order_kernel, {"CELLS": cells}, few, cells)
-    yield Specialised("pool_tiles", triton_score.pool_tiles_kernel, size, few, 0)
-    side = launch.disperse_side
-    disperse = {**size, **precision, "BI": side, "BJ": side}
-    yield Specialised("disperse", triton_score.disperse_kernel, disperse, few, side)
-    yield Specialised(
-        "score", triton_score.score_kernel,
-        {**size, **precision, "TILES": launch.score_tiles, "BJ": launch.score_blocks,
-         "WIDE": launch.score_wide},
-        {"num_warps": launch.score_warps, "num_stages": launch.score_stages}, launch.score_tiles,
-    )  # fmt: skip
-    routed = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
-    yield Specialised("route", prepare.route_kernel, {"BJ": routing.ROUTE_BLOCKS}, routed, 0)
-    yield Specialised(
-        "probe",
-        triton_attend.probe_kernel,
-        {**size, **mask, **precision, "BP": launch.probe_rows},
-        {"num_warps": 4, "num_stages": launch.probe_stages},
-        launch.probe_rows,
-    )
-    rows = probe.MERGE_ROWS
-    yield Specialised("merge", glue.merge_kernel, {**size, "BP": rows}, few, rows)
-    yield Specialised("estimate", glue.estimate_kernel, fit, few, launch.fit_columns)
-    fitting = {**fit, "ROWS": probe.FIT_ROWS}
-    yield Specialised("fit", glue.fit_kernel, fitting, many, launch.fit_rows)
-    yield Specialised(
-        "attend", triton_attend.attend_kernel,
-        {**size, **mask, **precision, "BM": launch.rows, "TEXT": True, "RAGGED": True,
-         "WIDE": launch.wide},
-        {"num_warps": launch.warps, "num_stages": launch.stages}, launch.rows,
-    )  # fmt: skip
-    yield Specialised(
-        "density",
-        triton_density.density_kernel,
-        {"CELLS": DENSITY_CELLS},
-        {"num_warps": 16, "num_stages": 1},
-        0,
-    )
-    dense = {"num_warps": 4, "num_stages": launch.stages}
-    rows = 32 if variant.dtype == "float32" and padded_dim(dim) > 128 else 64
-    yield Specialised(
-        "text", glue.text_kernel, {**size, **mask, **precision, "BM": rows}, dense, rows
-    )
+    """Those of a split with the constants that a launch chooses."""
+    dtype, dim = getattr(torch, variant.dtype), variant.head_dim
+    numbers = numbers_of(launch_for(dtype, dim, CAPABILITIES[variant.capability]), dim)
+    for launch in SPLIT:
+        yield _specialised(launch, numbers, variant.masked)
 
 
 LONG = {
@@ -273,7 +173,13 @@ OF_ORDERS = frozenset((*PASSED, "key_order", "key_order_row", "log_sum", "log_su
 def long_specialisations(variant: Variant) -> Iterator[Specialised]:
     """Every kernel that one call on a long sequence launches through PyTorch; see forward.long."""
     for given in _chosen(variant):
-        if given.name in ("density", "text", "route"):
+        if given.name in ("density", "text"):
+            continue
+        if given.name == "route":  # of the probes; that of all tiles is another kernel
+            given = given._replace(
+                name="probe_route", constants={**given.constants, "LISTS": False}
+            )
+            yield given.with_defaults(besides=("tile_list",))
             continue
         if given.name in LONG:
             params = given.function.params
@@ -286,27 +192,15 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
             yield given.with_defaults(besides=takes)
         else:
             yield given
-    yield Specialised(
-        "probe_tiles",
-        triton_glue.probe_tiles_kernel,
-        {"ROWS": routing.PROBE_TILES},
-        {"num_warps": 1, "num_stages": 1},
-        0,
-    )
-    rows = {"BJ": routing.ROUTE_BLOCKS, "LISTS": False}
-    options = {"num_warps": routing.ROUTE_WARPS, "num_stages": 1}
-    given = Specialised("probe_route", triton_prepare.route_kernel, rows, options, 0)
-    yield given.with_defaults(besides=("tile_list",))
-    few = {"num_warps": 4, "num_stages": 3}
-    route = Specialised("route", triton_long.route_tiles_kernel, {"BJ": ROUTE_STEP}, few, 0)
-    yield route.with_defaults()
+    for launch in LISTED:
+        given = _specialised(launch, {}, variant.masked)
+        name = "route" if launch.name == "route_tiles" else launch.name
+        yield given._replace(name=name).with_defaults()
+    options = {"num_warps": 8, "num_stages": 3}
     for bits, below in (*RANK_BITS, *RANK_BITS_ANEW):
-        constants = {"BITS": bits, "BELOW": below, "CELLS": density.CELLS, "FIRST": False}
+        constants = {"BITS": bits, "BELOW": below, "CELLS": CELLS, "FIRST": False}
         name = f"rank_{below}"
-        counting = Specialised(
-            name, triton_density.histogram_kernel, constants, {**few, "num_warps": 8}, 0
-        )
-        yield counting.with_defaults()
+        yield Specialised(name, histogram_kernel, constants, options).with_defaults()
 
 
 def _has_gluon(variant: Variant) -> bool:
@@ -325,7 +219,8 @@ def hopper_specialisation(variant: Variant, *, long: bool = False) -> Specialise
     # What exports launch is told whose tokens the queries are; a long call in PyTorch is not here.
     passed: tuple[str, ...] = () if long else _of_orders(function)
     constants |= {} if long else {"OWN": False}
-    given = Specialised("attend_hopper", function, constants, {"num_warps": 4}, 128)
+    axes = (("queries", QUERY_TILE), ("pairs", 1))
+    given = Specialised("attend_hopper", function, constants, {"num_warps": 4}, axes)
     return given.with_defaults(besides=passed)
 
 
@@ -336,16 +231,16 @@ def hopper_preparation(variant: Variant, *, long: bool = False) -> Specialised |
     dim = variant.head_dim
     constants = {"D": dim, "COPY": not long, "STAGES": hopper.PREPARE_STAGES[dim]}
     function = gluon_prepare.prepare_hopper_kernel
-    return Specialised("prepare_hopper", function, constants, {"num_warps": 4}, 0).with_defaults()
+    return Specialised("prepare_hopper", function, constants, {"num_warps": 4}).with_defaults()
 
 
 def hopper_scores(variant: Variant, *, long: bool = False) -> Specialised | None:
     """The Gluon kernel of the scores, which PyTorch alone launches."""
     if not _has_gluon(variant):
         return None
-    constants, tiles = {"D": variant.head_dim, "LISTED": long}, gluon_score.TILES.value
+    constants = {"D": variant.head_dim, "LISTED": long}
     function = gluon_score.score_hopper_kernel
-    return Specialised("score_hopper", function, constants, {"num_warps": 4}, tiles).with_defaults()
+    return Specialised("score_hopper", function, constants, {"num_warps": 4}).with_defaults()
 
 
 def compile_specialised(given: Specialised, variant: Variant) -> Any:

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     blocks per program of the dispersions. score_*: query tiles per program of the scores, and key
     blocks per step of their first pass (wide) and their second. probe_*: queries per program of the
     probe's exact pass, and its stages. fit_*: probes and key blocks per step of its fit.
-    precision: of float32 products.
+    text_rows: text queries per program, in exports. precision: of float32 products.
     """
 
     rows: int
@@ -43,6 +43,7 @@ class Launch(NamedTuple):
     probe_stages: int
     fit_rows: int
     fit_columns: int
+    text_rows: int
     precision: str
 
     def changed(self, fields: Mapping[str, int]) -> Launch:
@@ -93,6 +94,7 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         probe_stages=3 if ample else 2,
         fit_rows=64 if ample else (16 if wide else 32),
         fit_columns=64 if ample else 32,
+        text_rows=32 if single and wide else 64,
         precision="tf32x3" if single else "tf32",
     )
 

@@ -52,6 +52,7 @@ SOURCES = tuple(
         "portable/score",
         "portable/glue",
         "portable/attend",
+        "split_launches",
         "forward/probe",
         "forward/split",
     )

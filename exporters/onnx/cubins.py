@@ -22,13 +22,17 @@ DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel of the table; arguments: names of the launch arguments in order."""
+    """One kernel of the table.
+
+    arguments: names of the launch arguments in order. grid: of its axes, separated by commas: an
+    argument, and behind a slash the part of it that one program has.
+    """
 
     kernel: str
     symbol: str
     variant: Variant
     arguments: tuple[str, ...]
-    tile: int
+    grid: str
     warps: int
     shared: int
     file: str
@@ -84,7 +88,13 @@ def compile_table(variants: Sequence[Variant], folder: Path) -> list[Compiled]:
 
 
 def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
-    """The table as sources of the library: an assembler file with the cubins and a C++ index."""
+    """The table as sources of the library: an assembler file with the cubins and a C++ index.
+
+    Beside them the header of the launches, launch_table.h.
+    """
+    from freqopt.exporters.onnx.launch_table import HEADER_NAME, launch_table
+
+    (folder / HEADER_NAME).write_text(launch_table(), "utf-8")
     assembly, entries, externs = ['.section .rodata, "a", @progbits'], [], []
     for i, row in enumerate(table):
         path = json.dumps(str((folder / row.file).resolve()), ensure_ascii=False)
@@ -104,11 +114,11 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
             json.dumps(row.kernel),
             json.dumps(row.symbol),
             json.dumps(",".join(row.arguments)),
+            json.dumps(row.grid),
             v.capability,
             DTYPE_CODES[v.dtype],
             v.head_dim,
             int(v.masked),
-            row.tile,
             row.warps,
             row.shared,
             f"freqopt_cubin_{i}",
@@ -149,7 +159,7 @@ def _compile(variant: Variant, folder: Path) -> Iterator[Compiled]:
             symbol=made.metadata.name,
             variant=variant,
             arguments=launch_arguments(given, made),
-            tile=given.tile,
+            grid=",".join(f"{extent}/{part}" for extent, part in given.axes),
             warps=made.metadata.num_warps,
             shared=made.metadata.shared,
             file=f"{stem}.cubin",

@@ -63,7 +63,8 @@ def compiler() -> str:
 def build_library(folder: Path, table: Sequence[Path], *, defines: tuple[str, ...] = ()) -> Path:
     """Compile the library into a folder and return its path; compiled objects are cached.
 
-    table: the sources that hold its kernels, as `cubins.write_sources` writes them.
+    table: the sources that hold its kernels, as `cubins.write_sources` writes them, with the header
+    of the launches beside them.
 
     Raises:
         NotAvailableError: no compiler, or one that fails on the sources, with its output.
@@ -75,6 +76,7 @@ def build_library(folder: Path, table: Sequence[Path], *, defines: tuple[str, ..
         f'-DFREQOPT_ORT_VERSION="{LIBRARY_VERSION}"',
         *(f"-D{name}" for name in defines),
         f"-I{SOURCES}",
+        *sorted({f"-I{path.parent}" for path in table}),
         *map(str, sources),
         "-ldl",
     ]
@@ -108,10 +110,11 @@ def _digest(command: Sequence[str], sources: Sequence[Path], table: Sequence[Pat
     folders = {str(path.parent) for path in sources} | {
         str(path.parent.resolve()) for path in table
     }
-    paths = {str(path) for path in sources}
+    paths = {str(path) for path in sources} | {f"-I{path.parent}" for path in table}
     options = [word for word in command[1:] if word not in paths]
     digest = hashlib.sha256(repr((options, platform.machine())).encode())
-    embedded = [c for s in table for c in sorted(s.parent.glob("*.cubin"))]
+    beside = {path.parent for path in table}
+    embedded = [c for f in beside for end in ("*.cubin", "*.h") for c in sorted(f.glob(end))]
     for source in [*sources, *sorted(SOURCES.glob("*.h")), *embedded]:
         content = source.read_bytes()
         for folder in sorted(folders, key=len, reverse=True):

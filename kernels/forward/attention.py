@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
@@ -30,19 +29,20 @@ def attend(
     tile_list: (tiles,) int32, which tiles the rows of the route are; all of them without it.
     """
     out, log_sum = target
-    query, key, value, mask, launch = call.query, call.key, call.value, call.key_mask, call.launch
+    query, key, value, mask = call.query, call.key, call.value, call.key_mask
     if hopper.applies(query):
         hopper.attend(call, summaries, route, coefficients, target, tile_list)
         return
     tiles, blocks = route.mass_term.shape[2:]
-    parts = triton.cdiv(call.queries, launch.rows)
+    queries = call.queries
     optional = {**call.both_sides, **call.keys_in_place}
     if tile_list is not None:
-        parts = tiles * (QUERY_TILE // launch.rows)
+        queries = tiles * QUERY_TILE
         optional["tile_list"] = tile_list
     if log_sum is not None:
         optional |= {"log_sum": log_sum, "log_sum_row": log_sum.shape[-1]}
-    attend_kernel[(parts, call.batch * call.heads)](
+    launch = call.launches["attend"]
+    attend_kernel[launch.grid(queries=queries, pairs=call.pairs)](
         query, call.query_order.index, summaries.key, summaries.value,
         key, value, mask if mask is not None else route.counts, summaries.key_shift,
         summaries.low_key, summaries.low_value, summaries.low_order,
@@ -51,10 +51,8 @@ def attend(
         mask.stride(0) if mask is not None else 0, *out.stride()[:3],
         call.heads, call.group_size, call.tokens, tiles, blocks, call.layout.text,
         call.layout.text_before, call.scale,
-        **call.size, **optional, BM=launch.rows, TEXT=call.layout.text > 0,
-        HAS_MASK=mask is not None, RAGGED=call.tokens % KEY_BLOCK != 0,
-        WIDE=launch.wide, PRECISION=launch.precision, IN_PLACE=summaries.in_place,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.fixed, **optional, TEXT=call.layout.text > 0, HAS_MASK=mask is not None,
+        RAGGED=call.tokens % KEY_BLOCK != 0, IN_PLACE=summaries.in_place,
     )  # fmt: skip
 
 

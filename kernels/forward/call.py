@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from freqopt.kernels.launches import Bound
 from freqopt.kernels.layout import TokenLayout
+from freqopt.kernels.split_launches import launches_of
 from freqopt.kernels.tiles import Launch, padded_dim
 
 
@@ -142,6 +144,11 @@ class Call(NamedTuple):
     def pairs(self) -> int:
         """(batch item, query head) pairs."""
         return self.batch * self.heads
+
+    @property
+    def launches(self) -> dict[str, Bound]:
+        """The launches that are declared, by name, with their numbers."""
+        return launches_of(self.launch, self.dim)
 
     @property
     def size(self) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import PER_BYTE, Settings
 from freqopt.kernels.portable.long import route_tiles_kernel
+from freqopt.kernels.split_launches import LONG_ROUTE_BLOCKS
 from freqopt.kernels.workspace import chunk_tiles
-
-ROUTE_STEP = 1024
 
 
 class Space(NamedTuple):
@@ -97,11 +96,12 @@ class Walk:
         counts = torch.empty(
             *self.call.per_head, len(tiles), device=score.device, dtype=torch.int32
         )
-        step = max(min(int(triton.next_power_of_2(self.blocks)), ROUTE_STEP), PER_BYTE)
-        route_tiles_kernel[(len(tiles), self.call.pairs)](
+        step = max(min(int(triton.next_power_of_2(self.blocks)), LONG_ROUTE_BLOCKS), PER_BYTE)
+        launch = self.call.launches["route_tiles"]
+        route_tiles_kernel[launch.grid(tiles=len(tiles), pairs=self.call.pairs)](
             score, limits, mass_term, self.packed, exact_list, counts, tiles,
             len(tiles), self.tiles, self.blocks, self.packed.shape[-1],
-            BJ=step, OWN=self.call.own, num_warps=4,
+            **launch.fixed, BJ=step, OWN=self.call.own,
         )  # fmt: skip
         return Route(self.packed, exact_list, counts, mass_term)
 
@@ -134,7 +134,7 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     if settings.density > 0.0:
         limits = walk.limits_of(settings.density)
     else:
-        limits = limits_of(threshold, call.batch)
+        limits = limits_of(call, threshold)
     probes = min(settings.probes, call.queries)
     coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
     error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)

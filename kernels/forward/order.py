@@ -5,13 +5,13 @@ Nothing waits for the device. Beside the tokens an order takes 76 bytes a token 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from freqopt.kernels.content_order import LEAF, RANK, SAMPLES, SEGMENT_SAMPLES, enclosing
+from freqopt.kernels.launches import Bound
+from freqopt.kernels.order_launches import LEVELS, MOMENT_PARTS, order_launches
 from freqopt.kernels.portable.order import (
     directions_kernel,
     divide_kernel,
@@ -23,25 +23,6 @@ from freqopt.kernels.portable.order import (
     segment_kernel,
 )
 from freqopt.kernels.tiles import padded_dim
-
-PARTS, SAMPLE_ROWS = 4, 64
-"""Programs that a head's sampled tokens are spread over, and tokens a step."""
-
-PROJECT_ROWS, PROJECT_WARPS = 128, 8
-
-DIRECTION_SLICE = 32
-"""Rows of the covariance that a product takes at a time."""
-
-LEVELS = {
-    8192: (8, 256), 4096: (4, 256), 2048: (4, 256), 1024: (2, 128), 512: (1, 128),
-    256: (1, 128), 128: (1, 64),
-}  # fmt: skip
-"""Warps of a segment that one program halves, and tokens that it reads at a time, by the segment's
-tokens: the fastest of those tried on an H200. Larger segments take three launches, so that more
-than one program reads their coordinates."""
-
-SEGMENT_PIECE, SEGMENT_WARPS = 128, 4
-DIVIDE_PIECE, DIVIDE_WARPS = 8192, 32
 
 
 def order_by_content(
@@ -64,72 +45,73 @@ def order_by_content(
     pairs, tokens, device = batch * heads, base.shape[0], tokens_of.device
     strides = tokens_of.stride()[:3]
     padded = max(padded_dim(dim), RANK)
-    size: dict[str, Any] = {"D": dim, "DP": padded}
+    launches = order_launches(dim)
 
     def single(*shape: int) -> Tensor:
         return torch.empty(pairs, *shape, device=device, dtype=torch.float32)
 
     step = triton.cdiv(tokens, SAMPLES)
     samples = triton.cdiv(tokens, step)
-    partial = single(PARTS, dim * dim + dim)
-    moments_kernel[(PARTS, pairs)](
+    parts, moments = MOMENT_PARTS, launches["moments"]
+    partial = single(parts, dim * dim + dim)
+    moments_kernel[moments.grid(parts=parts, pairs=pairs)](
         tokens_of, base, partial, *strides,
-        heads, text_before, step, samples, triton.cdiv(samples, PARTS),
-        **size, ROWS=SAMPLE_ROWS, num_warps=8,
+        heads, text_before, step, samples, triton.cdiv(samples, parts), **moments.fixed,
     )  # fmt: skip
     directions = torch.empty(pairs, padded, RANK, device=device, dtype=tokens_of.dtype)
     shift = single(RANK)
-    directions_kernel[(pairs,)](
+    directing, project = launches["directions"], launches["project"]
+    directions_kernel[directing.grid(pairs=pairs)](
         tokens_of, base, partial, single(padded, padded), single(padded, RANK), directions, shift,
-        *strides, heads, text_before, PARTS, samples,
-        **size, SLICE=DIRECTION_SLICE, num_warps=8,
+        *strides, heads, text_before, parts, samples, **directing.fixed,
     )  # fmt: skip
     coordinates = torch.empty(pairs, tokens, RANK, device=device, dtype=torch.float16)
     position = torch.empty(pairs, tokens, device=device, dtype=torch.int32)
-    project_kernel[(pairs, triton.cdiv(tokens, PROJECT_ROWS))](
+    project_kernel[project.grid(pairs=pairs, tokens=tokens)](
         tokens_of, base, directions, shift, coordinates, position, *strides,
-        heads, tokens, text_before, **size, ROWS=PROJECT_ROWS, num_warps=PROJECT_WARPS,
+        heads, tokens, text_before, **project.fixed,
     )  # fmt: skip
     segment = min(largest_chunk, enclosing(tokens))
     ranks = torch.empty_like(position)
     if segment > max(LEVELS):
-        position = _far_levels(coordinates, position, ranks, chunks, heads, tokens, segment)
+        position = _far_levels(
+            launches, coordinates, position, ranks, chunks, heads, tokens, segment
+        )
         segment = max(LEVELS)
     while segment > LEAF:
-        warps, piece = LEVELS[segment]
-        halve_kernel[(pairs, triton.cdiv(tokens, segment))](
-            coordinates, position, ranks, chunks, heads, tokens,
-            SIZE=segment, STEP=max(segment // SEGMENT_SAMPLES, 1), PIECE=piece, num_warps=warps,
-        )  # fmt: skip
+        halve = launches[f"halve_{segment}"]
+        halve_kernel[halve.grid(pairs=pairs, tokens=tokens)](
+            coordinates, position, ranks, chunks, heads, tokens, **halve.fixed
+        )
         segment //= 2
-    leaf_kernel[(pairs, triton.cdiv(tokens, LEAF))](
-        coordinates, position, base, order, chunks, heads, tokens, SIZE=LEAF, num_warps=1
+    leaf = launches["leaf"]
+    leaf_kernel[leaf.grid(pairs=pairs, tokens=tokens)](
+        coordinates, position, base, order, chunks, heads, tokens, **leaf.fixed
     )
 
 
 def _far_levels(
-    coordinates: Tensor, position: Tensor, ranks: Tensor, chunks: Tensor, heads: int, tokens: int,
-    size: int,
+    launches: dict[str, Bound], coordinates: Tensor, position: Tensor, ranks: Tensor,
+    chunks: Tensor, heads: int, tokens: int, size: int,
 ) -> Tensor:  # fmt: skip
     """Positions after the levels whose segments are too large for one program."""
     pairs = position.shape[0]
+    divide, rank_tokens, segment = (launches[n] for n in ("divide", "rank_tokens", "segment"))
     target = torch.empty_like(position)
     while size > max(LEVELS):
         segments = triton.cdiv(tokens, size)
         directions = torch.empty(pairs, segments, RANK, device=position.device, dtype=torch.float16)
-        segment_kernel[(pairs, segments)](
+        segment_kernel[segment.grid(pairs=pairs, segments=segments)](
             coordinates, position, directions, chunks, heads, tokens, size,
-            size // SEGMENT_SAMPLES,
-            PIECE=SEGMENT_PIECE, PIECES=SEGMENT_SAMPLES // SEGMENT_PIECE, num_warps=SEGMENT_WARPS,
+            size // SEGMENT_SAMPLES, **segment.fixed,
         )  # fmt: skip
-        rank_tokens_kernel[(pairs, triton.cdiv(tokens, PROJECT_ROWS))](
+        rank_tokens_kernel[rank_tokens.grid(pairs=pairs, tokens=tokens)](
             coordinates, position, directions, ranks, chunks, heads, tokens, size, segments,
-            ROWS=PROJECT_ROWS, num_warps=PROJECT_WARPS // 2,
+            **rank_tokens.fixed,
         )  # fmt: skip
-        divide_kernel[(pairs, segments)](
-            position, target, ranks, chunks, heads, tokens, size,
-            PIECE=min(DIVIDE_PIECE, size), num_warps=DIVIDE_WARPS,
-        )  # fmt: skip
+        divide_kernel[divide.grid(pairs=pairs, segments=segments)](
+            position, target, ranks, chunks, heads, tokens, size, **divide.fixed
+        )
         position, target = target, position
         size //= 2
     return position

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from freqopt.kernels.forward.call import Call, Route, Summaries
@@ -21,23 +20,7 @@ from freqopt.kernels.portable.glue import (
     fit_kernel,
     merge_kernel,
 )
-
-FIT_ROWS = 128
-"""Units of cells whose moments the fit reads at a time."""
-
-PROBE_PROGRAMS = 264
-"""Programs that the probe's exact pass is spread over, by cutting the keys into ranges: twice the
-processors of an H200, where 132, 396, 512 and 1,056 were slower."""
-
-PROBE_WARPS = 4
-
-FIT_WARPS = 8
-FIT_STAGES = 1
-
-MERGE_ROWS = 4
-
-MAX_PARTS = 64
-"""Most key ranges of one head: their partial sums have to be merged."""
+from freqopt.kernels.split_launches import key_ranges
 
 
 class ProbeSpace(NamedTuple):
@@ -63,7 +46,7 @@ class ProbeSpace(NamedTuple):
 def probe_space(call: Call, blocks: int, probes: int) -> ProbeSpace:
     """Memory for the chain of a call."""
     pairs, dim, device = call.pairs, call.dim, call.query.device
-    parts = max(min(PROBE_PROGRAMS // pairs, MAX_PARTS, blocks), 1)
+    parts = key_ranges(pairs, blocks)
 
     def single(*shape: int) -> Tensor:
         return torch.empty(*shape, device=device, dtype=torch.float32)
@@ -95,11 +78,18 @@ def fit_probes(
 
     by_probe: the route has a row for each probe, not for each tile. Allocates nothing.
     """
-    query, key, value, mask, launch = call.query, call.key, call.value, call.key_mask, call.launch
+    query, key, value, mask, launches = (
+        call.query,
+        call.key,
+        call.value,
+        call.key_mask,
+        call.launches,
+    )
     order, text_before = call.query_order.index, call.query_layout.text_before
     tiles, blocks = route.route.shape[2:]
     pairs, parts, probes = space.peak.shape
-    probe_kernel[(parts, pairs, triton.cdiv(probes, launch.probe_rows))](
+    probe, merge = launches["probe"], launches["merge"]
+    probe_kernel[probe.grid(parts=parts, pairs=pairs, probes=probes)](
         query, order, summaries.key, summaries.value,
         key, value, mask if mask is not None else route.route, route.route,
         summaries.key_shift, space.peak, space.mass, space.exact, space.missing,
@@ -107,28 +97,24 @@ def fit_probes(
         mask.stride(0) if mask is not None else 0,
         call.heads, call.group_size, call.tokens, tiles, blocks, probes, call.layout.text,
         call.layout.text_before, call.scale,
-        **call.size, **call.both_sides, **call.keys_in_place,
-        BP=launch.probe_rows, HAS_MASK=mask is not None, PRECISION=launch.precision,
-        IN_PLACE=summaries.in_place, BY_PROBE=by_probe,
-        num_warps=PROBE_WARPS, num_stages=launch.probe_stages,
+        **probe.fixed, **call.both_sides, **call.keys_in_place,
+        HAS_MASK=mask is not None, IN_PLACE=summaries.in_place, BY_PROBE=by_probe,
     )  # fmt: skip
-    merge_kernel[(triton.cdiv(probes, MERGE_ROWS), pairs)](
-        space.peak, space.mass, space.exact, space.missing, probes, parts,
-        **call.size, BP=MERGE_ROWS, num_warps=4,
-    )  # fmt: skip
-    rows, step = launch.fit_rows, launch.fit_columns
-    estimate_kernel[(triton.cdiv(blocks, step), pairs, triton.cdiv(probes, rows))](
+    merge_kernel[merge.grid(probes=probes, pairs=pairs)](
+        space.peak, space.mass, space.exact, space.missing, probes, parts, **merge.fixed
+    )
+    estimate, fit = launches["estimate"], launches["fit"]
+    estimate_kernel[estimate.grid(blocks=blocks, pairs=pairs, probes=probes)](
         query, order, summaries.low_key, route.mass_term, space.peak,
         space.logit, space.term, space.moments, *query.stride()[:3],
         call.heads, call.group_size, call.tokens, tiles, blocks, probes, parts, text_before,
-        call.scale, **call.size, **call.query_side, BP=rows, BJ=step, PRECISION=launch.precision,
-        BY_PROBE=by_probe, queries=None if call.own else call.queries, num_warps=4, num_stages=1,
+        call.scale, **estimate.fixed, **call.query_side, BY_PROBE=by_probe,
+        queries=None if call.own else call.queries,
     )  # fmt: skip
-    fit_kernel[(pairs,)](
+    fit_kernel[fit.grid(pairs=pairs)](
         query, order, summaries.low_value, summaries.low_order, space.logit, space.term,
         space.moments, space.mass, space.exact, space.missing, space.coefficients, space.error,
         *query.stride()[:3],
         call.heads, call.group_size, call.queries, blocks, probes, parts, text_before, call.scale,
-        **call.size, **call.query_side, BP=rows, BJ=step, ROWS=FIT_ROWS,
-        PRECISION=launch.precision, num_warps=FIT_WARPS, num_stages=FIT_STAGES,
+        **fit.fixed, **call.query_side,
     )  # fmt: skip

@@ -14,17 +14,8 @@ from freqopt.kernels.forward.density import threshold_of_density
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.portable.glue import limits_kernel, probe_tiles_kernel
 from freqopt.kernels.portable.prepare import route_kernel
-from freqopt.kernels.portable.score import LANES, disperse_kernel, pool_tiles_kernel, score_kernel
-
-POOLED_TILES = int(LANES.value)
-"""Tiles whose pooled queries lie together."""
-
-ROUTE_BLOCKS = 512
-ROUTE_WARPS = 2
-"""Key blocks per step of the routing, and its warps: 0.06 ms of 24 heads x 75,600 tokens, where
-1,024 and 4 took 0.08."""
-
-PROBE_TILES = 64
+from freqopt.kernels.portable.score import disperse_kernel, pool_tiles_kernel, score_kernel
+from freqopt.kernels.split_launches import POOLED_TILES, ROUTE_BLOCKS
 
 
 def score_tiles(
@@ -38,7 +29,7 @@ def score_tiles(
 
     tile_list: (tiles,) int32, which ones; all of them without it.
     """
-    query, launch = call.query, call.launch
+    query, launches = call.query, call.launches
     tiles, blocks = score.shape[2:]
     heads, pairs = call.heads, call.batch * call.heads
     rows = triton.cdiv(tiles, POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
@@ -47,35 +38,33 @@ def score_tiles(
         for n in (rows, tiles)
     )
     listed = {} if tile_list is None else {"tile_list": tile_list}
-    pool_tiles_kernel[(pairs, tiles)](
+    pool, disperse, score_ = launches["pool_tiles"], launches["disperse"], launches["score"]
+    pool_tiles_kernel[pool.grid(pairs=pairs, tiles=tiles)](
         query, call.query_order.index, sub_mean, tile_square,
         *query.stride()[:3], heads, call.queries, tiles, call.query_layout.text_before, call.scale,
-        **call.size, **listed, **call.query_side, num_warps=4, num_stages=1,
+        **pool.fixed, **listed, **call.query_side,
     )  # fmt: skip
-    side = launch.disperse_side
-    disperse_kernel[(pairs, triton.cdiv(tiles, side), triton.cdiv(blocks, side))](
+    disperse_kernel[disperse.grid(pairs=pairs, tiles=tiles, blocks=blocks)](
         tile_square, summaries.key_var, score, mass_term,
-        heads, call.group_size, call.tokens, tiles, blocks, call.scale,
-        **call.size, BI=side, BJ=side, PRECISION=launch.precision, num_warps=4, num_stages=1,
+        heads, call.group_size, call.tokens, tiles, blocks, call.scale, **disperse.fixed,
     )  # fmt: skip
     if hopper.applies(query):
         hopper.score(call, sub_mean, summaries.low_key, summaries.spread, score, tile_list)
         return
-    score_kernel[(pairs, triton.cdiv(tiles, launch.score_tiles))](
+    score_kernel[score_.grid(pairs=pairs, tiles=tiles)](
         sub_mean, summaries.low_key, summaries.spread, score,
         heads, call.group_size, call.tokens, tiles, blocks, call.scale,
-        **call.size, **listed, TILES=launch.score_tiles, BJ=launch.score_blocks,
-        WIDE=launch.score_wide, PRECISION=launch.precision,
-        queries=None if call.own else call.queries,
-        num_warps=launch.score_warps, num_stages=launch.score_stages,
+        **score_.fixed, **listed, queries=None if call.own else call.queries,
     )  # fmt: skip
 
 
-def limits_of(threshold: Tensor, batch: int) -> Tensor:
+def limits_of(call: Call, threshold: Tensor) -> Tensor:
     """Thresholds (B, H) from those of the heads, (H,)."""
-    heads = threshold.shape[0]
-    limits = torch.empty(batch, heads, device=threshold.device, dtype=torch.float32)
-    limits_kernel[(batch * heads,)](threshold.float().contiguous(), limits, heads)
+    launch = call.launches["limits"]
+    limits = torch.empty(call.per_head, device=threshold.device, dtype=torch.float32)
+    limits_kernel[launch.grid(pairs=call.pairs)](
+        threshold.float().contiguous(), limits, call.heads, **launch.fixed
+    )
     return limits
 
 
@@ -97,15 +86,16 @@ def make_route(
     mass_term = torch.empty(shape, device=device, dtype=torch.float16)
     score_tiles(call, summaries, score, mass_term)
     if limits is None and density == 0.0:
-        limits = limits_of(threshold, call.batch)
+        limits = limits_of(call, threshold)
     elif limits is None:
         limits = threshold_of_density(lambda: [(None, score)], shape, density, device, own=call.own)
     route = torch.empty(shape, device=device, dtype=torch.int8)
     exact_list = torch.empty(shape, device=device, dtype=torch.int32)
     counts = torch.empty(shape[:3], device=device, dtype=torch.int32)
-    route_kernel[(tiles, call.batch * call.heads)](
+    launch = call.launches["route"]
+    route_kernel[launch.grid(tiles=tiles, pairs=call.pairs)](
         score, limits, mass_term, route, exact_list, counts, tiles, blocks,
-        BJ=route_step(blocks), OWN=call.own, num_warps=ROUTE_WARPS,
+        **launch.fixed, BJ=route_step(blocks), OWN=call.own,
     )  # fmt: skip
     return Route(route, exact_list, counts, mass_term)
 
@@ -145,11 +135,12 @@ def route_probes(call: Call, summaries: Summaries, limits: Tensor, rows: ProbeRo
     stays on the stream that this is called on.
     """
     probes, blocks = rows.score.shape[2:]
-    tiles = rows.tile_list
-    probe_tiles_kernel[(1,)](tiles, call.queries, probes, ROWS=PROBE_TILES, num_warps=1)
+    tiles, launches = rows.tile_list, call.launches
+    first, then = launches["probe_tiles"], launches["route"]
+    probe_tiles_kernel[first.grid()](tiles, call.queries, probes, **first.fixed)
     score_tiles(call, summaries, rows.score, rows.mass_term, tiles)
-    route_kernel[(probes, call.batch * call.heads)](
+    route_kernel[then.grid(tiles=probes, pairs=call.pairs)](
         rows.score, limits, rows.mass_term, rows.route, tiles, tiles, probes, blocks,
-        BJ=route_step(blocks), LISTS=False, tile_list=tiles, OWN=call.own, num_warps=ROUTE_WARPS,
+        **then.fixed, BJ=route_step(blocks), LISTS=False, tile_list=tiles, OWN=call.own,
     )  # fmt: skip
     return Route(rows.route, tiles, tiles, rows.mass_term)

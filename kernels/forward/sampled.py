@@ -18,12 +18,7 @@ from freqopt.config import QUERY_TILE
 from freqopt.kernels.forward.attention import attend
 from freqopt.kernels.forward.call import Route, Target
 from freqopt.kernels.forward.probe import fit_probes, probe_space
-from freqopt.kernels.forward.routing import (
-    PROBE_TILES,
-    ROUTE_WARPS,
-    route_step,
-    score_tiles,
-)
+from freqopt.kernels.forward.routing import route_step, score_tiles
 from freqopt.kernels.forward.split import call_of, on_device, readable
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.hopper import launch as hopper
@@ -85,9 +80,8 @@ class SampledCall:
             return coefficients, errors
         with on_device(call.query):
             tiles = torch.empty(self.probes, device=device, dtype=torch.int32)
-            probe_tiles_kernel[(1,)](
-                tiles, call.queries, self.probes, ROWS=PROBE_TILES, num_warps=1
-            )
+            listing = call.launches["probe_tiles"]
+            probe_tiles_kernel[listing.grid()](tiles, call.queries, self.probes, **listing.fixed)
             rows = self._rows(tiles, lists=False)
             space = probe_space(call, self.blocks, self.probes)
             for rung, limits in self._descending(thresholds):
@@ -153,8 +147,8 @@ class SampledCall:
     def _route(self, rows: Rows, limits: Tensor, *, lists: bool) -> None:
         """Bands of listed tiles at thresholds (B * H,), into their route."""
         tiles, call = rows.tiles, self.call
-        route_kernel[(len(tiles), call.pairs)](
+        launch = call.launches["route"]
+        route_kernel[launch.grid(tiles=len(tiles), pairs=call.pairs)](
             rows.score, limits, rows.mass_term, *rows.route[:3], len(tiles), self.blocks,
-            BJ=route_step(self.blocks), LISTS=lists, tile_list=tiles, OWN=call.own,
-            num_warps=ROUTE_WARPS,
+            **launch.fixed, BJ=route_step(self.blocks), LISTS=lists, tile_list=tiles, OWN=call.own,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
         coefficients, error = space.coefficients, space.error
         # A density's threshold is known when everything is scored: nothing is left to overlap.
         if density == 0.0 and pays(call.pairs, call.tokens):
-            limits = limits_of(threshold, call.batch)
+            limits = limits_of(call, threshold)
             rows = probe_rows(call, blocks, probes)
             with forked(device) as beside:
                 with beside:

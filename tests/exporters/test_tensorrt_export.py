@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact
+from freqopt.exporters.onnx.cubins import write_sources
 from freqopt.exporters.onnx.export import needed_variants, translate
 from freqopt.exporters.onnx.library import SOURCES, compiler
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
@@ -92,7 +93,9 @@ def test_nodes_are_what_the_plugin_takes(artifact: Artifact) -> None:
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin, compiled against declarations of our own, in a program that asks it."""
     program = tmp_path_factory.mktemp("plugin") / "plugin"
-    includes = [f"-I{folder}" for folder in (HERE / "trt_stub", FOLDER, SOURCES)]
+    write_sources([], program.parent)
+    folders = (HERE / "trt_stub", FOLDER, SOURCES, program.parent)
+    includes = [f"-I{folder}" for folder in folders]
     launches = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != "library.cc"]
     sources = [HERE / "trt_plugin.cc", *launches]
     command = [compiler(), "-std=c++17", *includes, *sources, "-ldl", "-o", program]

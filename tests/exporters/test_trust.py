@@ -298,7 +298,7 @@ def test_kernels_lie_in_folders_of_any_name(tmp_path: Path) -> None:
     folder = tmp_path / "d\u00e9p\u00f4t \u2192"
     folder.mkdir()
     variant = Variant(90, "float16", 64, False)
-    row = Compiled("attend", "symbol", variant, ("a",), 64, 4, 0, "k.cubin")
+    row = Compiled("attend", "symbol", variant, ("a",), "a/64", 4, 0, "k.cubin")
     assembly, _ = write_sources([row], folder)
     assert f'"{folder.resolve()}/k.cubin"' in assembly.read_text("utf-8")
 

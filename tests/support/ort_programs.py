@@ -65,7 +65,8 @@ def build_programs(table: Sequence[Compiled], folder: Path) -> Programs:
     driver, program = build_driver(folder / "driver.so"), folder / "launch"
     ours = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != "library.cc"]
     sources = [HERE / "ort_launch.cc", *ours, *write_sources(table, folder)]
-    command = [ort_library.compiler(), *FLAGS, *map(str, sources), "-ldl", "-o", str(program)]
+    flags = (*FLAGS, f"-I{folder}")
+    command = [ort_library.compiler(), *flags, *map(str, sources), "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
     counts = ";".join(f"{row.symbol}:{len(row.arguments)}" for row in table)
     return Programs(program, driver, counts)

@@ -1,5 +1,6 @@
 #include "launches.h"
 
+#include <algorithm>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -10,7 +11,18 @@ namespace {
 struct Loaded {
   void* function;
   std::vector<std::string> arguments;
+  std::vector<std::pair<std::string, int64_t>> axes;  // of the grid
 };
+
+std::vector<std::string> words(const std::string& list) {
+  std::vector<std::string> found;
+  for (size_t at = 0; at < list.size();) {
+    const size_t comma = std::min(list.find(',', at), list.size());
+    found.push_back(list.substr(at, comma - at));
+    at = comma + 1;
+  }
+  return found;
+}
 
 const Loaded& load(const Cubin& cubin, const Device& device) {
   static std::mutex mutex;
@@ -22,18 +34,17 @@ const Loaded& load(const Cubin& cubin, const Device& device) {
   const Driver& driver = Driver::get();
   const std::string doing = std::string("loading the kernel ") + cubin.symbol;
   void* module = nullptr;
-  Loaded loaded{nullptr, {}};
+  Loaded loaded{nullptr, words(cubin.arguments), {}};
   driver.check(driver.ModuleLoadData(&module, cubin.image), doing);
   driver.check(driver.ModuleGetFunction(&loaded.function, module, cubin.symbol), doing);
   if (cubin.shared > 48 * 1024) {
     constexpr int kMaxDynamicShared = 8;
     driver.check(driver.FuncSetAttribute(loaded.function, kMaxDynamicShared, cubin.shared), doing);
   }
-  std::string names = cubin.arguments;
-  for (size_t at = 0; at != std::string::npos && !names.empty();) {
-    const size_t comma = names.find(',', at);
-    loaded.arguments.push_back(names.substr(at, comma == std::string::npos ? comma : comma - at));
-    at = comma == std::string::npos ? comma : comma + 1;
+  for (const std::string& axis : words(cubin.grid)) {
+    const size_t slash = axis.find('/');
+    const bool whole = slash == std::string::npos;
+    loaded.axes.emplace_back(axis.substr(0, slash), whole ? 1 : std::stoll(axis.substr(slash + 1)));
   }
   return cache.emplace(key, std::move(loaded)).first->second;
 }
@@ -72,24 +83,31 @@ const Cubin& choose(const Launcher& on, const std::string& kernel) {
 }
 
 void launch(const Launcher& on, const std::string& kernel, const Arguments& shared,
-            const Arguments& own, int64_t x, int64_t y, int64_t z) {
-  if (x == 0 || y == 0 || z == 0) return;
+            const Arguments& own) {
   const Cubin& cubin = choose(on, kernel);
   const Loaded& loaded = load(cubin, on.device);
-  std::vector<Argument> values;
-  for (const std::string& name : loaded.arguments) {
+  auto value = [&](const std::string& name) -> const Argument& {
     const auto override_ = own.find(name);
+    if (override_ != own.end()) return override_->second;
     const auto common = shared.find(name);
-    if (override_ == own.end() && common == shared.end()) {
+    if (common == shared.end()) {
       throw std::runtime_error(kernel + " wants an argument " + name + " that nobody gives");
     }
-    values.push_back(override_ != own.end() ? override_->second : common->second);
+    return common->second;
+  };
+  unsigned grid[3] = {1, 1, 1};
+  for (size_t i = 0; i < loaded.axes.size(); ++i) {
+    const auto& [name, part] = loaded.axes[i];
+    grid[i] = unsigned(ceil_div(int32_t(value(name).bits), part));
+    if (grid[i] == 0) return;
   }
+  std::vector<Argument> values;
+  for (const std::string& name : loaded.arguments) values.push_back(value(name));
   values.resize(values.size() + 2);  // Triton's two scratch pointers, unused
   std::vector<void*> pointers;
   for (Argument& value : values) pointers.push_back(value.address());
   const Driver& driver = Driver::get();
-  driver.check(driver.LaunchKernel(loaded.function, unsigned(x), unsigned(y), unsigned(z),
+  driver.check(driver.LaunchKernel(loaded.function, grid[0], grid[1], grid[2],
                                    unsigned(cubin.warps * 32), 1, 1, unsigned(cubin.shared),
                                    on.stream, pointers.data(), nullptr),
                "launching the " + kernel + " kernel");

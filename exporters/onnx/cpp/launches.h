@@ -13,8 +13,6 @@
 
 namespace freqopt {
 
-constexpr int64_t kKeyBlock = 64, kQueryTile = 128;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Channels of the kernels' tiles, as freqopt.kernels.tiles.padded_dim.
@@ -27,13 +25,34 @@ inline int64_t padded_dim(int64_t dim) {
 struct Cubin {  // one row of the generated table
   // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
   // its extents and strides in elements, which Triton passes once more.
-  const char *kernel, *symbol, *arguments;
+  // grid: "pairs,tiles/8": an argument for each axis, and the part of it that one program has.
+  const char *kernel, *symbol, *arguments, *grid;
   int capability, dtype, head_dim, masked;
-  int tile, warps, shared;
+  int warps, shared;
   const unsigned char* image;
 };
 extern const Cubin kCubins[];
 extern const int kCubinCount;
+
+// Rows of launch_table.h, which is written from the same declarations as PyTorch's launches read.
+struct Derived {  // an extent that is another in parts, the last of them ragged
+  const char *name, *of;
+  int64_t part;
+};
+struct Buffer {  // what launches hand on; bytes: of an element, 0 for the attended tensors' own
+  const char* name;
+  int64_t bytes;
+  int64_t times;            // elements: this times
+  const char* extents[5];  // these, up to a null
+};
+struct Passed {
+  const char *argument, *value;
+};
+struct Step {       // a launch of a split
+  const char *kernel, *when;  // when: which calls have it, empty for all
+  bool of_tokens;   // whether queries of other tokens have a kernel of their own
+  Passed passed[8];  // arguments that have another name, up to a null
+};
 
 enum Masked : int { kUnmasked, kMasked, kEither };
 
@@ -84,9 +103,10 @@ const Cubin* find(const Launcher& on, const std::string& kernel);
 // The same; throws with a message for the user where there is none.
 const Cubin& choose(const Launcher& on, const std::string& kernel);
 
-// own: arguments that differ from, or are not among, those that are shared.
+// own: arguments that differ from, or are not among, those that are shared. The grid's are found
+// among both.
 void launch(const Launcher& on, const std::string& kernel, const Arguments& shared,
-            const Arguments& own, int64_t x, int64_t y, int64_t z = 1);
+            const Arguments& own);
 
 void fill(const Launcher& on, const Argument& to, unsigned word, int64_t words);
 

@@ -4,12 +4,10 @@
 #include <string>
 #include <utility>
 
+#include "launch_table.h"
+
 namespace freqopt {
 namespace {
-
-// As in freqopt.kernels.content_order and freqopt.kernels.forward.order; a test compares them.
-constexpr int64_t kRank = 32, kSamples = 512, kLeaf = 64, kSegmentSamples = 2048;
-constexpr int64_t kMomentParts = 4, kLargestHalved = 8192;
 
 Launcher launcher_of(const OrderCall& call) {
   return {current_device(), call.type, call.dim, kEither, call.stream};
@@ -56,25 +54,19 @@ void launch_order(const OrderCall& call, const CudaPlan& plan, void* workspace) 
   a["tokens"] = tokens, a["text_before"] = call.text_before;
   a["step"] = step, a["samples"] = samples, a["span"] = ceil_div(samples, kMomentParts);
   a["parts"] = kMomentParts;
-  auto go = [&](const std::string& kernel, const Arguments& own, int64_t x, int64_t y) {
-    launch(on, kernel, a, own, x, y);
-  };
-  go("moments", {}, kMomentParts, pairs);
-  go("directions", {}, pairs, 1);
-  go("project", {}, pairs, ceil_div(tokens, choose(on, "project").tile));
+  a["pairs"] = pairs;
+  auto go = [&](const std::string& kernel, const Arguments& own) { launch(on, kernel, a, own); };
+  go("moments", {}), go("directions", {}), go("project", {});
   int64_t size = first_segment(call);
   for (; size > kLargestHalved; size /= 2) {  // more than one program reads a segment
-    const int64_t segments = ceil_div(tokens, size);
-    const Arguments own{{"size", size}, {"segments", segments}, {"step", size / kSegmentSamples}};
-    go("segment", own, pairs, segments);
-    go("rank_tokens", own, pairs, ceil_div(tokens, choose(on, "rank_tokens").tile));
-    go("divide", own, pairs, segments);
+    const Arguments own{{"size", size},
+                        {"segments", ceil_div(tokens, size)},
+                        {"step", size / kSegmentSamples}};
+    go("segment", own), go("rank_tokens", own), go("divide", own);
     std::swap(a["position"], a["target"]);
   }
-  for (; size > kLeaf; size /= 2) {
-    go("halve_" + std::to_string(size), {}, pairs, ceil_div(tokens, size));
-  }
-  go("leaf", {}, pairs, ceil_div(tokens, kLeaf));
+  for (; size > kLeaf; size /= 2) go("halve_" + std::to_string(size), {});
+  go("leaf", {});
 }
 
 }  // namespace freqopt

@@ -1,6 +1,7 @@
 """The split as a chain of one-kernel nodes: which tensors and integers each kernel takes and makes.
 
-What a plugin compiled ahead of time can carry: one launch per node, workspace as node outputs.
+What a plugin compiled ahead of time can carry: one launch per node, workspace as node outputs. The
+launches are those that `freqopt.kernels.split_launches` declares.
 Everything but the batch is known when a file with a constant token order is exported, so extents
 are integers here, or `Batch(n)` for n times the batch.
 """
@@ -11,13 +12,16 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
-from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
-from freqopt.kernels.forward.probe import MAX_PARTS, PROBE_PROGRAMS, moment_units
-from freqopt.kernels.forward.routing import POOLED_TILES
-from freqopt.kernels.forward.summaries import GROUP, ORDER_GROUP, TOTAL_COLS
-from freqopt.kernels.portable.glue import MOMENTS
-from freqopt.kernels.specialise import NATIVE, POINTERS
+from freqopt.kernels.launches import KernelLaunch
+from freqopt.kernels.specialise import NATIVE, POINTERS, optional_arguments
+from freqopt.kernels.split_launches import DERIVED, SHAPES, SPLIT, TOTAL_COLS, key_ranges
 from freqopt.kernels.tiles import padded_dim
+
+PAIRS = {"pairs": "heads", "kv_pairs": "kv_heads"}
+"""Axes of grids that are the batch times something."""
+
+SITE = {"key_order": "order"}
+"""Tensors of a site that launches call otherwise: keys and queries have one order here."""
 
 
 class Batch(NamedTuple):
@@ -41,16 +45,6 @@ class Call:
     text_before: int
     density: float
     probes: int
-
-    @property
-    def blocks(self) -> int:
-        """Key blocks, the last of them ragged."""
-        return -(-self.tokens // KEY_BLOCK)
-
-    @property
-    def tiles(self) -> int:
-        """Query tiles, the last of them ragged."""
-        return -(-self.tokens // QUERY_TILE)
 
 
 @dataclass(frozen=True)
@@ -85,207 +79,95 @@ def exact_pairs(density: float, pairs: int) -> int:
     return min(max(ceil(share - share * 1e-7), 1), pairs)
 
 
+def extents_of(call: Call) -> dict[str, int]:
+    """Integers that the kernels are given, and what they are derived from, by name."""
+    c, text = call, call.length - call.tokens
+    padded = padded_dim(c.dim)
+    found = {
+        "heads": c.heads,
+        "kv_heads": c.kv_heads,
+        "group_size": c.heads // c.kv_heads,
+        "length": c.length,
+        "dim": c.dim,
+        "padded": padded,
+        "shares": padded // min(TOTAL_COLS, padded),
+        "cells": c.dim * c.dim,
+        "tokens": c.tokens,
+        "text_before": c.text_before,
+        "text": text,
+        "queries": c.tokens,
+        "query_before": c.text_before,
+        "query_text": text,
+        "probes": min(c.probes, c.tokens),
+        "stride_mb": 0,
+        "order_row": 0,
+        "key_order_row": 0,
+        "order_share": 1,
+    }
+    for name, (of, part) in DERIVED.items():
+        found[name] = -(-found[of] // part)
+    found["parts"] = key_ranges(c.heads, found["blocks"])
+    found["kept"] = exact_pairs(c.density, found["tiles"] * found["blocks"])
+    for letter, count in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads), ("o", c.heads)):
+        found[f"stride_{letter}n"] = c.dim
+        found[f"stride_{letter}h"] = c.length * c.dim
+        found[f"stride_{letter}b"] = count * c.length * c.dim
+    return found
+
+
 def chain(call: Call) -> list[Step]:
     """The launches of one call in order; the first to last `out` is the attention's output.
 
-    Names of tensors are those of the kernels' arguments; the site's own are query, key, value,
+    Tensors are called as the declared launches call them; the site's own are query, key, value,
     budget and order.
     """
-    c, heads, kv, dim = call, call.heads, call.kv_heads, call.dim
-    blocks, tiles, tokens = call.blocks, call.tiles, call.tokens
-    groups, spans = -(-blocks // GROUP), -(-blocks // ORDER_GROUP)
-    text, probes = call.length - tokens, min(call.probes, tokens)
-    parts = max(min(PROBE_PROGRAMS // heads, MAX_PARTS, blocks), 1)
-    per_kv, per_head = Batch(kv), Batch(heads)
-    sizes = {
-        "heads": heads,
-        "group_size": heads // kv,
-        "tokens": tokens,
-        "tiles": tiles,
-        "blocks": blocks,
-        "groups": groups,
-        "text": text,
-        "text_before": call.text_before,
-        "probes": probes,
-        "parts": parts,
-        "cells": dim * dim,
-        "kept": exact_pairs(call.density, tiles * blocks),
-        "stride_mb": 0,
-        "order_row": 0,
-        "order_share": 1,
-        "queries": tokens,
-        "query_before": call.text_before,
-        "query_text": text,
+    extents = extents_of(call)
+    calls = {
+        "": True,
+        "density": call.density > 0,
+        "threshold": call.density <= 0,
+        "probes": True,
+        "query_text": extents["query_text"] > 0,
     }
-    for letter, count in (("q", heads), ("k", kv), ("v", kv), ("o", heads)):
-        sizes[f"stride_{letter}n"] = dim
-        sizes[f"stride_{letter}h"] = call.length * dim
-        sizes[f"stride_{letter}b"] = count * call.length * dim
-    steps: list[Step] = []
+    return [_step(launch, extents) for launch in SPLIT if calls[launch.when]]
 
-    def step(
-        kernel: str,
-        inputs: str,
-        outputs: dict[str, tuple[int, ...]],
-        grid: tuple[Extent | tuple[str, int], ...],
-        rewrites: str = "",
-        renamed: dict[str, str] | None = None,
-        unread: str = "",
-        **integers: int,
-    ) -> None:
-        """outputs: tensor -> shape; rewrites: inputs that are outputs too; renamed: by tensor."""
-        argument = renamed or {}
-        own = [
-            *(Output(name, argument.get(name, name), shape) for name, shape in outputs.items()),
-            *(
-                Output(name, argument.get(name, name), shapes[name], name)
-                for name in rewrites.split()
-            ),
-        ]
-        shapes.update(outputs)
-        tensors = {argument.get(name, name): name for name in inputs.split()}
-        steps.append(
-            Step(kernel, tensors, tuple(own), {**sizes, **integers}, grid, tuple(unread.split()))
-        )
 
-    shapes: dict[str, tuple[int, ...]] = {"out": (heads, call.length, dim)}
-    rows = blocks * KEY_BLOCK
-    step(
-        "summarise",
-        "key value order",
-        {
-            "key_out": (kv, rows, dim),
-            "value_out": (kv, rows, dim),
-            "key_mean": (kv, blocks, dim),
-            "low_value": (kv, blocks, dim),
-            "key_var": (kv, blocks, dim),
-            "spread": (kv, blocks),
-            "sums": (kv, groups, 3, dim),
-        },
-        (per_kv, groups),
-        heads=kv,
-    )
-    padded = padded_dim(dim)
-    step(
-        "total",
-        "sums",
-        {"key_shift": (kv, dim), "head_spread": (kv, padded // min(TOTAL_COLS, padded))},
-        (("COLS", padded), per_kv),
-    )
-    step(
-        "centre",
-        "key_mean spread key_shift head_spread",
-        {"low_key": (kv, blocks, dim)},
-        (("BJ", blocks), per_kv),
-        rewrites="spread",
-    )
-    step(
-        "first",
-        "key_out value_out key_mean",
-        {"products": (kv, spans, dim, dim)},
-        (spans, per_kv),
-        renamed={"key_out": "key", "value_out": "value", "products": "first_order"},
-    )
-    step(
-        "order",
-        "products",
-        {"low_order": (kv, dim, dim)},
-        (("CELLS", dim * dim), per_kv),
-        renamed={"products": "first_order", "low_order": "out"},
-        groups=spans,
-    )
-    cells = (heads, tiles, blocks)
-    pooled_rows = -(-tiles // POOLED_TILES) * POOLED_TILES * (QUERY_TILE // SUB_TILE)
-    step(
-        "pool_tiles",
-        "query order",
-        {"sub_mean": (heads, pooled_rows, dim), "tile_square": (heads, tiles, dim)},
-        (per_head, tiles),
-    )
-    step(
-        "disperse",
-        "tile_square key_var",
-        {"score": cells, "mass_term": cells},
-        (per_head, ("BI", tiles), ("BJ", blocks)),
-    )
-    step(
-        "score", "sub_mean low_key spread score", {}, (per_head, ("TILES", tiles)), rewrites="score"
-    )
-    if c.density > 0:
-        step("density", "score", {"limits": (heads,)}, (per_head,))
-    else:
-        step("limits", "budget", {"limits": (heads,)}, (per_head,), unread="query")
-    step(
-        "route",
-        "score limits mass_term",
-        {"route": cells, "exact_list": cells, "counts": (heads, tiles)},
-        (tiles, per_head),
-        rewrites="mass_term",
-        renamed={"limits": "threshold"},
-    )
-    found = (heads, parts, probes)
-    step(
-        "probe",
-        "query order key_out value_out key value route key_shift",
-        {
-            "peak": found,
-            "mass": (*found, 2),
-            "exact_out": (*found, dim),
-            "missing_out": (*found, dim),
-        },
-        (parts, per_head, ("BP", probes)),
-        renamed={
-            "key_out": "key",
-            "value_out": "value",
-            "key": "text_key",
-            "value": "text_value",
-            "peak": "peak_out",
-            "mass": "mass_out",
-        },
-    )
-    step(
-        "merge",
-        "peak mass exact_out missing_out",
-        {},
-        (("BP", probes), per_head),
-        rewrites="peak mass exact_out missing_out",
-    )
-    step(
-        "estimate",
-        "query order low_key mass_term peak",
-        {
-            "logit": (heads, probes, blocks),
-            "term": (heads, probes, blocks),
-            "moments": (heads, moment_units(probes, blocks), MOMENTS.value),
-        },
-        (("BJ", blocks), per_head, ("BP", probes)),
-        renamed={"logit": "logit_out", "term": "term_out"},
-    )
-    step(
-        "fit",
-        "query order low_value low_order logit term moments mass exact_out missing_out",
-        {"coefficients": (heads, 2), "probe_error": (heads,)},
-        (per_head,),
-    )
-    ordered = {"key_out": "key", "value_out": "value", "key": "text_key", "value": "text_value"}
-    step(
-        "attend",
-        "query order key_out value_out key value key_shift low_key low_value low_order mass_term "
-        "coefficients exact_list counts",
-        {"out": (heads, call.length, dim)},
-        (("BM", tokens), per_head),
-        renamed=ordered,
-    )
-    if text:
-        step(
-            "text",
-            "query key_out value_out key value out",
-            {},
-            (("BM", text), per_head),
-            rewrites="out",
-            renamed=ordered,
-        )
-    return steps
+def _step(launch: KernelLaunch, extents: dict[str, int]) -> Step:
+    """A launch with its extents."""
+    optional = optional_arguments(launch.kernel)
+    tensors, integers = {}, dict(extents)
+    for argument in launch.kernel.arg_names:
+        name = launch.passed.get(argument, argument)
+        if name in extents:
+            integers[argument] = extents[name]
+        elif (argument in NATIVE or argument in POINTERS) and argument not in optional:
+            tensors[argument] = name
+    tensors.pop("key_mask", None)  # chains serve no mask
+    argument_of = {name: argument for argument, name in tensors.items()}
+    writes, rewrites = launch.writes.split(), launch.rewrites.split()
+    outputs = [
+        Output(name, argument_of[name], _shape(name, extents), name if name in rewrites else None)
+        for name in (*writes, *rewrites)
+    ]
+    inputs = {
+        argument: SITE.get(name, name) for argument, name in tensors.items() if name not in writes
+    }
+    # The batch is that of an input, and thresholds have none.
+    unread = ("query",) if launch.name == "limits" else ()
+    grid = tuple(_axis(axis, extents) for axis in launch.grid.split())
+    return Step(launch.name, inputs, tuple(outputs), integers, grid, unread)
+
+
+def _shape(name: str, extents: dict[str, int]) -> tuple[int, ...]:
+    shape = ("heads", "length", "dim") if name == "out" else SHAPES[name]
+    return tuple(extents[x] if isinstance(x, str) else x for x in shape)
+
+
+def _axis(axis: str, extents: dict[str, int]) -> Extent | tuple[str, int]:
+    if axis in PAIRS:
+        return Batch(extents[PAIRS[axis]])
+    extent, _, part = axis.partition("/")
+    return (part, extents[extent]) if part else extents[extent]
 
 
 def element_type(argument: str) -> str:
