@@ -59,6 +59,7 @@ def attention() -> Iterator[str]:
     yield "All heads have one threshold, so that the mean density is the one in the first column."
     yield "*Whole call* is what a caller waits for; in a CUDA graph Python launches nothing."
     yield "A row whose error fails its gate has no time."
+    yield "*Told the density*, a call finds the threshold of each head itself."
     yield "Where a second table has several orders, *per head* takes for each head the better of"
     yield "the grid's and all by content, chosen on another seed and timestep."
     for name, title in (("attention", "NVIDIA H200"), ("attention_h100", "NVIDIA H100")):

@@ -5,13 +5,14 @@ The answer comes from the token axes of queries and keys, never from their lengt
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import Axis, axis_size, hint, product, same
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said, infer_layout
 from freqopt.passes.axes.layout import Layout, pad_queries
-from freqopt.passes.axes.operands import operands_of
+from freqopt.passes.axes.operands import length_of_keys, operands_of
 from freqopt.passes.axes.parts import together
 from freqopt.passes.axes.provenance import (
     alike,
@@ -24,9 +25,27 @@ from freqopt.passes.axes.provenance import (
 )
 from freqopt.passes.masks.masks import hides_nothing, mask_problem
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
-from freqopt.passes.nodes import shape
+from freqopt.passes.nodes import VIEWS, operation, shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Attention, Extent, Kind
+
+PLACING = {
+    *("cat", "concat", "concatenate", "stack", "setitem", "copy_", "where", "roll", "clone"),
+    *(
+        "index_copy",
+        "index_copy_",
+        "index_put",
+        "index_put_",
+        "scatter",
+        "scatter_",
+        "index_select",
+    ),
+    *("slice_scatter", "select_scatter", "contiguous", "to", "repeat", "expand"),
+}
+"""Operations that put tensors together, or copies of them elsewhere."""
+
+OF_OTHERS = {Reason.CROSS, Reason.OTHER_KEYS, Reason.OTHER_VALUES, Reason.LENGTHS}
+"""Reasons that a cache has among its keys, where the queries' own tokens are among them too."""
 
 
 def came_ready_made(node: fx.Node) -> bool:
@@ -42,10 +61,37 @@ def came_ready_made(node: fx.Node) -> bool:
     return any(each.op == "placeholder" for each in seen)
 
 
+def holds_ready_made(node: fx.Node) -> bool:
+    """Whether a tensor is put together of others, some of which enter the graph as they are."""
+    seen, pending = {node}, [node]
+    while pending:
+        reached = pending.pop()
+        if reached.op == "placeholder":
+            held = tensor(reached)
+            if held is not None and held.dim() > 2 and not isinstance(held, torch.nn.Parameter):
+                return True
+        elif operation(reached) in VIEWS or operation(reached) in PLACING:
+            sources = [source for source in reached.all_input_nodes if source not in seen]
+            seen.update(sources)
+            pending += sources
+    return False
+
+
 def classify(
     attention: Attention, dimensions: Dimensions, said: Said
 ) -> tuple[Kind, Layout, Why | None]:
     """Kind and layout of an attention, and why it has to stay dense (None if it has not)."""
+    kind, layout, why_not = _classify(attention, dimensions, said)
+    if why_not is not None and why_not.reason in OF_OTHERS:
+        lengths = shape(attention.query)[-2], length_of_keys(attention)
+        if not same(*lengths) and holds_ready_made(attention.key):
+            return "cross", Layout(), Reason.CACHE()
+    return kind, layout, why_not
+
+
+def _classify(
+    attention: Attention, dimensions: Dimensions, said: Said
+) -> tuple[Kind, Layout, Why | None]:
     query, key, values = operands_of(attention, dimensions)
     if query is None or key is None or values is None:
         return "other", Layout(), Reason.NO_AXES()

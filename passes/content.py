@@ -11,33 +11,18 @@ from dataclasses import replace
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.masks.masks import hides_nothing
 from freqopt.passes.nodes import shape
-from freqopt.passes.reasons import Reason
+from freqopt.passes.reasons import UNTRACED, Reason
 from freqopt.passes.site import Extent, Site, Size
 
-UNPLACED = frozenset(
-    {
-        Reason.READY_MADE,
-        Reason.NO_AXES,
-        Reason.CROSS,
-        Reason.CACHE,
-        Reason.OTHER_KEYS,
-        Reason.MANY_KEYS,
-        Reason.OTHER_VALUES,
-        Reason.SLICES,
-        Reason.LENGTHS,
-        Reason.KEY_ORDER,
-        Reason.LOST,
-        Reason.NO_GRID,
-        Reason.GRID_MISFIT,
-        Reason.GRID_UNPROVEN,
-        Reason.SEVERAL_GRIDS,
-        Reason.TILES,
-        Reason.AXES,
-        Reason.EXTENT_UNREADABLE,
-        Reason.TEXT_UNREADABLE,
-        Reason.PADS_UNREADABLE,
-    }
-)
+UNPLACED = UNTRACED | {
+    Reason.CROSS,
+    Reason.CACHE,
+    Reason.MANY_KEYS,
+    Reason.SLICES,
+    Reason.TILES,
+    Reason.AXES,
+    Reason.PADS_UNREADABLE,
+}
 """Reasons that tell of where tokens lie, and of nothing else."""
 
 OTHER_TOKENS = frozenset({Reason.CROSS, Reason.CACHE, Reason.OTHER_KEYS, Reason.MANY_KEYS})

@@ -18,27 +18,11 @@ from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.masks import hides_nothing
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import shape, tensor
-from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.rewrite.rewrite import add_method
+from freqopt.passes.reasons import UNTRACED, Reason, Why
+from freqopt.passes.rewrite.adding import add_method
 from freqopt.passes.site import Argument, Extent, Known, Rest, Site
 
-UNSHOWN = {
-    Reason.READY_MADE,
-    Reason.NO_AXES,
-    Reason.OTHER_KEYS,
-    Reason.OTHER_VALUES,
-    Reason.LENGTHS,
-    Reason.KEY_ORDER,
-    Reason.LOST,
-    Reason.NO_GRID,
-    Reason.GRID_MISFIT,
-    Reason.GRID_UNPROVEN,
-    Reason.SEVERAL_GRIDS,
-    Reason.EXTENT_UNREADABLE,
-    Reason.TEXT_UNREADABLE,
-    Reason.MASK_UNPROVEN,
-    Reason.MASK_PAIRS,
-}
+UNSHOWN = UNTRACED | {Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
 
 KEYS, PAIRS = 1, 2

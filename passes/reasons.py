@@ -196,3 +196,27 @@ class Why:
     def __str__(self) -> str:
         text: Text = self.reason.value
         return f"{self.seen}: {text.advice}" if text.advice else self.seen
+
+
+UNTRACED = frozenset(
+    {
+        Reason.READY_MADE,
+        Reason.NO_AXES,
+        Reason.OTHER_KEYS,
+        Reason.OTHER_VALUES,
+        Reason.LENGTHS,
+        Reason.KEY_ORDER,
+        Reason.LOST,
+        Reason.NO_GRID,
+        Reason.GRID_MISFIT,
+        Reason.GRID_UNPROVEN,
+        Reason.SEVERAL_GRIDS,
+        Reason.EXTENT_UNREADABLE,
+        Reason.TEXT_UNREADABLE,
+    }
+)
+"""Reasons that say that a graph does not show which tokens there are, or how they lie.
+
+What calibration saw of a site is believed there, and an order by content, which needs no grid, can
+serve it; each of the two goes on from this list (`known.UNSHOWN`, `content.UNPLACED`).
+"""

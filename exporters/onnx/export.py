@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES, SPLIT_VERSION
-from freqopt.errors import OptionError
 from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
+from freqopt.exporters.preparation import prepare
 from freqopt.exporters.problems import ExportError, NotAvailableError
-from freqopt.exporters.program import Program, make_program
+from freqopt.exporters.program import Program
 from freqopt.grid import Grid
 from freqopt.kernels.variant import Variant
-from freqopt.options import load_plan
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -86,12 +85,11 @@ def export_onnx(
             need is not.
     """
     check_opset(opset)
-    plan = None if plan is None else load_plan(plan)
-    folder = prepare_folder(out_dir)
-    program = make_program(
+    ready = prepare(
         model,
         args,
         kwargs,
+        out_dir,
         plan=plan,
         dynamic_shapes=dynamic_shapes,
         grid=grid,
@@ -100,7 +98,12 @@ def export_onnx(
         probes=probes,
     )
     return write_onnx(
-        program, folder, opset=opset, plan=plan, library=library, capabilities=capabilities
+        ready.program,
+        ready.folder,
+        opset=opset,
+        plan=ready.plan,
+        library=library,
+        capabilities=capabilities,
     )
 
 
@@ -141,15 +144,6 @@ def check_opset(opset: int) -> None:
         raise ExportError(
             f"opset {opset} is not supported; {OPSETS[0]} to {OPSETS[-1]} are (20 is the default)"
         )
-
-
-def prepare_folder(out_dir: str | os.PathLike[str]) -> Path:
-    """The output folder, created; a file in its place is refused."""
-    folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"out_dir {folder} is a file; name a folder to fill")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def translate(program: Program, opset: int, *, bodies: bool) -> Any:

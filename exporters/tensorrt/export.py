@@ -27,15 +27,14 @@ from freqopt.exporters.onnx.export import (
     describe,
     local_capabilities,
     needed_variants,
-    prepare_folder,
     save_model,
     translate,
 )
+from freqopt.exporters.preparation import prepare, prepare_folder
 from freqopt.exporters.problems import ExportError, NotAvailableError
-from freqopt.exporters.program import Program, make_program
+from freqopt.exporters.program import Program
 from freqopt.exporters.tensorrt.cpp.build_engine import ENGINE, MODEL
 from freqopt.grid import Grid
-from freqopt.options import load_plan
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -97,12 +96,11 @@ def export_tensorrt(
         raise OptionError(f"plugin {plugin!r} is unknown; supported: {', '.join(PLUGINS)}")
     if build == "always" and not is_installed():
         raise NotAvailableError(f"build='always', but {NOT_INSTALLED}")
-    plan = None if plan is None else load_plan(plan)
-    folder = prepare_folder(out_dir)
-    program = make_program(
+    ready = prepare(
         model,
         args,
         kwargs,
+        out_dir,
         plan=plan,
         dynamic_shapes=dynamic_shapes,
         grid=grid,
@@ -111,7 +109,12 @@ def export_tensorrt(
         probes=probes,
     )
     return write_tensorrt(
-        program, folder, plan=plan, build=build, plugin=plugin, capabilities=capabilities
+        ready.program,
+        ready.folder,
+        plan=ready.plan,
+        build=build,
+        plugin=plugin,
+        capabilities=capabilities,
     )
 
 

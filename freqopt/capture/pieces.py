@@ -32,8 +32,8 @@ from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
 from freqopt.passes.naming import module_path, passes_through, plain_path, site_name
 from freqopt.passes.reasons import Reason
+from freqopt.passes.rewrite.adding import fake_mode
 from freqopt.passes.rewrite.reuse import copied
-from freqopt.passes.rewrite.rewrite import fake_mode
 from freqopt.passes.site import Known, Site
 from freqopt.regional import ATTACHED, SELECTS, attribute_of
 from freqopt.telling.attached import attached_to

@@ -21,6 +21,7 @@ from freqopt.capture.call_grids import OneCall, Reader
 from freqopt.capture.call_shapes import told_by_lists
 from freqopt.capture.eager import Writer, writing
 from freqopt.decisions import grids_of
+from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, lay_of
 from freqopt.options import Options
 from freqopt.passes.decision import Decision
@@ -41,6 +42,9 @@ MOST_LOOKS = 4
 MOST_FORMS = 256
 """Forms that are remembered; more are those of a model with an argument that is never the same."""
 
+MOST_LAYS = 64
+"""Kinds of sites that are remembered in each; more are those of lengths that depend on data."""
+
 
 @dataclass
 class Form:
@@ -50,7 +54,7 @@ class Form:
     looks: how many were.
     """
 
-    lays: dict[object, Lay | Why] = field(default_factory=dict)
+    lays: Latest[Lay | Why] = field(default_factory=lambda: Latest(MOST_LAYS, "kinds of sites"))
     again: bool = True
     looks: int = 0
 
@@ -68,6 +72,10 @@ class Wanted:
     content: bool
 
 
+Readers = list[tuple[int, Reader]]
+"""Readers of positions, with the places of what they read among the arguments."""
+
+
 class Forms:
     """All forms of the calls of a model. known: layouts that a plan has, by the name of a site."""
 
@@ -76,8 +84,8 @@ class Forms:
     ) -> None:
         self.model, self.plan = model, plan
         self.known = dict(known)
-        self._forms: dict[object, Form] = {}
-        self._readers: dict[object, list[tuple[int, Reader]]] = {}
+        self._forms: Latest[Form] = Latest(MOST_FORMS, "forms of calls of a model")
+        self._readers: Latest[Readers] = Latest(MOST_FORMS, "shapes of calls of a model")
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
         """The form of a call: shapes, numbers other than the timestep, grids of its positions."""
@@ -85,14 +93,12 @@ class Forms:
         named.pop(self.plan.timestep_name or "", None)
         leaves, tree = pytree.tree_flatten(named)
         shape = (str(tree), tuple(_shown(leaf) for leaf in leaves))
-        if shape not in self._readers:
-            self._readers[shape] = [
-                (i, Reader("positions", 4)) for i, leaf in enumerate(leaves) if _tells(leaf)
-            ]
-        told = tuple(reader.read([leaves[i]]) for i, reader in self._readers[shape])
-        if len(self._forms) >= MOST_FORMS and (shape, told) not in self._forms:
-            self._forms.clear()
-        return self._forms.setdefault((shape, told), Form())
+        readers = self._readers.get(shape)
+        if readers is None:
+            found = [(i, Reader("positions", 4)) for i, leaf in enumerate(leaves) if _tells(leaf)]
+            readers = self._readers.put(shape, found)
+        told = tuple(reader.read([leaves[i]]) for i, reader in readers)
+        return self._forms.get((shape, told)) or self._forms.put((shape, told), Form())
 
 
 class Look:
@@ -129,7 +135,7 @@ class Look:
             sites = {_base(site.name): site for site in self._sites()}
             for wanted in self.missing:
                 if wanted.name in sites:
-                    self.form.lays[wanted.kind] = self._lay(sites[wanted.name], wanted)
+                    self.form.lays.put(wanted.kind, self._lay(sites[wanted.name], wanted))
 
     def abandon(self) -> None:
         """The call has failed."""

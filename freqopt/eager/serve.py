@@ -27,7 +27,8 @@ from freqopt.eager.calls import (
     serve,
     tensors_of,
 )
-from freqopt.eager.forms import MOST_LOOKS, Form, Forms, Look, Wanted
+from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
+from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
 from freqopt.passes.naming import site_name
@@ -133,8 +134,8 @@ class Server:
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
-        self._served: dict[object, Served | Why] = {}
-        self._attention: dict[object, bool] = {}
+        self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
+        self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -191,9 +192,10 @@ class Server:
         """What a call that may be attention returns, or NOT_SERVED."""
         call = _calls.stack[-1][1]
         form = form_of_call(function, args, kwargs)
-        if form not in self._attention:
-            self._attention[form] = is_attention(function, args, kwargs)
-        if not self._attention[form]:
+        found = self._attention.get(form)
+        if found is None:
+            found = self._attention.put(form, is_attention(function, args, kwargs))
+        if not found:
             return NOT_SERVED
         running_now, inner = call.stack[-1], next(self._running(), None)
         if inner is None or self.names[id(inner)] != self.names[id(running_now.module)]:
@@ -209,7 +211,7 @@ class Server:
             node = call.look.begin(function, args, kwargs, example)
         lay = self._lay(call, place, form, args, kwargs)
         budget = _share_of(place.budget)
-        found = (
+        serving = (
             lay
             if isinstance(lay, Why)
             else self._serving(form, function, args, kwargs, lay, budget)
@@ -217,11 +219,11 @@ class Server:
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
         tensors = tensors_of(args, kwargs)
-        if isinstance(found, Why):
-            self.told.dense(place.site, found)
+        if isinstance(serving, Why):
+            self.told.dense(place.site, serving)
             result = function(*args, **kwargs)
         else:
-            result, density, error = found(tensors, budget.to(tensors[0].device))
+            result, density, error = serving(tensors, budget.to(tensors[0].device))
             call.split.append(Split(place.site, place.budget, density, error))
         if call.look is not None and node is not None:
             call.look.writer.end(node, result)
@@ -237,7 +239,7 @@ class Server:
         lay = call.form.lays.get(kind)
         if lay is None and call.look is not None:
             lay = call.look.find(Wanted(place.name, kind, place.content))
-            call.form.lays[kind] = lay
+            call.form.lays.put(kind, lay)
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True
             lay = believed(place.known, tensors_of(args, kwargs)[0].shape[-2])
@@ -249,9 +251,11 @@ class Server:
         """What serves such calls, made once."""
         heads = budget.shape[-1]
         key = (form, lay, heads)
-        if key not in self._served:
-            self._served[key] = serve(function, args, kwargs, lay, heads, self.largest_chunk)
-        return self._served[key]
+        found = self._served.get(key)
+        if found is None:
+            made = serve(function, args, kwargs, lay, heads, self.largest_chunk)
+            found = self._served.put(key, made)
+        return found
 
 
 class _Serving(TorchFunctionMode):

@@ -19,6 +19,7 @@ from freqopt.front.range import Ranges
 from freqopt.front.state import Choice
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
+from freqopt.plan.text import scope_of
 
 if TYPE_CHECKING:
     from freqopt.front.routes import Way
@@ -86,8 +87,7 @@ class Component:
         asked = "predicted, not verified" if plan.predicted else "verified"
         notes = [
             f"{self.name}: {self.choice.route}, as {self.choice.why}",
-            f"{self.name}: output error {plan.measured_error:.3g} {asked}, "
-            f"grids {', '.join('x'.join(map(str, grid)) for grid in plan.grids)}",
+            f"{self.name}: output error {plan.measured_error:.3g} {asked}, {scope_of(plan)}",
         ]
         dense = len(plan.sites) - len(self.planned) + len(plan.evidence.dense_sites)
         if dense:

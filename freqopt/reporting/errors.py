@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from freqopt.calibration.evidence import choices_of_plan
 from freqopt.calibration.search.allocate import Allocation, solve
@@ -73,6 +73,7 @@ def frontier(plan: Plan) -> Figure:
     left.set_ylim(bottom=plan.target_error / 30)
     right.set(xlabel=DENSITY)
     right.margins(0.25)
+    right.xaxis.set_major_locator(MaxNLocator(5))
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     for ax in (left, right):
         if plan.target_density is not None:

@@ -7,6 +7,9 @@ takes little memory beside its scores.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +21,6 @@ from freqopt.kernels.forward.probe import fit_probes, probe_space
 from freqopt.kernels.forward.routing import (
     PROBE_TILES,
     ROUTE_WARPS,
-    limits_of,
     route_step,
     score_tiles,
 )
@@ -28,12 +30,26 @@ from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Inputs, Settings
 from freqopt.kernels.portable.glue import probe_tiles_kernel
 from freqopt.kernels.portable.prepare import route_kernel
+from freqopt.kernels.reference import own_blocks
+
+
+class Rows(NamedTuple):
+    """Listed tiles of a call, routed at one threshold after another, from the highest down.
+
+    tiles: (n,) int32. score, mass_term (B, H, n, blocks): theirs; pairs that were exact at one
+    threshold stay marked for the next, where they are exact too. route: memory for it.
+    """
+
+    tiles: Tensor
+    score: Tensor
+    mass_term: Tensor
+    route: Route
 
 
 class SampledCall:
     """A call whose queries are its keys' tokens, all its pairs scored.
 
-    score: (B, H, tiles, blocks) float32, of pairs that are exact at any threshold too.
+    score: (B, H, tiles, blocks) float32, infinite for pairs that are exact at any threshold.
     """
 
     def __init__(self, inputs: Inputs, settings: Settings) -> None:
@@ -45,70 +61,100 @@ class SampledCall:
                 key, value = hopper.gatherable(call.key), hopper.gatherable(call.value)
                 call = call._replace(key=key, value=value)
             self.call, self.summaries = call, summarise(call, ordered=False)
-            self.tiles = triton.cdiv(call.queries, QUERY_TILE)
-            self.blocks = self.summaries.low_key.shape[2]
-            shape, device = (*call.per_head, self.tiles, self.blocks), call.query.device
+            tiles, self.blocks = (
+                triton.cdiv(call.queries, QUERY_TILE),
+                self.summaries.spread.shape[2],
+            )
+            shape, device = (*call.per_head, tiles, self.blocks), call.query.device
             self.score = torch.empty(shape, device=device, dtype=torch.float32)
             self._mass_term = torch.empty(shape, device=device, dtype=torch.float16)
             score_tiles(call, self.summaries, self.score, self._mass_term)
+        self.score.masked_fill_(own_blocks(tiles, self.blocks, device), torch.inf)
         self.probes = min(settings.probes, call.queries)
-        # The Hopper kernel's result leaves through shared memory of the queries' type.
-        kept = call.query.dtype if hopper.applies(call.query) else torch.float32
-        batch, heads, length, dim = call.query.shape
-        out = torch.empty(batch, length, heads, dim, device=device, dtype=kept)
-        self._target = Target(out.transpose(1, 2), None)
 
-    def fit(self, threshold: float) -> tuple[Tensor, Tensor]:
-        """The probes' scalars (B, H, 2) and the error (B, H) that they report at a threshold."""
+    def fit(self, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The probes' scalars (rungs, B, H, 2) and the errors (rungs, B, H) that they report.
+
+        thresholds: ascending, each for all heads.
+        """
         call, device = self.call, self.call.query.device
+        shape = (len(thresholds), *call.per_head)
+        coefficients = torch.ones(*shape, 2, device=device, dtype=torch.float32)
+        errors = torch.full(shape, torch.nan, device=device, dtype=torch.float32)
         if not self.probes:
-            ones = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
-            return ones, torch.full_like(ones[..., 0], torch.nan)
+            return coefficients, errors
         with on_device(call.query):
-            space = probe_space(call, self.blocks, self.probes)
             tiles = torch.empty(self.probes, device=device, dtype=torch.int32)
             probe_tiles_kernel[(1,)](
                 tiles, call.queries, self.probes, ROWS=PROBE_TILES, num_warps=1
             )
-            route = self._routed(tiles, threshold, lists=False)
-            fit_probes(call, self.summaries, route, space, by_probe=True)
-        return space.coefficients, space.error
+            rows = self._rows(tiles, lists=False)
+            space = probe_space(call, self.blocks, self.probes)
+            for rung, limits in self._descending(thresholds):
+                self._route(rows, limits, lists=False)
+                own = space._replace(coefficients=coefficients[rung], error=errors[rung])
+                fit_probes(call, self.summaries, rows.route, own, by_probe=True)
+        return coefficients, errors
 
-    def attend(self, tiles: Tensor, threshold: float, coefficients: Tensor) -> Tensor:
-        """Split attention of listed tiles (n,) int32: (B, H, n * 128, D), rows in token order.
+    def attend(
+        self, tiles: Tensor, thresholds: Sequence[float], coefficients: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Split attention of listed tiles (n,) int32 at every threshold, from the highest down.
 
-        Rows past the end are the last token's. coefficients: of `fit` at the same threshold.
+        thresholds: ascending, each for all heads. coefficients: of `fit` at these. Yields the
+        threshold's number and (B, H, n * 128, D), rows in token order, those past the end the last
+        token's.
         """
-        call = self.call
+        call, token = self.call, self._tokens(tiles)
+        # The Hopper kernel's result leaves through shared memory of the queries' type.
+        kept = call.query.dtype if hopper.applies(call.query) else torch.float32
+        batch, heads, length, dim = call.query.shape
+        out = torch.empty(batch, length, heads, dim, device=tiles.device, dtype=kept)
+        target = Target(out.transpose(1, 2), None)
+        index = token[..., None].expand(-1, -1, -1, dim)
         with on_device(call.query):
-            route = self._routed(tiles, threshold, lists=True)
-            attend(call, self.summaries, route, coefficients, self._target, tiles)
+            rows = self._rows(tiles, lists=True)
+            for rung, limits in self._descending(thresholds):
+                self._route(rows, limits, lists=True)
+                attend(call, self.summaries, rows.route, coefficients[rung], target, tiles)
+                yield rung, target.out.gather(2, index)
+
+    def _tokens(self, tiles: Tensor) -> Tensor:
+        """Numbers (B, H, n * 128) in the sequence of the tokens of listed tiles."""
+        call, order = self.call, self.call.query_order
         row = tiles.long()[:, None] * QUERY_TILE + torch.arange(QUERY_TILE, device=tiles.device)
         row = row.flatten().clamp(max=call.queries - 1)
-        order = call.query_order
         if order.row:
             of_keys = order.index.view(call.batch, call.kv_heads, -1)[..., row]
             token = of_keys.repeat_interleave(call.group_size, 1)
         else:
             token = order.index[row].expand(*call.per_head, -1)
-        token = token.long() + call.query_layout.text_before
-        return self._target.out.gather(2, token[..., None].expand(-1, -1, -1, call.dim))
+        return token.long() + call.query_layout.text_before
 
-    def _routed(self, tiles: Tensor, threshold: float, *, lists: bool) -> Route:
-        """Bands of listed tiles at one threshold for all heads."""
-        call, device = self.call, tiles.device
+    def _rows(self, tiles: Tensor, *, lists: bool) -> Rows:
+        """Listed tiles before any threshold. lists: whether they are to be attended."""
         at = tiles.long()
         score, mass_term = self.score[:, :, at], self._mass_term[:, :, at]
-        thresholds = torch.full((call.heads,), threshold, device=device, dtype=torch.float32)
-        limits = limits_of(thresholds, call.batch)
-        route = torch.empty(score.shape, device=device, dtype=torch.int8)
+        route = torch.empty(score.shape, device=tiles.device, dtype=torch.int8)
         exact_list, counts = tiles, tiles
         if lists:
-            exact_list = torch.empty(score.shape, device=device, dtype=torch.int32)
-            counts = torch.empty(score.shape[:3], device=device, dtype=torch.int32)
+            exact_list = torch.empty(score.shape, device=tiles.device, dtype=torch.int32)
+            counts = torch.empty(score.shape[:3], device=tiles.device, dtype=torch.int32)
+        return Rows(tiles, score, mass_term, Route(route, exact_list, counts, mass_term))
+
+    def _descending(self, thresholds: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
+        """Numbers of the thresholds from the highest down, and each for all (B, H)."""
+        device = self.score.device
+        limits = torch.tensor(thresholds, device=device, dtype=torch.float32)
+        limits = limits[:, None].expand(-1, self.call.pairs).contiguous()
+        for rung in reversed(range(len(thresholds))):
+            yield rung, limits[rung]
+
+    def _route(self, rows: Rows, limits: Tensor, *, lists: bool) -> None:
+        """Bands of listed tiles at thresholds (B * H,), into their route."""
+        tiles, call = rows.tiles, self.call
         route_kernel[(len(tiles), call.pairs)](
-            score, limits, mass_term, route, exact_list, counts, len(tiles), self.blocks,
+            rows.score, limits, rows.mass_term, *rows.route[:3], len(tiles), self.blocks,
             BJ=route_step(self.blocks), LISTS=lists, tile_list=tiles, OWN=call.own,
             num_warps=ROUTE_WARPS,
         )  # fmt: skip
-        return Route(route, exact_list, counts, mass_term)

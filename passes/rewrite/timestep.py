@@ -18,7 +18,7 @@ from freqopt.errors import SiteError
 from freqopt.passes.bodies import bring, way_into
 from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import tensor
-from freqopt.passes.rewrite.rewrite import add_constant, add_method
+from freqopt.passes.rewrite.adding import add_constant, add_method
 
 logger = logging.getLogger(__name__)
 

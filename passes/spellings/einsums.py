@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from freqopt.passes.nodes import operation, shape, value
-from freqopt.passes.rewrite.rewrite import add_method
+from freqopt.passes.rewrite.adding import add_method
 from freqopt.passes.spellings.softmax import CASTS, einsum_operands
 from freqopt.passes.spellings.softmax_by_hand import softmax_at
 

@@ -19,7 +19,7 @@ from torch import fx
 from freqopt.passes.masks.writes import is_idle
 from freqopt.passes.nodes import operation, value
 from freqopt.passes.reasons import Reason
-from freqopt.passes.rewrite.rewrite import add_function, add_method
+from freqopt.passes.rewrite.adding import add_function, add_method
 from freqopt.passes.site import Attention
 from freqopt.passes.spellings.schemas import Call, read_call
 

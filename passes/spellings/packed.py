@@ -21,7 +21,7 @@ from torch import fx
 from freqopt.passes.masks.memory import is_written
 from freqopt.passes.nodes import argument, operation, shape, tensor
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.rewrite.rewrite import add_function, add_method
+from freqopt.passes.rewrite.adding import add_function, add_method
 from freqopt.passes.spellings.einsums import einsums_in_order
 from freqopt.passes.spellings.opaque import opaque_opened
 

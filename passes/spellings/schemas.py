@@ -20,7 +20,13 @@ from freqopt.passes.axes.foreign import is_foreign
 from freqopt.passes.nodes import constant, raw_name, shape, value
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Sizes
-from freqopt.passes.spellings.declared import arguments_of, operands_in, shown_name, sizes_of
+from freqopt.passes.spellings.declared import (
+    ATTENTION,
+    arguments_of,
+    operands_in,
+    shown_name,
+    sizes_of,
+)
 
 SCALES = {"softmax_scale", "scale", "sm_scale", "scale_value", "attn_scale"}
 OFF = {
@@ -135,9 +141,9 @@ def read_call(node: fx.Node) -> Call | None:
     if outputs is None and (written := _written(node, given)):
         return objects(f"it writes its result into its argument {written}")
     if query is key or key is values:
-        return (
-            objects(f"it takes them as one tensor, {names[-1]}") if _is_part(first, key) else None
-        )
+        if not _is_attended(name, rest, first, key) or _is_taken_apart(outputs):
+            return None
+        return objects(f"it takes several of them as one tensor, {names[-1]}")
     if not isinstance(first, torch.Tensor) or len(first.shape) != len(shape(query)):
         return None
     problem = next((p for k, v in rest.items() if (p := _argument_problem(k, v)) is not None), None)
@@ -158,10 +164,18 @@ def read_call(node: fx.Node) -> Call | None:
     return Call(name, query, key, values, sizes, own_scale, tokens_first, packed, several)
 
 
-def _is_part(output: Any, joined: fx.Node) -> bool:
-    """Whether an output is one of several tensors that lie in one."""
+def _is_attended(name: str, rest: Mapping[str, Any], output: Any, joined: fx.Node) -> bool:
+    """Whether an output is attention of the tensors that lie in one, by names and its shape."""
+    named = ATTENTION.search(name) or (SCALES | {"causal", "is_causal"}) & set(rest)
     sizes = shape(joined)
-    return isinstance(output, torch.Tensor) and len(output.shape) == len(sizes) - 1
+    return bool(named) and isinstance(output, torch.Tensor) and len(output.shape) == len(sizes) - 1
+
+
+def _is_taken_apart(outputs: Any) -> bool:
+    """Whether several outputs are of one shape: queries, keys and values, normed or turned."""
+    several = outputs if isinstance(outputs, (tuple, list)) else ()
+    shapes = [tuple(each.shape) for each in several if isinstance(each, torch.Tensor)]
+    return len(shapes) > 1 and shapes[0] == shapes[1]
 
 
 def _written(node: fx.Node, given: Mapping[str, Any]) -> str | None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
+from freqopt.eager import forms
+from freqopt.eager import serve as serving
+from freqopt.eager.latest import Latest
 from freqopt.eager.serve import Server, share_of_heads
 from freqopt.errors import SiteError
 from freqopt.plan.plan import Plan
@@ -244,3 +247,30 @@ def test_a_rank_serves_its_heads_of_the_plan(plan: Plan) -> None:
         assert far(torch.cat(halves, 1), every) < 1e-5
     budgets = [plan.budget(name)[0] for name in plan.sites]
     assert all(budget[0] != budget[1] for budget in budgets)
+
+
+def test_forms_without_end_are_served_and_not_all_kept(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "MOST_FORMS", 3)
+    monkeypatch.setattr(forms, "MOST_FORMS", 3)
+    caplog.set_level("INFO", "freqopt")
+    model = models.make()
+    sizes = [(3, 6, h) for h in range(8, 14)] * 2
+    with torch.no_grad(), served(model, plan) as server:
+        for t, h, w in sizes:
+            given = {**models.inputs(), "video": torch.randn(1, 4, t, 2 * h, 2 * w)}
+            model(**given)
+            held = (server._served, server._attention, server.forms._forms, server.forms._readers)
+            assert all(0 < len(each) <= 3 for each in held)
+        assert far(model(**given), compiled(models.make(), plan, given)) < 1e-5
+    assert "more than 3 forms of attention: the one used longest ago is dropped" in caplog.text
+
+
+def test_what_was_used_last_is_kept() -> None:
+    held: Latest[int] = Latest(2, "numbers")
+    held.put("one", 1)
+    held.put("two", 2)
+    assert held.get("one") == 1
+    held.put("three", 3)
+    assert (held.get("one"), held.get("two"), held.get("three")) == (1, None, 3)

@@ -213,3 +213,36 @@ def test_the_order_of_tokens_put_in_place_is_read_at_every_call(copies: bool) ->
         assert (split(tokens, words, *in_order) - expected).norm() > 1e-3 * expected.norm()
         moved = split(tokens, words, *around)
         torch.testing.assert_close(moved, model(tokens, words, *around), rtol=1e-4, atol=1e-5)
+
+
+class Chunk(nn.Module):
+    """A chunk of a video, whose keys are written behind those of the chunks before it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2))
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, frames: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        x = conv3d_tokens(frames, self.weight)
+        q, k, v = (heads(f(x)) for f in (self.q, self.k, self.v))
+        held = self.held(keys, k), self.held(values, v)
+        return merged(F.scaled_dot_product_attention(q, *held))
+
+    def held(self, cache: Tensor, new: Tensor) -> Tensor:
+        count, at = new.shape[2], cache.shape[2] - new.shape[2]
+        if self.how == "index_copy":
+            return cache.index_copy(2, torch.arange(at, at + count), new)
+        if self.how == "slice_scatter":
+            return torch.slice_scatter(cache, new, 2, at, at + count)
+        if self.how == "roll":
+            return torch.cat([cache.roll(-count, 2)[:, :, :at], new], 2)
+        return torch.cat([cache, new], 2)
+
+
+@pytest.mark.parametrize("how", ["index_copy", "slice_scatter", "roll", "cat"])
+def test_keys_behind_those_of_a_cache_are_called_a_cache(how: str) -> None:
+    frames = video(GRID)
+    cache = torch.randn(frames.shape[0], HEADS, 2 * 180, DIM)
+    (site,) = sites_of(Chunk(how).eval(), frames, cache, cache.clone())
+    assert (site.kind, site.why.reason) == ("cross", Reason.CACHE)

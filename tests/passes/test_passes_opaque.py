@@ -124,6 +124,18 @@ def norm(qkv: Tensor, eps: float) -> Tensor:
     return qkv / (qkv.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
+@torch.library.custom_op("flash_toys::qkv_rope", mutates_args=())
+def turned(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(2)
+    return q * table, k * table, v.clone()
+
+
+@turned.register_fake
+def _turned(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.empty_like(qkv[:, :, 0]) for _ in range(3))
+    return q, k, v
+
+
 @into_out.register_fake
 def _into_out(*rest: object) -> None:
     return None
@@ -253,6 +265,12 @@ def test_three_tensors_alone_are_no_attention() -> None:
         return norm(torch.stack([q, k, v], 2), 1e-5)[:, :, 0].contiguous()
 
     assert sites_of(Video(first_normed), *inputs(1)) == []
+
+    def all_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense(*turned(torch.stack([q, k, v], 2), torch.ones(DIM)))
+
+    (site,) = sites_of(Video(all_turned), *inputs(1))
+    assert site.why.reason is not Reason.OPAQUE
 
 
 def test_long_attention_that_cannot_be_read_is_no_short_one() -> None:

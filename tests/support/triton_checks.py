@@ -264,21 +264,23 @@ def test_sampled_tiles_are_those_of_the_whole_call(case: Case) -> None:
     orders = Orders(*(x if x is None else x.to(DEVICE) for x in orders_of(case, tensors)))
     inputs = case.inputs(there, torch.zeros(case.heads, device=DEVICE), orders)
     sampled = SampledCall(inputs, Settings(case.dim**-0.5, 0.0, 64))
-    tiles = torch.tensor([sampled.tiles - 1, 0], dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor([sampled.score.shape[2] - 1, 0], dtype=torch.int32, device=DEVICE)
     layout = case.sequence
     index = layout.base_order(torch.device("cpu")).expand(case.batch, case.heads, -1)
     if orders.key is not None:
         index = orders.key.cpu().repeat_interleave(case.heads // case.kv_heads, 1)
     row = (tiles.cpu().long()[:, None] * QUERY_TILE + torch.arange(QUERY_TILE)).flatten()
     token = index.long()[..., row.clamp(max=layout.tokens - 1)] + layout.text_before
-    for threshold in (0.9, 2.5):
-        coefficients, error = sampled.fit(threshold)
-        rows = sampled.attend(tiles, threshold, coefficients).cpu()
+    thresholds = (0.9, 2.5)
+    coefficients, errors = sampled.fit(thresholds)
+    found = dict(sampled.attend(tiles, thresholds, coefficients))
+    assert list(found) == [1, 0]
+    for rung, threshold in enumerate(thresholds):
         whole = run(case, tensors, torch.full((case.heads,), threshold))
         wanted = whole[0].gather(2, token[..., None].expand(-1, -1, -1, case.dim))
-        assert relative(rows, wanted) < 2e-3, threshold
-        assert torch.allclose(error.cpu(), whole[2], atol=1e-3)
-        assert torch.allclose(coefficients.cpu(), whole[4], atol=1e-3)
+        assert relative(found[rung].cpu(), wanted) < 2e-3, threshold
+        assert torch.allclose(errors[rung].cpu(), whole[2], atol=1e-3)
+        assert torch.allclose(coefficients[rung].cpu(), whole[4], atol=1e-3)
 
 
 def test_heads_are_measured_together_as_one_by_one() -> None:
@@ -289,7 +291,7 @@ def test_heads_are_measured_together_as_one_by_one() -> None:
     drift = torch.linspace(-2, 2, 549)[:, None]
     there = [x.to(DEVICE) for x in (1.5 * query + drift, (key - drift)[:, :1], value[:, :1])]
     call = AttentionCall(*there, None, grid, 4, 5, 0.25)
-    thresholds = torch.tensor([0.5, 2.0], device=DEVICE)
+    thresholds = (0.5, 2.0)
     tiles = torch.tensor([4, 1], device=DEVICE)
     for order in (None, torch.randperm(540).to(torch.int32)[None, None].to(DEVICE)):
         together = HeadsTogether(call, order, thresholds, 64)

@@ -72,9 +72,8 @@ def measure_curves(
     acting = [distinct(chunk, video) if video >= LEAST_TOKENS else 0 for chunk in orders]
     chunks = list(dict.fromkeys(acting))
     by_content = {chunk: key_order(call, chunk) for chunk in chunks if chunk}
-    thresholds = torch.tensor(THRESHOLDS, device=dense.device, dtype=torch.float32)
     with tensor_cores(dense.dtype):
-        for heads, made in groups(call, len(chunks), thresholds, probes):
+        for heads, made in groups(call, len(chunks), THRESHOLDS, probes):
             measured = {
                 chunk: Sampled(
                     made(by_content.get(chunk)),

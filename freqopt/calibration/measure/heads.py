@@ -7,7 +7,7 @@ op's own kernels attend the tiles of many heads at each threshold, in a small pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -48,7 +48,7 @@ Making = Callable[[Tensor | None], HeadsInOrder]
 
 
 def groups(
-    call: AttentionCall, orders: int, thresholds: Tensor, probes: int
+    call: AttentionCall, orders: int, thresholds: Sequence[float], probes: int
 ) -> Iterator[tuple[slice, Making]]:
     """Query heads of a call that are measured together, and what makes them.
 
@@ -64,7 +64,7 @@ def groups(
 
             yield slice(head, head + 1), alone
         return
-    step = max(GROUP_BYTES // (_bytes_per_head(call) * share * orders), 1)
+    step = max(GROUP_BYTES // (_bytes_per_head(call, orders) * share), 1)
     for start in range(0, key_heads, step):
         of_keys = slice(start, min(start + step, key_heads))
         own = slice(of_keys.start * share, of_keys.stop * share)
@@ -81,11 +81,11 @@ def groups(
         yield own, together
 
 
-def _bytes_per_head(call: AttentionCall) -> int:
-    """An output, and scores of all pairs, twice, with their mass terms and what sorts them."""
+def _bytes_per_head(call: AttentionCall, orders: int) -> int:
+    """An output, what sorts scores, and the scores of each order, sorted too, with mass terms."""
     batch, _, tokens, dim = call.query.shape
     pairs = -(-tokens // QUERY_TILE) * -(-tokens // KEY_BLOCK)
-    return batch * (tokens * dim * call.query.element_size() + pairs * 22)
+    return batch * (tokens * dim * call.query.element_size() + pairs * (12 + 10 * orders))
 
 
 def head_tokens(call: AttentionCall, head: int, order: Tensor | None = None) -> HeadTokens:
@@ -119,9 +119,10 @@ def head_tokens(call: AttentionCall, head: int, order: Tensor | None = None) -> 
 class HeadAlone:
     """One head in float32, see `HeadsInOrder`."""
 
-    def __init__(self, tokens: HeadTokens, thresholds: Tensor, probes: int) -> None:
-        self.tokens, self.thresholds, self.score = tokens, thresholds, tokens.score
-        self._probe = fit_probes(tokens, thresholds, probes)
+    def __init__(self, tokens: HeadTokens, thresholds: Sequence[float], probes: int) -> None:
+        self.tokens, self.score = tokens, tokens.score
+        self.thresholds = torch.tensor(thresholds, device=tokens.score.device, dtype=torch.float32)
+        self._probe = fit_probes(tokens, self.thresholds, probes)
         self.probe_error = self._probe.error.double().square().mean(0)[:, None]
 
     def errors(self, tiles: Tensor) -> TileErrors:
@@ -134,7 +135,7 @@ class HeadsTogether:
     """Heads by the op's kernels, see `HeadsInOrder`. On Hopper outputs are of the tensors' type."""
 
     def __init__(
-        self, call: AttentionCall, order: Tensor | None, thresholds: Tensor, probes: int
+        self, call: AttentionCall, order: Tensor | None, thresholds: Sequence[float], probes: int
     ) -> None:
         """order: (B, Hkv, T) int32; None for the grid's."""
         from freqopt.kernels.forward.sampled import SampledCall
@@ -144,29 +145,32 @@ class HeadsTogether:
             call.query, call.key, call.value, limits, call.key_mask, call.layout, key_order=order
         )
         self._call = SampledCall(inputs, Settings(call.scale, 0.0, probes))
-        self._tokens = call.layout.tokens
-        tiles, blocks = self._call.score.shape[2:]
-        own = reference.own_blocks(tiles, blocks, limits.device)
-        self.score = self._call.score.masked_fill(own, torch.inf)
-        self._thresholds = thresholds.tolist()
-        fits = [self._call.fit(threshold) for threshold in self._thresholds]
-        self._coefficients = [coefficients for coefficients, _ in fits]
-        self.probe_error = torch.stack([e.double().square().mean(0) for _, e in fits])
+        self._tokens, self._thresholds = call.layout.tokens, thresholds
+        self.score = self._call.score
+        self._coefficients, reported = self._call.fit(thresholds)
+        self.probe_error = reported.double().square().mean(1)
 
     def errors(self, tiles: Tensor) -> TileErrors:
         """See `HeadsInOrder`."""
         row = tiles[:, None] * QUERY_TILE + torch.arange(QUERY_TILE, device=tiles.device)
-        real = (row < self._tokens)[..., None]
-        listed = tiles.to(torch.int32)
+        real, listed = (row < self._tokens)[..., None], tiles.to(torch.int32)
 
-        def attended(threshold: float, coefficients: Tensor) -> Tensor:
-            rows = self._call.attend(listed, threshold, coefficients).float()
-            return rows.view(*rows.shape[:2], len(tiles), QUERY_TILE, -1)
+        def of_tiles(rows: Tensor) -> Tensor:
+            return rows.float().view(*rows.shape[:2], *row.shape, -1) * real
 
-        truth = attended(0.0, torch.ones_like(self._coefficients[0]))
-        errors, alongs = [], []
-        for threshold, coefficients in zip(self._thresholds, self._coefficients, strict=True):
-            wrong = (attended(threshold, coefficients) - truth) * real
-            errors.append(wrong.square().sum((0, -2, -1)))
-            alongs.append((wrong * truth).sum((0, -2, -1)))
-        return TileErrors(torch.stack(errors), torch.stack(alongs))
+        ones = torch.ones_like(self._coefficients[:1])
+        ((_, exact),) = self._call.attend(listed, [0.0], ones)
+        truth = of_tiles(exact)
+        errors = torch.empty(
+            len(self._thresholds),
+            truth.shape[1],
+            len(tiles),
+            device=tiles.device,
+            dtype=torch.float32,
+        )
+        alongs = torch.empty_like(errors)
+        for rung, rows in self._call.attend(listed, self._thresholds, self._coefficients):
+            wrong = of_tiles(rows).sub_(truth)
+            alongs[rung] = (wrong * truth).sum((0, -2, -1))
+            errors[rung] = wrong.square_().sum((0, -2, -1))
+        return TileErrors(errors, alongs)

@@ -30,7 +30,8 @@ from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
 from freqopt.passes.naming import Names
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.rewrite.rewrite import pads_queries, replace_site
+from freqopt.passes.rewrite.operands import pads_queries
+from freqopt.passes.rewrite.rewrite import replace_site
 from freqopt.passes.site import Known, Site
 
 logger = logging.getLogger(__name__)
