@@ -60,6 +60,8 @@ def unwatch(model: nn.Module) -> None:
     model._forward_hooks_with_kwargs.pop(TELLS, None)
     found = _watches.pop(model, None)
     if found is not None:
+        for graph in running.graphs:  # whose calls are named while it is known whose they are
+            graph.settle()
         running.owners.remove(weakref.WeakMethod(found.owner_of))
         for part in [part for part in _parts if part in found.parts]:
             del _parts[part]
