@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 NOTHING_RAN = (
     "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
-    "freqopt.attach (torch.compiler.reset() forgets what was compiled before)"
+    "freqopt.attach (torch.compiler.reset() forgets what was compiled before); where a hook keeps "
+    "the compiler out, freqopt.optimize(model, plan=plan) serves attention without it"
 )
 
 TELLS = -20_260_002
