@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import freqopt
 from benchmarks import orders, rival_calls
 from benchmarks.common import environment, graph_milliseconds, milliseconds, timed, write
 from benchmarks.orders import GRID, Ordering, head_errors
@@ -31,6 +33,9 @@ from freqopt.models_zoo.video_dit import load_pretrained
 
 GRIDS = {"32K": (21, 30, 52), "75K": (21, 45, 80)}
 SMALL = (2, 8, 10)
+OF_KEYS, OF_QUERIES = (16, 64, 64), (2, 64, 64)
+"""Grids of a rectangular call: a few frames against all of a cache, or a rank's share."""
+RECTANGULAR_DENSITY = 0.1
 DENSITIES = (0.02, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 1.0)
 CHOOSE_AT, CHOOSE_ON = (0.05, 0.10), {"seed": 1, "timestep": 0.3}
 """Densities and tensors that the order of each head is chosen on."""
@@ -179,6 +184,7 @@ def order_row(
         "order": each.name,
         "density": float(found.density.mean()),
         "threshold": threshold,
+        "by_density_ms": timed(lambda: each.call(a, density=density), device),
         "l1": l1,
         "l2": l2,
         "probe_error": float(found.probe_error.mean()),
@@ -350,6 +356,45 @@ def problem_of(
     return problem
 
 
+def rectangular(
+    keys: tuple[int, int, int], queries: tuple[int, int, int], device: str
+) -> dict[str, Any]:
+    """Queries of the first frames against all keys, in each order: error and time beside dense."""
+    model = load_pretrained(
+        device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+    )
+    whole = zoo_attention(keys, model=model)
+    query = whole.query[:, :, : math.prod(queries)].contiguous()
+    a = Attention(query, whole.key, whole.value, keys)
+    reference, dense = dense_attention(a), min(dense_times(a).values())
+    rows = []
+    for order in ("grid", "content"):
+
+        def call(order: str = order) -> tuple[Tensor, Any]:
+            return freqopt.split_attention(
+                *a[:3],
+                grid=keys,
+                query_grid=queries,
+                order=order,
+                density=RECTANGULAR_DENSITY,
+                return_stats=True,
+            )
+
+        out, stats = call()
+        l1, l2 = relative_errors(out, reference)
+        time = timed(call, query.device)
+        density = float(stats.density.mean())
+        rows.append({"order": order, "density": density, "l1": l1, "l2": l2, "ms": time})
+        rows[-1]["speedup"] = dense / time
+        print(
+            f"{query.shape[2]:,} x {whole.key.shape[2]:,}, {order}: density {density:.3f}  "
+            f"L1 {l1:.4f}  L2 {l2:.4f}  {time:.3f} ms  {dense / time:.2f}x",
+            flush=True,
+        )
+    lengths = {"queries": query.shape[2], "keys": whole.key.shape[2], "heads": query.shape[1]}
+    return {**lengths, "dense_ms": dense, "rows": rows}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure all problems; writes attention.json and attention.png."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -364,8 +409,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--small needs --out: its figures are no results of the benchmark")
     grids = [SMALL] if given.small else [GRIDS[size] for size in given.sizes]
     device = "cpu" if given.small else "cuda"
+    cut = (SMALL, (1, *SMALL[1:])) if given.small else (OF_KEYS, OF_QUERIES)
+    across = rectangular(*cut, device)
     problems = [problem_of(grid, tuple(given.densities), device) for grid in grids]
-    result = {"environment": environment(), "problems": problems}
+    result = {"environment": environment(), "problems": problems, "rectangular": across}
     path = write("attention", result, given.out)
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path}")

@@ -59,6 +59,7 @@ def attention() -> Iterator[str]:
     yield "All heads have one threshold, so that the mean density is the one in the first column."
     yield "*Whole call* is what a caller waits for; in a CUDA graph Python launches nothing."
     yield "A row whose error fails its gate has no time."
+    yield "*Told the density*, a call finds the threshold of each head itself."
     yield "Where a second table has several orders, *per head* takes for each head the better of"
     yield "the grid's and all by content, chosen on another seed and timestep."
     for name, title in (("attention", "NVIDIA H200"), ("attention_h100", "NVIDIA H100")):
@@ -113,6 +114,8 @@ def overhead() -> Iterator[str]:
     yield "Kernels are timed one after the other; in a call some run beside each other."
     yield from ("", origin(result), *roofline.table(result), "")
     yield f"![Kernels and their floors]({FILES}/roofline.png)"
+    if orders := roofline.tables_of_orders(result):
+        yield from ("", "## An order by content", "", *orders)
 
 
 def lengths() -> Iterator[str]:

@@ -22,14 +22,15 @@ from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
-from freqopt.telling.watching import TimestepRange, is_due
+from freqopt.telling.watching import TimestepRange, next_look
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
 NOTHING_RAN = (
     "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
-    "freqopt.attach (torch.compiler.reset() forgets what was compiled before)"
+    "freqopt.attach (torch.compiler.reset() forgets what was compiled before); where a hook keeps "
+    "the compiler out, freqopt.optimize(model, plan=plan) serves attention without it"
 )
 
 TELLS = -20_260_002
@@ -61,6 +62,8 @@ def unwatch(model: nn.Module) -> None:
     model._forward_hooks_with_kwargs.pop(TELLS, None)
     found = _watches.pop(model, None)
     if found is not None:
+        for graph in running.graphs:  # whose calls are named while it is known whose they are
+            graph.settle()
         running.owners.remove(weakref.WeakMethod(found.owner_of))
         for part in [part for part in _parts if part in found.parts]:
             del _parts[part]
@@ -85,7 +88,7 @@ class Watch:
         self.name = type(model).__name__
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
-        self.calls = 0
+        self.calls, self.look = 0, 1
         self.line, self.whole = "", False
         self.parts = weakref.WeakSet(model.modules())
 
@@ -111,7 +114,8 @@ class Watch:
         if not self.whole:
             self._say(self.served())
         self.calls += 1
-        if is_due(self.calls):
+        if self.calls >= self.look:
+            self.look = next_look(self.calls)
             grids = [grid for part in self._compiled() for grid in part.grids]
             tell_outside(model, self.plan, grids, lengths=True)
 

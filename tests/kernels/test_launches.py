@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -73,13 +74,16 @@ class Recorder:
         self.kernel, self.seen = kernel, seen
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        name = self.kernel.fn.__name__
-        return lambda *_, **named: self.seen.append((name, tuple(grid), named))
+        def launch(*given: Any, **named: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+            self.seen.append((self.kernel.fn.__name__, tuple(grid), arguments))
+
+        return launch
 
 
 @pytest.mark.parametrize("dim", [40, 64, 256])
 def test_a_call_launches_what_is_declared(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch 2, 4 heads over 2, text on both sides: kernels, grids, constants, warps and stages."""
+    """Batch 2, 4 heads over 2, text on both sides: kernels, grids, constants, options, memory."""
     seen: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
     for module in (attention, probe, routing, summaries):
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
@@ -100,8 +104,13 @@ def test_a_call_launches_what_is_declared(dim: int, monkeypatch: pytest.MonkeyPa
     of_calls = [launch for launch in SPLIT if launch.name not in EXPORTED]
     assert set(launched) == {launch.kernel.fn.__name__ for launch in of_calls}
     for launch in of_calls:
-        grid, named = launched[launch.kernel.fn.__name__]
+        grid, arguments = launched[launch.kernel.fn.__name__]
         wanted = declared[launch.name]
         assert grid == wanted.grid(**extents), launch.name
-        assert {name: named[name] for name in wanted.fixed} == wanted.fixed, launch.name
-        assert set(launch.of_call) <= set(named), launch.name
+        assert {name: arguments[name] for name in wanted.fixed} == wanted.fixed, launch.name
+        assert set(launch.of_call) <= set(arguments), launch.name
+        for name, value in arguments.items():
+            shape = SHAPES.get(launch.passed.get(name, name))
+            if shape is not None and isinstance(value, torch.Tensor):
+                sizes = (extents[x] if isinstance(x, str) else x for x in shape)
+                assert value.numel() == batch * math.prod(sizes), (launch.name, name)

@@ -1,4 +1,4 @@
-// Finds kernels in the generated table and launches them, their arguments given by name.
+// Finds kernels in the generated table and launches them, their arguments and grids given by name.
 //
 // Nothing here waits for the device: every launch goes to the caller's stream.
 #pragma once
@@ -22,10 +22,10 @@ inline int64_t padded_dim(int64_t dim) {
   return padded;
 }
 
-struct Cubin {  // one row of the generated table
+struct Cubin {  // one row of the generated table of kernels
   // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
-  // its extents and strides in elements, which Triton passes once more.
-  // grid: "pairs,tiles/8": an argument for each axis, and the part of it that one program has.
+  // its extents and strides in elements, which Triton passes once more. grid: "pairs,tiles/8", an
+  // argument for each axis, and the part of it that one program has.
   const char *kernel, *symbol, *arguments, *grid;
   int capability, dtype, head_dim, masked;
   int warps, shared;
@@ -41,17 +41,16 @@ struct Derived {  // an extent that is another in parts, the last of them ragged
 };
 struct Buffer {  // what launches hand on; bytes: of an element, 0 for the attended tensors' own
   const char* name;
-  int64_t bytes;
-  int64_t times;            // elements: this times
-  const char* extents[5];  // these, up to a null
+  int64_t bytes, times;    // elements: the batch, times this,
+  const char* extents[5];  // times these, up to a null
 };
 struct Passed {
   const char *argument, *value;
 };
-struct Step {       // a launch of a split
+struct Step {  // a launch of a split
   const char *kernel, *when;  // when: which calls have it, empty for all
-  bool of_tokens;   // whether queries of other tokens have a kernel of their own
-  Passed passed[8];  // arguments that have another name, up to a null
+  bool of_tokens;             // whether queries of other tokens have a kernel of their own
+  Passed passed[8];           // arguments that are another value, up to a null
 };
 
 enum Masked : int { kUnmasked, kMasked, kEither };

@@ -162,24 +162,21 @@ void launch_cuda(const CudaCall& call, const CudaPlan& plan, void* workspace) {
     constexpr unsigned kOne = 0x3f800000;  // 1.0f
     fill(on, a["coefficients"], kOne, s.at("pairs") * 2);
   }
-  const std::map<std::string, bool> calls{{"", true},
-                                          {"density", density > 0},
-                                          {"threshold", density <= 0},
-                                          {"probes", s.at("probes") > 0},
-                                          {"query_text", s.at("query_text") > 0}};
+  const std::map<std::string, bool> applies{{"", true},
+                                            {"density", density > 0},
+                                            {"threshold", density <= 0},
+                                            {"probes", s.at("probes") > 0},
+                                            {"query_text", s.at("query_text") > 0}};
   for (const Step& step : kSteps) {
-    if (!calls.at(step.when)) continue;
+    if (!applies.at(step.when)) continue;
     std::string kernel = step.kernel;
     if (step.of_tokens && !call.attributes.own) kernel += "_other";
     Arguments own;
     for (int i = 0; step.passed[i].argument; ++i) {
       own[step.passed[i].argument] = a.at(step.passed[i].value);
     }
-    if (kernel == "attend") {
-      launch_attend(call, on, s, a, own);
-    } else {
-      launch(on, kernel, a, own);
-    }
+    if (kernel == "attend") launch_attend(call, on, s, a, own);
+    else launch(on, kernel, a, own);
   }
 }
 

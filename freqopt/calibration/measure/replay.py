@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 Values = dict[fx.Node, Any]
@@ -48,7 +50,6 @@ class Staged:
         self.gm, self.names = gm, names
         self.usable: bool | None = None
         self.places: list[int] = []
-        self._pieces: dict[tuple[int, int], _Piece] = {}
 
     def __call__(self, tape: Tape | None, *arguments: Any) -> Any:
         """Run the graph whole, or as far as is wanted."""
@@ -77,11 +78,46 @@ class Staged:
         """Share of the graph's sites that are behind a cut: of its time, about."""
         return sum(cut <= at for at in self.cuts.values()) / len(self.cuts)
 
-    def piece(self, first: int, last: int) -> _Piece:
-        """The part of the graph from one cut to another, or to its end."""
-        if (first, last) not in self._pieces:
-            self._pieces[first, last] = _Piece(self.gm, self.nodes, first, last)
-        return self._pieces[first, last]
+    @cached_property
+    def dying(self) -> list[list[fx.Node]]:
+        """Of each node those whose values it is the last to use."""
+        place = {node: i for i, node in enumerate(self.nodes)}
+        found: list[list[fx.Node]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            last = _last_use(node, place)
+            if node.op not in _GIVEN and last >= 0:
+                found[last].append(node)
+        return found
+
+    def run(self, values: Values, first: int, last: int) -> Any:
+        """Run the nodes from one to before another; what the last of them gives.
+
+        values: of all that they use, to which theirs are added; those used no more are taken out.
+        """
+        result: Any = None
+        for at in range(first, last):
+            node = self.nodes[at]
+            if node.op == "placeholder":
+                continue
+            result = values[node] = self._value(node, values)
+            for dead in self.dying[at]:
+                values.pop(dead, None)
+            if not node.users:
+                del values[node]
+        return result
+
+    def _value(self, node: fx.Node, values: Values) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "call_function":
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        if node.op == "output":
+            return args[0]
+        assert isinstance(node.target, str)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        found = attrgetter(node.target)(self.gm)
+        return found if node.op == "get_attr" else found(*args, **kwargs)
 
     def find_outputs(self, output: Sequence[Tensor], returned: Sequence[Any]) -> bool:
         """Find the model's output tensors among what the graph returned; whether all are there."""
@@ -105,56 +141,25 @@ class Held:
 
     def advance(self, cut: int) -> None:
         """Go on to a later cut, as the model runs at the moment."""
-        if cut > self.at:
-            self.values = self.staged.piece(self.at, cut).run(self.inputs, self.values)
-            self.at = cut
+        if cut <= self.at:
+            return
+        values = self.inputs | self.values
+        self.values = {}
+        self.staged.run(values, self.at, cut)
+        self.values = {n: x for n, x in values.items() if n not in self.inputs}
+        self.at = cut
 
     def finish(self) -> list[Tensor]:
         """The model's output tensors, run from here."""
         before = self._versions()
-        piece = self.staged.piece(self.at, len(self.staged.nodes))
-        returned = piece.end(self.inputs, self.values)
+        values = self.inputs | self.values
+        returned = self.staged.run(values, self.at, len(self.staged.nodes))
         self.spoiled = self.spoiled or before != self._versions()
         return [returned[place] for place in self.staged.places]
 
     def _versions(self) -> list[int]:
         leaves = pytree.tree_leaves(list(self.values.values()))
         return [x._version for x in leaves if isinstance(x, Tensor) and not x.is_inference()]
-
-
-class _Piece:
-    """Nodes of a graph from one to before another, as a function of what they need of the rest."""
-
-    def __init__(self, gm: fx.GraphModule, nodes: list[fx.Node], first: int, last: int) -> None:
-        body = [node for node in nodes[first:last] if node.op not in _GIVEN]
-        own, place = set(body), {node: i for i, node in enumerate(nodes)}
-        used = dict.fromkeys(node for each in body for node in each.all_input_nodes)
-        outside = [node for node in used if node not in own]
-        self.needed = [node for node in outside if node.op != "get_attr"]
-        alive = [n for n in nodes[:last] if n.op not in _GIVEN and _last_use(n, place) >= last]
-        self.passed = [node for node in alive if node not in own]
-        self.made = [node for node in alive if node in own]
-        graph = fx.Graph()
-        copies = {node: graph.placeholder(node.name) for node in self.needed}
-        for node in (*(n for n in outside if n.op == "get_attr"), *body):
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-        if last < len(nodes):
-            graph.output(tuple(copies[node] for node in self.made))
-        self.call = fx.GraphModule(gm, graph).forward
-
-    def run(self, inputs: Values, values: Values) -> Values:
-        """Values that are alive behind it."""
-        made = self.call(*self._arguments(inputs, values))
-        kept = {node: values[node] for node in self.passed}
-        return {**kept, **dict(zip(self.made, made, strict=True))}
-
-    def end(self, inputs: Values, values: Values) -> Sequence[Any]:
-        """What the graph returns, of a piece that goes to its end."""
-        found: Sequence[Any] = self.call(*self._arguments(inputs, values))
-        return found
-
-    def _arguments(self, inputs: Values, values: Values) -> list[Any]:
-        return [inputs[node] if node in inputs else values[node] for node in self.needed]
 
 
 def cuts_before(nodes: Sequence[fx.Node], names: Callable[[fx.Node], str | None]) -> dict[str, int]:
