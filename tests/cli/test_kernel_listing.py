@@ -68,7 +68,7 @@ def test_show_prints_stages_of_compilation(form: str, word: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("show", "atend"), "there are limits, summarise"),
+        (("show", "atend"), "there are summarise, total"),
         (("show", "attend", "--form", "llvm"), ", ".join(FORMS)),
         (("show", "attend_hopper", "--head-dim", "96", "--capability", "90"), "no kernel"),
         (("list", "--capability", "75"), "compute capability 75"),
