@@ -42,7 +42,6 @@ class Bound(NamedTuple):
     num_warps and num_stages. fixed: constants but the call's own, and options.
     """
 
-    launch: KernelLaunch
     axes: tuple[tuple[str, int], ...]
     constants: dict[str, Any]
     options: dict[str, int]
@@ -65,4 +64,4 @@ def bind(launch: KernelLaunch, numbers: Mapping[str, Any]) -> Bound:
     for axis in launch.grid.split():
         extent, _, part = axis.partition("/")
         axes.append((extent, constants[part] if part else 1))
-    return Bound(launch, tuple(axes), constants, options, {**constants, **options})
+    return Bound(tuple(axes), constants, options, {**constants, **options})

@@ -65,6 +65,35 @@ def test_what_is_read_was_written() -> None:
     }
 
 
+GRIDS = {
+    "summarise": (24, 128),
+    "total": (4, 24),
+    "centre": (16, 24),
+    "first": (16, 24),
+    "order": (16, 24),
+    "pool_tiles": (24, 256),
+    "disperse": (24, 4, 8),
+    "score": (24, 32),
+    "limits": (24,),
+    "density": (24,),
+    "route": (256, 24),
+    "probe": (11, 24, 1),
+    "merge": (16, 24),
+    "estimate": (8, 24, 1),
+    "fit": (24,),
+    "attend": (512, 24),
+    "text": (4, 24),
+}
+
+
+def test_grids_of_a_large_call() -> None:
+    """24 heads of 32,760 tokens and 226 of text, head dim 128 in half precision, on Hopper."""
+    extents = extents_of(Call(24, 24, 32_986, 128, 32_760, 0, 0.0, 64))
+    extents |= {"pairs": 24, "kv_pairs": 24}
+    declared = launches_of(launch_for(torch.bfloat16, 128), 128)
+    assert {launch.name: declared[launch.name].grid(**extents) for launch in SPLIT} == GRIDS
+
+
 class Recorder:
     """Has a kernel's launch syntax and keeps what it is given."""
 
