@@ -92,7 +92,7 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
 
     Beside them the header of the launches, launch_table.h.
     """
-    from freqopt.exporters.onnx.launch_table import HEADER_NAME, launch_table
+    from freqopt.exporters.onnx.launch_table import HEADER_NAME, launch_table, passed_to
 
     (folder / HEADER_NAME).write_text(launch_table(), "utf-8")
     assembly, entries, externs = ['.section .rodata, "a", @progbits'], [], []
@@ -113,7 +113,7 @@ def write_sources(table: Sequence[Compiled], folder: Path) -> list[Path]:
         values = (
             json.dumps(row.kernel),
             json.dumps(row.symbol),
-            json.dumps(",".join(row.arguments)),
+            json.dumps(",".join(passed_to(row.kernel, row.arguments))),
             json.dumps(row.grid),
             v.capability,
             DTYPE_CODES[v.dtype],

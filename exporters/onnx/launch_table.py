@@ -1,4 +1,4 @@
-"""The header that tells the library what a call launches: arguments, memory between them, numbers.
+"""What the library is told of a call's launches: their order, memory between them, arguments.
 
 All of it is read from the declarations that PyTorch's launches read. Grids are in the table of
 kernels, as they depend on tiles.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels.content_order import LEAF, RANK, SAMPLES, SEGMENT_SAMPLES
@@ -65,6 +66,13 @@ def launch_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def passed_to(kernel: str, arguments: Sequence[str]) -> list[str]:
+    """Names of what a kernel of the library gets as its arguments."""
+    declared = {launch.name: launch.passed for launch in SPLIT}
+    passed = declared.get(kernel.removesuffix("_other"), {})
+    return [passed.get(argument, argument) for argument in arguments]
+
+
 def _text(word: str) -> str:
     return json.dumps(word)
 
@@ -77,6 +85,5 @@ def _buffer(name: str) -> str:
 
 
 def _step(launch: KernelLaunch) -> str:
-    passed = ", ".join(f"{{{_text(to)}, {_text(of)}}}" for to, of in launch.passed.items())
     of_tokens = "true" if "OWN" in launch.of_call else "false"
-    return f"    {{{_text(launch.name)}, {_text(launch.when)}, {of_tokens}, {{{passed}}}}},"
+    return f"    {{{_text(launch.name)}, {_text(launch.when)}, {of_tokens}}},"

@@ -98,14 +98,16 @@ void launch(const Launcher& on, const std::string& kernel, const Arguments& shar
   unsigned grid[3] = {1, 1, 1};
   for (size_t i = 0; i < loaded.axes.size(); ++i) {
     const auto& [name, part] = loaded.axes[i];
-    grid[i] = unsigned(ceil_div(int32_t(value(name).bits), part));
+    grid[i] = unsigned(ceil_div(value(name).number(), part));
     if (grid[i] == 0) return;
   }
   std::vector<Argument> values;
+  values.reserve(loaded.arguments.size() + 2);
   for (const std::string& name : loaded.arguments) values.push_back(value(name));
   values.resize(values.size() + 2);  // Triton's two scratch pointers, unused
   std::vector<void*> pointers;
-  for (Argument& value : values) pointers.push_back(value.address());
+  pointers.reserve(values.size());
+  for (Argument& each : values) pointers.push_back(each.address());
   const Driver& driver = Driver::get();
   driver.check(driver.LaunchKernel(loaded.function, grid[0], grid[1], grid[2],
                                    unsigned(cubin.warps * 32), 1, 1, unsigned(cubin.shared),

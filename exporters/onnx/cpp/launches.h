@@ -23,7 +23,7 @@ inline int64_t padded_dim(int64_t dim) {
 }
 
 struct Cubin {  // one row of the generated table of kernels
-  // arguments: names, comma-separated, in launch order. A tensor map is five of them: x.map, then
+  // arguments: names of what is passed, comma-separated, in launch order. A tensor map is five of them: x.map, then
   // its extents and strides in elements, which Triton passes once more. grid: "pairs,tiles/8", an
   // argument for each axis, and the part of it that one program has.
   const char *kernel, *symbol, *arguments, *grid;
@@ -44,13 +44,9 @@ struct Buffer {  // what launches hand on; bytes: of an element, 0 for the atten
   int64_t bytes, times;    // elements: the batch, times this,
   const char* extents[5];  // times these, up to a null
 };
-struct Passed {
-  const char *argument, *value;
-};
 struct Step {  // a launch of a split
   const char *kernel, *when;  // when: which calls have it, empty for all
   bool of_tokens;             // whether queries of other tokens have a kernel of their own
-  Passed passed[8];           // arguments that are another value, up to a null
 };
 
 enum Masked : int { kUnmasked, kMasked, kEither };
@@ -89,6 +85,7 @@ struct Argument {  // a tensor map, or eight bytes that hold a pointer, an integ
     std::memcpy(&p, &bits, sizeof p);
     return p;
   }
+  int64_t number() const { return int32_t(bits); }
   void* address() { return map ? const_cast<TensorMap*>(map) : static_cast<void*>(&bits); }
 };
 using Arguments = std::map<std::string, Argument>;
