@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibration_models import TinyVideo, make_sample
 
+import freqopt
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.requests import Dense
 from freqopt.calibration.runner import opened
@@ -147,3 +148,22 @@ def test_passes_are_counted_in_calls_of_the_model(bench: Workbench, passes: int)
     assert bench.runner.passes - before == spent
     assert all((again.values[name] == few.values[name]).all() for name in few.values)
     assert few.passes > TRIED_RUNS + FIXED_RUNS
+
+
+def test_a_model_that_cannot_be_run_in_part_says_so() -> None:
+    class Broken(TinyVideo):
+        def forward(self, video: Any, timestep: Any) -> Any:
+            x = self.patch(video).flatten(2).transpose(1, 2) + timestep[:, None, None]
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, samples = Broken().eval(), [make_sample(i) for i in range(2)]
+    options: dict[str, Any] = {"target_error": 0.2, "rounds": 0, "progress": False}
+    plan = freqopt.calibrate(model, samples, **options)
+    said = "the model cannot be run in part (its graph is in pieces"
+    assert plan.evidence.notes[0].startswith(said)
+    whole = freqopt.calibrate(TinyVideo().eval(), samples, **options)
+    assert not any("in part" in note for note in whole.evidence.notes)
