@@ -22,19 +22,20 @@ from freqopt.models_zoo.video_dit import load_pretrained
 
 PLAN = ROOT / "freqopt" / "demo" / "video_dit_plan.json"
 
-DENSITY = 0.15
+DENSITY = 0.2
 """Share of pairs attended exactly, which decides the demo's speed; its error is what it shows."""
 
-SAMPLES, PASSES, SEED = 4, 16, 1000
+SAMPLES, PASSES, SEED = 6, 36, 1000
 
 
 def noised_videos(settings: Settings, count: int, seed: int = SEED) -> list[dict[str, Tensor]]:
-    """Inputs of the model at times spread over the demo's steps, each of another video."""
+    """Inputs of the model at times from the demo's first step to its last, of a video each."""
     size = settings.frames, settings.height, settings.width
     videos = render_videos(count, *size, seed=seed, device=torch.device("cpu"))
     noise = initial_noise(count, *size, seed=seed, device="cpu")
     steps = time_steps(settings.steps).tolist()
-    times = [steps[round((i + 0.5) * settings.steps / count - 0.5)] for i in range(count)]
+    last = settings.steps - 1  # behind it stands 0, where nothing is left to do
+    times = [steps[round(i * last / max(count - 1, 1))] for i in range(count)]
     return [
         {
             "video": (1 - time) * videos[i : i + 1] + time * noise[i : i + 1],

@@ -114,6 +114,8 @@ def overhead() -> Iterator[str]:
     yield "Kernels are timed one after the other; in a call some run beside each other."
     yield from ("", origin(result), *roofline.table(result), "")
     yield f"![Kernels and their floors]({FILES}/roofline.png)"
+    if orders := roofline.tables_of_orders(result):
+        yield from ("", "## An order by content", "", *orders)
 
 
 def lengths() -> Iterator[str]:

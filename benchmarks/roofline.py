@@ -23,6 +23,8 @@ from benchmarks.attention import GRIDS, graph_times, relative_errors, threshold_
 from benchmarks.common import environment, write
 from benchmarks.tensors import zoo_attention
 from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
+from freqopt.kernels import content_order
+from freqopt.kernels.forward.order import PARTS
 from freqopt.kernels.forward.summaries import GROUP, ORDER_GROUP
 from freqopt.kernels.hopper.launch import range_length
 
@@ -42,7 +44,10 @@ class Work(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Extents of one call without text: heads, tokens, head dim, bytes per element, density."""
+    """Extents of one call without text: heads, tokens, head dim, bytes per element, density.
+
+    chunk: tokens of the chunks that are ordered by content, 0 for the grid's order.
+    """
 
     heads: int
     tokens: int
@@ -50,6 +55,30 @@ class Problem(NamedTuple):
     element: int
     density: float
     probes: int = DEFAULT_PROBES
+    chunk: int = 0
+
+
+def work_of_order(p: Problem) -> dict[str, Work]:
+    """Least work of each kernel of an order by content of one head, all its levels together.
+
+    Coordinates of 2 bytes are read once a level, and places read and written.
+    """
+    n, d, rank = p.tokens, p.dim, content_order.RANK
+    levels = max(p.chunk // content_order.LEAF, 1).bit_length() - 1
+    one_level = Work(n * (2 * rank + 8), 2 * n * rank * rank)
+    square = 4 * d * (d + 1)
+    return {
+        "moments_kernel": Work(
+            content_order.SAMPLES * d * p.element + PARTS * square,
+            2 * content_order.SAMPLES * d * d,
+        ),
+        "directions_kernel": Work(
+            PARTS * square, content_order.STEPS * 2 * d * rank * (d + 2 * rank)
+        ),
+        "project_kernel": Work(n * (d * p.element + 2 * rank + 4), 2 * n * d * rank),
+        "halve_kernel": Work(levels * one_level.bytes, levels * one_level.flops),
+        "leaf_kernel": one_level,
+    }
 
 
 def work_of(p: Problem) -> dict[str, Work]:
@@ -64,6 +93,7 @@ def work_of(p: Problem) -> dict[str, Work]:
     # Two passes of one product over sub-tiles; half the dispersion gives way to the score.
     score = Work(rows / SUB_TILE + 8 * pairs, 4 * (n / SUB_TILE) * blocks * d)
     per_head = {
+        **(work_of_order(p) if p.chunk else {}),
         "summarise_kernel": Work(summaries, 0),
         # Does what the one above and first_order_kernel do, on Hopper.
         "prepare_hopper_kernel": Work(summaries + 4 * ranges * d * d, 2 * n * d * d),
@@ -169,25 +199,29 @@ def plot(problems: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, Any]:
-    """All kernels of one call on the zoo DiT's tensors, and the call's error."""
+def measure(size: str, density: float, tflops: float, tbs: float, chunk: int = 0) -> dict[str, Any]:
+    """All kernels of one call on the zoo DiT's tensors, and the call's error.
+
+    chunk: as in `Problem`.
+    """
     import torch.nn.functional as F
 
     import freqopt
 
     a = zoo_attention(GRIDS[size])
     threshold = threshold_for(a, density)
+    order: dict[str, Any] = {"order": "content", "chunk": chunk} if chunk else {}
 
     def call() -> Any:
         return freqopt.split_attention(
-            a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True
+            a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True, **order
         )
 
     out, stats = call()
     l1, l2 = relative_errors(out, F.scaled_dot_product_attention(a.query, a.key, a.value))
     reached = float(stats.density.mean())
     _, heads, tokens, dim = a.query.shape
-    problem = Problem(heads, tokens, dim, a.query.element_size(), reached)
+    problem = Problem(heads, tokens, dim, a.query.element_size(), reached, chunk=chunk)
     with one_after_the_other():
         rows = rows_of(kernel_times(call), work_of(problem), tflops, tbs)
     times = graph_times(call)
@@ -202,6 +236,7 @@ def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, A
     return {
         "tokens": tokens,
         "heads": heads,
+        "chunk": chunk,
         "density": reached,
         "l1": l1,
         "l2": l2,
@@ -213,7 +248,8 @@ def measure(size: str, density: float, tflops: float, tbs: float) -> dict[str, A
 def table(result: dict[str, Any]) -> list[str]:
     """The documentation's table of the longest problem: every kernel, and the floor it has."""
     where = result["environment"]
-    problem = max(result["problems"], key=lambda p: int(p["tokens"]))
+    by_grid = [problem for problem in result["problems"] if not problem.get("chunk")]
+    problem = max(by_grid, key=lambda p: int(p["tokens"]))
     attention = [row for row in problem["rows"] if row["kernel"].startswith("attend")]
     others = sum(row["ms"] for row in problem["rows"]) - sum(row["ms"] for row in attention)
     floors = sum(r["floor_ms"] or 0.0 for r in problem["rows"] if r not in attention)
@@ -236,11 +272,38 @@ def table(result: dict[str, Any]) -> list[str]:
     return [line.replace("`everything else`", "everything else") for line in lines]
 
 
+ORDERING = frozenset(work_of_order(Problem(1, 1024, 64, 2, 0.1, chunk=1024)))
+"""Kernels that order tokens by content."""
+
+
+def tables_of_orders(result: dict[str, Any]) -> list[str]:
+    """A table for each problem ordered by content: the kernels of the order, and their floors."""
+    lines: list[str] = []
+    for problem in (p for p in result["problems"] if p.get("chunk")):
+        rows = [row for row in problem["rows"] if row["kernel"] in ORDERING]
+        whole = sum(row["ms"] for row in rows)
+        lines += [
+            f"{problem['heads']} heads x {problem['tokens']:,} tokens in chunks of "
+            f"{problem['chunk']:,}: {whole:.3f} ms, {100 * whole / problem['graph_ms']:.1f} % of a "
+            f"call of {problem['graph_ms']:.2f} ms at {100 * problem['density']:.1f} % density.",
+            "",
+            "| kernel | ms | floor, ms |",
+            "|---|---|---|",
+            *(
+                f"| `{r['kernel']}` | {r['ms']:.3f} | {r['floor_ms']:.3f} ({r['bound']}) |"
+                for r in rows
+            ),
+            "",
+        ]
+    return lines[:-1]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(GRIDS), choices=GRIDS)
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--chunk", type=int, default=1024, help="of the order by content")
     parser.add_argument("--tflops", type=float, help="dense half-precision TFLOP/s of the GPU")
     parser.add_argument("--tbs", type=float, help="TB/s of its memory")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
@@ -252,10 +315,15 @@ def main(arguments: list[str] | None = None) -> None:
     tflops, tbs = given.tflops or known[0], given.tbs or known[1]
     if tflops is None or tbs is None:
         parser.error(f"the rates of a {name} are not known here: give --tflops and --tbs")
-    problems = [measure(size, given.density, tflops, tbs) for size in given.sizes]
+    problems = [
+        measure(size, given.density, tflops, tbs, chunk)
+        for size in given.sizes
+        for chunk in (0, given.chunk)
+    ]
     result = {"environment": environment(), "tflops": tflops, "tbs": tbs, "problems": problems}
     path = write("roofline", result, given.out)
-    plot(problems, f"freqopt on {name}", path.with_suffix(".png"))
+    by_grid = [problem for problem in problems if not problem["chunk"]]
+    plot(by_grid, f"freqopt on {name}", path.with_suffix(".png"))
     print(f"wrote {path}")
 
 

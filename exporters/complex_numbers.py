@@ -361,6 +361,15 @@ def _padded(pairs: Pairs, node: fx.Node) -> fx.Node:
     return pairs.call(torch.nn.functional.pad, pairs.of(node.args[0]), [0, 0, *around])
 
 
+def _in_sequence(pairs: Pairs, node: fx.Node) -> fx.Node:
+    several, *rest = node.args
+    target: Any = node.target
+    if (len(rest) > 1 and rest[1]) or node.kwargs.get("padding_value"):
+        raise _refusal(node, "padding with another number than 0 has no form in real numbers")
+    assert isinstance(several, Sequence)
+    return pairs.call(target, [pairs.of(each) for each in several], *rest, **node.kwargs)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SAME, _same),
     "view_as_complex": lambda pairs, node: node.args[0],
@@ -412,6 +421,7 @@ RULES: dict[str, Rule] = {
     "where": _chosen,
     "constant_pad_nd": _padded,
     "pad": _padded,
+    "pad_sequence": _in_sequence,
     "getitem": lambda pairs, node: pairs.call(
         operator.getitem, pairs.of(node.args[0]), node.args[1]
     ),

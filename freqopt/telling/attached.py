@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 NOTHING_RAN = (
     "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
-    "freqopt.attach (torch.compiler.reset() forgets what was compiled before)"
+    "freqopt.attach (torch.compiler.reset() forgets what was compiled before); where a hook keeps "
+    "the compiler out, freqopt.optimize(model, plan=plan) serves attention without it"
 )
 
 TELLS = -20_260_002
@@ -61,6 +62,8 @@ def unwatch(model: nn.Module) -> None:
     model._forward_hooks_with_kwargs.pop(TELLS, None)
     found = _watches.pop(model, None)
     if found is not None:
+        for graph in running.graphs:  # whose calls are named while it is known whose they are
+            graph.settle()
         running.owners.remove(weakref.WeakMethod(found.owner_of))
         for part in [part for part in _parts if part in found.parts]:
             del _parts[part]

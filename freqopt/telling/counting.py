@@ -175,4 +175,4 @@ def _counts(graph: Graph) -> Iterator[SiteCount]:
 def reset_counters() -> None:
     """Start counting from zero."""
     for graph in running.graphs:
-        graph.calls.clear()
+        graph.forget()

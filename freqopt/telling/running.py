@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +51,9 @@ graphs: list[Graph] = []
 KEPT = 64
 """Graphs that are kept after they are gone, for their counts: a server compiles without end."""
 
+_settling = threading.RLock()
+"""Of threads that count, or ask for counts, one at a time."""
+
 owners: list[weakref.WeakMethod[Callable[[Tensor], Named | None]]] = []
 """Attached models: each tells what a budget belongs to."""
 
@@ -82,7 +86,7 @@ class Graph:
     decisions whose probes are watched, heads: how many each has. budgets: for each decision the
     graph's input that holds the budget of its module, -1 for none. grids: the same for an input
     that is 0 where a call tells no grid, and attention is dense. timestep: input that holds it.
-    most_kept: calls whose errors may be kept as the graph returned them.
+    most_kept: calls that may wait to be counted, with errors as the graph returned them.
     site_of: the plan's name of the site that a budget was given for. owner: the module that was
     called.
     """
@@ -100,54 +104,81 @@ class Graph:
     site_of: Callable[[Tensor], str | None] = lambda budget: None
     model: str = ""
     owner: weakref.ref[Any] | None = None
-    calls: dict[tuple[int, ...], Calls] = field(default_factory=dict)
     told: bool = False
     gone: bool = False
 
     def __post_init__(self) -> None:
         self.inputs = tuple(dict.fromkeys(index for index in self.budgets if index >= 0))
         self.tells = tuple(dict.fromkeys(index for index in self.grids if index >= 0))
-        self._only = self.inputs[0] if len(self.inputs) == 1 else -1
+        wanted = (*self.inputs, *self.tells)
+        self._pick: Callable[[Any], Any] = operator.itemgetter(*wanted) if wanted else _nothing
+        self._is_one = len(wanted) == 1
+        self._waiting: list[tuple[Any, Tensor | None]] = []
+        self._room, self._counted = 1, 0
+        self._calls: dict[tuple[int, ...], Calls] = {}
 
     def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
         """Count a call. errors: of the measured sites, flattened and joined.
 
-        Runs once for each block of a model: the usual ways through it take no loop and no call.
+        Runs once for each block of a model, and therefore only writes down what `settle` counts.
         """
-        found = None
-        if self._only >= 0:
-            budget = arguments[self._only]
-            found = self.calls.get((id(budget),))
-            if found is not None and found.budgets[0]() is not budget:
-                found = None
-        if found is None:
-            found = self._calls(arguments)
-        found.count += 1
         if self.range is not None:
             self.range.note(arguments[self.timestep])
-        for index in self.tells:
-            if not arguments[index]:
-                found.untold.update(i for i, place in enumerate(self.grids) if place == index)
-        if errors is None or type(errors) is not Tensor:
-            return
-        if found.errors is None:
-            found.errors = ProbeErrors(self.heads, self.most_kept)
-        if found.errors.add(errors) and not self.told:
-            self._judge(found, found.errors.glance())
+        if errors is not None and errors.requires_grad:
+            errors = errors.detach()
+        self._waiting.append((self._pick(arguments), errors))
+        if len(self._waiting) >= self._room:
+            self.settle()
 
-    def _calls(self, arguments: Sequence[Any]) -> Calls:
-        given = [arguments[index] for index in self.inputs]
+    @property
+    def calls(self) -> dict[tuple[int, ...], Calls]:
+        """Calls by the `id` of their budgets."""
+        if self._waiting:
+            self.settle()
+        return self._calls
+
+    def settle(self) -> None:
+        """Count the calls that wait for it: at first each at once, then ever more together."""
+        with _settling:
+            waiting = self._waiting[:]
+            del self._waiting[: len(waiting)]
+            self._counted += len(waiting)
+            self._room = min(max(self._counted, 1), self.most_kept)
+            measured: dict[int, tuple[Calls, list[Tensor]]] = {}
+            for picked, errors in waiting:
+                given = (picked,) if self._is_one else picked
+                found = self._of(given[: len(self.inputs)])
+                found.count += 1
+                for index, number in zip(self.tells, given[len(self.inputs) :], strict=True):
+                    if not number:
+                        found.untold.update(i for i, n in enumerate(self.grids) if n == index)
+                if errors is not None and type(errors) is Tensor:
+                    measured.setdefault(id(found), (found, []))[1].append(errors)
+            for found, several in measured.values():
+                found.errors = found.errors or ProbeErrors(self.heads)
+                if found.errors.add(*several) and not self.told:
+                    self._judge(found, found.errors.glance())
+
+    def forget(self) -> None:
+        """Count from zero."""
+        with _settling:
+            self._waiting.clear()
+            self._calls.clear()
+
+    def _of(self, given: tuple[Tensor, ...]) -> Calls:
+        """Calls with such budgets."""
         key = tuple(map(id, given))
-        known = self.calls.get(key)
+        known = self._calls.get(key)
         if known is not None and all(
             ref() is budget for ref, budget in zip(known.budgets, given, strict=True)
         ):
             return known
+        by_place = dict(zip(self.inputs, given, strict=True))
         names = tuple(
-            self._named(site, arguments[index] if index >= 0 else None)
+            self._named(site, by_place.get(index))
             for (site, _, _), index in zip(self.decisions, self.budgets, strict=True)
         )
-        found = self.calls[key] = Calls(tuple(map(weakref.ref, given)), names)
+        found = self._calls[key] = Calls(tuple(map(weakref.ref, given)), names)
         return found
 
     def _named(self, site: str, budget: Tensor | None) -> Named:
@@ -170,6 +201,10 @@ class Graph:
         if worse:
             self.told = True
             warn(_worse_than_verified(worse, len(names)))
+
+
+def _nothing(arguments: object) -> tuple[()]:
+    return ()
 
 
 def exceeded(means: Iterable[tuple[Named, float]]) -> list[tuple[Named, float]]:

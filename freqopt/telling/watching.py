@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
 
-MOST_KEPT = 256
-"""Calls whose probe errors are kept as they came, (B, H) floats for each layer, to be added up."""
+MOST_KEPT = 1024
+"""Calls of a graph that wait to be counted, each with its probes' errors, (B, H) floats."""
 
 
 class Peek:
@@ -53,13 +53,8 @@ class Peek:
         return seen
 
 
-def is_due(calls: int) -> bool:
-    """Whether to look after so many calls: 1, 2, 4, 8 and so on, and a call later at what came."""
-    return not calls & (calls - 1) or not (calls - 1) & (calls - 2)
-
-
 def next_look(calls: int) -> int:
-    """The next number of calls after which to look."""
+    """The next number of calls after which to look: 1, 2, 4, 8 and so on, and one later each."""
     return 1 << calls.bit_length() if calls & (calls - 1) else calls + 1
 
 
@@ -75,67 +70,43 @@ class _Sum:
 class ProbeErrors:
     """Errors that the probes of a graph's sites measured.
 
-    Adding some up is work for the host, which a call must not wait for: they are kept as they are,
-    and added up a number of calls at a time.
-
-    heads: of the sites, in the order in which their errors come. most_kept: calls whose errors are
-    kept; 1 where their memory is written anew at the next call, as that of CUDA graphs is.
+    heads: of the sites, in the order in which their errors come.
     """
 
-    def __init__(self, heads: Sequence[int], most_kept: int = MOST_KEPT) -> None:
-        self.heads, self.most_kept = list(heads), most_kept
-        self._peek = Peek()
-        self.clear()
-
-    def clear(self) -> None:
-        """Start anew."""
+    def __init__(self, heads: Sequence[int]) -> None:
+        self.heads = list(heads)
+        self.calls, self._look = 0, 1
         self._sums: dict[int, _Sum] = {}
-        self._kept: list[Tensor] = []
-        self._added, self._room = 0, 1
+        self._peek = Peek()
 
-    @property
-    def calls(self) -> int:
-        """How many calls were taken in."""
-        return self._added + len(self._kept)
-
-    def add(self, errors: Tensor) -> bool:
-        """Take in the errors of one call: (B, H) of every site, flattened and joined.
+    def add(self, *several: Tensor) -> bool:
+        """Take in the errors of some calls: (B, H) of every site, flattened and joined.
 
         NaN of what measured nothing is left out. Returns whether it is time to look at the means.
         """
-        kept = self._kept
-        kept.append(errors.detach() if errors.requires_grad else errors)
-        if len(kept) < self._room:
-            return False
-        self._add_up()
-        return is_due(self._added)
-
-    def _add_up(self) -> None:
-        kept, self._kept = self._kept, []
-        self._added += len(kept)
-        self._room = min(next_look(self._added) - self._added, self.most_kept)
+        self.calls += len(several)
         with torch.inference_mode(False), torch.no_grad():
-            for size in {errors.numel() for errors in kept}:
-                table = torch.stack([errors for errors in kept if errors.numel() == size])
+            for size in {errors.numel() for errors in several}:
+                table = torch.stack([errors for errors in several if errors.numel() == size])
                 found = self._sums.get(size)
                 if found is None:
                     found = self._sums[size] = _Sum(*table.new_zeros(3, size).unbind())
                 found.squares.add_(table.square().nansum(0))
                 found.seen.add_(table.isnan().logical_not_().sum(0))
                 torch.maximum(found.worst, table.nan_to_num_().amax(0), out=found.worst)
+        if self.calls < self._look:
+            return False
+        self._look = next_look(self.calls)
+        return True
 
     def means(self) -> Tensor:
         """(sites,) root mean square over calls, batch and heads, on the device; NaN of none."""
-        if self._kept:
-            self._add_up()
         sums = self._sums.values()
         total = torch.stack([self._by_site(s.squares, "mean") for s in sums]).sum(0)
         return (total / torch.stack([self._by_site(s.seen, "mean") for s in sums]).sum(0)).sqrt()
 
     def worst(self) -> Tensor:
         """(sites,) the largest error of a head in a call, on the device."""
-        if self._kept:
-            self._add_up()
         return torch.stack([self._by_site(s.worst, "amax") for s in self._sums.values()]).amax(0)
 
     def _by_site(self, values: Tensor, reduce: str) -> Tensor:

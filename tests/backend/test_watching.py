@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
-from freqopt.telling.watching import MOST_KEPT, ProbeErrors, is_due, next_look
+from freqopt.telling.running import Graph
+from freqopt.telling.watching import MOST_KEPT, ProbeErrors, next_look
 
 
 def test_errors_of_several_batches_are_joined() -> None:
@@ -20,8 +23,6 @@ def test_errors_of_several_batches_are_joined() -> None:
         expected = torch.stack([part.square().mean() for part in parts]).mean().sqrt()
         torch.testing.assert_close(errors.means()[i], expected)
         torch.testing.assert_close(errors.worst()[i], torch.stack([p.max() for p in parts]).max())
-    errors.clear()
-    assert errors.calls == 0 and errors.glance() is None
 
 
 def test_sums_of_inference_mode_go_on_outside() -> None:
@@ -42,31 +43,58 @@ def test_what_measured_nothing_is_left_out() -> None:
     torch.testing.assert_close(errors.worst(), torch.tensor([0.5, 2.0]))
 
 
-def test_errors_are_kept_as_they_came_and_no_more_than_so_many() -> None:
-    errors, added_up = ProbeErrors([1]), ProbeErrors([1], most_kept=1)
+def graph(most_kept: int = MOST_KEPT) -> Graph:
+    """Of one site with one head, without a budget of its own."""
+    decisions = (("attn", True, ""),)
+    return Graph(decisions, measured=(0,), heads=(1,), budgets=(-1,), most_kept=most_kept)
+
+
+def test_calls_wait_with_their_errors_and_no_more_than_so_many() -> None:
+    together, at_once = graph(), graph(most_kept=1)
     memory = torch.zeros(1)
-    for number in range(1000):
-        errors.add(torch.full((1,), float(number)))
+    for number in range(3000):
+        together.note([], torch.full((1,), float(number)))
         memory.fill_(float(number))  # written anew at each call, as by CUDA graphs
-        added_up.add(memory)
-        assert len(errors._kept) <= MOST_KEPT and not added_up._kept
-    assert errors.calls == added_up.calls == 1000
-    expected = torch.arange(1000.0).square().mean().sqrt()
-    for each in (errors, added_up):
-        torch.testing.assert_close(each.means(), expected[None])
-        assert each.worst() == 999
+        at_once.note([], memory)
+        assert len(together._waiting) < MOST_KEPT and not at_once._waiting
+    expected = torch.arange(3000.0).square().mean().sqrt()
+    for each in (together, at_once):
+        (calls,) = each.calls.values()
+        assert calls.count == 3000 and calls.errors is not None and calls.errors.calls == 3000
+        torch.testing.assert_close(calls.errors.means(), expected[None])
+        assert calls.errors.worst() == 2999
+        each.forget()
+        assert not each.calls
 
 
-def test_errors_with_gradients_keep_no_graph() -> None:
-    errors, weight = ProbeErrors([2]), torch.ones(2, requires_grad=True)
-    errors.add(weight * 2)
-    errors.add(weight * 2)
-    errors.add(weight * 2)
-    assert all(kept.grad_fn is None for kept in errors._kept)
-    assert not errors.means().requires_grad
+def test_calls_of_a_gradient_keep_no_graph_of_it() -> None:
+    noting, weight = graph(), torch.ones(1, requires_grad=True)
+    for _ in range(11):
+        noting.note([], weight * 2)
+    assert noting._waiting and all(e is None or e.grad_fn is None for _, e in noting._waiting)
+
+
+def test_threads_that_count_and_ask_lose_nothing() -> None:
+    noting = graph()
+
+    def work() -> None:
+        for _ in range(2000):
+            noting.note([], torch.ones(1))
+            if not noting._waiting:
+                list(noting.calls.values())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (calls,) = noting.calls.values()
+    assert calls.count == 8000 and calls.errors is not None and calls.errors.calls == 8000
 
 
 def test_looks_get_rarer() -> None:
-    assert [n for n in range(1, 40) if is_due(n)] == [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33]
-    assert all(is_due(next_look(n)) for n in range(40))
-    assert not any(is_due(m) for n in range(40) for m in range(n + 1, next_look(n)))
+    looks = [next_look(0)]
+    while looks[-1] < 40:
+        looks.append(next_look(looks[-1]))
+    assert looks == [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64]
+    assert next_look(6) == next_look(7) == 8

@@ -69,6 +69,20 @@ def test_table_sums_everything_but_attention() -> None:
     assert lines[-1] == "| all but attention, as a call runs them | 0.600, 6.2 % of 9.60 ms | |"
 
 
+def test_what_an_order_costs_is_a_table_of_its_own() -> None:
+    """Four levels of halves above the leaves of 64; kernels that serve any order are elsewhere."""
+    problem = Problem(24, 32_760, 128, 2, 0.1, chunk=1024)
+    work = roofline.work_of(problem)
+    assert work["halve_kernel"].bytes == 4 * work["leaf_kernel"].bytes
+    assert work["project_kernel"].bytes > 24 * 32_760 * 256
+    times = {"halve_kernel": 0.2, "leaf_kernel": 0.1, "score_kernel": 0.3}
+    rows = roofline.rows_of(times, work, 989.0, 4.8)
+    row = {"heads": 24, "tokens": 32_760, "chunk": 1024, "density": 0.1, "graph_ms": 3.0}
+    lines = roofline.tables_of_orders({"problems": [{"chunk": 0}, {**row, "rows": rows}]})
+    assert "in chunks of 1,024: 0.300 ms, 10.0 % of a call of 3.00 ms" in lines[0]
+    assert [line.split("`")[1] for line in lines if "`" in line] == ["halve_kernel", "leaf_kernel"]
+
+
 def test_devices_by_name() -> None:
     assert roofline.data_sheet("NVIDIA H200") == (989.0, 4.8)
     assert roofline.data_sheet("NVIDIA GeForce RTX 4090") is None

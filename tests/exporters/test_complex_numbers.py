@@ -74,6 +74,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "real of none": lambda x, t: back(x[..., :3].to(torch.complex64) * t),
     "summed": lambda x, t: back(as_complex(x).sum(-2) + t.mean(0)),
     "padded": lambda x, t: back(nn.functional.pad(t, (0, 1, 2, 0))),
+    "sequences": lambda x, t: back(nn.utils.rnn.pad_sequence([t, t[:3]], batch_first=True)),
     "chosen": lambda x, t: back(torch.where(x[..., :3] > 0, as_complex(x), t)),
 }
 

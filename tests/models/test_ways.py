@@ -30,7 +30,7 @@ OFTEN = [
     ("flux", "cache"),
     ("ltx", "blocks"),
     ("ltx", "lora"),
-    ("mochi", "blocks"),
+    ("mochi", "lora"),
     ("qwen_image", "blocks"),
     ("latte", "blocks"),
 ]
