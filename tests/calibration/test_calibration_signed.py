@@ -82,8 +82,9 @@ def test_schemes_keep_the_budget() -> None:
             assert max(found.references) < references
             runs = sum(g.draws for each in found.groups for g in each)
             assert runs >= 1 or not found.groups
-            if parts and sites == 12 and passes >= 28:
-                assert found.passes > 0.6 * passes
+            assert found.passes > 0.5 * passes or passes == 100
+            if sites == 12 and parts:
+                assert (not found.groups) == (passes >= 28)  # heads one by one, in some samples
         assert scheme_of([heads] * sites, shares, 8, None, FIXED_RUNS).groups == []
     turns = scheme_of([40] * 40, [1 - i / 40 for i in range(40)], 4, 40, FIXED_RUNS).groups
     probed = [group.first for each in turns for group in each]
@@ -132,7 +133,7 @@ def test_signed_runs_agree_with_heads_one_by_one(bench: Workbench) -> None:
     assert (found.deviation[0] / found.mean[0]).mean() < 0.6
 
 
-@pytest.mark.parametrize("passes", [32, 20, 12])
+@pytest.mark.parametrize("passes", [32, 15, 10])
 def test_passes_are_counted_in_calls_of_the_model(bench: Workbench, passes: int) -> None:
     references = [bench.reference(sample) for sample in probed_samples(bench.samples)]
     whole = measure_sensitivities(bench, references)
@@ -140,8 +141,9 @@ def test_passes_are_counted_in_calls_of_the_model(bench: Workbench, passes: int)
     before = bench.runner.passes
     few = measure_sensitivities(bench, references, passes)
     spent = bench.runner.passes - before
-    assert 0.5 * passes < spent <= few.passes <= passes
-    assert few.deviation is not None and 0 < few.deviation < 0.5 and whole.deviation is None
+    assert 0.4 * passes < spent <= few.passes <= passes
+    assert whole.deviation is None and (few.deviation is None) == (passes == 32)
+    assert few.deviation is None or 0 < few.deviation < 0.5
     ratio = np.sqrt(squares(few.values) / squares(whole.values))
     assert np.square(np.log(ratio)).mean() ** 0.5 < 0.35
     again = measure_sensitivities(bench, references, passes)  # out of what was kept

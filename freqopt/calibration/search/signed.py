@@ -93,27 +93,43 @@ def scheme_of(
 ) -> Scheme:
     """Where to inject errors, so that runs come to at most so many passes.
 
+    Heads one by one in one sample come first, in more where passes allow it. With fewer runs heads
+    are told apart by signs, in as few samples as tell them best; and with fewer still only sites.
+
     heads, shares: of each site, in the order of the model; the part of a pass that a run from there
     takes. passes: None: any number. fixed: passes that a sample takes besides.
     """
     alone = sum(n * share for n, share in zip(heads, shares, strict=True)) + 1.0 - shares[-1]
-    if passes is None or references * (alone + fixed) <= passes:
-        return Scheme(list(range(references)), [], references * (alone + fixed))
-    used = int(min(references, max(1, passes // (2 * fixed))))
-    chosen = [int(i) for i in np.linspace(0, references - 1, used).round()]
-    left = max(passes / used - fixed, 0.0)
-    if alone <= left:
-        return Scheme(chosen, [], used * (alone + fixed))
-    groups = _groups_of_heads(heads, shares, left, used)
-    every = [groups] * used if groups else _turns(shares, left, used)
-    spent = sum(_passes_of(each, shares) for each in every)
-    return Scheme(chosen, every, spent + used * fixed)
+    alone += fixed
+    whole = references if passes is None else min(int(passes // alone), references)
+    if passes is None or whole:
+        return Scheme(_spaced(references, whole), [], whole * alone)
+    most = int(min(references, max(1, passes // (2 * fixed))))
+    best: tuple[float, list[list[Group]]] | None = None
+    for used in range(1, most + 1):
+        found = _groups_of_heads(heads, shares, passes / used - fixed, used)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found[0], [found[1]] * used
+    if best is not None and best[0] <= TOLD_APART:
+        every = best[1]
+    else:
+        every = _turns(shares, max(passes / most - fixed, 0.0), most)
+    spent = sum(_passes_of(each, shares) + fixed for each in every)
+    return Scheme(_spaced(references, len(every)), every, spent)
+
+
+def _spaced(count: int, chosen: int) -> list[int]:
+    """So many of the first whole numbers, evenly spaced."""
+    return [int(i) for i in (np.arange(chosen) + 0.5) * count / chosen]
 
 
 def _groups_of_heads(
     heads: Sequence[int], shares: Sequence[float], passes: float, samples: int
-) -> list[Group]:
-    """Groups whose runs tell heads apart best; none where no groups do."""
+) -> tuple[float, list[Group]] | None:
+    """Groups whose runs tell heads apart best, with the relative error at a cosine of 0.1.
+
+    None where the passes are too few for any.
+    """
     best: tuple[float, list[Group]] | None = None
     for count in range(1, len(heads) + 1):
         bounds = [len(heads) * i // count for i in range(count + 1)]
@@ -127,7 +143,7 @@ def _groups_of_heads(
         noise = 0.1 * most / pairs**0.5
         if best is None or noise < best[0]:
             best = noise, [Group(a, b, draws) for a, b in itertools.pairwise(bounds)]
-    return best[1] if best is not None and best[0] <= TOLD_APART else []
+    return best
 
 
 def _turns(shares: Sequence[float], passes: float, samples: int) -> list[list[Group]]:
