@@ -22,7 +22,7 @@ from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
-from freqopt.telling.watching import TimestepRange, is_due
+from freqopt.telling.watching import TimestepRange, next_look
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -88,7 +88,7 @@ class Watch:
         self.name = type(model).__name__
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
-        self.calls = 0
+        self.calls, self.look = 0, 1
         self.line, self.whole = "", False
         self.parts = weakref.WeakSet(model.modules())
 
@@ -114,7 +114,8 @@ class Watch:
         if not self.whole:
             self._say(self.served())
         self.calls += 1
-        if is_due(self.calls):
+        if self.calls >= self.look:
+            self.look = next_look(self.calls)
             grids = [grid for part in self._compiled() for grid in part.grids]
             tell_outside(model, self.plan, grids, lengths=True)
 
