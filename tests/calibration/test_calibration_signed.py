@@ -72,6 +72,14 @@ def test_heads_without_runs_are_like_those_near_them() -> None:
     assert (deviation[1] > deviation[0]).all()
 
 
+def test_deviations_below_rounding_still_count() -> None:
+    """As in large models of half precision: at least a tenth of what is seen is not rounding."""
+    rng = np.random.default_rng(2)
+    quiet = synthetic(rng, np.full(6, 1e-6), 1, 0.0, rounding=0.5)
+    found = estimate([quiet._replace(rounding=0.6)], [2] * 3, 1)
+    assert (found.mean > 0.1 * 0.2 / 6 * 0.5).all() and np.isfinite(found.mean).all()
+
+
 def test_schemes_keep_the_budget() -> None:
     for sites, heads, parts in ((12, 2, True), (12, 2, False), (40, 40, True), (40, 40, False)):
         shares = [1.0 - i / sites if parts else 1.0 for i in range(sites)]

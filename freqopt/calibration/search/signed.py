@@ -37,6 +37,9 @@ TOLD_APART = 0.6
 """Relative standard error, at a cosine of 0.1 of any two heads, up to which heads are told apart;
 with runs too few for that sites are."""
 
+LEAST_SHARE = 0.1
+"""Least share of an observed output error that is ascribed to the injection, not to rounding."""
+
 MOST_EQUATIONS = 1500
 """Products of two runs' deviations that are solved for, about; their number counts cubed."""
 
@@ -75,6 +78,13 @@ class Draws(NamedTuple):
     weights: Array
     products: Array
     rounding: float
+
+    @property
+    def caused(self) -> Array:
+        """(K,) squared deviations of the runs that are not rounding."""
+        own = np.diag(self.products)
+        found: Array = np.maximum(own - self.rounding**2, LEAST_SHARE * own)
+        return found
 
 
 class Estimate(NamedTuple):
@@ -212,7 +222,7 @@ def _levels(draws: Sequence[Draws], buckets: int) -> Array:
     """(buckets,) mean squared sensitivity in each of them; of all where there are no runs."""
     caused, put_in = np.zeros(buckets), np.zeros(buckets)
     for each in draws:
-        caused[each.bucket] += float((np.diag(each.products) - each.rounding**2).sum())
+        caused[each.bucket] += float(each.caused.sum())
         put_in[each.bucket] += float((each.signs**2 @ each.weights).sum())
     every = max(caused.sum(), 1e-30) / max(put_in.sum(), 1e-30)
     found = caused / np.maximum(put_in, 1e-30)
@@ -229,7 +239,8 @@ def _equations(draws: Sequence[Draws], level: Array, heads: int) -> _Equations:
             row[each.first : each.first + len(own)] = own
             rows.append(row)
             same = k == other
-            values.append(each.products[k, other] - same * each.rounding**2 - own.sum())
+            product = each.caused[k] if same else each.products[k, other]
+            values.append(float(product - own.sum()))
             spreads.append((1.0 + same) * max(float(np.abs(own).sum()), 1e-30) ** 2)
             of.append(each.bucket)
     return _Equations(np.array(of), np.array(rows), np.array(values), np.array(spreads))
