@@ -411,10 +411,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cpu" if given.small else "cuda"
     cut = (SMALL, (1, *SMALL[1:])) if given.small else (OF_KEYS, OF_QUERIES)
     across = rectangular(*cut, device)
-    problems = [problem_of(grid, tuple(given.densities), device) for grid in grids]
+    problems: list[dict[str, Any]] = []
     result = {"environment": environment(), "problems": problems, "rectangular": across}
-    path = write("attention", result, given.out)
-    plot(result, path.with_suffix(".png"))
+    for grid in grids:
+        problems.append(problem_of(grid, tuple(given.densities), device))
+        path = write("attention", result, given.out)
+        plot(result, path.with_suffix(".png"))
     print(f"wrote {path}")
 
 

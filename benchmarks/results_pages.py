@@ -118,6 +118,20 @@ def overhead() -> Iterator[str]:
         yield from ("", "## An order by content", "", *orders)
 
 
+def calls() -> Iterator[str]:
+    """What is done at each call outside the graph."""
+    result = load("calls")
+    yield "Counting, keeping what probes measured, and (by blocks, with a plan attached)"
+    yield "the grid of the model's call, with a graph that computes nothing: the shortest of 200."
+    yield "Passes run once, when a model is compiled."
+    rows = [
+        ["a call of 40 layers, compiled whole", f"{result['whole_us_40_layers']} µs", "50 µs"],
+        ["a call of 40 layers, by blocks", f"{result['by_blocks_us_40_layers']} µs", "50 µs"],
+        ["all passes over 60 layers of Wan", f"{result['passes_s_60_layers']} s", "1 s"],
+    ]
+    yield from ("", origin(result), "", *table(["what", "takes", "may take"], rows))
+
+
 def lengths() -> Iterator[str]:
     """From thousands of tokens to a million, at one error."""
     result = load("scaling")
@@ -254,6 +268,13 @@ PAGES = (
         "Each kernel of one call beside the time that it needs at least",
         ("roofline",),
         overhead,
+    ),
+    Page(
+        "calls",
+        "Around the graph",
+        "What a compiled model costs at each call beside its graph",
+        ("calls",),
+        calls,
     ),
     Page(
         "lengths",

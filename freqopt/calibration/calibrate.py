@@ -133,9 +133,11 @@ def calibrate(
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.
         passes: runs of the model that may be spent on finding out how errors at heads reach its
-            output, beside measuring, comparing and verifying. By default 30 where a run takes a
-            second or more on a GPU, elsewhere as many as all heads take (or 16 sites of a model of
-            more than 64 heads, in 8 samples). With fewer, heads between those probed are guessed.
+            output, beside measuring, comparing and verifying; of runs of a part of the model the
+            parts count. By default 30 where a run takes a second or more on a GPU, elsewhere as
+            many as all heads take, or 80 and rounds in models of more than 64 heads. With fewer,
+            heads are probed in fewer samples, or many at once, and the plan says how well they are
+            known.
         checkpoint: a file that keeps what was measured if calibration is interrupted. Called again
             with it, calibration goes on from there and ends with the same plan. It is removed when
             that is done, with `output` when the plan is on the disk.

@@ -108,11 +108,7 @@ class Calibration:
             self.passes = PASSES_WHEN_SLOW
         found = measure_sensitivities(bench, probed, self.passes)
         self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
-        if found.deviation is not None:
-            self.notes.append(
-                f"sensitivities were estimated in {found.passes:.0f} runs of the model; their "
-                f"standard error is {found.deviation:.0%}"
-            )
+        self.notes += found.notes
         self.sites = [
             site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
             for name, site in bench.survey.measurable().items()

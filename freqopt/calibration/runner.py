@@ -101,6 +101,8 @@ class Runner:
 
         The first time, whether running a graph from a cut gives what the whole gives is tried.
         """
+        if not self._graphs and not self._in_pieces:
+            self.run(sample, Dense())  # what came before is from a checkpoint
         held = self._captured(sample)
         if held is None:
             return None
@@ -172,7 +174,7 @@ class Runner:
         finally:
             self._desk.tape = None
         self.passes += 1.0
-        if drawn or not held.staged.find_outputs(whole, tape.returned):
+        if drawn or tape.graphs != 1 or not held.staged.find_outputs(whole, tape.returned):
             return False
         tape.returned.clear()
         first = min(held.staged.cuts, key=lambda site: held.staged.cuts[site])

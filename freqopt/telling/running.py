@@ -37,6 +37,10 @@ LEAST_ERROR = 0.005
 """Errors below this are rounding, and worth no warning."""
 
 
+Feed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+"""Adds what a graph takes beside its own inputs to the arguments of a call."""
+
+
 class Named(NamedTuple):
     """Whose attention a call is: model, site by the plan's name, and the error of the plan."""
 
@@ -118,10 +122,7 @@ class Graph:
         self._calls: dict[tuple[int, ...], Calls] = {}
 
     def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
-        """Count a call. errors: of the measured sites, flattened and joined.
-
-        Runs once for each block of a model, and therefore only writes down what `settle` counts.
-        """
+        """Count a call. errors: of the measured sites, flattened and joined."""
         if self.range is not None:
             self.range.note(arguments[self.timestep])
         if errors is not None and errors.requires_grad:
@@ -129,6 +130,24 @@ class Graph:
         self._waiting.append((self._pick(arguments), errors))
         if len(self._waiting) >= self._room:
             self.settle()
+
+    def writing_down(self, compiled: Callable[..., Any], feed: Feed) -> Callable[..., Any]:
+        """`compiled`, whose last output are errors, with each call written down for `settle`.
+
+        As `note` does it, without a call of its own: this runs once for each block of a model. The
+        op's errors take no part in gradients.
+        """
+        waiting, pick, settle = self._waiting, self._pick, self.settle
+
+        def run(*arguments: Any) -> Any:
+            arguments = feed(arguments)
+            found = compiled(*arguments)
+            waiting.append((pick(arguments), found[-1]))
+            if len(waiting) >= self._room:
+                settle()
+            return found[:-1]
+
+        return run
 
     @property
     def calls(self) -> dict[tuple[int, ...], Calls]:
@@ -267,10 +286,6 @@ def _together(parts: Sequence[Measured]) -> Measured:
     )
 
 
-Feed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
-"""Adds what a graph takes beside its own inputs to the arguments of a call."""
-
-
 def counted(
     compiled: Callable[..., Any], graph: Graph, feed: Feed | None = None
 ) -> Callable[..., Any]:
@@ -280,24 +295,34 @@ def counted(
     """
     if not graph.decisions and graph.range is None:
         return compiled if feed is None else functools.partial(_fed, compiled, feed)
-    feed = feed or tuple
-    note = graph.note
     _remember(graph)
+    if not graph.measured:
+        run = _noting(compiled, graph, feed or tuple)
+    elif graph.range is not None:
+        run = _noting_errors(compiled, graph, feed or tuple)
+    else:
+        run = graph.writing_down(compiled, feed or tuple)
+    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
+    return run
 
-    def measured(*arguments: Any) -> Any:
+
+def _noting(compiled: Callable[..., Any], graph: Graph, feed: Feed) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
         arguments = feed(arguments)
         found = compiled(*arguments)
-        note(arguments, found[-1])
-        return found[:-1]
-
-    def unmeasured(*arguments: Any) -> Any:
-        arguments = feed(arguments)
-        found = compiled(*arguments)
-        note(arguments, None)
+        graph.note(arguments, None)
         return found
 
-    run = measured if graph.measured else unmeasured
-    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
+    return run
+
+
+def _noting_errors(compiled: Callable[..., Any], graph: Graph, feed: Feed) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        arguments = feed(arguments)
+        found = compiled(*arguments)
+        graph.note(arguments, found[-1])
+        return found[:-1]
+
     return run
 
 

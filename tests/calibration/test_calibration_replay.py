@@ -151,3 +151,17 @@ def test_what_cannot_be_run_in_part_is_run_whole(kind: type[nn.Module]) -> None:
         assert len(sites) == LAYERS
         compare(runner, sites)
         assert runner.hold(runner.samples.fit[0]) is None
+
+
+def test_nothing_has_to_run_before() -> None:
+    """As where a checkpoint has all that came before."""
+    model = built(TinyVideo)
+    with opened(model, calls_of(model), None, 0) as runner:
+        sample = runner.samples.fit[0]
+        held = runner.hold(sample)
+        assert held is not None and list(held.staged.cuts) == SITES
+        before = runner.passes
+        request = requests_at(SITES[-1])[0]
+        part = runner.replays(sample, Dense()).run(SITES[-1], request)
+        assert runner.passes - before == 1.0  # to the last site, and on from there
+        assert torch.equal(part.output[0], runner.run(sample, request).output[0])

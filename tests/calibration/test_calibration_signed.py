@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibration_models import TinyVideo, make_sample
 
+import freqopt
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.requests import Dense
 from freqopt.calibration.runner import opened
@@ -71,6 +72,14 @@ def test_heads_without_runs_are_like_those_near_them() -> None:
     assert (deviation[1] > deviation[0]).all()
 
 
+def test_deviations_below_rounding_still_count() -> None:
+    """As in large models of half precision: at least a tenth of what is seen is not rounding."""
+    rng = np.random.default_rng(2)
+    quiet = synthetic(rng, np.full(6, 1e-6), 1, 0.0, rounding=0.5)
+    found = estimate([quiet._replace(rounding=0.6)], [2] * 3, 1)
+    assert (found.mean > 0.1 * 0.2 / 6 * 0.5).all() and np.isfinite(found.mean).all()
+
+
 def test_schemes_keep_the_budget() -> None:
     for sites, heads, parts in ((12, 2, True), (12, 2, False), (40, 40, True), (40, 40, False)):
         shares = [1.0 - i / sites if parts else 1.0 for i in range(sites)]
@@ -81,8 +90,9 @@ def test_schemes_keep_the_budget() -> None:
             assert max(found.references) < references
             runs = sum(g.draws for each in found.groups for g in each)
             assert runs >= 1 or not found.groups
-            if parts and sites == 12 and passes >= 28:
-                assert found.passes > 0.6 * passes
+            assert found.passes > 0.5 * passes or passes == 100
+            if sites == 12 and parts:
+                assert (not found.groups) == (passes >= 28)  # heads one by one, in some samples
         assert scheme_of([heads] * sites, shares, 8, None, FIXED_RUNS).groups == []
     turns = scheme_of([40] * 40, [1 - i / 40 for i in range(40)], 4, 40, FIXED_RUNS).groups
     probed = [group.first for each in turns for group in each]
@@ -131,7 +141,7 @@ def test_signed_runs_agree_with_heads_one_by_one(bench: Workbench) -> None:
     assert (found.deviation[0] / found.mean[0]).mean() < 0.6
 
 
-@pytest.mark.parametrize("passes", [32, 20, 12])
+@pytest.mark.parametrize("passes", [32, 15, 10])
 def test_passes_are_counted_in_calls_of_the_model(bench: Workbench, passes: int) -> None:
     references = [bench.reference(sample) for sample in probed_samples(bench.samples)]
     whole = measure_sensitivities(bench, references)
@@ -139,11 +149,31 @@ def test_passes_are_counted_in_calls_of_the_model(bench: Workbench, passes: int)
     before = bench.runner.passes
     few = measure_sensitivities(bench, references, passes)
     spent = bench.runner.passes - before
-    assert 0.5 * passes < spent <= few.passes <= passes
-    assert few.deviation is not None and 0 < few.deviation < 0.5 and whole.deviation is None
+    assert 0.4 * passes < spent <= few.passes <= passes
+    assert whole.deviation is None and (few.deviation is None) == (passes == 32)
+    assert few.deviation is None or 0 < few.deviation < 0.5
     ratio = np.sqrt(squares(few.values) / squares(whole.values))
     assert np.square(np.log(ratio)).mean() ** 0.5 < 0.35
     again = measure_sensitivities(bench, references, passes)  # out of what was kept
     assert bench.runner.passes - before == spent
     assert all((again.values[name] == few.values[name]).all() for name in few.values)
     assert few.passes > TRIED_RUNS + FIXED_RUNS
+
+
+def test_a_model_that_cannot_be_run_in_part_says_so() -> None:
+    class Broken(TinyVideo):
+        def forward(self, video: Any, timestep: Any) -> Any:
+            x = self.patch(video).flatten(2).transpose(1, 2) + timestep[:, None, None]
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, samples = Broken().eval(), [make_sample(i) for i in range(2)]
+    options: dict[str, Any] = {"target_error": 0.2, "rounds": 0, "progress": False}
+    plan = freqopt.calibrate(model, samples, **options)
+    said = "the model cannot be run in part (its graph is in pieces"
+    assert plan.evidence.notes[0].startswith(said)
+    whole = freqopt.calibrate(TinyVideo().eval(), samples, **options)
+    assert not any("in part" in note for note in whole.evidence.notes)

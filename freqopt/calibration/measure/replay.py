@@ -33,10 +33,14 @@ class Captured(BaseException):
 
 @dataclass
 class Tape:
-    """What is wanted of a call: to end it before the graph runs, or what the graph returns."""
+    """What is wanted of a call: to end it before the graph runs, or what the graph returns.
+
+    graphs: that ran in the call.
+    """
 
     ends: bool
     returned: list[Any] = field(default_factory=list)
+    graphs: int = 0
 
 
 class Staged:
@@ -57,6 +61,7 @@ class Staged:
             return self.gm.forward(*arguments)
         if tape.ends:
             raise Captured(self, arguments)
+        tape.graphs += 1
         tape.returned = list(self.gm.forward(*arguments))
         return tuple(tape.returned)
 

@@ -14,7 +14,7 @@ from freqopt.calibration.measure.ladder import THRESHOLDS, Array
 from freqopt.calibration.measure.readings import MeasuredSite
 from freqopt.calibration.measure.requests import SiteThresholds
 from freqopt.calibration.runner import Replays
-from freqopt.calibration.search.signed import Draws, Group, estimate
+from freqopt.calibration.search.signed import LEAST_SHARE, Draws, Group, estimate
 from freqopt.calibration.search.workbench import Deviations, Reference, Workbench
 
 PROBE_DENSITY = 0.05
@@ -22,9 +22,6 @@ PROBE_DENSITY = 0.05
 
 TOGETHER = 0.02
 """Predicted error of the output, about, at which all sites are split at once."""
-
-LEAST_SHARE = 0.1
-"""Least share of an observed output error that is ascribed to the injection, not to rounding."""
 
 
 class Probing:

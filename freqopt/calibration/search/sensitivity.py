@@ -52,25 +52,31 @@ class Sensitivities(NamedTuple):
 
     values: {site: (buckets, H)}. rounding: relative error of the output with everything exact.
     passes: runs that it takes. deviation: mean standard error relative to the value, where it was
-    estimated from signed runs; None where every head was probed alone.
+    estimated from signed runs; None where every head was probed alone. notes: what the plan should
+    say.
     """
 
     values: dict[str, Array]
     rounding: float
     passes: float
-    deviation: float | None = None
+    deviation: float | None
+    notes: list[str]
 
 
-def shares_behind(bench: Workbench, reference: Reference) -> list[float]:
-    """Part of a run that each site's own runs take; 1 where the model must be run whole."""
+def shares_behind(bench: Workbench, reference: Reference) -> tuple[list[float], bool]:
+    """Part of a run that each site's own runs take, and whether the model can be run in part.
+
+    Where it must be run whole the parts are 1.
+    """
     names = list(bench.survey.measurable())
 
-    def look() -> list[float]:
+    def look() -> tuple[list[float], bool]:
         held = bench.runner.hold(reference.sample)
-        return [1.0 if held is None else held.staged.share(name) for name in names]
+        shares = [1.0 if held is None else held.staged.share(name) for name in names]
+        return shares, held is not None
 
-    shares: list[float] = bench.kept("parts of a run", look)
-    return shares
+    shares, in_parts = bench.kept("parts of a run", look)
+    return shares, in_parts
 
 
 def measure_sensitivities(
@@ -88,12 +94,11 @@ def measure_sensitivities(
     """
     probing = Probing(bench, references)
     heads = [site.heads for site in probing.sites]
-    shares = shares_behind(bench, references[0])
-    tried = 0.0 if min(shares) == 1.0 else TRIED_RUNS
+    shares, in_parts = shares_behind(bench, references[0])
     if passes is None and sum(heads) > MAX_PROBED_HEADS:
         passes = MOST_PASSES
     scheme = scheme_of(
-        heads, shares, len(references), None if passes is None else passes - tried, FIXED_RUNS
+        heads, shares, len(references), None if passes is None else passes - TRIED_RUNS, FIXED_RUNS
     )
     alone = [(index, head) for index, count in enumerate(heads) for head in range(count)]
     of_one = sum(g.draws for each in scheme.groups for g in each)
@@ -127,7 +132,19 @@ def measure_sensitivities(
         for site in probing.sites
     }
     rounding = max(probing.roundings.values(), default=0.0)
-    return Sensitivities(values, rounding, scheme.passes + tried, deviation)
+    notes = []
+    if not in_parts:
+        notes.append(
+            "the model cannot be run in part (its graph is in pieces, draws random numbers, or "
+            "writes into what it computed before), so every run that probes it is a whole one"
+        )
+    spent = scheme.passes + TRIED_RUNS
+    if deviation is not None:
+        notes.append(
+            f"sensitivities were estimated in {spent:.0f} runs of the model; their standard error "
+            f"is {deviation:.0%}"
+        )
+    return Sensitivities(values, rounding, spent, deviation, notes)
 
 
 def check_reached(probing: Probing) -> None:

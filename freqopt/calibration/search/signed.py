@@ -37,6 +37,9 @@ TOLD_APART = 0.6
 """Relative standard error, at a cosine of 0.1 of any two heads, up to which heads are told apart;
 with runs too few for that sites are."""
 
+LEAST_SHARE = 0.1
+"""Least share of an observed output error that is ascribed to the injection, not to rounding."""
+
 MOST_EQUATIONS = 1500
 """Products of two runs' deviations that are solved for, about; their number counts cubed."""
 
@@ -76,6 +79,13 @@ class Draws(NamedTuple):
     products: Array
     rounding: float
 
+    @property
+    def caused(self) -> Array:
+        """(K,) squared deviations of the runs that are not rounding."""
+        own = np.diag(self.products)
+        found: Array = np.maximum(own - self.rounding**2, LEAST_SHARE * own)
+        return found
+
 
 class Estimate(NamedTuple):
     """Squared sensitivities (buckets, heads of the model), and their standard errors."""
@@ -93,27 +103,43 @@ def scheme_of(
 ) -> Scheme:
     """Where to inject errors, so that runs come to at most so many passes.
 
+    Heads one by one in one sample come first, in more where passes allow it. With fewer runs heads
+    are told apart by signs, in as few samples as tell them best; and with fewer still only sites.
+
     heads, shares: of each site, in the order of the model; the part of a pass that a run from there
     takes. passes: None: any number. fixed: passes that a sample takes besides.
     """
     alone = sum(n * share for n, share in zip(heads, shares, strict=True)) + 1.0 - shares[-1]
-    if passes is None or references * (alone + fixed) <= passes:
-        return Scheme(list(range(references)), [], references * (alone + fixed))
-    used = int(min(references, max(1, passes // (2 * fixed))))
-    chosen = [int(i) for i in np.linspace(0, references - 1, used).round()]
-    left = max(passes / used - fixed, 0.0)
-    if alone <= left:
-        return Scheme(chosen, [], used * (alone + fixed))
-    groups = _groups_of_heads(heads, shares, left, used)
-    every = [groups] * used if groups else _turns(shares, left, used)
-    spent = sum(_passes_of(each, shares) for each in every)
-    return Scheme(chosen, every, spent + used * fixed)
+    alone += fixed
+    whole = references if passes is None else min(int(passes // alone), references)
+    if passes is None or whole:
+        return Scheme(_spaced(references, whole), [], whole * alone)
+    most = int(min(references, max(1, passes // (2 * fixed))))
+    best: tuple[float, list[list[Group]]] | None = None
+    for used in range(1, most + 1):
+        found = _groups_of_heads(heads, shares, passes / used - fixed, used)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found[0], [found[1]] * used
+    if best is not None and best[0] <= TOLD_APART:
+        every = best[1]
+    else:
+        every = _turns(shares, max(passes / most - fixed, 0.0), most)
+    spent = sum(_passes_of(each, shares) + fixed for each in every)
+    return Scheme(_spaced(references, len(every)), every, spent)
+
+
+def _spaced(count: int, chosen: int) -> list[int]:
+    """So many of the first whole numbers, evenly spaced."""
+    return [int(i) for i in (np.arange(chosen) + 0.5) * count / chosen]
 
 
 def _groups_of_heads(
     heads: Sequence[int], shares: Sequence[float], passes: float, samples: int
-) -> list[Group]:
-    """Groups whose runs tell heads apart best; none where no groups do."""
+) -> tuple[float, list[Group]] | None:
+    """Groups whose runs tell heads apart best, with the relative error at a cosine of 0.1.
+
+    None where the passes are too few for any.
+    """
     best: tuple[float, list[Group]] | None = None
     for count in range(1, len(heads) + 1):
         bounds = [len(heads) * i // count for i in range(count + 1)]
@@ -127,7 +153,7 @@ def _groups_of_heads(
         noise = 0.1 * most / pairs**0.5
         if best is None or noise < best[0]:
             best = noise, [Group(a, b, draws) for a, b in itertools.pairwise(bounds)]
-    return best[1] if best is not None and best[0] <= TOLD_APART else []
+    return best
 
 
 def _turns(shares: Sequence[float], passes: float, samples: int) -> list[list[Group]]:
@@ -196,7 +222,7 @@ def _levels(draws: Sequence[Draws], buckets: int) -> Array:
     """(buckets,) mean squared sensitivity in each of them; of all where there are no runs."""
     caused, put_in = np.zeros(buckets), np.zeros(buckets)
     for each in draws:
-        caused[each.bucket] += float((np.diag(each.products) - each.rounding**2).sum())
+        caused[each.bucket] += float(each.caused.sum())
         put_in[each.bucket] += float((each.signs**2 @ each.weights).sum())
     every = max(caused.sum(), 1e-30) / max(put_in.sum(), 1e-30)
     found = caused / np.maximum(put_in, 1e-30)
@@ -213,7 +239,8 @@ def _equations(draws: Sequence[Draws], level: Array, heads: int) -> _Equations:
             row[each.first : each.first + len(own)] = own
             rows.append(row)
             same = k == other
-            values.append(each.products[k, other] - same * each.rounding**2 - own.sum())
+            product = each.caused[k] if same else each.products[k, other]
+            values.append(float(product - own.sum()))
             spreads.append((1.0 + same) * max(float(np.abs(own).sum()), 1e-30) ** 2)
             of.append(each.bucket)
     return _Equations(np.array(of), np.array(rows), np.array(values), np.array(spreads))
