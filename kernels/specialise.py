@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from freqopt.config import QUERY_TILE
-from freqopt.kernels.forward.density import CELLS, RANK_BITS, RANK_BITS_ANEW
+from freqopt.kernels.forward.density import RANK_BITS, RANK_BITS_ANEW
 from freqopt.kernels.hopper import attend as gluon_attend
 from freqopt.kernels.hopper import gather as gluon_gather
 from freqopt.kernels.hopper import launch as hopper
@@ -22,8 +22,7 @@ from freqopt.kernels.hopper import prepare as gluon_prepare
 from freqopt.kernels.hopper import score as gluon_score
 from freqopt.kernels.launches import KernelLaunch, bind
 from freqopt.kernels.order_launches import CONTENT_ORDER, numbers_of_order
-from freqopt.kernels.portable.density import histogram_kernel
-from freqopt.kernels.split_launches import LISTED, SPLIT, numbers_of
+from freqopt.kernels.split_launches import LISTED, RANKING, SPLIT, numbers_of
 from freqopt.kernels.tiles import launch_for
 from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 
@@ -196,11 +195,11 @@ def long_specialisations(variant: Variant) -> Iterator[Specialised]:
         given = _specialised(launch, {}, variant.masked)
         name = "route" if launch.name == "route_tiles" else launch.name
         yield given._replace(name=name).with_defaults()
-    options = {"num_warps": 8, "num_stages": 3}
+    counting = _specialised(RANKING[0], {}, variant.masked)
     for bits, below in (*RANK_BITS, *RANK_BITS_ANEW):
-        constants = {"BITS": bits, "BELOW": below, "CELLS": CELLS, "FIRST": False}
-        name = f"rank_{below}"
-        yield Specialised(name, histogram_kernel, constants, options).with_defaults()
+        constants = {**counting.constants, "BITS": bits, "BELOW": below}
+        given = counting._replace(name=f"rank_{below}", constants=constants)
+        yield given.with_defaults()
 
 
 def _has_gluon(variant: Variant) -> bool:

@@ -30,6 +30,9 @@ LONG_ROUTE_BLOCKS = 1024
 DENSITY_CELLS = 8192
 """Scores per step of the search for a density's threshold, in exports: 16 to a thread."""
 
+RANK_CELLS = 4096
+"""The same of one of its passes in PyTorch."""
+
 PROBE_PROGRAMS = 264
 """Programs that the probe's exact pass is spread over, by cutting the keys into ranges: twice the
 processors of an H200, where 132, 396, 512 and 1,056 were slower."""
@@ -177,6 +180,14 @@ LISTED = (
                  of_call={"BJ": LONG_ROUTE_BLOCKS}),
 )  # fmt: skip
 """Of calls in PyTorch that route tiles of a list: those of the probes, or of a long sequence."""
+
+RANKING = (
+    KernelLaunch("histogram", density.histogram_kernel, "counters pairs", {"CELLS": RANK_CELLS},
+                 warps=8, stages=3, of_call={"BITS": 8, "BELOW": 23, "FIRST": False}),
+    KernelLaunch("narrow", density.narrow_kernel, "pairs", {}, stages=3,
+                 of_call={"BITS": 8, "FIRST": False, "LAST": False}),
+)  # fmt: skip
+"""Of the search for a density's threshold in PyTorch, once for each of its passes."""
 
 
 def key_ranges(pairs: int, blocks: int) -> int:

@@ -12,7 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from freqopt.kernels.launches import bind
 from freqopt.kernels.portable.density import histogram_kernel, narrow_kernel
+from freqopt.kernels.split_launches import RANK_CELLS, RANKING
 
 RANK_BITS = ((8, 23), (8, 15), (7, 8))
 """Bits of a score that one pass over all scores finds of a threshold: how many, and how many lower
@@ -23,8 +25,10 @@ tokens and 1.3 ms of 75,600 on an H200."""
 RANK_BITS_ANEW = ((11, 20), (11, 9))
 """The same for scores that are computed anew for every pass, which takes longer than counting."""
 
-CELLS, PARTS = 4096, 24
-"""Scores that a program counts at a time, and programs that a head's are spread over at most."""
+COUNTERS = 24
+"""Programs that a head's scores are spread over at most."""
+
+HISTOGRAM, NARROW = (bind(launch, {}) for launch in RANKING)
 
 
 def threshold_of_density(
@@ -58,14 +62,15 @@ def threshold_of_density(
         first, last = number == 0, number == len(rank_bits) - 1
         for tile_list, score in scores():
             rows = score.shape[2]
-            steps = triton.cdiv(rows * blocks, CELLS)
-            span = triton.cdiv(steps, PARTS) * CELLS
-            histogram_kernel[(triton.cdiv(rows * blocks, span), pairs)](
+            steps = triton.cdiv(rows * blocks, RANK_CELLS)
+            span = triton.cdiv(steps, COUNTERS) * RANK_CELLS
+            counters = triton.cdiv(rows * blocks, span)
+            histogram_kernel[HISTOGRAM.grid(counters=counters, pairs=pairs)](
                 score, tile_list, prefix, histogram, rows, blocks, span,
-                BITS=bits, BELOW=below, CELLS=CELLS, FIRST=first, OWN=own, num_warps=8,
+                BITS=bits, BELOW=below, FIRST=first, OWN=own, **HISTOGRAM.fixed,
             )  # fmt: skip
-        narrow_kernel[(pairs,)](
+        narrow_kernel[NARROW.grid(pairs=pairs)](
             histogram, prefix, left, limits, kept, below,
-            BITS=bits, FIRST=first, LAST=last, num_warps=4,
+            BITS=bits, FIRST=first, LAST=last, **NARROW.fixed,
         )  # fmt: skip
     return limits

@@ -14,19 +14,20 @@ pytest.importorskip("triton")
 from freqopt.exporters.tensorrt.aot.chain import Call, extents_of
 from freqopt.kernels import overlap
 from freqopt.kernels.forward import attention, probe, routing, split, summaries
-from freqopt.kernels.launches import Bound, KernelLaunch
+from freqopt.kernels.launches import Bound, KernelLaunch, bind
 from freqopt.kernels.layout import Inputs, Settings, TokenLayout
 from freqopt.kernels.order_launches import CONTENT_ORDER, order_launches
 from freqopt.kernels.specialise import NATIVE, POINTERS
-from freqopt.kernels.split_launches import LISTED, SHAPES, SPLIT, key_ranges, launches_of
+from freqopt.kernels.split_launches import LISTED, RANKING, SHAPES, SPLIT, key_ranges, launches_of
 from freqopt.kernels.tiles import launch_for
 
 EXPORTED = ("density", "text")
-DECLARED = (*SPLIT, *LISTED, *CONTENT_ORDER)
+DECLARED = (*SPLIT, *LISTED, *RANKING, *CONTENT_ORDER)
 
 
 def bound(dim: int = 64) -> dict[str, Bound]:
-    return {**launches_of(launch_for(torch.float16, dim), dim), **order_launches(dim)}
+    ranking = {launch.name: bind(launch, {}) for launch in RANKING}
+    return {**launches_of(launch_for(torch.float16, dim), dim), **order_launches(dim), **ranking}
 
 
 @pytest.mark.parametrize("launch", DECLARED, ids=lambda launch: launch.name)
