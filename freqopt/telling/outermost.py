@@ -37,13 +37,26 @@ class OutermostCall:
 
     def at_end(self, then: Callable[[], None]) -> None:
         """Call `then` when the call returns; not if it fails. What it raises, the call raises."""
-        frame = self._frame
+        frame, handled = self._frame, sys.exc_info()[1]
 
         def end() -> None:
-            if frame.f_locals.get("call_succeeded", True):
+            succeeded = frame.f_locals.get("call_succeeded")
+            if succeeded is None:  # torch 2.11 does not keep it
+                succeeded = not _raises_beside(handled)
+            if succeeded:
                 then()
 
         frame.f_locals["cleanups"].append(end)
+
+
+def _raises_beside(handled: BaseException | None) -> bool:
+    """Whether an exception is under way that is none of those that were being handled before."""
+    now = sys.exc_info()[1]
+    while handled is not None:
+        if handled is now:
+            return False
+        handled = handled.__context__
+    return now is not None
 
 
 def _wrapped_inline(function: Any) -> Any:

@@ -194,6 +194,15 @@ def test_a_failing_call_keeps_its_own_error(heard: pytest.LogCaptureFixture) -> 
         call(Fails(), torch.ones(3), threshold=0.0, strict=True)
 
 
+def test_a_call_from_a_handler_is_told_as_any(heard: pytest.LogCaptureFixture) -> None:
+    """The exception that its caller handles is none of its own."""
+    try:
+        raise KeyError("the caller's")
+    except KeyError:
+        call(Timed(), video(GRID), torch.tensor([5.0]), threshold=0.0)
+    assert len(lines(heard)) == 1
+
+
 @pytest.mark.parametrize("time", [5.0, 950.0])
 def test_timesteps_outside_the_plans_are_told_once(
     heard: pytest.LogCaptureFixture, time: float
