@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from passes_toys import Toy, video
-from torch._dynamo.exc import BackendCompilerFailed
 
 import freqopt
 from freqopt.backend import freqopt_backend, parse_options
@@ -49,10 +48,10 @@ def test_a_mode_reaches_inductor(mode: str | None, cudagraphs: bool, autotune: b
     compiled = torch.compile(Toy(), backend=freqopt_backend, options=options, dynamic=False)
     caches_off = {"force_disable_caches": True, "post_grad_custom_post_pass": look}
     torch._dynamo.reset()
-    failing = pytest.raises(BackendCompilerFailed)
-    with config.patch(caches_off), torch.no_grad(), failing as stopped:
+    # Which error wraps it differs between versions of torch.
+    failing = pytest.raises(Exception, match=rf"\({cudagraphs}, {autotune}\) with 2 split")
+    with config.patch(caches_off), torch.no_grad(), failing:
         compiled(video(GRID))
-    assert f"({cudagraphs}, {autotune}) with 2 split" in str(stopped.value)
 
 
 def test_an_unknown_mode_is_refused() -> None:
