@@ -7,20 +7,19 @@ comparisons and concatenation is followed; any other mask leaves the site dense.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from freqopt.passes.axes.dimensions import at_most, product, same
+from freqopt.passes.axes.dimensions import at_most, same
+from freqopt.passes.masks.indices import is_index, lower_bound
 from freqopt.passes.masks.memory import is_written, may_share
 from freqopt.passes.masks.ranks import whole_of
 from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import (
     argument,
-    is_plain_index,
     known_int,
     operation,
     shape,
@@ -47,6 +46,19 @@ PASS = {
     "repeat",
 }
 """Operations after which an entry is true if it was before, and the last axis is the same."""
+
+SPREADS = {
+    "expand",
+    "expand_as",
+    "bitwise_and",
+    "logical_and",
+    "mul",
+    "bitwise_or",
+    "logical_or",
+    "masked_fill",
+    "where",
+}
+"""Operations that repeat the entry of a last axis of length 1."""
 
 
 def mask_problem(mask: fx.Node, before: Extent, video: Extent, batch: Extent) -> Why | None:
@@ -105,7 +117,8 @@ class Range:
         if name in ("full", "new_full", "full_like"):
             return _is_one(argument(item, 2 if name == "new_full" else 1, "fill_value"))
         if name in PASS or adds_dimensions(item):
-            return self._keeps_last(item, source) and self.true(source)
+            own = self._of_operand(item, source)
+            return own is not None and own.true(source)
         if name == "masked_fill":
             fill = argument(item, 2, "value")
             hidden = argument(item, 1, "mask")
@@ -136,7 +149,8 @@ class Range:
         if name in ("zeros", "zeros_like", "new_zeros"):
             return True
         if name in PASS or adds_dimensions(item):
-            return self._keeps_last(item, source) and self.false(source)
+            own = self._of_operand(item, source)
+            return own is not None and own.false(source)
         if name in ("bitwise_and", "logical_and"):
             return any(self._false_at(item, operand) for operand in item.args[:2])
         if name in ("bitwise_or", "logical_or"):
@@ -235,10 +249,25 @@ class Range:
         return place if place is not None and place >= 0 else None
 
     def _true_at(self, node: fx.Node, operand: Any) -> bool:
-        return self._aligned(node, operand) and self.true(operand)
+        own = self._of_operand(node, operand)
+        return own is not None and own.true(operand)
 
     def _false_at(self, node: fx.Node, operand: Any) -> bool:
-        return self._aligned(node, operand) and self.false(operand)
+        own = self._of_operand(node, operand)
+        return own is not None and own.false(operand)
+
+    def _of_operand(self, node: fx.Node, operand: Any) -> Range | None:
+        """The entries of an operand that those in the range come from; None if it has others."""
+        if self._aligned(node, operand):
+            return self
+        sizes = shape(operand)
+        if not sizes:
+            return None
+        if operation(node) in SPREADS and same(sizes[-1], 1):
+            return Range(0, 1)
+        # A new last axis of length 1: the operand's own is another now.
+        added = operation(node) == "unsqueeze" or adds_dimensions(node)
+        return Range(0, sizes[-1]) if added and same(shape(node)[-1], 1) else None
 
     def _aligned(self, node: fx.Node, operand: Any) -> bool:
         """Whether an operand has the last axis of the result, so that the range means the same."""
@@ -292,9 +321,16 @@ class Range:
         return False
 
     def _compares(self, node: fx.Node, wanted: bool) -> bool:
-        """Comparison of an index that runs along the last axis with a bound from below."""
+        """Comparison of an index that runs along the last axis with a bound from below.
+
+        Or of any integers with a number, by the least that they can be.
+        """
         left, right = node.args[:2]
         name = operation(node)
+        if self._is_beyond(left, right, above=name in ("gt", "le")):
+            return wanted is (name in ("gt", "ge"))
+        if self._is_beyond(right, left, above=name in ("lt", "ge")):
+            return wanted is (name in ("lt", "le"))
         if is_index(left, shape(node)[-1]):
             bound, always = right, name in ("lt", "le")
         elif is_index(right, shape(node)[-1]):
@@ -304,6 +340,13 @@ class Range:
         # index < stop <= bound: "index < bound" is always true and "index >= bound" always false.
         lowest = lower_bound(bound)
         return always is wanted and lowest is not None and at_most(self.stop, lowest)
+
+    def _is_beyond(self, item: Any, number: Any, *, above: bool) -> bool:
+        """Whether no entry of an integer tensor is below a number; above: nor equal to it."""
+        bound, least = value(number), lower_bound(item) if isinstance(item, fx.Node) else None
+        if least is None or not isinstance(bound, (int, torch.SymInt)):
+            return False
+        return at_most(bound + 1 if above else bound, least)
 
 
 Proof = Callable[[Range, Any], bool]
@@ -321,72 +364,6 @@ def adds_dimensions(node: fx.Node) -> bool:
         return False
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     return all(item is None or item is Ellipsis or item == slice(None) for item in index)
-
-
-def is_index(item: Any, length: Extent) -> bool:
-    """Whether a tensor is 0, 1, 2, ... along its last axis, which has `length` entries."""
-    if not isinstance(item, fx.Node) or is_written(item):
-        return False
-    name = operation(item)
-    if name in ("unsqueeze", "view", "reshape", "to", "expand", "getitem"):
-        if name == "getitem" and not is_plain_index(item.args[1]):
-            return False
-        sizes = shape(item)
-        source = item.args[0]
-        if name == "to" and value(item).dtype.is_floating_point:
-            return False
-        kept = bool(sizes) and same(sizes[-1], length) and same(product(shape(source)), length)
-        return kept and is_index(source, length)
-    if name != "arange" or value(item).dtype.is_floating_point:
-        return False
-    first, second = argument(item, 0, "start", default=0), argument(item, 1, "end")
-    start, step = (
-        (0 if second is None and "end" not in item.kwargs else first),
-        argument(item, 2, "step"),
-    )
-    return value(start) == 0 and step in (None, 1) and same(shape(item)[0], length)
-
-
-def lower_bound(item: Any) -> Extent | None:
-    """A number that no entry of an integer tensor is below.
-
-    A sum over an input is taken to be a count, so not negative: it is how lengths are made from
-    the padding masks that pipelines pass, which hold zeros and ones in any dtype.
-    """
-    found = value(item)
-    if isinstance(found, (int, torch.SymInt)) and not isinstance(found, bool):
-        return found
-    if not isinstance(item, fx.Node) or is_written(item):
-        return None
-    name = operation(item)
-    if name in (
-        "unsqueeze",
-        "view",
-        "reshape",
-        "to",
-        "int",
-        "long",
-        "expand",
-        "squeeze",
-        "getitem",
-    ):
-        return lower_bound(item.args[0])
-    if name == "sum":
-        return 0 if _is_input(item.args[0]) else None
-    if name == "add":
-        parts = [lower_bound(operand) for operand in item.args[:2]]
-        known = [part for part in parts if part is not None]
-        return operator.add(*known) if len(known) == 2 else None
-    return None
-
-
-def _is_input(item: Any) -> bool:
-    """Whether a tensor is an input of the graph as it came, or converted."""
-    while isinstance(item, fx.Node) and not is_written(item):
-        if operation(item) not in ("to", "bool", "int", "long"):
-            return item.op == "placeholder"
-        item = item.args[0]
-    return False
 
 
 def _is_finite(item: Any) -> bool:

@@ -34,6 +34,27 @@ def expanded(keys: Tensor) -> Tensor:
     return torch.logical_and(rows.transpose(-1, -2), rows)
 
 
+def places(keys: Tensor) -> Tensor:
+    """As transformers makes a mask of every pair where torch cannot map a function over pairs."""
+    rows = torch.arange(keys.shape[1], device=keys.device) + 0
+    return (rows[None, None, :, None] >= 0).expand(keys.shape[0], -1, -1, keys.shape[1])
+
+
+def numbers_first(keys: Tensor) -> Tensor:
+    rows = torch.arange(3, 3 + keys.shape[1])
+    return torch.logical_and((rows > 2)[None, None, :, None], ~(rows <= 2)[None, None, None])
+
+
+def all_but_one(keys: Tensor) -> Tensor:
+    rows = torch.arange(keys.shape[1])
+    return (rows[None, None, :, None] >= 1).expand(keys.shape[0], -1, -1, keys.shape[1])
+
+
+def from_below(keys: Tensor) -> Tensor:
+    rows = torch.arange(keys.shape[1]) - 1
+    return (rows[None, None, :, None] >= 0).expand(keys.shape[0], -1, -1, keys.shape[1])
+
+
 def one_way(keys: Tensor) -> Tensor:
     rows = keys[:, None, None].expand(-1, 1, keys.shape[1], -1)
     return rows & rows.flip(-1).transpose(-1, -2)
@@ -95,7 +116,19 @@ def test_outer_products_are_honoured(square: Square, dynamic: bool) -> None:
     torch.testing.assert_close(got[0, -2:], got[1, -2:-1].expand(2, -1))
 
 
-@pytest.mark.parametrize("square", [one_way, united, moved])
+@pytest.mark.parametrize("square", [places, numbers_first])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_pairs_that_are_provably_all_there_are_no_mask(square: Square, dynamic: bool) -> None:
+    model, given = Masked(square), inputs()
+    (site,) = sites_of(model, *given, dynamic=dynamic)
+    assert site.eligible and site.attention.mask is None
+    options = {"inner": "eager", "min_tokens": 1, "threshold": 0.0, "strict": True}
+    compiled = torch.compile(model, backend=freqopt_backend, options=options, dynamic=dynamic)  # type: ignore[call-overload]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("square", [one_way, united, moved, all_but_one, from_below])
 def test_other_masks_over_pairs_are_not(square: Square) -> None:
     with torch.no_grad():
         (site,) = sites_of(Masked(square), *inputs())
