@@ -30,7 +30,7 @@ from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
 from freqopt.reuse import compile_reusing
-from freqopt.telling.attached import verified_errors
+from freqopt.telling.attached import judged_from, verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
 from freqopt.telling.watching import MOST_KEPT
@@ -138,6 +138,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
     if part.plan is not None:
         graph.names = part.plan.names_of([d.site.name for d in decisions])
         graph.verified = verified_errors(part.plan)
+        graph.judged_from = judged_from(part.plan)
         if part.inputs:
             graph.site_of = _weakly(part.feeding.site_of)
         graph = with_timesteps(graph, gm, part.plan)

@@ -96,7 +96,8 @@ class Watch:
         """What a budget belongs to, None if it is not of this model."""
         for name, (module, attribute) in self.places.items():
             if module.__dict__.get(attribute) is budget:
-                return Named(self.name, name, self.verified.get(name))
+                verified = self.verified.get(name)
+                return Named(self.name, name, verified, judged_from(self.plan))
         return None
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,6 +180,18 @@ def verified_errors(plan: Plan) -> dict[str, float]:
         for name, site in plan.sites.items()
         if site.decision == "split" and site.error
     }
+
+
+MANY_CALLS = 32
+"""Calls that see a good part of a denoising schedule, in whole steps or twice for guidance."""
+
+
+def judged_from(plan: Plan) -> int:
+    """Calls whose mean error is comparable with the plan's, which is one over all its timesteps.
+
+    A plan with budgets by timestep may leave noisy steps several times that error.
+    """
+    return MANY_CALLS if plan.timestep_edges else 1
 
 
 def attached_to(model: object) -> Plan | None:

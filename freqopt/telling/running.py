@@ -42,11 +42,15 @@ Feed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class Named(NamedTuple):
-    """Whose attention a call is: model, site by the plan's name, and the error of the plan."""
+    """Whose attention a call is: model, site by the plan's name, and the error of the plan.
+
+    from_call: calls whose mean error is comparable with the plan's.
+    """
 
     model: str
     site: str
     verified: float | None = None
+    from_call: int = 1
 
 
 graphs: list[Graph] = []
@@ -86,7 +90,8 @@ class Graph:
     """A compiled graph while it runs.
 
     decisions: (site, split, reason). names: those of the decisions in the plan, where they are
-    among its sites. verified: the plan's error by its own names. measured: positions of those
+    among its sites. verified: the plan's error by its own names, judged_from: calls whose mean is
+    comparable with it. measured: positions of those
     decisions whose probes are watched, heads: how many each has. budgets: for each decision the
     graph's input that holds the budget of its module, -1 for none. grids: the same for an input
     that is 0 where a call tells no grid, and attention is dense. timestep: input that holds it.
@@ -98,6 +103,7 @@ class Graph:
     decisions: tuple[tuple[str, bool, str], ...]
     names: Mapping[str, str] = field(default_factory=dict)
     verified: Mapping[str, float] = field(default_factory=dict)
+    judged_from: int = 1
     measured: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     budgets: tuple[int, ...] = ()
@@ -209,14 +215,15 @@ class Graph:
                     return found
             site = self.site_of(budget) or site
         name = self.names.get(site, site)
-        return Named(self.model, name, self.verified.get(name))
+        return Named(self.model, name, self.verified.get(name), self.judged_from)
 
     def _judge(self, found: Calls, means: Tensor | None) -> None:
         """Warn once where probes measure much more than the plan verified."""
         if means is None:
             return
         names = [found.names[index] for index in self.measured]
-        worse = exceeded(zip(names, means.tolist(), strict=True))
+        known = zip(names, means.tolist(), strict=True)
+        worse = exceeded((named, mean) for named, mean in known if found.count >= named.from_call)
         if worse:
             self.told = True
             warn(_worse_than_verified(worse, len(names)))

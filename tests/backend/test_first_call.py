@@ -17,6 +17,7 @@ from freqopt.kernels import chunked
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
+from freqopt.telling.attached import MANY_CALLS
 from freqopt.telling.verdict import HOOKED
 
 GRID = (3, 6, 10)
@@ -243,6 +244,29 @@ def test_probes_far_from_the_plan_warn_once_and_are_counted(
         assert site.probe_mean is not None and site.probe_worst is not None
         assert site.probe_worst >= site.probe_mean > 2 * 1e-4 and site.verified == 1e-4
     assert found.to_dict()["models"][0]["split"] == 6
+
+
+def test_a_plan_by_timestep_is_judged_over_many_calls(heard: pytest.LogCaptureFixture) -> None:
+    """Its error is one over all timesteps; noisy ones alone may have more."""
+    model, inputs = Timed(), (video(GRID), torch.tensor([5.0]))
+    plan = plan_of(model, "blocks.0", "blocks.1", threshold=5.0, error=1e-4)
+    for site in plan.sites.values():
+        site.budgets.append(site.budgets[0])
+    by_time = {"timestep_edges": [500.0], "timestep_name": "timestep"}
+    plan = plan.model_copy(update=by_time)
+    compiled = torch.compile(
+        model, backend=freqopt_backend, options={"inner": "eager", "plan": plan}
+    )
+    worse = "times the error that the plan verified"
+    with torch.no_grad():
+        for _ in range(MANY_CALLS - 1):
+            compiled(*inputs)
+        freqopt.counters()
+        assert not any(worse in line for line in lines(heard))
+        for _ in range(MANY_CALLS):
+            compiled(*inputs)
+    freqopt.counters()
+    assert sum(worse in line for line in lines(heard)) == 1
 
 
 def test_the_probes_that_are_counted_are_those_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
