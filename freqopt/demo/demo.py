@@ -114,7 +114,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
 
     result = {
         "environment": environment(),
-        "command": shlex.join(["freqopt", *sys.argv[1:]]),
+        "command": shlex.join(["freqopt", *_without_folder(sys.argv[1:])]),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
         "tokens": math.prod(_grid(settings)),
         "grid": list(_grid(settings)),
@@ -171,6 +171,14 @@ class Clock:
         started = time.perf_counter()
         yield
         self.stages[name] = round(time.perf_counter() - started, 2)
+
+
+def _without_folder(arguments: list[str]) -> list[str]:
+    """A command's arguments but `--out FOLDER`, which is of one machine."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def _plan(model: VideoDiT, settings: Settings, say: Callable[..., None]) -> Plan:
