@@ -72,13 +72,13 @@ class Artifact:
     @property
     def dense_sites(self) -> dict[str, str]:
         """Sites that stay dense, with the reason."""
-        found: dict[str, str] = self.manifest["dense_sites"]
+        found: dict[str, str] = self.manifest.get("dense_sites", {})
         return found
 
     @property
     def notes(self) -> list[str]:
         """What was left out, or is otherwise than one may think."""
-        found: list[str] = self.manifest["notes"]
+        found: list[str] = self.manifest.get("notes", [])
         return found
 
     def __str__(self) -> str:

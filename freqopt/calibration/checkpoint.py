@@ -210,7 +210,7 @@ def _read(path: Path, identity: str) -> dict[str, Entry]:
                 raise ValueError("its content does not match its own hash")
             tensors: dict[str, dict[str, Tensor]] = {}
             for name, tensor in whole.items():
-                key, _, leaf = name.partition("|")
+                key, _, leaf = name.rpartition("|")  # keys may hold one too
                 tensors.setdefault(key, {})[leaf] = tensor
             facts = json.loads(header.facts)
             return {key: Entry(fact, tensors.get(key, {})) for key, fact in facts.items()}

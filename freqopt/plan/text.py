@@ -151,7 +151,7 @@ def _sample_errors(plan: PlanContent, verified: Verified) -> str:
 
 def _costs(plan: PlanContent) -> str:
     if not plan.evidence.timings:
-        return f"costs counted in multiply-adds, not measured on this {plan.device}"
+        return f"costs counted in multiply-adds, not measured on this {shown(plan.device)}"
     return f"costs measured at {len(plan.evidence.timings)} shapes"
 
 

@@ -209,6 +209,8 @@ def test_damaged_checkpoints(tmp_path: Path, count: int) -> None:
             assert entry.facts == {"x": [1.5, None]}
             assert torch.equal(entry.tensors["t"], torch.arange(4.0))
 
+    resume()
+    assert Checkpoint(path, "identity").find("a|1") is not None
     for _ in range(count):
         path.write_bytes(damaged(good, chance))
         tried(resume)
