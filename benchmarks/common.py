@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.pages import RESULTS
+from freqopt.shown import shown_arguments
 
 
 def environment() -> dict[str, str]:
@@ -28,16 +29,8 @@ def environment() -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "command": "python -m " + " ".join([_module_name(), *_shown(sys.argv[1:])]),
+        "command": "python -m " + " ".join([_module_name(), *shown_arguments(sys.argv[1:])]),
     }
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """Arguments without the folder of the results, which is of one machine only."""
-    if "--out" not in arguments:
-        return arguments
-    at = arguments.index("--out")
-    return arguments[:at] + arguments[at + 2 :]
 
 
 def _module_name() -> str:

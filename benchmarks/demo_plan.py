@@ -12,16 +12,17 @@ from pathlib import Path
 
 import freqopt
 from benchmarks.pages import ROOT
+from freqopt.demo.demo import denoising_inputs
 from freqopt.demo.settings import default_settings
-from freqopt.models_zoo.sampling import denoising_samples
 from freqopt.models_zoo.video_dit import load_pretrained
+from freqopt.progress import open_progress
 
 PLAN = ROOT / "freqopt" / "demo" / "video_dit_plan.json"
 
 DENSITY = 0.2
 """Share of pairs attended exactly, which decides the demo's speed; its error is what it shows."""
 
-SAMPLES, PASSES, SEED = 6, 36, 1000
+SAMPLES, PASSES = 6, 36
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,16 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=None, help="of the videos; as in the demo")
     parser.add_argument("--out", type=Path, default=PLAN, help="the file to write")
     given = parser.parse_args(arguments)
-    settings, model = default_settings("cpu", frames=given.frames), load_pretrained()
-    samples = denoising_samples(
-        model,
-        given.samples,
-        frames=settings.frames,
-        height=settings.height,
-        width=settings.width,
-        steps=settings.steps,
-        seed=SEED,
-    )
+    model = load_pretrained()
+    settings = default_settings("cpu", frames=given.frames, samples=given.samples)
+    with open_progress(True) as bars:
+        samples = denoising_inputs(model, settings, bars)
     plan = freqopt.calibrate(
         model,
         samples,

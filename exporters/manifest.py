@@ -72,7 +72,7 @@ class Artifact:
     @property
     def dense_sites(self) -> dict[str, str]:
         """Sites that stay dense, with the reason."""
-        found: dict[str, str] = self.manifest.get("dense_sites", {})
+        found: dict[str, str] = self.manifest["dense_sites"]
         return found
 
     @property

@@ -28,6 +28,14 @@ def shown_lines(text: object) -> str:
     )
 
 
+def shown_arguments(arguments: list[str]) -> list[str]:
+    """A command's arguments but `--out FOLDER`, which is of one machine."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 

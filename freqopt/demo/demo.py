@@ -36,6 +36,7 @@ from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan
 from freqopt.progress import Progress, open_progress
+from freqopt.shown import shown_arguments
 from freqopt.telling.counting import counters
 
 CHECKED = 4
@@ -114,7 +115,7 @@ def run_demo(settings: Settings, console: Console | None = None) -> dict[str, An
 
     result = {
         "environment": environment(),
-        "command": shlex.join(["freqopt", *_without_folder(sys.argv[1:])]),
+        "command": shlex.join(["freqopt", *shown_arguments(sys.argv[1:])]),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()},
         "tokens": math.prod(_grid(settings)),
         "grid": list(_grid(settings)),
@@ -171,14 +172,6 @@ class Clock:
         started = time.perf_counter()
         yield
         self.stages[name] = round(time.perf_counter() - started, 2)
-
-
-def _without_folder(arguments: list[str]) -> list[str]:
-    """A command's arguments but `--out FOLDER`, which is of one machine."""
-    if "--out" not in arguments:
-        return arguments
-    at = arguments.index("--out")
-    return arguments[:at] + arguments[at + 2 :]
 
 
 def _plan(model: VideoDiT, settings: Settings, say: Callable[..., None]) -> Plan:
