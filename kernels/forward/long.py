@@ -24,8 +24,7 @@ from freqopt.kernels.forward.density import RANK_BITS_ANEW, threshold_of_density
 from freqopt.kernels.forward.probe import fit_probes, probe_space
 from freqopt.kernels.forward.routing import limits_of, probe_rows, route_probes, score_tiles
 from freqopt.kernels.forward.short import reached_density
-from freqopt.kernels.forward.summaries import summarise
-from freqopt.kernels.hopper import launch as hopper
+from freqopt.kernels.forward.summaries import summarise_in_place
 from freqopt.kernels.layout import PER_BYTE, Settings
 from freqopt.kernels.portable.long import route_tiles_kernel
 from freqopt.kernels.split_launches import LONG_ROUTE_BLOCKS
@@ -127,9 +126,7 @@ class Walk:
 def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Target) -> Findings:
     """Attend into `target`; threshold: (H,), used where there is no density."""
     device = call.query.device
-    if hopper.applies(call.query):
-        call = call._replace(key=hopper.gatherable(call.key), value=hopper.gatherable(call.value))
-    summaries = summarise(call, ordered=False)
+    call, summaries = summarise_in_place(call)
     walk = Walk(call, summaries)
     if settings.density > 0.0:
         limits = walk.limits_of(settings.density)

@@ -134,13 +134,31 @@ def route_probes(call: Call, summaries: Summaries, limits: Tensor, rows: ProbeRo
     limits: thresholds (B, H). Results are in `rows`; what `score_tiles` allocates on the way
     stays on the stream that this is called on.
     """
-    probes, blocks = rows.score.shape[2:]
-    tiles, launches = rows.tile_list, call.launches
-    first, then = launches["probe_tiles"], launches["route"]
-    probe_tiles_kernel[first.grid()](tiles, call.queries, probes, **first.fixed)
+    tiles = rows.tile_list
+    list_probe_tiles(call, tiles)
     score_tiles(call, summaries, rows.score, rows.mass_term, tiles)
-    route_kernel[then.grid(tiles=probes, pairs=call.pairs)](
-        rows.score, limits, rows.mass_term, rows.route, tiles, tiles, probes, blocks,
-        **then.fixed, BJ=route_step(blocks), LISTS=False, tile_list=tiles, OWN=call.own,
+    route = Route(rows.route, tiles, tiles, rows.mass_term)
+    route_listed(call, rows.score, limits, route, tiles, lists=False)
+    return route
+
+
+def list_probe_tiles(call: Call, tiles: Tensor) -> None:
+    """Write the tiles of the probes, (probes,) int32."""
+    launch = call.launches["probe_tiles"]
+    probe_tiles_kernel[launch.grid()](tiles, call.queries, len(tiles), **launch.fixed)
+
+
+def route_listed(
+    call: Call, score: Tensor, limits: Tensor, route: Route, tiles: Tensor, *, lists: bool
+) -> None:
+    """Write the bands of listed tiles (n,) int32 into a route with a row for each.
+
+    score: (B, H, n, blocks) float32; limits: thresholds (B, H). lists: without them the route's
+    list and counts are not written, and may be anything.
+    """
+    blocks, launch = score.shape[3], call.launches["route"]
+    route_kernel[launch.grid(tiles=len(tiles), pairs=call.pairs)](
+        score, limits, route.mass_term, route.route, route.exact_list, route.counts,
+        len(tiles), blocks,
+        **launch.fixed, BJ=route_step(blocks), LISTS=lists, tile_list=tiles, OWN=call.own,
     )  # fmt: skip
-    return Route(rows.route, tiles, tiles, rows.mass_term)

@@ -8,7 +8,6 @@ takes little memory beside its scores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,27 +17,12 @@ from freqopt.config import QUERY_TILE
 from freqopt.kernels.forward.attention import attend
 from freqopt.kernels.forward.call import Route, Target
 from freqopt.kernels.forward.probe import fit_probes, probe_space
-from freqopt.kernels.forward.routing import route_step, score_tiles
+from freqopt.kernels.forward.routing import list_probe_tiles, route_listed, score_tiles
 from freqopt.kernels.forward.split import call_of, on_device, readable
-from freqopt.kernels.forward.summaries import summarise
+from freqopt.kernels.forward.summaries import summarise_in_place
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import Inputs, Settings
-from freqopt.kernels.portable.glue import probe_tiles_kernel
-from freqopt.kernels.portable.prepare import route_kernel
 from freqopt.kernels.reference import own_blocks
-
-
-class Rows(NamedTuple):
-    """Listed tiles of a call, routed at one threshold after another, from the highest down.
-
-    tiles: (n,) int32. score, mass_term (B, H, n, blocks): theirs; pairs that were exact at one
-    threshold stay marked for the next, where they are exact too. route: memory for it.
-    """
-
-    tiles: Tensor
-    score: Tensor
-    mass_term: Tensor
-    route: Route
 
 
 class SampledCall:
@@ -52,18 +36,12 @@ class SampledCall:
         inputs = readable(inputs)
         with on_device(inputs.query):
             call = call_of(inputs, settings, *inputs.order_memory(settings))
-            if hopper.applies(call.query):
-                key, value = hopper.gatherable(call.key), hopper.gatherable(call.value)
-                call = call._replace(key=key, value=value)
-            self.call, self.summaries = call, summarise(call, ordered=False)
-            tiles, self.blocks = (
-                triton.cdiv(call.queries, QUERY_TILE),
-                self.summaries.spread.shape[2],
-            )
+            call, summaries = self.call, self.summaries = summarise_in_place(call)
+            tiles, self.blocks = triton.cdiv(call.queries, QUERY_TILE), summaries.spread.shape[2]
             shape, device = (*call.per_head, tiles, self.blocks), call.query.device
             self.score = torch.empty(shape, device=device, dtype=torch.float32)
             self._mass_term = torch.empty(shape, device=device, dtype=torch.float16)
-            score_tiles(call, self.summaries, self.score, self._mass_term)
+            score_tiles(call, summaries, self.score, self._mass_term)
         self.score.masked_fill_(own_blocks(tiles, self.blocks, device), torch.inf)
         self.probes = min(settings.probes, call.queries)
 
@@ -80,14 +58,13 @@ class SampledCall:
             return coefficients, errors
         with on_device(call.query):
             tiles = torch.empty(self.probes, device=device, dtype=torch.int32)
-            listing = call.launches["probe_tiles"]
-            probe_tiles_kernel[listing.grid()](tiles, call.queries, self.probes, **listing.fixed)
-            rows = self._rows(tiles, lists=False)
+            list_probe_tiles(call, tiles)
+            score, route = self._rows(tiles, lists=False)
             space = probe_space(call, self.blocks, self.probes)
             for rung, limits in self._descending(thresholds):
-                self._route(rows, limits, lists=False)
+                route_listed(call, score, limits, route, tiles, lists=False)
                 own = space._replace(coefficients=coefficients[rung], error=errors[rung])
-                fit_probes(call, self.summaries, rows.route, own, by_probe=True)
+                fit_probes(call, self.summaries, route, own, by_probe=True)
         return coefficients, errors
 
     def attend(
@@ -107,10 +84,10 @@ class SampledCall:
         target = Target(out.transpose(1, 2), None)
         index = token[..., None].expand(-1, -1, -1, dim)
         with on_device(call.query):
-            rows = self._rows(tiles, lists=True)
+            score, route = self._rows(tiles, lists=True)
             for rung, limits in self._descending(thresholds):
-                self._route(rows, limits, lists=True)
-                attend(call, self.summaries, rows.route, coefficients[rung], target, tiles)
+                route_listed(call, score, limits, route, tiles, lists=True)
+                attend(call, self.summaries, route, coefficients[rung], target, tiles)
                 yield rung, target.out.gather(2, index)
 
     def _tokens(self, tiles: Tensor) -> Tensor:
@@ -125,8 +102,13 @@ class SampledCall:
             token = order.index[row].expand(*call.per_head, -1)
         return token.long() + call.query_layout.text_before
 
-    def _rows(self, tiles: Tensor, *, lists: bool) -> Rows:
-        """Listed tiles before any threshold. lists: whether they are to be attended."""
+    def _rows(self, tiles: Tensor, *, lists: bool) -> tuple[Tensor, Route]:
+        """Scores (B, H, n, blocks) of listed tiles, and memory for their route.
+
+        It is written at one threshold after another, from the highest down: pairs that were exact
+        at one stay marked in the mass terms, and are exact at the next too. lists: whether the
+        tiles are to be attended.
+        """
         at = tiles.long()
         score, mass_term = self.score[:, :, at], self._mass_term[:, :, at]
         route = torch.empty(score.shape, device=tiles.device, dtype=torch.int8)
@@ -134,7 +116,7 @@ class SampledCall:
         if lists:
             exact_list = torch.empty(score.shape, device=tiles.device, dtype=torch.int32)
             counts = torch.empty(score.shape[:3], device=tiles.device, dtype=torch.int32)
-        return Rows(tiles, score, mass_term, Route(route, exact_list, counts, mass_term))
+        return score, Route(route, exact_list, counts, mass_term)
 
     def _descending(self, thresholds: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
         """Numbers of the thresholds from the highest down, and each for all (B, H)."""
@@ -143,12 +125,3 @@ class SampledCall:
         limits = limits[:, None].expand(-1, self.call.pairs).contiguous()
         for rung in reversed(range(len(thresholds))):
             yield rung, limits[rung]
-
-    def _route(self, rows: Rows, limits: Tensor, *, lists: bool) -> None:
-        """Bands of listed tiles at thresholds (B * H,), into their route."""
-        tiles, call = rows.tiles, self.call
-        launch = call.launches["route"]
-        route_kernel[launch.grid(tiles=len(tiles), pairs=call.pairs)](
-            rows.score, limits, rows.mass_term, *rows.route[:3], len(tiles), self.blocks,
-            **launch.fixed, BJ=route_step(self.blocks), LISTS=lists, tile_list=tiles, OWN=call.own,
-        )  # fmt: skip

@@ -76,3 +76,10 @@ def summarise(call: Call, *, ordered: bool = True) -> Summaries:
         key_shift=key_shift, key_var=key_var, spread=spread,
         low_key=low_key, low_value=low_value, low_order=low_order,
     )  # fmt: skip
+
+
+def summarise_in_place(call: Call) -> tuple[Call, Summaries]:
+    """Summaries without copies in order, and the call with keys and values that can be read so."""
+    if hopper.applies(call.query):
+        call = call._replace(key=hopper.gatherable(call.key), value=hopper.gatherable(call.value))
+    return call, summarise(call, ordered=False)
