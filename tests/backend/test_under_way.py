@@ -11,6 +11,7 @@ from typing import Any
 import pieces_models as models
 import pytest
 import torch
+from pieces_models import inputs_on as call
 from plans import plan_of
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,15 +23,6 @@ from freqopt.plan.plan import Plan
 
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 WIDE, TALL = models.GRID, (3, 10, 6)
-
-
-def call(grid: tuple[int, int, int]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(grid[1])
-    t, h, w = grid
-    return {
-        "video": torch.randn(1, 4, t, 2 * h, 2 * w, generator=generator),
-        "text": torch.randn(1, 12, models.WIDTH, generator=generator),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -161,3 +161,13 @@ def wrapping_attention(model: nn.Module) -> None:
     """Each attention inside another module."""
     for block in model.get_submodule("blocks").children():
         block.attn, block.cross = Wrapped(block.attn), Wrapped(block.cross)
+
+
+def inputs_on(grid: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Arguments of a model of `make`, of a video on a grid; the same whenever it is asked for."""
+    t, h, w = grid
+    generator = torch.Generator().manual_seed(h)
+    return {
+        "video": torch.randn(1, 4, t, 2 * h, 2 * w, generator=generator),
+        "text": torch.randn(1, 12, WIDTH, generator=generator),
+    }
