@@ -292,10 +292,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 f"{100 * r['density']:.3g} %  {r['speedup']:.1f}x",
                 (r["ms"], r["l1"]),
                 textcoords="offset points",
-                xytext=(-5, -3),
-                ha="right",
-                va="top",
+                xytext=(6, 4),
                 fontsize=7,
+                color=COLORS[0],
             )
         for name in sorted({r["name"] for r in problem.get("rivals", [])}):
             other = [r for r in problem["rivals"] if r["name"] == name]

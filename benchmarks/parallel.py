@@ -113,12 +113,7 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
         if not name.endswith("attn1"):
             return
         wanted = spread_densities(query.shape[1], mean, len(sites))
-        thresholds, reached = [], []
-        for head, density in enumerate(wanted):
-            one = [x[:, head : head + 1] for x in (query, key, value)]
-            threshold, found = threshold_of(one, grid, density)
-            thresholds.append(threshold)
-            reached.append(found)
+        thresholds, reached = thresholds_of((query, key, value), grid, wanted)
         sites[name] = SitePlan(
             heads=query.shape[1],
             head_dim=query.shape[3],
@@ -145,17 +140,22 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
     )
 
 
-def threshold_of(one: list[Tensor], grid: Sequence[int], density: float) -> tuple[float, float]:
-    """The threshold at which a head (1, 1, N, D) has a density, by halving, and what it reaches."""
-    low, high, reached = -14.0, 14.0, 1.0
+def thresholds_of(
+    given: tuple[Tensor, Tensor, Tensor], grid: Sequence[int], densities: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Thresholds at which heads (1, H, N, D) have their densities, by halving, and what they reach."""
+    wanted = torch.tensor(densities, device=given[0].device)
+    low, high = torch.full_like(wanted, -14.0), torch.full_like(wanted, 14.0)
+    reached = torch.ones_like(wanted)
     for _ in range(12):
         middle = (low + high) / 2
         stats = freqopt.split_attention(
-            *one, grid=tuple(grid), threshold=2.0**middle, probes=0, return_stats=True
+            *given, grid=tuple(grid), threshold=2.0**middle, probes=0, return_stats=True
         )[1]
-        reached = float(stats.density)  # type: ignore[union-attr]
-        low, high = (middle, high) if reached > density else (low, middle)
-    return 2.0**high, reached
+        reached = stats.density.reshape(-1)
+        above = reached > wanted
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (2.0**high).tolist(), reached.tolist()
 
 
 class Clock:

@@ -64,13 +64,10 @@ def attention() -> Iterator[str]:
     yield "the grid's and all by content, chosen on another seed and timestep."
     for name, title in (
         ("attention", "NVIDIA H200"),
-        ("attention_orders", "NVIDIA H200, later orders and rectangular calls"),
         ("attention_h100", "NVIDIA H100"),
     ):
         result = load(name)
         yield from ("", f"## {title}", "", origin(result))
-        if beside := result["environment"].get("beside"):
-            yield f"Beside it ran {beside}."
         yield ""
         yield from readme.attention(result)
     yield from ("", f"![Error against time on an H200]({FILES}/attention.png)")
@@ -259,7 +256,7 @@ PAGES = (
         "attention",
         "The op",
         "What the op costs, beside dense attention, and how far its output is from it",
-        ("attention", "attention_orders", "attention_h100"),
+        ("attention", "attention_h100"),
         attention,
     ),
     Page(

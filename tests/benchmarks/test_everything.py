@@ -14,7 +14,7 @@ from benchmarks import everything
 from benchmarks.everything import JOBS, Job
 from benchmarks.pages import RESULTS
 
-OF_OTHERS = {"attention_h100", "attention_orders", "export_564acc8"}
+OF_OTHERS = {"attention_h100", "export_564acc8"}
 """Results of another GPU, and of an earlier commit."""
 
 
