@@ -53,7 +53,7 @@ def measure_sites(
                 timed=survey.timings,
                 probes=probes,
                 number=index,
-                tiles=tiles_wanted(survey),
+                tiles=tiles_wanted(survey, len(fit) - index),
                 orders=orders,
                 launches=launches,
                 on_site=step,
@@ -125,19 +125,34 @@ def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
     survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)
 
 
-def tiles_wanted(survey: Survey) -> dict[str, int]:
-    """Query tiles to measure in the next run: more where the error of a site is not well known."""
-    return {
-        name: _tiles_of(site)
-        for name, site in survey.measurable().items()
-        if site.buckets and relative_deviation(site) > WELL_KNOWN
-    }
+def tiles_wanted(survey: Survey, left: int) -> dict[str, int]:
+    """Query tiles to measure in the next run, where SAMPLED_TILES in each do not tell enough.
+
+    left: runs that are still to come, that one among them. A site is looked at as often in each.
+    """
+    done = max((site.total().calls for site in survey.sites.values()), default=0)
+    wanted = {}
+    for name, site in survey.measurable().items():
+        if not site.buckets or relative_deviation(site) <= WELL_KNOWN:
+            continue
+        tiles = _tiles_of(site.total().calls, left * site.total().calls / done, site)
+        if tiles > SAMPLED_TILES:
+            wanted[name] = tiles
+    return wanted
 
 
-def _tiles_of(site: MeasuredSite) -> int:
-    """Tiles that would have given WELL_KNOWN if each run so far had taken as many."""
-    ratio = relative_deviation(site) / WELL_KNOWN
-    return min(math.ceil(SAMPLED_TILES * ratio**2), MOST_TILES)
+def _tiles_of(calls: int, left: float, site: MeasuredSite) -> int:
+    """Tiles of each call to come with which the mean over all calls is known to WELL_KNOWN.
+
+    Calls count alike, so what those so far leave unknown stays: with relative variances v of each,
+    of SAMPLED_TILES tiles, (calls v + left v SAMPLED_TILES / tiles) / (calls + left)^2 is to be
+    WELL_KNOWN^2.
+    """
+    together = calls * relative_deviation(site) ** 2 * calls
+    allowed = (WELL_KNOWN * (calls + left)) ** 2 - together
+    if allowed <= 0.0:
+        return MOST_TILES
+    return min(math.ceil(SAMPLED_TILES * left * together / calls / allowed), MOST_TILES)
 
 
 def relative_deviation(site: MeasuredSite) -> float:

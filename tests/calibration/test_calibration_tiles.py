@@ -8,11 +8,11 @@ from torch import Tensor
 
 import freqopt
 from freqopt.calibration.measure import tiles
-from freqopt.calibration.measure.attention import AttentionCall
+from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.heads import head_tokens
 from freqopt.calibration.measure.ladder import THRESHOLDS
-from freqopt.calibration.measure.readings import Survey
+from freqopt.calibration.measure.readings import CURVES, MeasuredSite, Sums, Survey
 from freqopt.calibration.measure.tiles import (
     SAMPLED_TILES,
     even_sample,
@@ -145,8 +145,38 @@ def test_more_tiles_are_measured_where_errors_are_not_well_known(call: Attention
     survey.add_readings([measure_curves("whole", call, dense, 64)], 0)
     rough, whole = survey.sites["rough"], survey.sites["whole"]
     assert relative_deviation(whole) == 0.0 < WELL_KNOWN < relative_deviation(rough)
-    wanted = tiles_wanted(survey)
+    wanted = tiles_wanted(survey, 1)
     assert list(wanted) == ["rough"] and SAMPLED_TILES < wanted["rough"] <= MOST_TILES
     before = relative_deviation(rough)
     survey.add_readings([measure_curves("rough", call, dense, 64, 1, wanted["rough"])], 0)
     assert relative_deviation(rough) < 0.7 * before
+
+
+def site_known_to(deviation: float, calls: int) -> Survey:
+    """A survey of one site whose squared error has this relative standard error after so many."""
+    shape, sums = AttentionShape(1, 4096, 8), Sums()
+    curves = {name: torch.ones(1, 1, 1, dtype=torch.float64) for name in CURVES}
+    curves["variance"] *= (deviation * calls**0.5) ** 2
+    for _ in range(calls):
+        sums.add(torch.ones(1), curves)
+    return Survey({"a": MeasuredSite("a", shape, buckets={0: sums})})
+
+
+@pytest.mark.parametrize("calls, left", [(1, 3), (1, 15), (2, 2), (4, 1)])
+@pytest.mark.parametrize("deviation", [0.11, 0.15, 0.25, 0.4])
+def test_runs_to_come_take_the_tiles_that_are_wanted_of_them_all(
+    calls: int, left: int, deviation: float
+) -> None:
+    """With one call a run: what is known in the end is WELL_KNOWN, unless no number gives that."""
+    survey = site_known_to(deviation, calls)
+    assert relative_deviation(survey.sites["a"]) == pytest.approx(deviation)
+    tiles = tiles_wanted(survey, left).get("a", SAMPLED_TILES)
+    of_one = deviation**2 * calls
+    variance = (calls * of_one + left * of_one * SAMPLED_TILES / tiles) / (calls + left) ** 2
+    if tiles < MOST_TILES:
+        assert variance**0.5 < 1.01 * WELL_KNOWN
+        fewer = left * of_one * SAMPLED_TILES / max(tiles - 1, 1)
+        enough = (calls * of_one + fewer) / (calls + left) ** 2 <= WELL_KNOWN**2
+        assert tiles == SAMPLED_TILES or not enough
+    else:
+        assert variance**0.5 > 0.9 * WELL_KNOWN
