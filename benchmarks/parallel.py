@@ -1,7 +1,8 @@
 """A model of Wan's size on several GPUs: `torchrun --nproc-per-node 4 -m benchmarks.parallel`.
 
 Weights are random, so densities are set: heads of a plan whose densities spread tenfold around a
-mean. A step dense and split under Ulysses, with heads balanced, and with all keys on every rank.
+mean. A step split on one GPU, dense and split under Ulysses, with heads balanced, and with all keys
+on every rank.
 Times are by rank, and so is the share of them that collectives take. Nothing is compared with
 figures of other runs.
 """
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import freqopt
+from benchmarks import parallel_page
 from benchmarks.common import environment, write
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
@@ -59,6 +61,9 @@ SIZES = {
 }
 SPREAD = 10.0
 """Ratio of the largest to the smallest density of a site's heads."""
+
+ALONE = "split, one GPU"
+"""The step of a rank that has all tokens and all heads to itself."""
 
 
 def model_of(size: str, layers: int | None, device: torch.device) -> nn.Module:
@@ -143,7 +148,7 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
 def thresholds_of(
     given: tuple[Tensor, Tensor, Tensor], grid: Sequence[int], densities: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Thresholds at which heads (1, H, N, D) have their densities, by halving, and what they reach."""
+    """Thresholds of heads (1, H, N, D) for their densities, by halving, and what they reach."""
     wanted = torch.tensor(densities, device=given[0].device)
     low, high = torch.full_like(wanted, -14.0), torch.full_like(wanted, 14.0)
     reached = torch.ones_like(wanted)
@@ -165,8 +170,7 @@ class Clock:
         self.device, self.repeats = device, repeats
 
     def step(self, run: Callable[[], Tensor]) -> tuple[float, float]:
-        """Median milliseconds of a step, and the share of it that collectives take."""
-        run()
+        """Median milliseconds of a warm step, and the share of it that collectives take."""
         times = []
         for _ in range(self.repeats):
             self._wait()
@@ -230,6 +234,11 @@ def all_ranks(value: Any) -> list[Any]:
     return found
 
 
+def relative_l2(out: Tensor, reference: Tensor) -> float:
+    """Relative error of an output."""
+    return float((out.float() - reference.float()).norm() / reference.float().norm())
+
+
 class Bench:
     """One configuration: models made anew for every row, as sharing out cannot be undone."""
 
@@ -239,6 +248,7 @@ class Bench:
         self.inner, self.clock = "eager" if args.tiny else "inductor", Clock(device, args.repeats)
         self.count = dist.get_world_size()
         self.rows: list[dict[str, Any]] = []
+        self.alone: Tensor | None = None
         model = self.model()
         self.call = call_of(model, self.grid, device)
         self.dense: Tensor = model(**self.call)[0]
@@ -257,18 +267,26 @@ class Bench:
             model(**self.call)
 
     def row(self, name: str, run: Callable[..., Any]) -> None:
-        """Add a row: error against dense on one rank, times and collectives by rank."""
+        """Add a row: times and collectives by rank; errors against dense and split on one GPU."""
 
         def step() -> Tensor:
             found: Tensor = run(**self.call)[0]
             return found
 
-        error = float((step().float() - self.dense.float()).norm() / self.dense.float().norm())
+        out = step()
+        self.alone = out if name == ALONE else self.alone
+        error = relative_l2(out, self.dense)
+        of_alone = None if self.alone is None else relative_l2(out, self.alone)
         ms, share = self.clock.step(step)
         times, shares = zip(*all_ranks((ms, share)), strict=True)
-        self.rows.append({"name": name, "ms": times, "collectives": shares, "error": error})
+        row = {"name": name, "ms": times, "collectives": shares, "error": error}
+        self.rows.append({**row, "error_of_one_gpu": of_alone})
         if dist.get_rank() == 0:
-            print(f"{name:20} {max(times):9.1f} ms  collectives {max(shares):.0%}  L2 {error:.4f}")
+            print(
+                f"{name:22} {max(times):9.1f} ms  collectives {max(shares):.0%}  L2 {error:.4f}, "
+                f"of the split on one GPU {'-' if of_alone is None else f'{of_alone:.1e}'}",
+                flush=True,
+            )
 
     def ulysses(self, name: str, model: nn.Module, plan: Plan | None) -> None:
         """A row under Ulysses."""
@@ -280,6 +298,8 @@ class Bench:
         """All rows; the same on every rank."""
         uneven: dict[str, float] = {}
         model = self.model()
+        with blocks_compiled(model, self.plan, self.inner) as run:
+            self.row(ALONE, run)
         if model.config.num_attention_heads % self.count == 0:  # type: ignore[union-attr]
             self.ulysses("dense", model, None)
             self.ulysses("split", self.model(), self.plan)
@@ -290,13 +310,16 @@ class Bench:
             model = self.model()
         self.share_out(model, ring_degree=self.count)
         with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
-            self.row("split, all keys", model)
+            self.row("split, all keys, eager", model)
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        config: Any = model.config
         return {
             "environment": environment(),
             "ranks": self.count,
             "size": self.size,
+            "layers": config.num_layers,
+            "heads": config.num_attention_heads,
             "grid": list(self.grid),
             "density": self.args.density,
             "spread": SPREAD,
@@ -314,7 +337,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 45, 80))
     parser.add_argument("--density", type=float, default=0.1, help="mean over heads")
     parser.add_argument("--method", choices=("gather", "ring"), default="gather")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on CPUs")
     parser.add_argument("--out", type=Path, help="folder of the result")
     args = parser.parse_args(given)
@@ -330,8 +353,9 @@ def main(given: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         result = Bench(args, device).measure()
     if dist.get_rank() == 0:
-        name = f"parallel_{result['ranks']}"
-        print(f"wrote {write(name, result, args.out)}")
+        path = write(f"parallel_{result['ranks']}", result, args.out)
+        parallel_page.plot(result, path.with_suffix(".png"))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

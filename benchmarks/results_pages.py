@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import calibration_page, models, readme, roofline, scaling
+from benchmarks import calibration_page, models, parallel_page, readme, roofline, scaling
 from benchmarks.pages import RESULTS, load, origin, table
 
 FILES = "../../benchmarks/results"
@@ -251,6 +251,16 @@ def found() -> Iterator[str]:
     yield from models.table(result["rows"])
 
 
+PARALLEL = ("parallel_2", "parallel_4")
+
+
+def on_several_gpus() -> Iterator[str]:
+    """A model on two and on four GPUs."""
+    yield from parallel_page.page([load(name) for name in PARALLEL])
+    for name in PARALLEL:
+        yield from ("", f"![Steps by rank]({FILES}/{name}.png)")
+
+
 PAGES = (
     Page(
         "attention",
@@ -337,11 +347,18 @@ PAGES = (
         ("generations",),
         whole_generations,
     ),
+    Page(
+        "parallel",
+        "Several GPUs",
+        "A model of 14 B on several GPUs: time by rank, and what collectives take",
+        PARALLEL,
+        on_several_gpus,
+    ),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
 )
 
 
-OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations"}
+OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations", *PARALLEL}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 
 

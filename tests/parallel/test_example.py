@@ -61,12 +61,16 @@ def test_the_benchmark_runs(two: Ranks, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "parallel_2.json").read_text())
     assert found["ranks"] == 2 and found["grid"] == [3, 6, 10]
     rows = {row["name"]: row for row in found["rows"]}
-    assert set(rows) == {"dense, Ulysses", "split, Ulysses", "balanced, Ulysses", "split, all keys"}
+    ways = {f"{name}, Ulysses" for name in ("dense", "split", "balanced")}
+    assert set(rows) == {*ways, "split, one GPU", "split, all keys, eager"}
     for name, row in rows.items():
         assert len(row["ms"]) == len(row["collectives"]) == 2
         assert min(row["ms"]) > 0 and all(0 <= share < 1 for share in row["collectives"])
         assert row["error"] < (1e-5 if "dense" in name else 0.9)
     assert rows["split, Ulysses"]["error"] > 1e-4
+    for name in ("split, Ulysses", "balanced, Ulysses"):
+        assert rows[name]["error_of_one_gpu"] < 1e-2 * rows["split, one GPU"]["error"]
+    assert (tmp_path / "parallel_2.png").stat().st_size > 10_000
     unbalanced, balanced = (rows[f"{n}, Ulysses"]["error"] for n in ("split", "balanced"))
     assert abs(unbalanced - balanced) < 1e-3 * unbalanced
     assert found["imbalance"]["after"] <= found["imbalance"]["before"]

@@ -1,0 +1,118 @@
+"""The page of `benchmarks.parallel`: steps on several GPUs, by rank, and what collectives take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import origin, table
+
+COLOURS = ("#1f6feb", "#d29922")
+"""Of a rank's own work, and of its collectives."""
+
+HEAD = [
+    "step",
+    "slowest rank",
+    "fastest rank",
+    "against dense",
+    "collectives",
+    "L2",
+    "of one GPU's",
+]
+
+
+def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table for every number of ranks."""
+    yield "A transformer of Wan's size with random weights, its blocks compiled."
+    yield "Densities are set: in every layer the densest head has ten times that of the sparsest."
+    yield "*Slowest rank* and *fastest rank* are times of a whole step."
+    yield "*Collectives* is the largest share of a rank's step that they take, waiting included."
+    yield "*L2* is the output's error against dense attention on one GPU, *of one GPU's* that against"
+    yield "the same plan there: with all keys on every rank, tiles and probes are those of its queries."
+    for result in results:
+        slowest = {row["name"]: max(row["ms"]) for row in result["rows"]}
+        dense = slowest.get("dense, Ulysses")
+        yield ""
+        yield f"## {result['ranks']} GPUs"
+        yield ""
+        yield origin(result)
+        yield _about(result)
+        yield ""
+        yield from table(
+            [
+                "step",
+                "slowest rank",
+                "fastest rank",
+                "against dense",
+                "collectives",
+                "L2",
+                "of one GPU's split",
+            ],
+            [
+                [
+                    row["name"],
+                    f"{max(row['ms']):,.0f} ms",
+                    f"{min(row['ms']):,.0f} ms",
+                    "" if dense is None else f"{dense / max(row['ms']):.2f}x",
+                    f"{max(row['collectives']):.0%}",
+                    f"{row['error']:.4f}",
+                    "" if row["error_of_one_gpu"] is None else f"{row['error_of_one_gpu']:.1e}",
+                ]
+                for row in result["rows"]
+            ],
+        )
+
+
+def _about(result: dict[str, Any]) -> str:
+    tokens = result["grid"][0] * result["grid"][1] * result["grid"][2]
+    about = (
+        f"{tokens:,} tokens, {result['layers']} layers of {result['heads']} heads, "
+        f"mean density {100 * result['density']:.3g} %, {max(result['gib']):.0f} GiB a rank."
+    )
+    if result["imbalance"]:
+        before, after = (100 * (result["imbalance"][n] - 1) for n in ("before", "after"))
+        about += (
+            f" The fullest rank has {before:.1f} % more work than the mean, "
+            f"once balanced {after:.1f} %."
+        )
+    return about
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of every step, one for each rank, and the part of them that collectives take."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, ranks = result["rows"], result["ranks"]
+    figure, ax = plt.subplots(figsize=(1.5 + 1.9 * len(rows), 3.6))
+    width = 0.8 / ranks
+    for at, row in enumerate(rows):
+        for rank, (ms, share) in enumerate(zip(row["ms"], row["collectives"], strict=True)):
+            place = at + (rank + 0.5) * width - 0.4
+            parts = (1.0 - share) * ms, share * ms
+            for bottom, height, colour in zip((0.0, parts[0]), parts, COLOURS, strict=True):
+                ax.bar(place, height, 0.9 * width, bottom=bottom, color=colour)
+        ax.annotate(
+            f"{max(row['ms']):,.0f} ms",
+            (at, max(row["ms"])),
+            textcoords="offset points",
+            xytext=(0, 3),
+            ha="center",
+            fontsize=8,
+        )
+    ax.set_xticks(range(len(rows)), [row["name"].replace(", ", "\n") for row in rows], fontsize=8)
+    ax.set(ylabel="a step, ms", title=f"{ranks} x {result['environment']['device']}")
+    ax.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS],
+        ["a rank's own work", "collectives, waiting included"],
+        frameon=False,
+        fontsize=8,
+    )
+    ax.set_ylim(0, 1.15 * max(max(row["ms"]) for row in rows))
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
