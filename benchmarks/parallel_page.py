@@ -28,8 +28,9 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "Densities are set: in every layer the densest head has ten times that of the sparsest."
     yield "*Slowest rank* and *fastest rank* are times of a whole step."
     yield "*Collectives* is the largest share of a rank's step that they take, waiting included."
-    yield "*L2* is the output's error against dense attention on one GPU, *of one GPU's* that against"
-    yield "the same plan there: with all keys on every rank, tiles and probes are those of its queries."
+    yield "*L2* is the output's error against dense attention on one GPU."
+    yield "*Of one GPU's* is that against the same plan there."
+    yield "With all keys on every rank, query tiles and probes are those of its own queries."
     for result in results:
         slowest = {row["name"]: max(row["ms"]) for row in result["rows"]}
         dense = slowest.get("dense, Ulysses")
