@@ -212,7 +212,7 @@ def page() -> Iterator[str]:
     result = load("lora")
     settings, rows = result["settings"], []
     yield f"Adapters of rank {settings['rank']} on all linear layers of the zoo's model,"
-    yield f"{result['steps']} steps on clips of {result['tokens']:,} tokens in a style it never saw."
+    yield f"{result['steps']} steps on clips of {result['tokens']:,} tokens in a style new to it."
     yield "Both start alike and see the same clips, times and noise; gradients are not clipped."
     yield f"The split has {settings['density']:.0%} of its pairs exact, forwards and backwards."
     yield from ("", origin(result), "")

@@ -1,7 +1,7 @@
 """Low-rank adapters of the zoo's model: what fine-tuning and distillation train and keep.
 
-Every linear layer gets two thin matrices beside it (LoRA, arXiv 2106.09685). They are written as a
-small file of their own, and merged into the weights for use: a model as it was before, other values.
+Every linear layer gets two thin matrices beside it (LoRA, arXiv 2106.09685). They are written as
+a small file of their own, and merged into the weights for use: a model as before, other values.
 """
 
 from __future__ import annotations
