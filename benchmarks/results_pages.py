@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import calibration_page, models, readme, roofline, scaling
+from benchmarks import calibration_page, composition_page, lora, models, readme, roofline, scaling
 from benchmarks.pages import RESULTS, load, origin, table
 
 FILES = "../../benchmarks/results"
@@ -234,6 +234,15 @@ def whole_generations() -> Iterator[str]:
     yield from ("", origin(result), "", *readme.generations(result))
 
 
+def few_steps() -> Iterator[str]:
+    """Clips of the distilled model against its dense ones."""
+    result = load("generations_distilled")
+    yield "The zoo's model, distilled to four steps by an adapter of low rank,"
+    yield f"makes clips of {result['tokens']:,} tokens, compared with its own dense ones."
+    yield "*Own plan* is calibrated on its steps, of other clips, for the density of the row."
+    yield from ("", origin(result), "", *readme.generations(result))
+
+
 def found() -> Iterator[str]:
     """What is found in the graphs of public models."""
     result = load("models")
@@ -340,11 +349,27 @@ PAGES = (
         ("generations",),
         whole_generations,
     ),
+    Page("few-steps", "Four steps", "Of a distilled model", ("generations_distilled",), few_steps),
+    Page(
+        "training",
+        "Training through the split",
+        "Losses and gradients of an adapter, beside dense training's",
+        ("lora",),
+        lora.page,
+    ),
+    Page(
+        "composition",
+        "Together with other ways",
+        "What caches, eight-bit layers and CUDA graphs add",
+        ("composition",),
+        composition_page.page,
+    ),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
 )
 
 
-OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations"}
+OPTIONAL = {"dinov2", "cpu", "rivals", "real"}
+OPTIONAL |= {"generations", "generations_distilled", "lora", "composition"}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 
 
