@@ -18,12 +18,12 @@ def body(result: dict[str, Any]) -> Iterator[str]:
     settings = result["settings"]
     yield from (origin(result), "")
     if "tokens" in result:
-        yield "*Step* and *error* are of a transformer of Wan 2.1 14B's width with random weights:"
-        yield f"{settings['layers']} of its 40 layers, {result['tokens']:,} tokens, blocks compiled;"
+        yield "*Step* and *error* are of a transformer as wide as Wan 2.1 14B, with random weights:"
+        yield f"{settings['layers']} of its 40 layers, {result['tokens']:,} tokens, compiled blocks;"
         yield f"means over {settings['steps']} steps of one trajectory, against dense outputs."
         yield f"The split has {result['density']:.1%} of its pairs exact."
-    yield f"*PSNR* is of a clip of {settings['zoo_steps']} steps by the zoo's trained model, against"
-    yield f"its dense clip; the split has {settings['density']:.0%} of its pairs exact."
+    yield f"*PSNR* is of a clip by the zoo's trained model in {settings['zoo_steps']} steps,"
+    yield f"against its dense clip; the split has {settings['density']:.0%} of its pairs exact."
     yield f"The cache's threshold is {settings['cache_threshold']:g};"
     yield "in brackets stands the share of steps that ran all blocks."
     yield from ("", *rows(result))
