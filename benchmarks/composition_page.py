@@ -18,9 +18,10 @@ def body(result: dict[str, Any]) -> Iterator[str]:
     settings = result["settings"]
     yield from (origin(result), "")
     if "tokens" in result:
-        yield "*Step* and *error* are of a transformer as wide as Wan 2.1 14B, with random weights:"
-        yield f"{settings['layers']} of its 40 layers, {result['tokens']:,} tokens, compiled blocks;"
-        yield f"means over {settings['steps']} steps of one trajectory, against dense outputs."
+        yield "*Step* and *error* are of a transformer as wide as Wan 2.1 14B, weights random:"
+        yield f"{settings['layers']} of its 40 layers, {result['tokens']:,} tokens."
+        yield "Blocks are compiled, and figures are means over"
+        yield f"{settings['steps']} steps of one trajectory, against dense outputs."
         yield f"The split has {result['density']:.1%} of its pairs exact."
     yield f"*PSNR* is of a clip by the zoo's trained model in {settings['zoo_steps']} steps,"
     yield f"against its dense clip; the split has {settings['density']:.0%} of its pairs exact."
