@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.film import DOWNLOADS
 from benchmarks.pages import MOVING, RESULTS, ROOT
+from freqopt.models_zoo.distilled import ADAPTER
 
 
 class Job(NamedTuple):
@@ -48,6 +49,13 @@ def without_exports(packages: Path | None) -> str | None:
     return "prepare the folder first: `python -m benchmarks.export prepare FOLDER`, then measure it"
 
 
+def without_adapter(packages: Path | None) -> str | None:
+    """What makes the model of four steps, where its adapter is not among the weights."""
+    if ADAPTER.exists():
+        return None
+    return "distil first: `python -m freqopt.models_zoo.training.distil --out models_zoo/weights`"
+
+
 SHOWN = "demo_cpu"
 """The demo whose clip is the README's moving picture."""
 
@@ -65,6 +73,9 @@ JOBS = (
     Job("benchmarks.roofline --sizes 75K", ("roofline",)),
     Job("benchmarks.scaling", ("scaling",)),
     Job("benchmarks.generations", ("generations",)),
+    Job("benchmarks.generations --distilled", ("generations_distilled",), missing=without_adapter),
+    Job("benchmarks.lora", ("lora",)),
+    Job("benchmarks.composition", ("composition",)),
     Job("benchmarks.calibration --seconds 285 --quiet", ("calibration",)),
     Job("benchmarks.large --again", ("large",)),
     Job(f"{DEMO} --grid 21,30,52 --density 0.1", ("demo_h200",)),

@@ -4,6 +4,7 @@ The zoo's model makes the same clips dense, with split attention, and with the s
 the rest dropped, as block-sparse attention does. The first 0, 2, 5 or 10 steps are left dense in
 turn, as others do. Clips are compared one by one (their PSNR differs by 10 dB), by PSNR, SSIM and
 SSIM at several scales; beside them stands what another dense backend alone makes of a clip.
+`--distilled` takes the model of four steps, and makes it a plan of its own for each density.
 `--frames`, `--height`, `--width` and `--steps` make it small enough for a CPU.
 """
 
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import freqopt
 from benchmarks import rival_calls
 from benchmarks.common import environment, write
 from freqopt.config import DEFAULT_PROBES
 from freqopt.demo import video as pictures
 from freqopt.kernels.op import split_attention_op
-from freqopt.models_zoo.sampling import sample
+from freqopt.models_zoo.distilled import ADAPTER, STEPS, load_distilled
+from freqopt.models_zoo.sampling import denoising_samples, sample
 from freqopt.models_zoo.video_dit import load_pretrained
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +37,13 @@ Grid = tuple[int, int, int]
 WARM = (0, 2, 5, 10)
 """Steps that are left dense at the beginning."""
 
+WARM_DISTILLED = (0, 1)
+"""The same of the model of four steps."""
+
 DENSITIES = (0.05, 0.10, 0.20)
+
+PLANNED_ON, PASSES = 8, 36
+"""Inputs that a plan is made on, and runs of the model that it may take, as the demo's plan."""
 
 
 @contextmanager
@@ -48,26 +57,31 @@ def attending(attend: Attend) -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
+def called(grid: Grid, density: float, query: Tensor, key: Tensor, value: Tensor) -> Any:
+    """What our op returns, every head at one density, in the grid's order."""
+    thresholds = torch.zeros(query.shape[1], device=query.device)
+    return split_attention_op(
+        query,
+        key,
+        value,
+        thresholds,
+        None,
+        list(grid),
+        0,
+        0,
+        query.shape[-1] ** -0.5,
+        density,
+        DEFAULT_PROBES,
+        None,
+        0,
+    )
+
+
 def split(grid: Grid, density: float) -> Attend:
-    """Our op, every head at one density, in the grid's order."""
+    """Our op."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        thresholds = torch.zeros(query.shape[1], device=query.device)
-        out: Tensor = split_attention_op(
-            query,
-            key,
-            value,
-            thresholds,
-            None,
-            list(grid),
-            0,
-            0,
-            query.shape[-1] ** -0.5,
-            density,
-            DEFAULT_PROBES,
-            None,
-            0,
-        )[0]
+        out: Tensor = called(grid, density, query, key, value)[0]
         return out
 
     return attend
@@ -76,34 +90,36 @@ def split(grid: Grid, density: float) -> Attend:
 def dropping(grid: Grid, density: float) -> Attend:
     """The blocks that our op has exact, and nothing of the rest."""
     from freqopt.kernels import chunked, reference
-    from freqopt.kernels.layout import Inputs, Settings, TokenLayout
+    from freqopt.kernels.layout import Inputs, TokenLayout, unpack_route
 
     layout = TokenLayout(grid, 0, 0)
 
-    def on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
+    def on_cpu(query: Tensor, key: Tensor, value: Tensor, route: Tensor) -> Tensor:
         inputs = Inputs(query, key, value, query.new_zeros(query.shape[1]), None, layout)
-        route = chunked.split_forward(inputs, Settings(scale, density, 0)).split.route
         tokens = chunked.take_apart(inputs, chunked.Orders(None, None))
         tiles = reference.split_blocks(tokens.query, chunked.QUERY_TILE)
-        part = chunked.attend_exact(tokens, tiles, route, scale)
+        part = chunked.attend_exact(tokens, tiles, route, query.shape[-1] ** -0.5)
         out = torch.empty_like(query)
         layout.store(out, part.out.flatten(2, 3)[:, :, : layout.tokens], None)
         return out
 
-    def on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from benchmarks.rivals import route_at
+    def on_gpu(query: Tensor, key: Tensor, value: Tensor, route: Tensor) -> Tensor:
         from benchmarks.tensors import Attention
 
-        # Finding the threshold takes long; nothing here is timed.
-        a = Attention(query, key, value, grid)
-        (rival,) = rival_calls.flex(a, [route_at(a, density)])
+        exact = route == reference.EXACT
+        listed = (~exact).to(torch.int8).sort(stable=True).indices.to(torch.int32)
+        own = rival_calls.Route(density, listed, exact.sum(-1).to(torch.int32))
+        (rival,) = rival_calls.flex(Attention(query, key, value, grid), [own])
         assert rival.order is not None
         out = torch.empty_like(query)
         out[:, :, rival.order] = rival.run()
         return out
 
-    return lambda query, key, value: (on_gpu if query.is_cuda else on_cpu)(query, key, value)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        route = unpack_route(called(grid, density, query, key, value)[3], layout.tokens)
+        return (on_gpu if query.is_cuda else on_cpu)(query, key, value, route)
+
+    return attend
 
 
 def generate(
@@ -193,6 +209,42 @@ def measure(
     return rows
 
 
+def planned(
+    model: nn.Module, size: dict[str, Any], seeds: Sequence[int], densities: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row for each seed and density, of the model with a plan made on steps of other clips."""
+    references = {seed: generate(model, None, {**size, "seed": seed}) for seed in seeds}
+    samples = denoising_samples(model, PLANNED_ON, **size)
+    rows = []
+    for density in densities:
+        plan = freqopt.calibrate(
+            model, samples, target_density=density, rounds=0, passes=PASSES, progress=False
+        )
+        split_sites = sum(site.decision == "split" for site in plan.sites.values())
+        handle = freqopt.optimize(model, plan, route="eager")
+        try:
+            for seed, reference in references.items():
+                video = generate(model, None, {**size, "seed": seed})
+                row = {
+                    "seed": seed,
+                    "method": "freqopt, own plan",
+                    "density": density,
+                    "dense_steps": 0,
+                    "planned_density": plan.mean_density,
+                    "split_sites": split_sites,
+                    **compared(video, reference),
+                }
+                print(
+                    f"seed {seed}: own plan, density {plan.mean_density:.3g}, {split_sites} sites "
+                    f"split: {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}",
+                    flush=True,
+                )
+                rows.append(row)
+        finally:
+            handle.disable()
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Generate, compare, and write generations.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -200,31 +252,40 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=21)
     parser.add_argument("--height", type=int, default=120, help="pixels, a multiple of 4")
     parser.add_argument("--width", type=int, default=208, help="pixels, a multiple of 4")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--distilled", action="store_true", help="the model of four steps")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="its adapter's file")
+    parser.add_argument("--steps", type=int, default=None, help="25, or distilled 4")
     parser.add_argument("--seeds", type=int, default=3, help="clips")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
-    parser.add_argument("--warm", nargs="+", type=int, default=list(WARM), help="dense steps")
+    parser.add_argument("--warm", nargs="+", type=int, default=None, help="dense steps")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     given = parser.parse_args(arguments)
+    warm = given.warm or (WARM_DISTILLED if given.distilled else WARM)
     dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
     size = {
         "frames": given.frames,
         "height": given.height,
         "width": given.width,
-        "steps": given.steps,
+        "steps": given.steps or (STEPS if given.distilled else 25),
         "device": given.device,
         "dtype": dtype,
     }
-    model = load_pretrained(device=given.device, dtype=dtype)
+    if given.distilled:
+        model = load_distilled(device=given.device, dtype=dtype, path=given.adapter)
+    else:
+        model = load_pretrained(device=given.device, dtype=dtype)
     with torch.no_grad():
-        rows = measure(model, size, range(given.seeds), given.densities, given.warm)
+        rows = measure(model, size, range(given.seeds), given.densities, warm)
+        if given.distilled:
+            rows += planned(model, size, range(given.seeds), given.densities)
     result = {
         "environment": environment(),
         "tokens": math.prod((given.frames, given.height // 4, given.width // 4)),
         "settings": {**size, "dtype": str(dtype)},
         "rows": rows,
     }
-    print(f"wrote {write('generations', result, given.out)}")
+    name = "generations_distilled" if given.distilled else "generations"
+    print(f"wrote {write(name, result, given.out)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import calibration_page, models, parallel_page, readme, roofline, scaling
+from benchmarks import (
+    calibration_page,
+    composition_page,
+    lora,
+    models,
+    parallel_page,
+    readme,
+    roofline,
+    scaling,
+)
 from benchmarks.pages import RESULTS, load, origin, table
 
 FILES = "../../benchmarks/results"
@@ -231,6 +240,15 @@ def whole_generations() -> Iterator[str]:
     yield from ("", origin(result), "", *readme.generations(result))
 
 
+def few_steps() -> Iterator[str]:
+    """Clips of the distilled model against its dense ones."""
+    result = load("generations_distilled")
+    yield "The zoo's model, distilled to four steps by an adapter of low rank,"
+    yield f"makes clips of {result['tokens']:,} tokens, compared with its own dense ones."
+    yield "*Own plan* is calibrated on its steps, of other clips, for the density of the row."
+    yield from ("", origin(result), "", *readme.generations(result))
+
+
 def found() -> Iterator[str]:
     """What is found in the graphs of public models."""
     result = load("models")
@@ -354,11 +372,27 @@ PAGES = (
         PARALLEL,
         on_several_gpus,
     ),
+    Page("few-steps", "Four steps", "Of a distilled model", ("generations_distilled",), few_steps),
+    Page(
+        "training",
+        "Training through the split",
+        "Losses and gradients of an adapter, beside dense training's",
+        ("lora",),
+        lora.page,
+    ),
+    Page(
+        "composition",
+        "Together with other ways",
+        "What caches, eight-bit layers and CUDA graphs add",
+        ("composition",),
+        composition_page.page,
+    ),
     Page("models", "Models", "What is found in the graphs of public models", ("models",), found),
 )
 
 
-OPTIONAL = {"dinov2", "cpu", "rivals", "real", "generations", *PARALLEL}
+OPTIONAL = {"dinov2", "cpu", "rivals", "real", *PARALLEL}
+OPTIONAL |= {"generations", "generations_distilled", "lora", "composition"}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 
 

@@ -43,12 +43,35 @@ def test_scales_see_structure() -> None:
     assert generations.scales_of_ssim(clean.flip(-1), clean) < 0.5
 
 
-def test_the_benchmark_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny() -> VideoDiT:
     torch.manual_seed(0)
     config = VideoDiTConfig(width=32, layers=2, heads=2, mlp_width=32, rope_axes=(4, 6, 6))
     model = VideoDiT(config).eval()
     torch.nn.init.normal_(model.head.weight, std=0.3)  # untrained models end in zeros
-    monkeypatch.setattr(generations, "load_pretrained", lambda **given: model)
+    return model
+
+
+def test_the_model_of_four_steps_gets_plans_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        generations, "load_distilled", lambda **given: asked.update(given) or tiny()
+    )
+    words = "--distilled --device cpu --frames 3 --height 32 --width 40 --seeds 1 --densities 0.5"
+    generations.main([*words.split(), "--adapter", "x.safetensors", "--out", str(tmp_path)])
+    assert asked["path"] == Path("x.safetensors")
+    result = json.loads((tmp_path / "generations_distilled.json").read_text())
+    assert result["settings"]["steps"] == 4
+    rows: dict[Any, Any] = {(r["method"], r.get("dense_steps")): r for r in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 6  # the floor, two methods with 0 and 1, the plan
+    own = rows["freqopt, own plan", 0]
+    assert own["split_sites"] == 2 and 0.3 < own["planned_density"] <= 0.5
+    assert 20 < own["psnr_db"] < rows["another dense backend", None]["psnr_db"]
+
+
+def test_the_benchmark_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "load_pretrained", lambda **given: tiny())
     generations.main(
         [
             "--device",

@@ -11,7 +11,15 @@ pytest.importorskip("triton")
 
 import itertools
 
-from benchmarks import calibration_page, docs, models, picture, readme, results_pages
+from benchmarks import (
+    calibration_page,
+    composition_page,
+    docs,
+    models,
+    picture,
+    readme,
+    results_pages,
+)
 from benchmarks.pages import RESULTS, between, filled
 
 WHERE = {"device": "a GPU", "torch": "2.11", "commit": "abc", "command": "python -m it"}
@@ -148,3 +156,35 @@ def test_generations_are_shown_clip_by_clip() -> None:
     ]
     said = readme.generations({"rows": rows})
     assert said[3] == "| 0 | freqopt | 10 % | 2 | 40.0 dB | 0.9900 | 0.9950 |"
+
+
+def test_a_composition_shows_both_models_and_what_has_no_figure() -> None:
+    rows = [
+        {"attention": "dense", "with": "nothing else", "step_s": 0.6, "error": 0.0},
+        {"attention": "split", "with": "first-block cache", "step_s": 0.2, "error": 0.0123}
+        | {"computed": 0.4},
+        {"attention": "split", "with": "CUDA graphs", "failed": "RuntimeError: no"},
+        {"attention": "split", "with": "FP8 linear layers", "absent": "bring it"},
+    ]
+    zoo = [
+        {"attention": "split", "with": "first-block cache", "psnr_db": 31.26, "computed": 0.5},
+        {"attention": "split", "with": "FP8 linear layers", "absent": "bring it"},
+    ]
+    settings = {"layers": 8, "steps": 5, "zoo_steps": 25, "density": 0.1, "cache_threshold": 0.1}
+    result = {
+        "environment": WHERE,
+        "settings": settings,
+        "tokens": 32760,
+        "density": 0.104,
+        "rows": rows,
+        "zoo": zoo,
+    }
+    said = list(composition_page.body(result))
+    assert "| first-block cache | split | 0.200 s (40%) | 3.00x | 0.0123 | 31.3 dB (50%) |" in said
+    assert "| CUDA graphs | split |  |  |  |  |" in said
+    assert said[-2:] == [
+        "- CUDA graphs, split: RuntimeError: no",
+        "- FP8 linear layers, split: bring it",
+    ]
+    cut = {"environment": WHERE, "settings": settings, "rows": [], "zoo": zoo}
+    assert "| first-block cache | split |  |  |  | 31.3 dB (50%) |" in composition_page.body(cut)

@@ -1,0 +1,322 @@
+"""The split together with other ways to save time: `python -m benchmarks.composition`.
+
+A transformer of Wan 2.1 14B's size (`benchmarks.large`; random weights) takes consecutive steps of
+one trajectory, blocks compiled, dense and split, each alone and with diffusers' first-block cache,
+in CUDA graphs, and with linear layers in FP8 and INT8 (torchao): time of a step, and error of the
+outputs against the dense model's. The zoo's trained model makes a clip in the same ways: PSNR
+against the dense clip. What is not installed or fails is a row with the reason. Rows are written
+one by one, so that `--seconds` may end a run. `--small` fits a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freqopt
+from benchmarks import composition_ways as ways
+from benchmarks import generations, large
+from benchmarks.common import environment, write
+from benchmarks.natural import natural_field
+from freqopt.config import DEFAULT_PROBES
+from freqopt.kernels.op import split_attention_op
+from freqopt.models_zoo.video_dit import load_pretrained
+
+Grid = tuple[int, int, int]
+
+FIRST_LEVEL, LEVEL_STEP = 0.6, 0.02
+"""Noise of the first step, and what each takes away: consecutive steps of fifty."""
+
+SMALL = {
+    "layers": 3,
+    "heads": 2,
+    "head_dim": 24,
+    "mlp": 64,
+    "text": 32,
+    "grid": (3, 8, 10),
+    "steps": 3,
+    "density": 0.4,
+    "zoo_grid": (2, 8, 10),
+    "zoo_steps": 2,
+}
+"""Settings of `--small`."""
+
+
+def trajectory(
+    grid: Grid, steps: int, size: large.Size, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Calls of the model at consecutive noise levels of one video, the same for every row."""
+    t, h, w = grid
+    generator = torch.Generator(device).manual_seed(0)
+    video = natural_field((t, 2 * h, 2 * w), large.CHANNELS, generator)
+    noise = torch.randn(video.shape, device=device, generator=generator)
+    text = torch.randn(1, large.TEXT_TOKENS, size.text, device=device, generator=generator)
+    calls = []
+    for index in range(steps):
+        level = FIRST_LEVEL - LEVEL_STEP * index
+        mixed = (1 - level) * video + level * noise
+        calls.append(
+            {
+                "hidden_states": mixed.T.reshape(1, large.CHANNELS, t, 2 * h, 2 * w).to(dtype),
+                "timestep": torch.tensor([1000.0 * level], device=device),
+                "encoder_hidden_states": text.to(dtype),
+                "return_dict": False,
+            }
+        )
+    return calls
+
+
+def look_at_sites(
+    model: nn.Module, call: dict[str, Any], tokens: int, each: Callable[..., None]
+) -> None:
+    """Run the model; `each` is shown query, key and value of every attention over all tokens."""
+    original = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **given: Any) -> Tensor:
+        if query.shape[2] == key.shape[2] == tokens:
+            each(query, key, value)
+        return original(query, key, value, *args, **given)
+
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", attend):
+        model(**call)
+
+
+def density_at(site: Sequence[Tensor], grid: Grid, threshold: float) -> float:
+    """What the op attends exactly at one threshold for all heads."""
+    query, key, value = site
+    thresholds = torch.full((query.shape[1],), threshold, device=query.device)
+    scale = query.shape[-1] ** -0.5
+    found = split_attention_op(
+        query, key, value, thresholds, None, list(grid), 0, 0, scale, 0.0, DEFAULT_PROBES
+    )
+    return float(found[1].mean())
+
+
+def threshold_for(
+    model: nn.Module, call: dict[str, Any], grid: Grid, wanted: float
+) -> tuple[float, float]:
+    """The threshold at which the mean density of some sites is `wanted`, and that of all sites.
+
+    Three sites decide, as a call of the op takes milliseconds and there are many calls.
+    """
+    sites: list[tuple[Tensor, ...]] = []
+    count = len(model.blocks)  # type: ignore[arg-type]
+    chosen, seen = {0, count // 2, count - 1}, 0
+
+    def keep(*site: Tensor) -> None:
+        nonlocal seen
+        if seen in chosen:
+            sites.append(site)
+        seen += 1
+
+    look_at_sites(model, call, math.prod(grid), keep)
+    if not sites:
+        raise RuntimeError(f"no attention over the {math.prod(grid):,} tokens of {grid} was met")
+    low, high = 1e-4, 1e3
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        if sum(density_at(site, grid, middle) for site in sites) > wanted * len(sites):
+            low = middle
+        else:
+            high = middle
+    densities: list[float] = []
+    look_at_sites(
+        model, call, math.prod(grid), lambda *s: densities.append(density_at(s, grid, high))
+    )
+    return high, sum(densities) / len(densities)
+
+
+def error_of(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Relative L2 error of all steps together."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, truth, strict=True)]
+    off = sum(float((a - b).square().sum()) for a, b in pairs)
+    return math.sqrt(off / sum(float(b.square().sum()) for _, b in pairs))
+
+
+class Bench:
+    """Rows as they come, written one by one."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.device = given, torch.device(given.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.meter = large.Meter(self.device)
+        self.additions = [ways.ADDITIONS[name] for name in given.additions]
+        settings = {k: v for k, v in vars(given).items() if k not in ("out", "small", "seconds")}
+        self.result: dict[str, Any] = {
+            "environment": environment(),
+            "settings": settings,
+            "rows": [],
+            "zoo": [],
+        }
+
+    def keep(self, part: str, row: dict[str, Any]) -> None:
+        """Add a row, say it, write all."""
+        self.result[part].append(row)
+        write("composition", self.result, self.given.out)
+        print(f"{part}: {row}", flush=True)
+
+    def steps(
+        self, model: nn.Module, calls: list[dict[str, Any]], computed: list[bool]
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Outputs of a trajectory gone through twice, and times of both.
+
+        computed: is left with what the second one added to it.
+        """
+        outputs: list[Tensor] = []
+
+        def run() -> None:
+            outputs.clear()
+            computed.clear()
+            with ways.anew(model):
+                for call in calls:
+                    torch.compiler.cudagraph_mark_step_begin()
+                    outputs.append(model(**call)[0].clone())
+
+        with torch.no_grad():
+            first = self.meter.seconds(run)
+            again = self.meter.seconds(run)
+        return outputs, {"step_s": again / len(calls), "first_s": first}
+
+    def row(
+        self,
+        model: nn.Module,
+        calls: list[dict[str, Any]],
+        split: dict[str, Any] | None,
+        addition: str,
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Outputs, times and the share of calls that ran all blocks, of one way to run."""
+        if addition == ways.GRAPHS and self.device.type != "cuda":
+            raise ways.Absent("CUDA graphs need a GPU")
+        computed: list[bool] = []
+        freqopt.reset_counters()
+        with ways.compiled(model, ways.how_to_compile(split, addition)):
+            caching: AbstractContextManager[None] = nullcontext()
+            if addition == ways.CACHE:
+                caching = ways.cached(model, self.given.cache_threshold, computed)
+            with caching:
+                outputs, row = self.steps(model, calls, computed)
+        if split is not None and not freqopt.counters().split:
+            raise RuntimeError("nothing was split")
+        if computed:
+            row["computed"] = sum(computed) / len(computed)
+        return outputs, row
+
+    def large(self) -> None:
+        """The rows of the large model. The dense one alone comes first: it is the truth."""
+        given, grid = self.given, self.given.grid
+        size = large.Size(given.layers, given.heads, given.head_dim, given.mlp, given.text)
+        calls = trajectory(grid, given.steps, size, self.device, self.dtype)
+        model = large.build(size, self.device, self.dtype)
+        threshold, density = threshold_for(model, calls[0], grid, given.density)
+        print(f"threshold {threshold:.4g}, density {density:.3g}", flush=True)
+        self.result |= {"tokens": math.prod(grid), "threshold": threshold, "density": density}
+        split = {"threshold": threshold, "grid": grid, "min_tokens": 0}
+        truth, row = self.row(model, calls, None, ways.NOTHING)
+        self.keep("rows", {"attention": "dense", "with": ways.NOTHING, **row, "error": 0.0})
+
+        def measure(how: dict[str, Any] | None, addition: str) -> dict[str, Any]:
+            outputs, row = self.row(model, calls, how, addition)
+            return {**row, "error": error_of(outputs, truth)}
+
+        for addition in self.additions:
+            refused: dict[str, Any] = {}
+            if addition in ways.QUANTISED:
+                del model
+                gc.collect()
+                self.meter.forget()
+                model = large.build(size, self.device, self.dtype)
+                refused = ways.attempt(lambda: ways.quantise(model, addition) or {})  # noqa: B023
+            for name, how in (("dense", None), ("split", split)):
+                if (name, addition) == ("dense", ways.NOTHING):
+                    continue
+                found = refused or ways.attempt(lambda: measure(how, addition))  # noqa: B023
+                self.keep("rows", {"attention": name, "with": addition, **found})
+
+    def zoo(self) -> None:
+        """The rows of the zoo's model: whole clips. CUDA graphs change no clip and are left out."""
+        given, (t, h, w) = self.given, self.given.zoo_grid
+        size = {
+            "frames": t,
+            "height": 4 * h,
+            "width": 4 * w,
+            "steps": given.zoo_steps,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        model = load_pretrained(device=self.device, dtype=self.dtype)
+        truth = generations.generate(model, None, size)
+
+        def measure(attend: generations.Attend | None, addition: str) -> dict[str, Any]:
+            computed: list[bool] = []
+            caching: AbstractContextManager[None] = nullcontext()
+            if addition == ways.CACHE:
+                ways.make_cacheable(model)
+                caching = ways.cached(model, given.cache_threshold, computed)
+            with caching, ways.anew(model):
+                row = generations.compared(generations.generate(model, attend, size), truth)
+            if computed:
+                row["computed"] = sum(computed) / len(computed)
+            return row
+
+        for addition in self.additions:
+            refused: dict[str, Any] = {}
+            if addition == ways.GRAPHS:
+                continue
+            if addition in ways.QUANTISED:
+                model = load_pretrained(device=self.device, dtype=self.dtype)
+                refused = ways.attempt(lambda: ways.quantise(model, addition) or {})  # noqa: B023
+            split = generations.split(given.zoo_grid, given.density)
+            for name, attend in (("dense", None), ("split", split)):
+                if (name, addition) == ("dense", ways.NOTHING):
+                    continue
+                found = refused or ways.attempt(lambda: measure(attend, addition))  # noqa: B023
+                self.keep("zoo", {"attention": name, "with": addition, **found})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, and write composition.json."""
+    size = large.Size(layers=8)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", type=large.grid_of, default=large.GRIDS["480p"])
+    parser.add_argument("--layers", type=int, default=size.layers, help="40 are the whole model")
+    parser.add_argument("--heads", type=int, default=size.heads)
+    parser.add_argument("--head-dim", type=int, default=size.head_dim)
+    parser.add_argument("--mlp", type=int, default=size.mlp)
+    parser.add_argument("--text", type=int, default=size.text, help="width of the text's tokens")
+    parser.add_argument("--steps", type=int, default=5, help="of the trajectory")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--cache-threshold", type=float, default=0.1)
+    parser.add_argument("--additions", nargs="+", choices=ways.ADDITIONS, default=[*ways.ADDITIONS])
+    parser.add_argument("--zoo-grid", type=large.grid_of, default=(21, 30, 52))
+    parser.add_argument("--zoo-steps", type=int, default=25)
+    parser.add_argument("--parts", nargs="+", choices=("zoo", "large"), default=["zoo", "large"])
+    parser.add_argument("--seconds", type=int, default=None, help="end after so many")
+    parser.add_argument("--small", action="store_true", help="for a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    if parser.parse_known_args(arguments)[0].small:
+        parser.set_defaults(**SMALL)
+    given = parser.parse_args(arguments)
+    bench = Bench(given)
+    try:
+        with large.at_most(given.seconds):
+            for part in given.parts:
+                getattr(bench, part)()
+    except large.TimeUp:
+        print(f"stopped after {given.seconds} s; the rows until then are written")
+
+
+if __name__ == "__main__":
+    main()
