@@ -274,18 +274,26 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_distilled(device=given.device, dtype=dtype, path=given.adapter)
     else:
         model = load_pretrained(device=given.device, dtype=dtype)
+    rows: list[dict[str, Any]] = []
+
+    def written() -> Path:
+        result = {
+            "environment": environment(),
+            "tokens": math.prod((given.frames, given.height // 4, given.width // 4)),
+            "settings": {**size, "dtype": str(dtype)},
+            "rows": rows,
+        }
+        name = "generations_distilled" if given.distilled else "generations"
+        return write(name, result, given.out)
+
     with torch.no_grad():
-        rows = measure(model, size, range(given.seeds), given.densities, warm)
+        for seed in range(given.seeds):
+            rows += measure(model, size, [seed], given.densities, warm)
+            path = written()  # of long clips a run may be cut off
         if given.distilled:
             rows += planned(model, size, range(given.seeds), given.densities)
-    result = {
-        "environment": environment(),
-        "tokens": math.prod((given.frames, given.height // 4, given.width // 4)),
-        "settings": {**size, "dtype": str(dtype)},
-        "rows": rows,
-    }
-    name = "generations_distilled" if given.distilled else "generations"
-    print(f"wrote {write(name, result, given.out)}")
+            path = written()
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
