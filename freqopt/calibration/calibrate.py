@@ -128,7 +128,8 @@ def calibrate(
             "eager": launches count where the GPU waits for them; "compiled": by torch.compile,
             which the whole model is then timed with, dense and split; "graphs": in CUDA graphs,
             where no launch counts. "auto" is "eager", as compiling may take longer than all else.
-            Whatever the clock, a plan that makes the whole model no faster splits nothing.
+            Whatever the clock, where a plan makes the whole model no faster, sites that save least
+            are left dense, and where that does not help, all are.
         rounds: of measuring what each head's error adds among those of all others, and allocating
             anew. Each takes as long as probing sensitivities. By default 3 on a GPU for models of
             up to 64 heads in all, else 1; 0 leaves it out.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
+from freqopt.calibration.fewer import CLEARLY, dropped_reason, halvings, only, savings
 from freqopt.calibration.measure.clock import run_milliseconds
 from freqopt.calibration.measure.ladder import GRID_ALONE, Array
 from freqopt.calibration.measure.requests import Dense, SiteThresholds, Thresholds, Time
@@ -43,7 +44,7 @@ from freqopt.calibration.search.verify import (
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.calibration.survey import measure_sites
-from freqopt.calibration.whole import launches_count, model_times
+from freqopt.calibration.whole import ModelTimes, launches_count, model_times
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Trial
@@ -176,10 +177,8 @@ class Calibration:
         return held_out.try_out(outcome.allocation).trial
 
     def _as_timed(self, facts: PlanFacts, search: Search) -> PlanFacts:
-        """The facts with the time of the whole model; where that is no faster, of nothing split."""
-        bench, outcome = self.bench, facts.outcome
-        thresholds = thresholds_of(self.sites, outcome.allocation)
-        found = model_times(bench, thresholds, self.clock, lambda: build_plan(bench, facts))
+        """The facts with the time of the whole model, and fewer sites split, or none, if slower."""
+        found = self._model_times(facts)
         if found is None:
             return facts
         notes = [*facts.notes, *([found.note] if found.note else [])]
@@ -188,15 +187,54 @@ class Calibration:
             return facts
         if facts.goal.density is not None:
             return replace(facts, notes=[*notes, f"{found.slower}; the density asked for rules"])
-        reasons = {site.name: found.slower for site in self.sites}
-        everything = with_dense(search.strategy.sites, outcome.allocation, reasons, bench.cost)
-        outcome = search.try_out(everything)
+        return self._with_fewer(facts, search, found)
+
+    def _model_times(self, facts: PlanFacts) -> ModelTimes | None:
+        """Times of the whole model as the facts split it; None without a clock or a split."""
+        bench, thresholds = self.bench, thresholds_of(self.sites, facts.outcome.allocation)
+        return model_times(bench, thresholds, self.clock, lambda: build_plan(bench, facts))
+
+    def _with_fewer(self, facts: PlanFacts, search: Search, slower: ModelTimes) -> PlanFacts:
+        """The facts with those sites split that pay in the whole model; with none if none do.
+
+        slower: times of the whole model with all of them.
+        """
+        cost, sites, allocation = self.bench.cost, search.strategy.sites, facts.outcome.allocation
+        saved, notes = savings(sites, allocation, facts.times, cost), list(facts.notes)
+        for dropped in halvings(saved):
+            reasons = {name: dropped_reason(slower.slower, saved[name]) for name in dropped}
+            fewer = with_dense(sites, allocation, reasons, cost)
+            tried = replace(
+                facts,
+                outcome=replace(facts.outcome, allocation=fewer),
+                reasons={**facts.reasons, **reasons},
+            )
+            found = self._model_times(tried)
+            assert found is not None  # there is a clock, and something is split
+            told = only(len(saved) - len(dropped))
+            times = f"{found.split:.4g} ms against {found.dense:.4g} ms dense"
+            if found.split >= CLEARLY * found.dense:
+                notes.append(f"{told} the whole model is not clearly faster: {times}")
+                continue
+            outcome = search.try_out(fewer)
+            if outcome.trial.measured_error > search.criterion.target:
+                notes.append(f"{told} the whole model is faster and misses the target: {times}")
+                continue
+            return replace(
+                tried,
+                outcome=outcome,
+                error=self._error_of(search, outcome, facts.goal),
+                model_ms=(found.dense, found.split),
+                notes=[*notes, f"{slower.slower}; {told} it is faster: {times}"],
+            )
+        reasons = {**facts.reasons, **dict.fromkeys(saved, slower.slower)}
+        outcome = search.try_out(with_dense(sites, allocation, reasons, cost))
         return replace(
             facts,
             outcome=outcome,
             error=self._error_of(search, outcome, facts.goal),
             reasons=reasons,
-            notes=[*notes, f"{found.slower}, so every site stays dense"],
+            notes=[*notes, f"{slower.slower}, so every site stays dense"],
         )
 
     def _search(self, best: Sequence[Candidate], criterion: Criterion) -> tuple[Search, Outcome]:

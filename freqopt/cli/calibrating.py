@@ -111,6 +111,13 @@ def calibrate(
     order: Annotated[
         str, typer.Option(help="auto: tokens by the grid or by content, as pays; or grid.")
     ] = "auto",
+    clock: Annotated[
+        str,
+        typer.Option(
+            help="How the model will run, for what it costs on a GPU: eager (auto), compiled or "
+            "graphs; the whole model is timed so, dense and split."
+        ),
+    ] = "auto",
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -178,6 +185,7 @@ def calibrate(
             timestep=timestep,
             timestep_buckets=timestep_buckets,
             order=order,
+            clock=clock,
             rounds=rounds,
             passes=passes,
             checkpoint=checkpoint,

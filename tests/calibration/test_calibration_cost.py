@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration_models import make_model, make_sample
+from calibration_models import TinyVideo, make_model, make_sample
 
 import freqopt
-from freqopt.calibration import phases, whole
+from freqopt.calibration import fewer, phases, whole
 from freqopt.calibration.measure import clock, requests
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.clock import fit_line, time_call
@@ -250,9 +251,105 @@ def test_a_plan_that_makes_the_whole_model_slower_splits_nothing(
     assert {site.decision for site in plan.sites.values()} == {"dense"}
     slower = "the whole model is no faster split: as timed, 100.5 ms against 100 ms dense"
     assert {site.reason for site in plan.sites.values()} == {slower}
-    assert f"{slower}, so every site stays dense" in plan.evidence.notes
+    assert plan.evidence.notes[-1] == f"{slower}, so every site stays dense"
+    alone = "with only the site that saves most the whole model is not clearly faster: 100.5 ms"
+    assert any(note.startswith(alone) for note in plan.evidence.notes)
     assert (plan.measured_error, plan.mean_density) == (0.0, 1.0)
     assert plan.verified is not None and plan.verified.model_ms == (100.0, 100.5)
+
+
+def layers_and_samples(layers: int) -> tuple[TinyVideo, list[dict[str, torch.Tensor]]]:
+    torch.manual_seed(0)
+    return TinyVideo(layers=layers), [make_sample(i) for i in range(4)]
+
+
+def whole_clock(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[int], float]
+) -> list[set[str]]:
+    """The whole model takes 100 ms dense, and what is said of the number of sites split.
+
+    Returns the sites that were split whenever it was timed.
+    """
+    timed: list[set[str]] = []
+
+    def compare(dense: Any, split: Any, team: Any) -> tuple[float, float]:
+        timed.append(set(split().densities))
+        return 100.0, milliseconds(len(timed[-1]))
+
+    monkeypatch.setattr(whole, "compare_runs", compare)
+    return timed
+
+
+def test_sites_that_save_least_are_dropped_before_nothing_is_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each site costs the model the same, so a few of them pay and all of them do not."""
+    SimulatedGpu(monkeypatch)
+    timed = whole_clock(monkeypatch, lambda sites: 101.0 if sites > 2 else 90.0)
+    model, samples = layers_and_samples(5)
+    options = {"target_error": 0.1, "progress": False, "rounds": 0}
+    plan = freqopt.calibrate(model, samples, **options)
+    assert [len(sites) for sites in timed] == [5, 3, 2]
+    assert timed[2] < timed[1] < timed[0]
+    split = {name for name, site in plan.sites.items() if site.decision == "split"}
+    assert split == timed[2]
+    saved = {
+        name: found.times_ms[0] - found.times_ms[1]
+        for name, found in plan.evidence.sites.items()
+        if found.times_ms
+    }
+    assert len(saved) == 5 and len(set(saved.values())) > 3
+    assert min(saved[name] for name in split) >= max(saved[n] for n in saved.keys() - split)
+    slower = "the whole model is no faster split: as timed, 101 ms against 100 ms dense"
+    for name in plan.sites.keys() - split:
+        own = f"splitting this site saves {saved[name]:.3g} ms by itself, less than others do"
+        assert plan.sites[name].reason == f"{slower}; {own}"
+    told = f"{slower}; with only the 2 sites that save most it is faster: 90 ms against 100 ms"
+    assert plan.evidence.notes[-1] == f"{told} dense"
+    assert plan.verified is not None and plan.verified.model_ms == (100.0, 90.0)
+    last, before = plan.evidence.trials[-1], plan.evidence.trials[-2]
+    assert plan.measured_error == last.measured_error < before.measured_error <= 0.1
+    assert plan.mean_density == last.mean_density > before.mean_density
+
+
+@pytest.mark.parametrize("few_ms", [99.5, 104.0])
+def test_fewer_sites_are_tried_a_few_times_and_must_be_clearly_faster(
+    few_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SimulatedGpu(monkeypatch)
+    monkeypatch.setattr(fewer, "ROUNDS", 2)
+    timed = whole_clock(monkeypatch, lambda sites: 101.0 if sites > 3 else few_ms)
+    model, samples = layers_and_samples(5)
+    options = {"target_error": 0.2, "progress": False, "rounds": 0}
+    plan = freqopt.calibrate(model, samples, **options)
+    assert [len(sites) for sites in timed] == [5, 3, 2]
+    assert {site.decision for site in plan.sites.values()} == {"dense"}
+    assert (plan.measured_error, plan.mean_density) == (0.0, 1.0)
+    tried = [note for note in plan.evidence.notes if note.startswith("with only the")]
+    told = f"save most the whole model is not clearly faster: {few_ms:g} ms against 100 ms dense"
+    assert tried == [f"with only the {n} sites that {told}" for n in (3, 2)]
+
+
+def test_fewer_sites_that_miss_the_target_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of heads undo each other in part, so that of fewer sites may be larger."""
+    SimulatedGpu(monkeypatch)
+    whole_clock(monkeypatch, lambda sites: 101.0 if sites > 2 else 90.0)
+    original = phases.Search.try_out
+
+    def worse(search: Any, allocation: Any, notes: Any = ()) -> Any:
+        found = original(search, allocation, notes)
+        if sum(not choice.dense for choice in allocation.choices) != 2:
+            return found
+        trial = found.trial.model_copy(update={"measured_error": 0.21})
+        return replace(found, trial=trial)
+
+    monkeypatch.setattr(phases.Search, "try_out", worse)
+    model, samples = layers_and_samples(5)
+    options = {"target_error": 0.2, "progress": False, "rounds": 0}
+    plan = freqopt.calibrate(model, samples, **options)
+    assert [site.decision for site in plan.sites.values()].count("split") == 1
+    assert any("2 sites that save most the whole" in n for n in plan.evidence.notes)
+    assert plan.measured_error <= 0.2
 
 
 def test_a_density_that_makes_the_whole_model_slower_is_kept_and_said(
@@ -390,13 +487,16 @@ def test_a_clock_that_compiles_times_the_compiled_model(
     model, samples = make_model().eval(), [make_sample(i) for i in range(2)]
     options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": "compiled"}
     plan = freqopt.calibrate(model, samples, **options)
-    ((dense, split),) = outputs
     with torch.no_grad():
-        torch.testing.assert_close(dense, model(**samples[1]).get("velocity"))
-    error = float((split - dense).norm() / dense.norm())
+        truth = model(**samples[1]).get("velocity")
+    for dense, _ in outputs:
+        torch.testing.assert_close(dense, truth)
+    error, *fewer_sites = (float((split - truth).norm() / truth.norm()) for _, split in outputs)
     assert 0.01 < error <= 0.2
+    assert all(1e-3 < each < 0.9 * error for each in fewer_sites)
     assert "the whole model was timed compiled" in plan.evidence.notes
     faster = model_ms[1] < model_ms[0]
+    assert len(fewer_sites) == (0 if faster else 1)
     assert {site.decision for site in plan.sites.values()} == {"split" if faster else "dense"}
     if faster:
         assert error == pytest.approx(plan.measured_error, rel=1e-3)

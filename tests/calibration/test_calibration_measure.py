@@ -158,6 +158,7 @@ def test_densities_between_the_rungs_are_those_of_the_op() -> None:
         curves = asked(Measure(), call)[1].readings[0].curves
         fine = curves[FINE][0]
         assert fine.shape == (len(CHOICES), 2)
+        assert torch.equal(torch.tensor(CHOICES[::REFINEMENT]), torch.tensor(THRESHOLDS))
         for index in (5, 18, 30):
             _, stats = freqopt.split_attention(**call, threshold=CHOICES[index], return_stats=True)
             torch.testing.assert_close(

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_plans import full_plan
 from torch import nn
 
+import freqopt
 from freqopt import doctor
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.cli import app as cli
@@ -201,8 +203,6 @@ def test_an_error_of_the_users_factory_is_shown_as_theirs_in_two_lines(
 
 
 def test_the_version_is_said(run: Run) -> None:
-    import freqopt
-
     done = run("--version")
     assert done.returncode == 0 and done.stdout == f"freqopt {freqopt.__version__}\n"
 
@@ -219,6 +219,26 @@ def test_two_targets_are_refused(run: Run) -> None:
         "0.5",
     )
     assert done.returncode == cli.BAD_INPUT and "both given" in done.stderr
+
+
+def test_how_the_model_will_run_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    original = freqopt.calibrate
+
+    def calibrate(*arguments: Any, clock: str, **options: Any) -> Any:
+        asked.append(clock)
+        return original(*arguments, clock=clock, **options)
+
+    monkeypatch.setattr(freqopt, "calibrate", calibrate)
+    given = ("calibrate", "models:make", "--samples", "samples.safetensors", "--device", "cpu")
+    quick = ("--rounds", "0", "--quiet", "--target-error", "0.2", "--order", "grid")
+    done = run(*given, *quick, "--clock", "compiled")
+    assert done.returncode == 0 and asked == ["compiled"], done.stderr
+    done = run(*given, *quick)
+    assert done.returncode == 0 and asked == ["compiled", "auto"], done.stderr
+    done = run(*given, "--clock", "wall")
+    assert done.returncode == cli.BAD_INPUT
+    assert "clock 'wall' is none; supported: auto, eager, compiled, graphs" in done.stderr
 
 
 def test_a_dry_run_measures_nothing(work: Path, run: Run) -> None:

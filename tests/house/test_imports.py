@@ -55,7 +55,7 @@ CORE = {
 FLOORS = (
     *("values", "team", "samples", "samples_file", "checkpoint"),
     *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "whole"),
-    "phases",
+    *("fewer", "phases"),
     "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""

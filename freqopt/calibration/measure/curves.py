@@ -18,6 +18,7 @@ from freqopt.calibration.measure.ladder import (
     CHOICES,
     GRID_ALONE,
     LEAST_TOKENS,
+    REFINEMENT,
     THRESHOLDS,
     Array,
 )
@@ -99,15 +100,15 @@ class Sampled:
 
     first, rest: places in the sample that are measured, and that are not yet. tried: on TRIAL_TILES
     of them first, evenly spaced, where that saves much. `measure_rest` measures the others. Errors
-    of few tiles are unbiased too, and their deviation is larger.
+    of few tiles are unbiased too, and their deviation is larger. fine, density: shares (.., H) of
+    pairs that CHOICES lift, and of those the rungs of the ladder.
     """
 
     def __init__(self, heads: HeadsInOrder, sampled: int, offset: float, *, tried: bool) -> None:
         self.heads, self.tiles = heads, heads.score.shape[2]
-        self.ordered = heads.score.flatten(2).sort(-1).values
-        device = self.ordered.device
-        self.density = densities(self.ordered, THRESHOLDS)
-        self.chosen = even_sample(self.tiles, sampled, offset, device)
+        self.fine = densities(heads.score, CHOICES)
+        self.density = self.fine[::REFINEMENT]
+        self.chosen = even_sample(self.tiles, sampled, offset, heads.score.device)
         count = len(self.chosen)
         step = count // TRIAL_TILES if tried and count >= 4 * TRIAL_TILES else 1
         self.first = list(range(count))[step // 2 :: step]
@@ -138,7 +139,7 @@ class Sampled:
             "site_bias": along.square() / energy / total,
             "probe": self.heads.probe_error,
             "variance": variance_of_sum(errors.error.double(), self.tiles) / total.square(),
-            FINE: densities(self.ordered, CHOICES),
+            FINE: self.fine,
         }
 
     def log_errors(self) -> Array:
@@ -166,9 +167,10 @@ def measure_worth(orders: Sequence[Sampled]) -> None:
         orders[at].measure_rest()
 
 
-def densities(ordered: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+def densities(score: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     """(T, H) share of each head's pairs lifted by each threshold, mean over the batch.
 
-    ordered: (B, H, pairs) scores, ascending.
+    score: (B, H, tiles, blocks). It is sorted here and not kept so: that would be as large again.
     """
+    ordered = score.flatten(2).sort(-1).values
     return count_lifted(ordered, thresholds).double().mean(1) / ordered.shape[-1]

@@ -82,10 +82,10 @@ def groups(
 
 
 def _bytes_per_head(call: AttentionCall, orders: int) -> int:
-    """An output, what sorts scores, and the scores of each order, sorted too, with mass terms."""
+    """An output, what sorts the scores of an order, and those of each order with mass terms."""
     batch, _, tokens, dim = call.query.shape
     pairs = -(-tokens // QUERY_TILE) * -(-tokens // KEY_BLOCK)
-    return batch * (tokens * dim * call.query.element_size() + pairs * (12 + 10 * orders))
+    return batch * (tokens * dim * call.query.element_size() + pairs * (12 + 6 * orders))
 
 
 def head_tokens(call: AttentionCall, head: int, order: Tensor | None = None) -> HeadTokens:
