@@ -26,6 +26,7 @@ from benchmarks import rival_calls
 from benchmarks.common import environment, write
 from freqopt.config import DEFAULT_PROBES
 from freqopt.demo import video as pictures
+from freqopt.errors import OptionError
 from freqopt.kernels.op import split_attention_op
 from freqopt.models_zoo.distilled import ADAPTER, STEPS, load_distilled
 from freqopt.models_zoo.sampling import denoising_samples, sample
@@ -211,15 +212,23 @@ def measure(
 
 def planned(
     model: nn.Module, size: dict[str, Any], seeds: Sequence[int], densities: Sequence[float]
-) -> list[dict[str, Any]]:
-    """A row for each seed and density, of the model with a plan made on steps of other clips."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each seed and density, of the model with a plan made on steps of other clips.
+
+    Also returned is why a density has none: short clips have no plan for low ones.
+    """
     references = {seed: generate(model, None, {**size, "seed": seed}) for seed in seeds}
     samples = denoising_samples(model, PLANNED_ON, **size)
-    rows = []
+    rows, without = [], []
     for density in densities:
-        plan = freqopt.calibrate(
-            model, samples, target_density=density, rounds=0, passes=PASSES, progress=False
-        )
+        try:
+            plan = freqopt.calibrate(
+                model, samples, target_density=density, rounds=0, passes=PASSES, progress=False
+            )
+        except OptionError as error:
+            without.append(f"density {density:g}: {error}")
+            print(f"no plan: {without[-1]}", flush=True)
+            continue
         split_sites = sum(site.decision == "split" for site in plan.sites.values())
         handle = freqopt.optimize(model, plan, route="eager")
         try:
@@ -242,7 +251,7 @@ def planned(
                 rows.append(row)
         finally:
             handle.disable()
-    return rows
+    return rows, without
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         model = load_pretrained(device=given.device, dtype=dtype)
     rows: list[dict[str, Any]] = []
+    without: list[str] = []
 
     def written() -> Path:
         result = {
@@ -282,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
             "tokens": math.prod((given.frames, given.height // 4, given.width // 4)),
             "settings": {**size, "dtype": str(dtype)},
             "rows": rows,
+            "without_plan": without,
         }
         name = "generations_distilled" if given.distilled else "generations"
         return write(name, result, given.out)
@@ -291,7 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows += measure(model, size, [seed], given.densities, warm)
             path = written()  # of long clips a run may be cut off
         if given.distilled:
-            rows += planned(model, size, range(given.seeds), given.densities)
+            more, without = planned(model, size, range(given.seeds), given.densities)
+            rows += more
             path = written()
     print(f"wrote {path}")
 

@@ -247,6 +247,7 @@ def few_steps() -> Iterator[str]:
     yield f"makes clips of {result['tokens']:,} tokens, compared with its own dense ones."
     yield "*Own plan* is calibrated on its steps, of other clips, for the density of the row."
     yield from ("", origin(result), "", *readme.generations(result))
+    yield from (f"\nNo plan at {why}." for why in result["without_plan"])
 
 
 def found() -> Iterator[str]:

@@ -55,16 +55,20 @@ def test_the_model_of_four_steps_gets_plans_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
+    monkeypatch.setattr(generations, "PLANNED_ON", 4)
+    monkeypatch.setattr(generations, "PASSES", 8)
     monkeypatch.setattr(
         generations, "load_distilled", lambda **given: asked.update(given) or tiny()
     )
-    words = "--distilled --device cpu --frames 3 --height 32 --width 40 --seeds 1 --densities 0.5"
+    words = "--distilled --device cpu --frames 3 --height 32 --width 40 --seeds 1"
+    words += " --warm 0 --densities 0.5 0.1"
     generations.main([*words.split(), "--adapter", "x.safetensors", "--out", str(tmp_path)])
     assert asked["path"] == Path("x.safetensors")
     result = json.loads((tmp_path / "generations_distilled.json").read_text())
     assert result["settings"]["steps"] == 4
     rows: dict[Any, Any] = {(r["method"], r.get("dense_steps")): r for r in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 6  # the floor, two methods with 0 and 1, the plan
+    assert len(result["rows"]) == 6  # the floor, two methods at two densities, and one plan
+    assert [why[:28] for why in result["without_plan"]] == ["density 0.1: a mean density "]
     own = rows["freqopt, own plan", 0]
     assert own["split_sites"] == 2 and 0.3 < own["planned_density"] <= 0.5
     assert 20 < own["psnr_db"] < rows["another dense backend", None]["psnr_db"]
