@@ -42,7 +42,7 @@ from freqopt.calibration.search.verify import (
     thresholds_of,
 )
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
-from freqopt.calibration.search.workbench import Reference, Workbench
+from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.survey import measure_sites
 from freqopt.calibration.whole import ModelTimes, launches_count, model_times
 from freqopt.errors import CalibrationError
@@ -103,10 +103,11 @@ class Calibration:
         """Measure all sites and sensitivities: what there is to choose from at each of them."""
         bench = self.bench
         self.launches = launches_count(bench, self.clock)
+        if self.passes is None and seconds_of_pass(bench) >= SLOW_PASS:
+            # before the first phase, which tells how long all of them take
+            self.passes = bench.passes = PASSES_WHEN_SLOW
         measure_sites(bench, orders=self.orders, launches=self.launches)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
-        if self.passes is None and seconds_of_pass(bench, probed[0]) >= SLOW_PASS:
-            self.passes = PASSES_WHEN_SLOW
         found = measure_sensitivities(bench, probed, self.passes)
         self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
         self.notes += found.notes
@@ -292,15 +293,17 @@ class Calibration:
         return outcome
 
 
-def seconds_of_pass(bench: Workbench, reference: Reference) -> float:
-    """Seconds that a dense run of the model takes; 0 without a clock."""
-    if not bench.survey.timings:
+def seconds_of_pass(bench: Workbench) -> float:
+    """Seconds that a dense run of the model takes on a GPU; 0 elsewhere, where none is dear."""
+    if not bench.runner.on_gpu:
         return 0.0
+    sample = bench.samples.fit[0]
 
-    def run() -> None:
-        bench.runner.run(reference.sample, Dense())  # the output may be known, but not its time
+    def look() -> float:
+        bench.reference(sample).compute()  # the compiler writes the graph down
+        return run_milliseconds(lambda: bench.runner.run(sample, Dense())) / 1e3
 
-    return float(bench.kept("seconds of a pass", lambda: run_milliseconds(run) / 1e3))
+    return float(bench.kept("seconds of a pass", look))
 
 
 def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 from calibration_models import TinyVideo, make_model, make_sample
 
 import freqopt
-from freqopt.calibration import fewer, phases, whole
+from freqopt.calibration import fewer, phases, survey, whole
 from freqopt.calibration.measure import clock, requests
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.clock import fit_line, time_call
@@ -118,7 +118,7 @@ class SimulatedGpu:
         monkeypatch.setattr(clock, "launch_milliseconds", lambda run, repeats: self.launching)
         monkeypatch.setattr(requests, "has_clock", lambda x: True)
         monkeypatch.setattr(whole, "compare_runs", lambda first, second, team: model_ms)
-        monkeypatch.setattr(phases, "run_milliseconds", lambda run: run() or 100.0)
+        monkeypatch.setattr(phases, "run_milliseconds", lambda run: (run(), 100.0)[1])
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
         self.kind = "dense"
@@ -401,9 +401,12 @@ def test_slow_models_have_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(bench, references, passes)
 
     monkeypatch.setattr(phases, "measure_sensitivities", measure)
+    expected: list[float] = []
+    told = survey.runs_of
+    monkeypatch.setattr(survey, "runs_of", lambda **o: expected.append(o["passes"]) or told(**o))
     samples = [make_sample(i) for i in range(2)]
     freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
-    assert asked == [7]
+    assert asked == expected == [7]
 
 
 def test_a_density_asked_for_rules_over_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
