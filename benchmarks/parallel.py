@@ -249,7 +249,9 @@ class Bench:
         self.count = dist.get_world_size()
         self.rows: list[dict[str, Any]] = []
         self.alone: Tensor | None = None
+        self.imbalance: dict[str, float] = {}
         model = self.model()
+        self.config: Any = model.config
         self.call = call_of(model, self.grid, device)
         self.dense: Tensor = model(**self.call)[0]
         self.plan = plan_of(model, self.call, self.grid, args.density)
@@ -267,7 +269,10 @@ class Bench:
             model(**self.call)
 
     def row(self, name: str, run: Callable[..., Any]) -> None:
-        """Add a row: times and collectives by rank; errors against dense and split on one GPU."""
+        """Add a row: times and collectives by rank; errors against dense and split on one GPU.
+
+        What is there is written each time: large models take minutes.
+        """
 
         def step() -> Tensor:
             found: Tensor = run(**self.call)[0]
@@ -281,7 +286,10 @@ class Bench:
         times, shares = zip(*all_ranks((ms, share)), strict=True)
         row = {"name": name, "ms": times, "collectives": shares, "error": error}
         self.rows.append({**row, "error_of_one_gpu": of_alone})
+        on_gpu = self.device.type == "cuda"
+        gib = all_ranks(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0)
         if dist.get_rank() == 0:
+            self.write(gib)
             print(
                 f"{name:22} {max(times):9.1f} ms  collectives {max(shares):.0%}  L2 {error:.4f}, "
                 f"of the split on one GPU {'-' if of_alone is None else f'{of_alone:.1e}'}",
@@ -294,43 +302,44 @@ class Bench:
         with blocks_compiled(model, plan, self.inner) as run:
             self.row(f"{name}, Ulysses", run)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> None:
         """All rows; the same on every rank."""
-        uneven: dict[str, float] = {}
         model = self.model()
         with blocks_compiled(model, self.plan, self.inner) as run:
             self.row(ALONE, run)
-        if model.config.num_attention_heads % self.count == 0:  # type: ignore[union-attr]
+        if self.config.num_attention_heads % self.count == 0:
             self.ulysses("dense", model, None)
             self.ulysses("split", self.model(), self.plan)
             model = self.model()
             balanced = freqopt.parallel.balance(model, self.plan, self.count, self.call)
-            uneven = {"before": balanced.before, "after": balanced.after}
+            self.imbalance = {"before": balanced.before, "after": balanced.after}
             self.ulysses("balanced", model, balanced.plan)
             model = self.model()
         self.share_out(model, ring_degree=self.count)
         with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
             self.row("split, all keys, eager", model)
-        on_gpu = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-        config: Any = model.config
-        return {
+
+    def write(self, gib: list[float]) -> None:
+        """The file of results and its plot, of the rows so far."""
+        result = {
             "environment": environment(),
             "ranks": self.count,
             "size": self.size,
-            "layers": config.num_layers,
-            "heads": config.num_attention_heads,
+            "layers": self.config.num_layers,
+            "heads": self.config.num_attention_heads,
             "grid": list(self.grid),
             "density": self.args.density,
             "spread": SPREAD,
-            "imbalance": uneven,
+            "imbalance": self.imbalance,
             "rows": self.rows,
-            "gib": all_ranks(memory),
+            "gib": gib,
         }
+        path = write(f"parallel_{self.count}", result, self.args.out)
+        parallel_page.plot(result, path.with_suffix(".png"))
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Measure, and write one file of results from the first rank."""
+    """Measure; the first rank writes one file of results, and a plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="14b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
@@ -351,11 +360,7 @@ def main(given: Sequence[str] | None = None) -> None:
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
     with torch.no_grad():
-        result = Bench(args, device).measure()
-    if dist.get_rank() == 0:
-        path = write(f"parallel_{result['ranks']}", result, args.out)
-        parallel_page.plot(result, path.with_suffix(".png"))
-        print(f"wrote {path}")
+        Bench(args, device).measure()
 
 
 if __name__ == "__main__":
