@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from freqopt.calibration.measure.attention import AttentionShape
-from freqopt.calibration.measure.requests import Dense, Split
+from freqopt.calibration.measure.requests import Dense, SiteThresholds, Split
 from freqopt.calibration.runner import Runner, relative_error
 from freqopt.calibration.samples import SampleSet
 from freqopt.calibration.search.cost import CostModel, ProductCost
@@ -21,9 +21,6 @@ from freqopt.demo.settings import DTYPES, Settings
 from freqopt.demo.video import psnr
 from freqopt.models_zoo.sampling import denoising_samples, sample, trajectories
 from freqopt.progress import Progress
-
-Thresholds = dict[str, Tensor]
-"""{site: (buckets, H)}; a site without any stays dense."""
 
 VIDEO_SEED = 7
 
@@ -77,7 +74,7 @@ class Bench:
             self.known[key] = Generated(
                 psnr(video, self.videos[seed]),
                 self.density(result.shapes, densities),
-                self.relative_cost(result.shapes, densities),
+                self.relative_cost(result.shapes, densities, request.thresholds),
             )
         return self.known[key]
 
@@ -97,15 +94,21 @@ class Bench:
         )
 
     def relative_cost(
-        self, shapes: Mapping[str, AttentionShape], densities: Mapping[str, Tensor]
+        self,
+        shapes: Mapping[str, AttentionShape],
+        densities: Mapping[str, Tensor],
+        thresholds: Mapping[str, SiteThresholds],
     ) -> float:
-        """Cost of the attention over that of dense attention, by the cost model."""
+        """Modelled cost of the attention, orders included, over that of dense attention."""
         spent = dense = 0.0
         for name, shape in shapes.items():
             whole = self.cost.dense(shape) * shape.heads
             dense += whole
             if name in densities:
                 whole = float(self.cost.split(shape, densities[name].numpy()).sum())
+                chunks = thresholds[name].chunks
+                if any(chunks):
+                    whole += self.cost.order(shape, len(chunks), max(chunks))
             spent += whole
         return spent / dense
 

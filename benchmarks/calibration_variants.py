@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.calibration_bench import Bench, Thresholds
+from benchmarks.calibration_bench import Bench
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.ladder import Array
-from freqopt.calibration.measure.requests import SiteThresholds, Split
+from freqopt.calibration.measure.requests import SiteThresholds, Split, Thresholds
 from freqopt.calibration.phases import Calibration
 from freqopt.calibration.search.allocate import solve_density
 from freqopt.calibration.search.choices import SiteChoices, site_choices
@@ -53,11 +53,12 @@ def allocated(sites: Sequence[SiteChoices], cost: CostModel, density: float) -> 
 
 
 def uniform(sites: Sequence[SiteChoices], density: float) -> Thresholds:
-    """One threshold for every head, site and timestep."""
+    """One threshold for every head, site and timestep, by the grid."""
+    ladder = slice(1, sites[0].ladder)
     means = np.mean(
-        [(s.weight[:, None] * s.density[:, 1:]).sum(0) / s.heads for s in sites], axis=0
+        [(s.weight[:, None] * s.density[:, ladder]).sum(0) / s.heads for s in sites], axis=0
     )
-    at = np.interp(-math.log(density), -np.log(means), np.log(sites[0].threshold[1:]))
+    at = np.interp(-math.log(density), -np.log(means), np.log(sites[0].threshold[ladder]))
     return {
         s.name: SiteThresholds(torch.full((len(s.shares), s.heads), math.exp(at))) for s in sites
     }
@@ -87,6 +88,19 @@ def heads_tied(site: SiteChoices) -> SiteChoices:
 def timesteps_tied(site: SiteChoices) -> SiteChoices:
     """One choice for all timesteps of a head."""
     return tied(site, np.tile(np.arange(site.heads), len(site.shares)))
+
+
+def by_grid(site: SiteChoices) -> SiteChoices:
+    """The same site with the grid's order for all heads."""
+    own = slice(site.ladder)
+    return replace(
+        site,
+        threshold=site.threshold[own],
+        density=site.density[:, own],
+        error=site.error[:, own],
+        weighted_error=site.weighted_error[:, own],
+        order=site.order[own],
+    )
 
 
 def without_bias_weight(site: SiteChoices) -> SiteChoices:
@@ -167,6 +181,7 @@ def make_variants(
     video = GeneratedVideo(work, bench.pipeline(WEIGHED_SEED), 20.0)
     refined = Refined(calibration.refinement(), sites, densities, video)
     changed = {
+        "without orders per head": by_grid,
         "without budgets per head": heads_tied,
         "without budgets per timestep": timesteps_tied,
     }
@@ -191,7 +206,7 @@ def variant_without_probes(calibration: Calibration) -> Variant:
     """The op without its probes, its curves measured anew; the sensitivities are those known."""
     bench = calibration.bench
     bare = Workbench(bench.runner, bench.progress, Checkpoint(None, ""))
-    measure_sites(bare, probes=0)
+    measure_sites(bare, probes=0, orders=calibration.orders)
     sites = [
         site_choices(site, calibration.sensitivities[name], bench.samples.bucket_samples)
         for name, site in bare.survey.measurable().items()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from calibration_sites import random_site
 
 from benchmarks.calibration import Results, density_ratio
 from benchmarks.calibration_variants import (
     allocated,
+    by_grid,
     heads_tied,
     timesteps_tied,
     uniform,
@@ -65,6 +68,32 @@ def test_allocated_and_uniform_reach_the_density(density: float) -> None:
     assert len({float(x) for budget in equal.values() for x in budget.threshold.flatten()}) == 1
     mean = np.mean([density_of(site, equal[site.name]) for site in sites])
     assert mean == pytest.approx(density, rel=0.01)
+
+
+def test_by_the_grid_no_other_order_is_open() -> None:
+    """And one threshold for all is that of the grid's ladder, whatever orders there are."""
+    rng = np.random.default_rng(0)
+    alone = [random_site(rng, name, 12, SHARES) for name in "abc"]
+    both = []
+    for site in alone:
+        twice = [np.concatenate([x, 0.3 * x[:, 1:]], 1) for x in (site.error, site.weighted_error)]
+        both.append(
+            replace(
+                site,
+                threshold=np.concatenate([site.threshold, site.threshold[1:]]),
+                density=np.concatenate([site.density, site.density[:, 1:]], 1),
+                error=twice[0],
+                weighted_error=twice[1],
+                order=np.repeat([0, 1], [13, 12]),
+            )
+        )
+    assert [site.orders for site in both] == [2, 2, 2]
+    for site, other in zip(alone, map(by_grid, both), strict=True):
+        assert other.orders == 1
+        np.testing.assert_array_equal(other.threshold, site.threshold)
+        np.testing.assert_array_equal(other.error, site.error)
+    for one, other in zip(uniform(alone, 0.3).values(), uniform(both, 0.3).values(), strict=True):
+        assert torch.equal(one.threshold, other.threshold)
 
 
 def test_density_ratio_is_read_at_equal_error() -> None:
