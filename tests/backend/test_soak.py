@@ -38,6 +38,7 @@ def soaked(*words: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_five_hundred_calls() -> None:
     found, without = soaked(), soaked("eager")
