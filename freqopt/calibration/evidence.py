@@ -30,6 +30,7 @@ from freqopt.calibration.search.verify import (
 )
 from freqopt.calibration.search.video import decibels_of
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.whole import ModelTimes
 from freqopt.capture.conditions import adapters_of, dtype_of
 from freqopt.passes.site import Known
 from freqopt.plan.plan import Plan, model_fingerprint
@@ -65,8 +66,9 @@ class PlanFacts:
 
     sites: what there was to choose from. sensitivities, marginals: by site (buckets, H). rounding:
     output error at threshold 0. outcome: what the search ended with, after its trials. error: the
-    trial of it on the held-out samples. times: (dense, split) of a call in ms, by site. model_ms:
-    the same of the whole model. reasons: why sites stay dense that allocation would split.
+    trial of it on the held-out samples. times: (dense, split) of a call in ms, by site. whole:
+    times of the whole model, where there is a clock. reasons: why sites stay dense that allocation
+    would split.
     """
 
     sites: Sequence[SiteChoices]
@@ -79,7 +81,7 @@ class PlanFacts:
     error: Trial
     goal: Goal
     times: Mapping[str, tuple[float, float]]
-    model_ms: tuple[float, float] | None
+    whole: ModelTimes | None
     reasons: Mapping[str, str]
     notes: list[str]
 
@@ -105,7 +107,7 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
         worst_error=_round(max(errors)),
         target_quantile=goal.quantile,
         verified=verified_on(
-            model, errors, samples.held_out, quantile=goal.quantile, model_ms=facts.model_ms
+            model, errors, samples.held_out, quantile=goal.quantile, whole=facts.whole
         ),
         target_psnr=goal.psnr,
         target_density=goal.density,
@@ -138,7 +140,7 @@ def verified_on(
     samples: Sequence[Sample],
     *,
     quantile: float | None = None,
-    model_ms: tuple[float, float] | None = None,
+    whole: ModelTimes | None = None,
 ) -> Verified:
     """What is kept of a verification. errors: of the model's output, of each of the samples."""
     times = [sample.timestep for sample in samples]
@@ -150,7 +152,8 @@ def verified_on(
         quantile_error=None if quantile is None else _round(quantile_of(errors, quantile)),
         dtype=dtype_of(model),
         adapters=adapters_of(model),
-        model_ms=None if model_ms is None else (_round(model_ms[0]), _round(model_ms[1])),
+        model_ms=None if whole is None else (_round(whole.dense), _round(whole.split)),
+        model_clock=None if whole is None else whole.clock,
     )
 
 

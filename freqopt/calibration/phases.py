@@ -40,6 +40,7 @@ from freqopt.calibration.search.verify import (
     Search,
     thresholds_key,
     thresholds_of,
+    too_few,
 )
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Workbench
@@ -75,6 +76,8 @@ class Calibration:
 
     def for_error(self, target: float, quantile: float | None = None) -> Plan:
         """The plan that holds a relative error of the model's output, for a share of inputs."""
+        few = "" if quantile is None else too_few(quantile, len(self.bench.samples.held_out))
+        self.notes += [few] if few else []
         sites = self.choices()
         refinement = self.refinement(quantile)
         strategies = refinement.strategies(sites, target)
@@ -164,7 +167,7 @@ class Calibration:
             error=self._error_of(search, outcome, goal),
             goal=goal,
             times=times,
-            model_ms=None,
+            whole=None,
             reasons=reasons,
             notes=[*notes, *outcome.notes],
         )
@@ -183,7 +186,7 @@ class Calibration:
         if found is None:
             return facts
         notes = [*facts.notes, *([found.note] if found.note else [])]
-        facts = replace(facts, model_ms=(found.dense, found.split), notes=notes)
+        facts = replace(facts, whole=found, notes=notes)
         if not found.slower:
             return facts
         if facts.goal.density is not None:
@@ -225,7 +228,7 @@ class Calibration:
                 tried,
                 outcome=outcome,
                 error=self._error_of(search, outcome, facts.goal),
-                model_ms=(found.dense, found.split),
+                whole=found,
                 notes=[*notes, f"{slower.slower}; {told} it is faster: {times}"],
             )
         reasons = {**facts.reasons, **dict.fromkeys(saved, slower.slower)}

@@ -14,21 +14,26 @@ from freqopt.calibration.measure.clock import compare_runs, is_launch_bound
 from freqopt.calibration.measure.requests import Dense, Split, Thresholds
 from freqopt.calibration.search.verify import thresholds_key
 from freqopt.calibration.search.workbench import Workbench
+from freqopt.plan.measured import ModelClock
 from freqopt.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-MODES: dict[str, str | None] = {"compiled": None, "graphs": "reduce-overhead"}
+MODES: dict[ModelClock, str | None] = {"compiled": None, "graphs": "reduce-overhead"}
 """Ways to run a compiled model, with the mode of torch.compile that runs it so."""
 
 CLOCKS = ("auto", "eager", *MODES)
 
 
 class ModelTimes(NamedTuple):
-    """Time of a run of the whole model, dense and split, in ms. note: what the plan should say."""
+    """Time of a run of the whole model, dense and split, in ms.
+
+    clock: how it ran. note: what the plan should say.
+    """
 
     dense: float
     split: float
+    clock: ModelClock = "eager"
     note: str = ""
 
     @property
@@ -72,8 +77,7 @@ def model_times(
     if not bench.survey.timings or not thresholds:
         return None
     key = thresholds_key(f"model times {clock}", thresholds)
-    dense, split, note = bench.kept(key, lambda: _timed(bench, thresholds, clock, plan))
-    return ModelTimes(dense, split, note)
+    return ModelTimes(*bench.kept(key, lambda: _timed(bench, thresholds, clock, plan)))
 
 
 def _timed(
@@ -88,7 +92,7 @@ def _timed(
                     run()  # compiles
                     run()  # records graphs
                 times = compare_runs(dense, split, runner.team)
-            return ModelTimes(*times, note=f"the whole model was timed {_words(clock)}")
+            return ModelTimes(*times, clock, f"the whole model was timed {_words(clock)}")
         except Exception as error:
             logger.warning("the model is timed in eager mode, it does not compile: %s", error)
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""

@@ -6,6 +6,7 @@ For the report and for people; the backend reads none of it.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -203,6 +204,11 @@ class Comparison(Record):
     cost: float = Field(ge=0)
 
 
+ModelClock = Literal["eager", "compiled", "graphs"]
+"""How a model ran when it was timed: compiled nowhere but at attention, by torch.compile, or in
+CUDA graphs too."""
+
+
 class Verified(Record):
     """What the model did with the plan on the held-out samples.
 
@@ -215,8 +221,8 @@ class Verified(Record):
         dtype: of the model's parameters.
         adapters: names of the adapters that were active in the model, or merged into it while they
             were still there to be seen; None where nobody looked.
-        model_ms: ms of a whole run of the model, dense and split, where there is a clock; it was
-            not compiled outside of attention.
+        model_ms: ms of a whole run of the model, dense and split, where there is a clock.
+        model_clock: how it ran then; None where it was not timed, or the plan does not say.
     """
 
     sample_errors: list[float]
@@ -226,6 +232,7 @@ class Verified(Record):
     dtype: str
     adapters: list[str] | None = None
     model_ms: tuple[float, float] | None = None
+    model_clock: ModelClock | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Verified:

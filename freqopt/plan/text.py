@@ -13,6 +13,12 @@ from freqopt.shown import shown
 MOST_ERRORS = 24
 """Samples whose errors a text lists."""
 
+FAR = 1.1
+"""Error over the target from which a sample is told of apart."""
+
+CLOCK_WORDS = {"eager": "as it is", "compiled": "compiled", "graphs": "compiled, in CUDA graphs"}
+"""How a model ran when it was timed."""
+
 
 def describe(plan: PlanContent) -> str:
     """Several lines: the plan's errors and identity, notes, and a table of its sites."""
@@ -129,10 +135,19 @@ def verification(plan: PlanContent) -> list[str]:
     if verified.quantile_error is not None and plan.target_quantile is not None:
         line += f"; {plan.target_quantile:.0%} of them within {verified.quantile_error:.4f}"
     lines = [line, f"verified for: {scope_of(plan)}", _sample_errors(plan, verified)]
+    if plan.target_psnr is None and plan.target_density is None:
+        lines.append(_beyond(plan.target_error, errors))
     if verified.model_ms is not None:
         dense, split = verified.model_ms
-        lines.append(f"whole model {dense:.4g} ms dense, {split:.4g} ms split")
+        how = "" if verified.model_clock is None else f", {CLOCK_WORDS[verified.model_clock]},"
+        lines.append(f"whole model{how} {dense:.4g} ms dense, {split:.4g} ms split")
     return lines
+
+
+def _beyond(target: float, errors: Sequence[float]) -> str:
+    """How many samples are further off than the target, in words."""
+    above, far = (sum(error > most for error in errors) for most in (target, FAR * target))
+    return f"beyond the target: {above} of {len(errors)} samples, {far} by more than a tenth"
 
 
 def _sample_errors(plan: PlanContent, verified: Verified) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import SitePlan
-from freqopt.plan.text import order_words, scope_of, slow_notes, verification
+from freqopt.plan.text import CLOCK_WORDS, order_words, scope_of, slow_notes, verification
 from freqopt.reporting import errors, speed
 from freqopt.reporting.page import Section, table_html
 from freqopt.reporting.style import figure_html
@@ -138,10 +138,18 @@ def _whole_model(plan: Plan) -> str:
         if kind == "rest" or any(attention > 0.0 for attention, _ in parts.values())
     )
     return (
-        "<p>One run of the whole model, launches included and compiled nowhere but at attention, "
+        f"<p>One run of the whole model, launches included{_ran(plan)}, "
         f'as timed before the plan was given out:</p><div class="bars">{"".join(bars)}</div>'
         f'<div class="key">{key}</div>'
     )
+
+
+def _ran(plan: Plan) -> str:
+    """How the model ran when it was timed, as far as the plan says."""
+    clock = None if plan.verified is None else plan.verified.model_clock
+    if clock is None:
+        return ""
+    return ", compiled nowhere but at attention" if clock == "eager" else f", {CLOCK_WORDS[clock]}"
 
 
 def sites_section(plan: Plan) -> Section:

@@ -504,6 +504,7 @@ def test_a_clock_that_compiles_times_the_compiled_model(
     if faster:
         assert error == pytest.approx(plan.measured_error, rel=1e-3)
     assert plan.verified is not None and plan.verified.model_ms == model_ms
+    assert plan.verified.model_clock == "compiled"
 
 
 def test_a_model_that_does_not_compile_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,6 +521,7 @@ def test_a_model_that_does_not_compile_is_timed_as_it_is(monkeypatch: pytest.Mon
         "eager mode, as compiling it failed: RuntimeError: no" in n for n in plan.evidence.notes
     )
     assert plan.verified is not None and plan.verified.model_ms == (100.0, 80.0)
+    assert plan.verified.model_clock == "eager"
 
 
 def test_a_clock_that_there_is_not() -> None:

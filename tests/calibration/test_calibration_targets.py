@@ -14,7 +14,7 @@ from calibration_models import make_model, make_sample
 import freqopt
 from freqopt.calibration.measure.injections import Inject
 from freqopt.calibration.runner import Runner
-from freqopt.calibration.search.verify import Verdict, quantile_of
+from freqopt.calibration.search.verify import Verdict, quantile_of, too_few
 from freqopt.errors import OptionError
 from freqopt.plan.plan import Plan
 
@@ -43,6 +43,8 @@ def test_a_quantile_is_the_least_error_that_the_share_is_within() -> None:
     ]
     assert quantile_of([0.1 * i for i in range(10)], 0.9) == pytest.approx(0.8)
     assert quantile_of([0.1 * i for i in range(10)], 0.7) == pytest.approx(0.6)
+    assert not too_few(0.9, 10) and "with 10 or more" in too_few(0.9, 9)
+    assert not too_few(0.5, 2) and not too_few(0.95, 20) and too_few(0.95, 19)
     assert Verdict(errors, {}, 0.75).error == 0.03
     assert Verdict([3.0, 4.0], {}).error == pytest.approx(12.5**0.5)
 
@@ -73,8 +75,12 @@ def test_a_target_for_a_share_of_the_inputs_is_held_by_that_share() -> None:
     assert mean.worst_error > 0.08 or most.mean_density >= mean.mean_density
     assert most.measured_error < most.worst_error
     assert "target 0.08 for 99% of inputs" in str(most)
+    held_out = most.evidence.held_out
+    few = f"0.99 of {held_out} held-out samples is all of them, so the worst of them counts"
+    assert any(note.startswith(f"{few}; with 100 or more") for note in most.evidence.notes)
     half = calibrate(target_error=0.08, quantile=0.5)
     assert half.verified is not None
+    assert not any("is all of them" in note for note in half.evidence.notes)
     within = [error <= 0.08 for error in half.verified.sample_errors]
     assert sum(within) >= 2 and half.mean_density <= most.mean_density
 

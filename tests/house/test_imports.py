@@ -54,7 +54,7 @@ CORE = {
 
 FLOORS = (
     *("values", "team", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "estimate", "survey", "evidence", "moving", "whole"),
+    *("measure", "runner", "search", "estimate", "survey", "whole", "evidence", "moving"),
     *("fewer", "phases"),
     "calibrate",
 )

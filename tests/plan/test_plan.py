@@ -358,8 +358,15 @@ def test_the_text_says_exactly_what_was_verified() -> None:
         "standard deviation 0.0061; 90% of them within 0.0350\n"
         "verified for: grids 4x8x8; timestep 15 to 980; bfloat16; adapters style\n"
         "errors by sample (at timestep): 0.0200 (900), 0.0350 (20), 0.0270 (500)\n"
+        "beyond the target: 1 of 3 samples, 1 by more than a tenth\n"
         "whole model 300 ms dense, 150 ms split\n"
     ) in text
+    near = Verified(**{**VERIFIED, "sample_errors": [0.02, 0.03, 0.032], "model_clock": "graphs"})
+    text = str(make_plan(verified=near))
+    assert "beyond the target: 1 of 3 samples, 0 by more than a tenth\n" in text
+    assert "whole model, compiled, in CUDA graphs, 300 ms dense, 150 ms split\n" in text
+    asked = str(make_plan(verified=near, target_density=0.3))
+    assert "verified on 3 samples" in asked and "beyond the target" not in asked
 
 
 def test_of_many_samples_the_worst_are_listed() -> None:

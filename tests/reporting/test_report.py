@@ -471,6 +471,15 @@ def test_the_whole_models_time_is_shown(tmp_path: Path) -> None:
     report(plan, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "dense, 60 ms" in page and "split, 40 ms" in page and "width: 38.17%" in page
+    assert "launches included, as timed" in page.replace("\n", " ")
+    for clock, words in (
+        ("eager", "compiled nowhere but at attention"),
+        ("graphs", "compiled, in CUDA graphs"),
+    ):
+        ran = verified.model_copy(update={"model_clock": clock})
+        report(plan.model_copy(update={"verified": ran}), tmp_path / "r.html")
+        page = (tmp_path / "r.html").read_text().replace("\n", " ")
+        assert f"launches included, {words}, as timed" in page
     assert model_parts(make_plan()) is None
 
 

@@ -103,6 +103,17 @@ def quantile_of(errors: Sequence[float], share: float) -> float:
     return sorted(errors)[max(math.ceil(share * len(errors) - 1e-9), 1) - 1]
 
 
+def too_few(share: float, samples: int) -> str:
+    """Why a share of so many samples is all of them, for the plan to say; empty where it is not."""
+    if math.ceil(share * samples - 1e-9) < samples:
+        return ""
+    enough = math.ceil(1.0 / (1.0 - share) - 1e-9)
+    return (
+        f"{share:.3g} of {samples} held-out samples is all of them, so the worst of them counts; "
+        f"with {enough} or more held out it would not"
+    )
+
+
 class OutputError:
     """Criterion: relative L2 error of the model's output on samples, those held out in the end.
 
