@@ -21,8 +21,8 @@ from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said
 from freqopt.passes.axes.heads import share_of
 from freqopt.passes.axes.layout import Layout
-from freqopt.passes.axes.overwritten import filled
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
+from freqopt.passes.axes.overwritten import filled
 from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify

@@ -16,7 +16,7 @@ from freqopt.passes.axes.dimensions import Axis, Shape, at_most, axis_size, same
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.heads import last_collectives
 from freqopt.passes.axes.provenance import alike, is_projection
-from freqopt.passes.axes.rules import rule
+from freqopt.passes.axes.rules import at_index, of_one_rank, rule
 from freqopt.passes.masks.memory import may_share
 from freqopt.passes.nodes import argument, operation, shape, tensor, value
 from freqopt.passes.site import Extent
@@ -104,9 +104,15 @@ def _region(node: fx.Node, axes: Shape | None) -> Shape | None:
     items[at : at + 1] = [slice(None)] * (len(axes) - len(items) + 1)
     if len(items) != len(axes):
         return None
+    sizes = shape(base)
+    for dim, item in enumerate(items):
+        axes = at_index(axes, dim, item)
+        one = of_one_rank(axes, dim, sizes[dim], item)
+        if one is not None:
+            axes, items[dim] = one, slice(None)
     return tuple(
         _slice_of(axis, item, size, node)
-        for axis, item, size in zip(axes, items, shape(base), strict=True)
+        for axis, item, size in zip(axes, items, sizes, strict=True)
         if isinstance(item, slice)
     )
 

@@ -23,7 +23,7 @@ Exchange = Callable[[Tensor], Tensor]
 
 
 def to_heads(x: Tensor) -> Tensor:
-    """(B, N / P, H, D) of all heads as (B, N, H / P, D) of all tokens, into a tensor made for it."""
+    """(B, N / P, H, D) of all heads as (B, N, H / P, D) of all tokens, as yunchang writes it."""
     count = dist.get_world_size()
     batch, own, heads, dim = x.shape
     sent = x.reshape(batch, own, count, heads // count, dim).transpose(0, 2).contiguous()
