@@ -57,7 +57,6 @@ CASES = [(name, False) for name in WAYS] + [("filled", True)]
 @pytest.mark.parametrize(("name", "packed"), CASES)
 def test_rows_of_a_plan_land_on_their_heads(two: Ranks, name: str, packed: bool) -> None:
     for found in two.call(of_two, name, packed):
-        print(found)
         assert found["dense"] < ROUNDING
         assert found["split"] > SPLIT_SHOWS and found["mistake"] > SPLIT_SHOWS
         assert found["exact"] < ROUNDING

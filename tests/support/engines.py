@@ -45,6 +45,16 @@ def to_tokens(x: Tensor) -> Tensor:
     return got.reshape(batch, tokens // count, own * count, dim)
 
 
+def waited_for(x: Tensor) -> Tensor:
+    """As `to_heads`, in the background until it is waited for: no graph holds such a handle."""
+    count = dist.get_world_size()
+    batch, own, heads, dim = x.shape
+    sent = x.reshape(batch, own, count, heads // count, dim).transpose(0, 2).contiguous()
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, async_op=True).wait()
+    return got.reshape(own * count, batch, heads // count, dim).transpose(0, 1).contiguous()
+
+
 class InFunction(torch.autograd.Function):
     """The same both ways, with a gradient."""
 
@@ -157,7 +167,7 @@ class Block(nn.Module):
         if self.way is not None and self.packed:
             q, k, v = self.way.to_heads(torch.cat([q, k, v]).contiguous()).chunk(3, dim=0)
         elif self.way is not None:
-            q, k, v = (self.way.to_heads(y) for y in (q, k, v))
+            q, k, v = self.way.to_heads(q), self.way.to_heads(k), self.way.to_heads(v)
         out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))
         out = out.transpose(1, 2)
         if self.way is not None:
