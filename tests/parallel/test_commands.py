@@ -71,11 +71,16 @@ def test_calibrate_writes_one_plan(common: tuple[object, ...], tmp_path: Path) -
     assert [(site.heads, site.decision) for site in made.sites.values()] == [(4, "split")] * 2
 
 
-def test_inspect_and_report_speak_once(common: tuple[object, ...], tmp_path: Path) -> None:
+def test_inspect_speaks_once(common: tuple[object, ...], tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     uneven_plan(*engine()).save(plan)
     told = by_torchrun("inspect", *common, "--plan", plan)
     assert told.count("2 attention sites in 1 graph") == 1
     assert told.count("2 of 2 ranks x 16") == 1 and told.count("equal ranks") == 1
+
+
+def test_report_writes_one_page(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    uneven_plan(*engine()).save(plan)
     told = by_torchrun("report", plan)
     assert told.count("wrote") == 1 and plan.with_suffix(".html").exists()
