@@ -52,10 +52,16 @@ def of_two(name: str, packed: bool) -> dict[str, Any]:
 
 
 CASES = [(name, False) for name in WAYS] + [("filled", True)]
+"""Ways of `engines`, and whether queries, keys and values go through one exchange."""
+
+NO_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Whether gloo has no `all_to_all`."""
 
 
 @pytest.mark.parametrize(("name", "packed"), CASES)
 def test_rows_of_a_plan_land_on_their_heads(two: Ranks, name: str, packed: bool) -> None:
+    if name == "lists" and NO_LISTS:
+        pytest.skip("gloo of this PyTorch has no all_to_all, which lists of tensors go through")
     for found in two.call(of_two, name, packed):
         assert found["dense"] < ROUNDING
         assert found["split"] > SPLIT_SHOWS and found["mistake"] > SPLIT_SHOWS

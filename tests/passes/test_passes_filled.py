@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
-from engines import DIM, GRID, HEADS, WAYS, WIDTH, engine, gather_into, gather_list, to_heads
+from engines import DIM, GRID, HEADS, WAYS, WIDTH, engine, gather_into, gather_list, to_heads, turn
 from passes_toys import sites_of
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -72,6 +72,51 @@ def site_of(model: nn.Module, grid: tuple[int, int, int] = GRID) -> Site:
     x = torch.randn(2, TOKENS // dist.get_world_size(), WIDTH)
     (site,) = [s for s in sites_of(model, x, grid=grid) if s.query_length == TOKENS]
     return site
+
+
+def turned_later(x: Tensor) -> Tensor:
+    """Positions are written after the exchange, into a tensor made like the exchanged one."""
+    x = to_heads(x)
+    return turn(x, torch.ones(x.shape[1], 1, DIM // 2))
+
+
+def test_what_is_computed_from_exchanged_tensors_may_be_written() -> None:
+    site = site_of(Attention(to_heads, q=turned_later, k=turned_later))
+    assert site.eligible and site.share is not None, site.reason
+    assert site.share.numbers == heads_here()
+
+
+class Joint(nn.Module):
+    """Text that every rank has all of, with the heads of this one beside the exchanged video."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.patch, self.before = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)), before
+        self.video, self.text = (
+            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)) for _ in range(2)
+        )
+
+    def forward(self, video: Tensor, words: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        x = x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+        own = HEADS // dist.get_world_size()
+        first, operands = own * dist.get_rank(), []
+        for f, g in zip(self.video, self.text, strict=True):
+            both = [
+                to_heads(f(x).unflatten(-1, (-1, DIM))),
+                g(words).unflatten(-1, (-1, DIM))[:, :, first : first + own],
+            ]
+            operands.append(torch.cat(both[::-1] if self.before else both, 1).transpose(1, 2))
+        return F.scaled_dot_product_attention(*operands)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_text_of_every_rank_beside_exchanged_video(before: bool) -> None:
+    t, h, w = GRID
+    (site,) = sites_of(Joint(before), torch.randn(2, 4, t, 2 * h, 2 * w), torch.randn(2, 8, WIDTH))
+    assert (site.eligible, site.grid) == (True, GRID), site.reason
+    assert site.text_before == (8 if before else 0)
+    assert site.share is not None and site.share.numbers == heads_here()
 
 
 def sent_and_got(x: Tensor) -> tuple[Tensor, Tensor]:
