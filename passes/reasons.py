@@ -78,8 +78,8 @@ class Reason(Enum):
     )
 
     FILLED = Text(
-        "collectives fill a part of a tensor that its queries, keys or values are read from, which "
-        "is not followed: it may hold tokens of other ranks",
+        "collectives fill what its queries, keys or values are read from in a way that is not "
+        "followed (a part, a view, or by one rank): these may be tokens of other ranks",
         "let them fill a tensor of its own as a whole, and read that one",
     )
 

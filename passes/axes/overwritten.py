@@ -13,16 +13,21 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import Axis, Shape, at_most, axis_size, same, take
+from freqopt.passes.axes.foreign import namespace_of
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.heads import last_collectives
 from freqopt.passes.axes.provenance import alike, is_projection
 from freqopt.passes.axes.rules import at_index, of_one_rank, rule
 from freqopt.passes.masks.memory import may_share
+from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import argument, operation, shape, tensor, value
 from freqopt.passes.site import Extent
 
+COLLECTIVES = {"_c10d_functional", "c10d_functional", "c10d", "symm_mem"}
+"""Namespaces of operators between ranks."""
+
 RECEIVES = {"irecv", "batch_p2p_ops"}
-"""Collectives that fill what they are handed, whatever their schemas say."""
+"""Operators of these that fill what they are handed, although their schemas do not say so."""
 
 
 def read_copies(graph: fx.Graph) -> None:
@@ -57,9 +62,8 @@ def _copy(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
 def note_write(dimensions: Dimensions, node: fx.Node) -> None:
     """What is still known of the tensors in a memory that a node writes into."""
     name = operation(node)
-    if name in RECEIVES:
-        for received in node.all_input_nodes:
-            _forget(dimensions, received, node, by_ranks=True)
+    for received in _received(node):
+        _forget(dimensions, received, node, by_ranks=True)
     if name not in ("copy_", "setitem"):
         return
     written = node.args[0]
@@ -73,6 +77,16 @@ def note_write(dimensions: Dimensions, node: fx.Node) -> None:
     through = last_collectives(source, dimensions) or last_collectives(written, dimensions)
     if not _are_those(there, new, exactly=bool(through)):
         _forget(dimensions, written, node, by_ranks=bool(through))
+
+
+def _received(node: fx.Node) -> list[fx.Node]:
+    """What a collective fills by itself."""
+    if operation(node) in RECEIVES:
+        return node.all_input_nodes
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and namespace_of(target) in COLLECTIVES:
+        return written_by(node)
+    return []
 
 
 def filled(node: fx.Node, dimensions: Dimensions) -> bool:

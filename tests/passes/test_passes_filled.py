@@ -271,6 +271,37 @@ def test_keys_of_another_rank_are_not_its_own() -> None:
     assert site.why.reason is Reason.FILLED, site.reason
 
 
+class Received(nn.Module):
+    """The same, sent from rank to rank, where the compiler is told to put that into graphs."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.together = together
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        keys, values = torch.empty_like(k), torch.empty_like(v)
+        if self.together:
+            moves = [dist.P2POp(dist.isend, each, 0) for each in (k, v)]
+            moves += [dist.P2POp(dist.irecv, each, 0) for each in (keys, values)]
+            for request in dist.batch_isend_irecv(moves):
+                request.wait()
+        else:
+            for each in (keys, values):
+                dist.irecv(each, 0).wait()
+        return F.scaled_dot_product_attention(q, keys, values)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_keys_that_were_received_are_not_its_own(together: bool) -> None:
+    if not hasattr(torch._dynamo.config, "enable_p2p_compilation"):
+        pytest.skip("the compiler of this PyTorch puts no messages between ranks into graphs")
+    with torch._dynamo.config.patch(enable_p2p_compilation=True):
+        (site,) = sites_of(Received(together), torch.randn(2, TOKENS, WIDTH), grid=GRID)
+    assert site.why.reason is Reason.FILLED, site.reason
+
+
 class Masked(nn.Module):
     """Text that is padded, whose mask every rank has a part of and gathers."""
 
