@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from freqopt.capture.call_grids import CallGrids
+from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens, records_cuda_graphs
@@ -37,12 +38,15 @@ from freqopt.telling.watching import MOST_KEPT
 
 logger = logging.getLogger(__name__)
 
+show_exchanges()
+
 UNREAD = {
     Reason.OPAQUE,
     Reason.IN_POSITIONS,
     Reason.GRIDS_ALIKE,
     Reason.PLACED,
     Reason.DISTRIBUTED,
+    Reason.FILLED,
     Reason.HEADS_UNTOLD,
     Reason.IN_PIECES,
 }

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from freqopt.capture.call_grids import OneCall
 from freqopt.capture.eager import uncompiled, written
+from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.modules import (
     module_of,
     module_of_site,
@@ -93,6 +94,7 @@ def inspect(
             "after": after,
         }
     )
+    show_exchanges()
     capture = _Capture(settings, inner)
     if capture.plan is not None:
         capture.plan.check_order(inner)

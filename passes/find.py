@@ -22,6 +22,7 @@ from freqopt.passes.axes.grid import Said
 from freqopt.passes.axes.heads import share_of
 from freqopt.passes.axes.layout import Layout
 from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
+from freqopt.passes.axes.overwritten import filled
 from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
 from freqopt.passes.classify import classify
@@ -178,7 +179,7 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     sizes = heads_of(attention, operands) if own is None else own[:3]
     heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
-    layout, problem = Layout(), attention.objection or _distributed(attention)
+    layout, problem = Layout(), attention.objection or _over_ranks(attention, dimensions)
     lengths: tuple[Extent, Extent] = (0, 0)
     if own is not None:
         kind = dimensions.provenance().kind(attention.query, attention.key)
@@ -217,10 +218,12 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     )
 
 
-def _distributed(attention: Attention) -> Why | None:
-    """Why attention of tensors that are parts of larger ones can never be rewritten."""
+def _over_ranks(attention: Attention, dimensions: Dimensions) -> Why | None:
+    """Why attention can never be rewritten whose tensors may be those of other ranks too."""
     operands = (attention.query, attention.key, attention.value)
-    return Reason.DISTRIBUTED() if any(is_distributed(n) for n in operands) else None
+    if any(is_distributed(n) for n in operands):
+        return Reason.DISTRIBUTED()
+    return Reason.FILLED() if any(filled(n, dimensions) for n in operands) else None
 
 
 def _shape_problem(attention: Attention, sizes: tuple[int, int, int] | None) -> Why | None:

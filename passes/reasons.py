@@ -77,6 +77,12 @@ class Reason(Enum):
         "freqopt.parallel.over_all_keys",
     )
 
+    FILLED = Text(
+        "collectives fill what its queries, keys or values are read from in a way that is not "
+        "followed (a part, a view, or by one rank): these may be tokens of other ranks",
+        "let them fill a tensor of its own as a whole, and read that one",
+    )
+
     # Tokens of queries, keys and values
     READY_MADE = Text(
         "its queries and keys come into this graph ready-made, after a graph break, so that what "

@@ -20,6 +20,7 @@ from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.team import Team
 from freqopt.capture.eager import uncompiled
+from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.modules import names_of
 from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
@@ -43,6 +44,7 @@ class Runner:
         grids = Grids(grid, tuple(samples.grids))
         self._graphs, self._in_pieces = 0, False
         self.passes = 0.0
+        show_exchanges()
         backend = recording_backend(self._desk, grids, names_of(model))
         self.compiled = torch.compile(model, dynamic=False, backend=self._counting(backend))
         self._eager = EagerRecorders(model, self._desk, grids)

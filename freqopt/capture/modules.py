@@ -185,6 +185,21 @@ def missing_sites(planned: Iterable[str], found: Mapping[str, str]) -> list[str]
     return [name for name in planned if name not in met]
 
 
+def class_of(model: object) -> type:
+    """A model's class; of one whose weights are shared out (`fully_shard`), that from before.
+
+    There a class of torch.distributed and the model's own are the bases of a new one.
+    """
+    classes = type(model).__mro__
+    theirs = [
+        i for i, each in enumerate(classes) if each.__module__.startswith("torch.distributed")
+    ]
+    if not theirs or not issubclass(classes[theirs[-1] + 1], nn.Module):
+        return classes[0]
+    own = classes[theirs[-1] + 1]
+    return classes[0] if own is nn.Module else own
+
+
 def module_of(model: Any, what: str) -> nn.Module:
     """The module itself, out of torch.compile's wrapper.
 

@@ -23,7 +23,7 @@ from freqopt.cli import export
 from freqopt.cli.calibrating import calibrate, inspect
 from freqopt.cli.demo_command import demo
 from freqopt.cli.kernels import kernels_app
-from freqopt.cli.options import BAD_INPUT, BROKEN, INTERRUPTED, AsJson
+from freqopt.cli.options import BAD_INPUT, BROKEN, INTERRUPTED, AsJson, speaks
 from freqopt.errors import FreqoptError
 from freqopt.shown import say, shown_lines
 
@@ -88,6 +88,8 @@ def report(
 
     found = read_plans(plan)
     plans = {"": found} if isinstance(found, Plan) else dict(found)
+    if not speaks():
+        return
     if as_json:
         data = {name: each.model_dump(mode="json") for name, each in plans.items()}
         print(json.dumps(data.get("", data), indent=2))

@@ -14,9 +14,17 @@ from torch.utils import _pytree as pytree
 
 import freqopt
 from freqopt.calibration.samples import MAX_BUCKETS
-from freqopt.calibration.team import is_first_process
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
-from freqopt.cli.options import INTERRUPTED, AsJson, Device, GridText, Model, Quiet, SamplesFile
+from freqopt.cli.options import (
+    INTERRUPTED,
+    AsJson,
+    Device,
+    GridText,
+    Model,
+    Quiet,
+    SamplesFile,
+    speaks,
+)
 from freqopt.cli.pipelines import one_of, prompted
 from freqopt.cli.rehearsal import rehearsed_each
 from freqopt.errors import OptionError
@@ -67,7 +75,8 @@ def inspect(
         found = freqopt.inspect(
             module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
         )
-    say(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    if speaks():
+        say(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 def calibrate(
@@ -199,7 +208,7 @@ def calibrate(
             kept = f"what was measured is in {checkpoint}; the same command goes on from there"
         say(f"freqopt: interrupted: {kept}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    if not is_first_process():
+    if not speaks():
         return
     say(plan)
     say(f"wrote {output}")

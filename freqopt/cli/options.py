@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from freqopt.calibration.team import is_first_process
 
 BAD_INPUT = 2
 BROKEN = 1
@@ -39,3 +42,12 @@ Device = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")]
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes pages: of those that `torchrun` started, the first.
+
+    Where the command loads no model, nobody has made a process group of them.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    return is_first_process() and not (launched and os.environ.get("RANK", "0") != "0")

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import why_not
+from freqopt.decisions import untold, why_not
 from freqopt.eager.lay import Lay
 from freqopt.passes.axes.foreign import RULED, namespace_of
 from freqopt.passes.decision import Decision
@@ -201,8 +201,10 @@ def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decis
         pad_after_arguments=(lay.pads[1],) if any(lay.pads) else (),
     )
     problem = problem or why_not(told)
-    if problem is None and site.heads != budget.meta["example_value"].shape[1]:
-        held = budget.meta["example_value"].shape[1]
+    held = budget.meta["example_value"].shape[1]
+    if problem is None and (why := untold(site, held)) is not None:
+        return Decision(site, False, why)
+    if problem is None and site.heads != held:
         problem = Reason.NO_KERNEL(problem=f"it has {site.heads} heads and its budget {held}")
     if problem is not None:
         return Decision(told, False, problem)

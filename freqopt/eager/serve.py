@@ -32,6 +32,7 @@ from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
 from freqopt.passes.naming import site_name
+from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
 from freqopt.regional import Attached, attribute_of
@@ -235,6 +236,8 @@ class Server:
 
     def _lay(self, call: _Call, place: Place, form: object, args: Any, kwargs: Any) -> Lay | Why:
         """How the tokens of an attention lie in this call."""
+        if any(is_distributed(tensor) for tensor in tensors_of(args, kwargs)):
+            return Reason.DISTRIBUTED()
         kind = (place.known, place.content, form)
         lay = call.form.lays.get(kind)
         if lay is None and call.look is not None:
@@ -282,11 +285,14 @@ def _server_of(module: nn.Module) -> Server | None:
 
 
 def _share_of(budget: Tensor) -> Tensor:
-    """The rows of a budget (2, H) for the heads that are here."""
+    """The rows of a budget (2, H) for the heads that are here.
+
+    Where they do not divide (`ulysses_anything`), the last rank has fewer.
+    """
     if _calls.share is None:
         return budget
     rank, ranks = _calls.share
-    heads = budget.shape[1] // ranks
+    heads = -(-budget.shape[1] // ranks)
     return budget[:, rank * heads : (rank + 1) * heads]
 
 

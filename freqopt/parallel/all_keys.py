@@ -25,6 +25,8 @@ from freqopt.grid import Grid
 from freqopt.options import load_plan
 from freqopt.parallel.sequence import Method, attention_over_ranks
 from freqopt.passes.find import Grids, Model, find_on_grids
+from freqopt.passes.nodes import is_distributed
+from freqopt.passes.reasons import Reason
 from freqopt.plan.plan import Plan
 from freqopt.regional import budget_at
 from freqopt.telling.outside import tell_outside
@@ -242,6 +244,8 @@ def _arguments(
     Raises:
         SiteError: what cannot.
     """
+    if any(is_distributed(tensor) for tensor in (query, key, value)):
+        raise SiteError(f"attention at {name} stays as it is: {Reason.DISTRIBUTED().seen}")
     if is_causal or dropout_p:
         raise SiteError(f"attention at {name} is causal or has dropout, which over all keys is not")
     mask = None

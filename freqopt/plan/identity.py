@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from freqopt.capture.modules import base_name, match_names, module_of_site, modules_of
+from freqopt.capture.modules import base_name, class_of, match_names, module_of_site, modules_of
 from freqopt.errors import PlanError
 from freqopt.plan.content import PlanContent, some_of
 
@@ -38,8 +38,8 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 
 
 def class_name_of(model: nn.Module) -> str:
-    """Name of a model's class, whether it is compiled or not."""
-    return type(unwrapped_model(model)).__name__
+    """Name of a model's class, whether it is compiled, or its weights are shared out, or not."""
+    return class_of(unwrapped_model(model)).__name__
 
 
 def names_in(plan: PlanContent, names: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
-from freqopt.capture.modules import base_name
+from freqopt.capture.modules import base_name, class_of
 from freqopt.options import Options
 from freqopt.telling import running
 from freqopt.telling.outermost import outermost_call
@@ -85,7 +85,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, plan: Plan, places: Places) -> None:
         self.plan, self.places = plan, dict(places)
-        self.name = type(model).__name__
+        self.name = class_of(model).__name__
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
         self.calls, self.look = 0, 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from freqopt.capture.conditions import adapters_of, dtype_of
+from freqopt.capture.modules import class_of
 from freqopt.grid import Grid
 from freqopt.plan.text import scope_of
 from freqopt.shown import shown
@@ -70,7 +71,9 @@ def differences(model: nn.Module, plan: Plan, grids: Iterable[Grid]) -> Iterator
         words = ", ".join("x".join(map(str, grid)) for grid in other)
         yield Difference("grids", f"its tokens lie on a grid of {words}")
     verified = plan.verified
-    if verified is None or type(model).__name__ != plan.model.class_name:  # a part, or a wrapper
+    if (
+        verified is None or class_of(model).__name__ != plan.model.class_name
+    ):  # a part, or a wrapper
         return
     dtype = dtype_of(model)
     if dtype != verified.dtype:

@@ -59,6 +59,16 @@ def learn_length(length: torch.SymInt, known: Extent) -> None:
         learned[expression] = meaning
 
 
+def learn_share(size: Extent, length: Extent, count: int) -> None:
+    """Note that `chunk` left no remainder: a length, one of `count` equal ones, divides a size."""
+    whole, part = _expression(size), _expression(length)
+    if not isinstance(length, torch.SymInt) or isinstance(part, int):
+        return
+    quotients = [q for q in part.atoms(FloorDiv) if q.args[1] == count]
+    exact = {q: whole / count for q in quotients if q.args[0] - whole == count - 1}
+    _exact.setdefault(length.node.shape_env, {}).update(exact)
+
+
 def _expression(size: Extent | bool) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else int(size)
 

@@ -33,7 +33,8 @@ class Dimensions:
     positions: lattices of the tables of positions that packed tokens meet. placed: pieces that were
     written into a tensor by index: their tokens, themselves, and the index. dealt: what processes
     share out among them: the atom that ranks took the place of, and the collective that did it.
-    collectives: nodes after which processes have other parts than before.
+    collectives: nodes after which processes have other parts than before. filled: tensors in whose
+    memory collectives put something that is not followed.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -44,6 +45,7 @@ class Dimensions:
         self.placed: dict[fx.Node, tuple[tuple[Axis, fx.Node, fx.Node], ...]] = {}
         self.dealt: list[tuple[Atom, fx.Node]] = []
         self.collectives: set[fx.Node] = set()
+        self.filled: set[fx.Node] = set()
         self.graph = graph
         self.arrival = {node.name: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         self._provenance: Provenance | None = None

@@ -29,7 +29,7 @@ Numbers = tuple[int, tuple[int, ...]]
 
 def share_of(attention: Attention, operands: Operands, dimensions: Dimensions) -> Share | None:
     """The share of the heads that an attention has; None where no process has others."""
-    before = _last_collectives(attention.query, dimensions)
+    before = last_collectives(attention.query, dimensions)
     groups = dict.fromkeys(group_of(node) for node in before)
     if not before or operands.query is None or operands.key is None or operands.value is None:
         return None
@@ -59,7 +59,7 @@ def _goes_with(queries: Numbers, keys: Numbers) -> bool:
     return all(own_keys[i // of_own] == number // of_all for i, number in enumerate(own))
 
 
-def _last_collectives(node: fx.Node, dimensions: Dimensions) -> list[fx.Node]:
+def last_collectives(node: fx.Node, dimensions: Dimensions) -> list[fx.Node]:
     """The last collectives that a tensor came through since it was projected."""
     found: dict[fx.Node, None] = {}
     seen, pending = {node}, [node] if dimensions.collectives else []

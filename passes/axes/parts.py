@@ -22,6 +22,7 @@ from freqopt.passes.axes.dimensions import (
     same,
     segment_size,
 )
+from freqopt.passes.axes.divisions import learn_share
 from freqopt.passes.site import Extent
 
 PARTS = "<ranks>"
@@ -82,7 +83,11 @@ def _is_share(whole: Segment, start: Extent, stop: Extent, count: Extent) -> boo
     total, part, ranks, first = (n or 0 for n in known)
     if part * ranks != total or part == 0 or first % part:
         return False
-    return same(size, length * count) or bool(size == length * count)
+    if not same(size, length * count):
+        if not bool(size == length * count):
+            return False
+        learn_share(size, length, ranks)
+    return True
 
 
 def at_rank(axis: Axis, rank: int, ranks: Atom) -> Axis:
@@ -106,12 +111,17 @@ def _segment_at(segment: Segment, rank: int, ranks: Atom) -> Segment:
     return (piece(whole, rank * length, (rank + 1) * length),)
 
 
+def count_of_ranks(axis: Axis) -> int | None:
+    """Of how many ranks parts lie one after the other along an axis, None for all others."""
+    atoms = [a for a in axis[0] if not same(a.size, 1)] if len(axis) == 1 else []
+    return hint(atoms[0].size) if atoms and atoms[0].root[0] == PARTS else None
+
+
 def parts_along(axes: Shape, dim: int, count: int) -> list[Shape] | None:
     """Axes of the parts of `count` ranks, cut apart along a dimension; None if it has none."""
-    axis = axes[dim]
-    atoms = [a for a in axis[0] if not same(a.size, 1)] if len(axis) == 1 else []
-    if not atoms or atoms[0].root[0] != PARTS or not same(atoms[0].size, count):
+    if count_of_ranks(axes[dim]) != count:
         return None
+    atoms = [a for a in axes[dim][0] if not same(a.size, 1)]
     rest: Axis = (tuple(atoms[1:]),) if atoms[1:] else ()
     return [
         tuple(at_rank(rest if d == dim else each, rank, atoms[0]) for d, each in enumerate(axes))

@@ -18,6 +18,7 @@ import freqopt.passes.axes.rules_ranks  # noqa: F401  these register their rules
 from freqopt.passes.axes.dimensions import Shape
 from freqopt.passes.axes.foreign import foreign_axes, foreign_several, is_foreign
 from freqopt.passes.axes.graph_axes import Dimensions, origin_of
+from freqopt.passes.axes.overwritten import note_write, read_copies
 from freqopt.passes.axes.placements import note_setitem
 from freqopt.passes.axes.rules import RULES, SEVERAL
 from freqopt.passes.nodes import is_pointwise, operation, value
@@ -62,7 +63,6 @@ SAME_AXES = {
     "feature_dropout",
     "cumsum",
     "nan_to_num",
-    "copy_",
     "masked_fill_",
     "fill_",
     "zero_",
@@ -82,6 +82,7 @@ def follow_axes(graph: fx.Graph, inputs: Sequence[Shape | None] = ()) -> Dimensi
 
     inputs: axes of the placeholders, for the body of a higher-order operator.
     """
+    read_copies(graph)
     dimensions, given = Dimensions(graph), iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -92,6 +93,7 @@ def follow_axes(graph: fx.Graph, inputs: Sequence[Shape | None] = ()) -> Dimensi
             dimensions.axes[node] = dimensions.fresh(node, "parameter")
         elif node.op != "output":
             _visit(dimensions, node)
+            note_write(dimensions, node)
     return dimensions
 
 

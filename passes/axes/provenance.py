@@ -96,7 +96,8 @@ class Provenance:
             for source in node.all_input_nodes:
                 if tensor(source) is None and not _makes_tensors(source):
                     continue
-                if not is_projection(node):
+                gone = operation(node) == "copy_" and source is node.args[0]
+                if not is_projection(node) and not gone:
                     self.edges.add_edge(source, node)
                     written = last_write.get(base.get(source, source))
                     if written is not None and order[written] < order[node]:

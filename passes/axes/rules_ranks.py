@@ -19,7 +19,7 @@ from freqopt.passes.nodes import argument, is_distributed, known_int, shape, val
 from freqopt.passes.site import Extent
 
 
-@rule("wait_tensor", "_wrap_tensor_autograd")
+@rule("wait_tensor", "_wrap_tensor_autograd", "all_reduce", "broadcast")
 def _wait(dimensions: Dimensions, node: fx.Node) -> Sequence[Axis | None] | None:
     known = known_axes(dimensions, node)
     return None if known is None else known[1]
@@ -56,9 +56,9 @@ def _even(splits: Sequence[object]) -> bool:
 
 
 def _replaced(axis: Axis, size: Extent, count: int | None) -> tuple[Axis, Atom] | None:
-    """An axis whose slowest atom, of `count` entries, is of ranks in the place of what it was.
+    """An axis whose slowest atom, or `count` runs of it, is of ranks in the place of what it was.
 
-    And that atom.
+    And the atom of `count` entries that ranks took the place of.
     """
     if count is None or len(axis) != 1:
         return None
@@ -67,9 +67,25 @@ def _replaced(axis: Axis, size: Extent, count: int | None) -> tuple[Axis, Atom] 
         first = _replaced(inner[0], axis_size(inner[0]), count)
         return None if first is None else (bundled([first[0], *inner[1:]], size), first[1])
     atoms = [atom for atom in axis[0] if not same(atom.size, 1)]
-    if not atoms or not same(atoms[0].size, count) or atoms[0].origin == "data":
+    if not atoms or atoms[0].origin == "data":
         return None
-    return ((ranks_axis(count)[0][0], *atoms[1:]),), atoms[0]
+    (ranks,) = ranks_axis(count)[0]
+    if same(atoms[0].size, count):
+        return ((ranks, *atoms[1:]),), atoms[0]
+    parts = _in_two(atoms[0], count)
+    return None if parts is None else (((ranks, parts[1], *atoms[1:]),), parts[0])
+
+
+def _in_two(atom: Atom, count: int) -> tuple[Atom, Atom] | None:
+    """An atom as `count` equal runs and what each is of, as if a view had taken it apart."""
+    if not isinstance(atom.size, int) or atom.size % count or atom.cut or atom.bundle:
+        return None
+    sizes = count, atom.size // count
+    first, second = (
+        Atom(size, atom.origin, atom.root, None, 0, atom, part, 2)
+        for part, size in enumerate(sizes)
+    )
+    return first, second
 
 
 @rule("all_gather_into_tensor", "all_gather_single", "all_gather_tensor")

@@ -110,6 +110,8 @@ class Range:
             return False
         if is_written(item):
             return self._written(item)
+        if (whole := whole_of(item)) is not None:
+            return self.true(whole)
         name = operation(item)
         source = item.args[0] if item.args else item.kwargs.get("input")
         if name in ("ones", "ones_like", "new_ones"):
@@ -132,8 +134,7 @@ class Range:
         if name in ("lt", "le", "gt", "ge"):
             return self._compares(item, True)
         if name == "cat":
-            whole = whole_of(item)
-            return self._concatenated(item) if whole is None else self.true(whole)
+            return self._concatenated(item)
         if name in ("pad", "constant_pad_nd"):
             return self._padded(item)
         return False

@@ -169,6 +169,19 @@ def is_written(node: fx.Node) -> bool:
     return next(writers(node), None) is not None
 
 
+def is_overwritten_last(copy: fx.Node) -> bool:
+    """Whether what `copy_` puts into a tensor stays: nobody writes there later, by whatever view.
+
+    An input, or a view of something that is, may be written through it.
+    """
+    target = copy.args[0]
+    if not isinstance(target, fx.Node) or not target.op.startswith("call"):
+        return False
+    if any(may_share(target, source) for source in target.all_input_nodes):
+        return False
+    return all(writer.graph is copy.graph and writer <= copy for writer in writers(target))
+
+
 def is_written_between(node: fx.Node, start: fx.Node, stop: fx.Node) -> bool:
     """Whether anything may write into a tensor's memory after one node and before another.
 

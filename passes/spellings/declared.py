@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import hint, same
+from freqopt.passes.axes.foreign import namespace_of
 from freqopt.passes.nodes import raw_name, shape, tensor
 from freqopt.passes.site import Extent, Sizes
 
@@ -32,6 +33,9 @@ def shown_name(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return str(schema.name)
+    qualified = str(getattr(node.target, "_qualified_op_name", ""))
+    if qualified.startswith("aten::"):
+        return qualified
     return str(node.target) if isinstance(node.target, str) else raw_name(node)
 
 
@@ -40,7 +44,9 @@ def arguments_of(node: fx.Node) -> Mapping[str, Any] | None:
     target = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
         overloads = target.overloads()
-        target = getattr(target, overloads[0]) if len(overloads) == 1 else target
+        only = overloads[0] if len(overloads) == 1 else "default"
+        own = namespace_of(target) == "aten" and "default" in overloads
+        target = getattr(target, only) if own or len(overloads) == 1 else target
     if isinstance(target, torch._ops.OpOverload):
         declared = target._schema.arguments
         given = {a.name: a.default_value if a.has_default_value() else None for a in declared}

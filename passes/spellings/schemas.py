@@ -116,7 +116,8 @@ class Call:
 
 def read_call(node: fx.Node) -> Call | None:
     """The call of an operator on tensors shaped like an attention's; None for all else."""
-    own = isinstance(node.target, torch._ops.OpOverload) and PYTORCHS_OWN.match(raw_name(node))
+    operators = torch._ops.OpOverload, torch._ops.OpOverloadPacket
+    own = isinstance(node.target, operators) and PYTORCHS_OWN.match(raw_name(node))
     if not (own or is_foreign(node)):
         return None
     given = arguments_of(node)

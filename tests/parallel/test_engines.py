@@ -1,0 +1,71 @@
+"""Ulysses as engines write it: collectives that fill tensors, lists, heads in front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from engines import GRID, WAYS, engine
+from parallel_models import LOUD, compiled, relative, turned, uneven_plan
+from ranks import Ranks
+
+import freqopt
+
+SPLIT_SHOWS, ROUNDING = 1e-3, 1e-5
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def of_two(name: str, packed: bool) -> dict[str, Any]:
+    with torch.no_grad():
+        model, call = engine(packed=packed)
+        dense = model(**call)[0]
+        plan = uneven_plan(model, call)
+        alone = compiled(model, call, plan=plan)
+        wrong = compiled(model, call, plan=turned(plan))
+        model.run(WAYS[name])
+        shared = model(**call)[0]
+        told = freqopt.inspect(model, **call, plan=plan)
+        whole = compiled(model, call, plan=plan, strict=True)
+        exact = compiled(model, call, threshold=0.0, strict=True)
+        torch._dynamo.reset()
+        with freqopt.attach(model, plan):
+            for block in model.blocks:
+                block.compile(backend="freqopt", options={**LOUD, "strict": True})
+            by_blocks = model(**call)[0]
+    return {
+        "dense": relative(shared, dense),
+        "split": relative(alone, dense),
+        "mistake": relative(wrong, alone),
+        "whole": relative(whole, alone),
+        "by blocks": relative(by_blocks, alone),
+        "exact": relative(exact, dense),
+        "told": [(s.decision, s.grid, s.heads, s.ranks, s.reason) for s in told.sites],
+        "graphs": told.graphs,
+    }
+
+
+CASES = [(name, False) for name in WAYS] + [("filled", True)]
+"""Ways of `engines`, and whether queries, keys and values go through one exchange."""
+
+NO_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Whether gloo has no `all_to_all`."""
+
+
+@pytest.mark.parametrize(("name", "packed"), CASES)
+def test_rows_of_a_plan_land_on_their_heads(two: Ranks, name: str, packed: bool) -> None:
+    if name == "lists" and NO_LISTS:
+        pytest.skip("gloo of this PyTorch has no all_to_all, which lists of tensors go through")
+    for found in two.call(of_two, name, packed):
+        assert found["dense"] < ROUNDING
+        assert found["split"] > SPLIT_SHOWS and found["mistake"] > SPLIT_SHOWS
+        assert found["exact"] < ROUNDING
+        assert found["whole"] < ROUNDING and found["by blocks"] < ROUNDING
+        assert [each[:4] for each in found["told"]] == [("split", GRID, 2, 2)] * 2
+        assert found["graphs"] == 1
