@@ -70,10 +70,8 @@ def differences(model: nn.Module, plan: Plan, grids: Iterable[Grid]) -> Iterator
     if other:
         words = ", ".join("x".join(map(str, grid)) for grid in other)
         yield Difference("grids", f"its tokens lie on a grid of {words}")
-    verified = plan.verified
-    if (
-        verified is None or class_of(model).__name__ != plan.model.class_name
-    ):  # a part, or a wrapper
+    verified, name = plan.verified, class_of(model).__name__
+    if verified is None or name != plan.model.class_name:  # a part, or a wrapper
         return
     dtype = dtype_of(model)
     if dtype != verified.dtype:
