@@ -6,6 +6,7 @@ then said, as a warning where less was split than was planned. `strict` raises o
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,13 @@ def gather(
         known.awaited = planned_in(call.called)
     if fresh or not known.said.startswith(_pending):
         known.said = _pending + known.said
-        call.at_end(lambda: _say(call.name, known, planned, call.called, attached is not None))
+        limits = _limits_reached()
+
+        def tell() -> None:
+            known.limited |= _limits_reached() > limits
+            _say(call.name, known, planned, call.called, attached is not None)
+
+        call.at_end(tell)
     return call.name
 
 
@@ -103,6 +110,17 @@ def _breaks_since() -> list[Any]:
     start = _breaks_seen if _breaks_seen <= len(graph_break_reasons) else 0
     _breaks_seen = len(graph_break_reasons)
     return list(graph_break_reasons[start:])
+
+
+def _limits_reached() -> int:
+    """How often Dynamo has reached a limit of recompilations, of which it tells no graph."""
+    from torch._dynamo.utils import counters
+
+    return sum(
+        count
+        for reason, count in counters["unimplemented"].items()
+        if re.match(r"Dynamo (recompile|cache) limit", str(reason))
+    )
 
 
 def _say(

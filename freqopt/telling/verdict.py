@@ -40,6 +40,10 @@ DATA_DEPENDENT = (
     "set torch._dynamo.config.capture_dynamic_output_shape_ops = True, which keeps operators whose "
     "sizes depend on data in the graph"
 )
+LIMITED = (
+    "torch.compile stopped at its limit of recompilations and ran the rest as it is: raise "
+    "torch._dynamo.config.recompile_limit"
+)
 NOT_MET = "not met in any graph"
 
 
@@ -57,8 +61,9 @@ class Compiled:
 
     settings: of the last graph. graphs: all of them. served: names of sites that were split in a
     call. awaited: names of the plan's sites in the part that was compiled, None for all. breaks:
-    (place, reason) where Dynamo left a graph, and whether a hook did it. grids: that tokens of
-    split attention lie on, where a graph is for one.
+    (place, reason) where Dynamo left a graph, and whether a hook did it. limited: it has reached
+    its limit of recompilations of some function. grids: that tokens of split attention lie on,
+    where a graph is for one.
     """
 
     settings: Options
@@ -66,6 +71,7 @@ class Compiled:
     served: set[str] = field(default_factory=set)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
+    limited: bool = False
     said: str = ""
     awaited: set[str] | None = None
     grids: set[Grid] = field(default_factory=set)
@@ -202,8 +208,9 @@ def _advice(left: Iterable[Outcome | None], known: Compiled) -> str:
         found = f"torch.compile left the graph {times} ({where}: {reason})"
         if any(reason.startswith("Dynamic shape operator") for _, reason in known.breaks):
             return f"{found}; {DATA_DEPENDENT}"
-        return f"{found}; {HOOKED if any(known.breaks.values()) else INSPECT}"
-    found_advice: dict[str, None] = {}
+        other = HOOKED if any(known.breaks.values()) else INSPECT
+        return f"{found}; {LIMITED}, or: {other}" if known.limited else f"{found}; {other}"
+    found_advice: dict[str, None] = dict.fromkeys([LIMITED] if known.limited else [])
     for outcome in left:
         if outcome is None:
             found_advice[INSPECT] = None

@@ -18,7 +18,7 @@ from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 from freqopt.telling.attached import MANY_CALLS
-from freqopt.telling.verdict import HOOKED
+from freqopt.telling.verdict import HOOKED, LIMITED
 
 GRID = (3, 6, 10)
 TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))
@@ -107,6 +107,34 @@ def test_one_line_says_that_all_is_split(heard: pytest.LogCaptureFixture) -> Non
             compiled(*inputs)
     assert lines(heard) == ["Timed: 2 of 2 planned sites split"]
     assert not [r for r in heard.records if r.levelno >= logging.WARNING]
+
+
+def kept(x: Tensor, name: str) -> Tensor:
+    """Compiled by itself, and anew for every name, as hooked modules are for every one of them."""
+    torch._dynamo.graph_break()
+    return x * len(name)
+
+
+class Renewed(Timed):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        out = super().forward(x, timestep)
+        torch._dynamo.graph_break()
+        for name in ("a", "b", "c", "d"):
+            out = kept(out, name)
+        return out
+
+
+@pytest.mark.parametrize("limit, named", [(2, True), (20, False)])
+def test_a_limit_of_recompilations_is_named(
+    limit: int, named: bool, heard: pytest.LogCaptureFixture
+) -> None:
+    """Where a planned site is in no graph, and Dynamo gave up in that call: what to raise."""
+    model = Renewed()
+    plan = plan_of(model, "blocks.0", "blocks.1", "blocks.7")
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        call(model, video(GRID), torch.tensor([5.0]), plan=plan)
+    assert "2 of 3 planned sites split" in lines(heard)[-1]
+    assert (LIMITED in lines(heard)[-1]) == named
 
 
 def test_the_line_is_seen_without_logging_and_silenced_by_a_level(
