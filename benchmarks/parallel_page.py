@@ -28,7 +28,8 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "Densities are set: in every layer the densest head has ten times that of the sparsest."
     yield "*Slowest rank* and *fastest rank* are times of a whole step."
     yield "*Collectives* is the largest share of a rank's step that they take, waiting included."
-    yield "*L2* is the output's error against dense attention on one GPU."
+    yield "*L2* is the output's error against dense attention on one GPU, not compiled:"
+    yield "that of the dense step is what rounding does."
     yield "*Of one GPU's* is that against the same plan there."
     yield "With all keys on every rank, query tiles and probes are those of its own queries."
     for result in results:
@@ -41,15 +42,7 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield _about(result)
         yield ""
         yield from table(
-            [
-                "step",
-                "slowest rank",
-                "fastest rank",
-                "against dense",
-                "collectives",
-                "L2",
-                "of one GPU's split",
-            ],
+            HEAD,
             [
                 [
                     row["name"],
