@@ -16,8 +16,9 @@ from freqopt.passes.axes.dimensions import Axis, Shape, at_most, axis_size, same
 from freqopt.passes.axes.foreign import namespace_of
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.heads import last_collectives
+from freqopt.passes.axes.parts import of_one_rank
 from freqopt.passes.axes.provenance import alike, is_projection
-from freqopt.passes.axes.rules import at_index, of_one_rank, rule
+from freqopt.passes.axes.rules import at_index, rule
 from freqopt.passes.masks.memory import may_share
 from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import argument, operation, shape, tensor, value
@@ -144,7 +145,7 @@ def _slice_of(axis: Axis, item: slice, size: Extent, node: fx.Node) -> Axis:
     start, stop, step = (value(bound) for bound in (item.start, item.stop, item.step))
     if step not in (None, 1) or any(isinstance(n, int) and n < 0 for n in (start, stop)):
         return ()
-    start, stop = start or 0, size if stop is None else stop
+    start, stop = 0 if start is None else start, size if stop is None else stop
     found = take(axis, start, stop, node, 0) if at_most(stop, size) else None
     return () if found is None else found
 
