@@ -1,8 +1,8 @@
 """Tensors that are filled after they were made: whose tokens they hold from then on.
 
 In a graph `dist.all_to_all_single(out, x)` is a functional collective and `out.copy_(...)`. Readers
-of a tensor that was wholly overwritten read the copy; where only a part, or a view, is written with
-other tokens than were thought to be there, nothing is known of any tensor in that memory.
+of a tensor that was wholly overwritten read the copy; where collectives bring other tokens than
+were thought to be there into a part, or a view, nothing is known of any tensor in that memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from freqopt.passes.axes.dimensions import Axis, Shape, at_most, axis_size, same
 from freqopt.passes.axes.foreign import namespace_of
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.heads import last_collectives
+from freqopt.passes.axes.parts import of_one_rank
 from freqopt.passes.axes.provenance import alike, is_projection
-from freqopt.passes.axes.rules import at_index, of_one_rank, rule
+from freqopt.passes.axes.rules import at_index, rule
 from freqopt.passes.masks.memory import may_share
 from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import argument, operation, shape, tensor, value
@@ -60,10 +61,14 @@ def _copy(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
 
 
 def note_write(dimensions: Dimensions, node: fx.Node) -> None:
-    """What is still known of the tensors in a memory that a node writes into."""
+    """What is still known of the tensors in a memory that a node writes into.
+
+    Where no collective has to do with it, all stays as it was: what is computed from a tensor's
+    rows and written into a part of it (positions, a pose for all frames but one) has these rows.
+    """
     name = operation(node)
     for received in _received(node):
-        _forget(dimensions, received, node, by_ranks=True)
+        _forget(dimensions, received, node)
     if name not in ("copy_", "setitem"):
         return
     written = node.args[0]
@@ -75,8 +80,8 @@ def note_write(dimensions: Dimensions, node: fx.Node) -> None:
     if there is None or new is None:
         return
     through = last_collectives(source, dimensions) or last_collectives(written, dimensions)
-    if not _are_those(there, new, exactly=bool(through)):
-        _forget(dimensions, written, node, by_ranks=bool(through))
+    if through and not _are_those(there, new):
+        _forget(dimensions, written, node)
 
 
 def _received(node: fx.Node) -> list[fx.Node]:
@@ -140,26 +145,21 @@ def _slice_of(axis: Axis, item: slice, size: Extent, node: fx.Node) -> Axis:
     start, stop, step = (value(bound) for bound in (item.start, item.stop, item.step))
     if step not in (None, 1) or any(isinstance(n, int) and n < 0 for n in (start, stop)):
         return ()
-    start, stop = start or 0, size if stop is None else stop
+    start, stop = 0 if start is None else start, size if stop is None else stop
     found = take(axis, start, stop, node, 0) if at_most(stop, size) else None
     return () if found is None else found
 
 
-def _are_those(there: Shape, new: Shape, *, exactly: bool) -> bool:
-    """Whether what is written are the entries that were thought to be there, channels apart.
-
-    exactly: heads too, which are of weights and not of data.
-    """
+def _are_those(there: Shape, new: Shape) -> bool:
+    """Whether what is written are the entries that were thought to be there, channels apart."""
     for first, second in zip(reversed(there[:-1]), reversed(new[:-1]), strict=False):
-        if same(axis_size(second), 1) and not same(axis_size(first), 1):
-            continue
-        of_data = exactly or any(a.origin == "data" for s in (*first, *second) for a in s)
-        if of_data and not alike(first, second):
+        repeated = same(axis_size(second), 1) and not same(axis_size(first), 1)
+        if not repeated and not alike(first, second):
             return False
     return True
 
 
-def _forget(dimensions: Dimensions, written: fx.Node, node: fx.Node, *, by_ranks: bool) -> None:
+def _forget(dimensions: Dimensions, written: fx.Node, node: fx.Node) -> None:
     """Nothing is known any more of what lies in the memory of a tensor and is read after a write.
 
     A copy itself is known: its readers are those of `read_copies`.
@@ -167,8 +167,7 @@ def _forget(dimensions: Dimensions, written: fx.Node, node: fx.Node, *, by_ranks
     for each in _in_memory(written, node):
         if not any(node < user for user in each.users):
             continue
-        if by_ranks:
-            dimensions.filled.add(each)
+        dimensions.filled.add(each)
         if each in dimensions.several:
             dimensions.several[each] = [None] * len(dimensions.several[each])
         elif each in dimensions.axes:

@@ -7,6 +7,7 @@ are the whole; of a part that came as an input, the whole is known by its size a
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from freqopt.passes.axes.dimensions import (
     Atom,
@@ -23,6 +24,7 @@ from freqopt.passes.axes.dimensions import (
     segment_size,
 )
 from freqopt.passes.axes.divisions import learn_share
+from freqopt.passes.nodes import value
 from freqopt.passes.site import Extent
 
 PARTS = "<ranks>"
@@ -127,6 +129,21 @@ def parts_along(axes: Shape, dim: int, count: int) -> list[Shape] | None:
         tuple(at_rank(rest if d == dim else each, rank, atoms[0]) for d, each in enumerate(axes))
         for rank in range(count)
     ]
+
+
+def of_one_rank(axes: Shape, dim: int, size: Extent, item: Any) -> Shape | None:
+    """Axes of a slice that is what one of several ranks had, None for all others."""
+    if not isinstance(item, slice) or value(item.step) not in (None, 1):
+        return None
+    start, stop, count = value(item.start), value(item.stop), count_of_ranks(axes[dim])
+    if count is None or stop is None:
+        return None
+    start = 0 if start is None else start
+    if not same((stop - start) * count, size):
+        return None
+    place = next((i for i in range(count) if same(start, i * (stop - start))), None)
+    parts = None if place is None else parts_along(axes, dim, count)
+    return None if parts is None or place is None else parts[place]
 
 
 def together(axis: Axis) -> tuple[Axis, tuple[tuple[int, int], ...]] | None:

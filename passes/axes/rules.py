@@ -16,7 +16,7 @@ from freqopt.passes.axes.dimensions import Atom, Axis, Shape, axis_size, hint, s
 from freqopt.passes.axes.distribute import distribute, regroup
 from freqopt.passes.axes.divisions import learn_divisions, learn_length
 from freqopt.passes.axes.graph_axes import Dimensions
-from freqopt.passes.axes.parts import count_of_ranks, parts_along, shares
+from freqopt.passes.axes.parts import of_one_rank, parts_along, shares
 from freqopt.passes.nodes import argument, known_int, numbers, operation, shape, value
 from freqopt.passes.site import Extent
 
@@ -265,18 +265,6 @@ def at_index(axes: Shape, dim: int, index: Any) -> Shape:
     return axes if parts is None else parts[place]
 
 
-def of_one_rank(axes: Shape, dim: int, size: Extent, item: Any) -> Shape | None:
-    """Axes of a slice that is what one of several ranks had, None for all others."""
-    if not isinstance(item, slice) or value(item.step) not in (None, 1):
-        return None
-    start, stop, count = value(item.start) or 0, value(item.stop), count_of_ranks(axes[dim])
-    if count is None or stop is None or not same((stop - start) * count, size):
-        return None
-    place = next((i for i in range(count) if same(start, i * (stop - start))), None)
-    parts = None if place is None else parts_along(axes, dim, count)
-    return None if parts is None or place is None else parts[place]
-
-
 def slice_axis(node: fx.Node, axis: Axis, size: Extent, item: slice, dim: int) -> Axis | None:
     """Axis of a slice; its length is read off dimension `dim` of the output, `node`."""
     length = shape(node)[dim]
@@ -339,8 +327,8 @@ def _slice(dimensions: Dimensions, node: fx.Node) -> list[Axis | None] | None:
     axes: list[Axis | None] = list(known[1])
     dim = dim_of(dim, len(axes))
     length = shape(node)[dim]
-    stop = None if value(start) is None else value(start) + length
-    one = of_one_rank(known[1], dim, shape(known[0])[dim], slice(start or 0, stop))
+    stop = length if start is None else value(start) + length
+    one = of_one_rank(known[1], dim, shape(known[0])[dim], slice(start, stop))
     if one is not None:
         return list(one)
     axes[dim] = slice_axis(node, known[1][dim], shape(known[0])[dim], slice(start, None, step), dim)
