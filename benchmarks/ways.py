@@ -1,8 +1,8 @@
 """Public classes in the ways that models are run: `python -m benchmarks.ways` writes ways.json.
 
-Runs tests/support/ways.py on the CPU: each class of the model table whole and by blocks, as it is,
-with layerwise casting, group offload, an unmerged adapter and a step cache. Classes and ways that
-are named are run anew, and what the file has of others is kept.
+Runs tests/support/ways.py on the CPU: each class of the model table compiled whole, by blocks and
+without a compiler, as it is, with layerwise casting, group offload, an unmerged adapter and a step
+cache. Classes and ways that are named are run anew, and what the file has of others is kept.
 """
 
 from __future__ import annotations
@@ -24,38 +24,61 @@ from benchmarks.pages import RESULTS, origin, table
 
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 
-TITLES = {
-    "whole": "whole",
-    "blocks": "by blocks",
+CONDITIONS = {
+    "": "as it is",
     "cast": "casting",
-    "cast_blocks": "casting, by blocks",
     "offload": "offload",
-    "offload_blocks": "offload, by blocks",
     "lora": "LoRA",
-    "lora_blocks": "LoRA, by blocks",
     "cache": "cache",
-    "cache_blocks": "cache, by blocks",
 }
-"""Ways by name, and the heads of their columns."""
+"""What is done to a model, and the heads of the columns."""
+
+ROUTES = {"whole": "whole", "blocks": "by blocks", "eager": "eager"}
+"""How it is served after that: compiled whole or by blocks, or without a compiler."""
+
+
+def way_of(condition: str, route: str) -> str:
+    """Name of a way in the result file."""
+    return f"{condition}_{route}".strip("_").removesuffix("_whole")
+
+
+TITLES = {
+    way_of(condition, route): f"{title}, {how}"
+    for condition, title in CONDITIONS.items()
+    for route, how in ROUTES.items()
+}
+"""All ways by name."""
 
 
 def page(result: Mapping[str, Any]) -> list[str]:
-    """The table of classes and ways, and notes on the cells that are not split."""
+    """The table of classes and conditions, and notes on the routes that do not split."""
     notes: dict[str, int] = {}
     rows = []
     for row in result["rows"].values():
-        cells = [_cell(row["ways"].get(way, "none: not run"), notes) for way in TITLES]
+        cells = [_cell(row["ways"], condition, notes) for condition in CONDITIONS]
         rows.append([f"`{row['class']}`", *cells])
-    lines = [origin(dict(result)), "", *table(["class", *TITLES.values()], rows), ""]
+    lines = [origin(dict(result)), "", *table(["class", *CONDITIONS.values()], rows), ""]
     return [*lines, *(f"{number}. {_shortened(text)}" for text, number in notes.items())]
 
 
-def _cell(outcome: str, notes: dict[str, int]) -> str:
-    if outcome == "split":
-        return outcome
-    word, _, why = outcome.partition(": ")
-    number = notes.setdefault(why, len(notes) + 1)
-    return f"{'-' if word == 'none' else word} ({number})"
+def _cell(ways: Mapping[str, str], condition: str, notes: dict[str, int]) -> str:
+    """The routes that split everything, and the numbers of the notes on those that do not."""
+    outcomes = {
+        how: ways.get(way_of(condition, route), "none: not run") for route, how in ROUTES.items()
+    }
+    split = [how for how, outcome in outcomes.items() if outcome == "split"]
+    if len(split) == len(ROUTES):
+        return "split"
+    if len(set(outcomes.values())) == 1:
+        reasons = [next(iter(outcomes.values())).removeprefix("none: ")]
+    else:
+        reasons = [
+            f"{how}: {outcome.removeprefix('none: ').removeprefix('dense: ')}"
+            for how, outcome in outcomes.items()
+            if outcome != "split"
+        ]
+    numbers = [notes.setdefault(reason, len(notes) + 1) for reason in reasons]
+    return f"{', '.join(split) or '-'} ({', '.join(map(str, numbers))})"
 
 
 def _shortened(text: str) -> str:

@@ -33,8 +33,8 @@ SHOWN = 3
 TO_DO = {Reason.TOO_SHORT: "pass min_tokens=0 to split them all the same"}
 INSPECT = "freqopt.inspect(model, ...) says what was found and why"
 HOOKED = (
-    "a hook (offloading, casting, a step cache) cannot be traced: freqopt.attach(model, plan), and "
-    "compile the blocks"
+    "a hook (offloading, casting, a step cache) cannot be traced: freqopt.attach(model, plan) and "
+    'compile the blocks, or freqopt.optimize(model, plan, route="eager")'
 )
 DATA_DEPENDENT = (
     "set torch._dynamo.config.capture_dynamic_output_shape_ops = True, which keeps operators whose "

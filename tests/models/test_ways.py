@@ -28,6 +28,8 @@ OFTEN = [
     ("hunyuan", "offload_blocks"),
     ("flux", "blocks"),
     ("flux", "cache"),
+    ("mochi", "cast_eager"),
+    ("ltx2", "offload_eager"),
     ("ltx", "blocks"),
     ("ltx", "lora"),
     ("mochi", "lora"),
@@ -65,10 +67,22 @@ def test_nothing_is_wrong_and_whole_classes_are_split() -> None:
 
 
 def test_the_page_gives_every_reason() -> None:
+    ways = {
+        **{"whole": "split", "blocks": "dense: no list", "eager": "split"},
+        **dict.fromkeys(("cast", "cast_blocks", "cast_eager"), "split"),
+        **dict.fromkeys(("lora", "lora_blocks", "lora_eager"), "none: no layers"),
+        **{"cache": "1 of 2 split: odd", "cache_blocks": "none: no list", "cache_eager": "split"},
+    }
     result = {
         "environment": {"device": "cpu", "torch": "2", "commit": "x"},
-        "rows": {"a": {"class": "A", "ways": {"whole": "split", "blocks": "dense: no list"}}},
+        "rows": {"a": {"class": "A", "ways": ways}},
     }
     text = "\n".join(page(result))
-    assert "| `A` | split | dense (1) | - (2) |" in text
-    assert "1. no list" in text and "2. not run" in text
+    assert "| `A` | whole, eager (1) | split | - (2) | - (3) | eager (4, 1) |" in text
+    for note in (
+        "1. by blocks: no list",
+        "2. not run",
+        "3. no layers",
+        "4. whole: 1 of 2 split: odd",
+    ):
+        assert note in text

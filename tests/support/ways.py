@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import pytest
 import torch
@@ -110,28 +110,33 @@ def cached(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run a model: what is done to it, and whether its blocks are compiled one by one.
+    """A way to run a model: what is done to it, and how it is served after that.
 
-    hooked: its hooks break graphs, so that a class cannot be compiled with fullgraph=True.
+    by: compiled "whole"; its "blocks" one by one; or "eager", without a compiler. hooked: its hooks
+    break graphs, so that a class cannot be compiled with fullgraph=True.
     """
 
     title: str
     change: Callable[[nn.Module], None]
-    by_blocks: bool
+    by: Literal["whole", "blocks", "eager"] = "whole"
     hooked: bool = False
 
 
+CHANGES: dict[str, tuple[str, Callable[[nn.Module], None], Callable[[nn.Module], None], bool]] = {
+    "": ("", as_it_is, as_it_is, False),
+    "cast": ("layerwise casting", cast, cast, True),
+    "offload": ("group offload", offloaded("leaf_level"), offloaded("block_level"), True),
+    "lora": ("LoRA, unmerged", adapted, adapted, False),
+    "cache": ("first-block cache", cached, cached, True),
+}
+"""What is done to a model: its title, what does it, and what where blocks are compiled; hooked."""
+
 WAYS = {
-    "whole": Way("whole", as_it_is, False),
-    "blocks": Way("by blocks", as_it_is, True),
-    "cast": Way("layerwise casting", cast, False, hooked=True),
-    "cast_blocks": Way("the same, by blocks", cast, True, hooked=True),
-    "offload": Way("group offload", offloaded("leaf_level"), False, hooked=True),
-    "offload_blocks": Way("the same, by blocks", offloaded("block_level"), True, hooked=True),
-    "lora": Way("LoRA, unmerged", adapted, False),
-    "lora_blocks": Way("the same, by blocks", adapted, True),
-    "cache": Way("first-block cache", cached, False, hooked=True),
-    "cache_blocks": Way("the same, by blocks", cached, True, hooked=True),
+    f"{change}_{by}".strip("_").removesuffix("_whole"): Way(
+        f"{title}, {by}".strip(", "), by_block if by == "blocks" else whole, by, hooked
+    )
+    for change, (title, whole, by_block, hooked) in CHANGES.items()
+    for by in get_args(get_type_hints(Way)["by"])
 }
 
 
@@ -217,8 +222,11 @@ def run(case: Case, way: Way, plans: tuple[Plan, Plan]) -> Ran:
         Unfit: the class has no such way.
     """
     coarse, zero = plans
+    if way.by == "eager":
+        out, sites, line = _served(case, way, coarse)
+        return Ran(out, _served(case, way, zero)[0], sites, line)
     out, sites, line, model = _called(case, way, coarse)
-    if not way.by_blocks:
+    if way.by == "whole":
         return Ran(out, _called(case, way, zero)[0], sites, line)
     for module in model.modules():
         for name, item in vars(module).items():
@@ -235,7 +243,7 @@ def _called(case: Case, way: Way, plan: Plan) -> tuple[list[Tensor], set[str], s
     fullgraph = case.fullgraph and not way.hooked
     with torch.no_grad(), lines() as said, context_of(model):
         compiled: Any = model
-        if way.by_blocks:
+        if way.by == "blocks":
             freqopt.attach(model, plan)
             compile_blocks(model, options=LOUD, fullgraph=fullgraph)
         else:
@@ -245,6 +253,20 @@ def _called(case: Case, way: Way, plan: Plan) -> tuple[list[Tensor], set[str], s
         out = tensors(compiled(**inputs))
     line = next((text for text in reversed(said) if "sites split" in text), "")
     return out, split_sites(plan), line, model
+
+
+def _served(case: Case, way: Way, plan: Plan) -> tuple[list[Tensor], set[str], str]:
+    """A call without a compiler: outputs, sites that were split, and what was said of them."""
+    model, inputs, _ = made(case)
+    way.change(model)
+    with torch.no_grad(), lines() as said, context_of(model):
+        handle = freqopt.optimize(model, plan, route="eager")
+        try:
+            out = tensors(model(**inputs))
+            sites = split_sites(plan)
+        finally:
+            handle.disable()
+    return out, sites, next((text for text in reversed(said) if "sites split" in text), "")
 
 
 def context_of(model: Any, name: str = "one") -> Any:
