@@ -156,6 +156,11 @@ class Graph:
         return run
 
     @property
+    def runs(self) -> int:
+        """How often it ran; without waiting for anything."""
+        return self._counted + len(self._waiting)
+
+    @property
     def calls(self) -> dict[tuple[int, ...], Calls]:
         """Calls by the `id` of their budgets."""
         if self._waiting:
