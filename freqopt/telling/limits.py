@@ -7,15 +7,12 @@ means.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from freqopt.capture.modules import base_name
 from freqopt.errors import SiteError
 from freqopt.plan.content import PlanContent
 from freqopt.telling import running
-from freqopt.telling.running import Graph
 from freqopt.telling.said import warn
 
 
@@ -25,9 +22,9 @@ def given_up() -> int:
     return sum(n for why, n in reasons.items() if "limit exceeded" in why.partition("\n")[0])
 
 
-def split_in(graphs: Iterable[Graph]) -> int:
-    """How many attentions were split in graphs so far."""
-    return sum(graph.runs * sum(split for _, split, _ in graph.decisions) for graph in graphs)
+def attended() -> int:
+    """How many attentions were split so far, in all graphs."""
+    return sum(graph.attended for graph in running.graphs)
 
 
 class Limit:
@@ -48,7 +45,7 @@ class Limit:
 
     def begin(self) -> None:
         """A call of the model begins."""
-        self._given_up, self._split = given_up(), split_in(running.graphs)
+        self._given_up, self._split = given_up(), attended()
 
     def end(self, *, strict: bool) -> None:
         """A call of the model is over.
@@ -59,7 +56,7 @@ class Limit:
         reached = self.reached or given_up() > self._given_up
         if not reached or (self.told and not strict):
             return
-        split = split_in(running.graphs) - self._split
+        split = attended() - self._split
         if split >= self.planned:  # what it compiles no more holds none of the attention
             return
         self.reached = True

@@ -125,6 +125,7 @@ class Graph:
         self._is_one = len(wanted) == 1
         self._waiting: list[tuple[Any, Tensor | None]] = []
         self._room, self._counted = 1, 0
+        self._to_split = sum(split for _, split, _ in self.decisions)
         self._calls: dict[tuple[int, ...], Calls] = {}
 
     def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
@@ -156,9 +157,9 @@ class Graph:
         return run
 
     @property
-    def runs(self) -> int:
-        """How often it ran; without waiting for anything."""
-        return self._counted + len(self._waiting)
+    def attended(self) -> int:
+        """Attentions that were to be split in all its calls; without waiting for anything."""
+        return self._to_split * (self._counted + len(self._waiting))
 
     @property
     def calls(self) -> dict[tuple[int, ...], Calls]:
