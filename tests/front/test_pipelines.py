@@ -24,8 +24,8 @@ SPREAD = [
 """Pairs that are run by default; the others are slow ones."""
 
 BY_COUNT = {("ltx", "regional")}
-"""Where the model is told its grid as plain numbers, which a block's graph does not see: another grid
-of as many tokens is split on the calibrated one (docs/regional.md). A way to read them empties this."""
+"""Where the model is told its grid as plain numbers, which a block's graph does not see: another
+grid of as many tokens is split on the calibrated one (docs/regional.md)."""
 
 
 def pairs() -> list[Any]:
