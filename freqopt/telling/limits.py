@@ -13,6 +13,7 @@ from freqopt.capture.modules import base_name
 from freqopt.errors import SiteError
 from freqopt.plan.content import PlanContent
 from freqopt.telling import running
+from freqopt.telling.running import Graph
 from freqopt.telling.said import warn
 
 
@@ -20,11 +21,6 @@ def given_up() -> int:
     """How often Dynamo has reached a limit of recompilations in this process."""
     reasons = torch._dynamo.utils.counters["unimplemented"]
     return sum(n for why, n in reasons.items() if "limit exceeded" in why.partition("\n")[0])
-
-
-def attended() -> int:
-    """How many attentions were split so far, in all graphs."""
-    return sum(graph.attended for graph in running.graphs)
 
 
 class Limit:
@@ -41,11 +37,13 @@ class Limit:
             for name, site in plan.sites.items()
         )
         self.reached = self.told = False
-        self._given_up = self._split = 0
+        self._given_up = 0
+        self._before: list[tuple[Graph, int]] = []
 
     def begin(self) -> None:
         """A call of the model begins."""
-        self._given_up, self._split = given_up(), attended()
+        self._given_up = given_up()
+        self._before = [(graph, graph.attended) for graph in running.graphs]
 
     def end(self, *, strict: bool) -> None:
         """A call of the model is over.
@@ -53,10 +51,12 @@ class Limit:
         Raises:
             SiteError: under `strict`, if sites were dense in it.
         """
+        before, self._before = self._before, []
         reached = self.reached or given_up() > self._given_up
         if not reached or (self.told and not strict):
             return
-        split = attended() - self._split
+        earlier = {id(graph): count for graph, count in before}
+        split = sum(graph.attended - earlier.get(id(graph), 0) for graph in running.graphs)
         if split >= self.planned:  # what it compiles no more holds none of the attention
             return
         self.reached = True
