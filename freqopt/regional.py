@@ -23,7 +23,7 @@ from freqopt.errors import PlanError
 from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
-from freqopt.telling.attached import is_watched, unwatch, watch
+from freqopt.telling.attached import begin_call, is_watched, unwatch, watch
 from freqopt.turns import Turns
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class _Selector:
             self._follow(model)
             if not is_watched(model):  # a copy, or read from a file
                 watch(model, self.plan, self.sites())
+            begin_call(model)
         if self.name is None:
             return
         named = named_arguments(forward_signature(model), args, kwargs)

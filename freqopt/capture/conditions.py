@@ -24,11 +24,9 @@ def adapters_of(model: nn.Module) -> list[str]:
     found: set[str] = set()
     for module in model.modules():
         merged = getattr(module, "merged_adapters", None)
-        if merged is None:  # no layer with adapters
-            continue
-        found |= _names(merged)
-        if not getattr(module, "disable_adapters", False):
-            found |= _names(getattr(module, "active_adapters", None))
+        if merged is None or getattr(module, "disable_adapters", False):
+            continue  # no layer with adapters, or one that takes even merged ones off when called
+        found |= _names(merged) | _names(getattr(module, "active_adapters", None))
     return sorted(found)
 
 

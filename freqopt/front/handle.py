@@ -20,6 +20,7 @@ from freqopt.front.state import Choice
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.plan.text import scope_of
+from freqopt.telling.outside import differences
 
 if TYPE_CHECKING:
     from freqopt.front.routes import Way
@@ -92,6 +93,11 @@ class Component:
         dense = len(plan.sites) - len(self.planned) + len(plan.evidence.dense_sites)
         if dense:
             notes.append(f"{self.name}: {dense} other sites stay dense; print(plan) says why")
+        notes += [
+            f"{self.name}: {each.words}, which was not verified; plan.verify(model, samples) "
+            "measures it"
+            for each in differences(self.model, plan, ())
+        ]
         return notes
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from freqopt.backend import freqopt_backend
@@ -13,9 +14,11 @@ from freqopt.capture.modules import modules_of
 from freqopt.eager import dispatcher
 from freqopt.eager.serve import Server
 from freqopt.front.state import Route, blocks_of
+from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan
 from freqopt.regional import Attached, attach
 from freqopt.telling.attached import measured_at
+from freqopt.telling.limits import Limit
 from freqopt.telling.running import Measured, measured_in
 
 COMPILED = "_compiled_call_impl"
@@ -130,7 +133,7 @@ class Whole:
     """The model is compiled in place as one."""
 
     def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
-        self.model, self.options = model, {**options, "plan": plan}
+        self.model, self.plan, self.options = model, plan, {**options, "plan": plan}
         plan.check_model(model)
         self._undo: Callable[[], None] | None = None
 
@@ -138,6 +141,21 @@ class Whole:
         """Have the model compiled when it is called."""
         if self._undo is None:
             self._undo = _compile(self.model, self.options)
+            self.model.__dict__[COMPILED] = self._looked_at(self.model.__dict__[COMPILED])
+
+    def _looked_at(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled call, told of where the compiler gives up; hooks would be in its graph."""
+        limit = Limit(class_name_of(self.model), self.plan)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return compiled(*args, **kwargs)
+            limit.begin()
+            found = compiled(*args, **kwargs)
+            limit.end(strict=bool(self.options["strict"]))
+            return found
+
+        return call
 
     def stop(self) -> None:
         """Leave the model as it was."""

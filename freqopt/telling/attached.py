@@ -18,6 +18,7 @@ from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.modules import base_name, class_of
 from freqopt.options import Options
 from freqopt.telling import running
+from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
@@ -69,6 +70,13 @@ def unwatch(model: nn.Module) -> None:
             del _parts[part]
 
 
+def begin_call(model: nn.Module) -> None:
+    """A call of a watched model begins."""
+    found = _watches.get(model)
+    if found is not None:
+        found.limit.begin()
+
+
 def _after_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
@@ -88,6 +96,7 @@ class Watch:
         self.name = class_of(model).__name__
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
+        self.limit = Limit(self.name, plan)
         self.calls, self.look = 0, 1
         self.line, self.whole = "", False
         self.parts = weakref.WeakSet(model.modules())
@@ -114,6 +123,7 @@ class Watch:
             return
         if not self.whole:
             self._say(self.served())
+        self.limit.end(strict=any(part.settings.strict for part in self._compiled()))
         self.calls += 1
         if self.calls >= self.look:
             self.look = next_look(self.calls)

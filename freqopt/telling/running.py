@@ -125,6 +125,7 @@ class Graph:
         self._is_one = len(wanted) == 1
         self._waiting: list[tuple[Any, Tensor | None]] = []
         self._room, self._counted = 1, 0
+        self._to_split = sum(split for _, split, _ in self.decisions)
         self._calls: dict[tuple[int, ...], Calls] = {}
 
     def note(self, arguments: Sequence[Any], errors: Tensor | None) -> None:
@@ -154,6 +155,11 @@ class Graph:
             return found[:-1]
 
         return run
+
+    @property
+    def attended(self) -> int:
+        """Attentions that were to be split in all its calls; without waiting for anything."""
+        return self._to_split * (self._counted + len(self._waiting))
 
     @property
     def calls(self) -> dict[tuple[int, ...], Calls]:

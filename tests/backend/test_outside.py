@@ -204,7 +204,9 @@ def test_what_a_model_computes_in_is_read_off_its_layers() -> None:
     assert dtype_of(model) == "float16" and adapters_of(model) == ["a", "b"]
     model[1].disable_adapters = True
     model[1].merged_adapters = ["c"]
-    assert adapters_of(model) == ["a", "c"]
+    assert adapters_of(model) == ["a"]
+    model[1].disable_adapters = False
+    assert adapters_of(model) == ["a", "b", "c"]
     assert dtype_of(nn.ReLU()) == "none" and adapters_of(nn.ReLU()) == []
 
 
