@@ -6,7 +6,6 @@ then said, as a warning where less was split than was planned. `strict` raises o
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import fx, nn
 from freqopt.options import Options, load_plan
 from freqopt.passes.decision import Decision
 from freqopt.telling.attached import attached_to, inside_attached
+from freqopt.telling.limits import given_up
 from freqopt.telling.outermost import OutermostCall, outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.verdict import Compiled, judge, say
@@ -70,10 +70,10 @@ def gather(
         known.awaited = planned_in(call.called)
     if fresh or not known.said.startswith(_pending):
         known.said = _pending + known.said
-        limits = _limits_reached()
+        limits = given_up()
 
         def tell() -> None:
-            known.limited |= _limits_reached() > limits
+            known.limited |= given_up() > limits
             _say(call.name, known, planned, call.called, attached is not None)
 
         call.at_end(tell)
@@ -110,17 +110,6 @@ def _breaks_since() -> list[Any]:
     start = _breaks_seen if _breaks_seen <= len(graph_break_reasons) else 0
     _breaks_seen = len(graph_break_reasons)
     return list(graph_break_reasons[start:])
-
-
-def _limits_reached() -> int:
-    """How often Dynamo has reached a limit of recompilations, of which it tells no graph."""
-    from torch._dynamo.utils import counters
-
-    return sum(
-        count
-        for reason, count in counters["unimplemented"].items()
-        if re.match(r"Dynamo (recompile|cache) limit", str(reason))
-    )
 
 
 def _say(
