@@ -53,10 +53,11 @@ TITLES = {
 def page(result: Mapping[str, Any]) -> list[str]:
     """The table of classes and conditions, and notes on the routes that do not split."""
     notes: dict[str, int] = {}
-    rows = []
-    for row in result["rows"].values():
+    rows, classes = [], [row["class"] for row in result["rows"].values()]
+    for name, row in result["rows"].items():
         cells = [_cell(row["ways"], condition, notes) for condition in CONDITIONS]
-        rows.append([f"`{row['class']}`", *cells])
+        case = f" ({name})" if classes.count(row["class"]) > 1 else ""
+        rows.append([f"`{row['class']}`{case}", *cells])
     lines = [origin(dict(result)), "", *table(["class", *CONDITIONS.values()], rows), ""]
     return [*lines, *(f"{number}. {_shortened(text)}" for text, number in notes.items())]
 

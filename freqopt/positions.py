@@ -68,7 +68,7 @@ def layout_of_positions(ids: object) -> Layout | None:
         return None
     if ids.dim() == 4 and ids.shape[-1] == 2:
         ids = ids[..., 0]
-    if ids.dim() not in (2, 3) or max(ids.shape) < 4:
+    if ids.dim() not in (2, 3) or max(ids.shape) < 4 or not ids.numel():
         return None
     axes_last = list(_tables(ids.detach().cpu().double()))
     return next((found for table in axes_last if (found := layout_of_rows(table))), None)

@@ -206,6 +206,8 @@ def test_the_grid_that_positions_hold_is_told() -> None:
         torch.zeros(180, 3),
         torch.stack([places(3, 6, 10), places(6, 3, 10)]),
         torch.randn(180, 64),
+        torch.zeros(0, 180, 3),
+        torch.zeros(0, 3),
     ],
 )
 def test_other_positions_tell_no_grid(ids: torch.Tensor) -> None:

@@ -34,7 +34,7 @@ OFTEN = [
     ("ltx", "lora"),
     ("mochi", "lora"),
     ("qwen_image", "blocks"),
-    ("latte", "blocks"),
+    ("wan_i2v", "cast"),
 ]
 """Class and way, in the default run."""
 
