@@ -17,6 +17,9 @@ from freqopt.plan.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow  # each starts two processes that import everything
+
+
 MODEL = """
 import torch.distributed as dist
 from engines import WAYS, engine

@@ -51,8 +51,13 @@ def of_two(name: str, packed: bool) -> dict[str, Any]:
     }
 
 
-CASES = [(name, False) for name in WAYS] + [("filled", True)]
-"""Ways of `engines`, and whether queries, keys and values go through one exchange."""
+OFTEN = ("filled", "lists", "gathered")
+CASES = [
+    pytest.param(name, packed, marks=() if name in OFTEN and not packed else pytest.mark.slow)
+    for name, packed in [*((name, False) for name in WAYS), ("filled", True)]
+]
+"""Ways of `engines`, and whether queries, keys and values go through one exchange; some of them in
+the default run."""
 
 NO_LISTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 """Whether gloo has no `all_to_all`."""
