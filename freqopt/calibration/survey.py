@@ -53,7 +53,7 @@ def measure_sites(
                 timed=survey.timings,
                 probes=probes,
                 number=index,
-                tiles=tiles_wanted(survey, len(fit) - index),
+                tiles=tiles_wanted(survey, index, len(fit) - index),
                 orders=orders,
                 launches=launches,
                 on_site=step,
@@ -125,30 +125,33 @@ def _take_in(survey: Survey, entry: Entry, bucket: int) -> None:
     survey.add_readings(unpack(facts["readings"], dict(entry.tensors)), bucket)
 
 
-def tiles_wanted(survey: Survey, left: int) -> dict[str, int]:
+def tiles_wanted(survey: Survey, done: int, left: int) -> dict[str, int]:
     """Query tiles to measure in the next run, where SAMPLED_TILES in each do not tell enough.
 
-    left: runs that are still to come, that one among them. A site is looked at as often in each.
+    done, left: runs so far, and those to come, the next among them; a site is taken to be called as
+    often in each.
     """
-    done = max((site.total().calls for site in survey.sites.values()), default=0)
-    wanted = {}
-    for name, site in survey.measurable().items():
-        if not site.buckets or relative_deviation(site) <= WELL_KNOWN:
-            continue
-        tiles = _tiles_of(site.total().calls, left * site.total().calls / done, site)
-        if tiles > SAMPLED_TILES:
-            wanted[name] = tiles
-    return wanted
+    known = {
+        name: (site.total().calls, relative_deviation(site))
+        for name, site in survey.measurable().items()
+        if site.buckets
+    }
+    wanted = {
+        name: _tiles_of(calls, left * calls / done, deviation)
+        for name, (calls, deviation) in known.items()
+        if deviation > WELL_KNOWN
+    }
+    return {name: tiles for name, tiles in wanted.items() if tiles > SAMPLED_TILES}
 
 
-def _tiles_of(calls: int, left: float, site: MeasuredSite) -> int:
+def _tiles_of(calls: int, left: float, deviation: float) -> int:
     """Tiles of each call to come with which the mean over all calls is known to WELL_KNOWN.
 
     Calls count alike, so what those so far leave unknown stays: with relative variances v of each,
     of SAMPLED_TILES tiles, (calls v + left v SAMPLED_TILES / tiles) / (calls + left)^2 is to be
     WELL_KNOWN^2.
     """
-    together = calls * relative_deviation(site) ** 2 * calls
+    together = (calls * deviation) ** 2
     allowed = (WELL_KNOWN * (calls + left)) ** 2 - together
     if allowed <= 0.0:
         return MOST_TILES

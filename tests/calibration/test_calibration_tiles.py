@@ -145,7 +145,7 @@ def test_more_tiles_are_measured_where_errors_are_not_well_known(call: Attention
     survey.add_readings([measure_curves("whole", call, dense, 64)], 0)
     rough, whole = survey.sites["rough"], survey.sites["whole"]
     assert relative_deviation(whole) == 0.0 < WELL_KNOWN < relative_deviation(rough)
-    wanted = tiles_wanted(survey, 1)
+    wanted = tiles_wanted(survey, 1, 1)
     assert list(wanted) == ["rough"] and SAMPLED_TILES < wanted["rough"] <= MOST_TILES
     before = relative_deviation(rough)
     survey.add_readings([measure_curves("rough", call, dense, 64, 1, wanted["rough"])], 0)
@@ -170,7 +170,7 @@ def test_runs_to_come_take_the_tiles_that_are_wanted_of_them_all(
     """With one call a run: what is known in the end is WELL_KNOWN, unless no number gives that."""
     survey = site_known_to(deviation, calls)
     assert relative_deviation(survey.sites["a"]) == pytest.approx(deviation)
-    tiles = tiles_wanted(survey, left).get("a", SAMPLED_TILES)
+    tiles = tiles_wanted(survey, calls, left).get("a", SAMPLED_TILES)
     of_one = deviation**2 * calls
     variance = (calls * of_one + left * of_one * SAMPLED_TILES / tiles) / (calls + left) ** 2
     if tiles < MOST_TILES:
