@@ -61,19 +61,8 @@ def trajectory(
     video = natural_field((t, 2 * h, 2 * w), large.CHANNELS, generator)
     noise = torch.randn(video.shape, device=device, generator=generator)
     text = torch.randn(1, large.TEXT_TOKENS, size.text, device=device, generator=generator)
-    calls = []
-    for index in range(steps):
-        level = FIRST_LEVEL - LEVEL_STEP * index
-        mixed = (1 - level) * video + level * noise
-        calls.append(
-            {
-                "hidden_states": mixed.T.reshape(1, large.CHANNELS, t, 2 * h, 2 * w).to(dtype),
-                "timestep": torch.tensor([1000.0 * level], device=device),
-                "encoder_hidden_states": text.to(dtype),
-                "return_dict": False,
-            }
-        )
-    return calls
+    levels = [FIRST_LEVEL - LEVEL_STEP * index for index in range(steps)]
+    return [large.call_of(grid, video, noise, text, level, dtype) for level in levels]
 
 
 def look_at_sites(

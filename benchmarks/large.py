@@ -93,17 +93,28 @@ def samples(
         noise_level = (index + 0.5) / count
         video = natural_field((t, 2 * h, 2 * w), CHANNELS, generator)
         noise = torch.randn(video.shape, device=device, generator=generator)
-        mixed = (1.0 - noise_level) * video + noise_level * noise
         text = torch.randn(1, TEXT_TOKENS, size.text, device=device, generator=generator)
-        found.append(
-            {
-                "hidden_states": mixed.T.reshape(1, CHANNELS, t, 2 * h, 2 * w).to(dtype),
-                "timestep": torch.tensor([1000.0 * noise_level], device=device),
-                "encoder_hidden_states": text.to(dtype),
-                "return_dict": False,
-            }
-        )
+        found.append(call_of(grid, video, noise, text, noise_level, dtype))
     return found
+
+
+def call_of(
+    grid: tuple[int, int, int],
+    video: torch.Tensor,
+    noise: torch.Tensor,
+    text: torch.Tensor,
+    noise_level: float,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The model's arguments for a video and a noise (tokens, channels), mixed at a level."""
+    t, h, w = grid
+    mixed = (1.0 - noise_level) * video + noise_level * noise
+    return {
+        "hidden_states": mixed.T.reshape(1, CHANNELS, t, 2 * h, 2 * w).to(dtype),
+        "timestep": torch.tensor([1000.0 * noise_level], device=video.device),
+        "encoder_hidden_states": text.to(dtype),
+        "return_dict": False,
+    }
 
 
 class Meter:

@@ -218,9 +218,7 @@ def _calibrate_one(
         nullcontext(bars) if bars else _bars(options) as shown,
     ):
         bench = Workbench(runner, shown, results, options["rounds"], options["passes"])
-        calibration = Calibration(
-            bench, options["rounds"], options["passes"], orders, options["clock"]
-        )
+        calibration = Calibration(bench, orders, options["clock"])
         if density is not None:
             return calibration.for_density(density)
         if pipeline is not None:

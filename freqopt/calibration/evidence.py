@@ -32,8 +32,8 @@ from freqopt.calibration.search.video import decibels_of
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.whole import ModelTimes
 from freqopt.capture.conditions import adapters_of, dtype_of
-from freqopt.capture.modules import class_of
 from freqopt.passes.site import Known
+from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     BucketCurves,
@@ -98,9 +98,7 @@ def build_plan(bench: Workbench, facts: PlanFacts) -> Plan:
     if goal.psnr is not None:
         psnr = _round(min(decibels_of(outcome.trial.measured_error), MAX_PSNR))
     return Plan(
-        model=ModelIdentity(
-            class_name=class_of(model).__name__, fingerprint=model_fingerprint(model)
-        ),
+        model=ModelIdentity(class_name=class_name_of(model), fingerprint=model_fingerprint(model)),
         grids=sorted({grid for site in measured.values() for grid in site.grids}),
         device=_device_name(model),
         versions=_versions(),

@@ -54,20 +54,18 @@ from freqopt.plan.records import Trial
 class Calibration:
     """One calibration: its phases in order.
 
-    rounds, passes, clock: as in `freqopt.calibrate`. launches: see `time_call`. orders: to choose
-    from, the first of ORDERS. sensitivities, rounding, spent: of `measure_sensitivities`. notes:
-    what the plan should say. sites: what there is to choose from.
+    clock: as in `freqopt.calibrate`. launches: see `time_call`. orders: to choose from, the first
+    of ORDERS. sensitivities, rounding, spent: of `measure_sensitivities`. notes: what the plan
+    should say. sites: what there is to choose from.
     """
 
     def __init__(
         self,
         bench: Workbench,
-        rounds: int | None = None,
-        passes: int | None = None,
         orders: Sequence[int] = GRID_ALONE,
         clock: str = "auto",
     ) -> None:
-        self.bench, self.rounds, self.passes, self.orders = bench, rounds, passes, orders
+        self.bench, self.orders = bench, orders
         self.clock, self.launches = clock, False
         self.sensitivities: dict[str, Array] = {}
         self.rounding = self.spent = 0.0
@@ -106,12 +104,11 @@ class Calibration:
         """Measure all sites and sensitivities: what there is to choose from at each of them."""
         bench = self.bench
         self.launches = launches_count(bench, self.clock)
-        if self.passes is None and seconds_of_pass(bench) >= SLOW_PASS:
-            # before the first phase, which tells how long all of them take
-            self.passes = bench.passes = PASSES_WHEN_SLOW
+        if bench.passes is None and seconds_of_pass(bench) >= SLOW_PASS:
+            bench.passes = PASSES_WHEN_SLOW  # the first phase tells how long all of them take
         measure_sites(bench, orders=self.orders, launches=self.launches)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
-        found = measure_sensitivities(bench, probed, self.passes)
+        found = measure_sensitivities(bench, probed, bench.passes)
         self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
         self.notes += found.notes
         self.sites = [
@@ -122,10 +119,11 @@ class Calibration:
 
     def refinement(self, quantile: float | None = None) -> Refinement:
         """What rounds of refinement need; once all sites are measured."""
-        refined = probed_samples(self.bench.samples, MAX_REFINED_SAMPLES)
-        references = [self.bench.reference(sample) for sample in refined]
-        passes = None if self.passes is None else max(0.0, self.passes - self.spent)
-        return Refinement(self.bench, references, self.rounds, passes, quantile)
+        bench = self.bench
+        refined = probed_samples(bench.samples, MAX_REFINED_SAMPLES)
+        references = [bench.reference(sample) for sample in refined]
+        passes = None if bench.passes is None else max(0.0, bench.passes - self.spent)
+        return Refinement(bench, references, bench.rounds, passes, quantile)
 
     def held_out(self, target: float, quantile: float | None = None) -> OutputError:
         """The criterion that a plan is verified by; runs the dense model on the samples."""

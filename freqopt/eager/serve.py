@@ -210,7 +210,8 @@ class Server:
         if call.look is not None:
             example = example_of(function, args, kwargs)
             node = call.look.begin(function, args, kwargs, example)
-        lay = self._lay(call, place, form, args, kwargs)
+        tensors = tensors_of(args, kwargs)
+        lay = self._lay(call, place, form, tensors)
         budget = _share_of(place.budget)
         serving = (
             lay
@@ -219,7 +220,6 @@ class Server:
         )
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
-        tensors = tensors_of(args, kwargs)
         if isinstance(serving, Why):
             self.told.dense(place.site, serving)
             result = function(*args, **kwargs)
@@ -234,9 +234,9 @@ class Server:
         """Modules of the model that are running, the innermost first."""
         return (module for module in running() if id(module) in self.names)
 
-    def _lay(self, call: _Call, place: Place, form: object, args: Any, kwargs: Any) -> Lay | Why:
-        """How the tokens of an attention lie in this call."""
-        if any(is_distributed(tensor) for tensor in tensors_of(args, kwargs)):
+    def _lay(self, call: _Call, place: Place, form: object, tensors: Sequence[Tensor]) -> Lay | Why:
+        """How the tokens of an attention lie in this call of tensors."""
+        if any(is_distributed(tensor) for tensor in tensors):
             return Reason.DISTRIBUTED()
         kind = (place.known, place.content, form)
         lay = call.form.lays.get(kind)
@@ -245,7 +245,7 @@ class Server:
             call.form.lays.put(kind, lay)
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True
-            lay = believed(place.known, tensors_of(args, kwargs)[0].shape[-2])
+            lay = believed(place.known, tensors[0].shape[-2])
         return lay or Reason.NO_AXES()
 
     def _serving(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
-from freqopt.capture.modules import base_name, class_of
+from freqopt.capture.modules import base_name
 from freqopt.options import Options
+from freqopt.plan.identity import class_name_of
 from freqopt.telling import running
 from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
@@ -93,7 +94,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, plan: Plan, places: Places) -> None:
         self.plan, self.places = plan, dict(places)
-        self.name = class_of(model).__name__
+        self.name = class_name_of(model)
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
         self.limit = Limit(self.name, plan)

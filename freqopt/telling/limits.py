@@ -33,8 +33,8 @@ class Limit:
     def __init__(self, name: str, plan: PlanContent) -> None:
         self.name = name
         self.planned = sum(
-            site.decision == "split" and base_name(name) == name
-            for name, site in plan.sites.items()
+            site.decision == "split" and base_name(each) == each
+            for each, site in plan.sites.items()
         )
         self.reached = self.told = False
         self._given_up = 0

@@ -30,13 +30,13 @@ from freqopt.models_zoo.distilled import ADAPTER, STEPS, fingerprint
 from freqopt.models_zoo.low_rank import adapt, save_adapter
 from freqopt.models_zoo.sampling import initial_noise, time_steps
 from freqopt.models_zoo.training.contact_sheet import write_contact_sheet
-from freqopt.models_zoo.training.loop import Stage, fastest_attention, stage_at
+from freqopt.models_zoo.training.loop import Stage, fastest_attention, learning_rate, stage_at
 from freqopt.models_zoo.video_dit import load_pretrained
 
 SUBSTEPS = 6
 """The teacher's steps within one of the student's: 24 in all, whose times contain the student's."""
 
-WARMUP_STEPS = 15
+WARMUP_STEPS, LAST_RATE = 15, 0.02
 LOG_EVERY = 5
 
 GPU_STAGES = (
@@ -83,12 +83,6 @@ def lessons(student: Velocity, teacher: Velocity, noise: Tensor) -> Iterator[Ten
         state = (state + length * found).detach()
 
 
-def learning_rate(peak: float, step: int, progress: float) -> float:
-    """Linear warm-up in steps, cosine fall to 2 % over the wall clock."""
-    warm = min((step + 1) / WARMUP_STEPS, 1.0)
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
 class Distillation:
     """A teacher, a student that begins as the teacher, and the student's training."""
 
@@ -114,7 +108,9 @@ class Distillation:
             (loss / STEPS).backward()
             losses.append(loss.detach())
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.rate, self.steps, progress)
+            group["lr"] = learning_rate(
+                self.rate, self.steps, progress, warm_up=WARMUP_STEPS, last=LAST_RATE
+            )
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

@@ -134,10 +134,12 @@ def stage_at(stages: tuple[Stage, ...], progress: float) -> int:
     return len(stages) - 1
 
 
-def learning_rate(peak: float, step: int, progress: float) -> float:
-    """Linear warm-up in steps, cosine fall to 1 % over the wall clock."""
-    warm = min((step + 1) / WARMUP_STEPS, 1.0)
-    return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+def learning_rate(
+    peak: float, step: int, progress: float, *, warm_up: int = WARMUP_STEPS, last: float = 0.01
+) -> float:
+    """Linear warm-up in so many steps, cosine fall over the wall clock to a share of the peak."""
+    warm = min((step + 1) / warm_up, 1.0)
+    return peak * warm * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def draw_times(batch: int, step: int, shift: float, generator: torch.Generator) -> Tensor:

@@ -40,28 +40,38 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
-class Attention(nn.Module):
+class Projected(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
+    def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value (B, H, N, D)."""
+        return tuple(
             f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
+
+
+class Attention(Projected):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads_of(x)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Video(nn.Module):
     """Attention over a video, in a module of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, attn: type[Projected] = Attention) -> None:
         super().__init__()
         self.patch = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
-        self.attn = Attention()
+        self.attn = attn()
+
+    def tokens_of(self, video: Tensor) -> Tensor:
+        """(B, N, C)."""
+        return self.patch(video).flatten(2).transpose(1, 2)
 
     def forward(self, video: Tensor) -> tuple[Tensor]:
-        return (self.attn(self.patch(video).flatten(2).transpose(1, 2)),)
+        return (self.attn(self.tokens_of(video)),)
 
 
 def all_keys_of_dtensors() -> None:
@@ -130,11 +140,7 @@ def in_context_parallel(whole: bool) -> dict[str, Any]:
 
 
 def _local_attention(model: Video, video: Tensor) -> Tensor:
-    x = model.patch(video).flatten(2).transpose(1, 2)
-    q, k, v = (
-        f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
-        for f in (model.attn.q, model.attn.k, model.attn.v)
-    )
+    q, k, v = model.attn.heads_of(model.tokens_of(video))
     weights = (q @ k.transpose(-1, -2) / DIM**0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -204,17 +210,11 @@ def test_heads_after_a_graph_break_are_not_guessed(two: Ranks) -> None:
         assert found["strict"].startswith("SiteError")
 
 
-class Parts(nn.Module):
+class Parts(Projected):
     """A ring: queries of one rank against each part of the keys, merged by their log sums."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = self.heads_of(x)
         both = torch.cat([k.flatten(), v.flatten()])
         parts = collectives.all_gather_tensor(both, 0, dist.group.WORLD).chunk(2)
         outs, sums = [], []
@@ -228,15 +228,14 @@ class Parts(nn.Module):
         return (torch.stack(outs) * weights).sum(0).transpose(1, 2).flatten(2)
 
 
-class Ring(nn.Module):
+class Ring(Video):
+    """A rank's tokens in a ring."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2))
-        self.attn = Parts()
+        super().__init__(Parts)
 
     def forward(self, video: Tensor) -> tuple[Tensor]:
-        x = self.patch(video).flatten(2).transpose(1, 2)
-        return (self.attn(x.chunk(2, 1)[dist.get_rank()]),)
+        return (self.attn(self.tokens_of(video).chunk(2, 1)[dist.get_rank()]),)
 
 
 def ring_in_a_graph() -> dict[str, Any]:

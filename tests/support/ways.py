@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import freqopt
+from benchmarks.ways import ROUTES, way_of
 from freqopt.backend import freqopt_backend
 from freqopt.plan.plan import Plan
 from freqopt.regional import BUDGET
@@ -112,31 +113,35 @@ def cached(model: nn.Module) -> None:
 class Way:
     """A way to run a model: what is done to it, and how it is served after that.
 
-    by: compiled "whole"; its "blocks" one by one; or "eager", without a compiler. hooked: its hooks
-    break graphs, so that a class cannot be compiled with fullgraph=True.
+    by: of `benchmarks.ways.ROUTES`. hooked: its hooks break graphs, so that a class cannot be
+    compiled with fullgraph=True.
     """
 
-    title: str
     change: Callable[[nn.Module], None]
-    by: Literal["whole", "blocks", "eager"] = "whole"
+    by: str = "whole"
     hooked: bool = False
 
 
-CHANGES: dict[str, tuple[str, Callable[[nn.Module], None], Callable[[nn.Module], None], bool]] = {
-    "": ("", as_it_is, as_it_is, False),
-    "cast": ("layerwise casting", cast, cast, True),
-    "offload": ("group offload", offloaded("leaf_level"), offloaded("block_level"), True),
-    "lora": ("LoRA, unmerged", adapted, adapted, False),
-    "cache": ("first-block cache", cached, cached, True),
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "": as_it_is,
+    "cast": cast,
+    "offload": offloaded("leaf_level"),
+    "lora": adapted,
+    "cache": cached,
 }
-"""What is done to a model: its title, what does it, and what where blocks are compiled; hooked."""
+"""What is done to a model, by the names of `benchmarks.ways.CONDITIONS`."""
+
+BY_BLOCKS = {"offload": offloaded("block_level")}
+"""What is done instead where blocks are compiled."""
+
+HOOKED = {"cast", "offload", "cache"}
 
 WAYS = {
-    f"{change}_{by}".strip("_").removesuffix("_whole"): Way(
-        f"{title}, {by}".strip(", "), by_block if by == "blocks" else whole, by, hooked
+    way_of(name, by): Way(
+        BY_BLOCKS.get(name, change) if by == "blocks" else change, by, name in HOOKED
     )
-    for change, (title, whole, by_block, hooked) in CHANGES.items()
-    for by in get_args(get_type_hints(Way)["by"])
+    for name, change in CHANGES.items()
+    for by in ROUTES
 }
 
 
