@@ -73,6 +73,7 @@ def attention() -> Iterator[str]:
     yield "the grid's and all by content, chosen on another seed and timestep."
     for name, title in (
         ("attention", "NVIDIA H200"),
+        ("attention_dd5b6b5", "NVIDIA H200, the first generation"),
         ("attention_h100", "NVIDIA H100"),
     ):
         result = load(name)
@@ -288,7 +289,7 @@ PAGES = (
         "attention",
         "The op",
         "What the op costs, beside dense attention, and how far its output is from it",
-        ("attention", "attention_h100"),
+        ("attention", "attention_dd5b6b5", "attention_h100"),
         attention,
     ),
     Page(
