@@ -10,12 +10,14 @@ figures of other runs.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,6 +67,14 @@ SPREAD = 10.0
 ALONE = "split, one GPU"
 """The step of a rank that has all tokens and all heads to itself."""
 
+GRID = (21, 45, 80)
+"""Tokens of 81 frames of 720 x 1280."""
+
+ROWS = ("dense", "split", "balanced", "all-keys", "one-gpu")
+
+OF_DENSE = ("flash", "fmha", "sdpa")
+"""What kernels of dense attention have in their names."""
+
 
 def model_of(size: str, layers: int | None, device: torch.device) -> nn.Module:
     """Wan's transformer with random weights, the same on all ranks."""
@@ -104,24 +114,33 @@ def spread_densities(heads: int, mean: float, turn: int) -> list[float]:
     return [min(factor * raw[i], 1.0) for i in order]
 
 
-def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: float) -> Plan:
-    """A plan whose thresholds give each head its density on this call."""
+def plan_of(
+    model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: float, dense: bool
+) -> tuple[Plan, Tensor]:
+    """A plan whose thresholds give each head its density on this call, and the call's output.
+
+    Each rank finds the thresholds of some of the sites. dense: attention stays dense meanwhile;
+    else it is split by the mean density.
+    """
     from freqopt.capture.eager import answered
 
     sites: dict[str, SitePlan] = {}
     tokens = grid[0] * grid[1] * grid[2]
 
-    def answer(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def answer(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
         query, key, value = (options.get(n) for n in ("query", "key", "value"))
         if query is None:
             query, key, value = given[:3]
         if not name.endswith("attn1"):
-            return
-        wanted = spread_densities(query.shape[1], mean, len(sites))
-        thresholds, reached = thresholds_of((query, key, value), grid, wanted)
+            return None
+        heads, dim = query.shape[1], query.shape[3]
+        thresholds, reached = [0.0] * heads, [1.0] * heads
+        if len(sites) % dist.get_world_size() == dist.get_rank():
+            wanted = spread_densities(heads, mean, len(sites))
+            thresholds, reached = thresholds_of((query, key, value), grid, wanted)
         sites[name] = SitePlan(
-            heads=query.shape[1],
-            head_dim=query.shape[3],
+            heads=heads,
+            head_dim=dim,
             tokens=tokens,
             decision="split",
             reason="",
@@ -129,9 +148,15 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
             density=reached,
             layouts=[SiteLayout(grid=tuple(grid))],
         )
+        if dense:
+            return None
+        out: Tensor = freqopt.split_attention(query, key, value, grid=tuple(grid), density=mean)
+        return out
 
-    answered(model, (), call, answer)
-    return Plan(
+    output: Tensor = answered(model, (), call, answer)[0]
+    found = all_ranks(sites)
+    sites = {name: found[at % len(found)][name] for at, name in enumerate(sites)}
+    plan = Plan(
         model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
         grids=[tuple(grid)],
         device="random weights",
@@ -143,6 +168,7 @@ def plan_of(model: nn.Module, call: dict[str, Any], grid: Sequence[int], mean: f
         sites=sites,
         evidence=Evidence(samples=1, held_out=1),
     )
+    return plan, output
 
 
 def thresholds_of(
@@ -163,14 +189,22 @@ def thresholds_of(
     return (2.0**high).tolist(), reached.tolist()
 
 
+class Step(NamedTuple):
+    """A warm step of one rank: milliseconds, and the parts that collectives and attention take."""
+
+    ms: float
+    collectives: float
+    attention: float
+
+
 class Clock:
-    """Times steps of the model, and the collectives in them."""
+    """Times steps of the model, and the collectives and the attention in them."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
 
-    def step(self, run: Callable[[], Tensor]) -> tuple[float, float]:
-        """Median milliseconds of a warm step, and the share of it that collectives take."""
+    def step(self, run: Callable[[], Tensor]) -> Step:
+        """The median of some warm steps."""
         times = []
         for _ in range(self.repeats):
             self._wait()
@@ -178,9 +212,9 @@ class Clock:
             run()
             self._wait()
             times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times), self._collectives(run)
+        return Step(statistics.median(times), *self._shares(run))
 
-    def _collectives(self, run: Callable[[], Tensor]) -> float:
+    def _shares(self, run: Callable[[], Tensor]) -> tuple[float, float]:
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU]
@@ -193,18 +227,30 @@ class Clock:
             self._wait()
             whole = 1e6 * (time.perf_counter() - start)
         on_gpu = self.device.type == "cuda"
-        names = ("nccl",) if on_gpu else ("gloo:",)
-        spent = sum(
-            event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            for event in found.key_averages()
-            if event.key.lower().startswith(names)
-        )
-        return min(spent / whole, 0.999)
+        ours = split_kernels()
+        collectives = attention = 0.0
+        for event in found.key_averages():
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            name = event.key.lower()
+            if name.startswith(("nccl",) if on_gpu else ("gloo:",)):
+                collectives += spent
+            elif event.key in ours or any(part in name for part in OF_DENSE):
+                attention += spent
+        return min(collectives / whole, 0.999), min(attention / whole, 0.999)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
+
+
+def split_kernels() -> set[str]:
+    """Names under which a profile has the kernels of split attention, on a GPU or a CPU."""
+    from triton.runtime import JITFunction
+
+    loaded = [m for name, m in sys.modules.items() if name.startswith("freqopt.kernels")]
+    kernels = {v for module in loaded for v in vars(module).values() if isinstance(v, JITFunction)}
+    return {kernel.__name__ for kernel in kernels} | {"freqopt::split_attention"}
 
 
 @contextmanager
@@ -253,20 +299,22 @@ class Bench:
         model = self.model()
         self.config: Any = model.config
         self.call = call_of(model, self.grid, device)
-        self.dense: Tensor = model(**self.call)[0]
-        self.plan = plan_of(model, self.call, self.grid, args.density)
+        self.small = call_of(model, (self.count, 4, 4), device)
+        dense = "dense" in args.rows
+        self.plan, output = plan_of(model, self.call, self.grid, args.density, dense)
+        self.dense = output if dense else None
 
     def model(self) -> nn.Module:
         """The model with all of its weights and tokens here."""
         return model_of(self.size, self.args.layers, self.device)
 
     def share_out(self, model: nn.Module, **degrees: int) -> None:
-        """diffusers' `enable_parallelism`, and a call, in which its hooks set themselves up."""
+        """diffusers' `enable_parallelism`, and a small call, in which its hooks set themselves up."""
         from diffusers import ContextParallelConfig
 
         model.enable_parallelism(config=ContextParallelConfig(**degrees))  # type: ignore[operator]
         if "ulysses_degree" in degrees:
-            model(**self.call)
+            model(**self.small)
 
     def row(self, name: str, run: Callable[..., Any]) -> None:
         """Add a row: times and collectives by rank; errors against dense and split on one GPU.
@@ -278,22 +326,27 @@ class Bench:
             found: Tensor = run(**self.call)[0]
             return found
 
-        self.outputs[name] = step()
-        error = relative_l2(self.outputs[name], self.dense)
-        ms, share = self.clock.step(step)
-        times, shares = zip(*all_ranks((ms, share)), strict=True)
-        self.rows.append({"name": name, "ms": times, "collectives": shares, "error": error})
-        for row in self.rows:
-            alone, own = self.outputs.get(ALONE), self.outputs[row["name"]]
-            row["error_of_one_gpu"] = None if alone is None else relative_l2(own, alone)
         on_gpu = self.device.type == "cuda"
-        gib = all_ranks(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.outputs[name] = step()
+        found = [Step(*each) for each in all_ranks(tuple(self.clock.step(step)))]
+        self.rows.append(
+            {
+                "name": name,
+                "ms": [each.ms for each in found],
+                "collectives": [each.collectives for each in found],
+                "attention": [each.attention for each in found],
+                "gib": all_ranks(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0),
+            }
+        )
+        for row in self.rows:
+            own, alone = self.outputs[row["name"]], self.outputs.get(ALONE)
+            row["error"] = None if self.dense is None else relative_l2(own, self.dense)
+            row["error_of_one_gpu"] = None if alone is None else relative_l2(own, alone)
         if dist.get_rank() == 0:
-            self.write(gib)
-            print(
-                f"{name:22} {max(times):9.1f} ms  collectives {max(shares):.0%}  L2 {error:.4f}",
-                flush=True,
-            )
+            self.write()
+            print(json.dumps(self.rows[-1]), flush=True)
 
     def ulysses(self, name: str, model: nn.Module, plan: Plan | None) -> None:
         """A row under Ulysses."""
@@ -302,22 +355,29 @@ class Bench:
             self.row(f"{name}, Ulysses", run)
 
     def measure(self) -> None:
-        """All rows; the same on every rank."""
-        if self.config.num_attention_heads % self.count == 0:
+        """All rows that are wanted; the same on every rank."""
+        wanted = self.args.rows
+        if self.config.num_attention_heads % self.count:
+            wanted = [row for row in wanted if row in ("all-keys", "one-gpu")]
+        if "dense" in wanted:
             self.ulysses("dense", self.model(), None)
+        if "split" in wanted:
             self.ulysses("split", self.model(), self.plan)
+        if "balanced" in wanted:
             model = self.model()
-            balanced = freqopt.parallel.balance(model, self.plan, self.count, self.call)
+            balanced = freqopt.parallel.balance(model, self.plan, self.count, self.small)
             self.imbalance = {"before": balanced.before, "after": balanced.after}
             self.ulysses("balanced", model, balanced.plan)
-        model = self.model()
-        self.share_out(model, ring_degree=self.count)
-        with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
-            self.row("split, all keys, eager", model)
-        with blocks_compiled(self.model(), self.plan, self.inner) as run:
-            self.row(ALONE, run)
+        if "all-keys" in wanted:
+            model = self.model()
+            self.share_out(model, ring_degree=self.count)
+            with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
+                self.row("split, all keys, eager", model)
+        if "one-gpu" in wanted:
+            with blocks_compiled(self.model(), self.plan, self.inner) as run:
+                self.row(ALONE, run)
 
-    def write(self, gib: list[float]) -> None:
+    def write(self) -> None:
         """The file of results and its plot, of the rows so far."""
         result = {
             "environment": environment(),
@@ -330,9 +390,10 @@ class Bench:
             "spread": SPREAD,
             "imbalance": self.imbalance,
             "rows": self.rows,
-            "gib": gib,
         }
-        path = write(f"parallel_{self.count}", result, self.args.out)
+        tokens = self.grid[0] * self.grid[1] * self.grid[2]
+        length = "" if self.args.tiny or self.grid == GRID else f"_{tokens}"
+        path = write(f"parallel_{self.count}{length}", result, self.args.out)
         parallel_page.plot(result, path.with_suffix(".png"))
 
 
@@ -341,9 +402,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="14b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
-    parser.add_argument("--grid", type=int, nargs=3, default=(21, 45, 80))
+    parser.add_argument("--grid", type=int, nargs=3, default=GRID)
     parser.add_argument("--density", type=float, default=0.1, help="mean over heads")
     parser.add_argument("--method", choices=("gather", "ring"), default="gather")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on CPUs")
     parser.add_argument("--out", type=Path, help="folder of the result")

@@ -16,7 +16,9 @@ HEAD = [
     "slowest rank",
     "fastest rank",
     "against dense",
+    "attention",
     "collectives",
+    "GiB",
     "L2",
     "of one GPU's",
 ]
@@ -27,7 +29,9 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "A transformer of Wan's size with random weights, its blocks compiled."
     yield "Densities are set: in every layer the densest head has ten times that of the sparsest."
     yield "*Slowest rank* and *fastest rank* are times of a whole step."
+    yield "*Attention* is what its kernels take on the rank where they take longest."
     yield "*Collectives* is the largest share of a rank's step that they take, waiting included."
+    yield "*GiB* is the most memory of a rank."
     yield "*L2* is the output's error against dense attention on one GPU, not compiled:"
     yield "that of the dense step is what rounding does."
     yield "*Of one GPU's* is that against the same plan there."
@@ -49,8 +53,10 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                     f"{max(row['ms']):,.0f} ms",
                     f"{min(row['ms']):,.0f} ms",
                     "" if dense is None else f"{dense / max(row['ms']):.2f}x",
+                    f"{max(_attention(row)):,.0f} ms",
                     f"{max(row['collectives']):.0%}",
-                    f"{row['error']:.4f}",
+                    f"{max(row['gib']):.0f}",
+                    "" if row["error"] is None else f"{row['error']:.4f}",
                     "" if row["error_of_one_gpu"] is None else f"{row['error_of_one_gpu']:.1e}",
                 ]
                 for row in result["rows"]
@@ -58,11 +64,16 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def _attention(row: dict[str, Any]) -> list[float]:
+    """Milliseconds of attention by rank."""
+    return [ms * share for ms, share in zip(row["ms"], row["attention"], strict=True)]
+
+
 def _about(result: dict[str, Any]) -> str:
     tokens = result["grid"][0] * result["grid"][1] * result["grid"][2]
     about = (
         f"{tokens:,} tokens, {result['layers']} layers of {result['heads']} heads, "
-        f"mean density {100 * result['density']:.3g} %, {max(result['gib']):.0f} GiB a rank."
+        f"mean density {100 * result['density']:.3g} %."
     )
     if result["imbalance"]:
         before, after = (100 * (result["imbalance"][n] - 1) for n in ("before", "after"))

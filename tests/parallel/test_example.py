@@ -64,7 +64,8 @@ def test_the_benchmark_runs(two: Ranks, tmp_path: Path) -> None:
     ways = {f"{name}, Ulysses" for name in ("dense", "split", "balanced")}
     assert set(rows) == {*ways, "split, one GPU", "split, all keys, eager"}
     for name, row in rows.items():
-        assert len(row["ms"]) == len(row["collectives"]) == 2
+        assert len(row["ms"]) == len(row["collectives"]) == len(row["gib"]) == 2
+        assert all(0 < share < 1 for share in row["attention"])
         assert min(row["ms"]) > 0 and all(0 <= share < 1 for share in row["collectives"])
         assert row["error"] < (1e-5 if "dense" in name else 0.9)
     assert rows["split, Ulysses"]["error"] > 1e-4
