@@ -433,7 +433,7 @@ def test_kernels_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setitem(CAPABILITIES, 90, 60_000)
     with pytest.raises(ExportError, match="bytes of shared memory and sm_90 has 60000"):
-        compile_table([Variant(90, "float16", 64, False)], tmp_path)
+        compile_table([HOPPER], tmp_path)
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

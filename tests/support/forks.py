@@ -55,16 +55,22 @@ class Forks:
             start_new_session=True,
         )
 
-    def run(self, *command: object, given: str = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: object, given: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """As ``python *command``, a script or ``-m`` and a module; given: what it reads.
 
-        It runs at the root of the checkout and finds `tests/support`.
+        It runs at the root of the checkout and finds `tests/support`. environment: what is changed.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, name) for name in ("in", "out", "err")]
             paths[0].write_text(given)
-            request = {"command": list(map(str, command)), "streams": list(map(str, paths))}
+            request = {
+                "command": list(map(str, command)),
+                "streams": list(map(str, paths)),
+                "environment": environment,
+            }
             try:
                 print(json.dumps(request), file=self._server.stdin, flush=True)
                 code = int(self._server.stdout.readline())
@@ -110,6 +116,7 @@ def become(request: dict[str, Any]) -> None:
         for stream, path in enumerate(written, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
         sys.stdin = os.fdopen(0)
+        os.environ.update(request["environment"])
         os.chdir(ROOT)
         name, *sys.argv = request["command"]
         if name == "-m":
