@@ -309,7 +309,7 @@ class Bench:
         return model_of(self.size, self.args.layers, self.device)
 
     def share_out(self, model: nn.Module, **degrees: int) -> None:
-        """diffusers' `enable_parallelism`, and a small call, in which its hooks set themselves up."""
+        """diffusers' `enable_parallelism`, and a small call, in which its hooks are set up."""
         from diffusers import ContextParallelConfig
 
         model.enable_parallelism(config=ContextParallelConfig(**degrees))  # type: ignore[operator]
