@@ -252,7 +252,8 @@ class Repeater:
         tensors, query = inputs.tensors, inputs.query
         if not query.is_cuda or is_long(inputs.layout.tokens) or self._is_plain():
             return run(inputs, settings)
-        form = (form_of(tensors), inputs.layout, inputs.query_layout, settings, launch)
+        cast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        form = (form_of(tensors), inputs.layout, inputs.query_layout, settings, launch, cast)
         with self._lock:
             known = self._known.get(form)
             if known is not None:

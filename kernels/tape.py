@@ -190,7 +190,7 @@ class Tape(TorchDispatchMode):
         storage, base = _storage(x), 0
         if storage in self._given and storage not in self._bases:
             own = self._given[storage]
-            at = x.data_ptr()
+            at = _begin(x)
             base = next((i for i in own if self._start(i) == at), own[0])
             offset = at - self._start(base)
         else:
@@ -258,7 +258,12 @@ class Tape(TorchDispatchMode):
     def _start(self, number: int) -> int:
         own = self._inputs[number]
         assert own is not None
-        return own.data_ptr()
+        return _begin(own)
+
+
+def _begin(x: Tensor) -> int:
+    """Where a tensor's data begin; `data_ptr` is 0 of what has none."""
+    return x.untyped_storage().data_ptr() + int(x.storage_offset()) * x.itemsize
 
 
 def _storage(x: Tensor) -> int:

@@ -187,6 +187,20 @@ def test_what_pytorch_computes_in_place_is_repeated() -> None:
     assert found.stride() == (1, 6)
 
 
+def test_parts_that_hold_nothing() -> None:
+    """As the text before the video, where there is none."""
+
+    x = torch.randn(6, 1)
+
+    def joined(given: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([given[:0], given[3:] * 2, given[2:2]]),)
+
+    _, recording = record((x,), CPU, lambda: joined(x))
+    assert isinstance(recording, Recording)
+    other = torch.randn(6, 1)
+    torch.testing.assert_close(recording((other,), CPU)[0], 2 * other[3:])
+
+
 def test_what_depends_on_the_data_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     def run(x: Tensor) -> tuple[Tensor, ...]:
         return (x * 2 if x.sum().item() > 0 else x * 3,)

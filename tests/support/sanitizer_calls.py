@@ -1,7 +1,7 @@
 r"""Small calls through every GPU kernel of the op, for compute-sanitizer; not a test by itself.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python tests/support/sanitizer_calls.py [plain | ordered | hostile | portable | repeated ...]
+        python tests/support/sanitizer_calls.py [plain] [ordered] [hostile] [portable] [repeated]
 
 and the same with --tool initcheck and racecheck. Without PyTorch's caching every tensor is an
 allocation of its own, so that a read past its end is one past an allocation. Lengths are odd, and
