@@ -189,7 +189,6 @@ def test_what_pytorch_computes_in_place_is_repeated() -> None:
 
 def test_parts_that_hold_nothing() -> None:
     """As the text before the video, where there is none."""
-
     x = torch.randn(6, 1)
 
     def joined(given: Tensor) -> tuple[Tensor, ...]:
