@@ -215,6 +215,7 @@ class Clock:
         return Step(statistics.median(times), *self._shares(run))
 
     def _shares(self, run: Callable[[], Tensor]) -> tuple[float, float]:
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU]
@@ -230,6 +231,8 @@ class Clock:
         ours = split_kernels()
         collectives = attention = 0.0
         for event in found.key_averages():
+            if on_gpu and event.device_type != DeviceType.CUDA:
+                continue  # of an operation, whose kernels are counted by themselves
             spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             name = event.key.lower()
             if name.startswith(("nccl",) if on_gpu else ("gloo:",)):
