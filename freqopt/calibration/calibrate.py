@@ -127,7 +127,8 @@ def calibrate(
         clock: how the model will run, on a GPU, so that costs include what a user waits for.
             "eager": launches count where the GPU waits for them; "compiled": by torch.compile,
             which the whole model is then timed with, dense and split; "graphs": in CUDA graphs,
-            where no launch counts. "auto" is "eager", as compiling may take longer than all else.
+            where no launch counts. "auto" is "eager", as compiling may take longer than all else;
+            where the whole model then is no faster split, it is compiled and timed again.
             Whatever the clock, where a plan makes the whole model no faster, sites that save least
             are left dense, and where that does not help, all are.
         rounds: of measuring what each head's error adds among those of all others, and allocating
