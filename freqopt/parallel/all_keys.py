@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.call_layouts import in_call
 from freqopt.capture.eager import answered, written
 from freqopt.capture.modules import match_names, module_of, names_of
+from freqopt.capture.under_way import Arguments, arguments_by_name
 from freqopt.errors import InputError, PlanError, SiteError
 from freqopt.grid import Grid
 from freqopt.options import load_plan
@@ -116,12 +118,14 @@ class _Served:
             if form not in self.places:
                 self.places[form] = self._look(args, kwargs)
             places, met = self.places[form], set()
-            bucket = self._bucket(args, kwargs)
+            bucket, told = self._bucket(args, kwargs), arguments_by_name(self.model, args, kwargs)
 
             def answer(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
                 met.add(name)
                 place = places.get(name)
-                return None if place is None else self._attend(name, place, bucket, given, options)
+                if place is None:
+                    return None
+                return self._attend(name, place, told, bucket, given, options)
 
             output = answered(self.model, args, kwargs, answer)
         if missing := sorted(set(places) - met):
@@ -157,6 +161,7 @@ class _Served:
         self,
         name: str,
         place: _Place,
+        told: Arguments,
         bucket: Tensor | None,
         given: tuple[Any, ...],
         options: dict[str, Any],
@@ -175,7 +180,7 @@ class _Served:
             return attention_over_ranks(query, key, value, exact=True, **common)
         budgets = self.plan.budgets(place.planned)
         row = budgets.amin(0) if bucket is None else _at(budgets, self.plan.timestep_edges, bucket)
-        grid, before, after = self._layout(place.planned, query.shape[2])
+        grid, before, after = self._layout(place.planned, told, query.shape[2])
         listed = planned.chunks or [0] * key.shape[1]
         chunks = torch.tensor(listed, dtype=torch.int64, device="cpu")
         return attention_over_ranks(
@@ -190,14 +195,18 @@ class _Served:
             **common,
         )
 
-    def _layout(self, planned: str, tokens: int) -> tuple[Grid, int, int]:
-        """Grid of all ranks together, and text tokens at either end of each rank's part."""
+    def _layout(self, planned: str, told: Arguments, tokens: int) -> tuple[Grid, int, int]:
+        """Grid of all ranks together, and text tokens at either end of each rank's part.
+
+        told: arguments of the call, which the plan may know to tell the grid.
+        """
         assert self.plan is not None
         ranks = dist.get_world_size(self.group)
         fitting = {}
-        for known in self.plan.known(planned):
-            around = known.around(ranks * tokens)
-            if around is not None and not any(n % ranks for n in around):
+        for each in self.plan.known(planned):
+            known = in_call(each, told, ranks * tokens)
+            around = None if known is None else known.around(ranks * tokens)
+            if known is not None and around is not None and not any(n % ranks for n in around):
                 fitting[known.grid] = (around[0] // ranks, around[1] // ranks)
         if len(fitting) != 1:
             raise PlanError(

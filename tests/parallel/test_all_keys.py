@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import build
+from model_cases_packed import LTX, ltx_inputs
 from parallel_models import compiled, ranks, relative, share_out, uneven_plan, wan
 from ranks import Ranks
 from torch import Tensor
@@ -164,6 +167,38 @@ def test_a_model_with_heads_that_do_not_divide(two: Ranks, method: str) -> None:
     for found in two.call(wan_ring, method):
         assert found["exact"] < 1e-5
         assert found["alone"] > 1e-3 and 1e-3 < found["split"] < 0.5 * found["local"]
+
+
+TALL = (3, 10, 6)
+
+
+def tall(name: str) -> set[Any]:
+    """Grids that attention has in a call of another aspect than the plan's, of as many tokens."""
+    if name == "ltx":
+        model, call = build("LTXVideoTransformer3DModel", **LTX), ltx_inputs((3, 6, 10), 1)
+        call |= {key: call[key][:, :6] for key in call if key.startswith("encoder_")}
+        other = call | {"height": TALL[1], "width": TALL[2]}
+    else:
+        model, call = wan()
+        other = call | {"hidden_states": torch.randn(1, 4, TALL[0], 2 * TALL[1], 2 * TALL[2])}
+    plan = uneven_plan(model, call)
+    share_out(model, ring_degree=2)
+    met = set()
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        met.add(kwargs["grid"])
+        return attention_over_ranks(*args, **kwargs)
+
+    all_keys = importlib.import_module("freqopt.parallel.all_keys")
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), over_all_keys(model, plan):
+        patch.setattr(all_keys, "attention_over_ranks", spy)
+        model(**other)
+    return met
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_another_aspect_has_the_grid_that_its_call_tells(two: Ranks, name: str) -> None:
+    assert two.call(tall, name) == [{TALL}, {TALL}]
 
 
 def shared_heads() -> str:
