@@ -374,8 +374,10 @@ class Bench:
         if "all-keys" in wanted:
             model = self.model()
             self.share_out(model, ring_degree=self.count)
-            with freqopt.parallel.over_all_keys(model, self.plan, method=self.args.method):
-                self.row("split, all keys, eager", model)
+            method, inner = self.args.method, self.inner
+            torch._dynamo.reset()
+            with freqopt.parallel.over_all_keys(model, self.plan, method=method, inner=inner):
+                self.row("split, all keys", model)
         if "one-gpu" in wanted:
             with blocks_compiled(self.model(), self.plan, self.inner) as run:
                 self.row(ALONE, run)
