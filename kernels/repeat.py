@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from freqopt.kernels.compiling import compile_first, is_compiling
 from freqopt.kernels.layout import Inputs, Settings
 from freqopt.kernels.tape import (
     Computed,
@@ -260,9 +261,11 @@ class Repeater:
                 self._known.move_to_end(form)
         if isinstance(known, Recording):
             return known(tensors, query.device)
+        if torch.cuda.is_current_stream_capturing() or known == REFUSED:
+            return run(inputs, settings)
         if known is None:
+            compile_first(form, lambda: run(inputs, settings))
             self._remember(form, SEEN)
-        if known != SEEN or torch.cuda.is_current_stream_capturing():
             return run(inputs, settings)
         found, recorded = record(tensors, query.device, lambda: run(inputs, settings))
         self._remember(form, recorded)
@@ -284,7 +287,7 @@ class Repeater:
             self._plain.on = before
 
     def _is_plain(self) -> bool:
-        return getattr(self._plain, "on", False) or current() is not None
+        return getattr(self._plain, "on", False) or current() is not None or is_compiling()
 
     def _remember(self, form: Any, what: Recording | str) -> None:
         with self._lock:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from freqopt.kernels.compiling import compiled_alone, is_compiling
+
 aten = torch.ops.aten
 
 ALLOCATING = frozenset(
@@ -124,6 +126,8 @@ def current() -> Tape | None:
 
 def queued(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What launches a kernel of Triton's on a grid, to be called with its arguments."""
+    if is_compiling():
+        return compiled_alone(kernel, grid)
     launch: Callable[..., Any] = kernel[grid]
     tape = current()
     if tape is None:
