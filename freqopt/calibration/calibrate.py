@@ -136,7 +136,7 @@ def calibrate(
             up to 64 heads in all, else 1; 0 leaves it out.
         passes: runs of the model that may be spent on finding out how errors at heads reach its
             output, beside measuring, comparing and verifying; of runs of a part of the model the
-            parts count. By default 30 where a run takes a second or more on a GPU, elsewhere as
+            parts count. By default 26 where a run takes a second or more on a GPU, elsewhere as
             many as all heads take, or 80 and rounds in models of more than 64 heads. With fewer,
             heads are probed in fewer samples, or many at once, and the plan says how well they are
             known.
