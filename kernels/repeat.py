@@ -64,7 +64,7 @@ class Pointer:
 
 
 class _Launch:
-    """A recorded launch. targets: (argument or descriptor's pointer, base, offset)."""
+    """A recorded launch. Where its arguments point: (argument or pointer, base, offset)."""
 
     def __init__(self, step: Launched) -> None:
         self.run = step.kernel[step.grid]
@@ -110,7 +110,6 @@ class _Now:
         self.bases = [0] * count
         self.storages: dict[int, tuple[Any, int]] = {}
         self.streams: dict[str, Any] = {}
-        self.device: Any = None
 
     def hold(self, base: int, x: Tensor) -> None:
         """A tensor's storage is a base."""
