@@ -122,8 +122,10 @@ def part_times(a: Attention, threshold: float, each: Ordering) -> tuple[dict[str
 def without_attention() -> Iterator[None]:
     """Calls in here leave out the attention kernel, and give no output: everything else is left."""
     from freqopt.kernels.forward import short
+    from freqopt.kernels.repeat import REPEATER
 
-    with mock.patch.object(short, "attend", lambda *given, **options: None):
+    left_out = mock.patch.object(short, "attend", lambda *given, **options: None)
+    with REPEATER.plainly(), left_out:
         yield
 
 

@@ -40,10 +40,11 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         slowest = {row["name"]: max(row["ms"]) for row in result["rows"]}
         dense = slowest.get("dense, Ulysses")
         yield ""
-        yield f"## {result['ranks']} GPUs"
+        tokens = result["grid"][0] * result["grid"][1] * result["grid"][2]
+        yield f"## {result['ranks']} GPUs, {tokens:,} tokens"
         yield ""
         yield origin(result)
-        yield _about(result)
+        yield from _about(result)
         yield ""
         yield from table(
             HEAD,
@@ -53,9 +54,9 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
                     f"{max(row['ms']):,.0f} ms",
                     f"{min(row['ms']):,.0f} ms",
                     "" if dense is None else f"{dense / max(row['ms']):.2f}x",
-                    f"{max(_attention(row)):,.0f} ms",
+                    _attention(row),
                     f"{max(row['collectives']):.0%}",
-                    f"{max(row['gib']):.0f}",
+                    f"{max(row['gib']):.0f}" if "gib" in row else "",
                     "" if row["error"] is None else f"{row['error']:.4f}",
                     "" if row["error_of_one_gpu"] is None else f"{row['error_of_one_gpu']:.1e}",
                 ]
@@ -64,24 +65,25 @@ def page(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _attention(row: dict[str, Any]) -> list[float]:
-    """Milliseconds of attention by rank."""
-    return [ms * share for ms, share in zip(row["ms"], row["attention"], strict=True)]
+def _attention(row: dict[str, Any]) -> str:
+    """Of the rank where attention takes longest; empty where that was not measured."""
+    if "attention" not in row:
+        return ""
+    spent = [ms * share for ms, share in zip(row["ms"], row["attention"], strict=True)]
+    return f"{max(spent):,.0f} ms"
 
 
-def _about(result: dict[str, Any]) -> str:
-    tokens = result["grid"][0] * result["grid"][1] * result["grid"][2]
-    about = (
-        f"{tokens:,} tokens, {result['layers']} layers of {result['heads']} heads, "
+def _about(result: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{result['layers']} layers of {result['heads']} heads, "
         f"mean density {100 * result['density']:.3g} %."
     )
     if result["imbalance"]:
         before, after = (100 * (result["imbalance"][n] - 1) for n in ("before", "after"))
-        about += (
-            f" The fullest rank has {before:.1f} % more work than the mean, "
+        yield (
+            f"By the cost model the fullest rank has {before:.1f} % more work than the mean, "
             f"once balanced {after:.1f} %."
         )
-    return about
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

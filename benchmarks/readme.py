@@ -6,6 +6,7 @@ Every figure comes from a file under benchmarks/results/ that a benchmark or the
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,8 @@ def rivals(problem: dict[str, Any]) -> list[str]:
             f"`{row['failed']}`.",
         ]
     if problem["missing"]:
-        named = ", ".join(f"{each['name']} ({each['install']})" for each in problem["missing"])
-        lines += ["", "Not installed:", f"{named}."]
+        named = [f"- {each['name']}: {each['install']}" for each in problem["missing"]]
+        lines += ["", "Not installed, and what brings it:", "", *named]
     return lines
 
 
@@ -390,8 +391,44 @@ def classes() -> str:
     )
 
 
+def steps(folder: Path = RESULTS) -> list[str]:
+    """Steps of a whole model of 14 B, dense and split, on one GPU and on several."""
+    rows = []
+    if (folder / "large.json").exists():
+        large = load("large", folder)
+        for row in large["rows"].values():
+            if "split" in row:
+                dense, split = row["dense"]["compiled"]["step_s"], row["split"]["step_s"]
+                rows.append(_step(row["tokens"], 1, dense, split, row["split"]["error"]))
+    for ranks in (2, 4, 8):
+        if (folder / f"parallel_{ranks}.json").exists():
+            result = load(f"parallel_{ranks}", folder)
+            by_name = {row["name"]: row for row in result["rows"]}
+            best = by_name.get("balanced, Ulysses")
+            if best is None:
+                continue
+            dense, split = (max(row["ms"]) / 1e3 for row in (by_name["dense, Ulysses"], best))
+            rows.append(_step(math.prod(result["grid"]), ranks, dense, split, best["error"]))
+    if not rows:
+        return []
+    return [
+        "",
+        "A step of a whole model: a transformer of Wan 2.1 14B's size, its blocks compiled,",
+        "10 % of its pairs exact. Weights are random, so the error tells of arithmetic alone.",
+        "",
+        *table(["tokens", "GPUs", "dense", "split", "", "relative L2"], rows),
+        "",
+        "More of it: [one GPU](docs/results/large.md), [several](docs/results/parallel.md).",
+    ]
+
+
+def _step(tokens: int, gpus: int, dense: float, split: float, error: float) -> list[str]:
+    times = f"{dense:.2f} s", f"{split:.2f} s", f"**{dense / split:.2f}x**"
+    return [f"{tokens:,}", str(gpus), *times, f"{error:.4f}"]
+
+
 def measured(folder: Path = RESULTS) -> str:
     """Everything between the README's markers."""
     if not (folder / "attention.json").exists():
         return NOTHING_YET
-    return "\n".join(summary(load("attention", folder)))
+    return "\n".join([*summary(load("attention", folder)), *steps(folder)])

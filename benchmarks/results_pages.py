@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks import (
     calibration_page,
     composition_page,
+    large_page,
     lora,
     models,
     parallel_page,
@@ -272,7 +273,9 @@ def found() -> Iterator[str]:
 
 
 PARALLEL = tuple(
-    name for name in ("parallel_2", "parallel_4") if (RESULTS / f"{name}.json").exists()
+    name
+    for name in ("parallel_2", "parallel_4", "parallel_4_262144")
+    if (RESULTS / f"{name}.json").exists()
 )
 """Results of so many GPUs, as far as they are there."""
 
@@ -371,9 +374,16 @@ PAGES = (
         whole_generations,
     ),
     Page(
+        "large",
+        "A large model",
+        "A transformer of Wan 2.1 14B's size: steps, calibration, memory",
+        ("large",),
+        large_page.page,
+    ),
+    Page(
         "parallel",
         "Several GPUs",
-        "Layers of a model of 14 B on several GPUs: time by rank, and what collectives take",
+        "A model of 14 B on several GPUs: time by rank, and what collectives take",
         PARALLEL,
         on_several_gpus,
     ),
@@ -397,7 +407,7 @@ PAGES = (
 
 
 OPTIONAL = {"dinov2", "cpu", "rivals", "real", *PARALLEL}
-OPTIONAL |= {"generations", "generations_distilled", "lora", "composition"}
+OPTIONAL |= {"generations", "generations_distilled", "lora", "composition", "large"}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 
 

@@ -33,6 +33,11 @@ class Route(NamedTuple):
     exact_list: Tensor
     counts: Tensor
 
+    @property
+    def setting(self) -> str:
+        """What a rival is said to be given."""
+        return f"our route at {100 * self.density:.3g} %"
+
 
 class Rival(NamedTuple):
     """A way to compute the attention of a problem.
@@ -159,7 +164,7 @@ def flex(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:
             out: Tensor = _compiled_flex()(moved.query, moved.key, moved.value, block_mask=mask)
             return out
 
-        yield Rival("flex, same route", route.density, run, moved.order, "our route")
+        yield Rival("flex, same route", route.density, run, moved.order, route.setting)
 
 
 class Lists(NamedTuple):
@@ -229,7 +234,7 @@ def cudnn(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:
                 density,
                 run,
                 moved.order,
-                f"our route, blocks of {block}",
+                f"{route.setting}, blocks of {block}",
             )
 
 

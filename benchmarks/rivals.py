@@ -152,6 +152,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Error against time, both logarithmic: a line a rival, ours thick; dense at the right."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     problems = result["problems"]
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -181,7 +182,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ylabel="relative L2 error, mean over heads",
             title=f"{problem['heads']} heads x {problem['tokens']:,} tokens",
         )
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -44,6 +44,7 @@ UNREAD = {
     Reason.OPAQUE,
     Reason.IN_POSITIONS,
     Reason.GRIDS_ALIKE,
+    Reason.CALL_UNTOLD,
     Reason.PLACED,
     Reason.DISTRIBUTED,
     Reason.FILLED,

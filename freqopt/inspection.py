@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from freqopt.capture.call_grids import OneCall
+from freqopt.capture.call_layouts import told_by_sizes
 from freqopt.capture.eager import uncompiled, written
 from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.modules import (
@@ -25,6 +26,7 @@ from freqopt.capture.modules import (
     names_of,
     running,
 )
+from freqopt.capture.under_way import arguments_of
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import unwrapped
 from freqopt.inspection_found import GraphBreak, InspectedSite, Inspection
@@ -182,7 +184,11 @@ class _Capture:
         if any(parameter.is_meta for parameter in self.model.parameters()):  # where it would run
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         decide_here = functools.partial(decide, self.settings, guard=False, device=device)
-        model = Model(self.names, self._known, inside)
+        arguments = arguments_of(self.model)
+        model = Model(self.names, self._known, inside, called=arguments is not None)
+        if call is not None and call.inputs and arguments is not None and self.plan is not None:
+            known = (k for name in self.plan.sites for k in self.plan.known(name))
+            call.told += told_by_sizes(call.inputs[0], arguments, known)
         found = rewrite(gm, decide_here, None, grids_of(self.settings, call), model=model).decisions
         return [_described(decision) for decision in found]
 

@@ -126,6 +126,12 @@ class Inputs(NamedTuple):
     key_order: Tensor | None = None
     query_order: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, None for those that there are not."""
+        of_queries = self.query, self.key, self.value, self.threshold, self.key_mask
+        return *of_queries, self.chunks, self.key_order, self.query_order
+
     def heads(self, items: slice, kv: slice) -> Inputs:
         """Of some batch items and key heads, with the query heads that share them."""
         share = self.query.shape[1] // self.key.shape[1]

@@ -11,8 +11,11 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+
+from freqopt.kernels.tape import Tape, current
 
 OVERLAP_ROWS = 1_500_000
 """Heads times video tokens from which the probes' chain runs beside the scores.
@@ -56,7 +59,33 @@ def forked(device: torch.device) -> Iterator[AbstractContextManager[object]]:
     here = torch.cuda.current_stream(device)
     side = _beside(here.device, here.cuda_stream)
     side.wait_stream(here)
+    tape = current()
+    if tape is not None:
+        tape.switched(functools.partial(_fork, device), forks=True)
     try:
-        yield torch.cuda.stream(side)
+        yield torch.cuda.stream(side) if tape is None else _noted(torch.cuda.stream(side), tape)
     finally:
         here.wait_stream(side)
+        if tape is not None:
+            tape.switched(_join, joins=True)
+
+
+@contextlib.contextmanager
+def _noted(beside: AbstractContextManager[object], tape: Tape) -> Iterator[None]:
+    """A change of streams and back, on the tape too."""
+    with beside:
+        tape.switched(lambda streams: torch.cuda.set_stream(streams["side"]))
+        yield
+    tape.switched(lambda streams: torch.cuda.set_stream(streams["here"]))
+
+
+def _fork(device: torch.device, streams: dict[str, Any]) -> None:
+    """What `forked` begins with, of the stream that is current when a call is repeated."""
+    here = torch.cuda.current_stream(device)
+    side = _beside(here.device, here.cuda_stream)
+    side.wait_stream(here)
+    streams |= {"here": here, "side": side}
+
+
+def _join(streams: dict[str, Any]) -> None:
+    streams["here"].wait_stream(streams["side"])

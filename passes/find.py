@@ -65,13 +65,14 @@ class Model:
     names: of its modules, by their `id`. known: how the tokens of a site lay when it was
     calibrated, by the site's name. inside: name of the module that runs the graph where that is a
     part of the model: attention in no module of the graph is in this one. totals: lengths of all
-    calibrated sites.
+    calibrated sites. called: whether what the model is being called with is known.
     """
 
     names: Names | None = None
     known: Callable[[str], Sequence[Known]] | None = None
     inside: str = ""
     totals: tuple[int, ...] = ()
+    called: bool = False
 
 
 def find_on_grids(
@@ -86,7 +87,8 @@ def find_on_grids(
     sites = find_sites(gm, said=grids.said(grids.given), model=model)
     by_model = [told for told in grids.told if told.by_model]
     silent = any(site.grid is None and site.kind in OURS for site in sites)
-    if grids.given is None and silent and not any(told.sources for told in by_model):
+    by_call = any(told.sources for told in by_model) or _needs_numbers(sites, model)
+    if grids.given is None and silent and not by_call:
         brought: Iterable[Grid] = (grid for mark in marks.values() for grid in mark.grids)
         sites = _by_likely(gm, sites, list(dict.fromkeys([*brought, *grids.likely])), model)
     outer = marks.keys() - {site.name for site in sites}  # of modules put around attention
@@ -97,8 +99,15 @@ def find_on_grids(
         seen = own if site.mark is None or site.mark.known == own else site.mark.known
         if grids.given is not None and not site.mark and site.why.reason is Reason.READY_MADE:
             seen = (*seen, Known(grids.given))
-        believe(site, seen, model.totals, by_model)
+        believe(site, seen, model.totals, by_model, called=model.called)
     return sites
+
+
+def _needs_numbers(sites: Sequence[Site], model: Model) -> bool:
+    """Whether grids are what numbers say that the model is called with, or nothing does."""
+    if not model.called or model.known is None:
+        return False
+    return any(known.numbers for site in sites for known in model.known(site.name))
 
 
 def _by_likely(

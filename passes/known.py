@@ -34,12 +34,15 @@ def believe(
     layouts: Sequence[Known],
     totals: Collection[int] = (),
     told: Sequence[Told] = (),
+    *,
+    called: bool = False,
 ) -> None:
     """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
 
     Symbolic lengths are guarded to be what they are in this call. totals: further lengths to guard
     against, those of other sites that may come to run in this graph. told: what the call of the
-    model around tells, which goes before the grids of the layouts, and needs no guards.
+    model around tells, which goes before the grids of the layouts, and needs no guards. called:
+    whether such a call is known: numbers that it lacks are then not taken to be the calibrated.
     """
     lengths = (site.query_length, site.key_length)
     if site.why.reason not in UNSHOWN or not site.heads:
@@ -48,6 +51,9 @@ def believe(
         bool(site.query_length == site.key_length)
     heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
     if heard and _hear(site, heard):
+        return
+    if called and (numbers := dict.fromkeys(n for k in layouts for n in k.numbers)):
+        site.why = Reason.CALL_UNTOLD(arguments=", ".join(numbers))
         return
     fitting = [k for k in layouts if _fits(k, lengths)]
     grids = dict.fromkeys(known.grid for known in fitting)
@@ -79,14 +85,15 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> bool:
     """Make a site eligible whose grid the call of the model around tells.
 
     heard: layouts that calibration saw, each with what is told of such. Returns whether that is all
-    there is to say: what is told may be of other tokens (of one rank's), and the site have just
+    there is to say: sizes may be those of other tokens (of one rank's), and the site have just
     those that calibration saw.
     """
     tokens = _hint(site.query_length)
     if tokens is None or tokens != _hint(site.key_length):
         return True
     fitting = [(k, t, text) for k, t in heard if (text := _text(k, t, tokens)) is not None]
-    if not fitting and any(_fits(known, (tokens, tokens)) for known, _ in heard):
+    by_sizes = [known for known, _ in heard if not known.numbers]
+    if not fitting and any(_fits(known, (tokens, tokens)) for known in by_sizes):
         return False
     if len({(t.grid, text.before) for _, t, text in fitting}) != 1:
         grids = ", ".join(dict.fromkeys("x".join(map(str, t.grid)) for _, t in heard))

@@ -128,6 +128,11 @@ class Reason(Enum):
         "are not those and text where calibration saw some",
         "calibrate with a call like this one",
     )
+    CALL_UNTOLD = Text(
+        "the model is told the grid of its tokens as the numbers {arguments}, and this call has "
+        "none of a grid there",
+        "call it with ints, as when it was calibrated",
+    )
     IN_PIECES = Text(
         "its video tokens lie in {count} pieces with others between them, as where text and video "
         "are sharded one by one",

@@ -98,10 +98,15 @@ class Attention:
     sizes: Sizes | None = None
 
 
+ITSELF = -1
+"""Dimension of a `Source` whose argument is no tensor but an int, which is meant itself."""
+
+
 class Source(NamedTuple):
     """An extent of a grid: dimension `dim` of an argument of the model, in steps of `step`.
 
-    Without a name it is `step` itself, whatever the model is called with.
+    Of an argument that is an int, `dim` is `ITSELF`. Without a name it is `step` itself, whatever
+    the model is called with.
     """
 
     name: str
@@ -116,7 +121,7 @@ class Known:
     grid: extents of the video tokens. before, after: tokens of text around them, as many as there
     were; another number is believed where they are on one side only. mask: 0 there was none, 1 a
     mask over keys that was proven to hide text only, 2 the same as a mask over pairs. sources:
-    where t, h and w come from, if these are sizes of the model's arguments.
+    where t, h and w come from, if these are sizes of the model's arguments, or ints among them.
     """
 
     grid: Grid
@@ -124,6 +129,11 @@ class Known:
     after: int = 0
     mask: int = 0
     sources: tuple[Source, ...] = field(default=(), compare=False)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The model's arguments that are ints and that the grid comes from."""
+        return tuple(source.name for source in self.sources if source.dim == ITSELF)
 
     def around(self, tokens: int) -> tuple[int, int] | None:
         """Text before and after in a sequence of so many tokens; None if that cannot be told."""

@@ -75,6 +75,14 @@ def _poison_kernels() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_recordings() -> None:
+    """No call is launched as one of another test was, whose constants may have been others."""
+    repeat = sys.modules.get(KERNELS + "repeat")
+    if repeat is not None:
+        repeat.REPEATER.forget()
+
+
+@pytest.fixture(autouse=True)
 def _seeds() -> Iterator[None]:
     """The same random numbers whatever ran before, and no compiled code left for the next test."""
     random.seed(0)

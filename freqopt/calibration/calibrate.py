@@ -127,7 +127,8 @@ def calibrate(
         clock: how the model will run, on a GPU, so that costs include what a user waits for.
             "eager": launches count where the GPU waits for them; "compiled": by torch.compile,
             which the whole model is then timed with, dense and split; "graphs": in CUDA graphs,
-            where no launch counts. "auto" is "eager", as compiling may take longer than all else.
+            where no launch counts. "auto" is "eager", as compiling may take longer than all else;
+            where the whole model then is no faster split, it is compiled and timed again.
             Whatever the clock, where a plan makes the whole model no faster, sites that save least
             are left dense, and where that does not help, all are.
         rounds: of measuring what each head's error adds among those of all others, and allocating
@@ -135,7 +136,7 @@ def calibrate(
             up to 64 heads in all, else 1; 0 leaves it out.
         passes: runs of the model that may be spent on finding out how errors at heads reach its
             output, beside measuring, comparing and verifying; of runs of a part of the model the
-            parts count. By default 30 where a run takes a second or more on a GPU, elsewhere as
+            parts count. By default 26 where a run takes a second or more on a GPU, elsewhere as
             many as all heads take, or 80 and rounds in models of more than 64 heads. With fewer,
             heads are probed in fewer samples, or many at once, and the plan says how well they are
             known.

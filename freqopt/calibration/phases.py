@@ -11,9 +11,8 @@ import torch
 
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
 from freqopt.calibration.fewer import CLEARLY, dropped_reason, halvings, only, savings
-from freqopt.calibration.measure.clock import run_milliseconds
 from freqopt.calibration.measure.ladder import GRID_ALONE, Array
-from freqopt.calibration.measure.requests import Dense, SiteThresholds, Thresholds, Time
+from freqopt.calibration.measure.requests import SiteThresholds, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -45,7 +44,7 @@ from freqopt.calibration.search.verify import (
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.survey import measure_sites
-from freqopt.calibration.whole import ModelTimes, launches_count, model_times
+from freqopt.calibration.whole import ModelTimes, compiled_instead, dense_pass, model_times
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Trial
@@ -103,8 +102,9 @@ class Calibration:
     def choices(self) -> list[SiteChoices]:
         """Measure all sites and sensitivities: what there is to choose from at each of them."""
         bench = self.bench
-        self.launches = launches_count(bench, self.clock)
-        if bench.passes is None and seconds_of_pass(bench) >= SLOW_PASS:
+        seen = dense_pass(bench)
+        self.launches = seen is not None and self.clock != "graphs" and seen.launch_bound
+        if bench.passes is None and seen is not None and seen.seconds >= SLOW_PASS:
             bench.passes = PASSES_WHEN_SLOW  # the first phase tells how long all of them take
         measure_sites(bench, orders=self.orders, launches=self.launches)
         probed = [bench.reference(sample) for sample in probed_samples(bench.samples)]
@@ -189,12 +189,21 @@ class Calibration:
             return facts
         if facts.goal.density is not None:
             return replace(facts, notes=[*notes, f"{found.slower}; the density asked for rules"])
+        if self.clock == "auto" and (compiled := self._compiled(facts)) is not None:
+            told = f"{compiled.split:.4g} ms against {compiled.dense:.4g} ms dense"
+            notes = [*notes, f"eager, {found.slower}; compiled it is faster: {told}"]
+            return replace(facts, whole=compiled, notes=notes)
         return self._with_fewer(facts, search, found)
 
     def _model_times(self, facts: PlanFacts) -> ModelTimes | None:
         """Times of the whole model as the facts split it; None without a clock or a split."""
         bench, thresholds = self.bench, thresholds_of(self.sites, facts.outcome.allocation)
         return model_times(bench, thresholds, self.clock, lambda: build_plan(bench, facts))
+
+    def _compiled(self, facts: PlanFacts) -> ModelTimes | None:
+        """Times of the compiled model, where that is faster as the facts split it."""
+        bench, thresholds = self.bench, thresholds_of(self.sites, facts.outcome.allocation)
+        return compiled_instead(bench, thresholds, lambda: build_plan(bench, facts))
 
     def _with_fewer(self, facts: PlanFacts, search: Search, slower: ModelTimes) -> PlanFacts:
         """The facts with those sites split that pay in the whole model; with none if none do.
@@ -292,19 +301,6 @@ class Calibration:
         why = "no split met the target" if pays else "splitting is no faster anywhere"
         outcome.notes.append(f"{why}, so every site stays dense")
         return outcome
-
-
-def seconds_of_pass(bench: Workbench) -> float:
-    """Seconds that a dense run of the model takes on a GPU; 0 elsewhere, where none is dear."""
-    if not bench.runner.on_gpu:
-        return 0.0
-    sample = bench.samples.fit[0]
-
-    def look() -> float:
-        bench.reference(sample).compute()  # the compiler writes the graph down
-        return run_milliseconds(lambda: bench.runner.run(sample, Dense())) / 1e3
-
-    return float(bench.kept("seconds of a pass", look))
 
 
 def slow_sites(times: dict[str, tuple[float, float]]) -> dict[str, str]:

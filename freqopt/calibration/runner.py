@@ -19,13 +19,18 @@ from freqopt.calibration.measure.replay import Captured, Held, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.team import Team
+from freqopt.capture.call_layouts import BySizes
 from freqopt.capture.eager import uncompiled
 from freqopt.capture.exchanges import show_exchanges
+from freqopt.capture.given_ints import with_given_ints
 from freqopt.capture.modules import names_of
+from freqopt.capture.under_way import arguments_by_name
 from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
 from freqopt.passes.find import Grids
+from freqopt.passes.site import Known
 from freqopt.plan.plan import Plan
+from freqopt.positions import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class Runner:
         self._desk = Desk()
         grids = Grids(grid, tuple(samples.grids))
         self._graphs, self._in_pieces = 0, False
+        self._asked: set[tuple[str, Known]] = set()
         self.passes = 0.0
         show_exchanges()
         backend = recording_backend(self._desk, grids, names_of(model))
@@ -208,7 +214,9 @@ class Runner:
         if self._in_pieces:
             return self._eager(args, kwargs)
         if self._graphs:
-            return self.compiled(*args, **kwargs)
+            output = self.compiled(*args, **kwargs)
+            self._explain(args, kwargs)
+            return output
         breaks = _breaks()
         try:
             output = self.compiled(*args, **kwargs)
@@ -218,11 +226,30 @@ class Runner:
             logger.info("the model is measured in eager mode, it does not compile: %s", error)
         else:
             if self._is_whole() and _breaks() == breaks:
+                self._explain(args, kwargs)
                 return output
             logger.info("the model is measured in eager mode, its graph is in pieces")
         self._in_pieces = True
         self._desk.clear()
         return self._eager(args, kwargs)
+
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find which ints among the arguments of a call the grids are that it brought.
+
+        The compiler has them in its graph as constants, so the model runs once more, without it.
+        """
+        layouts = self._desk.layouts
+        new = layouts.unexplained() - self._asked
+        self._asked |= new
+        if not new or with_given_ints(self.model, args, kwargs) is None:
+            return
+        found = self._eager.sources(args, kwargs)
+        self.passes += 1.0
+        told = arguments_by_name(self.model, args, kwargs)
+        for name, layout in new:
+            teller = BySizes(found.get(name, ()))
+            if teller.sources and teller(told) == Layout(0, layout.grid, 0):
+                layouts.explain(name, layout, teller.sources)
 
     def _is_whole(self) -> bool:
         return self._graphs == 1

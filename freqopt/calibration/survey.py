@@ -91,7 +91,8 @@ def _tell_runs(bench: Workbench, step: Step, orders: Sequence[int]) -> None:
 
 def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, dict[str, Tensor]]:
     """One measuring run, as the facts and tensors that `_take_in` takes."""
-    result = bench.runner.run(bench.samples.fit[index], request)
+    sample = bench.samples.fit[index]
+    result = bench.runner.run(sample, request)
     if not all(bool(torch.isfinite(x).all()) for x in result.output):
         raise CalibrationError(
             f"sample {index} (of those fitted): the dense model's own output has NaN "
@@ -102,6 +103,7 @@ def _measure_one(bench: Workbench, index: int, request: Measure) -> tuple[Any, d
             f"sample {index} (of those fitted): the dense model's output is zero "
             "everywhere, so no relative error exists; are its weights loaded?"
         )
+    bench.reference(sample).know(result.output)
     readings, tensors = pack(result.readings)
     facts = {
         "readings": readings,

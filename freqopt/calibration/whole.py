@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from freqopt.calibration.measure.clock import compare_runs, is_launch_bound
+from freqopt.calibration.measure.clock import compare_runs, launched_and_done
 from freqopt.calibration.measure.requests import Dense, Split, Thresholds
 from freqopt.calibration.search.verify import thresholds_key
 from freqopt.calibration.search.workbench import Workbench
@@ -23,6 +23,9 @@ MODES: dict[ModelClock, str | None] = {"compiled": None, "graphs": "reduce-overh
 """Ways to run a compiled model, with the mode of torch.compile that runs it so."""
 
 CLOCKS = ("auto", "eager", *MODES)
+
+LAUNCH_BOUND = 0.9
+"""Share of a run's time until all of it is launched, from which the GPU waits for launches."""
 
 
 class ModelTimes(NamedTuple):
@@ -47,23 +50,46 @@ class ModelTimes(NamedTuple):
         )
 
 
-def launches_count(bench: Workbench, clock: str) -> bool:
-    """Whether the time that launching takes is part of what attention costs.
+class DensePass(NamedTuple):
+    """A dense run of the model on a GPU: seconds until Python has launched it, and in all."""
 
-    Not in CUDA graphs, nor where the GPU has more to do than the model's launches take, so that
-    they are hidden behind it: then it is busy all the time.
-    """
-    if clock == "graphs" or not bench.runner.on_gpu:
-        return False
+    launched: float
+    seconds: float
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the time that launching takes is part of what attention costs.
+
+        Not where the GPU has more to do than the model's launches take, so that they are hidden
+        behind it: then it is busy all the time.
+        """
+        return self.launched > LAUNCH_BOUND * self.seconds
+
+
+def dense_pass(bench: Workbench) -> DensePass | None:
+    """A dense run, timed; None on a CPU, where none is dear. Its output is a reference's."""
+    if not bench.runner.on_gpu:
+        return None
     first, second = bench.samples.fit[0], bench.samples.held_out[0]
 
-    def look() -> bool:
+    def look() -> tuple[float, float]:
         bench.reference(first).compute()  # the compiler writes the graph down
-        if first is second:
-            return is_launch_bound(lambda: bench.runner.run(second, Dense()))
-        return is_launch_bound(bench.reference(second).compute)
+        known = bench.reference(second).known
+        return launched_and_done(
+            lambda: (
+                bench.runner.run(second, Dense()) if known else bench.reference(second).compute()
+            )
+        )
 
-    return bool(bench.kept("launches count", look))
+    return DensePass(*bench.kept("a dense pass", look))
+
+
+def compiled_instead(
+    bench: Workbench, thresholds: Thresholds, plan: Callable[[], Plan]
+) -> ModelTimes | None:
+    """Times of the compiled model, where that is faster split; else, or if none compiles, None."""
+    found = model_times(bench, thresholds, "compiled", plan)
+    return found if found is not None and found.clock == "compiled" and not found.slower else None
 
 
 def model_times(

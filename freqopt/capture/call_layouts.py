@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from freqopt.capture.call_grids import MOST_KNOWN, Seen
 from freqopt.capture.under_way import Arguments
-from freqopt.passes.site import Source
+from freqopt.passes.axes.told import Told
+from freqopt.passes.site import ITSELF, Known, Source
 from freqopt.positions import Layout, layout_of_positions
 
 NOTHING = Layout(0, (0, 0, 0), 0)
@@ -25,13 +27,13 @@ NOTHING = Layout(0, (0, 0, 0), 0)
 
 @dataclass(frozen=True)
 class BySizes:
-    """The grid is in sizes of arguments."""
+    """The grid is in sizes of arguments, or in ints among them."""
 
     sources: tuple[Source, ...]
 
     @property
     def name(self) -> str:
-        """The first argument of which there are sizes."""
+        """The first argument that it is read from."""
         return next((source.name for source in self.sources if source.name), "")
 
     def __call__(self, arguments: Arguments) -> Layout | None:
@@ -39,7 +41,7 @@ class BySizes:
         extents = []
         for name, dim, step in self.sources:
             held = step if not name else _size(_held(arguments, name), dim)
-            if held is None or (name and held % step):
+            if held is None or held < 1 or (name and held % step):
                 return None
             extents.append(held // step if name else held)
         t, h, w = extents
@@ -47,6 +49,8 @@ class BySizes:
 
 
 def _size(item: Any, dim: int) -> int | None:
+    if dim == ITSELF:
+        return None if isinstance(item, bool) or not isinstance(item, Integral) else int(item)
     return int(item.shape[dim]) if isinstance(item, Tensor) and dim < item.dim() else None
 
 
@@ -139,6 +143,36 @@ def tellers(
         layout = teller(arguments)
         if layout is not None:
             yield teller, layout
+
+
+def told_by_sizes(source: fx.Node, arguments: Arguments, layouts: Iterable[Known]) -> list[Told]:
+    """What sizes and ints among a call's arguments tell, where nothing is compiled or guarded.
+
+    source: an input of the graph. layouts: of the sites, as calibration saw them.
+    """
+    found = []
+    for teller in (BySizes(each) for each in dict.fromkeys(k.sources for k in layouts) if each):
+        layout = teller(arguments)
+        if layout is not None:
+            t, h, w = layout.grid
+            own, numbers = teller.sources, (0, t, h, w)
+            found.append(Told(source, teller.name, t * h * w, *layout, numbers, 0, own))
+    return found
+
+
+def in_call(known: Known, arguments: Arguments, tokens: int) -> Known | None:
+    """A layout that calibration saw, on the grid that a call tells; None if it is not of these.
+
+    Sizes may be those of one rank's tokens, as in `freqopt.passes.known`.
+    """
+    video = math.prod(known.grid)
+    if known.sources:
+        told = BySizes(known.sources)(arguments)
+        if told is not None and math.prod(told.grid) == video:
+            known = replace(known, grid=told.grid)
+        elif known.numbers or tokens != known.before + video + known.after:
+            return None
+    return None if known.around(tokens) is None else known
 
 
 def numbers_of_layout(layout: Layout | None) -> tuple[int, int, int, int, int]:

@@ -26,7 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from freqopt.capture.given_ints import ints_in, plain, sizes_given
 from freqopt.capture.modules import names_of
+from freqopt.passes.axes.layout import SIZED
 from freqopt.passes.naming import Numbered
 
 ATTENTION = "scaled_dot_product_attention"
@@ -114,7 +116,12 @@ class Writer(TorchFunctionMode):
         result = func(*args, **kwargs)
         several = isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result)
         if several or isinstance(result, Tensor) or _name(func) == "__setitem__":
-            self.end(self._noted(self._call(func, *before), result), result)
+            given = ints_in(before)
+            node = self._call(func, *(fx.node.map_aggregate(before, plain) if given else before))
+            self.end(self._noted(node, result), result)
+            if given and isinstance(result, Tensor):
+                with torch._C.DisableTorchFunction():
+                    node.meta[SIZED] = sizes_given(func, *before, result.shape, given)
         return result
 
     def begin(self, func: Any, args: Any, kwargs: Any, example: Any) -> fx.Node:

@@ -50,6 +50,20 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {plain_path(name): module for name, module in model.named_modules()}
 
 
+def blocks_around(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of the blocks that hold modules: members of lists, the outermost ones."""
+    modules = modules_of(model)
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            around = modules.get(".".join(parts[: length - 1]))
+            if isinstance(around, (nn.ModuleList, nn.Sequential)):
+                found[".".join(parts[:length])] = None
+                break
+    return tuple(found)
+
+
 def running() -> Iterator[nn.Module]:
     """Modules whose call is under way in this thread, the innermost first, each once."""
     frame, last = sys._getframe(1), None

@@ -23,6 +23,7 @@ from freqopt.capture.modules import (
     names_of,
     running,
 )
+from freqopt.capture.under_way import arguments_of
 from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import decide, untold, why_dense
 from freqopt.options import Options, load_plan
@@ -97,7 +98,8 @@ class Part:
         totals: tuple[int, ...] = ()
         if not self.is_whole and self.plan is not None:
             totals = tuple(dict.fromkeys(site.tokens for site in self.plan.sites.values()))
-        return Model(names, self.known, self.inside, totals)
+        called = self.caller is not None and arguments_of(self.caller) is not None
+        return Model(names, self.known, self.inside, totals, called)
 
     def known(self, name: str) -> Sequence[Known]:
         """How the tokens of a site lay when it was calibrated."""

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -141,7 +141,7 @@ def calls_under_way() -> Iterator[tuple[nn.Module, Callable[[], Arguments]]]:
                 module = unwrapped_module(module)
                 if module is not last:
                     given = held.get("args", ()), held.get("kwargs", {})
-                    yield module, functools.partial(_named, module, *given)
+                    yield module, functools.partial(arguments_by_name, module, *given)
                     last = module
         frame = frame.f_back  # type: ignore[assignment]
 
@@ -157,19 +157,39 @@ def arguments_of(model: nn.Module) -> Arguments | None:
     return None
 
 
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Arguments by name and by place, whichever way they were given."""
+def arguments_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Arguments by name and by place, whichever way they were given; ints by default too."""
     parameters = _parameters_of(type(model).forward)
-    given = kwargs | dict(zip(parameters, args, strict=False))
+    given = default_ints(model, args, kwargs) | kwargs | dict(zip(parameters, args, strict=False))
     places = {str(place): given[name] for place, name in enumerate(parameters) if name in given}
     return given | {str(place): item for place, item in enumerate(args)} | places
+
+
+def default_ints(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, int]:
+    """The ints that a call leaves to the defaults of a model's `forward`, by name."""
+    given = {*_parameters_of(type(model).forward)[: len(args)], *kwargs}
+    defaults = _defaults_of(type(model).forward).items()
+    return {name: number for name, number in defaults if name not in given}
 
 
 @functools.cache
 def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a class's `forward` that may be given by place."""
+    own = _signature_of(forward)
+    return tuple(p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+@functools.cache
+def _defaults_of(forward: Callable[..., Any]) -> dict[str, int]:
+    """The ints that arguments of a class's `forward` are by default."""
+    own = _signature_of(forward)
+    return {p.name: p.default for p in own if type(p.default) is int}
+
+
+def _signature_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        return list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        return []

@@ -22,6 +22,7 @@ import freqopt
 from freqopt.cli import export
 from freqopt.cli.calibrating import calibrate, inspect
 from freqopt.cli.demo_command import demo
+from freqopt.cli.groups import own_group_ended
 from freqopt.cli.kernels import kernels_app
 from freqopt.cli.options import BAD_INPUT, BROKEN, INTERRUPTED, AsJson, speaks
 from freqopt.errors import FreqoptError
@@ -137,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=given, prog_name="freqopt", standalone_mode=True)
+        with own_group_ended():
+            app(args=given, prog_name="freqopt", standalone_mode=True)
     except FreqoptError as error:
         if "--traceback" in given:
             raise

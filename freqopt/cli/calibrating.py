@@ -135,7 +135,7 @@ def calibrate(
     ] = None,
     passes: Annotated[
         int | None,
-        typer.Option(help="Runs of the model for sensitivities (default: 30 for slow models)."),
+        typer.Option(help="Runs of the model for sensitivities (default: 26 for slow models)."),
     ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Seed of PyTorch's generators.")] = 0,

@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.call_grids import OneCall, Reader
+from freqopt.capture.call_layouts import told_by_sizes
 from freqopt.capture.call_shapes import told_by_lists
 from freqopt.capture.eager import Writer, writing
+from freqopt.capture.under_way import arguments_by_name
 from freqopt.decisions import grids_of
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, lay_of
@@ -110,6 +112,7 @@ class Look:
         self.forms, self.form, self.names = forms, form, names
         self.examples = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if _is_data(x)]
         self.named = named_arguments(forward_signature(forms.model), tuple(args), dict(kwargs))
+        self.arguments = arguments_by_name(forms.model, tuple(args), dict(kwargs))
         self.missing: list[Wanted] = []
         self._open = ExitStack()
         self.writer: Writer = self._open.enter_context(writing(forms.model, args, kwargs))
@@ -154,7 +157,7 @@ class Look:
 
         with torch._C.DisableTorchFunction(), self.writer.closed() as gm:
             known = self.forms.known
-            model = Model(self.names, lambda name: known.get(_base(name), ()))
+            model = Model(self.names, lambda name: known.get(_base(name), ()), called=True)
             rewrite(gm, look, None, self._grids(gm), model=model)
         return found
 
@@ -162,6 +165,8 @@ class Look:
         calls = OneCall(gm, self.examples)
         if calls.inputs:
             calls.told += told_by_lists(calls.inputs[0], self.named)
+            known = (k for layouts in self.forms.known.values() for k in layouts)
+            calls.told += told_by_sizes(calls.inputs[0], self.arguments, known)
         return grids_of(Options(plan=self.forms.plan), calls)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from freqopt.capture.call_layouts import in_call
+from freqopt.capture.under_way import Arguments
 from freqopt.grid import Grid
 from freqopt.passes.content import by_content
 from freqopt.passes.nodes import shape, value
@@ -58,13 +60,16 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
     )
 
 
-def believed(layouts: tuple[Known, ...], tokens: int) -> Lay | None:
-    """The one layout that calibration saw and that has so many tokens; None for none or several."""
-    around = [(known, known.around(tokens)) for known in layouts]
-    found = [(known, text) for known, text in around if text is not None]
-    if not found or len({known.grid for known, _ in found}) > 1:
+def believed(layouts: tuple[Known, ...], arguments: Arguments, tokens: int) -> Lay | None:
+    """The one layout that calibration saw and that has so many tokens; None for none or several.
+
+    arguments: of the call of the model, which may tell its own grid.
+    """
+    found = [k for each in layouts if (k := in_call(each, arguments, tokens)) is not None]
+    if not found or len({known.grid for known in found}) > 1:
         return None
-    known, (before, after) = found[0]
+    known = found[0]
+    before, after = known.around(tokens) or (0, 0)
     return Lay("joint" if before or after else "self", known.grid, before, after, known.mask)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from freqopt.capture.modules import OwnOnly, names_of, running
+from freqopt.capture.under_way import Arguments, arguments_by_name
 from freqopt.eager.calls import (
     Served,
     example_of,
@@ -84,6 +85,7 @@ class _Running:
 class _Call:
     """One call of the model that is under way."""
 
+    arguments: Arguments
     form: Form
     look: Look | None
     stack: list[_Running] = field(default_factory=list)
@@ -161,14 +163,15 @@ class Server:
         for module in (self.root, *self.modules):
             module.__dict__.pop(SERVER, None)
 
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins."""
         self._drop_interrupted()
         form = self.forms.of(args, kwargs)
         look = None
         if form.again and form.looks < MOST_LOOKS:
             look = Look(self.forms, form, self.names, args, kwargs)
-        _calls.stack.append((self, _Call(form, look)))
+        arguments = arguments_by_name(self.root, args, kwargs)
+        _calls.stack.append((self, _Call(arguments, form, look)))
 
     def _drop_interrupted(self) -> None:
         """Close what a call left open that was interrupted from the keyboard."""
@@ -245,7 +248,7 @@ class Server:
             call.form.lays.put(kind, lay)
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True
-            lay = believed(place.known, tensors[0].shape[-2])
+            lay = believed(place.known, call.arguments, tensors[0].shape[-2])
         return lay or Reason.NO_AXES()
 
     def _serving(

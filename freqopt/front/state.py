@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from freqopt.capture.modules import modules_of
+from freqopt.capture.modules import blocks_around, modules_of
 from freqopt.plan.plan import Plan, model_fingerprint
 
 Route = Literal["compile", "regional", "eager"]
@@ -77,17 +77,8 @@ def choose_route(state: State) -> Choice:
 
 
 def blocks_of(model: nn.Module, plan: Plan) -> tuple[str, ...]:
-    """Names of the blocks that hold the planned attention: members of lists, the outermost ones."""
-    modules = modules_of(model)
-    found: dict[str, None] = {}
-    for name in plan.modules(model).values():
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            around = modules.get(".".join(parts[: length - 1]))
-            if isinstance(around, (nn.ModuleList, nn.Sequential)):
-                found[".".join(parts[:length])] = None
-                break
-    return tuple(found)
+    """Names of the blocks that hold the planned attention."""
+    return blocks_around(model, plan.modules(model).values())
 
 
 def _of(names: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ site that cannot is an error; none attends over the keys of one rank.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.call_layouts import in_call
 from freqopt.capture.eager import answered, written
 from freqopt.capture.modules import match_names, module_of, names_of
-from freqopt.errors import InputError, PlanError, SiteError
+from freqopt.capture.under_way import Arguments, arguments_by_name
+from freqopt.errors import InputError, PlanError, SiteError, unwrapped
 from freqopt.grid import Grid
-from freqopt.options import load_plan
+from freqopt.options import Compiled, load_plan
+from freqopt.parallel.compiled_blocks import Blocks
 from freqopt.parallel.sequence import Method, attention_over_ranks
 from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.passes.nodes import is_distributed
@@ -49,13 +53,14 @@ def over_all_keys(
     grid: Grid | None = None,
     threshold: float | None = None,
     density: float | None = None,
+    inner: str | Callable[..., Compiled] | None = None,
 ) -> Iterator[None]:
     """Let calls of a model on parts of its sequence attend over the keys of all ranks.
 
     The model must share out its tokens evenly among the ranks and bring its output together, as
     diffusers' do after ``enable_parallelism(config=ContextParallelConfig(ring_degree=P))``; what
     that sets up for attention is put aside meanwhile. All ranks have all heads, so heads that do
-    not divide work. The model runs in eager mode, without gradients; every
+    not divide work. The model runs without gradients, in eager mode unless `inner` is given; every
     `scaled_dot_product_attention` over its own tokens is taken over, cross-attention stays.
 
     Args:
@@ -66,30 +71,38 @@ def over_all_keys(
         method: "gather" or "ring", see `attention_over_ranks`.
         grid: extents of the video tokens of all ranks together, where there is no plan.
         threshold, density: instead of a plan, as `freqopt.split_attention` has them.
+        inner: the backend that compiles the model's blocks, such as "inductor": all of them share
+            one graph, in which an op of ours stands for each attention.
 
     Raises:
         InputError: both a plan and budgets, or a model that shares out its heads.
         PlanError: a plan for another model, or one that was calibrated at other lengths.
         SiteError: when the model is called: attention whose keys cannot be told to be all here, or
-            one that something else than PyTorch computes.
+            one that something else than PyTorch computes, or, with `inner`, one in no block.
     """
-    inner = module_of(model, "over_all_keys")
+    module = module_of(model, "over_all_keys")
     budgets = None if plan is None else load_plan(plan)
     if budgets is not None and (threshold is not None or density is not None or grid is not None):
         raise InputError("a plan was given, and grid, threshold or density too; it has its own")
     if budgets is not None:
-        budgets.check_model(inner)
-        tell_outside(inner, budgets, (), lengths=False)
-    served = _Served(inner, budgets, method, grid, {"threshold": threshold, "density": density})
+        budgets.check_model(module)
+        tell_outside(module, budgets, (), lengths=False)
+    budget = {"threshold": threshold, "density": density}
+    served = _Served(module, budgets, method, grid, budget, inner)
     with ExitStack() as stack:
-        ring = stack.enter_context(_own_attention_aside(inner))
+        ring = stack.enter_context(_own_attention_aside(module))
         served.group = group if group is not None else ring
-        before = inner._compiled_call_impl
-        inner._compiled_call_impl = served
-        try:
-            yield
-        finally:
-            inner._compiled_call_impl = before
+        stack.enter_context(served.serving())
+        yield
+
+
+class _Now(NamedTuple):
+    """A call under way: its attentions, those that were met, and what selects grid and budget."""
+
+    places: dict[str, _Place]
+    met: set[str]
+    told: Arguments
+    bucket: Tensor | None
 
 
 class _Served:
@@ -102,12 +115,28 @@ class _Served:
         method: Method,
         grid: Grid | None,
         budget: dict[str, Any],
+        inner: str | Callable[..., Compiled] | None,
     ) -> None:
         self.model, self.plan, self.method, self.grid = model, plan, method, grid
-        self.budget, self.group = budget, None
+        self.budget, self.inner, self.group = budget, inner, None
         self.places: dict[object, dict[str, _Place]] = {}
+        self.blocks: Blocks | None = None
+        self.before: Any = None
+        self.now: _Now | None = None
 
     group: dist.ProcessGroup | None
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """The model's calls come here."""
+        self.before = self.model._compiled_call_impl
+        self.model._compiled_call_impl = self
+        try:
+            yield
+        finally:
+            self.model._compiled_call_impl = self.before
+            if self.blocks is not None:
+                self.blocks.stop()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own call."""
@@ -115,22 +144,66 @@ class _Served:
             form = _form_of(args, kwargs)
             if form not in self.places:
                 self.places[form] = self._look(args, kwargs)
-            places, met = self.places[form], set()
-            bucket = self._bucket(args, kwargs)
-
-            def answer(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-                met.add(name)
-                place = places.get(name)
-                return None if place is None else self._attend(name, place, bucket, given, options)
-
-            output = answered(self.model, args, kwargs, answer)
-        if missing := sorted(set(places) - met):
+            told = arguments_by_name(self.model, args, kwargs)
+            now = _Now(self.places[form], set(), told, self._bucket(args, kwargs))
+            if self.inner is None:
+                output = answered(self.model, args, kwargs, functools.partial(self._answer, now))
+            else:
+                output = self._in_blocks(now, self.inner, args, kwargs)
+        if missing := sorted(set(now.places) - now.met):
             raise SiteError(
                 f"attention at {missing[0]} is not computed by scaled_dot_product_attention, so it "
                 "saw the keys of this rank only; use PyTorch's (in diffusers: "
                 "set_attention_backend('native'))"
             )
         return output
+
+    def _in_blocks(
+        self, now: _Now, inner: str | Callable[..., Compiled], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """What the model returns, its blocks compiled."""
+        if self.blocks is None or not now.places.keys() <= set(self.blocks.sites):
+            names = [*now.places] if self.blocks is None else [*self.blocks.sites, *now.places]
+            if self.blocks is not None:
+                self.blocks.stop()
+            self.blocks = Blocks(self.model, list(dict.fromkeys(names)), self._asked, inner)
+            self.blocks.start()
+        self.now, self.model._compiled_call_impl = now, self.before
+        try:
+            with unwrapped():
+                return self.model(*args, **kwargs)
+        finally:
+            self.now, self.model._compiled_call_impl = None, self
+
+    def _asked(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """The answer to a compiled block."""
+        found = None
+        if self.now is not None:
+            options = {"attn_mask": mask, "scale": scale}
+            found = self._answer(self.now, name, (query, key, value), options)
+        if found is None:
+            raise SiteError(
+                f"attention at {name} was met outside a call of the model; call the model itself"
+            )
+        return found
+
+    def _answer(
+        self, now: _Now, name: str, given: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor | None:
+        """Attention of a site, None where it needs no other rank's keys."""
+        now.met.add(name)
+        place = now.places.get(name)
+        if place is None:
+            return None
+        return self._attend(name, place, now.told, now.bucket, given, options)
 
     def _look(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, _Place]:
         """The self-attention of the model; what is none is left alone.
@@ -157,6 +230,7 @@ class _Served:
         self,
         name: str,
         place: _Place,
+        told: Arguments,
         bucket: Tensor | None,
         given: tuple[Any, ...],
         options: dict[str, Any],
@@ -175,7 +249,7 @@ class _Served:
             return attention_over_ranks(query, key, value, exact=True, **common)
         budgets = self.plan.budgets(place.planned)
         row = budgets.amin(0) if bucket is None else _at(budgets, self.plan.timestep_edges, bucket)
-        grid, before, after = self._layout(place.planned, query.shape[2])
+        grid, before, after = self._layout(place.planned, told, query.shape[2])
         listed = planned.chunks or [0] * key.shape[1]
         chunks = torch.tensor(listed, dtype=torch.int64, device="cpu")
         return attention_over_ranks(
@@ -190,14 +264,18 @@ class _Served:
             **common,
         )
 
-    def _layout(self, planned: str, tokens: int) -> tuple[Grid, int, int]:
-        """Grid of all ranks together, and text tokens at either end of each rank's part."""
+    def _layout(self, planned: str, told: Arguments, tokens: int) -> tuple[Grid, int, int]:
+        """Grid of all ranks together, and text tokens at either end of each rank's part.
+
+        told: arguments of the call, which the plan may know to tell the grid.
+        """
         assert self.plan is not None
         ranks = dist.get_world_size(self.group)
         fitting = {}
-        for known in self.plan.known(planned):
-            around = known.around(ranks * tokens)
-            if around is not None and not any(n % ranks for n in around):
+        for each in self.plan.known(planned):
+            known = in_call(each, told, ranks * tokens)
+            around = None if known is None else known.around(ranks * tokens)
+            if known is not None and around is not None and not any(n % ranks for n in around):
                 fitting[known.grid] = (around[0] // ranks, around[1] // ranks)
         if len(fitting) != 1:
             raise PlanError(

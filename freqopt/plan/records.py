@@ -102,8 +102,8 @@ class SiteLayout(Record):
         after: tokens of text after them.
         mask: 0 none, 1 a mask over keys, 2 one over pairs; proven to hide text only.
         sources: for t, h and w the model's argument whose size it comes from, which dimension, and
-            in what steps; an empty name for a constant, which the steps then are. Empty where it
-            comes from no sizes.
+            in what steps: dimension -1 where the argument is an int itself, an empty name for a
+            constant, which the steps then are. Empty where it comes from neither.
     """
 
     grid: tuple[Extent, Extent, Extent]

@@ -11,6 +11,7 @@ from freqopt.kernels.forward.call import Call, Route, Summaries, Target
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import repeat_heads
 from freqopt.kernels.portable.attend import attend_kernel
+from freqopt.kernels.tape import queued
 
 TEXT_ROWS = 64
 """Text queries whose logits are held at a time, where their softmax sums are wanted."""
@@ -42,7 +43,7 @@ def attend(
     if log_sum is not None:
         optional |= {"log_sum": log_sum, "log_sum_row": log_sum.shape[-1]}
     launch = call.launches["attend"]
-    attend_kernel[launch.grid(queries=queries, pairs=call.pairs)](
+    queued(attend_kernel, launch.grid(queries=queries, pairs=call.pairs))(
         query, call.query_order.index, summaries.key, summaries.value,
         key, value, mask if mask is not None else route.counts, summaries.key_shift,
         summaries.low_key, summaries.low_value, summaries.low_order,

@@ -15,6 +15,7 @@ from torch import Tensor
 from freqopt.kernels.launches import bind
 from freqopt.kernels.portable.density import histogram_kernel, narrow_kernel
 from freqopt.kernels.split_launches import RANK_CELLS, RANKING
+from freqopt.kernels.tape import queued
 
 RANK_BITS = ((8, 23), (8, 15), (7, 8))
 """Bits of a score that one pass over all scores finds of a threshold: how many, and how many lower
@@ -65,11 +66,11 @@ def threshold_of_density(
             steps = triton.cdiv(rows * blocks, RANK_CELLS)
             span = triton.cdiv(steps, COUNTERS) * RANK_CELLS
             counters = triton.cdiv(rows * blocks, span)
-            histogram_kernel[HISTOGRAM.grid(counters=counters, pairs=pairs)](
+            queued(histogram_kernel, HISTOGRAM.grid(counters=counters, pairs=pairs))(
                 score, tile_list, prefix, histogram, rows, blocks, span,
                 BITS=bits, BELOW=below, FIRST=first, OWN=own, **HISTOGRAM.fixed,
             )  # fmt: skip
-        narrow_kernel[NARROW.grid(pairs=pairs)](
+        queued(narrow_kernel, NARROW.grid(pairs=pairs))(
             histogram, prefix, left, limits, kept, below,
             BITS=bits, FIRST=first, LAST=last, **NARROW.fixed,
         )  # fmt: skip

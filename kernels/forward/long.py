@@ -28,6 +28,7 @@ from freqopt.kernels.forward.summaries import summarise_in_place
 from freqopt.kernels.layout import PER_BYTE, Settings
 from freqopt.kernels.portable.long import route_tiles_kernel
 from freqopt.kernels.split_launches import LONG_ROUTE_BLOCKS
+from freqopt.kernels.tape import queued
 from freqopt.kernels.workspace import chunk_tiles
 
 
@@ -97,7 +98,7 @@ class Walk:
         )
         step = max(min(int(triton.next_power_of_2(self.blocks)), LONG_ROUTE_BLOCKS), PER_BYTE)
         launch = self.call.launches["route_tiles"]
-        route_tiles_kernel[launch.grid(tiles=len(tiles), pairs=self.call.pairs)](
+        queued(route_tiles_kernel, launch.grid(tiles=len(tiles), pairs=self.call.pairs))(
             score, limits, mass_term, self.packed, exact_list, counts, tiles,
             len(tiles), self.tiles, self.blocks, self.packed.shape[-1],
             **launch.fixed, BJ=step, OWN=self.call.own,

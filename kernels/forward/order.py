@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.content_order import LEAF, RANK, SAMPLES, SEGMENT_SAMPLES, enclosing
 from freqopt.kernels.launches import Bound
 from freqopt.kernels.order_launches import LEVELS, MOMENT_PARTS, order_launches
@@ -22,6 +23,8 @@ from freqopt.kernels.portable.order import (
     rank_tokens_kernel,
     segment_kernel,
 )
+from freqopt.kernels.repeat import form_of
+from freqopt.kernels.tape import queued
 from freqopt.kernels.tiles import padded_dim
 
 
@@ -41,6 +44,21 @@ def order_by_content(
         chunks: (H,) int32, on the device.
         largest_chunk: at least the largest of them.
     """
+    given = tokens_of, base, chunks, largest_chunk, text_before, order
+    if tokens_of.is_cuda and not torch.cuda.is_current_stream_capturing():
+        form = form_of((tokens_of, base, chunks, order)), largest_chunk, text_before
+        compile_first(("order", form), lambda: _launch_all(*given))
+    _launch_all(*given)
+
+
+def _launch_all(
+    tokens_of: Tensor,
+    base: Tensor,
+    chunks: Tensor,
+    largest_chunk: int,
+    text_before: int,
+    order: Tensor,
+) -> None:
     batch, heads, _, dim = tokens_of.shape
     pairs, tokens, device = batch * heads, base.shape[0], tokens_of.device
     strides = tokens_of.stride()[:3]
@@ -54,20 +72,20 @@ def order_by_content(
     samples = triton.cdiv(tokens, step)
     parts, moments = MOMENT_PARTS, launches["moments"]
     partial = single(parts, dim * dim + dim)
-    moments_kernel[moments.grid(parts=parts, pairs=pairs)](
+    queued(moments_kernel, moments.grid(parts=parts, pairs=pairs))(
         tokens_of, base, partial, *strides,
         heads, text_before, step, samples, triton.cdiv(samples, parts), **moments.fixed,
     )  # fmt: skip
     directions = torch.empty(pairs, padded, RANK, device=device, dtype=tokens_of.dtype)
     shift = single(RANK)
     directing, project = launches["directions"], launches["project"]
-    directions_kernel[directing.grid(pairs=pairs)](
+    queued(directions_kernel, directing.grid(pairs=pairs))(
         tokens_of, base, partial, single(padded, padded), single(padded, RANK), directions, shift,
         *strides, heads, text_before, parts, samples, **directing.fixed,
     )  # fmt: skip
     coordinates = torch.empty(pairs, tokens, RANK, device=device, dtype=torch.float16)
     position = torch.empty(pairs, tokens, device=device, dtype=torch.int32)
-    project_kernel[project.grid(pairs=pairs, tokens=tokens)](
+    queued(project_kernel, project.grid(pairs=pairs, tokens=tokens))(
         tokens_of, base, directions, shift, coordinates, position, *strides,
         heads, tokens, text_before, **project.fixed,
     )  # fmt: skip
@@ -80,12 +98,12 @@ def order_by_content(
         segment = max(LEVELS)
     while segment > LEAF:
         halve = launches[f"halve_{segment}"]
-        halve_kernel[halve.grid(pairs=pairs, tokens=tokens)](
+        queued(halve_kernel, halve.grid(pairs=pairs, tokens=tokens))(
             coordinates, position, ranks, chunks, heads, tokens, **halve.fixed
         )
         segment //= 2
     leaf = launches["leaf"]
-    leaf_kernel[leaf.grid(pairs=pairs, tokens=tokens)](
+    queued(leaf_kernel, leaf.grid(pairs=pairs, tokens=tokens))(
         coordinates, position, base, order, chunks, heads, tokens, **leaf.fixed
     )
 
@@ -101,15 +119,15 @@ def _far_levels(
     while size > max(LEVELS):
         segments = triton.cdiv(tokens, size)
         directions = torch.empty(pairs, segments, RANK, device=position.device, dtype=torch.float16)
-        segment_kernel[segment.grid(pairs=pairs, segments=segments)](
+        queued(segment_kernel, segment.grid(pairs=pairs, segments=segments))(
             coordinates, position, directions, chunks, heads, tokens, size,
             size // SEGMENT_SAMPLES, **segment.fixed,
         )  # fmt: skip
-        rank_tokens_kernel[rank_tokens.grid(pairs=pairs, tokens=tokens)](
+        queued(rank_tokens_kernel, rank_tokens.grid(pairs=pairs, tokens=tokens))(
             coordinates, position, directions, ranks, chunks, heads, tokens, size, segments,
             **rank_tokens.fixed,
         )  # fmt: skip
-        divide_kernel[divide.grid(pairs=pairs, segments=segments)](
+        queued(divide_kernel, divide.grid(pairs=pairs, segments=segments))(
             position, target, ranks, chunks, heads, tokens, size, **divide.fixed
         )
         position, target = target, position

@@ -21,6 +21,7 @@ from freqopt.kernels.portable.glue import (
     merge_kernel,
 )
 from freqopt.kernels.split_launches import key_ranges
+from freqopt.kernels.tape import queued
 
 
 class ProbeSpace(NamedTuple):
@@ -89,7 +90,7 @@ def fit_probes(
     tiles, blocks = route.route.shape[2:]
     pairs, parts, probes = space.peak.shape
     probe, merge = launches["probe"], launches["merge"]
-    probe_kernel[probe.grid(parts=parts, pairs=pairs, probes=probes)](
+    queued(probe_kernel, probe.grid(parts=parts, pairs=pairs, probes=probes))(
         query, order, summaries.key, summaries.value,
         key, value, mask if mask is not None else route.route, route.route,
         summaries.key_shift, space.peak, space.mass, space.exact, space.missing,
@@ -100,18 +101,18 @@ def fit_probes(
         **probe.fixed, **call.both_sides, **call.keys_in_place,
         HAS_MASK=mask is not None, IN_PLACE=summaries.in_place, BY_PROBE=by_probe,
     )  # fmt: skip
-    merge_kernel[merge.grid(probes=probes, pairs=pairs)](
+    queued(merge_kernel, merge.grid(probes=probes, pairs=pairs))(
         space.peak, space.mass, space.exact, space.missing, probes, parts, **merge.fixed
     )
     estimate, fit = launches["estimate"], launches["fit"]
-    estimate_kernel[estimate.grid(blocks=blocks, pairs=pairs, probes=probes)](
+    queued(estimate_kernel, estimate.grid(blocks=blocks, pairs=pairs, probes=probes))(
         query, order, summaries.low_key, route.mass_term, space.peak,
         space.logit, space.term, space.moments, *query.stride()[:3],
         call.heads, call.group_size, call.tokens, tiles, blocks, probes, parts, text_before,
         call.scale, **estimate.fixed, **call.query_side, BY_PROBE=by_probe,
         queries=None if call.own else call.queries,
     )  # fmt: skip
-    fit_kernel[fit.grid(pairs=pairs)](
+    queued(fit_kernel, fit.grid(pairs=pairs))(
         query, order, summaries.low_value, summaries.low_order, space.logit, space.term,
         space.moments, space.mass, space.exact, space.missing, space.coefficients, space.error,
         *query.stride()[:3],

@@ -16,6 +16,7 @@ from freqopt.kernels.portable.glue import limits_kernel, probe_tiles_kernel
 from freqopt.kernels.portable.prepare import route_kernel
 from freqopt.kernels.portable.score import disperse_kernel, pool_tiles_kernel, score_kernel
 from freqopt.kernels.split_launches import POOLED_TILES, ROUTE_BLOCKS
+from freqopt.kernels.tape import queued
 
 
 def score_tiles(
@@ -39,19 +40,19 @@ def score_tiles(
     )
     listed = {} if tile_list is None else {"tile_list": tile_list}
     pool, disperse, score_ = launches["pool_tiles"], launches["disperse"], launches["score"]
-    pool_tiles_kernel[pool.grid(pairs=pairs, tiles=tiles)](
+    queued(pool_tiles_kernel, pool.grid(pairs=pairs, tiles=tiles))(
         query, call.query_order.index, sub_mean, tile_square,
         *query.stride()[:3], heads, call.queries, tiles, call.query_layout.text_before, call.scale,
         **pool.fixed, **listed, **call.query_side,
     )  # fmt: skip
-    disperse_kernel[disperse.grid(pairs=pairs, tiles=tiles, blocks=blocks)](
+    queued(disperse_kernel, disperse.grid(pairs=pairs, tiles=tiles, blocks=blocks))(
         tile_square, summaries.key_var, score, mass_term,
         heads, call.group_size, call.tokens, tiles, blocks, call.scale, **disperse.fixed,
     )  # fmt: skip
     if hopper.applies(query):
         hopper.score(call, sub_mean, summaries.low_key, summaries.spread, score, tile_list)
         return
-    score_kernel[score_.grid(pairs=pairs, tiles=tiles)](
+    queued(score_kernel, score_.grid(pairs=pairs, tiles=tiles))(
         sub_mean, summaries.low_key, summaries.spread, score,
         heads, call.group_size, call.tokens, tiles, blocks, call.scale,
         **score_.fixed, **listed, queries=None if call.own else call.queries,
@@ -62,7 +63,7 @@ def limits_of(call: Call, threshold: Tensor) -> Tensor:
     """Thresholds (B, H) from those of the heads, (H,)."""
     launch = call.launches["limits"]
     limits = torch.empty(call.per_head, device=threshold.device, dtype=torch.float32)
-    limits_kernel[launch.grid(pairs=call.pairs)](
+    queued(limits_kernel, launch.grid(pairs=call.pairs))(
         threshold.float().contiguous(), limits, call.heads, **launch.fixed
     )
     return limits
@@ -93,7 +94,7 @@ def make_route(
     exact_list = torch.empty(shape, device=device, dtype=torch.int32)
     counts = torch.empty(shape[:3], device=device, dtype=torch.int32)
     launch = call.launches["route"]
-    route_kernel[launch.grid(tiles=tiles, pairs=call.pairs)](
+    queued(route_kernel, launch.grid(tiles=tiles, pairs=call.pairs))(
         score, limits, mass_term, route, exact_list, counts, tiles, blocks,
         **launch.fixed, BJ=route_step(blocks), OWN=call.own,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def route_probes(call: Call, summaries: Summaries, limits: Tensor, rows: ProbeRo
 def list_probe_tiles(call: Call, tiles: Tensor) -> None:
     """Write the tiles of the probes, (probes,) int32."""
     launch = call.launches["probe_tiles"]
-    probe_tiles_kernel[launch.grid()](tiles, call.queries, len(tiles), **launch.fixed)
+    queued(probe_tiles_kernel, launch.grid())(tiles, call.queries, len(tiles), **launch.fixed)
 
 
 def route_listed(
@@ -157,7 +158,7 @@ def route_listed(
     list and counts are not written, and may be anything.
     """
     blocks, launch = score.shape[3], call.launches["route"]
-    route_kernel[launch.grid(tiles=len(tiles), pairs=call.pairs)](
+    queued(route_kernel, launch.grid(tiles=len(tiles), pairs=call.pairs))(
         score, limits, route.mass_term, route.route, route.exact_list, route.counts,
         len(tiles), blocks,
         **launch.fixed, BJ=route_step(blocks), LISTS=lists, tile_list=tiles, OWN=call.own,

@@ -15,6 +15,7 @@ from freqopt.kernels.forward import long, short
 from freqopt.kernels.forward.call import Call, Findings, Order, Target
 from freqopt.kernels.forward.order import order_by_content
 from freqopt.kernels.layout import Inputs, Settings, TokenLayout
+from freqopt.kernels.repeat import REPEATER
 from freqopt.kernels.tuned import launch_on
 from freqopt.kernels.workspace import bytes_per_key_head, is_long, turns
 
@@ -37,6 +38,15 @@ def readable(inputs: Inputs) -> Inputs:
 def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
     """Forward pass; results as those of `freqopt.kernels.op.split_attention_op`."""
     inputs = readable(inputs)
+    query = inputs.query
+    tiles = launch_on(query.device, query.dtype, query.shape[-1], inputs.layout.tokens)
+    with on_device(query):
+        found: tuple[Tensor, ...] = REPEATER.serve(inputs, settings, tiles, launch_all)
+    return found
+
+
+def launch_all(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
+    """The forward pass launched kernel by kernel, its GPU being the current one."""
     query, key = inputs.query, inputs.key
     batch, heads, length, dim = query.shape
     kv_heads, tokens = key.shape[1], inputs.layout.tokens
@@ -49,19 +59,18 @@ def split_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
     per_head = bytes_per_key_head(tokens, queries, dim, query.element_size(), heads // kv_heads)
     serve = long.split_heads if is_long(tokens) else short.split_heads
     rows = []
-    with on_device(query):
-        for row in turns(batch, kv_heads, per_head):
-            parts = []
-            for items, kv in row:
-                own = slice(kv.start * heads // kv_heads, kv.stop * heads // kv_heads)
-                part = inputs.heads(items, kv)
-                call = call_of(part, settings, *(
-                    x if x is None else x[items, h] for x, h in zip(orders, (kv, own), strict=True)
-                ))  # fmt: skip
-                log_sum = None if target.log_sum is None else target.log_sum[items, own]
-                here = Target(target.out[items, own], log_sum)
-                parts.append(serve(call, part.threshold, settings, here))
-            rows.append(_joined(parts, 1))
+    for row in turns(batch, kv_heads, per_head):
+        parts = []
+        for items, kv in row:
+            own = slice(kv.start * heads // kv_heads, kv.stop * heads // kv_heads)
+            part = inputs.heads(items, kv)
+            call = call_of(part, settings, *(
+                x if x is None else x[items, h] for x, h in zip(orders, (kv, own), strict=True)
+            ))  # fmt: skip
+            log_sum = None if target.log_sum is None else target.log_sum[items, own]
+            here = Target(target.out[items, own], log_sum)
+            parts.append(serve(call, part.threshold, settings, here))
+        rows.append(_joined(parts, 1))
     density, error, route, coefficients = _joined(rows, 0)
     types = (torch.float32, torch.int32, torch.int32)
     optional = (

@@ -14,6 +14,7 @@ from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.portable.glue import centre_kernel, order_kernel, total_kernel
 from freqopt.kernels.portable.prepare import first_order_kernel, summarise_kernel
 from freqopt.kernels.split_launches import GROUP, ORDER_GROUP
+from freqopt.kernels.tape import queued
 from freqopt.kernels.tiles import padded_dim
 
 
@@ -50,25 +51,27 @@ def summarise(call: Call, *, ordered: bool = True) -> Summaries:
         sums, first_order = hopper.prepare(call, copies, key_mean, low_value, key_var, spread)
     else:
         sums, summaries = single(triton.cdiv(blocks, GROUP), 3, dim), launches["summarise"]
-        summarise_kernel[summaries.grid(kv_pairs=kv_pairs, blocks=blocks)](
+        queued(summarise_kernel, summaries.grid(kv_pairs=kv_pairs, blocks=blocks))(
             key, value, order, key_out, value_out, key_mean, low_value, key_var, spread, sums,
             *key.stride()[:3], *value.stride()[:3], heads, tokens, blocks, text_before,
             **summaries.fixed, **call.key_side, COPY=ordered,
         )  # fmt: skip
         first_order, first = single(triton.cdiv(blocks, ORDER_GROUP), dim, dim), launches["first"]
-        first_order_kernel[first.grid(blocks=blocks, kv_pairs=kv_pairs)](
+        queued(first_order_kernel, first.grid(blocks=blocks, kv_pairs=kv_pairs))(
             key_out, value_out, key_mean, first_order, tokens, blocks, **first.fixed, **in_place
         )
     total, centre, order_ = launches["total"], launches["centre"], launches["order"]
     padded = padded_dim(dim)
     programs = total.grid(padded=padded, kv_pairs=kv_pairs)
     key_shift, head_spread = single(dim), single(programs[0])
-    total_kernel[programs](sums, key_shift, head_spread, tokens, sums.shape[2], **total.fixed)
-    centre_kernel[centre.grid(blocks=blocks, kv_pairs=kv_pairs)](
+    queued(total_kernel, programs)(
+        sums, key_shift, head_spread, tokens, sums.shape[2], **total.fixed
+    )
+    queued(centre_kernel, centre.grid(blocks=blocks, kv_pairs=kv_pairs))(
         key_mean, spread, key_shift, head_spread, low_key, blocks, **centre.fixed
     )
     low_order, cells = native(dim, dim), dim * dim
-    order_kernel[order_.grid(cells=cells, kv_pairs=kv_pairs)](
+    queued(order_kernel, order_.grid(cells=cells, kv_pairs=kv_pairs))(
         first_order, low_order, first_order.shape[2], tokens, cells, **order_.fixed
     )
     return Summaries(

@@ -12,6 +12,7 @@ from freqopt.config import QUERY_TILE
 from freqopt.kernels.device import processors
 from freqopt.kernels.forward.call import Call, Route, Summaries, Target
 from freqopt.kernels.layout import TokenLayout
+from freqopt.kernels.tape import queued
 
 STAGES = {64: 6, 128: 3}
 """Buffers of 128 keys and of 128 values in shared memory, by head dim: as many as fill it."""
@@ -65,7 +66,7 @@ def score(
     from freqopt.kernels.hopper.score import TILES, score_hopper_kernel
 
     tiles, blocks = score.shape[2:]
-    score_hopper_kernel[(call.pairs, -(-tiles // TILES.value))](
+    queued(score_hopper_kernel, (call.pairs, -(-tiles // TILES.value)))(
         sub_mean, _descriptor(low_key), spread, score, score if tile_list is None else tile_list,
         call.heads, call.group_size, call.tokens, tiles, blocks, call.scale,
         D=call.dim, LISTED=tile_list is not None, OWN=call.own, queries=call.queries, num_warps=4,
@@ -105,7 +106,7 @@ def attend(
     if tile_list is None:
         from freqopt.kernels.hopper.attend import attend_hopper_kernel
 
-        attend_hopper_kernel[(tiles, call.pairs)](
+        queued(attend_hopper_kernel, (tiles, call.pairs))(
             query, order, *map(_descriptor, (summaries.key, summaries.value, *texts)), *common,
             **options,
         )  # fmt: skip
@@ -114,7 +115,7 @@ def attend(
 
         # Longest lists first: a chunk has few rounds of programs, and the last then is short.
         turn = route.counts.argsort(dim=-1, descending=True, stable=True)
-        gather_hopper_kernel[(tiles, call.pairs)](
+        queued(gather_hopper_kernel, (tiles, call.pairs))(
             query, order, call.key, call.value, *map(_descriptor, texts), *common,
             *call.key.stride()[:3], *call.value.stride()[:3], tile_list, turn,
             **options, **call.keys_in_place,
@@ -174,7 +175,7 @@ def prepare(
     first_order = torch.empty(*per_range, dim, dim, device=key.device, dtype=torch.float32)
     # Without copies these descriptors are not read.
     targets = map(_descriptor, copies or (low_value, low_value))
-    prepare_hopper_kernel[(batch * heads, ranges)](
+    queued(prepare_hopper_kernel, (batch * heads, ranges))(
         key, value, call.order.index, *targets, key_mean, low_value, key_var, spread, sums,
         first_order, *key.stride()[:3], *value.stride()[:3],
         heads, call.tokens, blocks, length, call.layout.text_before,

@@ -26,6 +26,9 @@ from freqopt.passes.nodes import shape
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Argument, Extent, Product, Size, Source, Total
 
+SIZED = "freqopt_sized"
+"""Under this name a node notes, by dimension, the `Source` of sizes that ints gave its tensor."""
+
 
 @dataclass
 class Layout:
@@ -122,14 +125,23 @@ def extent_argument(extent: LatticeExtent, graph: fx.Graph) -> Argument | None:
 
 
 def sources_of(extents: Sequence[LatticeExtent], graph: fx.Graph) -> tuple[Source, ...]:
-    """What sizes of the graph's inputs the extents of a lattice come from; () if one does not."""
+    """What of the model's arguments the extents of a lattice come from; () if one does not.
+
+    It is a size of one of the graph's inputs, or the int that a tensor made in the graph is as long
+    as, where who wrote the graph has noted that.
+    """
     inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
     found = []
     for extent in extents:
         if isinstance(extent, int):
             found.append(Source("", 0, extent))
             continue
-        if isinstance(extent, tuple) or extent.root[0] not in inputs or extent.cut:
+        if isinstance(extent, tuple):
+            return ()
+        if extent.node is not None and extent.dim in (sized := extent.node.meta.get(SIZED, {})):
+            found.append(sized[extent.dim])
+            continue
+        if extent.root[0] not in inputs or extent.cut:
             return ()
         name, dim = extent.root
         whole, part = hint(shape(inputs[name])[dim]), hint(extent.size)

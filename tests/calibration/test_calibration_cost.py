@@ -21,6 +21,7 @@ from freqopt.calibration.measure import clock, requests
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.clock import fit_line, time_call
 from freqopt.calibration.runner import Runner
+from freqopt.calibration.search import workbench
 from freqopt.calibration.search.allocate import allocate, solve
 from freqopt.calibration.search.choices import HeadCurves, make_choices
 from freqopt.calibration.search.cost import MeasuredCost, ProductCost, cost_model
@@ -118,7 +119,7 @@ class SimulatedGpu:
         monkeypatch.setattr(clock, "launch_milliseconds", lambda run, repeats: self.launching)
         monkeypatch.setattr(requests, "has_clock", lambda x: True)
         monkeypatch.setattr(whole, "compare_runs", lambda first, second, team: model_ms)
-        monkeypatch.setattr(phases, "run_milliseconds", lambda run: (run(), 100.0)[1])
+        monkeypatch.setattr(whole, "launched_and_done", lambda run: run() and (0.0, 0.1))
 
     def clock(self, run: Callable[[], Any], repeats: int = 0) -> float:
         self.kind = "dense"
@@ -287,7 +288,7 @@ def test_sites_that_save_least_are_dropped_before_nothing_is_split(
     SimulatedGpu(monkeypatch)
     timed = whole_clock(monkeypatch, lambda sites: 101.0 if sites > 2 else 90.0)
     model, samples = layers_and_samples(5)
-    options = {"target_error": 0.1, "progress": False, "rounds": 0}
+    options = {"target_error": 0.1, "progress": False, "rounds": 0, "clock": "eager"}
     plan = freqopt.calibrate(model, samples, **options)
     assert [len(sites) for sites in timed] == [5, 3, 2]
     assert timed[2] < timed[1] < timed[0]
@@ -320,7 +321,7 @@ def test_fewer_sites_are_tried_a_few_times_and_must_be_clearly_faster(
     monkeypatch.setattr(fewer, "ROUNDS", 2)
     timed = whole_clock(monkeypatch, lambda sites: 101.0 if sites > 3 else few_ms)
     model, samples = layers_and_samples(5)
-    options = {"target_error": 0.2, "progress": False, "rounds": 0}
+    options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": "eager"}
     plan = freqopt.calibrate(model, samples, **options)
     assert [len(sites) for sites in timed] == [5, 3, 2]
     assert {site.decision for site in plan.sites.values()} == {"dense"}
@@ -381,17 +382,16 @@ def test_slow_models_have_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the output is known already, so that computing it takes no time."""
     SimulatedGpu(monkeypatch)
     monkeypatch.setattr(Runner, "on_gpu", True)
-    monkeypatch.setattr(whole, "is_launch_bound", lambda run: False)
     ran: list[Any] = []
     real = Runner.run
     monkeypatch.setattr(Runner, "run", lambda self, *given: ran.append(given) or real(self, *given))
 
-    def timed(run: Callable[[], Any]) -> float:
+    def timed(run: Callable[[], Any]) -> tuple[float, float]:
         before = len(ran)
         run()
-        return 11_000.0 * (len(ran) - before)
+        return 0.0, 11.0 * (len(ran) - before)
 
-    monkeypatch.setattr(phases, "run_milliseconds", timed)
+    monkeypatch.setattr(whole, "launched_and_done", timed)
     monkeypatch.setattr(phases, "PASSES_WHEN_SLOW", 7)
     asked: list[int | None] = []
     original = phases.measure_sensitivities
@@ -467,7 +467,8 @@ def test_launches_count_where_the_gpu_waits_for_them(
     gpu = SimulatedGpu(monkeypatch)
     gpu.launching = 8.0
     monkeypatch.setattr(Runner, "on_gpu", True)
-    monkeypatch.setattr(whole, "is_launch_bound", lambda run: run() and bound)
+    times = 9e-3 if bound else 0.0, 9e-3
+    monkeypatch.setattr(whole, "launched_and_done", lambda run: run() and times)
     samples = [make_sample(i) for i in range(2)]
     options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": asked}
     monkeypatch.setitem(whole.MODES, "graphs", None)
@@ -505,6 +506,62 @@ def test_a_clock_that_compiles_times_the_compiled_model(
         assert error == pytest.approx(plan.measured_error, rel=1e-3)
     assert plan.verified is not None and plan.verified.model_ms == model_ms
     assert plan.verified.model_clock == "compiled"
+
+
+@pytest.mark.parametrize("compiled", [(90.0, 60.0), (90.0, 91.0), None])
+def test_before_sites_are_dropped_the_model_is_compiled(
+    compiled: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a clock: eager it is no faster, compiled it may be, or it does not compile."""
+    SimulatedGpu(monkeypatch)
+    times = iter([(100.0, 101.0), compiled or (100.0, 101.0), *[(100.0, 101.0)] * 4])
+    monkeypatch.setattr(whole, "compare_runs", lambda *_: next(times))
+    if compiled is None:
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setattr(Runner, "compiled_calls", fail)
+    samples = [make_sample(i) for i in range(2)]
+    options = {"target_error": 0.2, "progress": False, "rounds": 0}
+    plan = freqopt.calibrate(make_model(), samples, **options)
+    kept = compiled == (90.0, 60.0)
+    assert {site.decision for site in plan.sites.values()} == {"split" if kept else "dense"}
+    assert plan.verified is not None
+    if kept:
+        assert plan.verified.model_ms == (90.0, 60.0) and plan.verified.model_clock == "compiled"
+        (told,) = (note for note in plan.evidence.notes if "eager" in note)
+        assert "101 ms against 100 ms" in told and "compiled it is faster: 60 ms" in told
+    else:
+        assert plan.verified.model_clock == "eager"
+
+
+def test_dense_outputs_of_measuring_are_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring attends densely, so what comes out is kept, and no other run is spent on it."""
+    ran: list[tuple[int, str]] = []
+    real = Runner.run
+
+    def run(self: Runner, sample: Any, request: Any) -> Any:
+        ran.append((id(sample), type(request).__name__))
+        return real(self, sample, request)
+
+    monkeypatch.setattr(Runner, "run", run)
+    model, samples = make_model().eval(), [make_sample(i) for i in range(4)]
+    found: list[tuple[Any, torch.Tensor]] = []
+    known = workbench.Reference.know
+
+    def know(self: Any, dense: list[torch.Tensor]) -> None:
+        found.append((self.sample, dense[0]))
+        known(self, dense)
+
+    monkeypatch.setattr(workbench.Reference, "know", know)
+    freqopt.calibrate(model, samples, target_error=0.2, progress=False, rounds=0)
+    measured = [sample for sample, kind in ran if kind == "Measure"]
+    assert len(measured) == 2 == len(found)
+    assert not [each for each in ran if each[0] in measured and each[1] == "Dense"]
+    with torch.no_grad():
+        for sample, output in found:
+            assert torch.equal(output, model(*sample.args, **sample.kwargs)["velocity"])
 
 
 def test_a_model_that_does_not_compile_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from model_cases import build
+from model_cases_packed import LTX, ltx_inputs
 from parallel_models import compiled, ranks, relative, share_out, uneven_plan, wan
 from ranks import Ranks
 from torch import Tensor
 
 import freqopt
-from freqopt.errors import InputError
+from freqopt.errors import InputError, SiteError
 from freqopt.parallel import attention_over_ranks, over_all_keys
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
 
 METHODS = ("gather", "ring")
 GRID, HEADS, KEY_HEADS, DIM = (4, 8, 16), 3, 1, 16
@@ -164,6 +169,145 @@ def test_a_model_with_heads_that_do_not_divide(two: Ranks, method: str) -> None:
     for found in two.call(wan_ring, method):
         assert found["exact"] < 1e-5
         assert found["alone"] > 1e-3 and 1e-3 < found["split"] < 0.5 * found["local"]
+
+
+def wan_in_blocks(method: str) -> dict[str, Any]:
+    """Blocks compiled, beside eager mode: both with a plan of two timesteps' budgets."""
+    graphs: list[Any] = []
+
+    def counting(gm: Any, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in gm.graph.nodes])
+        return gm
+
+    with torch.no_grad():
+        model, call = wan(heads=3, layers=4)
+        plan = by_timestep(uneven_plan(model, call))
+        share_out(model, ring_degree=2)
+        calls = [call | {"timestep": torch.tensor([t])} for t in (500.0, 900.0)]
+        with over_all_keys(model, plan, method=method):  # type: ignore[arg-type]
+            eager = [model(**each)[0] for each in calls]
+        with over_all_keys(model, plan, method=method, inner=counting):  # type: ignore[arg-type]
+            found = [model(**each)[0] for each in calls]
+            found += [model(**calls[0])[0]]
+        left = [vars(m).get("freqopt_site_numbers") for m in model.modules()]
+        hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+        with over_all_keys(model, plan, method=method):  # type: ignore[arg-type]
+            again = model(**call)[0]
+    return {
+        "off": [relative(x, y) for x, y in zip(found, [*eager, eager[0]], strict=True)],
+        "apart": relative(eager[0], eager[1]),
+        "graphs": graphs,
+        "left": [each for each in left if each] + ([hooks] if hooks else []),
+        "again": relative(again, eager[0]),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_may_be_compiled(two: Ranks, method: str) -> None:
+    for found in two.call(wan_in_blocks, method):
+        assert max(found["off"]) < 1e-6 and found["again"] == 0.0
+        assert found["apart"] > 1e-3
+        assert len(found["graphs"]) == 2, "the first of four blocks has a hook of its own"
+        for graph in found["graphs"]:
+            assert sum("ask_owner" in node for node in graph) == 1
+        assert not found["left"]
+
+
+def by_timestep(plan: Plan) -> Plan:
+    """A plan with other budgets above 700."""
+    sites = {
+        name: site.model_copy(
+            update={"budgets": [*site.budgets, Budget(threshold=[3.0] * site.heads)]}
+        )
+        for name, site in plan.sites.items()
+    }
+    return plan.model_copy(
+        update={"sites": sites, "timestep_name": "timestep", "timestep_edges": [700.0]}
+    )
+
+
+class Outside(torch.nn.Module):
+    """Attention that is in no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 16)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ByHand(torch.nn.Module):
+    """Blocks whose attention is written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(HandMade() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class HandMade(torch.nn.Module):
+    """softmax(q k) v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 16)).permute(2, 0, 3, 1, 4)
+        return ((0.25 * q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def no_blocks() -> list[str]:
+    said = []
+    for model in (Outside(), ByHand()):
+        with pytest.raises(SiteError) as error, over_all_keys(model, threshold=1.0, inner="eager"):
+            model(torch.randn(1, 128, 16))
+        said.append(str(error.value))
+    return said
+
+
+def test_what_cannot_be_compiled_is_said(two: Ranks) -> None:
+    for outside, by_hand in two.call(no_blocks):
+        assert "the model itself is in no block" in outside and "leave out inner=" in outside
+        assert "not computed by scaled_dot_product_attention" in by_hand
+
+
+TALL = (3, 10, 6)
+
+
+def tall(name: str) -> set[Any]:
+    """Grids that attention has in a call of another aspect than the plan's, of as many tokens."""
+    if name == "ltx":
+        model, call = build("LTXVideoTransformer3DModel", **LTX), ltx_inputs((3, 6, 10), 1)
+        call |= {key: call[key][:, :6] for key in call if key.startswith("encoder_")}
+        other = call | {"height": TALL[1], "width": TALL[2]}
+    else:
+        model, call = wan()
+        other = call | {"hidden_states": torch.randn(1, 4, TALL[0], 2 * TALL[1], 2 * TALL[2])}
+    plan = uneven_plan(model, call)
+    share_out(model, ring_degree=2)
+    met = set()
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        met.add(kwargs["grid"])
+        return attention_over_ranks(*args, **kwargs)
+
+    all_keys = importlib.import_module("freqopt.parallel.all_keys")
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), over_all_keys(model, plan):
+        patch.setattr(all_keys, "attention_over_ranks", spy)
+        model(**other)
+    return met
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_another_aspect_has_the_grid_that_its_call_tells(two: Ranks, name: str) -> None:
+    assert two.call(tall, name) == [{TALL}, {TALL}]
 
 
 def shared_heads() -> str:

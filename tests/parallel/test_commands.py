@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import engine
+from engines import FACTORY, engine
 from parallel_models import uneven_plan
 
 from freqopt.calibration.samples_file import save_samples
@@ -18,20 +18,6 @@ from freqopt.plan.plan import Plan
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow  # each starts two processes that import everything
-
-
-MODEL = """
-import torch.distributed as dist
-from engines import WAYS, engine
-
-
-def make():
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    model, _ = engine()
-    model.run(WAYS["filled"])
-    return model
-"""
 
 
 def by_torchrun(*arguments: object) -> str:
@@ -62,7 +48,7 @@ def common(tmp_path: Path) -> tuple[object, ...]:
     _, call = engine()
     calls = [{"video": torch.randn(call["video"].shape)} for _ in range(2)]
     save_samples(tmp_path / "calls", calls)
-    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "model.py").write_text(FACTORY)
     return f"{tmp_path}/model.py:make", "--samples", tmp_path / "calls", "--device", "cpu"
 
 

@@ -241,3 +241,18 @@ def engine(**options: Any) -> tuple[Engine, dict[str, Tensor]]:
                 norm.weight.copy_(1.0 + 2.0 * torch.rand(WIDTH))
     t, h, w = GRID
     return model, {"video": torch.randn(2, 4, t, 2 * h, 2 * w)}
+
+
+FACTORY = """
+import torch.distributed as dist
+from engines import WAYS, engine
+
+
+def make():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model, _ = engine()
+    model.run(WAYS["filled"])
+    return model
+"""
+"""A file whose `make` gives a command a model that two ranks share."""

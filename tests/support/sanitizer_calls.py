@@ -1,7 +1,7 @@
 r"""Small calls through every GPU kernel of the op, for compute-sanitizer; not a test by itself.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python tests/support/sanitizer_calls.py [plain | ordered | hostile ...]
+        python tests/support/sanitizer_calls.py [plain] [ordered] [hostile] [portable] [repeated]
 
 and the same with --tool initcheck and racecheck. Without PyTorch's caching every tensor is an
 allocation of its own, so that a read past its end is one past an allocation. Lengths are odd, and
@@ -22,6 +22,7 @@ from torch import Tensor
 import freqopt
 from freqopt.errors import InputError
 from freqopt.kernels import op, overlap, workspace
+from freqopt.kernels.hopper import launch as hopper
 
 GRID = (5, 9, 13)
 TEXT = (7, 12)
@@ -47,6 +48,7 @@ def call(
     text: bool = False,
     backward: bool = False,
     density: float = 0.0,
+    probes: int = 64,
 ) -> None:
     """One call; prints its name, so that what the sanitizer finds can be placed."""
     before, after = TEXT if text else (0, 0)
@@ -64,6 +66,7 @@ def call(
         key_mask=key_mask,
         threshold=None if density else 1.3,
         density=density or None,
+        probes=probes,
         return_stats=True,
     )
     if backward:
@@ -211,10 +214,33 @@ def hostile() -> None:
         print(f"a query of {value}", flush=True)
 
 
+def portable() -> None:
+    """Plain and ordered calls without the Hopper kernels, whose bulk stores initcheck misses."""
+    with (
+        mock.patch.object(hopper, "applies", lambda query: False),
+        mock.patch.object(hopper, "prepares", lambda *given: False),
+    ):
+        plain()
+        ordered()
+
+
+def repeated() -> None:
+    """Calls that are recorded, and repeated with other tensors."""
+    for text in (False, True):
+        for dim in (128, 64):
+            for _ in range(4):
+                call("repeated", torch.bfloat16, dim, text=text)
+    for _ in range(4):
+        with mock.patch.object(overlap, "OVERLAP_ROWS", 0):
+            call("repeated, probes beside the scores", torch.bfloat16, 128, probes=32)
+
+
 def main() -> None:
     """The parts that are named, or all."""
-    for name in sys.argv[1:] or ("plain", "ordered", "hostile"):
-        {"plain": plain, "ordered": ordered, "hostile": hostile}[name]()
+    every = (plain, ordered, hostile, portable, repeated)
+    parts = {each.__name__: each for each in every}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 def plain() -> None:

@@ -30,9 +30,6 @@ COMPARED_RUNS, LONG_ENOUGH_MS = 5, 5e3
 LEAST_HEAD_START = 5e-3
 """Seconds that the GPU waits, at least, while calls to be timed are queued."""
 
-LAUNCH_BOUND = 0.9
-"""Share of a run's time until all of it is launched, from which the GPU waits for launches."""
-
 CLOCK_HZ = 2e9
 """Rate of the clock that the wait is counted in; a slower one makes the wait longer."""
 
@@ -155,14 +152,14 @@ def launch_milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> fl
     return 1e3 * took / repeats
 
 
-def is_launch_bound(run: Callable[[], object]) -> bool:
-    """Whether a run of the whole model, warmed up, is launched no faster than the GPU works."""
+def launched_and_done(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until a run of the whole model, warmed up, is launched, and until it is done."""
     torch.cuda.synchronize()
     begun = time.perf_counter()
     run()
     launched = time.perf_counter() - begun
     torch.cuda.synchronize()
-    return launched > LAUNCH_BOUND * (time.perf_counter() - begun)
+    return launched, time.perf_counter() - begun
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:

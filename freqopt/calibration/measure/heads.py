@@ -23,6 +23,7 @@ from freqopt.calibration.measure.tiles import (
 )
 from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels import reference
+from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.layout import Inputs, Settings, text_bias
 
 GROUP_BYTES = 2**30
@@ -139,12 +140,18 @@ class HeadsTogether:
     ) -> None:
         """order: (B, Hkv, T) int32; None for the grid's."""
         from freqopt.kernels.forward.sampled import SampledCall
+        from freqopt.kernels.repeat import form_of
 
         limits = torch.zeros(call.query.shape[1], device=call.query.device, dtype=torch.float32)
         inputs = Inputs(
             call.query, call.key, call.value, limits, call.key_mask, call.layout, key_order=order
         )
-        self._call = SampledCall(inputs, Settings(call.scale, 0.0, probes))
+        settings = Settings(call.scale, 0.0, probes)
+        self._form = form_of(inputs.tensors), call.layout, settings
+        compile_first(
+            ("sampled", self._form), lambda: SampledCall(inputs, settings).fit(thresholds[:1])
+        )
+        self._call = SampledCall(inputs, settings)
         self._tokens, self._thresholds = call.layout.tokens, thresholds
         self.score = self._call.score
         self._coefficients, reported = self._call.fit(thresholds)
@@ -159,6 +166,9 @@ class HeadsTogether:
             return rows.float().view(*rows.shape[:2], *row.shape, -1) * real
 
         ones = torch.ones_like(self._coefficients[:1])
+        compile_first(
+            ("tiles", self._form, len(tiles)), lambda: list(self._call.attend(listed, [0.0], ones))
+        )
         ((_, exact),) = self._call.attend(listed, [0.0], ones)
         truth = of_tiles(exact)
         errors = torch.empty(

@@ -7,24 +7,26 @@ every form of input.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured, team_of
 from freqopt.capture.eager import ATTENTION, answered, written
+from freqopt.capture.given_ints import with_given_ints
 from freqopt.capture.modules import names_of
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
 from freqopt.passes.nodes import operation
-from freqopt.passes.site import Known, Site
+from freqopt.passes.site import Known, Site, Source
 
 logger = logging.getLogger(__name__)
+
+Sources = tuple[Source, ...]
 
 OTHER_FORM = (
     "it is not one call of scaled_dot_product_attention over heads of the same tokens, and the "
@@ -62,11 +64,28 @@ class EagerRecorders:
 
         return answered(self.model, args, kwargs, answer)
 
-    def _look(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, _Place]:
-        """The sites that can be measured in calls of such arguments; the others are noted."""
-        graph, _ = written(self.model, args, kwargs)
+    def sources(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Sources]:
+        """Where the grid of each site comes from in a call of such arguments, ints among them."""
+        return {each.site.name: each.site.sources for each in self._decisions(args, kwargs)}
+
+    def _decisions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Decision]:
+        """Which sites can be measured in calls of such arguments; the model runs once."""
         model = Model(names_of(self.model))
-        decisions = rewrite(graph, measured, None, self.grids, model=model).decisions
+        graph = self._written(args, kwargs)
+        return rewrite(graph, measured, None, self.grids, model=model).decisions
+
+    def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+        given = with_given_ints(self.model, args, kwargs)
+        if given is not None:
+            try:
+                return written(self.model, *given)[0]
+            except Exception as error:  # a model may ask for the very type of ints
+                logger.info("which ints give the grid is not known, a call failed: %s", error)
+        return written(self.model, args, kwargs)[0]
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Place]:
+        """The sites that can be measured in calls of such arguments; the others are noted."""
+        decisions = self._decisions(args, kwargs)
         self.desk.team = team_of([decision.site for decision in decisions if decision.split])
         found: dict[str, _Place] = {}
         for decision in decisions:

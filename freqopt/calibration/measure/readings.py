@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -173,6 +173,14 @@ class Layouts(dict[str, dict[Known, None]]):
             (k.grid, k.mask, k.around(tokens)) == (layout.grid, layout.mask, around) for k in known
         ):
             known[layout] = None
+
+    def unexplained(self) -> set[tuple[str, Known]]:
+        """Those of which it is not known where the grid comes from, by the site's name."""
+        return {(name, k) for name, known in self.items() for k in known if not k.sources}
+
+    def explain(self, name: str, layout: Known, sources: tuple[Source, ...]) -> None:
+        """Note where the grid of a layout comes from."""
+        self[name] = {replace(k, sources=sources) if k == layout else k: None for k in self[name]}
 
     def packed(self) -> dict[str, list[Any]]:
         """As plain lists, for a checkpoint."""

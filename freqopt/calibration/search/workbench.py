@@ -78,6 +78,16 @@ class Reference:
             self._dense = self.runner.run(self.sample, Dense()).output
         return self._dense
 
+    @property
+    def known(self) -> bool:
+        """Whether it needs no run."""
+        return self._dense is not None
+
+    def know(self, dense: list[Tensor]) -> None:
+        """Take the dense output from a run that had another purpose, and attended densely."""
+        if self._dense is None:
+            self._dense = dense
+
     def error_of(self, output: list[Tensor]) -> float:
         """Relative L2 error of another output."""
         return relative_error(output, self.compute(), self.runner.team)

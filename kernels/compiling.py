@@ -1,0 +1,80 @@
+"""The kernels of a call, compiled several at a time before the first of them is launched.
+
+One at a time they take a second or two each, most of it in another process (`ptxas`), so that a
+first call waits for the sum of them while the other cores have nothing to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 16
+
+FORMS = 1024
+"""Forms that are remembered; from then on all are asked about anew, which takes a few ms each."""
+
+_here = threading.local()
+_known: set[Any] = set()
+_lock = threading.Lock()
+
+
+def is_compiling() -> bool:
+    """Whether this thread's launches compile their kernels and do nothing else."""
+    return getattr(_here, "compiling", False)
+
+
+def compile_first(form: Any, run: Callable[[], object]) -> None:
+    """Compile what `run` launches, unless that was done for the same form of call.
+
+    run: allocates and launches as the call will. There are no results, so it must not look at any,
+    nor take a place in memory from them. Where a kernel does not compile, the call itself says so.
+    """
+    if is_compiling() or workers() < 2:
+        return
+    with _lock:
+        if form in _known:
+            return
+        if len(_known) >= FORMS:
+            _known.clear()
+        _known.add(form)
+    try:
+        with _compiling():
+            run()
+    except Exception as error:
+        logger.warning(
+            "kernels are compiled one at a time, which takes longer: compiling several failed "
+            "(%s: %s)", type(error).__name__, error,
+        )  # fmt: skip
+
+
+def workers() -> int:
+    """Kernels that are compiled at a time."""
+    own = getattr(os, "sched_getaffinity", None)
+    return min(len(own(0)) if own else os.cpu_count() or 1, MOST_WORKERS)
+
+
+def compiled_alone(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What compiles a kernel for the arguments that it is called with, and does not launch it."""
+    found: Callable[..., Any] = functools.partial(kernel.warmup, grid=grid)
+    return found
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    from triton import AsyncCompileMode
+
+    _here.compiling = True
+    try:
+        with ThreadPoolExecutor(workers()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _here.compiling = False
