@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -100,6 +101,9 @@ def serve(modules: Sequence[str]) -> None:
     """Import modules, then run what each line of standard input asks for, and tell how it ended."""
     for name in modules:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
     for line in sys.stdin:
         child = os.fork()
         if not child:
