@@ -68,8 +68,9 @@ types: $(READY)
 	'$(BIN)/mypy' -p freqopt
 
 # One thread per worker: two workers with two threads each fight over two cores.
+# Each begins with a half of its own, as most modules share something: models, compiled kernels, processes.
 pytest: $(READY)
-	OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 '$(BIN)/python' -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(READY)
 	'$(BIN)/python' -m benchmarks.attention $(ARGS)

@@ -58,7 +58,9 @@ def splits(graphs: list[fx.GraphModule]) -> int:
     return sum("split_attention" in str(node.target) for gm in graphs for node in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_landscape_and_portrait_in_one_graph_each_get_their_own_grid(inner: str) -> None:
     model, calls = Packed().eval(), [call(WIDE), call(TALL), call((2, 7, 12))]
     assert len({len(ids) for _, _, ids in calls}) == 1

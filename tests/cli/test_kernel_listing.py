@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 
 import pytest
+from forks import forks
 
 from freqopt.cli import app as cli
 from freqopt.cli.kernels import FORMS, chosen_variant
@@ -20,14 +19,7 @@ from freqopt.kernels.variant import CAPABILITIES
 
 def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command outside Triton's interpreter, whose mode is a property of the process."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "freqopt", "kernels", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**environment, "COLUMNS": "200"},
-    )
+    return forks(interpret=False).run("-m", "freqopt", "kernels", *arguments, COLUMNS="200")
 
 
 def test_list_names_every_kernel_with_what_it_needs() -> None:

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("onnx")
 
+from forks import SUPPORT, forks
 from ort_programs import Programs, build_driver, build_programs
 
 from freqopt.exporters.onnx.cubins import Compiled, compile_table, write_sources
@@ -242,18 +243,9 @@ def test_an_order_in_chunks_begins_with_them(programs: Programs) -> None:
 
 
 def test_launches_replayed_in_the_interpreter_are_the_definition(programs: Programs) -> None:
-    """What the C++ launches, run: orders, splits by them, and queries of other tokens.
-
-    In one process, as a start of Triton's interpreter takes longer than a case.
-    """
-    script = Path(__file__).parents[1] / "support" / "ort_replay.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(vars(programs), default=str),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """What the C++ launches, run: orders, splits by them, and queries of other tokens."""
+    given = json.dumps(vars(programs), default=str)
+    done = forks(interpret=True).run(SUPPORT / "ort_replay.py", given=given)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 4
@@ -427,8 +419,10 @@ print(json.dumps(found))
 """
 
 
-def test_the_widest_heads_in_float32_fit() -> None:
-    done = subprocess.run([sys.executable, "-c", WIDEST], capture_output=True, text=True)
+def test_the_widest_heads_in_float32_fit(tmp_path: Path) -> None:
+    script = tmp_path / "widest.py"
+    script.write_text(WIDEST)
+    done = forks(interpret=False).run(script)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert len(found) == 3 and all(shared <= room for shared, room in found.values()), found
@@ -439,7 +433,7 @@ def test_kernels_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setitem(CAPABILITIES, 90, 60_000)
     with pytest.raises(ExportError, match="bytes of shared memory and sm_90 has 60000"):
-        compile_table([Variant(90, "float16", 64, False)], tmp_path)
+        compile_table([HOPPER], tmp_path)
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

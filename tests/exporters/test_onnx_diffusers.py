@@ -140,11 +140,22 @@ def flat(call: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 1e-2)])
+CLASSES = {
+    "wan": (wan, 1, (0, 0)),
+    "hunyuan": (hunyuan, 2, (0, 9)),
+    "cogvideox": (cogvideox, 1, (6, 0)),
+}
+SINGLE, HALF = (torch.float32, 1e-5), (torch.float16, 1e-2)
+
+
 @pytest.mark.parametrize(
-    ("make", "split", "text"),
-    [(wan, 1, (0, 0)), (hunyuan, 2, (0, 9)), (cogvideox, 1, (6, 0))],
-    ids=["wan", "hunyuan", "cogvideox"],
+    ("make", "split", "text", "dtype", "bound"),
+    [
+        *(pytest.param(*each, *SINGLE, id=name) for name, each in CLASSES.items()),
+        pytest.param(*CLASSES["cogvideox"], *HALF, id="cogvideox-half"),
+        pytest.param(*CLASSES["wan"], *HALF, id="wan-half", marks=pytest.mark.slow),
+        pytest.param(*CLASSES["hunyuan"], *HALF, id="hunyuan-half", marks=pytest.mark.slow),
+    ],
 )
 def test_diffusers_model(
     make: Callable[[], Any],

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from forks import SUPPORT, forks
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parents[1] / "support"
-
 
 def run(script: str, *arguments: object) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks(interpret=not torch.cuda.is_available()).run(SUPPORT / script, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -31,7 +23,6 @@ BOUNDS = {"float32": 1e-4, "float16": 2e-3}
 
 
 def test_text_kernel_is_dense_attention() -> None:
-    """In one process, as a start of Triton's interpreter takes longer than a case."""
     cases = [f"{case} {dtype}" for case in (1, 2, 4) for dtype in BOUNDS]
     found = run("onnx_glue.py", *cases)
     assert list(found) == cases

@@ -22,6 +22,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 triton = pytest.importorskip("triton")
 
+from forks import SUPPORT, forks
 from test_tensorrt_export import Recorder, plan_for, small
 
 from freqopt.errors import OptionError
@@ -35,7 +36,6 @@ from freqopt.exporters.tensorrt.cpp import build_engine
 from freqopt.exporters.tensorrt.export import export_tensorrt
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-HERE = Path(__file__).parents[1] / "support"
 FREE = torch.export.Dim.AUTO
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -73,11 +73,8 @@ def nodes_of(artifact: Artifact) -> list[dict[str, Any]]:
 )
 def test_chain_is_the_split(case: int, dtype: str, tiles: str, bound: float) -> None:
     """With text, grouped heads, odd grids and batch 2; both tilings."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "aot_chain_run.py"), str(case), dtype, tiles],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = forks(interpret=not torch.cuda.is_available()).run(
+        SUPPORT / "aot_chain_run.py", case, dtype, tiles
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
@@ -92,7 +89,7 @@ def test_ptx_takes_inputs_integers_outputs(artifact: Artifact, tmp_path: Path) -
             assert parameter_sizes(text) == expected, node["kernel"]
             assert f".entry {tactic['symbol']}(" in text
             assert f".reqntid {32 * tactic['warps']}" in text
-            assert not [w for w in (".loc", ".debug", ".file", str(HERE.parent)) if w in text]
+            assert not [w for w in (".loc", ".debug", ".file", str(SUPPORT.parent)) if w in text]
             source = artifact.path / "aot" / tactic["ptx"]
             done = subprocess.run(
                 [PTXAS, "-arch=sm_80", "-o", tmp_path / "out", source],
@@ -127,9 +124,9 @@ print(json.dumps(node_of(step, call, about, 0.1, given, Path(sys.argv[1]))["tact
 
 
 def test_wide_heads_get_a_small_tactic_beside_the_fast_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ATTEND, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    script = tmp_path / "attend.py"
+    script.write_text(ATTEND)
+    done = forks(interpret=False).run(script, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     fast, less = json.loads(done.stdout)
     assert fast["shared"] > PLAIN_SHARED >= less["shared"]

@@ -6,13 +6,11 @@ of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import forks
 
 pytest.importorskip("triton")
 CHECKS = Path(__file__).parents[1] / "support" / "triton_checks.py"
@@ -53,26 +51,8 @@ else:
         ],
     )
     def test_in_the_interpreter(name: str, cases: int) -> None:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:xdist",
-                f"{CHECKS}",
-                "-k",
-                name,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=CHECKS.parents[2],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-        )
+        options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+        done = forks(interpret=True).run("-m", "pytest", *options, CHECKS, "-k", name)
         assert done.returncode == 0, done.stdout[-4000:]
         assert f"{cases} passed" in done.stdout and "skipped" not in done.stdout
 

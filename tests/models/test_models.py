@@ -10,10 +10,19 @@ from model_checks import look, problems, problems_of
 CASES = load_all()
 
 
+LONG = {"unet_motion", "anyflow_far"}
+"""Cases that compile for long, of whose kind are unet_spatio_temporal, and anyflow beside
+test_flex_attention_of_its_own_stays."""
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.smoke] * (name == "wan") + [pytest.mark.slow] * (name in LONG)
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param(family, name, marks=[pytest.mark.smoke] * (name == "wan"))
+        pytest.param(family, name, marks=marks_of(name))
         for family in FAMILIES
         for name in cases_of(family)
     ],

@@ -64,7 +64,12 @@ def cached(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("wan", "plan"), ("wan", "attached"), ("cogvideox", "attached")]
+    ("name", "way"),
+    [
+        ("wan", "plan"),
+        ("wan", "attached"),
+        pytest.param("cogvideox", "attached", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("change", [cast, cached])
 def test_hooks_of_diffusers_change_nothing(

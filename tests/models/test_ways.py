@@ -23,15 +23,13 @@ OFTEN = [
     ("wan", "offload"),
     ("wan", "cache_blocks"),
     ("cogvideox", "lora_blocks"),
-    ("hunyuan", "blocks"),
     ("hunyuan", "offload_blocks"),
     ("flux", "blocks"),
     ("mochi", "cast_eager"),
     ("ltx2", "offload_eager"),
     ("ltx", "blocks"),
     ("mochi", "lora"),
-    ("qwen_image", "blocks"),
-    ("wan_i2v", "cast"),
+    ("cosmos", "cast"),
 ]
 """Class and way, in the default run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from engines import GRID, WAYS, engine
 from parallel_models import LOUD, compiled, relative, turned, uneven_plan
 from ranks import Ranks
+from torch import Tensor
 
 import freqopt
+from freqopt.plan.plan import Plan
 
 SPLIT_SHOWS, ROUNDING = 1e-3, 1e-5
 
@@ -22,13 +25,19 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
+@functools.cache
+def of_one(packed: bool) -> tuple[Plan, Tensor, Tensor, Tensor]:
+    """A plan, and outputs of one rank: dense, by the plan, and by it with heads in reverse."""
+    model, call = engine(packed=packed)
+    plan, dense = uneven_plan(model, call), model(**call)[0]
+    alone = compiled(model, call, plan=plan)
+    return plan, dense, alone, compiled(model, call, plan=turned(plan))
+
+
 def of_two(name: str, packed: bool) -> dict[str, Any]:
     with torch.no_grad():
+        plan, dense, alone, wrong = of_one(packed)
         model, call = engine(packed=packed)
-        dense = model(**call)[0]
-        plan = uneven_plan(model, call)
-        alone = compiled(model, call, plan=plan)
-        wrong = compiled(model, call, plan=turned(plan))
         model.run(WAYS[name])
         shared = model(**call)[0]
         told = freqopt.inspect(model, **call, plan=plan)

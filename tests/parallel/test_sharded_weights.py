@@ -5,6 +5,7 @@ And ranks that share nothing, one branch of guidance each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,11 +59,18 @@ def shared_out(model: Any, call: dict[str, Any], ulysses: bool) -> None:
     fully_shard(model, mesh=mesh)
 
 
+@functools.cache
+def of_one() -> tuple[freqopt.Plan, torch.Tensor, torch.Tensor]:
+    """A plan, and outputs of one rank: dense, and by the plan."""
+    model, call = wan()
+    plan, dense = uneven_plan(model, call), model(**call)[0]
+    return plan, dense, compiled(model, call, plan=plan)
+
+
 def fsdp(ulysses: bool) -> dict[str, float]:
     with torch.no_grad():
+        plan, dense, alone = of_one()
         model, call = wan()
-        plan, dense = uneven_plan(model, call), model(**call)[0]
-        alone = compiled(model, call, plan=plan)
         shared_out(model, call, ulysses)
         return {
             "split": relative(alone, dense),

@@ -39,7 +39,15 @@ def heads_here() -> tuple[int, ...]:
     return tuple(range(own * dist.get_rank(), own * (dist.get_rank() + 1)))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+OF_RANKS = [
+    pytest.param((2, 1), False, id="rank1of2-static"),
+    pytest.param((4, 2), True, id="rank2of4-dynamic"),
+    pytest.param((2, 1), True, id="rank1of2-dynamic", marks=pytest.mark.slow),
+    pytest.param((4, 2), False, id="rank2of4-static", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "dynamic"), OF_RANKS, indirect=["ranks"])
 @pytest.mark.parametrize("name", WAYS)
 def test_chains_that_engines_write_are_followed(name: str, dynamic: bool) -> None:
     model, call = engine()

@@ -21,7 +21,14 @@ TEXT = 7
 EXACT = {"threshold": 0.0, "min_tokens": 1, "strict": True, "inner": "eager"}
 
 
-@pytest.mark.parametrize(("grid", "batch"), [((3, 6, 10), 1), ((5, 7, 9), 2), ((1, 6, 10), 2)])
+@pytest.mark.parametrize(
+    ("grid", "batch"),
+    [
+        ((5, 7, 9), 2),
+        ((1, 6, 10), 2),
+        pytest.param((3, 6, 10), 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_sites_kinds_grids_and_text(name: str, grid: tuple[int, int, int], batch: int) -> None:
     case = CASES[name]
@@ -74,7 +81,12 @@ def test_split_equals_dense_at_each_site(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("wan", None), ("hunyuan", None), ("cogvideox", True), ("video_dit", True)],
+    [
+        ("wan", None),
+        ("video_dit", True),
+        pytest.param("hunyuan", None, marks=pytest.mark.slow),
+        pytest.param("cogvideox", True, marks=pytest.mark.slow),
+    ],
 )
 def test_dynamic_shapes_compile_a_bounded_number_of_times(name: str, dynamic: bool | None) -> None:
     """One graph when dynamic; with automatic dynamic shapes one for the first size and one more."""

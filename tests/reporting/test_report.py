@@ -178,7 +178,7 @@ def test_modelled_times_are_those_of_the_line() -> None:
     assert found == (22.9, 4.4, pytest.approx(0.5 + 8.0 * sum(density)))
 
 
-def test_split_sites_slower_than_dense_are_named(tmp_path: Path) -> None:
+def test_split_sites_slower_than_dense_are_named(undrawn: None, tmp_path: Path) -> None:
     plan = make_plan()
     assert "no faster" not in str(plan)
     evidence = plan.evidence.sites["blocks.0.attn"]
@@ -389,7 +389,7 @@ def test_a_plan_for_a_quantile_is_judged_by_it() -> None:
     assert figure.axes[1].get_title(loc="left").endswith("90% of samples within")
 
 
-def test_pages_compare_what_was_measured_alike(tmp_path: Path) -> None:
+def test_pages_compare_what_was_measured_alike(undrawn: None, tmp_path: Path) -> None:
     report(compared_plan(), tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text
     assert "marginals, round 1 (taken)" in text and "43.0 %" in text
@@ -438,7 +438,7 @@ def test_order_maps_show_the_orders() -> None:
     ]
 
 
-def test_pages_say_what_orders_buy(tmp_path: Path) -> None:
+def test_pages_say_what_orders_buy(undrawn: None, tmp_path: Path) -> None:
     report(with_orders(make_plan()), tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text
     assert "1 of 3 heads are ordered by content: their error is 0.50 times" in text
@@ -461,7 +461,7 @@ def test_timestep_maps_read_a_heads_own_order() -> None:
     np.testing.assert_allclose(by_content[0], by_grid[0] * [1, 1, 0.5], rtol=1e-6)
 
 
-def test_the_whole_models_time_is_shown(tmp_path: Path) -> None:
+def test_the_whole_models_time_is_shown(undrawn: None, tmp_path: Path) -> None:
     verified = Verified(sample_errors=[0.02], spread=0.0, dtype="float16", model_ms=(60.0, 40.0))
     plan = make_plan().model_copy(update={"verified": verified})
     parts = model_parts(plan)

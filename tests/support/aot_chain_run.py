@@ -25,7 +25,7 @@ from attention_cases import (
     reference_split,
     relative,
 )
-from interpreted import look_once_a_helper, multiply_bfloat16
+from interpreted import prepare_interpreter
 
 from freqopt.exporters.tensorrt.aot.chain import Batch, Call, chain, element_type
 from freqopt.grid import token_order
@@ -34,8 +34,7 @@ from freqopt.kernels.variant import Variant
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
-    look_once_a_helper()
-    multiply_bfloat16()
+    prepare_interpreter()
 TYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,

@@ -25,7 +25,7 @@ from attention_cases import (
     reference_split,
     relative,
 )
-from interpreted import look_once_a_helper, multiply_bfloat16
+from interpreted import prepare_interpreter
 from ort_programs import Programs
 
 from freqopt.kernels.content_order import spread
@@ -33,8 +33,7 @@ from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.specialise import NATIVE, POINTERS, specialisations
 from freqopt.kernels.variant import Variant
 
-look_once_a_helper()
-multiply_bfloat16()
+prepare_interpreter()
 ABOUT = Variant(80, "float16", 64, False, content=True)
 TYPES = {
     "*fp32": torch.float32,

@@ -6,6 +6,7 @@ return, or how they failed, comes back from both.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -112,6 +113,7 @@ def _serve(rank: int, count: int, port: int, pipe: Connection, paths: list[str])
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
     dist.init_process_group("gloo", rank=rank, world_size=count)
     while True:
         try:

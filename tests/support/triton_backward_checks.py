@@ -21,7 +21,7 @@ from attention_cases import (
     reference_split,
     relative,
 )
-from interpreted import look_once_a_helper, multiply_bfloat16
+from interpreted import prepare_interpreter
 
 import freqopt
 from benchmarks.backward import gradient_errors, prepare
@@ -38,8 +38,7 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
 }
 if not ON_GPU:
-    look_once_a_helper()
-    multiply_bfloat16()
+    prepare_interpreter()
 
 ODD = [
     *CASES,

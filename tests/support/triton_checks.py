@@ -29,7 +29,7 @@ from attention_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import look_once_a_helper, multiply_bfloat16
+from interpreted import prepare_interpreter
 
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.heads import HeadAlone, HeadsTogether, head_tokens
@@ -53,8 +53,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 if not ON_GPU:
-    look_once_a_helper()
-    multiply_bfloat16()
+    prepare_interpreter()
 
 
 @pytest.fixture(autouse=True)
