@@ -61,6 +61,32 @@ def compiled(model: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tensor:
     return out
 
 
+class Around(models.Video):
+    """Attention to the video with one text cut in two around it, put together again in the op."""
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        before, after = text.tensor_split([7], 1)
+        for block in self.blocks:
+            joint = torch.cat([before, x, after], 1)
+            x = x + block.attn(joint)[:, 7:-5]
+        return self.head(x)
+
+
+def test_text_that_lies_on_both_sides_is_not_taken_for_video(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "Video", Around)
+    model, inputs = models.make(), models.inputs()
+    plan = plan_of(model, inputs, 1.0)
+    assert len(plan.sites) == 3
+    expected = compiled(model, plan, inputs)
+    with torch.no_grad(), served(model, plan):
+        out = model(**inputs)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, models.make()(**inputs), rtol=1e-3, atol=1e-4)
+
+
 def far(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm())
 
