@@ -40,7 +40,7 @@ def _looked_at(model: nn.Module, inputs: dict[str, Any], grids: Grids) -> Desk:
     desk = Desk(_Noting())
     with torch.no_grad():
         EagerRecorders(model, desk, grids)((), inputs)
-        if OTHER_FORM in desk.dense_sites.values():
+        if not desk.result.shapes or OTHER_FORM in desk.dense_sites.values():
             desk = Desk(_Noting())
             torch._dynamo.reset()
             backend = recording_backend(desk, grids, names_of(model))
