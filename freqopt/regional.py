@@ -145,7 +145,7 @@ def _put(
         budget = plan.budgets(site).amin(0)
         with torch.inference_mode(False):
             module.__dict__[attribute_of(nth)] = budget.to(_device_of(module, inner), copy=True)
-        about = (*module.__dict__.get(ATTACHED, ()), (nth, _Facts(plan.known(site), largest)))
+        about = (*module.__dict__.get(ATTACHED, ()), (nth, Facts(plan.known(site), largest)))
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
         places.append((module, nth, plan.budgets(site)))
@@ -157,7 +157,7 @@ def _put(
     inner.__dict__[HANDLE] = handle
 
 
-class _Facts:
+class Facts:
     """What the mark of an attention says beside its budget, as the compiler can read it."""
 
     def __init__(self, known: tuple[Known, ...], largest_chunk: int) -> None:

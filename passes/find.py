@@ -30,7 +30,7 @@ from freqopt.passes.known import believe
 from freqopt.passes.naming import Names, Numbered, name_around
 from freqopt.passes.nodes import is_distributed, shape, tensor
 from freqopt.passes.reasons import Reason, Why
-from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Site
+from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Side, Site
 from freqopt.passes.spellings.anchors import find_attention
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Model:
     names: of its modules, by their `id`. known: how the tokens of a site lay when it was
     calibrated, by the site's name. inside: name of the module that runs the graph where that is a
     part of the model: attention in no module of the graph is in this one. totals: lengths of all
-    calibrated sites. called: whether what the model is being called with is known.
+    calibrated sites. called: whether what the model is being called with is known. sides: on which
+    calibrated sites have text, each of which may come to run in this graph.
     """
 
     names: Names | None = None
@@ -73,6 +74,7 @@ class Model:
     inside: str = ""
     totals: tuple[int, ...] = ()
     called: bool = False
+    sides: frozenset[Side] = frozenset()
 
 
 def find_on_grids(
@@ -99,7 +101,7 @@ def find_on_grids(
         seen = own if site.mark is None or site.mark.known == own else site.mark.known
         if grids.given is not None and not site.mark and site.why.reason is Reason.READY_MADE:
             seen = (*seen, Known(grids.given))
-        believe(site, seen, model.totals, by_model, called=model.called)
+        believe(site, seen, model.totals, by_model, called=model.called, sides=model.sides)
     return sites
 
 

@@ -20,7 +20,7 @@ from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.reasons import UNTRACED, Reason, Why
 from freqopt.passes.rewrite.adding import add_method
-from freqopt.passes.site import Argument, Extent, Known, Rest, Site
+from freqopt.passes.site import Argument, Extent, Known, Rest, Side, Site
 
 UNSHOWN = UNTRACED | {Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
@@ -36,13 +36,15 @@ def believe(
     told: Sequence[Told] = (),
     *,
     called: bool = False,
+    sides: Collection[Side] = (),
 ) -> None:
     """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
 
     Symbolic lengths are guarded to be what they are in this call. totals: further lengths to guard
     against, those of other sites that may come to run in this graph. told: what the call of the
-    model around tells, which goes before the grids of the layouts, and needs no guards. called:
-    whether such a call is known: numbers that it lacks are then not taken to be the calibrated.
+    model around tells, which goes before the grids of the layouts, and needs no guards where all
+    such sites have text on one side. sides: see `Model`. called: whether such a call is known:
+    numbers that it lacks are then not taken to be the calibrated.
     """
     lengths = (site.query_length, site.key_length)
     if site.why.reason not in UNSHOWN or not site.heads:
@@ -50,7 +52,7 @@ def believe(
     if totals and not same(*lengths):  # others, where they are as many, get a graph of their own
         bool(site.query_length == site.key_length)
     heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
-    if heard and _hear(site, heard):
+    if heard and _hear(site, heard, sides):
         return
     if called and (numbers := dict.fromkeys(n for k in layouts for n in k.numbers)):
         site.why = Reason.CALL_UNTOLD(arguments=", ".join(numbers))
@@ -81,7 +83,7 @@ def believe(
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
 
 
-def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> bool:
+def _hear(site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Side]) -> bool:
     """Make a site eligible whose grid the call of the model around tells.
 
     heard: layouts that calibration saw, each with what is told of such. Returns whether that is all
@@ -91,7 +93,8 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> bool:
     tokens = _hint(site.query_length)
     if tokens is None or tokens != _hint(site.key_length):
         return True
-    fitting = [(k, t, text) for k, t in heard if (text := _text(k, t, tokens)) is not None]
+    texts = [(k, t, _text(k, t, tokens, sides)) for k, t in heard]
+    fitting = [(k, t, text) for k, t, text in texts if text is not None]
     by_sizes = [known for known, _ in heard if not known.numbers]
     if not fitting and any(_fits(known, (tokens, tokens)) for known in by_sizes):
         return False
@@ -102,6 +105,8 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]]) -> bool:
     known, told, text = fitting[0]
     if not has(site.query_length, site.key_length):
         return True
+    if len(sides) > 1 or (True, True) in sides:
+        _is(site.query_length, tokens)  # a sequence of another length may have its text elsewhere
     if problem := settle_mask(site, known, text.before):
         site.why = problem
         return True
@@ -124,10 +129,11 @@ class _Text(NamedTuple):
     after_argument: Argument
 
 
-def _text(known: Known, told: Told, tokens: int) -> _Text | None:
+def _text(known: Known, told: Told, tokens: int, sides: Collection[Side]) -> _Text | None:
     """What lies around the grid that is told, in a sequence of so many tokens; None if unclear.
 
-    What is in the grid's own axis is told; the rest is text, on the side where calibration saw any.
+    What is in the grid's own axis is told; the rest is text, on the side where calibration saw any,
+    or would be, where this site has none: the same graph may come to run for one that has.
     """
     others = told.before + told.after
     text = tokens - math.prod(told.grid) - others
@@ -139,7 +145,8 @@ def _text(known: Known, told: Told, tokens: int) -> _Text | None:
         if text != known.before + known.after:
             return None
         return _Text(known.before, known.after, known.before, Rest())
-    if text and known.before and not (known.after and told.before):
+    behind = known.before and not (known.after and told.before)
+    if behind if text else set(sides) == {(True, False)}:
         return _Text(told.before + text, told.after, Rest(), last)
     if text and not known.after:
         return None

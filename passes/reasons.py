@@ -90,6 +90,10 @@ class Reason(Enum):
         "freqopt.inspect says where the break is; where hooks break it (offloading, casting, a "
         "step cache), a plan tells: freqopt.attach(model, plan)",
     )
+    NOT_CALLED = Text(
+        "no call of attention was met there, without a compiler: it may be written by hand",
+        'torch.compile serves that; transformers has attn_implementation="sdpa"',
+    )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")
     CACHE = Text(

@@ -114,6 +114,10 @@ class Source(NamedTuple):
     step: int
 
 
+Side = tuple[bool, bool]
+"""Whether text lies before a grid, and whether after it."""
+
+
 @dataclass(frozen=True)
 class Known:
     """How the tokens of a site lay when it was calibrated, which part of a graph may not show.

@@ -7,7 +7,8 @@ input of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.adding import fake_mode
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.site import Known, Site
-from freqopt.regional import ATTACHED, SELECTS, attribute_of
+from freqopt.regional import ATTACHED, SELECTS, Facts, attribute_of
 from freqopt.telling.attached import attached_to
 
 if TYPE_CHECKING:
@@ -95,11 +96,25 @@ class Part:
                 key: ".".join(filter(None, (self.inside, name)))
                 for key, name in names_of(self.runner).items()
             }
-        totals: tuple[int, ...] = ()
-        if not self.is_whole and self.plan is not None:
-            totals = tuple(dict.fromkeys(site.tokens for site in self.plan.sites.values()))
+        layouts = self._layouts()
+        lengths = [k.before + math.prod(k.grid) + k.after for k in layouts]
+        if self.plan is not None:
+            lengths += [site.tokens for site in self.plan.sites.values()]
+        totals = () if self.is_whole else tuple(dict.fromkeys(lengths))
+        sides = {(k.before > 0, k.after > 0) for k in layouts} - {(False, False)}
         called = self.caller is not None and arguments_of(self.caller) is not None
-        return Model(names, self.known, self.inside, totals, called)
+        return Model(names, self.known, self.inside, totals, called, frozenset(sides))
+
+    def _layouts(self) -> list[Known]:
+        """How the tokens of all calibrated sites of the model lay."""
+        planned = () if self.plan is None else map(self.plan.known, self.plan.sites)
+        attached = (facts.known for facts in self._facts())
+        return [known for each in (*planned, *attached) for known in each]
+
+    def _facts(self) -> Iterator[Facts]:
+        """What modules of the model have that a plan is attached to."""
+        for module in () if self.root is None else self.root.modules():
+            yield from (facts for _, facts in module.__dict__.get(ATTACHED, ()))
 
     def known(self, name: str) -> Sequence[Known]:
         """How the tokens of a site lay when it was calibrated."""
@@ -193,10 +208,9 @@ class Part:
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
-        modules = () if self.root is None else self.root.modules()
-        facts = (f for module in modules for _, f in module.__dict__.get(ATTACHED, ()))
+        own = (facts.largest_chunk for facts in self._facts())
         planned = () if self.plan is None else map(self.plan.largest_chunk, self.plan.sites)
-        return max((*(f.largest_chunk for f in facts), *planned), default=0)
+        return max((*own, *planned), default=0)
 
     def graph(self, gm: fx.GraphModule) -> fx.GraphModule:
         """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""

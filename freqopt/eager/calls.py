@@ -197,6 +197,7 @@ def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decis
         text_before_arguments=(lay.before,),
         text_after_arguments=(lay.after,),
         query_arguments=lay.queries,
+        pieces=lay.pieces,
         pad_before_arguments=(lay.pads[0],) if any(lay.pads) else (),
         pad_after_arguments=(lay.pads[1],) if any(lay.pads) else (),
     )

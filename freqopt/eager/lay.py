@@ -19,7 +19,8 @@ class Lay(NamedTuple):
     """What an eager call of an attention is told.
 
     grid, before, after, mask: as in `Known`. pads: tokens before and after the queries that only
-    the keys have. queries: (t, h, w, before, after) of queries that are other tokens.
+    the keys have. queries: (t, h, w, before, after) of queries that are other tokens. pieces: as in
+    `Site`.
     """
 
     kind: Kind
@@ -29,6 +30,7 @@ class Lay(NamedTuple):
     mask: int = 0
     pads: tuple[int, int] = (0, 0)
     queries: tuple[int, ...] = ()
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
     def known(self) -> Known:
@@ -57,6 +59,7 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
         mask,
         (_sum(site.pad_before_arguments), _sum(site.pad_after_arguments)),
         tuple(_number(argument) for argument in site.query_arguments),
+        site.pieces,
     )
 
 

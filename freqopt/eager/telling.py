@@ -37,6 +37,8 @@ class Told:
     def __init__(self, model: nn.Module, plan: Plan, *, strict: bool) -> None:
         self.model, self.plan = model, plan
         self.compiled = Compiled(Options(strict=strict))
+        for site in plan.sites:  # until one is met
+            self.dense(site, Reason.NOT_CALLED())
         self.graphs: dict[tuple[str, ...], Graph] = {}
         self.density: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         note_part(model, self.compiled)

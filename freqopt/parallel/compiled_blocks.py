@@ -65,7 +65,7 @@ class Blocks:
         for at, site in enumerate(self.sites):
             path, nth = module_of_site(site)
             own = self.places.setdefault(modules[path], {})
-            own.setdefault(nth, torch.tensor(at, device="cpu"))
+            own.setdefault(nth, torch.tensor(at, device="cpu", dtype=torch.int64))
         names = [module_of_site(site)[0] for site in self.sites]
         self.blocks = {name: modules[name] for name in blocks_around(model, names)}
         self.kept: dict[nn.Module, Any] = {}

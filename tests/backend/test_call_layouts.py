@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pieces_models as models
@@ -58,8 +58,13 @@ def whole(plan: Plan) -> list[Tensor]:
         return [compiled(**call(grid)) for grid in SIZES]
 
 
-def ran(way: str, plan: Plan, change: Callable[[nn.Module], None] | None = None) -> list[Tensor]:
-    """Outputs of the model in parts, for each size."""
+def ran(
+    way: str,
+    plan: Plan,
+    change: Callable[[nn.Module], None] | None = None,
+    calls: Sequence[dict[str, Tensor]] = (),
+) -> list[Tensor]:
+    """Outputs of the model in parts, for each call, by default one of each size."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     freqopt.reset_counters()
@@ -75,7 +80,7 @@ def ran(way: str, plan: Plan, change: Callable[[nn.Module], None] | None = None)
     else:
         model = torch.compile(model, backend=freqopt_backend, options=options)
     with torch.no_grad():
-        return [model(**call(grid)) for grid in SIZES]
+        return [model(**each) for each in calls or map(call, SIZES)]
 
 
 def distance(first: Tensor, second: Tensor) -> float:
@@ -118,6 +123,60 @@ def test_the_grid_of_another_call_would_show(plan: Plan, whole: list[Tensor]) ->
     compiled = torch.compile(model, backend=freqopt_backend, options=options)
     with torch.no_grad():
         assert distance(compiled(**call(TALL)), whole[1]) > 1e-4
+
+
+class Sides(models.Video):
+    """Attention to the text, to the video, and to the video with text around it; the same code."""
+
+    after = 0
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.tail = nn.Parameter(torch.randn(1, self.after, models.WIDTH))
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2).contiguous()
+        first, second, third = (block.attn for block in self.blocks)
+        text = text + first(text)
+        x = x + second(x)
+        x = torch.cat([text, x, self.tail] if self.after else [text, x], 1)
+        x = x + third(x)
+        return self.head(x[:, text.shape[1] : x.shape[1] - self.after])
+
+
+@pytest.mark.parametrize("way", ["attached", "plan"])
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_graph_for_a_video_alone_does_not_misread_one_behind_text(
+    way: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "Video", Sides)
+    monkeypatch.setattr(Sides, "after", after)
+    own, calls = plan_of(models.make(), call(WIDE), 1.0), [call(grid) for grid in SIZES[:3]]
+    layouts = [(known.before, known.after) for name in own.sites for known in own.known(name)]
+    assert layouts == [(0, 0), (12, after)]
+    torch._dynamo.reset()
+    compiled = torch.compile(models.make(), backend=freqopt_backend, options={**LOUD, "plan": own})
+    with torch.no_grad():
+        expected = [compiled(**each) for each in calls]
+    got = ran(way, own, models.breaking_linears, calls)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
+    assert split_calls(own) == [3, 3]
+
+
+def split_calls(plan: Plan) -> list[int]:
+    """Calls in which each site of a plan was split."""
+    counts = [site for site in freqopt.counters().sites if site.split]
+    return [sum(each.calls for each in counts if each.site == name) for name in plan.sites]
+
+
+def test_text_of_another_length_on_both_sides_is_not_taken_for_the_calibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "Video", Sides)
+    monkeypatch.setattr(Sides, "after", 5)
+    own = plan_of(models.make(), call(WIDE), 1.0)
+    ran("attached", own, models.breaking_linears, [call(WIDE), call(TALL, 9)])
+    assert split_calls(own) == [2, 1], "how much of other text comes first is not known"
 
 
 def test_lengths_of_calls_are_held_to_the_plans(

@@ -61,6 +61,58 @@ def compiled(model: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tensor:
     return out
 
 
+class Around(models.Video):
+    """Attention to the video with one text cut in two around it, put together again in the op."""
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        before, after = text.tensor_split([7], 1)
+        for block in self.blocks:
+            joint = torch.cat([before, x, after], 1)
+            x = x + block.attn(joint)[:, 7:-5]
+        return self.head(x)
+
+
+class ByHand(models.Attention):
+    """Attention without a call of attention."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        keys = x if context is None else context
+        q, k, v = (
+            linear(each).unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
+            for linear, each in ((self.q, x), (self.k, keys), (self.v, keys))
+        )
+        weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_attention_written_by_hand_is_said_to_be_dense_for_that(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(models, "Attention", ByHand)
+    model, inputs = models.make(), models.inputs()
+    plan = plan_of(model, inputs, 1.0)
+    assert len(plan.sites) == 3
+    with torch.no_grad(), served(model, plan), caplog.at_level("INFO", "freqopt"):
+        model(**inputs)
+    assert "0 of 3 planned sites split: no call of attention was met there" in caplog.text
+    assert "torch.compile serves that" in caplog.text
+
+
+def test_text_that_lies_on_both_sides_is_not_taken_for_video(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "Video", Around)
+    model, inputs = models.make(), models.inputs()
+    plan = plan_of(model, inputs, 1.0)
+    assert len(plan.sites) == 3
+    expected = compiled(model, plan, inputs)
+    with torch.no_grad(), served(model, plan):
+        out = model(**inputs)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, models.make()(**inputs), rtol=1e-3, atol=1e-4)
+
+
 def far(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm())
 
@@ -191,7 +243,8 @@ def test_packed_and_joint_attention_are_served() -> None:
 def test_an_attention_that_cannot_be_served_is_told(plan: Plan) -> None:
     model, inputs = models.make(), models.inputs()
     model.blocks[1].attn.forward = lambda x, context=None: x  # nothing there any more
-    told = pytest.raises(SiteError, match="2 of 3 planned sites split.*not met")
+    words = "2 of 3 planned sites split.*no call of attention was met"
+    told = pytest.raises(SiteError, match=words)
     with torch.no_grad(), served(model, plan, strict=True), told:
         model(**inputs)
 

@@ -120,7 +120,8 @@ def become(request: dict[str, Any]) -> None:
         for stream, path in enumerate(written, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
         sys.stdin = os.fdopen(0)
-        os.environ.update(request["environment"])
+        for name, value in request["environment"].items():
+            os.environ[name] = value
         os.chdir(ROOT)
         name, *sys.argv = request["command"]
         if name == "-m":

@@ -109,8 +109,11 @@ class Recorder:
 
 
 def mask_of(site: Site) -> int | None:
-    """The mask of a site that may be split, as in `Known`; None where its keys are not its own."""
-    if pads_queries(site):
+    """The mask of a site that may be split, as in `Known`; None where no `Known` says how it lies.
+
+    That is where there are keys without queries, and where its tokens are put in another order.
+    """
+    if pads_queries(site) or site.pieces:
         return None
     return 0 if site.attention.mask is None else 1 + site.attention.masks_queries
 
