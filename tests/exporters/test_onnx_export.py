@@ -159,17 +159,17 @@ def test_plan_is_baked_in_and_can_be_exchanged(tmp_path: Path) -> None:
 
 
 def test_gpu_kernels_are_embedded_on_request(tmp_path: Path) -> None:
-    model, args = small_dit(torch.float16), tuple(x.half() for x in call(3, 24, 32))
+    model, args = small_dit(), call(3, 24, 32)  # kernels that test_tensorrt_export compiles too
     plan = plan_for(model, blocks__0__attn=0.4, blocks__1__attn=0.6)
     program = make_program(model, args, plan=plan)
     made = write_onnx(program, tmp_path, plan=plan, capabilities=[90])
     kernels = made.manifest["kernels"]
     assert {k["kernel"] for k in kernels} >= {"summarise", "route", "fit", "attend"}
-    assert {(k["capability"], k["dtype"], k["head_dim"]) for k in kernels} == {(90, "float16", 32)}
+    assert {(k["capability"], k["dtype"], k["head_dim"]) for k in kernels} == {(90, "float32", 32)}
     with torch.no_grad():
         expected = program.exported.module()(*args)
     found = run_artifact(made, inputs(args), provider="cpu", threads=1)
-    assert found.split == "function body" and relative(found.outputs["output"], expected) < 1e-2
+    assert found.split == "function body" and relative(found.outputs["output"], expected) < 1e-5
     with pytest.raises(ExportError, match="capability 75"):
         write_onnx(program, tmp_path, plan=plan, capabilities=[75])
 
