@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -248,7 +249,8 @@ def test_a_plan_that_makes_the_whole_model_slower_splits_nothing(
     """Every site is faster by itself, and the model is not."""
     SimulatedGpu(monkeypatch, model_ms=(100.0, 100.5))
     samples = [make_sample(i) for i in range(2)]
-    plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
+    options = {"target_error": 0.2, "progress": False, "clock": "eager"}
+    plan = freqopt.calibrate(make_model(), samples, **options)
     assert {site.decision for site in plan.sites.values()} == {"dense"}
     slower = "the whole model is no faster split: as timed, 100.5 ms against 100 ms dense"
     assert {site.reason for site in plan.sites.values()} == {slower}
@@ -346,7 +348,7 @@ def test_fewer_sites_that_miss_the_target_are_not_taken(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(phases.Search, "try_out", worse)
     model, samples = layers_and_samples(5)
-    options = {"target_error": 0.2, "progress": False, "rounds": 0}
+    options = {"target_error": 0.2, "progress": False, "rounds": 0, "clock": "eager"}
     plan = freqopt.calibrate(model, samples, **options)
     assert [site.decision for site in plan.sites.values()].count("split") == 1
     assert any("2 sites that save most the whole" in n for n in plan.evidence.notes)
@@ -516,12 +518,14 @@ def test_before_sites_are_dropped_the_model_is_compiled(
     SimulatedGpu(monkeypatch)
     times = iter([(100.0, 101.0), compiled or (100.0, 101.0), *[(100.0, 101.0)] * 4])
     monkeypatch.setattr(whole, "compare_runs", lambda *_: next(times))
-    if compiled is None:
 
-        def fail(*_: Any, **__: Any) -> Any:
+    @contextmanager
+    def calls(*_: Any) -> Iterator[tuple[Any, Any]]:
+        if compiled is None:
             raise RuntimeError("no compiler here")
+        yield (lambda: None), (lambda: None)
 
-        monkeypatch.setattr(Runner, "compiled_calls", fail)
+    monkeypatch.setattr(Runner, "compiled_calls", calls)
     samples = [make_sample(i) for i in range(2)]
     options = {"target_error": 0.2, "progress": False, "rounds": 0}
     plan = freqopt.calibrate(make_model(), samples, **options)
