@@ -179,21 +179,16 @@ def mark_call(
     """
     if not torch.compiler.is_compiling():
         return None
-    from freqopt.kernels.mark import mark
+    from freqopt.kernels.mark import first_tensor, mark, with_item
 
+    at = first_tensor(args, kwargs)
+    if at is None:
+        return None
     for nth, facts in module.__dict__[ATTACHED]:
-        budget = getattr(module, attribute_of(nth))
-        done = False
-        for index, item in enumerate(args):
-            if not done and isinstance(item, Tensor):
-                budget = budget.to(item.device)
-                marked = mark(item, budget, facts.layouts, nth, facts.largest_chunk)
-                args, done = (*args[:index], marked, *args[index + 1 :]), True
-        for name, item in kwargs.items():
-            if not done and isinstance(item, Tensor):
-                budget = budget.to(item.device)
-                marked = mark(item, budget, facts.layouts, nth, facts.largest_chunk)
-                kwargs, done = {**kwargs, name: marked}, True
+        item = args[at] if isinstance(at, int) else kwargs[at]
+        budget = getattr(module, attribute_of(nth)).to(item.device)
+        marked = mark(item, budget, facts.layouts, nth, facts.largest_chunk)
+        args, kwargs = with_item(args, kwargs, at, marked)
     return args, kwargs
 
 

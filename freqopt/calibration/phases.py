@@ -44,7 +44,7 @@ from freqopt.calibration.search.verify import (
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.survey import measure_sites
-from freqopt.calibration.whole import ModelTimes, compiled_instead, dense_pass, model_times
+from freqopt.calibration.whole import ModelTimes, dense_pass, model_times
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Trial
@@ -189,21 +189,20 @@ class Calibration:
             return facts
         if facts.goal.density is not None:
             return replace(facts, notes=[*notes, f"{found.slower}; the density asked for rules"])
-        if self.clock == "auto" and (compiled := self._compiled(facts)) is not None:
+        compiled = self._model_times(facts, "compiled") if self.clock == "auto" else None
+        if compiled is not None and compiled.clock == "compiled" and not compiled.slower:
             told = f"{compiled.split:.4g} ms against {compiled.dense:.4g} ms dense"
             notes = [*notes, f"eager, {found.slower}; compiled it is faster: {told}"]
             return replace(facts, whole=compiled, notes=notes)
         return self._with_fewer(facts, search, found)
 
-    def _model_times(self, facts: PlanFacts) -> ModelTimes | None:
-        """Times of the whole model as the facts split it; None without a clock or a split."""
-        bench, thresholds = self.bench, thresholds_of(self.sites, facts.outcome.allocation)
-        return model_times(bench, thresholds, self.clock, lambda: build_plan(bench, facts))
+    def _model_times(self, facts: PlanFacts, clock: str | None = None) -> ModelTimes | None:
+        """Times of the whole model as the facts split it; None without a clock or a split.
 
-    def _compiled(self, facts: PlanFacts) -> ModelTimes | None:
-        """Times of the compiled model, where that is faster as the facts split it."""
+        clock: another than the calibration's own.
+        """
         bench, thresholds = self.bench, thresholds_of(self.sites, facts.outcome.allocation)
-        return compiled_instead(bench, thresholds, lambda: build_plan(bench, facts))
+        return model_times(bench, thresholds, clock or self.clock, lambda: build_plan(bench, facts))
 
     def _with_fewer(self, facts: PlanFacts, search: Search, slower: ModelTimes) -> PlanFacts:
         """The facts with those sites split that pay in the whole model; with none if none do.

@@ -84,14 +84,6 @@ def dense_pass(bench: Workbench) -> DensePass | None:
     return DensePass(*bench.kept("a dense pass", look))
 
 
-def compiled_instead(
-    bench: Workbench, thresholds: Thresholds, plan: Callable[[], Plan]
-) -> ModelTimes | None:
-    """Times of the compiled model, where that is faster split; else, or if none compiles, None."""
-    found = model_times(bench, thresholds, "compiled", plan)
-    return found if found is not None and found.clock == "compiled" and not found.slower else None
-
-
 def model_times(
     bench: Workbench, thresholds: Thresholds, clock: str, plan: Callable[[], Plan]
 ) -> ModelTimes | None:

@@ -27,6 +27,12 @@ from freqopt.errors import InputError, PlanError, SiteError, unwrapped
 from freqopt.grid import Grid
 from freqopt.options import Compiled, load_plan
 from freqopt.parallel.compiled_blocks import Blocks
+from freqopt.parallel.refusals import (
+    computed_otherwise,
+    of_another_form,
+    reaches_all_keys,
+    untold,
+)
 from freqopt.parallel.sequence import Method, attention_over_ranks
 from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.passes.nodes import is_distributed
@@ -151,11 +157,7 @@ class _Served:
             else:
                 output = self._in_blocks(now, self.inner, args, kwargs)
         if missing := sorted(set(now.places) - now.met):
-            raise SiteError(
-                f"attention at {missing[0]} is not computed by scaled_dot_product_attention, so it "
-                "saw the keys of this rank only; use PyTorch's (in diffusers: "
-                "set_attention_backend('native'))"
-            )
+            raise computed_otherwise(missing[0])
         return output
 
     def _in_blocks(
@@ -219,10 +221,8 @@ class _Served:
         for site in sites:
             if site.kind == "cross":
                 continue
-            if site.kind not in ("self", "joint"):
-                raise SiteError(
-                    f"attention at {site.name} may need keys of other ranks, or not: {site.why}"
-                )
+            if not reaches_all_keys(site):
+                raise untold(site)
             found[site.name] = _Place(names.get(site.name), site.attention.mask is not None)
         return found
 
@@ -325,7 +325,7 @@ def _arguments(
     if any(is_distributed(tensor) for tensor in (query, key, value)):
         raise SiteError(f"attention at {name} stays as it is: {Reason.DISTRIBUTED().seen}")
     if is_causal or dropout_p:
-        raise SiteError(f"attention at {name} is causal or has dropout, which over all keys is not")
+        raise of_another_form(name)
     mask = None
     if attn_mask is not None:
         wide = (query.shape[0], key.shape[2])

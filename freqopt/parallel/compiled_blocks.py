@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from freqopt.backend import inner_backend
+from freqopt.capture.eager import ATTENTION
 from freqopt.capture.modules import blocks_around, module_of_site, modules_of
 from freqopt.errors import SiteError, through_compiler
-from freqopt.kernels.mark import mark
+from freqopt.kernels.mark import first_tensor, mark, with_item
 from freqopt.options import Compiled
+from freqopt.parallel.refusals import (
+    computed_otherwise,
+    of_another_form,
+    reaches_all_keys,
+    untold,
+)
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids
 from freqopt.passes.manager import rewrite
@@ -32,7 +39,6 @@ NUMBERS = "freqopt_site_numbers"
 ASKS = -20_260_010
 """Key of our hook, the same in all modules: the compiler guards on the keys of hooks."""
 
-ATTENTION = "scaled_dot_product_attention"
 OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 Ask = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -122,17 +128,12 @@ def bring_numbers(
     """Forward pre-hook of a module with attention: marks a tensor by the numbers of its sites."""
     if not torch.compiler.is_compiling():
         return None
+    at = first_tensor(args, kwargs)
+    if at is None:
+        return None
     for nth, number in module.__dict__[NUMBERS]:
-        done = False
-        for index, item in enumerate(args):
-            if not done and isinstance(item, Tensor):
-                args, done = (
-                    (*args[:index], mark(item, number, [], nth, 0), *args[index + 1 :]),
-                    True,
-                )
-        for name, item in kwargs.items():
-            if not done and isinstance(item, Tensor):
-                kwargs, done = {**kwargs, name: mark(item, number, [], nth, 0)}, True
+        item = args[at] if isinstance(at, int) else kwargs[at]
+        args, kwargs = with_item(args, kwargs, at, mark(item, number, [], nth, 0))
     return args, kwargs
 
 
@@ -149,14 +150,9 @@ def _decided(sites: Sequence[Site]) -> list[Decision]:
             found.append(Decision(site, False, site.why))
             continue
         if operation(site.node) != ATTENTION:
-            raise SiteError(
-                f"attention at {site.name} is not computed by {ATTENTION}; use PyTorch's (in "
-                "diffusers: set_attention_backend('native'))"
-            )
-        if site.kind not in ("self", "joint") or site.mark is None:
-            raise SiteError(
-                f"attention at {site.name} may need keys of other ranks, or not: {site.why}"
-            )
+            raise computed_otherwise(site.name)
+        if not reaches_all_keys(site) or site.mark is None:
+            raise untold(site)
         found.append(Decision(site, True, Reason.BY_MODULE(), site.mark.budget))
     return found
 
@@ -170,9 +166,7 @@ def _operands(site: Site) -> Mapping[str, Any]:
     node = site.node
     given = dict.fromkeys(OPERANDS) | dict(zip(OPERANDS, node.args, strict=False)) | node.kwargs
     if given["is_causal"] or given["dropout_p"]:
-        raise SiteError(
-            f"attention at {site.name} is causal or has dropout, which over all keys is not"
-        )
+        raise of_another_form(site.name)
     return given
 
 

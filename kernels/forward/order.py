@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.content_order import LEAF, RANK, SAMPLES, SEGMENT_SAMPLES, enclosing
 from freqopt.kernels.launches import Bound
 from freqopt.kernels.order_launches import LEVELS, MOMENT_PARTS, order_launches
@@ -23,7 +22,6 @@ from freqopt.kernels.portable.order import (
     rank_tokens_kernel,
     segment_kernel,
 )
-from freqopt.kernels.repeat import form_of
 from freqopt.kernels.tape import queued
 from freqopt.kernels.tiles import padded_dim
 
@@ -44,21 +42,6 @@ def order_by_content(
         chunks: (H,) int32, on the device.
         largest_chunk: at least the largest of them.
     """
-    given = tokens_of, base, chunks, largest_chunk, text_before, order
-    if tokens_of.is_cuda and not torch.cuda.is_current_stream_capturing():
-        form = form_of((tokens_of, base, chunks, order)), largest_chunk, text_before
-        compile_first(("order", form), lambda: _launch_all(*given))
-    _launch_all(*given)
-
-
-def _launch_all(
-    tokens_of: Tensor,
-    base: Tensor,
-    chunks: Tensor,
-    largest_chunk: int,
-    text_before: int,
-    order: Tensor,
-) -> None:
     batch, heads, _, dim = tokens_of.shape
     pairs, tokens, device = batch * heads, base.shape[0], tokens_of.device
     strides = tokens_of.stride()[:3]
