@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 16
@@ -35,8 +38,9 @@ def is_compiling() -> bool:
 def compile_first(form: Any, run: Callable[[], object]) -> None:
     """Compile what `run` launches, unless that was done for the same form of call.
 
-    run: allocates and launches as the call will. There are no results, so it must not look at any,
-    nor take a place in memory from them. Where a kernel does not compile, the call itself says so.
+    run: allocates and launches as the call will. There are no results: what kernels would have
+    written is zero, so that an operation of PyTorch may take it for places in memory, and nothing
+    else may be concluded from it. Where a kernel does not compile, the call itself says so.
     """
     if is_compiling() or workers() < 2:
         return
@@ -74,7 +78,30 @@ def _compiling() -> Iterator[None]:
 
     _here.compiling = True
     try:
-        with ThreadPoolExecutor(workers()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        with (
+            ThreadPoolExecutor(workers()) as pool,
+            AsyncCompileMode(pool, ignore_errors=True),
+            _Zeros(),
+        ):
             yield
     finally:
         _here.compiling = False
+
+
+class _Zeros(TorchDispatchMode):
+    """New memory holds zeros: left as it is found, it would send `gather` anywhere."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return found.zero_() if function.overloadpacket in _ALLOCATING else found
+
+
+_ALLOCATING = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}

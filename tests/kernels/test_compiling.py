@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -109,6 +110,39 @@ def test_one_core_compiles_as_it_launches(monkeypatch: pytest.MonkeyPatch) -> No
     kernel = Kernel()
     compile_first("form", run_with(kernel))
     assert not kernel.done
+
+
+@pytest.fixture
+def _poison() -> Iterator[None]:
+    """New memory holds the largest number there is."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("_poison")
+@pytest.mark.parametrize("memory", [
+    lambda: torch.empty(5, dtype=torch.int64),
+    lambda: torch.empty_like(torch.ones(5, dtype=torch.int64)),
+    lambda: torch.empty_strided((5,), (2,), dtype=torch.int64),
+    lambda: torch.ones(5, dtype=torch.int64).new_empty(5),
+])  # fmt: skip
+def test_what_kernels_would_write_may_be_taken_for_places(
+    memory: Callable[[], torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    table, seen = torch.arange(3, 10), []
+
+    def run() -> None:
+        places = memory()
+        run_with(Kernel())()
+        seen.append(table[places].tolist())
+        seen.append(torch.full((2,), 7, dtype=torch.int64).tolist())
+
+    assert int(memory()[0]) == torch.iinfo(torch.int64).max
+    compile_first("form", run)
+    assert seen == [[3] * 5, [7] * 2] and not caplog.records
+    assert int(memory()[0]) == torch.iinfo(torch.int64).max
 
 
 def test_many_forms_are_not_kept_for_ever() -> None:
