@@ -6,6 +6,7 @@ first call waits for the sum of them while the other cores have nothing to do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -68,28 +69,45 @@ def workers() -> int:
 
 def compiled_alone(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What compiles a kernel for the arguments that it is called with, and does not launch it."""
-    found: Callable[..., Any] = functools.partial(kernel.warmup, grid=grid)
-    return found
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        found = kernel.warmup(*args, grid=grid, **kwargs)
+        _here.found.append(found)
+        return found
+
+    return compiled
 
 
 @contextmanager
 def _compiling() -> Iterator[None]:
     from triton import AsyncCompileMode
 
-    _here.compiling = True
+    _here.compiling, _here.found = True, []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     try:
-        with (
-            ThreadPoolExecutor(workers()) as pool,
-            AsyncCompileMode(pool, ignore_errors=True),
-            _Zeros(),
-        ):
-            yield
+        with ThreadPoolExecutor(workers()) as pool:
+            with AsyncCompileMode(pool, ignore_errors=True), _Zeros():
+                yield
+            own = {id(found): found for found in _here.found}
+            list(pool.map(functools.partial(_load, device=device), own.values()))
     finally:
-        _here.compiling = False
+        _here.compiling, _here.found = False, []
+
+
+def _load(found: Any, device: int | None) -> None:
+    """Load a kernel onto a GPU, for which Triton has a C compiler build what launches it."""
+    kernel = found.result(ignore_errors=True) if hasattr(found, "result") else found
+    if kernel is None or device is None:
+        return
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # the launch will raise it too
+        kernel.run  # noqa: B018
 
 
 class _Zeros(TorchDispatchMode):
     """New memory holds zeros: left as it is found, it would send `gather` anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -19,8 +19,12 @@ from calibration_models import TinyVideo, make_model, make_sample
 import freqopt
 from freqopt.calibration import fewer, phases, survey, whole
 from freqopt.calibration.measure import clock, requests
+from freqopt.calibration.measure.ahead import compile_ahead
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
-from freqopt.calibration.measure.clock import fit_line, time_call
+from freqopt.calibration.measure.clock import fit_line, time_call, time_orders
+from freqopt.calibration.measure.curves import measure_curves
+from freqopt.calibration.measure.ladder import ORDERS, THRESHOLDS
+from freqopt.calibration.measure.tiles import SAMPLED_TILES
 from freqopt.calibration.runner import Runner
 from freqopt.calibration.search import workbench
 from freqopt.calibration.search.allocate import allocate, solve
@@ -426,6 +430,36 @@ def test_a_plan_from_a_cpu_says_that_nothing_was_timed() -> None:
     plan = freqopt.calibrate(make_model(), samples, target_error=0.2, progress=False)
     assert plan.evidence.timings == [] and site_times(plan) == {}
     assert "costs counted in multiply-adds, not measured on this cpu" in str(plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nothing_is_left_to_compile_when_a_gpu_measures(
+    dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def note(**known: Any) -> None:
+        if not known["cache_hit"]:
+            compiled.append(known["src"].name)
+
+    generator = torch.Generator("cuda").manual_seed(3)
+    query, key, value = torch.randn(
+        3, 1, 3, 5 * 24 * 30 + 7, dim, device="cuda", dtype=torch.bfloat16, generator=generator
+    )
+    call = AttentionCall(query, key, value, None, (5, 24, 30), 7, 0, dim**-0.5)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", note)
+    compile_ahead(call, ORDERS, SAMPLED_TILES, 64)
+    assert compiled
+    compiled.clear()
+    reading = measure_curves("site", call, call.dense(), 64, 0, SAMPLED_TILES, ORDERS)
+    density = torch.as_tensor(reading.curves["density"][0])
+    time_call(call, THRESHOLDS, density, 64)
+    time_orders(call, ORDERS)
+    assert not compiled
 
 
 @pytest.mark.gpu

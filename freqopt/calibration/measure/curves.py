@@ -69,19 +69,13 @@ def measure_curves(
     total = energy.sum().clamp(min=_TINY)
     offset = offset_of(site, number)
     rows: dict[str, list[Tensor]] = {name: [] for name in (*CURVES, FINE)}
-    video = call.layout.tokens
-    acting = [distinct(chunk, video) if video >= LEAST_TOKENS else 0 for chunk in orders]
+    acting = acting_orders(call, orders)
     chunks = list(dict.fromkeys(acting))
     by_content = {chunk: key_order(call, chunk) for chunk in chunks if chunk}
     with tensor_cores(dense.dtype):
         for heads, made in groups(call, len(chunks), THRESHOLDS, probes):
             measured = {
-                chunk: Sampled(
-                    made(by_content.get(chunk)),
-                    max(sampled // 2, 1) if chunk else sampled,
-                    offset,
-                    tried=chunk > 0,
-                )
+                chunk: Sampled.of(made(by_content.get(chunk)), chunk, sampled, offset)
                 for chunk in chunks
             }
             measure_worth(list(measured.values()))
@@ -93,6 +87,12 @@ def measure_curves(
     spectrum = key_spectrum(call.key, call.grid, call.text_before)
     key_heads = call.key.shape[1]
     return Reading(site, call.shape, call.grid, share, curves, spectrum, key_heads)
+
+
+def acting_orders(call: AttentionCall, orders: Sequence[int]) -> list[int]:
+    """What each of some orders acts as on a call's tokens: equal ones are measured once."""
+    video = call.layout.tokens
+    return [distinct(chunk, video) if video >= LEAST_TOKENS else 0 for chunk in orders]
 
 
 class Sampled:
@@ -114,6 +114,12 @@ class Sampled:
         self.first = list(range(count))[step // 2 :: step]
         self.rest = sorted(set(range(count)) - set(self.first))
         self.errors = heads.errors(self.chosen[step // 2 :: step])
+
+    @classmethod
+    def of(cls, heads: HeadsInOrder, chunk: int, sampled: int, offset: float) -> Sampled:
+        """See `measure_curves`; chunk: of the heads' order, 0 by the grid."""
+        own = max(sampled // 2, 1) if chunk else sampled
+        return cls(heads, own, offset, tried=chunk > 0)
 
     def measure_rest(self) -> None:
         """Measure the tiles of the sample that were left out."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.tiles import (
+    CHUNK_BYTES,
     HeadTokens,
     TileErrors,
     fit_probes,
@@ -23,7 +24,6 @@ from freqopt.calibration.measure.tiles import (
 )
 from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels import reference
-from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.layout import Inputs, Settings, text_bias
 
 GROUP_BYTES = 2**30
@@ -140,18 +140,12 @@ class HeadsTogether:
     ) -> None:
         """order: (B, Hkv, T) int32; None for the grid's."""
         from freqopt.kernels.forward.sampled import SampledCall
-        from freqopt.kernels.repeat import form_of
 
         limits = torch.zeros(call.query.shape[1], device=call.query.device, dtype=torch.float32)
         inputs = Inputs(
             call.query, call.key, call.value, limits, call.key_mask, call.layout, key_order=order
         )
-        settings = Settings(call.scale, 0.0, probes)
-        self._form = form_of(inputs.tensors), call.layout, settings
-        compile_first(
-            ("sampled", self._form), lambda: SampledCall(inputs, settings).fit(thresholds[:1])
-        )
-        self._call = SampledCall(inputs, settings)
+        self._call = SampledCall(inputs, Settings(call.scale, 0.0, probes))
         self._tokens, self._thresholds = call.layout.tokens, thresholds
         self.score = self._call.score
         self._coefficients, reported = self._call.fit(thresholds)
@@ -166,9 +160,6 @@ class HeadsTogether:
             return rows.float().view(*rows.shape[:2], *row.shape, -1) * real
 
         ones = torch.ones_like(self._coefficients[:1])
-        compile_first(
-            ("tiles", self._form, len(tiles)), lambda: list(self._call.attend(listed, [0.0], ones))
-        )
         ((_, exact),) = self._call.attend(listed, [0.0], ones)
         truth = of_tiles(exact)
         errors = torch.empty(
@@ -179,8 +170,13 @@ class HeadsTogether:
             dtype=torch.float32,
         )
         alongs = torch.empty_like(errors)
+        at_once, held = max(CHUNK_BYTES // (8 * truth.numel()), 1), list[Tensor]()
         for rung, rows in self._call.attend(listed, self._thresholds, self._coefficients):
-            wrong = of_tiles(rows).sub_(truth)
-            alongs[rung] = (wrong * truth).sum((0, -2, -1))
-            errors[rung] = wrong.square_().sum((0, -2, -1))
+            held.insert(0, of_tiles(rows))
+            if len(held) == at_once or not rung:  # the last one
+                wrong = torch.stack(held).sub_(truth)
+                own = slice(rung, rung + len(held))
+                alongs[own] = (wrong * truth).sum((1, -2, -1))
+                errors[own] = wrong.square_().sum((1, -2, -1))
+                held.clear()
         return TileErrors(errors, alongs)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.config import SMALLEST_CHUNK
-from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.content_order import content_order, enclosing
 
 
@@ -20,19 +19,12 @@ def key_order(call: AttentionCall, chunk: int) -> Tensor:
         tokens = key[:, :, layout.text_before : layout.text_before + layout.tokens]
         return content_order(tokens, base, chunks)
     from freqopt.kernels.forward.order import order_by_content
-    from freqopt.kernels.repeat import form_of
 
     if key.stride(-1) != 1:
         key = key.contiguous()
     order = torch.empty(*key.shape[:2], layout.tokens, device=key.device, dtype=torch.int32)
-    form = "order", form_of((key, base, chunks, order)), chunk, layout.text_before
-
-    def make() -> None:
-        order_by_content(key, base, chunks, chunk, layout.text_before, order)
-
     with torch.cuda.device(key.device):
-        compile_first(form, make)
-        make()
+        order_by_content(key, base, chunks, chunk, layout.text_before, order)
     return order
 
 

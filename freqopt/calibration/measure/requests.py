@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from freqopt.calibration.measure.ahead import compile_ahead
 from freqopt.calibration.measure.attention import (
     AttentionCall,
     AttentionShape,
@@ -155,6 +156,8 @@ class Measure(Request):
             return dense
         self.on_site()
         tiles, heads = self.tiles.get(site, SAMPLED_TILES), visit.heads
+        if dense.is_cuda:
+            compile_ahead(call, self.orders, tiles, self.probes)
         own = partial(
             measure_curves, site, call, dense, self.probes, self.number, tiles, self.orders
         )
