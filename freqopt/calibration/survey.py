@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freqopt.calibration.checkpoint import Entry
 from freqopt.calibration.estimate import runs_of
-from freqopt.calibration.measure.ladder import GRID_ALONE
+from freqopt.calibration.measure.ladder import EVERY_RUNG, GRID_ALONE, rungs_of
 from freqopt.calibration.measure.readings import MeasuredSite, Survey, pack, unpack
 from freqopt.calibration.measure.requests import Measure
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
@@ -55,6 +55,7 @@ def measure_sites(
                 number=index,
                 tiles=tiles_wanted(survey, index, len(fit) - index),
                 orders=orders,
+                rungs=rungs_of(index, len(fit)) if bench.runner.on_gpu else EVERY_RUNG,
                 launches=launches,
                 on_site=step,
             )

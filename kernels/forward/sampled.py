@@ -7,6 +7,7 @@ takes little memory beside its scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -51,9 +52,8 @@ class SampledCall:
         thresholds: ascending, each for all heads.
         """
         call, device = self.call, self.call.query.device
-        shape = (len(thresholds), *call.per_head)
-        coefficients = torch.ones(*shape, 2, device=device, dtype=torch.float32)
-        errors = torch.full(shape, torch.nan, device=device, dtype=torch.float32)
+        coefficients = _rows_of((*call.per_head, 2), len(thresholds), device).fill_(1.0)
+        errors = _rows_of(call.per_head, len(thresholds), device).fill_(torch.nan)
         if not self.probes:
             return coefficients, errors
         with on_device(call.query):
@@ -125,3 +125,11 @@ class SampledCall:
         limits = limits[:, None].expand(-1, self.call.pairs).contiguous()
         for rung in reversed(range(len(thresholds))):
             yield rung, limits[rung]
+
+
+def _rows_of(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Memory (count, *shape) whose rows are aligned alike: kernels are compiled for alignment."""
+    length = math.prod(shape)
+    rows = torch.empty(count, -(-length // 4) * 4, device=device, dtype=torch.float32)
+    found: Tensor = rows[:, :length].unflatten(1, shape)
+    return found

@@ -11,7 +11,13 @@ from freqopt.calibration.measure import tiles
 from freqopt.calibration.measure.attention import AttentionCall, AttentionShape
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.heads import head_tokens
-from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.ladder import (
+    EVERY_RUNG,
+    FEW_RUNS,
+    THRESHOLDS,
+    on_every_rung,
+    rungs_of,
+)
 from freqopt.calibration.measure.readings import CURVES, MeasuredSite, Sums, Survey
 from freqopt.calibration.measure.tiles import (
     SAMPLED_TILES,
@@ -127,6 +133,48 @@ def test_a_reading_of_some_tiles_is_near_that_of_all(call: AttentionCall) -> Non
     # 16 rungs and heads that go together, 8 samples: unbiased, and as far off as is said
     assert torch.stack(far).mean().abs() < 0.5
     assert 0.4 < torch.stack(far).square().mean().sqrt() < 1.8
+
+
+def test_two_runs_measure_all_rungs_between_them() -> None:
+    for runs in (1, FEW_RUNS - 1):
+        assert all(rungs_of(number, runs) == EVERY_RUNG for number in range(runs))
+    for number in range(3):
+        one, other = rungs_of(number, FEW_RUNS), rungs_of(number + 1, FEW_RUNS)
+        assert set(one) | set(other) == set(EVERY_RUNG) and list(one) == sorted(set(one))
+        assert {*one} & {*other} == {EVERY_RUNG[0], EVERY_RUNG[-1]}
+
+
+def test_between_rungs_curves_follow_density() -> None:
+    power = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64)
+    density = torch.linspace(1.0, 0.01, len(THRESHOLDS), dtype=torch.float64)[:, None].repeat(1, 3)
+    density[3:7, 2] = density[3, 2]  # nothing lies between these rungs
+    curves = power * density.log()
+    for number in range(2):
+        rungs = list(rungs_of(number, FEW_RUNS))
+        filled = on_every_rung(curves[rungs], rungs, density)
+        torch.testing.assert_close(filled, curves)
+
+
+@pytest.mark.parametrize("probes", [0, 64])
+def test_half_of_the_rungs_tell_what_all_do(call: AttentionCall, probes: int) -> None:
+    dense = call.dense()
+    whole = measure_curves("a", call, dense, probes).curves
+    halves = [
+        measure_curves("a", call, dense, probes, rungs=rungs_of(number, FEW_RUNS)).curves
+        for number in range(2)
+    ]
+    for number, half in enumerate(halves):
+        measured = list(rungs_of(number, FEW_RUNS))
+        for name, curve in half.items():
+            at = slice(None) if name in ("density", "fine") else measured
+            same = {"rtol": 1e-5, "atol": 1e-12, "equal_nan": True}
+            torch.testing.assert_close(curve[:, at], whole[name][:, at], **same)
+    near = (whole["density"] > 0.02) & (whole["density"] < 0.8)
+    assert near.sum() > 4
+    for name in ("own", "site"):
+        mean = (halves[0][name] + halves[1][name]) / 2
+        ratio = (mean / whole[name])[near]
+        assert ((ratio > 0.88) & (ratio < 1.13)).all() and abs(ratio.mean() - 1.0) < 0.03
 
 
 def test_chunks_do_not_change_the_result(

@@ -13,7 +13,7 @@ import torch
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.calibration.measure.curves import Sampled, acting_orders
 from freqopt.calibration.measure.heads import groups
-from freqopt.calibration.measure.ladder import THRESHOLDS
+from freqopt.calibration.measure.ladder import EVERY_RUNG, THRESHOLDS
 from freqopt.calibration.measure.orders import key_order
 from freqopt.kernels.compiling import compile_first
 from freqopt.kernels.layout import Inputs, Settings
@@ -40,7 +40,7 @@ def compile_ahead(call: AttentionCall, orders: Sequence[int], sampled: int, prob
             of_size = {part.stop - part.start: made for part, made in
                        groups(call, len(chunks), THRESHOLDS[:1], probes)}  # fmt: skip
             for made in of_size.values():
-                part = Sampled.of(made(order), chunk, sampled, 0.0)
+                part = Sampled.of(made(order), chunk, sampled, 0.0, EVERY_RUNG[:1])
                 if part.rest:
                     part.measure_rest()
         for chunk, fitted in (*((chunk, probes) for chunk in chunks), (0, 0)):

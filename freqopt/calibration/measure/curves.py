@@ -16,11 +16,13 @@ from freqopt.calibration.measure.attention import AttentionCall, count_lifted, h
 from freqopt.calibration.measure.heads import HeadsInOrder, groups
 from freqopt.calibration.measure.ladder import (
     CHOICES,
+    EVERY_RUNG,
     GRID_ALONE,
     LEAST_TOKENS,
     REFINEMENT,
     THRESHOLDS,
     Array,
+    on_every_rung,
 )
 from freqopt.calibration.measure.orders import distinct, key_order
 from freqopt.calibration.measure.readings import CURVES, FINE, Reading
@@ -56,6 +58,7 @@ def measure_curves(
     number: int = 0,
     sampled: int = SAMPLED_TILES,
     orders: Sequence[int] = GRID_ALONE,
+    rungs: Sequence[int] = EVERY_RUNG,
 ) -> Reading:
     """What a site's call shows.
 
@@ -63,7 +66,7 @@ def measure_curves(
     measure different tiles. sampled: query tiles to measure errors on; in orders by content half
     as many, and TRIAL_TILES where others are better for a head. orders: the first of ORDERS. Where
     one of them acts as another does, it has the other's curves, and where there are fewer than
-    LEAST_TOKENS the grid's.
+    LEAST_TOKENS the grid's. rungs: of the ladder, that errors are measured on; see `rungs_of`.
     """
     energy = head_energy(dense).double()
     total = energy.sum().clamp(min=_TINY)
@@ -73,9 +76,10 @@ def measure_curves(
     chunks = list(dict.fromkeys(acting))
     by_content = {chunk: key_order(call, chunk) for chunk in chunks if chunk}
     with tensor_cores(dense.dtype):
-        for heads, made in groups(call, len(chunks), THRESHOLDS, probes):
+        thresholds = [THRESHOLDS[rung] for rung in rungs]
+        for heads, made in groups(call, len(chunks), thresholds, probes):
             measured = {
-                chunk: Sampled.of(made(by_content.get(chunk)), chunk, sampled, offset)
+                chunk: Sampled.of(made(by_content.get(chunk)), chunk, sampled, offset, rungs)
                 for chunk in chunks
             }
             measure_worth(list(measured.values()))
@@ -100,12 +104,20 @@ class Sampled:
 
     first, rest: places in the sample that are measured, and that are not yet. tried: on TRIAL_TILES
     of them first, evenly spaced, where that saves much. `measure_rest` measures the others. Errors
-    of few tiles are unbiased too, and their deviation is larger. fine, density: shares (.., H) of
-    pairs that CHOICES lift, and of those the rungs of the ladder.
+    of few tiles are unbiased too, and their deviation is larger. rungs: that the heads are made
+    for. fine, density: shares (.., H) of pairs that CHOICES lift, and of those all of the ladder's.
     """
 
-    def __init__(self, heads: HeadsInOrder, sampled: int, offset: float, *, tried: bool) -> None:
-        self.heads, self.tiles = heads, heads.score.shape[2]
+    def __init__(
+        self,
+        heads: HeadsInOrder,
+        sampled: int,
+        offset: float,
+        rungs: Sequence[int],
+        *,
+        tried: bool,
+    ) -> None:
+        self.heads, self.tiles, self.rungs = heads, heads.score.shape[2], list(rungs)
         self.fine = densities(heads.score, CHOICES)
         self.density = self.fine[::REFINEMENT]
         self.chosen = even_sample(self.tiles, sampled, offset, heads.score.device)
@@ -116,10 +128,12 @@ class Sampled:
         self.errors = heads.errors(self.chosen[step // 2 :: step])
 
     @classmethod
-    def of(cls, heads: HeadsInOrder, chunk: int, sampled: int, offset: float) -> Sampled:
-        """See `measure_curves`; chunk: of the heads' order, 0 by the grid."""
+    def of(
+        cls, heads: HeadsInOrder, chunk: int, sampled: int, offset: float, rungs: Sequence[int]
+    ) -> Sampled:
+        """See `measure_curves`; chunk: of the heads' order, 0 by the grid. rungs: of the heads."""
         own = max(sampled // 2, 1) if chunk else sampled
-        return cls(heads, own, offset, tried=chunk > 0)
+        return cls(heads, own, offset, rungs, tried=chunk > 0)
 
     def measure_rest(self) -> None:
         """Measure the tiles of the sample that were left out."""
@@ -136,22 +150,30 @@ class Sampled:
         expansion = self.tiles / errors.error.shape[-1]
         energy = energy.clamp(min=_TINY)
         error, along = (expansion * x.double().sum(-1) for x in errors)
-        error = error.clamp(min=ROUNDING * energy)
+        error = self._smooth(error.clamp(min=ROUNDING * energy))
+        along = on_every_rung(along, self.rungs, self.density)
+        variance = variance_of_sum(errors.error.double(), self.tiles) / total.square()
         return {
             "density": self.density,
             "own": error / energy,
             "site": error / total,
             "bias": along / energy,
             "site_bias": along.square() / energy / total,
-            "probe": self.heads.probe_error,
-            "variance": variance_of_sum(errors.error.double(), self.tiles) / total.square(),
+            "probe": self._smooth(self.heads.probe_error),
+            "variance": on_every_rung(variance, self.rungs, self.density),
             FINE: self.fine,
         }
+
+    def _smooth(self, values: Tensor) -> Tensor:
+        """Positive values on every rung; between those measured they go as powers of density."""
+        if tuple(self.rungs) == EVERY_RUNG:
+            return values
+        return on_every_rung(values.clamp(min=_TINY).log(), self.rungs, self.density).exp()
 
     def log_errors(self) -> Array:
         """Logarithms of squared errors (H, densities) at TRIED_DENSITIES, up to a constant each."""
         error = self.errors.error.double().mean(-1).clamp(min=_TINY).log()
-        density, logs = torch.stack([self.density, error]).flip(1).cpu().numpy()
+        density, logs = torch.stack([self.density[self.rungs], error]).flip(1).cpu().numpy()
         heads = range(density.shape[1])
         return np.stack([np.interp(TRIED_DENSITIES, density[:, h], logs[:, h]) for h in heads])
 

@@ -24,7 +24,7 @@ from freqopt.calibration.measure.attention import (
 from freqopt.calibration.measure.clock import has_clock, time_call, time_of, time_orders
 from freqopt.calibration.measure.curves import measure_curves
 from freqopt.calibration.measure.joining import joined_readings, joined_timing
-from freqopt.calibration.measure.ladder import GRID_ALONE, THRESHOLDS
+from freqopt.calibration.measure.ladder import EVERY_RUNG, GRID_ALONE, THRESHOLDS
 from freqopt.calibration.measure.readings import Reading
 from freqopt.calibration.measure.tiles import SAMPLED_TILES
 from freqopt.calibration.team import Heads
@@ -135,7 +135,8 @@ class Measure(Request):
     skipped: sites to leave out, as measuring them failed before. timed: shapes whose times are
     known. number: of the run, as runs measure different tiles. tiles: query tiles of a site's call
     that errors are measured on, SAMPLED_TILES where none are given. orders: the first of ORDERS,
-    which are measured. launches: see `time_call`. on_site: called at each site.
+    which are measured. rungs: of the ladder, those measured. launches: see `time_call`. on_site:
+    called at each site.
     """
 
     skipped: Collection[str] = ()
@@ -144,6 +145,7 @@ class Measure(Request):
     number: int = 0
     tiles: Mapping[str, int] = field(default_factory=dict)
     orders: Sequence[int] = GRID_ALONE
+    rungs: Sequence[int] = EVERY_RUNG
     launches: bool = False
     on_site: Callable[[], None] = lambda: None
     lenient = True
@@ -158,9 +160,8 @@ class Measure(Request):
         tiles, heads = self.tiles.get(site, SAMPLED_TILES), visit.heads
         if dense.is_cuda:
             compile_ahead(call, self.orders, tiles, self.probes)
-        own = partial(
-            measure_curves, site, call, dense, self.probes, self.number, tiles, self.orders
-        )
+        settings = self.probes, self.number, tiles, self.orders, self.rungs
+        own = partial(measure_curves, site, call, dense, *settings)
         energy = 0.0 if heads.share is None else float(head_energy(dense).double().sum())
         of_all = heads.team.together(lambda: (own(), energy))
         reading = joined_readings(heads, [each for each, _ in of_all], [e for _, e in of_all])
