@@ -3,7 +3,8 @@
 The class is diffusers' own; weights are random, made on the device, and so are the samples: fields
 with the statistics of natural video, with the noise of their timestep. For each grid: the dense
 model (time of a step, compile time, peak memory), a calibration (wall time by phase, peak memory),
-and the model split by that plan (time of a step, compile time, error).
+and the model split by that plan, blocks compiled and in eager mode (time of a step and of the
+attention in it, compile time, error).
 
 The file is written after each part. `--seconds` ends a run: what a calibration has measured by then
 is kept in a checkpoint, in the folder work beside the results, and the next run goes on from there.
@@ -30,6 +31,8 @@ import freqopt
 from benchmarks.common import environment, write
 from benchmarks.natural import natural_field
 from benchmarks.pages import RESULTS
+from benchmarks.profiles import profiled
+from freqopt.front.state import Route
 
 GRIDS = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
 """Tokens of 81 frames of 480 x 832 and 720 x 1280."""
@@ -246,13 +249,24 @@ class Bench:
         call = samples(grid, 1, self.size, self.device, self.dtype)[0]
         with torch.no_grad():
             truth = self.model(**call)[0].double()
-        handle = freqopt.optimize(self.model, plan, route="regional")
+        return {
+            **self._split(plan, "regional", "split, blocks compiled", call, truth),
+            "eager": self._split(plan, "eager", "split, eager", call, truth),
+        }
+
+    def _split(
+        self, plan: freqopt.Plan, route: Route, name: str, call: dict[str, Any], truth: Tensor
+    ) -> dict[str, Any]:
+        handle = freqopt.optimize(self.model, plan, route=route)
         try:
-            row = self.run("split, blocks compiled", call)
+            row = self.run(name, call)
+            with torch.no_grad():
+                parts = profiled(lambda: self.model(**call), self.device, self.meter.wait)
         finally:
             handle.disable()
         difference = row.pop("output").double() - truth
-        return {**row, "error": float(difference.norm() / truth.norm())}
+        error = float(difference.norm() / truth.norm())
+        return {**row, "attention_s": parts.attention, "error": error}
 
 
 @contextmanager

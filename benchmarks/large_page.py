@@ -23,6 +23,13 @@ def page() -> Iterator[str]:
     yield ""
     head = ["tokens", "dense", "dense, compiled", "split, compiled", "", "L2", "first call", "GiB"]
     yield from table(head, [_step(row) for row in rows.values() if "dense" in row])
+    if both := [row for row in rows.values() if "eager" in row.get("split", {})]:
+        yield ""
+        yield "Split with blocks compiled, and without a compiler; *attention* is all of a step's,"
+        yield "that between video and text too, by a profile of one step."
+        yield ""
+        head = ["tokens", "compiled", "of it attention", "eager", "of it attention", "L2 eager"]
+        yield from table(head, [_routes(row) for row in both])
     yield ""
     yield "## Calibration"
     yield ""
@@ -52,6 +59,18 @@ def _step(row: dict[str, Any]) -> list[str]:
         f"{split['error']:.4f}",
         f"{split['compile_s']:.0f} s",
         f"{split['peak_gib']:.0f}",
+    ]
+
+
+def _routes(row: dict[str, Any]) -> list[str]:
+    compiled, eager = row["split"], row["split"]["eager"]
+    return [
+        f"{row['tokens']:,}",
+        f"{compiled['step_s']:.2f} s",
+        f"{compiled['attention_s']:.3f} s",
+        f"{eager['step_s']:.2f} s",
+        f"{eager['attention_s']:.3f} s",
+        f"{eager['error']:.4f}",
     ]
 
 

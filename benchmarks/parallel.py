@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import parallel_page
 from benchmarks.common import environment, write
+from benchmarks.profiles import profiled
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import (
     Budget,
@@ -71,9 +71,6 @@ GRID = (21, 45, 80)
 """Tokens of 81 frames of 720 x 1280."""
 
 ROWS = ("dense", "split", "balanced", "all-keys", "one-gpu")
-
-OF_DENSE = ("flash", "fmha", "sdpa")
-"""What kernels of dense attention have in their names."""
 
 
 def model_of(size: str, layers: int | None, device: torch.device) -> nn.Module:
@@ -215,45 +212,14 @@ class Clock:
         return Step(statistics.median(times), *self._shares(run))
 
     def _shares(self, run: Callable[[], Tensor]) -> tuple[float, float]:
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        kinds = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            kinds.append(ProfilerActivity.CUDA)
-        with profile(activities=kinds) as found:
-            self._wait()
-            start = time.perf_counter()
-            run()
-            self._wait()
-            whole = 1e6 * (time.perf_counter() - start)
-        on_gpu = self.device.type == "cuda"
-        ours = split_kernels()
-        collectives = attention = 0.0
-        for event in found.key_averages():
-            if on_gpu and event.device_type != DeviceType.CUDA:
-                continue  # of an operation, whose kernels are counted by themselves
-            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            name = event.key.lower()
-            if name.startswith(("nccl",) if on_gpu else ("gloo:",)):
-                collectives += spent
-            elif event.key in ours or any(part in name for part in OF_DENSE):
-                attention += spent
-        return min(collectives / whole, 0.999), min(attention / whole, 0.999)
+        parts = profiled(run, self.device, self._wait)
+        of_all = parts.collectives / parts.whole, parts.attention / parts.whole
+        return min(of_all[0], 0.999), min(of_all[1], 0.999)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
-
-
-def split_kernels() -> set[str]:
-    """Names under which a profile has the kernels of split attention, on a GPU or a CPU."""
-    from triton.runtime import JITFunction
-
-    loaded = [m for name, m in sys.modules.items() if name.startswith("freqopt.kernels")]
-    kernels = {v for module in loaded for v in vars(module).values() if isinstance(v, JITFunction)}
-    return {kernel.__name__ for kernel in kernels} | {"freqopt::split_attention"}
 
 
 @contextmanager
