@@ -3,7 +3,8 @@
 The zoo's model makes the same clips dense, with split attention, and with the same blocks exact and
 the rest dropped, as block-sparse attention does. The first 0, 2, 5 or 10 steps are left dense in
 turn, as others do. Clips are compared one by one (their PSNR differs by 10 dB), by PSNR, SSIM and
-SSIM at several scales; beside them stands what another dense backend alone makes of a clip.
+SSIM at several scales, and by the objects of the dense clip that stay (`benchmarks.objects`);
+beside them stands what another dense backend alone makes of a clip.
 `--distilled` takes the model of four steps, and makes it a plan of its own for each density.
 `--frames`, `--height`, `--width` and `--steps` make it small enough for a CPU.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import rival_calls
 from benchmarks.common import environment, write
+from benchmarks.objects import Objects
 from freqopt.config import DEFAULT_PROBES
 from freqopt.demo import video as pictures
 from freqopt.errors import OptionError
@@ -166,6 +168,17 @@ def compared(video: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
+class Truth:
+    """A dense clip that others are judged by."""
+
+    def __init__(self, video: Tensor) -> None:
+        self.video, self.objects = video, Objects(video)
+
+    def judge(self, video: Tensor) -> dict[str, float]:
+        """How close a clip is, and which of the objects it has."""
+        return {**compared(video, self.video), **self.objects.kept(video)._asdict()}
+
+
 def other_dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Dense attention by another order of sums: what no method can be closer than."""
     weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
@@ -184,8 +197,8 @@ def measure(
     rows = []
     for seed in seeds:
         own = {**size, "seed": seed}
-        reference = generate(model, None, own)
-        floor = compared(generate(model, other_dense, own), reference)
+        truth = Truth(generate(model, None, own))
+        floor = truth.judge(generate(model, other_dense, own))
         rows.append({"seed": seed, "method": "another dense backend", **floor})
         print(f"seed {seed}: another dense backend {floor['psnr_db']:.1f} dB", flush=True)
         for method, make in (("freqopt", split), ("the rest dropped", dropping)):
@@ -199,11 +212,12 @@ def measure(
                         "method": method,
                         "density": density,
                         "dense_steps": first,
-                        **compared(video, reference),
+                        **truth.judge(video),
                     }
                     print(
                         f"seed {seed}: {method:16} density {density:.3g}, {first:2} dense steps: "
-                        f"{row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}",
+                        f"{row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}, "
+                        f"objects kept {row['objects_kept']:.0%}",
                         flush=True,
                     )
                     rows.append(row)
@@ -217,7 +231,7 @@ def planned(
 
     Also returned is why a density has none: short clips have no plan for low ones.
     """
-    references = {seed: generate(model, None, {**size, "seed": seed}) for seed in seeds}
+    truths = {seed: Truth(generate(model, None, {**size, "seed": seed})) for seed in seeds}
     samples = denoising_samples(model, PLANNED_ON, **size)
     rows, without = [], []
     for density in densities:
@@ -232,7 +246,7 @@ def planned(
         split_sites = sum(site.decision == "split" for site in plan.sites.values())
         handle = freqopt.optimize(model, plan, route="eager")
         try:
-            for seed, reference in references.items():
+            for seed, truth in truths.items():
                 video = generate(model, None, {**size, "seed": seed})
                 row = {
                     "seed": seed,
@@ -241,7 +255,7 @@ def planned(
                     "dense_steps": 0,
                     "planned_density": plan.mean_density,
                     "split_sites": split_sites,
-                    **compared(video, reference),
+                    **truth.judge(video),
                 }
                 print(
                     f"seed {seed}: own plan, density {plan.mean_density:.3g}, {split_sites} sites "

@@ -283,7 +283,11 @@ def real(result: dict[str, Any]) -> list[str]:
 
 
 def generations(result: dict[str, Any]) -> list[str]:
-    """A row for each clip, method and density; dense steps in columns of PSNR and SSIM."""
+    """A row for each clip, method, density and number of dense steps.
+
+    Files of before objects were counted have no columns for them.
+    """
+    counted = counts_objects(result)
     cells = [
         [
             str(row["seed"]),
@@ -293,11 +297,21 @@ def generations(result: dict[str, Any]) -> list[str]:
             f"{row['psnr_db']:.1f} dB",
             f"{row['ssim']:.4f}",
             f"{row['ssim_scales']:.4f}",
+            *([f"{100 * row[name]:.0f} %" for name in OBJECTS] if counted else ()),
         ]
         for row in result["rows"]
     ]
     head = ["clip", "method", "density", "dense steps", "PSNR", "SSIM", "SSIM at scales"]
-    return table(head, cells)
+    return table([*head, *OBJECTS.values()] if counted else head, cells)
+
+
+OBJECTS = {"objects_kept": "objects kept", "frames_with_all": "frames with all objects"}
+"""What rows of generations say of objects, and the columns' heads."""
+
+
+def counts_objects(result: dict[str, Any]) -> bool:
+    """Whether objects were counted in generations."""
+    return all(name in row for row in result["rows"] for name in OBJECTS)
 
 
 def backward(result: dict[str, Any]) -> list[str]:

@@ -239,7 +239,16 @@ def whole_generations() -> Iterator[str]:
     yield f"Clips of {result['tokens']:,} tokens in {settings['steps']} steps, compared one by one."
     yield "*The rest dropped* has the same blocks exact as ours, and nothing else."
     yield "*SSIM at scales* is its mean at full, half and quarter size."
+    yield from about_objects(result)
     yield from ("", origin(result), "", *readme.generations(result))
+
+
+def about_objects(result: dict[str, Any]) -> Iterator[str]:
+    """What the columns of objects are, where a file has them."""
+    if not readme.counts_objects(result):
+        return
+    yield "*Objects* are regions of a colour that stands out from the background; one is *kept* if"
+    yield "the same frame has a region of that colour in its place, a third of both in common."
 
 
 def few_steps() -> Iterator[str]:
@@ -248,6 +257,7 @@ def few_steps() -> Iterator[str]:
     yield "The zoo's model, distilled to four steps by an adapter of low rank,"
     yield f"makes clips of {result['tokens']:,} tokens, compared with its own dense ones."
     yield "*Own plan* is calibrated on its steps, of other clips, for the density of the row."
+    yield from about_objects(result)
     yield from ("", origin(result), "", *readme.generations(result))
     yield from (f"\nNo plan at {why}." for why in result["without_plan"])
 

@@ -106,5 +106,7 @@ def test_the_benchmark_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monke
     floor = rows["another dense backend", None]["psnr_db"]
     ours = [rows["freqopt", steps]["psnr_db"] for steps in (0, 2)]
     dropped = [rows["the rest dropped", steps]["psnr_db"] for steps in (0, 2)]
+    kept = {name: row["objects_kept"] for name, row in rows.items()}
+    assert kept["another dense backend", None] == 1 and all(0 <= x <= 1 for x in kept.values())
     assert floor > ours[1] > ours[0] > 20 and dropped[1] > dropped[0]
     assert ours[0] > dropped[0] and ours[1] > dropped[1]

@@ -156,6 +156,12 @@ def test_generations_are_shown_clip_by_clip() -> None:
     ]
     said = readme.generations({"rows": rows})
     assert said[3] == "| 0 | freqopt | 10 % | 2 | 40.0 dB | 0.9900 | 0.9950 |"
+    assert not list(results_pages.about_objects({"rows": rows}))
+    rows = [{**row, "objects_kept": 0.955, "frames_with_all": 0.5} for row in rows]
+    said = readme.generations({"rows": rows})
+    assert said[0].endswith("| SSIM at scales | objects kept | frames with all objects |")
+    assert said[3].endswith("| 0.9950 | 96 % | 50 % |")
+    assert list(results_pages.about_objects({"rows": rows}))
 
 
 def test_a_composition_shows_both_models_and_what_has_no_figure() -> None:
