@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.calibration_bench import Bench, Generated, make_bench, sampled_inputs
+from benchmarks.calibration_page import TARGETS
 from benchmarks.calibration_plots import draw
 from benchmarks.calibration_variants import (
     ALL,
@@ -60,16 +61,6 @@ CURVE = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 
 BEYOND = 4.0
 """One more for uniform budgets: they need more to have the error of the densest calibrated ones."""
-
-TARGETS = {
-    "error on unseen samples / target": "0.8 to 1.05",
-    "density at equal error, calibrated / uniform": "at most 0.6 (aim: 0.5)",
-    "PSNR at the first density, dB": "41 at 10 % (aim: 43)",
-    "PSNR at the second density, dB": "36 at 5 % (aim: 38)",
-    "calibration, s": "at most 60 on an H200 (aim: 30)",
-    "probe error, rank correlation over calls": "at least 0.9 (aim: 0.97)",
-    "probe error / true error": "0.9 to 1.1",
-}
 
 
 @dataclass

@@ -161,10 +161,11 @@ def calibration() -> Iterator[str]:
     result = load("calibration")
     yield "Calibrated budgets are compared with one threshold for everything,"
     yield "and with budgets from all ingredients but one."
-    yield "Rows about the mid band are of a calibration that still measured it"
-    yield "([why it does not](../decisions/mid-band.md))."
     yield from ("", origin(result), *calibration_page.rows(result), "")
-    yield f"![Ingredients, and error against density]({FILES}/calibration.png)"
+    yield f"![Error against density]({FILES}/calibration.png)"
+    earlier = load("calibration_7dae3f7")
+    yield from ("", "## One ingredient left out", "", "Of an earlier commit.")
+    yield from ("", origin(earlier), "", *calibration_page.left_out(earlier))
 
 
 def exported() -> Iterator[str]:
@@ -337,7 +338,7 @@ PAGES = (
         "calibration",
         "Calibration",
         "What budgets per head and timestep are worth",
-        ("calibration",),
+        ("calibration", "calibration_7dae3f7"),
         calibration,
     ),
     Page(

@@ -120,9 +120,8 @@ class SampledCall:
 
     def _descending(self, thresholds: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
         """Numbers of the thresholds from the highest down, and each for all (B, H)."""
-        device = self.score.device
-        limits = torch.tensor(thresholds, device=device, dtype=torch.float32)
-        limits = limits[:, None].expand(-1, self.call.pairs).contiguous()
+        limits = _rows_of((self.call.pairs,), len(thresholds), self.score.device)
+        limits.copy_(torch.tensor(thresholds, dtype=torch.float32, device="cpu")[:, None])
         for rung in reversed(range(len(thresholds))):
             yield rung, limits[rung]
 
