@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -74,6 +75,46 @@ def test_kernels_are_compiled_together_once_for_a_form() -> None:
     assert len(kernel.done) == 4 and not compiling.is_compiling()
     run()
     assert kernel.done[4:] == [("launched", (3, 5), (n,)) for n in range(2)]
+
+
+class Loaded(Kernel):
+    """Notes, too, that it was loaded onto a GPU, and fails there if it is to."""
+
+    broken = False
+
+    @property
+    def run(self) -> str:
+        self.done.append(("loaded", (), ()))
+        if self.broken:
+            raise RuntimeError("too much shared memory")
+        return "launcher"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_compiled_is_loaded_onto_the_gpu(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    current: list[int] = []
+
+    @contextlib.contextmanager
+    def device(number: int) -> Iterator[None]:
+        current.append(number)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel, other = Loaded(), Loaded(fails=True)
+    kernel.broken = broken
+
+    def run() -> None:
+        run_with(kernel)()
+        run_with(other)()
+
+    compile_first("form", run)
+    assert [what for what, _, _ in kernel.done] == ["compiled"] * 2 + ["loaded"] * 2
+    assert not other.done  # it did not compile
+    assert current == [3, 3] and not caplog.records
 
 
 def test_what_does_not_compile_is_left_to_the_call() -> None:
