@@ -1,0 +1,24 @@
+"""Builds of exports share their objects: the same few sources are in most of what is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+from compile_once import write_compiler
+
+from freqopt.exporters.onnx.library import compiler
+from freqopt.exporters.problems import NotAvailableError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """$CXX keeps objects for all workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(NotAvailableError):  # those who need one say so
+            patch.setenv("CXX", str(write_compiler(shared / "objects", compiler())))
+        yield
