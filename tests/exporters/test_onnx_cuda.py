@@ -406,14 +406,15 @@ def test_unsupported_variants(tmp_path: Path) -> None:
 
 WIDEST = """
 import json
-from freqopt.kernels.specialise import compile_specialised, specialisations
+from freqopt.kernels.specialise import specialisations
 from freqopt.kernels.variant import CAPABILITIES, Variant
+from without_code import shared_by
 found = {}
 for capability in (90,):
     variant = Variant(capability, "float32", 256, True)
     for given in specialisations(variant):
         if given.name in ("probe", "attend", "text"):
-            shared = compile_specialised(given, variant).metadata.shared
+            shared = shared_by(given, variant)
             found[f"{given.name} {capability}"] = [shared, CAPABILITIES[capability]]
 print(json.dumps(found))
 """

@@ -82,11 +82,12 @@ print(json.dumps(found))
 
 WIDE_SCRIPT = """
 import json, sys
-from freqopt.kernels.specialise import compile_specialised, specialisations
+from freqopt.kernels.specialise import specialisations
 from freqopt.kernels.variant import Variant
+from without_code import shared_by
 variant = Variant(int(sys.argv[1]), sys.argv[2], 256, True)
 # The text kernel is onnxruntime's alone.
-print(json.dumps({g.name: compile_specialised(g, variant).metadata.shared
+print(json.dumps({g.name: shared_by(g, variant)
                   for g in specialisations(variant) if g.name != "text"}))
 """
 
