@@ -129,11 +129,14 @@ def node_of(
     wanted += [("u32", name) for name in integers]
     wanted += [("u64", o.argument) for o in step.outputs]
     assert outputs <= set(names), f"{function} takes no {outputs - set(names)}"
-    tactics = [
-        _tactic(option, step, variant, scale, wanted, folder) for option in _tilings(given, variant)
-    ]
-    fits = [t for t in tactics if t["shared"] <= PLAIN_SHARED]
-    tactics = tactics[:1] if tactics[0]["shared"] <= PLAIN_SHARED else [tactics[0], *fits[:1]]
+    tactics = []
+    for option in _tilings(given, variant):  # compiling is slow: no further than one that fits
+        tactic = _tactic(option, step, variant, scale, wanted, folder)
+        fits = tactic["shared"] <= PLAIN_SHARED
+        if fits or not tactics:
+            tactics.append(tactic)
+        if fits:
+            break
     own = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[variant.dtype]
 
     def kind(argument: str) -> str:
