@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,24 @@ def plan_for(model: nn.Module, **sites: float) -> Plan:
             "evidence": {"samples": 1, "held_out": 1},
         }
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _translated_once() -> Iterator[None]:
+    """Most tests write one program in many ways, and translating it is most of the time."""
+    translate, made = onnx_export.translate, dict[tuple[int, int, bool], Any]()
+    programs: list[Program] = []  # kept, as they are told apart by id
+
+    def once(program: Program, opset: int, *, bodies: bool) -> Any:
+        key = (id(program), opset, bodies)
+        if key not in made:
+            programs.append(program)
+            made[key] = translate(program, opset, bodies=bodies)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "translate", once)
+        yield
 
 
 @pytest.fixture(scope="module")
