@@ -34,6 +34,8 @@ def main(folder: Path, compiler: str, words: Sequence[str]) -> int:
     """Compile the sources among the words one by one, then link; the compiler's exit status."""
     behind = {at + 1 for at, word in enumerate(words) if word in ("-o", "-include")}
     sources = [at for at, x in enumerate(words) if x.endswith(".cc") and at not in behind]
+    if {"-c", "-E", "-S"} & set(words):
+        sources = []  # nothing to link
     targets = {at + by for at, word in enumerate(words) if word == "-o" for by in (0, 1)}
     passed = [
         word
