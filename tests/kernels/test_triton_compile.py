@@ -82,14 +82,20 @@ print(json.dumps(found))
 
 WIDE_SCRIPT = """
 import json, sys
-from freqopt.kernels.specialise import specialisations
+from freqopt.kernels.specialise import compile_specialised, specialisations
 from freqopt.kernels.variant import Variant
 from without_code import shared_by
 variant = Variant(int(sys.argv[1]), sys.argv[2], 256, True)
 # The text kernel is onnxruntime's alone.
-print(json.dumps({g.name: shared_by(g, variant)
-                  for g in specialisations(variant) if g.name != "text"}))
+kernels = [g for g in specialisations(variant) if g.name != "text"]
+if sys.argv[3:]:
+    made = {g.name: compile_specialised(g, variant) for g in kernels}
+    print(json.dumps({n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in made.items()}))
+else:
+    print(json.dumps({g.name: shared_by(g, variant) for g in kernels}))
 """
+
+WIDE = [(86, "bfloat16"), (90, "float32")]
 
 
 def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
@@ -101,13 +107,22 @@ def run(folder: Path, text: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(86, "bfloat16"), (90, "float32")])
+@pytest.mark.parametrize(("capability", "dtype"), WIDE)
 def test_wide_heads_need_what_the_op_says(capability: int, dtype: str, tmp_path: Path) -> None:
     needed = run(tmp_path, WIDE_SCRIPT, str(capability), dtype)
     said = WIDE_SHARED[getattr(torch, dtype).itemsize]
     if capability < 90:  # tiles for the smallest chip that the op accepts
         assert max(needed.values()) == said
     assert needed["probe"] == said  # which no tile choice makes smaller
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), WIDE)
+def test_wide_heads_compile_and_need_the_same(capability: int, dtype: str, tmp_path: Path) -> None:
+    needed = run(tmp_path, WIDE_SCRIPT, str(capability), dtype)
+    whole = run(tmp_path, WIDE_SCRIPT, str(capability), dtype, "whole")
+    assert {name: shared for name, (shared, _) in whole.items()} == needed
+    assert all(size > 1000 for _, size in whole.values())
 
 
 @pytest.mark.parametrize("long", [False, True])
