@@ -91,8 +91,10 @@ class Reason(Enum):
         "step cache), a plan tells: freqopt.attach(model, plan)",
     )
     NOT_CALLED = Text(
-        "no call of attention was met there, without a compiler: it may be written by hand",
-        'torch.compile serves that; transformers has attn_implementation="sdpa"',
+        "no attention was met there, without a compiler",
+        "what is written by hand is met under torch.no_grad, not torch.inference_mode, where it "
+        "writes nothing in place; torch.compile serves the rest; transformers has "
+        'attn_implementation="sdpa"',
     )
     NO_AXES = Text("where its tokens come from cannot be followed in this graph")
     CROSS = Text("its queries and its keys are of different tokens")

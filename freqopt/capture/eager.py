@@ -117,7 +117,9 @@ class Writer(TorchFunctionMode):
         several = isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result)
         if several or isinstance(result, Tensor) or _name(func) == "__setitem__":
             given = ints_in(before)
-            node = self._call(func, *(fx.node.map_aggregate(before, plain) if given else before))
+            node = node_of(
+                self.graph, func, *(fx.node.map_aggregate(before, plain) if given else before)
+            )
             self.end(self._noted(node, result), result)
             if given and isinstance(result, Tensor):
                 with torch._C.DisableTorchFunction():
@@ -127,7 +129,7 @@ class Writer(TorchFunctionMode):
     def begin(self, func: Any, args: Any, kwargs: Any, example: Any) -> fx.Node:
         """Write a call before it is made. example: like what it will return, real or fake."""
         before = fx.node.map_aggregate((args, kwargs), self._node)
-        return self._noted(self._call(func, *before), example)
+        return self._noted(node_of(self.graph, func, *before), example)
 
     def end(self, node: fx.Node, result: Any) -> None:
         """Know what a written call returned by its node.
@@ -158,24 +160,6 @@ class Writer(TorchFunctionMode):
             yield gm
         finally:
             self.graph.erase_node(output)
-
-    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        name = _name(func)
-        if name == "__get__":  # a property, such as T
-            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-            return self.graph.call_function(getattr, (args[0], attribute))
-        if name.startswith("__"):
-            plain = name.strip("_").replace("div", "truediv").replace("truetruediv", "truediv")
-            plain = plain.replace("floortruediv", "floordiv")
-            swapped = getattr(operator, plain[1:], None) if plain.startswith("r") else None
-            if swapped is not None and getattr(operator, plain, None) is None:
-                return self.graph.call_function(swapped, (args[1], args[0]))
-            target = getattr(operator, plain, None) or getattr(operator, f"{plain}_", None)
-            if target is not None:
-                return self.graph.call_function(target, tuple(args), kwargs)
-        if getattr(torch.Tensor, name, None) is func:
-            return self.graph.call_method(name, tuple(args), kwargs)
-        return self.graph.call_function(func, tuple(args), kwargs)
 
     def _node(self, item: Any) -> Any:
         """The node of a tensor that is an argument; a new one where nothing wrote it."""
@@ -209,6 +193,26 @@ class Writer(TorchFunctionMode):
                 device=tensor.device,
             )
             return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+
+def node_of(graph: fx.Graph, func: Any, args: Any, kwargs: Any) -> fx.Node:
+    """A node for a call of one of torch's functions, at the end of a graph, as Dynamo has it."""
+    name = _name(func)
+    if name == "__get__":  # a property, such as T
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return graph.call_function(getattr, (args[0], attribute))
+    if name.startswith("__"):
+        plain = name.strip("_").replace("div", "truediv").replace("truetruediv", "truediv")
+        plain = plain.replace("floortruediv", "floordiv")
+        swapped = getattr(operator, plain[1:], None) if plain.startswith("r") else None
+        if swapped is not None and getattr(operator, plain, None) is None:
+            return graph.call_function(swapped, (args[1], args[0]))
+        target = getattr(operator, plain, None) or getattr(operator, f"{plain}_", None)
+        if target is not None:
+            return graph.call_function(target, tuple(args), kwargs)
+    if getattr(torch.Tensor, name, None) is func:
+        return graph.call_method(name, tuple(args), kwargs)
+    return graph.call_function(func, tuple(args), kwargs)
 
 
 def _wrapped(tensor: Tensor) -> Tensor | None:

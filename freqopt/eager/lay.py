@@ -14,13 +14,17 @@ from freqopt.passes.content import by_content
 from freqopt.passes.nodes import shape, value
 from freqopt.passes.site import Argument, Kind, Known, Product, Site, Size, Total, Value
 
+UNSEEN = -1
+"""A mask where calibration saw none, and of which nothing is known."""
+
 
 class Lay(NamedTuple):
     """What an eager call of an attention is told.
 
-    grid, before, after, mask: as in `Known`. pads: tokens before and after the queries that only
-    the keys have. queries: (t, h, w, before, after) of queries that are other tokens. pieces: as in
-    `Site`.
+    grid, before, after: as in `Known`. mask: as there, 0 too where it is proven to hide nothing,
+    and `UNSEEN`. pads: tokens before and after the queries that only the keys have. queries: (t, h,
+    w, before, after) of queries that are other tokens. pieces: as in `Site`. folded: heads and key
+    heads where they are folded into the batch, which a call by itself does not show.
     """
 
     kind: Kind
@@ -31,6 +35,7 @@ class Lay(NamedTuple):
     pads: tuple[int, int] = (0, 0)
     queries: tuple[int, ...] = ()
     pieces: tuple[tuple[int, int], ...] = ()
+    folded: tuple[int, int] = (0, 0)
 
     @property
     def known(self) -> Known:
@@ -60,6 +65,7 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
         (_sum(site.pad_before_arguments), _sum(site.pad_after_arguments)),
         tuple(_number(argument) for argument in site.query_arguments),
         site.pieces,
+        (site.heads, site.kv_heads) if len(shape(site.attention.query)) == 3 else (0, 0),
     )
 
 
@@ -73,7 +79,9 @@ def believed(layouts: tuple[Known, ...], arguments: Arguments, tokens: int) -> L
         return None
     known = found[0]
     before, after = known.around(tokens) or (0, 0)
-    return Lay("joint" if before or after else "self", known.grid, before, after, known.mask)
+    return Lay(
+        "joint" if before or after else "self", known.grid, before, after, known.mask or UNSEEN
+    )
 
 
 def _number(argument: Argument) -> int:

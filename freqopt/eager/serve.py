@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,22 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.under_way import Arguments, arguments_by_name
-from freqopt.eager.calls import (
-    Served,
-    example_of,
-    form_of_call,
-    is_attention,
-    may_be_attention,
-    serve,
-    tensors_of,
-)
+from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
+from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
+from freqopt.eager.calls import Served, serve
 from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
+from freqopt.eager.waiting import Waiting
 from freqopt.passes.naming import site_name
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
@@ -74,11 +70,15 @@ class Place:
 
 @dataclass
 class _Running:
-    """A module with planned attention while it runs, and how many attentions it has met."""
+    """A module with planned attention while it runs, and how many attentions it has met.
+
+    put_off: what stands for calls in it that nobody has computed, as long as it is held.
+    """
 
     module: nn.Module
     mode: TorchFunctionMode
     met: int = 0
+    put_off: list[weakref.ref[PutOff]] = field(default_factory=list)
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Server:
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
+        self.waiting = Waiting(MOST_FORMS)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -192,75 +193,85 @@ class Server:
         if call.split and not failed:
             self.told.split(call.split)
 
-    def attend(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def attend(self, asked: Asked) -> Any:
         """What a call that may be attention returns, or NOT_SERVED."""
         call = _calls.stack[-1][1]
-        form = form_of_call(function, args, kwargs)
-        found = self._attention.get(form)
+        found = self._attention.get(asked.form)
         if found is None:
-            found = self._attention.put(form, is_attention(function, args, kwargs))
-        if not found:
-            return NOT_SERVED
-        running_now, inner = call.stack[-1], next(self._running(), None)
-        if inner is None or self.names[id(inner)] != self.names[id(running_now.module)]:
-            return NOT_SERVED  # it is in a module inside that the plan does not name
-        name, nth = self.names[id(inner)], running_now.met
+            found = self._attention.put(asked.form, asked.is_attention())
+        if not found or not self._is_innermost(call.stack[-1].module):
+            return NOT_SERVED  # or it is in a module inside that the plan does not name
+        running_now = call.stack[-1]
+        name, nth = self.names[id(running_now.module)], running_now.met
         running_now.met += 1
         place = self.places.get((name, nth))
         if place is None:
             return NOT_SERVED
         node = None
         if call.look is not None:
-            example = example_of(function, args, kwargs)
-            node = call.look.begin(function, args, kwargs, example)
-        tensors = tensors_of(args, kwargs)
-        lay = self._lay(call, place, form, tensors)
+            node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
+        lay = self._lay(call, place, asked)
         budget = _share_of(place.budget)
-        serving = (
-            lay
-            if isinstance(lay, Why)
-            else self._serving(form, function, args, kwargs, lay, budget)
-        )
+        serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
         if isinstance(serving, Why):
             self.told.dense(place.site, serving)
-            result = function(*args, **kwargs)
+            result = asked.plainly()
         else:
-            result, density, error = serving(tensors, budget.to(tensors[0].device))
+            result, density, error = serving(asked.tensors, budget.to(asked.tensors[0].device))
             call.split.append(Split(place.site, place.budget, density, error))
         if call.look is not None and node is not None:
             call.look.writer.end(node, result)
         return result
 
+    def meet(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What a call returns that is attention or part of it, or NOT_SERVED."""
+        if may_be_attention(function):
+            return self.attend(Asked(function, args, kwargs))
+        call = _calls.stack[-1][1]
+        running_now, name = call.stack[-1], getattr(function, "__name__", "")
+        if name in PRODUCTS and ends(args, kwargs):
+            return self.attend(AskedByHand(function, args, kwargs))
+        if name in PRODUCTS and not self._is_innermost(running_now.module):
+            return NOT_SERVED
+        found = self.waiting.put_off(function, args, kwargs, running_now.put_off)
+        if found is None:
+            return NOT_SERVED
+        if call.look is not None and all(found is not t for t in tensors_in(args, kwargs)):
+            call.look.writer.end(call.look.begin(function, args, kwargs, found), found)
+        return found
+
+    def _is_innermost(self, module: nn.Module) -> bool:
+        """Whether no other module of the model is running inside a module."""
+        inner = next(self._running(), None)
+        return inner is not None and self.names[id(inner)] == self.names[id(module)]
+
     def _running(self) -> Iterator[nn.Module]:
         """Modules of the model that are running, the innermost first."""
         return (module for module in running() if id(module) in self.names)
 
-    def _lay(self, call: _Call, place: Place, form: object, tensors: Sequence[Tensor]) -> Lay | Why:
+    def _lay(self, call: _Call, place: Place, asked: Asked) -> Lay | Why:
         """How the tokens of an attention lie in this call of tensors."""
-        if any(is_distributed(tensor) for tensor in tensors):
+        if any(is_distributed(tensor) for tensor in asked.tensors):
             return Reason.DISTRIBUTED()
-        kind = (place.known, place.content, form)
+        kind = (place.known, place.content, asked.form)
         lay = call.form.lays.get(kind)
         if lay is None and call.look is not None:
             lay = call.look.find(Wanted(place.name, kind, place.content))
             call.form.lays.put(kind, lay)
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True
-            lay = believed(place.known, call.arguments, tensors[0].shape[-2])
+            lay = believed(place.known, call.arguments, asked.queries)
         return lay or Reason.NO_AXES()
 
-    def _serving(
-        self, form: object, function: Any, args: Any, kwargs: Any, lay: Lay, budget: Tensor
-    ) -> Served | Why:
+    def _serving(self, asked: Asked, lay: Lay, budget: Tensor) -> Served | Why:
         """What serves such calls, made once."""
         heads = budget.shape[-1]
-        key = (form, lay, heads)
+        key = (asked.form, lay, heads)
         found = self._served.get(key)
         if found is None:
-            made = serve(function, args, kwargs, lay, heads, self.largest_chunk)
-            found = self._served.put(key, made)
+            found = self._served.put(key, serve(asked, lay, heads, self.largest_chunk))
         return found
 
 
@@ -273,12 +284,9 @@ class _Serving(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if may_be_attention(func):
-            with torch._C.DisableTorchFunction():
-                found = self.server.attend(func, args, kwargs)
-            if found is not NOT_SERVED:
-                return found
-        return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            found = self.server.meet(func, args, kwargs)
+        return func(*args, **kwargs) if found is NOT_SERVED else found
 
 
 def _server_of(module: nn.Module) -> Server | None:
@@ -309,12 +317,14 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         server.begin(args, kwargs)
 
 
-def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     if torch.compiler.is_compiling():
-        return
+        return None
     server = _server_of(module)
     if server is not None:
         server.end(failed=output is None)
+    held = any(isinstance(leaf, PutOff) for leaf in pytree.tree_leaves(output))
+    return computed(output) if held else None
 
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:

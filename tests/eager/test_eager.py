@@ -73,32 +73,6 @@ class Around(models.Video):
         return self.head(x)
 
 
-class ByHand(models.Attention):
-    """Attention without a call of attention."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        keys = x if context is None else context
-        q, k, v = (
-            linear(each).unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
-            for linear, each in ((self.q, x), (self.k, keys), (self.v, keys))
-        )
-        weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-
-def test_attention_written_by_hand_is_said_to_be_dense_for_that(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(models, "Attention", ByHand)
-    model, inputs = models.make(), models.inputs()
-    plan = plan_of(model, inputs, 1.0)
-    assert len(plan.sites) == 3
-    with torch.no_grad(), served(model, plan), caplog.at_level("INFO", "freqopt"):
-        model(**inputs)
-    assert "0 of 3 planned sites split: no call of attention was met there" in caplog.text
-    assert "torch.compile serves that" in caplog.text
-
-
 def test_text_that_lies_on_both_sides_is_not_taken_for_video(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -30,6 +30,7 @@ OFTEN = [
     ("ltx", "blocks"),
     ("mochi", "lora"),
     ("cosmos", "cast"),
+    ("videomae_eager", "cast_eager"),
 ]
 """Class and way, in the default run."""
 
