@@ -217,7 +217,7 @@ def test_packed_and_joint_attention_are_served() -> None:
 def test_an_attention_that_cannot_be_served_is_told(plan: Plan) -> None:
     model, inputs = models.make(), models.inputs()
     model.blocks[1].attn.forward = lambda x, context=None: x  # nothing there any more
-    words = "2 of 3 planned sites split.*no call of attention was met"
+    words = "2 of 3 planned sites split.*no attention was met"
     told = pytest.raises(SiteError, match=words)
     with torch.no_grad(), served(model, plan, strict=True), told:
         model(**inputs)
