@@ -206,6 +206,7 @@ def writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     dunder = name.startswith("__")
     return (
         "out" in kwargs
+        or bool(kwargs.get("inplace"))
         or name in ("__setitem__", "__set__")
         or (dunder and name.startswith("__i") and name != "__invert__")
         or (not dunder and name.endswith("_"))

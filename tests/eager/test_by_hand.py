@@ -266,7 +266,14 @@ def queries_overwritten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("mix", [added_in_place, queries_overwritten])
+def queries_rectified(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.clone()
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    F.relu(q, inplace=True)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("mix", [added_in_place, queries_overwritten, queries_rectified])
 @torch.no_grad()
 def test_what_is_written_in_place_stays_dense_and_says_so(
     mix: Mix, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

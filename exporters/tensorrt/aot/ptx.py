@@ -129,7 +129,7 @@ def node_of(
     wanted += [("u32", name) for name in integers]
     wanted += [("u64", o.argument) for o in step.outputs]
     assert outputs <= set(names), f"{function} takes no {outputs - set(names)}"
-    tactics = []
+    tactics: list[dict[str, Any]] = []
     for option in _tilings(given, variant):  # compiling is slow: no further than one that fits
         tactic = _tactic(option, step, variant, scale, wanted, folder)
         fits = tactic["shared"] <= PLAIN_SHARED
