@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from freqopt.errors import SiteError
+from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.masks.writes import is_idle
 from freqopt.passes.nodes import operation, shape, value
@@ -151,6 +152,8 @@ def _rows_of_budget(
 ) -> tuple[fx.Node, fx.Node | None]:
     """Nodes for the thresholds (H,) float32 and the key heads' chunks (Hkv,) int32, if any."""
     graph, share = site.node.graph, site.heads // site.kv_heads
+    if isinstance(budget, fx.Node):  # a module's mark may stand around the body that it attends in
+        budget = bring(budget, graph)
     budget = _of_own_heads(site, budget)
     if isinstance(budget, Tensor):
         name = f"freqopt_budget_{site.name}"

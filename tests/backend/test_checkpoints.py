@@ -7,6 +7,7 @@ from typing import Any
 import pieces_models as models
 import pytest
 import torch
+import torch.nn.functional as F
 from pieces_models import inputs_on as call
 from plans import plan_of
 from torch import Tensor, nn
@@ -44,6 +45,17 @@ class Inside(models.Block):
         return checkpoint(super().forward, *given, use_reentrant=False)
 
 
+class Within(models.Attention):
+    """Attention alone runs once more, inside the module that has the budget."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        keys = x if context is None else context
+        given = ((self.q, x), (self.k, keys), (self.v, keys))
+        parts = [f(each).unflatten(-1, (models.HEADS, -1)).transpose(1, 2) for f, each in given]
+        attended = checkpoint(F.scaled_dot_product_attention, *parts, use_reentrant=False)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
 def made(way: str, plan: Plan, place: str) -> Any:
     torch._dynamo.reset()
     freqopt.reset_counters()
@@ -54,6 +66,8 @@ def made(way: str, plan: Plan, place: str) -> Any:
     for index, block in enumerate(model.blocks):
         if place == "inside":
             block.__class__ = Inside
+        if place == "within":
+            block.attn.__class__ = Within
         block.compile(backend=freqopt_backend, options=options)
         if place == "around":
             model.blocks[index] = Around(block)
@@ -68,7 +82,7 @@ def gradients(model: Any, *grids: tuple[int, int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("way", ["attached", "plan"])
-@pytest.mark.parametrize("place", ["around", "inside"])
+@pytest.mark.parametrize("place", ["around", "inside", "within"])
 def test_gradients_are_those_without_checkpoints(way: str, place: str, plan: Plan) -> None:
     plain = made(way, plan, "nowhere")
     expected = [gradients(plain, grid) for grid in (WIDE, TALL)]
