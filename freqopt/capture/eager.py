@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,34 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = compiled
 
 
+class _ForcedEager:
+    """Without a compiler until all threads that ask for it are done.
+
+    The stance is one of the process: the first thread sets it and the last puts back what was
+    before, as each by itself could put back another's, and nothing would ever be compiled again.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._count += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._stance.__exit__(None, None, None)
+
+
+_FORCED_EAGER = _ForcedEager()
+
+
 class Modules:
     """The modules that are running, outermost first, each with the number of its call."""
 
@@ -64,15 +93,18 @@ class Modules:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note what runs while the body runs."""
+        """Note what runs in this thread while the body runs."""
+        own = threading.get_ident()
 
         def enter(module: nn.Module, args: object) -> None:
+            if threading.get_ident() != own:
+                return
             call = self.calls.get(module, -1) + 1
             self.calls[module] = call
             self.running.append((module, call))
 
         def leave(module: nn.Module, args: object, output: object) -> None:
-            if any(m is module for m, _ in self.running):
+            if threading.get_ident() == own and any(m is module for m, _ in self.running):
                 while self.running.pop()[0] is not module:
                     pass
 
@@ -81,7 +113,7 @@ class Modules:
             register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with _FORCED_EAGER:
                 yield
         finally:
             for handle in handles:
