@@ -306,10 +306,15 @@ def budget_at(table: Tensor, edges: Tensor, timestep: Tensor) -> Tensor:
     edges: (buckets - 1,) ascending. timestep: () or (B,) or (B, ...): the mean of each batch item
     decides its bucket, and the smallest entries over the items are taken.
     """
+    return table.index_select(0, buckets_at(edges, timestep)).amin(0)
+
+
+def buckets_at(edges: Tensor, timestep: Tensor) -> Tensor:
+    """(B,) the bucket of each batch item; see `budget_at`."""
     times = timestep.to(torch.float32)
     if times.dim() > 1:
         times = times.flatten(1).mean(1)
-    return table.index_select(0, (times.reshape(-1, 1) > edges).sum(-1)).amin(0)
+    return (times.reshape(-1, 1) > edges).sum(-1)
 
 
 def _device_of(module: nn.Module, around: nn.Module | None = None) -> torch.device:

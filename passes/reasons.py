@@ -173,6 +173,12 @@ class Reason(Enum):
         "its mask may hide video tokens: that it does not cannot be proven from the graph"
     )
 
+    CHECKPOINT_INSIDE = Text(
+        "an activation checkpoint inside its module runs it once more in the backward pass, where "
+        "nothing tells which module it is of",
+        "put the checkpoint around the module or its block, or compile it",
+    )
+
     # Decisions about sites that could be split
     NO_KERNEL = Text("{problem}")
     TOO_SHORT = Text("{tokens} tokens are fewer than min_tokens = {least}")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import fx, nn
 
 from freqopt.capture.call_grids import int_inputs
@@ -23,6 +22,7 @@ from freqopt.capture.call_layouts import (
     numbers_of_layout,
     tellers,
 )
+from freqopt.capture.repeated import Pending, in_backward
 from freqopt.capture.under_way import Arguments, arguments_of, is_training
 from freqopt.decisions import check_length
 from freqopt.errors import InputError
@@ -53,8 +53,7 @@ class Telling:
         self.teller, self.plan_of, self.sources = teller, plan_of, sources
         self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
-        self._trained: dict[Numbers, None] = {}
-        self._is_repeated = False
+        self._pending: Pending[Numbers] = Pending()
 
     def __call__(self, model: nn.Module | None, arguments: Arguments | None) -> Numbers:
         """As `numbers_of_layout`; zeros, and a warning once, where the call tells nothing.
@@ -63,10 +62,10 @@ class Telling:
 
         Raises:
             PlanError: a length too far from those of the plan.
-            InputError: see `_repeated`.
+            InputError: see `_one_of`.
         """
-        if arguments is None and torch._C._current_graph_task_id() != -1 and self._trained:
-            return self._repeated()
+        if arguments is None and in_backward() and (trained := self._pending.again()):
+            return _one_of(trained)
         layout = None if arguments is None else self.teller(arguments)
         if layout is not None and model is not None:
             self._check(model, layout.grid)
@@ -79,31 +78,8 @@ class Telling:
             )
         numbers = numbers_of_layout(layout)
         if is_training():
-            self._note(numbers)
+            self._pending.note(numbers)
         return numbers
-
-    def _note(self, numbers: Numbers) -> None:
-        """Remember a call that a backward pass may come for, and forget those that one came for."""
-        if self._is_repeated:
-            self._is_repeated = False
-            self._trained.clear()
-        self._trained[numbers] = None
-
-    def _repeated(self) -> Numbers:
-        """What the call told that activation checkpointing runs once more, in the backward pass.
-
-        Raises:
-            InputError: several calls may be meant, and told different grids.
-        """
-        self._is_repeated = True
-        if len(self._trained) > 1:
-            grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in self._trained)
-            raise InputError(
-                "activation checkpointing runs a compiled block once more, outside of any call of "
-                f"its model, and the model was called on several grids since ({grids}): call "
-                "backward() after each, or compile the whole model"
-            )
-        return next(iter(self._trained))
 
     def _check(self, model: nn.Module, grid: Grid) -> None:
         """Check a length that is new against those that the model's plan was verified at."""
@@ -120,6 +96,23 @@ class Telling:
         for name, known in itertools.islice(sites, 1):
             check_length(plan, name, math.prod(grid) + known.before + known.after)
         met.add((id(plan), grid))
+
+
+def _one_of(trained: Sequence[Numbers]) -> Numbers:
+    """What the call told that activation checkpointing runs once more, in the backward pass.
+
+    Raises:
+        InputError: several calls may be meant, and told different grids.
+    """
+    told = dict.fromkeys(trained)
+    if len(told) > 1:
+        grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in told)
+        raise InputError(
+            "activation checkpointing runs a compiled block once more, outside of any call of "
+            f"its model, and the model was called on several grids since ({grids}): call "
+            "backward() after each, or compile the whole model"
+        )
+    return next(iter(told))
 
 
 class Number(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -169,9 +170,20 @@ def example_of(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 @contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What examples save for a backward pass is none of a checkpoint's around the call."""
+    with saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextlib.contextmanager
 def faking() -> Iterator[FakeTensorMode]:
     """Tensors have no values in the body."""
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+    with apart(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         yield mode
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import untold, why_not
-from freqopt.eager.asked import Asked, faking
+from freqopt.eager.asked import Asked, apart, faking
 from freqopt.eager.lay import Lay
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids
@@ -47,7 +47,8 @@ def serve(asked: Asked, lay: Lay, heads: int, largest_chunk: int) -> Served | Wh
     def insert(gm: fx.GraphModule, decision: Decision) -> None:
         put.append(split_as_decided(gm, decision))
 
-    rewrite(gm, decide, insert, Grids())
+    with apart():
+        rewrite(gm, decide, insert, Grids())
     if len(put) != 1:
         return outcome[0].why if outcome else Reason.NO_AXES()
     output = gm.graph.output_node()

@@ -23,6 +23,7 @@ from freqopt.capture.call_shapes import told_by_lists
 from freqopt.capture.eager import Writer, writing
 from freqopt.capture.under_way import arguments_by_name
 from freqopt.decisions import grids_of
+from freqopt.eager.asked import apart
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, lay_of
 from freqopt.options import Options
@@ -155,7 +156,7 @@ class Look:
             found.extend(sites)
             return [Decision(site, False, site.why) for site in sites]
 
-        with torch._C.DisableTorchFunction(), self.writer.closed() as gm:
+        with torch._C.DisableTorchFunction(), apart(), self.writer.closed() as gm:
             known = self.forms.known
             model = Model(self.names, lambda name: known.get(_base(name), ()), called=True)
             rewrite(gm, look, None, self._grids(gm), model=model)

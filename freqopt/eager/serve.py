@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from freqopt.capture.modules import OwnOnly, names_of, running
+from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import Arguments, arguments_by_name
+from freqopt.eager.again import Again, Trained, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
 from freqopt.eager.calls import Served, serve
@@ -83,13 +85,27 @@ class _Running:
 
 @dataclass
 class _Call:
-    """One call of the model that is under way."""
+    """One call of the model that is under way.
+
+    again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
+    trains: gradients may be asked for.
+    """
 
     arguments: Arguments
     form: Form
     look: Look | None
+    again: Again | None = None
+    trains: bool = field(default_factory=torch.is_grad_enabled)
     stack: list[_Running] = field(default_factory=list)
     split: list[Split] = field(default_factory=list)
+
+    def leave(self, module: nn.Module | None = None) -> None:
+        """A module is left, and what ran in it; without one, all that is still running."""
+        while self.stack:
+            left = self.stack.pop()
+            left.mode.__exit__(None, None, None)
+            if left.module is module:
+                break
 
 
 class _Calls(threading.local):
@@ -137,6 +153,7 @@ class Server:
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
+        self.trained = Trained(plan)
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
         self.waiting = Waiting(MOST_FORMS)
@@ -172,14 +189,21 @@ class Server:
         if form.again and form.looks < MOST_LOOKS:
             look = Look(self.forms, form, self.names, args, kwargs)
         arguments = arguments_by_name(self.root, args, kwargs)
+        if torch.is_grad_enabled() and not in_backward():
+            self.trained.note(form, arguments)
         _calls.stack.append((self, _Call(arguments, form, look)))
+
+    def begin_again(self) -> None:
+        """A part of a call from before begins, in a backward pass."""
+        again = self.trained.again()
+        if again is not None:
+            _calls.stack.append((self, _Call({}, again.form, None, again)))
 
     def _drop_interrupted(self) -> None:
         """Close what a call left open that was interrupted from the keyboard."""
         while any(server is self for server, _ in _calls.stack):
             _, call = _calls.stack.pop()
-            while call.stack:
-                call.stack.pop().mode.__exit__(None, None, None)
+            call.leave()
             if call.look is not None:
                 call.look.abandon()
 
@@ -188,6 +212,7 @@ class Server:
         if not _calls.stack or _calls.stack[-1][0] is not self:
             return
         _, call = _calls.stack.pop()
+        call.leave()  # the model itself, where it holds attention: its other hook comes after this
         if call.look is not None:
             call.look.abandon() if failed else call.look.close()
         if call.split and not failed:
@@ -211,7 +236,8 @@ class Server:
         if call.look is not None:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
         lay = self._lay(call, place, asked)
-        budget = _share_of(place.budget)
+        again = call.again
+        budget = _share_of(place.budget if again is None else again.budget(place.site))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
@@ -220,7 +246,8 @@ class Server:
             result = asked.plainly()
         else:
             result, density, error = serving(asked.tensors, budget.to(asked.tensors[0].device))
-            call.split.append(Split(place.site, place.budget, density, error))
+            if again is None:
+                call.split.append(Split(place.site, place.budget, density, error))
         if call.look is not None and node is not None:
             call.look.writer.end(node, result)
         return result
@@ -255,7 +282,11 @@ class Server:
         """How the tokens of an attention lie in this call of tensors."""
         if any(is_distributed(tensor) for tensor in asked.tensors):
             return Reason.DISTRIBUTED()
+        if call.trains and in_checkpoint(place.module):
+            return Reason.CHECKPOINT_INSIDE()
         kind = (place.known, place.content, asked.form)
+        if call.again is not None:
+            return call.again.lay(kind) or Reason.NO_AXES()
         lay = call.form.lays.get(kind)
         if lay is None and call.look is not None:
             lay = call.look.find(Wanted(place.name, kind, place.content))
@@ -331,6 +362,8 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     server = _server_of(module)
+    if server is not None and not _calls.stack and in_backward():
+        server.begin_again()
     if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
         return
     mode: Any = _Serving(server)
@@ -344,13 +377,11 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     server = _server_of(module)
     if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
         return
-    stack = _calls.stack[-1][1].stack
-    if any(each.module is module for each in stack):
-        while stack:
-            left = stack.pop()
-            left.mode.__exit__(None, None, None)
-            if left.module is module:
-                break
+    call = _calls.stack[-1][1]
+    if any(each.module is module for each in call.stack):
+        call.leave(module)
+    if call.again is not None and not call.stack:
+        _calls.stack.pop()
 
 
 _copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()

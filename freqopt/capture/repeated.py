@@ -1,0 +1,43 @@
+"""Parts of a model that run once more in the backward pass, as activation checkpoints do.
+
+No call of the model is under way then. It was one that gradients were asked of; what such calls
+told is kept until a backward pass has come for them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+import torch
+
+MOST_PENDING = 256
+"""Calls before one backward pass; where no checkpoint ever asks, no more than these are kept."""
+
+Told = TypeVar("Told")
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class Pending(Generic[Told]):
+    """What calls told that a backward pass may come for."""
+
+    def __init__(self) -> None:
+        self._told: deque[Told] = deque(maxlen=MOST_PENDING)
+        self._is_repeated = False
+
+    def note(self, told: Told) -> None:
+        """Remember a call, and forget those that a backward pass came for."""
+        if self._is_repeated:
+            self._is_repeated = False
+            self._told.clear()
+        if not self._told or self._told[-1] is not told:
+            self._told.append(told)
+
+    def again(self) -> list[Told]:
+        """What the call told that runs once more, in part: one of these."""
+        self._is_repeated = True
+        return list(self._told)

@@ -1,0 +1,204 @@
+"""What is done around a model that is served: checkpoints, threads, attention of its own."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pieces_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from pieces_models import inputs_on as call
+from plans import plan_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freqopt
+from freqopt.capture import eager
+from freqopt.errors import InputError, SiteError
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
+
+WIDE, TALL = models.GRID, (3, 10, 6)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(models.make(), call(WIDE), 1.0)
+
+
+class Around(nn.Module):
+    """A block that runs once more in the backward pass."""
+
+    def __init__(self, block: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.reentrant = block, reentrant
+
+    def forward(self, *given: Tensor) -> Any:
+        return checkpoint(self.block, *given, use_reentrant=self.reentrant)
+
+
+class Timed(models.Video):
+    def forward(self, video: Tensor, text: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(video, text)
+
+
+def around(reentrant: bool, plan: Plan) -> models.Video:
+    model = models.make()
+    model.__class__ = Timed
+    freqopt.optimize(model, plan, route="eager", strict=True)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = Around(block, reentrant)
+    return model
+
+
+def gradients(model: nn.Module, *several: dict[str, Tensor]) -> Tensor:
+    model.zero_grad()
+    sum(model(**given).square().mean() for given in several).backward()  # type: ignore[union-attr]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def plain(plan: Plan, given: dict[str, Tensor]) -> Tensor:
+    model = models.make()
+    model.__class__ = Timed
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        return gradients(model, given)
+
+
+def far(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm())
+
+
+def timed(plan: Plan) -> Plan:
+    """Budgets that differ much between two ranges of the timestep."""
+    sites = {
+        name: site.model_copy(
+            update={"budgets": [Budget(threshold=[each] * site.heads) for each in (5.0, 0.5)]}
+        )
+        for name, site in plan.sites.items()
+    }
+    update = {"sites": sites, "timestep_name": "time", "timestep_edges": [500.0]}
+    return plan.model_copy(update=update)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_those_without_checkpoints(reentrant: bool, plan: Plan) -> None:
+    model = around(reentrant, plan)
+    for grid in (WIDE, TALL):
+        wanted, dense = plain(plan, call(grid)), gradients(models.make(), call(grid))
+        assert far(dense, wanted) > 1e-3
+        assert far(gradients(model, call(grid)), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_backward_pass_has_the_budgets_of_its_own_call(reentrant: bool, plan: Plan) -> None:
+    early, late = ({**call(WIDE), "time": torch.tensor([time])} for time in (100.0, 900.0))
+    model, wanted = around(reentrant, timed(plan)), plain(timed(plan), early)
+    assert far(plain(timed(plan), late), wanted) > 1e-3
+    loss = model(**early).square().mean()
+    with torch.no_grad():
+        model(**late)  # a look in between
+    loss.backward()
+    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert far(got, wanted) < 1e-5
+    with pytest.raises(InputError, match="it was called at several timesteps since"):
+        gradients(model, early, late)
+
+
+def test_several_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> None:
+    model = around(True, plan)
+    with pytest.raises(InputError, match="it was called on several grids since"):
+        gradients(model, call(WIDE), call(TALL))
+    assert gradients(model, call(TALL)).isfinite().all()
+
+
+def test_a_checkpoint_inside_a_module_is_dense_and_told(plan: Plan) -> None:
+    model = models.make()
+    for block in model.blocks:
+        block.attn.__class__ = Inside
+    dense = gradients(model, call(WIDE))
+    with freqopt.optimize(model, plan, route="eager"):
+        assert far(gradients(model, call(WIDE)), dense) < 1e-6
+        with torch.no_grad():
+            assert far(model(**call(WIDE)), models.make()(**call(WIDE))) > 1e-3
+    told = pytest.raises(SiteError, match="an activation checkpoint inside its module")
+    with freqopt.optimize(model, plan, route="eager", strict=True), told:
+        gradients(model, call(WIDE))
+
+
+class Inside(models.Attention):
+    """Attention alone runs once more."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        parts = [f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        attended = checkpoint(F.scaled_dot_product_attention, *parts, use_reentrant=False)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Alone(nn.Module):
+    """A model whose own forward attends, with no module around that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.qkv = nn.Linear(32, 96)
+        self.qkv.weight.data *= 4
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_attention_of_the_model_itself_leaves_nothing_open() -> None:
+    torch.manual_seed(0)
+    model, given = Alone().eval(), call(WIDE)
+    plan = plan_of(model, given, 5.0)
+    with torch.no_grad():
+        dense = model(**given)
+        with freqopt.optimize(model, plan, route="eager", strict=True):
+            for _ in range(2):
+                assert far(model(**given), dense) > 1e-3
+                assert not torch.overrides._get_current_function_mode_stack()
+        assert torch.equal(model(**given), dense)
+
+
+def test_threads_that_are_looked_at_together_leave_the_compiler_on() -> None:
+    """The stance of the compiler is one for all threads: the second is done after the first."""
+    began, first_is_done = threading.Event(), threading.Event()
+    model = models.make()
+
+    def look() -> None:
+        with eager.Modules(model).watched():
+            began.set()
+            assert first_is_done.wait(60)
+
+    thread = threading.Thread(target=look)
+    with eager.Modules(model).watched():
+        thread.start()
+        assert began.wait(60)
+    first_is_done.set()
+    thread.join()
+    made: list[Any] = []
+    compiled = torch.compile(model, backend=lambda gm, _: made.append(gm) or gm.forward)
+    with torch.no_grad():
+        compiled(**call(WIDE))
+    assert made
+
+
+def test_modules_that_run_in_another_thread_are_not_taken_for_this_ones() -> None:
+    model, names = models.make(), set()
+    modules = eager.Modules(model)
+
+    def look(*_: Any) -> None:
+        names.update(name for name, _ in modules.stack().values())
+
+    model.patch.register_forward_pre_hook(look)
+    thread = threading.Thread(target=model.patch, args=(call(WIDE)["video"],))
+    with torch.no_grad(), modules.watched():
+        thread.start()
+        thread.join()
+        assert not names
+        model(**call(WIDE))
+    assert names == {"patch"}
