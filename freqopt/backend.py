@@ -34,6 +34,7 @@ from freqopt.reuse import compile_reusing
 from freqopt.telling.attached import judged_from, verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
+from freqopt.telling.traced import note_graph
 from freqopt.telling.watching import MOST_KEPT
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def freqopt_backend(
         PlanError: a plan that cannot be read, or was made for another model.
         SiteError: under ``strict``, a site that should be split and cannot be.
     """
+    note_graph()
     with through_compiler():
         settings = parse_options(options)
         # One plan for all that follows: its file may be another by the time it is read again.

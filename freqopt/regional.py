@@ -24,6 +24,7 @@ from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
 from freqopt.telling.attached import begin_call, is_watched, unwatch, watch
+from freqopt.telling.traced import is_traced
 from freqopt.turns import Turns
 
 if TYPE_CHECKING:
@@ -244,6 +245,8 @@ class _Selector:
             if not is_watched(model):  # a copy, or read from a file
                 watch(model, self.plan, self.sites())
             begin_call(model)
+        elif not is_traced():
+            return
         if self.name is None:
             return
         named = named_arguments(forward_signature(model), args, kwargs)

@@ -173,6 +173,10 @@ class Reason(Enum):
         "its mask may hide video tokens: that it does not cannot be proven from the graph"
     )
 
+    TRANSFORMED = Text(
+        "it is called inside a transform of torch.func (vmap, grad), which is not followed there",
+        "call the model without, or compile it",
+    )
     CHECKPOINT_INSIDE = Text(
         "an activation checkpoint inside its module runs it once more in the backward pass, where "
         "nothing tells which module it is of",

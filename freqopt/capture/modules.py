@@ -51,15 +51,24 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def blocks_around(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Names of the blocks that hold modules: members of lists, the outermost ones."""
-    modules = modules_of(model)
+    """Names of the blocks that hold modules: members of lists, the outermost ones.
+
+    All of them, where several share a module or it has another name besides.
+    """
+    own, modules = names_of(model), modules_of(model)
+    wanted = {id(modules[name]) for name in names}
+    every = {
+        plain_path(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
     found: dict[str, None] = {}
-    for name in names:
+    for name, module in every.items():
+        if id(module) not in wanted:
+            continue
         parts = name.split(".")
         for length in range(1, len(parts) + 1):
-            around = modules.get(".".join(parts[: length - 1]))
+            around = every.get(".".join(parts[: length - 1]))
             if isinstance(around, (nn.ModuleList, nn.Sequential)):
-                found[".".join(parts[:length])] = None
+                found[own[id(every[".".join(parts[:length])])]] = None
                 break
     return tuple(found)
 

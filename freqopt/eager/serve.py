@@ -186,7 +186,7 @@ class Server:
         self._drop_interrupted()
         form = self.forms.of(args, kwargs)
         look = None
-        if form.again and form.looks < MOST_LOOKS:
+        if form.again and form.looks < MOST_LOOKS and not _is_transformed():
             look = Look(self.forms, form, self.names, args, kwargs)
         arguments = arguments_by_name(self.root, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
@@ -232,6 +232,9 @@ class Server:
         place = self.places.get((name, nth))
         if place is None:
             return NOT_SERVED
+        if _is_transformed():
+            self.told.dense(place.site, Reason.TRANSFORMED())
+            return NOT_SERVED
         node = None
         if call.look is not None:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
@@ -256,6 +259,8 @@ class Server:
         """What a call returns that is attention or part of it, or NOT_SERVED."""
         if may_be_attention(function):
             return self.attend(Asked(function, args, kwargs))
+        if _is_transformed():
+            return NOT_SERVED  # what is put off may be asked for when the transform is over
         call = _calls.stack[-1][1]
         running_now, name = call.stack[-1], getattr(function, "__name__", "")
         if name in PRODUCTS and ends(args, kwargs):
@@ -318,6 +323,11 @@ class _Serving(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             found = self.server.meet(func, args, kwargs)
         return func(*args, **kwargs) if found is NOT_SERVED else found
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _server_of(module: nn.Module) -> Server | None:

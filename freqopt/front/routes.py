@@ -17,7 +17,7 @@ from freqopt.front.state import Route, blocks_of
 from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan
 from freqopt.regional import Attached, attach
-from freqopt.telling.attached import measured_at
+from freqopt.telling.attached import measured_at, watch_strictly
 from freqopt.telling.limits import Limit
 from freqopt.telling.running import Measured, measured_in
 
@@ -108,6 +108,8 @@ class Regional:
         with ExitStack() as undo:
             self.attached = attach(self.model, self.plan)
             undo.callback(self.attached.remove)
+            if self.options["strict"]:
+                watch_strictly(self.attached.root)
             for block in self.blocks:
                 undo.callback(_compile(block, self.options))
             self._undo, self._on = undo.pop_all(), True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
+from freqopt.telling.traced import OTHER_BACKEND, tell_of
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
 from freqopt.telling.watching import TimestepRange, next_look
 
@@ -53,6 +54,11 @@ def watch(model: nn.Module, plan: Plan, places: Places) -> None:
     model._forward_hooks_with_kwargs[TELLS] = True
 
 
+def watch_strictly(model: nn.Module) -> None:
+    """Raise, too, where no part of a watched model comes to our backend."""
+    _watches[model].strict = True
+
+
 def is_watched(model: nn.Module) -> bool:
     """Whether the calls of a model are looked at."""
     return model in _watches
@@ -69,6 +75,17 @@ def unwatch(model: nn.Module) -> None:
         running.owners.remove(weakref.WeakMethod(found.owner_of))
         for part in [part for part in _parts if part in found.parts]:
             del _parts[part]
+
+
+def _tell_unnoticed(modules: Iterable[nn.Module] | None) -> None:
+    """Of the models among the modules of what was called; of all where that is not known."""
+    called = None if modules is None else set(modules)
+    for model, found in list(_watches.items()):
+        if called is None or model in called:
+            found.unnoticed()
+
+
+tell_of.append(_tell_unnoticed)
 
 
 def begin_call(model: nn.Module) -> None:
@@ -99,8 +116,20 @@ class Watch:
         self.range = TimestepRange(plan, model)
         self.limit = Limit(self.name, plan)
         self.calls, self.look = 0, 1
-        self.line, self.whole = "", False
+        self.line, self.whole, self.strict = "", False, False
         self.parts = weakref.WeakSet(model.modules())
+
+    def unnoticed(self) -> None:
+        """A call is over in which another backend compiled the model as a whole.
+
+        Raises:
+            SiteError: the model is served under `strict`.
+        """
+        strict = self.strict or any(part.settings.strict for part in self._compiled())
+        verdict = judge(self.name, Compiled(Options()), self.plan, set())
+        line = verdict.line.replace(INSPECT, OTHER_BACKEND)
+        again, self.line = line == self.line, line
+        say(Verdict(line, verdict.good), again=again, strict=strict)
 
     def owner_of(self, budget: Tensor) -> Named | None:
         """What a budget belongs to, None if it is not of this model."""

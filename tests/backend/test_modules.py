@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pieces_models as models
 import pytest
 from torch import nn
 
 from freqopt.capture.modules import (
+    blocks_around,
     match_names,
     module_of_site,
     modules_of,
@@ -88,3 +90,13 @@ def test_the_innermost_running_module_comes_first() -> None:
     outer.compile(backend="eager")
     assert outer() == [inner, outer], "a module that is compiled runs itself"
     assert list(running()) == []
+
+
+def test_all_blocks_that_hold_a_module_are_found_by_its_one_name() -> None:
+    model = models.make()
+    model.blocks[1].attn = model.blocks[0].attn
+    blocks = model.blocks
+    del model.blocks
+    model.first, model.blocks = blocks[2], blocks  # blocks.2 is called "first" now
+    names = ["blocks.0.attn", "first.attn"]
+    assert blocks_around(model, names) == ("blocks.0", "blocks.1", "first")

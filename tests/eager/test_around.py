@@ -164,6 +164,25 @@ def test_attention_of_the_model_itself_leaves_nothing_open() -> None:
         assert torch.equal(model(**given), dense)
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_transforms_of_functions_are_dense_and_told(transform: Any, plan: Plan) -> None:
+    model, given = models.make(), call(WIDE)
+    text, videos = given["text"], torch.stack([given["video"]] * 2)
+
+    def run(video: Tensor) -> Tensor:
+        return model(video=video, text=text).square().mean()
+
+    argument = videos if transform is torch.func.vmap else videos[0]
+    dense = transform(run)(argument)
+    plain = run(videos[0])
+    with freqopt.optimize(model, plan, route="eager"):
+        assert far(transform(run)(argument), dense) < 1e-6
+        assert far(run(videos[0]), plain) > 1e-5  # and split where there is no transform
+    told = pytest.raises(SiteError, match=r"inside a transform of torch\.func")
+    with freqopt.optimize(model, plan, route="eager", strict=True), told:
+        transform(run)(argument)
+
+
 def test_threads_that_are_looked_at_together_leave_the_compiler_on() -> None:
     """The stance of the compiler is one for all threads: the second is done after the first."""
     began, first_is_done = threading.Event(), threading.Event()
