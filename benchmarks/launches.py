@@ -24,6 +24,7 @@ from benchmarks.common import environment, graph_milliseconds, write
 from benchmarks.pages import table
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.calibration.measure.clock import launch_milliseconds, run_milliseconds
+from freqopt.calibration.runner import relative_error
 from freqopt.kernels.repeat import REPEATER
 from freqopt.models_zoo.video_dit import load_pretrained
 
@@ -100,8 +101,8 @@ def step_rows(grid: tuple[int, int, int]) -> dict[str, Any]:
         for way in WAYS:
             found = times_of(lambda: split(*inputs), way)
             with launching(way):
-                wrong = split(*inputs).float() - truth.float()
-            rows[way] = {**found, "l2": float(wrong.norm() / truth.float().norm())}
+                error = relative_error([split(*inputs)], [truth])
+            rows[way] = {**found, "l2": error}
     return rows
 
 

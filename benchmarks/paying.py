@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import large
 from benchmarks.calibration_bench import sampled_inputs
-from benchmarks.common import environment, write
+from benchmarks.common import environment, timed, write
 from benchmarks.pages import table
 from benchmarks.profiles import profiled
 from freqopt.calibration.measure.clock import compare_runs
+from freqopt.calibration.runner import relative_error
 from freqopt.demo.settings import Settings, default_settings, load_model
 from freqopt.progress import open_progress
 
@@ -50,17 +51,22 @@ def times_of(model: nn.Module, plan: freqopt.Plan, call: dict[str, Any]) -> tupl
     dense = torch.compile(model, dynamic=False)
     split = torch.compile(model, dynamic=False, backend="freqopt", options={"plan": plan})
     with torch.no_grad():
-        truth: Tensor = model(**call).double()
+        truth: Tensor = model(**call)
         for run in (dense, split, split):  # compiles, and records launches
             output = run(**call)
-        error = float((output.double() - truth).norm() / truth.norm())
-        if device.type == "cuda":
-            ms = compare_runs(lambda: dense(**call), lambda: split(**call))
-        else:
-            both = (meter.seconds(lambda run=run: run(**call)) for run in (dense, split))
-            ms = tuple(1e3 * seconds for seconds in both)
+        error = relative_error([output], [truth])
+        ms = compared(lambda: dense(**call), lambda: split(**call), device)
         parts = profiled(lambda: dense(**call), device, meter.wait)
     return Times(*ms, parts.attention / parts.whole), error
+
+
+def compared(
+    dense: Callable[[], object], split: Callable[[], object], device: torch.device
+) -> tuple[float, float]:
+    """Milliseconds of two runs of the whole model."""
+    if device.type == "cuda":
+        return compare_runs(dense, split)
+    return timed(dense, device), timed(split, device)
 
 
 def row_of(settings: Settings, run: int, target_error: float) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Generic, TypeVar
 import torch
 
 MOST_PENDING = 256
-"""Calls before one backward pass; where no checkpoint ever asks, no more than these are kept."""
+"""What differs among calls before one backward pass; where no checkpoint ever asks, no more of it
+is kept."""
 
 Told = TypeVar("Told")
 
@@ -34,7 +35,7 @@ class Pending(Generic[Told]):
         if self._is_repeated:
             self._is_repeated = False
             self._told.clear()
-        if not self._told or self._told[-1] is not told:
+        if told not in self._told:
             self._told.append(told)
 
     def again(self) -> list[Told]:

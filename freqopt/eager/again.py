@@ -31,7 +31,7 @@ SEVERAL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Noted:
     """A call that gradients were asked of. times: its timestep, where budgets depend on it."""
 
@@ -65,8 +65,7 @@ class Again:
         table, times = self.plan.budgets(site), self.calls[-1].times
         if times is None:
             return table.amin(0)
-        edges = torch.tensor(list(self.plan.timestep_edges), dtype=torch.float32, device="cpu")
-        return budget_at(table.flatten(1), edges, times.cpu()).view_as(table[0])
+        return budget_at(table.flatten(1), _edges(self.plan), times.cpu()).view_as(table[0])
 
 
 class Trained:
@@ -93,7 +92,7 @@ class Trained:
         calls = self._pending.again()
         if not calls:
             return None
-        edges = torch.tensor(list(self.plan.timestep_edges), dtype=torch.float32, device="cpu")
+        edges = _edges(self.plan)
         buckets = {
             int(buckets_at(edges, each.times.cpu()).max())
             for each in calls
@@ -104,6 +103,10 @@ class Trained:
                 SEVERAL.format(model=self.plan.model.class_name, what="at several timesteps")
             )
         return Again(self.plan, calls)
+
+
+def _edges(plan: Plan) -> Tensor:
+    return torch.tensor(list(plan.timestep_edges), dtype=torch.float32, device="cpu")
 
 
 def in_checkpoint(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freqopt.eager.serve import is_serving, share_of_heads
+from freqopt.eager.calling import is_serving, share_of_heads
 from freqopt.errors import InputError, OptionError
 
 NAME = "freqopt"

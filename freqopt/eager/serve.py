@@ -6,11 +6,9 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +18,13 @@ from torch.utils import _pytree as pytree
 
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.repeated import in_backward
-from freqopt.capture.under_way import Arguments, arguments_by_name
-from freqopt.eager.again import Again, Trained, in_checkpoint
+from freqopt.capture.under_way import arguments_by_name
+from freqopt.eager.again import Trained, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
+from freqopt.eager.calling import Call, Running, share_of, under_way
 from freqopt.eager.calls import Served, serve
-from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
+from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Forms, Look, Wanted
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
@@ -68,70 +67,6 @@ class Place:
         """(2, H), of the timestep under way."""
         found: Tensor = self.module.__dict__[attribute_of(self.nth)]
         return found
-
-
-@dataclass
-class _Running:
-    """A module with planned attention while it runs, and how many attentions it has met.
-
-    put_off: what stands for calls in it that nobody has computed, as long as it is held.
-    """
-
-    module: nn.Module
-    mode: TorchFunctionMode
-    met: int = 0
-    put_off: list[weakref.ref[PutOff]] = field(default_factory=list)
-
-
-@dataclass
-class _Call:
-    """One call of the model that is under way.
-
-    again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
-    trains: gradients may be asked for.
-    """
-
-    arguments: Arguments
-    form: Form
-    look: Look | None
-    again: Again | None = None
-    trains: bool = field(default_factory=torch.is_grad_enabled)
-    stack: list[_Running] = field(default_factory=list)
-    split: list[Split] = field(default_factory=list)
-
-    def leave(self, module: nn.Module | None = None) -> None:
-        """A module is left, and what ran in it; without one, all that is still running."""
-        while self.stack:
-            left = self.stack.pop()
-            left.mode.__exit__(None, None, None)
-            if left.module is module:
-                break
-
-
-class _Calls(threading.local):
-    """Calls under way in a thread, the innermost last, and the share of heads that it has."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[Server, _Call]] = []
-        self.share: tuple[int, int] | None = None
-
-
-_calls = _Calls()
-
-
-def is_serving() -> bool:
-    """Whether a model that is served is being called in this thread."""
-    return bool(_calls.stack)
-
-
-@contextmanager
-def share_of_heads(rank: int, ranks: int) -> Iterator[None]:
-    """In the body, attention has the heads of one of several ranks, shared out evenly in order."""
-    before, _calls.share = _calls.share, (rank, ranks)
-    try:
-        yield
-    finally:
-        _calls.share = before
 
 
 class Server:
@@ -191,27 +126,27 @@ class Server:
         arguments = arguments_by_name(self.root, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
             self.trained.note(form, arguments)
-        _calls.stack.append((self, _Call(arguments, form, look)))
+        under_way.stack.append((self, Call(arguments, form, look)))
 
     def begin_again(self) -> None:
         """A part of a call from before begins, in a backward pass."""
         again = self.trained.again()
         if again is not None:
-            _calls.stack.append((self, _Call({}, again.form, None, again)))
+            under_way.stack.append((self, Call({}, again.form, None, again)))
 
     def _drop_interrupted(self) -> None:
         """Close what a call left open that was interrupted from the keyboard."""
-        while any(server is self for server, _ in _calls.stack):
-            _, call = _calls.stack.pop()
+        while any(server is self for server, _ in under_way.stack):
+            _, call = under_way.stack.pop()
             call.leave()
             if call.look is not None:
                 call.look.abandon()
 
     def end(self, *, failed: bool) -> None:
         """A call of the model is over."""
-        if not _calls.stack or _calls.stack[-1][0] is not self:
+        if not under_way.stack or under_way.stack[-1][0] is not self:
             return
-        _, call = _calls.stack.pop()
+        _, call = under_way.stack.pop()
         call.leave()  # the model itself, where it holds attention: its other hook comes after this
         if call.look is not None:
             call.look.abandon() if failed else call.look.close()
@@ -220,7 +155,7 @@ class Server:
 
     def attend(self, asked: Asked) -> Any:
         """What a call that may be attention returns, or NOT_SERVED."""
-        call = _calls.stack[-1][1]
+        call = under_way.stack[-1][1]
         found = self._attention.get(asked.form)
         if found is None:
             found = self._attention.put(asked.form, asked.is_attention())
@@ -240,7 +175,7 @@ class Server:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
         lay = self._lay(call, place, asked)
         again = call.again
-        budget = _share_of(place.budget if again is None else again.budget(place.site))
+        budget = share_of(place.budget if again is None else again.budget(place.site))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
@@ -261,7 +196,7 @@ class Server:
             return self.attend(Asked(function, args, kwargs))
         if _is_transformed():
             return NOT_SERVED  # what is put off may be asked for when the transform is over
-        call = _calls.stack[-1][1]
+        call = under_way.stack[-1][1]
         running_now, name = call.stack[-1], getattr(function, "__name__", "")
         if name in PRODUCTS and ends(args, kwargs):
             return self.attend(AskedByHand(function, args, kwargs))
@@ -283,7 +218,7 @@ class Server:
         """Modules of the model that are running, the innermost first."""
         return (module for module in running() if id(module) in self.names)
 
-    def _lay(self, call: _Call, place: Place, asked: Asked) -> Lay | Why:
+    def _lay(self, call: Call, place: Place, asked: Asked) -> Lay | Why:
         """How the tokens of an attention lie in this call of tensors."""
         if any(is_distributed(tensor) for tensor in asked.tensors):
             return Reason.DISTRIBUTED()
@@ -336,18 +271,6 @@ def _server_of(module: nn.Module) -> Server | None:
     return found if isinstance(found, Server) else None
 
 
-def _share_of(budget: Tensor) -> Tensor:
-    """The rows of a budget (2, H) for the heads that are here.
-
-    Where they do not divide (`ulysses_anything`), the last rank has fewer.
-    """
-    if _calls.share is None:
-        return budget
-    rank, ranks = _calls.share
-    heads = -(-budget.shape[1] // ranks)
-    return budget[:, rank * heads : (rank + 1) * heads]
-
-
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
@@ -372,26 +295,26 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     server = _server_of(module)
-    if server is not None and not _calls.stack and in_backward():
+    if server is not None and not under_way.stack and in_backward():
         server.begin_again()
-    if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
+    if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
         return
     mode: Any = _Serving(server)
     mode.__enter__()
-    _calls.stack[-1][1].stack.append(_Running(module, mode))
+    under_way.stack[-1][1].stack.append(Running(module, mode))
 
 
 def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     server = _server_of(module)
-    if server is None or not _calls.stack or _calls.stack[-1][0] is not server:
+    if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
         return
-    call = _calls.stack[-1][1]
+    call = under_way.stack[-1][1]
     if any(each.module is module for each in call.stack):
         call.leave(module)
     if call.again is not None and not call.stack:
-        _calls.stack.pop()
+        under_way.stack.pop()
 
 
 _copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()

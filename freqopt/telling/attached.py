@@ -23,7 +23,6 @@ from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
-from freqopt.telling.traced import OTHER_BACKEND, tell_of
 from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
 from freqopt.telling.watching import TimestepRange, next_look
 
@@ -34,6 +33,11 @@ NOTHING_RAN = (
     "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
     "freqopt.attach (torch.compiler.reset() forgets what was compiled before); where a hook keeps "
     "the compiler out, freqopt.optimize(model, plan=plan) serves attention without it"
+)
+
+OTHER_BACKEND = (
+    "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
+    "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
 )
 
 TELLS = -20_260_002
@@ -77,15 +81,15 @@ def unwatch(model: nn.Module) -> None:
             del _parts[part]
 
 
-def _tell_unnoticed(modules: Iterable[nn.Module] | None) -> None:
-    """Of the models among the modules of what was called; of all where that is not known."""
+def tell_unnoticed(modules: Iterable[nn.Module] | None) -> None:
+    """Say that another backend compiled models that are watched, as a whole.
+
+    Of the models among the modules of what was called; of all where that is not known.
+    """
     called = None if modules is None else set(modules)
     for model, found in list(_watches.items()):
         if called is None or model in called:
             found.unnoticed()
-
-
-tell_of.append(_tell_unnoticed)
 
 
 def begin_call(model: nn.Module) -> None:

@@ -7,17 +7,12 @@ and budgets on the modules are noticed by nobody.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from freqopt.telling.attached import tell_unnoticed
 from freqopt.telling.outermost import outermost_call
-
-OTHER_BACKEND = (
-    "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
-    "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
-)
 
 
 class _Own(threading.local):
@@ -28,9 +23,6 @@ class _Own(threading.local):
 
 
 _own = _Own()
-
-tell_of: list[Callable[[Iterable[nn.Module] | None], None]] = []
-"""Called at the end of such a call, with the modules of what was called, or None if unknown."""
 
 
 def note_graph() -> None:
@@ -49,9 +41,7 @@ def is_traced() -> bool:
     def end() -> None:
         if _own.graphs == before:
             called = call.called if call is not None else None
-            modules = called.modules() if isinstance(called, nn.Module) else None
-            for tell in tell_of:
-                tell(modules)
+            tell_unnoticed(called.modules() if isinstance(called, nn.Module) else None)
 
     if call is not None:
         call.at_end(end)

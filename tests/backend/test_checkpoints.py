@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import freqopt
 from freqopt.backend import freqopt_backend
+from freqopt.capture.repeated import MOST_PENDING, Pending
 from freqopt.errors import InputError
 from freqopt.plan.plan import Plan
 
@@ -108,3 +109,13 @@ def test_two_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> None:
     with pytest.raises(InputError, match=r"several grids since \(3x6x10, 3x10x6\)"):
         gradients(model, WIDE, TALL)
     assert gradients(model, TALL).isfinite().all()
+
+
+def test_what_few_of_many_calls_told_is_not_forgotten() -> None:
+    pending: Pending[tuple[int, ...]] = Pending()
+    pending.note((1, 2))
+    for _ in range(2 * MOST_PENDING):
+        pending.note((3, 4))
+    assert pending.again() == [(1, 2), (3, 4)]
+    pending.note((5, 6))
+    assert pending.again() == [(5, 6)]

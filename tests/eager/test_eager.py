@@ -19,8 +19,9 @@ import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.eager import forms
 from freqopt.eager import serve as serving
+from freqopt.eager.calling import share_of_heads
 from freqopt.eager.latest import Latest
-from freqopt.eager.serve import Server, share_of_heads
+from freqopt.eager.serve import Server
 from freqopt.errors import SiteError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget

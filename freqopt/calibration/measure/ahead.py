@@ -35,12 +35,12 @@ def compile_ahead(call: AttentionCall, orders: Sequence[int], sampled: int, prob
     form = "curves", form_of(inputs.tensors), layout, chunks, sampled, probes
 
     def run() -> None:
+        of_size = {heads.stop - heads.start: made for heads, made in
+                   groups(call, len(chunks), THRESHOLDS[:1], probes)}  # fmt: skip
         for chunk in chunks:
             order = key_order(call, chunk) if chunk else None
-            of_size = {part.stop - part.start: made for part, made in
-                       groups(call, len(chunks), THRESHOLDS[:1], probes)}  # fmt: skip
             for made in of_size.values():
-                part = Sampled.of(made(order), chunk, sampled, 0.0, EVERY_RUNG[:1])
+                part = Sampled(made(order), chunk, sampled, 0.0, EVERY_RUNG[:1])
                 if part.rest:
                     part.measure_rest()
         for chunk, fitted in (*((chunk, probes) for chunk in chunks), (0, 0)):

@@ -79,7 +79,7 @@ def measure_curves(
         thresholds = [THRESHOLDS[rung] for rung in rungs]
         for heads, made in groups(call, len(chunks), thresholds, probes):
             measured = {
-                chunk: Sampled.of(made(by_content.get(chunk)), chunk, sampled, offset, rungs)
+                chunk: Sampled(made(by_content.get(chunk)), chunk, sampled, offset, rungs)
                 for chunk in chunks
             }
             measure_worth(list(measured.values()))
@@ -102,38 +102,27 @@ def acting_orders(call: AttentionCall, orders: Sequence[int]) -> list[int]:
 class Sampled:
     """Heads in one order, measured on a sample of their query tiles.
 
-    first, rest: places in the sample that are measured, and that are not yet. tried: on TRIAL_TILES
-    of them first, evenly spaced, where that saves much. `measure_rest` measures the others. Errors
-    of few tiles are unbiased too, and their deviation is larger. rungs: that the heads are made
-    for. fine, density: shares (.., H) of pairs that CHOICES lift, and of those all of the ladder's.
+    chunk: of the order, 0 by the grid. rungs: that the heads are made for. first, rest: places in
+    the sample that are measured, and that are not yet. An order by content is tried on TRIAL_TILES
+    of them, evenly spaced, where that saves much; `measure_rest` measures the others. Errors of few
+    tiles are unbiased too, and their deviation is larger. fine, density: shares (.., H) of pairs
+    that CHOICES lift, and of those all of the ladder's.
     """
 
     def __init__(
-        self,
-        heads: HeadsInOrder,
-        sampled: int,
-        offset: float,
-        rungs: Sequence[int],
-        *,
-        tried: bool,
+        self, heads: HeadsInOrder, chunk: int, sampled: int, offset: float, rungs: Sequence[int]
     ) -> None:
+        """sampled: of the grid's order; see `measure_curves`."""
         self.heads, self.tiles, self.rungs = heads, heads.score.shape[2], list(rungs)
         self.fine = densities(heads.score, CHOICES)
         self.density = self.fine[::REFINEMENT]
-        self.chosen = even_sample(self.tiles, sampled, offset, heads.score.device)
+        own = max(sampled // 2, 1) if chunk else sampled
+        self.chosen = even_sample(self.tiles, own, offset, heads.score.device)
         count = len(self.chosen)
-        step = count // TRIAL_TILES if tried and count >= 4 * TRIAL_TILES else 1
+        step = count // TRIAL_TILES if chunk and count >= 4 * TRIAL_TILES else 1
         self.first = list(range(count))[step // 2 :: step]
         self.rest = sorted(set(range(count)) - set(self.first))
         self.errors = heads.errors(self.chosen[step // 2 :: step])
-
-    @classmethod
-    def of(
-        cls, heads: HeadsInOrder, chunk: int, sampled: int, offset: float, rungs: Sequence[int]
-    ) -> Sampled:
-        """See `measure_curves`; chunk: of the heads' order, 0 by the grid. rungs: of the heads."""
-        own = max(sampled // 2, 1) if chunk else sampled
-        return cls(heads, own, offset, rungs, tried=chunk > 0)
 
     def measure_rest(self) -> None:
         """Measure the tiles of the sample that were left out."""
