@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from freqopt.eager.again import Again
 from freqopt.eager.by_hand import PutOff
 from freqopt.eager.forms import Form, Look
 from freqopt.eager.telling import Split
-
-if TYPE_CHECKING:
-    from freqopt.eager.serve import Server
 
 
 @dataclass
@@ -62,10 +58,10 @@ class Call:
 
 
 class _Calls(threading.local):
-    """Calls under way in a thread, the innermost last, and the share of heads that it has."""
+    """Calls under way in a thread, with what serves them, the innermost last; its share of heads."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[Server, Call]] = []
+        self.stack: list[tuple[object, Call]] = []
         self.share: tuple[int, int] | None = None
 
 
