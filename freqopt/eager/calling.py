@@ -58,7 +58,7 @@ class Call:
 
 
 class _Calls(threading.local):
-    """Calls under way in a thread, with what serves them, the innermost last; its share of heads."""
+    """Calls under way in a thread and what serves them, innermost last; its share of heads."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[object, Call]] = []
