@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freqopt.eager import dispatcher, serve
+from freqopt.eager import calling, dispatcher
 from freqopt.errors import InputError, OptionError
 
 pytest.importorskip("diffusers")
@@ -69,14 +69,14 @@ def test_a_rank_is_told_around_the_exchange(serving: None, monkeypatch: pytest.M
 
     def exchanged(query: Tensor, *rest: Any, forward_op: Any, backward_op: Any, **_: Any) -> Tensor:
         assert callable(forward_op) and callable(backward_op)
-        seen.append(serve._calls.share)
+        seen.append(calling.under_way.share)
         return query
 
     name = "_templated_context_parallel_attention"
     monkeypatch.setattr(attention_dispatch, name, exchanged)
     with torch.no_grad():
         dispatcher._attention(*tensors(), _parallel_config=spread(rank=1, ranks=2))
-    assert seen == [(1, 2)] and serve._calls.share is None
+    assert seen == [(1, 2)] and calling.under_way.share is None
 
 
 def test_processors_get_their_backend_back() -> None:
