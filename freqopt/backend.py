@@ -31,6 +31,7 @@ from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
 from freqopt.reuse import compile_reusing
+from freqopt.selecting import of_their_own_call
 from freqopt.telling.attached import judged_from, verified_errors
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
@@ -86,6 +87,8 @@ def freqopt_backend(
     else:
         compiled = inner(graph_of_part, inputs)
     feed = part.feeding.feed() if part.inputs else None
+    if graph.inputs:
+        feed = of_their_own_call(feed or tuple, graph.inputs)
     return calls.reading(counted(compiled, graph, feed))
 
 

@@ -7,31 +7,25 @@ diffusers' compile_repeated_blocks) still spend what the plan gives each layer.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from freqopt.calibration.samples import forward_signature, named_arguments
-from freqopt.capture import under_way
+from freqopt.capture.budgets import attribute_of
 from freqopt.capture.modules import base_name, module_of, module_of_site, modules_of
 from freqopt.errors import PlanError
 from freqopt.options import load_plan
 from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
-from freqopt.telling.attached import begin_call, is_watched, unwatch, watch
-from freqopt.telling.traced import is_traced
-from freqopt.turns import Turns
+from freqopt.selecting import Selector, device_of
+from freqopt.telling.attached import unwatch, watch
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
-
-BUDGET = "freqopt_budget"
-"""Attribute of a module for the budget of its first attention; of others with their number."""
 
 ATTACHED = "freqopt_attached"
 """Attribute of modules that have budgets: what else there is to know about them."""
@@ -145,12 +139,12 @@ def _put(
         module, (_, nth) = modules[name], module_of_site(site)
         budget = plan.budgets(site).amin(0)
         with torch.inference_mode(False):
-            module.__dict__[attribute_of(nth)] = budget.to(_device_of(module, inner), copy=True)
+            module.__dict__[attribute_of(nth)] = budget.to(device_of(module, inner), copy=True)
         about = (*module.__dict__.get(ATTACHED, ()), (nth, Facts(plan.known(site), largest)))
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
         places.append((module, nth, plan.budgets(site)))
-    selector = _Selector(places, plan, list(handle.places))
+    selector = Selector(places, plan, list(handle.places))
     _hook(root, SELECTS, selector)
     root._forward_hooks[ENDS] = selector.end
     root._forward_hooks_always_called[ENDS] = True
@@ -164,11 +158,6 @@ class Facts:
     def __init__(self, known: tuple[Known, ...], largest_chunk: int) -> None:
         self.known, self.largest_chunk = known, largest_chunk
         self.layouts = numbers_of(known)
-
-
-def attribute_of(nth: int) -> str:
-    """The attribute of a module that holds the budget (2, H) of its nth attention."""
-    return f"{BUDGET}_{nth}" if nth else BUDGET
 
 
 def mark_call(
@@ -211,124 +200,3 @@ def _root_of(names: dict[str, str]) -> str:
             return ""
         return name[: len(name) - len(module)].rstrip(".")
     return ""
-
-
-class _Selector:
-    """Forward pre-hook of a model: puts the budgets of the call's timestep on its modules.
-
-    It notes the call too, of which parts of the model then ask, and has copies of the model watched
-    as the model is.
-    """
-
-    def __init__(
-        self,
-        places: Sequence[tuple[nn.Module, int, Tensor]],
-        plan: Plan,
-        names: Sequence[str],
-    ) -> None:
-        self.places = [(module, attribute_of(nth)) for module, nth, _ in places]
-        self.plan, self.names = plan, list(names)
-        edges = plan.timestep_edges
-        self.name = plan.timestep_name if edges else None
-        self.sizes = [table[0].numel() for _, _, table in places]
-        self.table = torch.cat([table.flatten(1) for _, _, table in places], 1)
-        self.edges = torch.tensor(list(edges), dtype=torch.float32, device="cpu")
-        self.turns = Turns()
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        compiling = torch.compiler.is_compiling()
-        if self.name is not None and not compiling:
-            self.turns.begin()
-        if not compiling:
-            under_way.begin(model)
-            self._follow(model)
-            if not is_watched(model):  # a copy, or read from a file
-                watch(model, self.plan, self.sites())
-            begin_call(model)
-        elif not is_traced():
-            return
-        if self.name is None:
-            return
-        named = named_arguments(forward_signature(model), args, kwargs)
-        timestep = named.get(self.name)
-        if not isinstance(timestep, (Tensor, int, float)):
-            raise PlanError(
-                f"the plan selects budgets by the argument {self.name!r} of the model, and this "
-                f"call has none with a value (it has {', '.join(named)})"
-            )
-        budgets = [getattr(module, attribute) for module, attribute in self.places]
-        device = budgets[0].device
-        if self.table.device != device:
-            self.table, self.edges = self.table.to(device), self.edges.to(device)
-        if not isinstance(timestep, Tensor):
-            timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
-        times = timestep.to(device, non_blocking=True)
-        if compiling:
-            parts = self._parts(times, budgets)
-            torch._foreach_copy_(budgets, parts)
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            # New memory for each call: the kernels of one on another stream may yet read theirs.
-            fresh = torch._foreach_mul(self._parts(times, budgets), 1.0)
-            for budget, part in zip(budgets, fresh, strict=True):
-                budget.data = part
-
-    def sites(self) -> dict[str, tuple[nn.Module, str]]:
-        """Where the budgets of the plan's sites are."""
-        return dict(zip(self.names, self.places, strict=True))
-
-    def _parts(self, times: Tensor, budgets: Sequence[Tensor]) -> list[Tensor]:
-        """The budgets at a timestep, each as it lies on its module."""
-        parts = budget_at(self.table, self.edges, times).split(self.sizes)
-        return [part.view_as(b).to(b.device) for part, b in zip(parts, budgets, strict=True)]
-
-    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: the call is over, well or not."""
-        if torch.compiler.is_compiling():
-            return
-        under_way.end(model)
-        if self.name is not None:
-            self.turns.end()
-
-    def _follow(self, model: nn.Module) -> None:
-        """Bring the budgets to where the modules are now, if the first has moved."""
-        first, attribute = self.places[0]
-        weight = next(first.parameters(), None)
-        moved = None if weight is None else weight.device
-        if moved is None or moved.type == "meta" or moved == first.__dict__[attribute].device:
-            return
-        with torch.inference_mode(False):
-            for module, attribute in self.places:
-                budget = module.__dict__[attribute]
-                module.__dict__[attribute] = budget.to(_device_of(module, model))
-
-
-def budget_at(table: Tensor, edges: Tensor, timestep: Tensor) -> Tensor:
-    """Row of a table (buckets, n) at a timestep; eager twin of `passes.timestep.select_budgets`.
-
-    edges: (buckets - 1,) ascending. timestep: () or (B,) or (B, ...): the mean of each batch item
-    decides its bucket, and the smallest entries over the items are taken.
-    """
-    return table.index_select(0, buckets_at(edges, timestep)).amin(0)
-
-
-def buckets_at(edges: Tensor, timestep: Tensor) -> Tensor:
-    """(B,) the bucket of each batch item; see `budget_at`."""
-    times = timestep.to(torch.float32)
-    if times.dim() > 1:
-        times = times.flatten(1).mean(1)
-    return (times.reshape(-1, 1) > edges).sum(-1)
-
-
-def _device_of(module: nn.Module, around: nn.Module | None = None) -> torch.device:
-    """Where a module computes; the CPU where its weights are nowhere at the moment."""
-    for place in filter(None, (module, around)):
-        hook = getattr(place, "_hf_hook", None)  # accelerate's, of weights that are brought in
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            if (device := getattr(hook, "execution_device", None)) is not None:
-                if (found := torch.device(device)).type != "meta":
-                    return found
-        for tensor in (*place.parameters(), *place.buffers()):
-            if tensor.device.type != "meta":
-                return tensor.device
-    return torch.device("cpu")

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx, nn
 
+from freqopt.capture.budgets import attribute_of
 from freqopt.capture.model_tells import Number, Telling
 from freqopt.capture.modules import (
     base_name,
@@ -24,7 +25,6 @@ from freqopt.capture.modules import (
 )
 from freqopt.capture.under_way import Arguments, calls_under_way, told_once
 from freqopt.passes.naming import name_around, site_name
-from freqopt.regional import attribute_of
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan

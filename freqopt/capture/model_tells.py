@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import fx, nn
 
@@ -22,13 +22,14 @@ from freqopt.capture.call_layouts import (
     numbers_of_layout,
     tellers,
 )
-from freqopt.capture.repeated import Pending, in_backward
+from freqopt.capture.repeated import Pending, in_backward, several
 from freqopt.capture.under_way import Arguments, arguments_of, is_training
 from freqopt.decisions import check_length
 from freqopt.errors import InputError
 from freqopt.grid import Grid
 from freqopt.passes.axes.told import Told
 from freqopt.passes.site import Source, Value
+from freqopt.positions import Layout
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -62,10 +63,10 @@ class Telling:
 
         Raises:
             PlanError: a length too far from those of the plan.
-            InputError: see `_one_of`.
+            InputError: see `again`.
         """
-        if arguments is None and in_backward() and (trained := self._pending.again()):
-            return _one_of(trained)
+        if arguments is None and in_backward() and (trained := self.again()) is not None:
+            return trained
         layout = None if arguments is None else self.teller(arguments)
         if layout is not None and model is not None:
             self._check(model, layout.grid)
@@ -77,9 +78,24 @@ class Telling:
                 self.teller.name,
             )
         numbers = numbers_of_layout(layout)
-        if is_training():
+        if model is not None and is_training():
             self._pending.note(numbers)
+            _trained.setdefault(model, WeakSet()).add(self)
         return numbers
+
+    def again(self) -> Numbers | None:
+        """What the call told of which activation checkpointing runs a part once more.
+
+        None where gradients were asked of no call.
+
+        Raises:
+            InputError: several calls may be meant, and told different grids.
+        """
+        told = dict.fromkeys(self._pending.again())
+        if len(told) > 1:
+            grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in told)
+            raise InputError(several("a model", f"on several grids ({grids})"))
+        return next(iter(told), None)
 
     def _check(self, model: nn.Module, grid: Grid) -> None:
         """Check a length that is new against those that the model's plan was verified at."""
@@ -98,21 +114,8 @@ class Telling:
         met.add((id(plan), grid))
 
 
-def _one_of(trained: Sequence[Numbers]) -> Numbers:
-    """What the call told that activation checkpointing runs once more, in the backward pass.
-
-    Raises:
-        InputError: several calls may be meant, and told different grids.
-    """
-    told = dict.fromkeys(trained)
-    if len(told) > 1:
-        grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in told)
-        raise InputError(
-            "activation checkpointing runs a compiled block once more, outside of any call of "
-            f"its model, and the model was called on several grids since ({grids}): call "
-            "backward() after each, or compile the whole model"
-        )
-    return next(iter(told))
+_trained: WeakKeyDictionary[nn.Module, WeakSet[Telling]] = WeakKeyDictionary()
+"""What calls tell that gradients were asked of, by the model that was called."""
 
 
 class Number(NamedTuple):
@@ -129,26 +132,64 @@ class Number(NamedTuple):
 
 
 def told_by_model(
-    gm: fx.GraphModule, model: nn.Module | None, plan_of: Callable[[nn.Module], Plan | None]
+    gm: fx.GraphModule,
+    model: nn.Module | None,
+    part: nn.Module | None,
+    plan_of: Callable[[nn.Module], Plan | None],
 ) -> tuple[list[Told], list[Number]]:
-    """What the call under way of a model tells a part of its graph, and the part's new inputs."""
-    arguments = None if model is None else arguments_of(model)
+    """What the call under way of a model tells a part of its graph, and the part's new inputs.
+
+    In a backward pass it is the call from before of which a checkpoint runs the part once more.
+
+    model: None where it is not being called. part: the module that runs the graph.
+    """
     plan = None if model is None else plan_of(model)
-    places = gm.graph.find_nodes(op="placeholder")
-    if plan is None or arguments is None or not places:
+    arguments = None if model is None else arguments_of(model)
+    if arguments is None and part is not None and in_backward():
+        return _added(gm, _told_before(part))
+    if plan is None or arguments is None:
         return [], []
     sources = [k.sources for name in plan.sites for k in plan.known(name)]
-    found, numbers = [], []
+    found = []
     for teller, layout in tellers(arguments, sources):
         own = teller.sources if isinstance(teller, BySizes) else ()
+        found.append((Telling(teller, plan_of, own), layout))
+    return _added(gm, found)
+
+
+def model_before(part: nn.Module) -> nn.Module | None:
+    """The model in whose calls, that gradients were asked of, a part of it ran."""
+    return next((m for m in _trained if any(each is part for each in m.modules())), None)
+
+
+def _told_before(part: nn.Module) -> list[tuple[Telling, Layout]]:
+    """What was told in the call that a part of a model runs once more of."""
+    model = model_before(part)
+    known = () if model is None else _trained[model]
+    numbers = {telling.teller.name: (telling, telling.again()) for telling in known}
+    return [
+        (telling, Layout(told[0], (told[1], told[2], told[3]), told[4]))
+        for telling, told in numbers.values()
+        if told is not None and all(told[1:4])
+    ]
+
+
+def _added(
+    gm: fx.GraphModule, given: Sequence[tuple[Telling, Layout]]
+) -> tuple[list[Told], list[Number]]:
+    """Add int inputs to a graph for what calls tell; none if it cannot have all."""
+    places = gm.graph.find_nodes(op="placeholder")
+    found, numbers = [], []
+    for telling, layout in given if places else ():
+        name = telling.teller.name
         values = numbers_of_layout(layout)
         named = dict(zip(NUMBERS, values, strict=True))
-        made = int_inputs(gm, places, f"{teller.name}_of_model", named)
+        made = int_inputs(gm, places, f"{name}_of_model", named)
         if not made:
             return [], []
-        telling = Telling(teller, plan_of, own)
         numbers += [Number(telling, i, node) for i, node in enumerate(made)]
         before, t, h, w, after = (Value(node) for node in made)
         rows = layout.before + math.prod(layout.grid) + layout.after
-        found.append(Told(places[0], teller.name, rows, *layout, (before, t, h, w), after, own))
+        own = telling.sources
+        found.append(Told(places[0], name, rows, *layout, (before, t, h, w), after, own))
     return found, numbers

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
+from freqopt.capture.budgets import attribute_of
 from freqopt.capture.feeding import Budget, Callers, Feeding, NamedParts
-from freqopt.capture.model_tells import Number, told_by_model
+from freqopt.capture.model_tells import Number, model_before, told_by_model
 from freqopt.capture.modules import (
     PlannedCallers,
     module_of_site,
@@ -24,9 +25,11 @@ from freqopt.capture.modules import (
     names_of,
     running,
 )
+from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import arguments_of
 from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import decide, untold, why_dense
+from freqopt.errors import InputError
 from freqopt.options import Options, load_plan
 from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
@@ -37,7 +40,7 @@ from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.adding import fake_mode
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.site import Known, Site
-from freqopt.regional import ATTACHED, SELECTS, Facts, attribute_of
+from freqopt.regional import ATTACHED, SELECTS, Facts
 from freqopt.telling.attached import attached_to
 
 if TYPE_CHECKING:
@@ -45,6 +48,12 @@ if TYPE_CHECKING:
 
 OTHER_LAYER = "*"
 """Stands for the number of the layer in the names of sites whose graph serves several layers."""
+
+REENTRANT = (
+    "activation checkpointing with use_reentrant=True has {part} compiled in the backward pass, "
+    "outside of any call of its model: call checkpoint with use_reentrant=False, or "
+    "freqopt.attach(model, plan) before the blocks are compiled"
+)
 
 
 class Part:
@@ -153,7 +162,7 @@ class Part:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
         plan = self.plan
         plan_of = attached_to if plan is None else lambda model: plan
-        told, inputs = told_by_model(gm, self.caller, plan_of)
+        told, inputs = told_by_model(gm, self.caller, self.runner, plan_of)
         self.inputs += inputs
         self.is_told_of_calls = bool(told)
         return told
@@ -282,14 +291,24 @@ def _callers(plan: Plan) -> PlannedCallers:
 
 
 def part_of_model(settings: Options) -> Part:
-    """The part of a model for which a backend is called right now."""
+    """The part of a model for which a backend is called right now.
+
+    Raises:
+        InputError: a backward pass compiles it, and it is not known of which model it is.
+        PlanError: the plan has the order of tokens of another model.
+    """
     modules = list(running())
     if not modules:
         return Part(settings, None, None)
     root = modules[-1]
     if settings.plan is not None:
         plan = load_plan(settings.plan)
-        root = _callers(plan).among(modules) or root
+        caller = _callers(plan).among(modules)
+        if caller is None and in_backward():
+            caller = model_before(root)
+            if caller is None:
+                raise InputError(REENTRANT.format(part=type(root).__name__))
+        root = caller or root
         plan.check_order(root)
     return Part(settings, root, modules[0])
 

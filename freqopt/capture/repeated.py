@@ -18,13 +18,24 @@ is kept."""
 Told = TypeVar("Told")
 
 
+def several(model: str, what: str) -> str:
+    """The message where more than one call may be meant, which differ in what matters.
+
+    what: how they were made, "on several grids" or the like.
+    """
+    return (
+        f"activation checkpointing runs a part of {model} once more, outside of any call of it, "
+        f"and it was called {what} since: call backward() after each"
+    )
+
+
 def in_backward() -> bool:
     """Whether a backward pass is under way in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Pending(Generic[Told]):
-    """What calls told that a backward pass may come for."""
+    """What calls told that a backward pass may come for. Copies and pickles know of no call."""
 
     def __init__(self) -> None:
         self._told: deque[Told] = deque(maxlen=MOST_PENDING)
@@ -42,3 +53,9 @@ class Pending(Generic[Told]):
         """What the call told that runs once more, in part: one of these."""
         self._is_repeated = True
         return list(self._told)
+
+    def __deepcopy__(self, memo: object) -> Pending[Told]:
+        return Pending()
+
+    def __reduce__(self) -> tuple[type[Pending[Told]], tuple[()]]:
+        return Pending, ()

@@ -75,6 +75,11 @@ def end(model: nn.Module) -> None:
     _own.top = calls[-1] if calls else None
 
 
+def is_under_way() -> bool:
+    """Whether a model that notes its calls is being called in this thread."""
+    return _own.top is not None
+
+
 def is_training() -> bool:
     """Whether gradients may be asked for of the call under way."""
     call = _own.top

@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from freqopt.capture.budgets import buckets_at, budget_at
 from freqopt.capture.modules import CALLS
-from freqopt.capture.repeated import Pending
+from freqopt.capture.repeated import Pending, several
 from freqopt.capture.under_way import Arguments
 from freqopt.eager.forms import Form
 from freqopt.eager.lay import Lay
 from freqopt.errors import InputError
 from freqopt.passes.reasons import Why
-from freqopt.regional import buckets_at, budget_at
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
-
-SEVERAL = (
-    "activation checkpointing runs a part of {model} once more, outside of any call of it, and it "
-    "was called {what} since: call backward() after each"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +50,7 @@ class Again:
         found = [call.form.lays.get(kind) for call in self.calls]
         known = [lay for lay in found if lay is not None]
         if any(lay != known[0] for lay in known):
-            raise InputError(
-                SEVERAL.format(model=self.plan.model.class_name, what="on several grids")
-            )
+            raise InputError(several(self.plan.model.class_name, "on several grids"))
         return known[0] if known else None
 
     def budget(self, site: str) -> Tensor:
@@ -99,9 +92,7 @@ class Trained:
             if each.times is not None
         }
         if len(buckets) > 1:
-            raise InputError(
-                SEVERAL.format(model=self.plan.model.class_name, what="at several timesteps")
-            )
+            raise InputError(several(self.plan.model.class_name, "at several timesteps"))
         return Again(self.plan, calls)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from freqopt.capture.budgets import attribute_of
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import arguments_by_name
@@ -33,7 +34,7 @@ from freqopt.passes.naming import site_name
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
-from freqopt.regional import Attached, attribute_of
+from freqopt.regional import Attached
 from freqopt.telling.said import warn
 
 if TYPE_CHECKING:

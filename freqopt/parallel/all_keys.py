@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.budgets import budget_at
 from freqopt.capture.call_layouts import in_call
 from freqopt.capture.eager import answered, written
 from freqopt.capture.modules import match_names, module_of, names_of
@@ -38,7 +39,6 @@ from freqopt.passes.find import Grids, Model, find_on_grids
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason
 from freqopt.plan.plan import Plan
-from freqopt.regional import budget_at
 from freqopt.telling.outside import tell_outside
 
 

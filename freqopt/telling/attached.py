@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.calibration.samples import forward_signature, named_arguments
+from freqopt.capture.budgets import known_by
 from freqopt.capture.modules import base_name
 from freqopt.options import Options
 from freqopt.plan.identity import class_name_of
@@ -138,7 +139,8 @@ class Watch:
     def owner_of(self, budget: Tensor) -> Named | None:
         """What a budget belongs to, None if it is not of this model."""
         for name, (module, attribute) in self.places.items():
-            if module.__dict__.get(attribute) is budget:
+            own = module.__dict__.get(attribute)
+            if own is not None and known_by(own) is budget:
                 verified = self.verified.get(name)
                 return Named(self.name, name, verified, judged_from(self.plan))
         return None
@@ -167,8 +169,9 @@ class Watch:
     def served(self) -> set[str]:
         """Sites whose budgets a split attention was called with; with further calls of modules."""
         ours = {
-            id(module.__dict__.get(attribute)): name
+            id(known_by(module.__dict__[attribute])): name
             for name, (module, attribute) in self.places.items()
+            if attribute in module.__dict__
         }
         found = {
             ours[key[graph.inputs.index(place)]]

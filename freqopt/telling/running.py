@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from freqopt.capture.budgets import known_by
 from freqopt.passes.bodies import outside
 from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import operation
@@ -70,8 +71,8 @@ owners: list[weakref.WeakMethod[Callable[[Tensor], Named | None]]] = []
 class Calls:
     """Calls of a graph with one set of budgets: of one layer, where several share the graph.
 
-    budgets: as given, whose identity tells layers apart. names: for each decision. untold: how many
-    of the calls told no grid, by decision, and were dense there.
+    budgets: those that layers are known by. names: for each decision. untold: how many of the calls
+    told no grid, by decision, and were dense there.
     """
 
     budgets: tuple[weakref.ref[Tensor], ...]
@@ -178,7 +179,7 @@ class Graph:
             measured: dict[int, tuple[Calls, list[Tensor]]] = {}
             for picked, errors in waiting:
                 given = (picked,) if self._is_one else picked
-                found = self._of(given[: len(self.inputs)])
+                found = self._of(tuple(map(known_by, given[: len(self.inputs)])))
                 found.count += 1
                 for index, number in zip(self.tells, given[len(self.inputs) :], strict=True):
                     if not number:

@@ -18,6 +18,7 @@ from freqopt.backend import freqopt_backend
 from freqopt.capture.repeated import MOST_PENDING, Pending
 from freqopt.errors import InputError
 from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
 
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 WIDE, TALL = models.GRID, (3, 10, 6)
@@ -31,12 +32,12 @@ def plan() -> Plan:
 class Around(nn.Module):
     """A block that runs once more in the backward pass."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, reentrant: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.reentrant = block, reentrant
 
     def forward(self, *given: Tensor) -> Any:
-        return checkpoint(self.block, *given, use_reentrant=False)
+        return checkpoint(self.block, *given, use_reentrant=self.reentrant)
 
 
 class Inside(models.Block):
@@ -57,10 +58,31 @@ class Within(models.Attention):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
+class Timed(models.Video):
+    """A model whose calls are at a timestep, by which its plan has budgets."""
+
+    def forward(self, video: Tensor, text: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(video, text)
+
+
+def timed(plan: Plan) -> Plan:
+    """Budgets that differ much between two ranges of the timestep."""
+    sites = {
+        name: site.model_copy(
+            update={"budgets": [Budget(threshold=[each] * site.heads) for each in (5.0, 0.5)]}
+        )
+        for name, site in plan.sites.items()
+    }
+    update = {"sites": sites, "timestep_name": "time", "timestep_edges": [500.0]}
+    return plan.model_copy(update=update)
+
+
 def made(way: str, plan: Plan, place: str) -> Any:
     torch._dynamo.reset()
     freqopt.reset_counters()
     model = models.make()
+    if plan.timestep_edges:
+        model.__class__ = Timed
     if way == "attached":
         freqopt.attach(model, plan)
     options = LOUD if way == "attached" else {**LOUD, "plan": plan}
@@ -70,20 +92,35 @@ def made(way: str, plan: Plan, place: str) -> Any:
         if place == "within":
             block.attn.__class__ = Within
         block.compile(backend=freqopt_backend, options=options)
-        if place == "around":
-            model.blocks[index] = Around(block)
+        if place in ("around", "reentrant"):
+            model.blocks[index] = Around(block, reentrant=place == "reentrant")
     return model
 
 
 def gradients(model: Any, *grids: tuple[int, int, int]) -> Tensor:
+    return gradients_of(model, *(call(grid) for grid in grids))
+
+
+def gradients_of(
+    model: Any, *calls: dict[str, Tensor], look: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Of all calls at once. look: a further call that no gradient is asked of."""
     model.zero_grad()
-    loss = sum(model(**call(grid)).square().mean() for grid in grids)
+    loss = sum(model(**given).square().mean() for given in calls)
+    if look is not None:
+        with torch.no_grad():
+            model(**look)
     loss.backward()  # type: ignore[union-attr]
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("way", ["attached", "plan"])
-@pytest.mark.parametrize("place", ["around", "inside", "within"])
+@pytest.mark.parametrize(
+    ("way", "place"),
+    [
+        *((way, place) for way in ("attached", "plan") for place in ("around", "inside", "within")),
+        ("attached", "reentrant"),
+    ],
+)
 def test_gradients_are_those_without_checkpoints(way: str, place: str, plan: Plan) -> None:
     plain = made(way, plan, "nowhere")
     expected = [gradients(plain, grid) for grid in (WIDE, TALL)]
@@ -97,6 +134,12 @@ def test_gradients_are_those_without_checkpoints(way: str, place: str, plan: Pla
         assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
+def test_a_block_first_compiled_in_a_backward_pass_is_refused(plan: Plan) -> None:
+    """Which of the model's blocks it is cannot be told, where only the options have the plan."""
+    with pytest.raises(InputError, match="call checkpoint with use_reentrant=False, or freqopt"):
+        gradients(made("plan", plan, "reentrant"), WIDE)
+
+
 def test_checkpoints_inside_are_told_as_split(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
     model = made("attached", plan, "inside")
     gradients(model, WIDE)
@@ -106,9 +149,29 @@ def test_checkpoints_inside_are_told_as_split(plan: Plan, caplog: pytest.LogCapt
 
 def test_two_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> None:
     model = made("attached", plan, "around")
-    with pytest.raises(InputError, match=r"several grids since \(3x6x10, 3x10x6\)"):
+    with pytest.raises(InputError, match=r"several grids \(3x6x10, 3x10x6\) since"):
         gradients(model, WIDE, TALL)
     assert gradients(model, TALL).isfinite().all()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "around", "reentrant", "inside"])
+def test_a_backward_pass_has_the_budgets_of_its_own_call(place: str, plan: Plan) -> None:
+    """The last call may have been at another timestep, whatever the backward pass runs again."""
+    early, late = ({**call(WIDE), "time": torch.tensor([time])} for time in (100.0, 900.0))
+    plan = timed(plan)
+    alone = [gradients_of(made("attached", plan, "nowhere"), given) for given in (early, late)]
+    assert (alone[0] - alone[1]).norm() > 1e-3 * alone[0].norm()
+    model = made("attached", plan, place)
+    assert (gradients_of(model, early, look=late) - alone[0]).norm() < 1e-5 * alone[0].norm()
+    if place in ("nowhere", "inside"):
+        both = alone[0] + alone[1]
+        assert (gradients_of(model, early, late) - both).norm() < 1e-5 * both.norm()
+    else:
+        with pytest.raises(InputError, match="it was called at several timesteps since"):
+            gradients_of(model, early, late)
+    freqopt.reset_counters()
+    gradients_of(model, late)
+    assert {site.site for site in freqopt.counters().sites if site.split} == set(plan.sites)
 
 
 def test_what_few_of_many_calls_told_is_not_forgotten() -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import freqopt
 from freqopt import regional
+from freqopt.capture.budgets import BUDGET
 from freqopt.errors import PlanError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan
-from freqopt.regional import BUDGET
 from freqopt.turns import Turns
 
 LOW, HIGH = 0.25, 1.5

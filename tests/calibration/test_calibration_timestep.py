@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.calibration.samples import collect_samples
+from freqopt.capture.budgets import budget_at
 from freqopt.errors import CalibrationError, OptionError, PlanError, SiteError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.passes.find import find_sites
 from freqopt.passes.rewrite.timestep import find_timestep
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
-from freqopt.regional import budget_at
 
 GRID = (4, 9, 11)
 EDGES = [0.25, 0.75]

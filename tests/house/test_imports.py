@@ -48,6 +48,7 @@ CORE = {
     "progress",
     "regional",
     "reuse",
+    "selecting",
     "telling",
     "turns",
 }

@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 import freqopt
 from benchmarks.ways import ROUTES, way_of
 from freqopt.backend import freqopt_backend
+from freqopt.capture.budgets import BUDGET
 from freqopt.plan.plan import Plan
-from freqopt.regional import BUDGET
 
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 COARSE = 5.0
