@@ -87,8 +87,9 @@ def attach(model: nn.Module, plan: Plan | str | os.PathLike[str]) -> Attached:
     timestep must be among the arguments of the model that was calibrated.
 
     Budgets are no parameters and no buffers: moving, casting or offloading the model leaves them
-    alone, and copying or pickling the model takes them along. Budgets by timestep are those of a
-    call alone: threads that call one model, each at its own timestep, take turns.
+    alone, and copying or pickling the model takes them along. A module that is called several times
+    in a call of the model has the smallest thresholds of them all. Budgets by timestep are those of
+    a call alone: threads that call one model, each at its own timestep, take turns.
 
     Args:
         model: the model that the plan was calibrated for, one of the same architecture (with an
@@ -135,15 +136,16 @@ def _put(
     places = []
     for site, name in names.items():
         if base_name(site) != site:
-            continue  # a further call of a module has the budget of the first
+            continue  # it is among those of the first call of its module
         module, (_, nth) = modules[name], module_of_site(site)
-        budget = plan.budgets(site).amin(0)
+        budgets = plan.module_budgets(site)
         with torch.inference_mode(False):
-            module.__dict__[attribute_of(nth)] = budget.to(device_of(module, inner), copy=True)
+            own = budgets.amin(0).to(device_of(module, inner), copy=True)
+            module.__dict__[attribute_of(nth)] = own
         about = (*module.__dict__.get(ATTACHED, ()), (nth, Facts(plan.known(site), largest)))
         module.__dict__[ATTACHED] = about
         _hook(module, MARKS, mark_call)
-        places.append((module, nth, plan.budgets(site)))
+        places.append((module, nth, budgets))
     selector = Selector(places, plan, list(handle.places))
     _hook(root, SELECTS, selector)
     root._forward_hooks[ENDS] = selector.end

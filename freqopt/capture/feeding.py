@@ -171,7 +171,7 @@ class Feeding:
             site = self._site(running.caller, module, wanted.nth)
             found = wanted.zeros
             if site is not None and self.plan is not None:
-                budget = self.plan.budgets(site).amin(0)
+                budget = self.plan.module_budgets(site).amin(0)
                 found = budget if budget.shape == found.shape else found
             known[wanted.nth] = found.to(wanted.zeros.device, copy=True), site
         return known[wanted.nth][0]

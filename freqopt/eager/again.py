@@ -55,7 +55,7 @@ class Again:
 
     def budget(self, site: str) -> Tensor:
         """(2, H) of a site, at the timestep of the call."""
-        table, times = self.plan.budgets(site), self.calls[-1].times
+        table, times = self.plan.module_budgets(site), self.calls[-1].times
         if times is None:
             return table.amin(0)
         return budget_at(table.flatten(1), _edges(self.plan), times.cpu()).view_as(table[0])

@@ -247,7 +247,7 @@ class _Served:
         planned = None if place.planned is None else self.plan.sites[place.planned]
         if planned is None or place.planned is None or planned.decision == "dense":
             return attention_over_ranks(query, key, value, exact=True, **common)
-        budgets = self.plan.budgets(place.planned)
+        budgets = self.plan.module_budgets(place.planned)
         row = budgets.amin(0) if bucket is None else _at(budgets, self.plan.timestep_edges, bucket)
         grid, before, after = self._layout(place.planned, told, query.shape[2])
         listed = planned.chunks or [0] * key.shape[1]

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from freqopt.capture.modules import base_name
 from freqopt.errors import PlanError
 from freqopt.files import write_atomically
 from freqopt.passes.site import Known, Source
@@ -115,6 +116,19 @@ class Plan(Travelling):
         """
         buckets = range(len(self.timestep_edges) + 1)
         return torch.stack([self.budget(site_name, bucket) for bucket in buckets])
+
+    def module_budgets(self, site_name: str) -> Tensor:
+        """Budgets (buckets, 2, H) float32 of an attention that serve every call of its module.
+
+        A plan of the whole graph tells the calls apart that a model makes of one module. Where they
+        cannot be told apart, the smallest entries over them are those that keep what each was
+        verified with: no call is less exact than planned.
+
+        Raises:
+            PlanError: the plan has no such site.
+        """
+        calls = [name for name in self.sites if base_name(name) == base_name(site_name)]
+        return torch.stack([self.budgets(name) for name in calls or [site_name]]).amin(0)
 
     def largest_chunk(self, site_name: str) -> int:
         """The largest of the chunks that a site's tokens are ordered in; 0 for the grid's order.

@@ -118,7 +118,7 @@ def _say(
     for cause in _breaks_since():
         known.add_break(cause)
     before, known.said = known.said.removeprefix(_pending), ""
-    verdict = judge(name, known, plan, known.look())
+    verdict = judge(name, known, plan, known.look(plan))
     known.said = verdict.line
     say(verdict, again=verdict.line == before, strict=known.settings.strict)
     if plan is not None and isinstance(model, nn.Module):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
+from freqopt.capture.modules import base_name
 from freqopt.errors import SiteError
 from freqopt.grid import Grid
 from freqopt.options import Options
@@ -88,15 +89,21 @@ class Compiled:
         if cause is not None and cause.graph_break:
             self.add_break(cause)
 
-    def look(self) -> set[str]:
-        """Names, of the plan where it has them, of the sites that were split in a call."""
-        self.served |= {
-            calls.names[index].site
-            for graph in self.graphs
-            for calls in graph.calls.values()
-            for index, (_, split, _) in enumerate(graph.decisions)
-            if split and calls.split(index)
-        }
+    def look(self, plan: Plan | None) -> set[str]:
+        """Names, of the plan where it has them, of the sites that were split in a call.
+
+        Where budgets are by the module that runs, its calls are not told apart: all are split.
+        """
+        by_module = set()
+        for graph in self.graphs:
+            for calls in graph.calls.values():
+                for index, (_, split, _) in enumerate(graph.decisions):
+                    if split and calls.split(index):
+                        self.served.add(calls.names[index].site)
+                        if graph.budgets and graph.budgets[index] >= 0:
+                            by_module.add(calls.names[index].site)
+        further = () if plan is None else plan.sites
+        self.served |= {name for name in further if base_name(name) in by_module}
         return self.served
 
     def add_break(self, cause: Any) -> None:

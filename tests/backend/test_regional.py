@@ -16,6 +16,7 @@ from freqopt.backend import freqopt_backend
 from freqopt.errors import PlanError
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
 
 GRID = (4, 9, 11)
 
@@ -263,8 +264,37 @@ def test_a_module_at_two_places_is_called_twice(caplog: pytest.LogCaptureFixture
     assert [site.site for site in freqopt.counters().sites if site.split] == list(twice.sites)
     model = make()
     with freqopt.attach(model, twice):
-        by_blocks(model, strict=True)  # the second call has the budget of the first
+        by_blocks(model, strict=True)
     assert freqopt.counters().split == 3
+
+
+@pytest.mark.parametrize("careful", ["blocks.0.attn", "blocks.0.attn@1"])
+@pytest.mark.parametrize("way", ["attach", "plan", "eager"])
+def test_no_call_of_a_module_is_less_exact_than_planned(way: str, careful: str) -> None:
+    """Calls of one module are not told apart: all of them have the smallest threshold."""
+    model = models.make()
+    model.blocks[2] = model.blocks[0]
+    plan = plan_of(model, models.inputs(), 1.0)
+    lower = {"budgets": [Budget(threshold=[0.25, 1.0])]}
+    sites = {**plan.sites, careful: plan.sites[careful].model_copy(update=lower)}
+    plan = plan.model_copy(update={"sites": sites})
+    with torch.no_grad():
+        for site in ("blocks.0.attn", "blocks.0.attn@1"):
+            sites[site] = sites[careful]
+        both = plan.model_copy(update={"sites": dict(sites)})
+        torch._dynamo.reset()
+        options = {**LOUD, "plan": both, "strict": True}
+        expected = torch.compile(model, backend=freqopt_backend, options=options)(**models.inputs())
+        torch._dynamo.reset()
+        if way == "eager":
+            with freqopt.optimize(model, plan, route="eager", strict=True):
+                got = model(**models.inputs())
+        elif way == "attach":
+            with freqopt.attach(model, plan):
+                got = by_blocks(model, strict=True)
+        else:
+            got = by_blocks(model, strict=True, plan=plan)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_plan_of_two_models_in_one_graph_is_refused_for_what_it_is(pieces_plan: Plan) -> None:
