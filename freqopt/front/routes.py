@@ -20,8 +20,14 @@ from freqopt.regional import Attached, attach
 from freqopt.telling.attached import measured_at, watch_strictly
 from freqopt.telling.limits import Limit
 from freqopt.telling.running import Measured, measured_in
+from freqopt.telling.traced import expect, expect_no_more, is_traced
+from freqopt.telling.verdict import by_another_backend, say
 
 COMPILED = "_compiled_call_impl"
+
+
+LOOKS = -20_260_020
+"""Key of our hook of a model that is compiled as a whole."""
 
 
 class Way(Protocol):
@@ -138,12 +144,25 @@ class Whole:
         self.model, self.plan, self.options = model, plan, {**options, "plan": plan}
         plan.check_model(model)
         self._undo: Callable[[], None] | None = None
+        self._is_told = False
 
     def start(self) -> None:
         """Have the model compiled when it is called."""
         if self._undo is None:
-            self._undo = _compile(self.model, self.options)
-            self.model.__dict__[COMPILED] = self._looked_at(self.model.__dict__[COMPILED])
+            with ExitStack() as undo:
+                undo.callback(_compile(self.model, self.options))
+                self.model.__dict__[COMPILED] = self._looked_at(self.model.__dict__[COMPILED])
+                self.model._forward_pre_hooks[LOOKS] = _is_traced
+                undo.callback(self.model._forward_pre_hooks.pop, LOOKS, None)
+                expect(self.model, self._unnoticed)
+                undo.callback(expect_no_more, self.model)
+                self._undo = undo.pop_all().close
+
+    def _unnoticed(self, model: nn.Module) -> None:
+        """Another backend compiled the model in the meantime, or something around it."""
+        verdict = by_another_backend(class_name_of(model), self.plan)
+        say(verdict, again=self._is_told, strict=bool(self.options["strict"]))
+        self._is_told = True
 
     def _looked_at(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled call, told of where the compiler gives up; hooks would be in its graph."""
@@ -172,6 +191,12 @@ class Whole:
     def densities(self) -> dict[str, float]:
         """See `Way`."""
         return {}
+
+
+def _is_traced(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: in a graph, see whether it comes to our backend."""
+    if torch.compiler.is_compiling():
+        is_traced()
 
 
 def graphs_of(model: nn.Module) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,16 @@ from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Calls, Graph, Measured, Named, measured_in
-from freqopt.telling.verdict import INSPECT, Compiled, Verdict, alike, judge, say
+from freqopt.telling.traced import expect, expect_no_more
+from freqopt.telling.verdict import (
+    INSPECT,
+    Compiled,
+    Verdict,
+    alike,
+    by_another_backend,
+    judge,
+    say,
+)
 from freqopt.telling.watching import TimestepRange, next_look
 
 if TYPE_CHECKING:
@@ -34,11 +43,6 @@ NOTHING_RAN = (
     "no compiled block ran with these budgets: compile the blocks with backend='freqopt', after "
     "freqopt.attach (torch.compiler.reset() forgets what was compiled before); where a hook keeps "
     "the compiler out, freqopt.optimize(model, plan=plan) serves attention without it"
-)
-
-OTHER_BACKEND = (
-    "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
-    "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
 )
 
 TELLS = -20_260_002
@@ -55,6 +59,7 @@ def watch(model: nn.Module, plan: Plan, places: Places) -> None:
     """Look at the calls of a model that a plan is attached to, until `unwatch`."""
     _watches[model] = Watch(model, plan, places)
     running.owners.append(weakref.WeakMethod(_watches[model].owner_of))
+    expect(model, _unnoticed)
     model._forward_hooks[TELLS] = _after_call
     model._forward_hooks_with_kwargs[TELLS] = True
 
@@ -73,6 +78,7 @@ def unwatch(model: nn.Module) -> None:
     """Look no more."""
     model._forward_hooks.pop(TELLS, None)
     model._forward_hooks_with_kwargs.pop(TELLS, None)
+    expect_no_more(model)
     found = _watches.pop(model, None)
     if found is not None:
         for graph in running.graphs:  # whose calls are named while it is known whose they are
@@ -82,15 +88,11 @@ def unwatch(model: nn.Module) -> None:
             del _parts[part]
 
 
-def tell_unnoticed(modules: Iterable[nn.Module] | None) -> None:
-    """Say that another backend compiled models that are watched, as a whole.
-
-    Of the models among the modules of what was called; of all where that is not known.
-    """
-    called = None if modules is None else set(modules)
-    for model, found in list(_watches.items()):
-        if called is None or model in called:
-            found.unnoticed()
+def _unnoticed(model: nn.Module) -> None:
+    """Another backend compiled a watched model as a whole."""
+    found = _watches.get(model)
+    if found is not None:
+        found.unnoticed()
 
 
 def begin_call(model: nn.Module) -> None:
@@ -131,10 +133,9 @@ class Watch:
             SiteError: the model is served under `strict`.
         """
         strict = self.strict or any(part.settings.strict for part in self._compiled())
-        verdict = judge(self.name, Compiled(Options()), self.plan, set())
-        line = verdict.line.replace(INSPECT, OTHER_BACKEND)
-        again, self.line = line == self.line, line
-        say(Verdict(line, verdict.good), again=again, strict=strict)
+        verdict = by_another_backend(self.name, self.plan)
+        again, self.line = verdict.line == self.line, verdict.line
+        say(verdict, again=again, strict=strict)
 
     def owner_of(self, budget: Tensor) -> Named | None:
         """What a budget belongs to, None if it is not of this model."""

@@ -41,6 +41,10 @@ DATA_DEPENDENT = (
     "set torch._dynamo.config.capture_dynamic_output_shape_ops = True, which keeps operators whose "
     "sizes depend on data in the graph"
 )
+OTHER_BACKEND = (
+    "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
+    "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
+)
 LIMITED = (
     "torch.compile stopped at its limit of recompilations and ran the rest as it is: raise "
     "torch._dynamo.config.recompile_limit"
@@ -172,6 +176,12 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
         left = {site: outcomes.get(site) for site in names if site not in split}
         reasons, to_do = _reasons(left), _advice(left.values(), known)
     return Verdict("; ".join([f"{line}: {'; '.join(reasons)}", *filter(None, [to_do])]), good)
+
+
+def by_another_backend(name: str, plan: Plan) -> Verdict:
+    """That of a model that another backend compiled as a whole."""
+    verdict = judge(name, Compiled(Options()), plan, set())
+    return Verdict(verdict.line.replace(INSPECT, OTHER_BACKEND), verdict.good)
 
 
 def _by_plan(outcomes: Mapping[str, Outcome], plan: Plan) -> dict[str, Outcome]:

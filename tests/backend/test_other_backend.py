@@ -1,4 +1,4 @@
-"""Another backend around a model that a plan is attached to: dense, which is told."""
+"""Another backend around a model that has a plan: dense, which is told."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def around(model: nn.Module, backend: Any) -> Callable[..., Any]:
     return compiled
 
 
-@pytest.mark.parametrize("route", ["eager", "regional"])
+@pytest.mark.parametrize("route", ["eager", "regional", "compile"])
 @pytest.mark.parametrize("place", [in_place, around])
 def test_it_is_dense_and_told_once(
     route: Any, place: Any, plan: Plan, caplog: pytest.LogCaptureFixture
@@ -67,7 +67,7 @@ def test_it_is_dense_and_told_once(
     assert caplog.text.count(WORDS) == 1
 
 
-@pytest.mark.parametrize("route", ["eager", "regional"])
+@pytest.mark.parametrize("route", ["eager", "regional", "compile"])
 def test_it_is_an_error_where_all_must_be_split(route: Any, plan: Plan) -> None:
     model = models.make()
     with (
