@@ -35,22 +35,17 @@ def serve(asked: Asked, lay: Lay, heads: int, largest_chunk: int) -> Served | Wh
 
     heads: of the budget. largest_chunk: of all layers.
     """
-    with faking() as mode:
-        gm, budget = asked.graph(mode, heads)
-    outcome: list[Decision] = []
     put: list[Inserted] = []
 
-    def decide(sites: Sequence[Site]) -> list[Decision]:
-        outcome.extend(_decided(site, lay, budget, largest_chunk) for site in sites)
-        return outcome
+    def decide(site: Site, budget: fx.Node) -> Decision:
+        return _decided(site, lay, budget, largest_chunk)
 
     def insert(gm: fx.GraphModule, decision: Decision) -> None:
         put.append(split_as_decided(gm, decision))
 
-    with apart():
-        rewrite(gm, decide, insert, Grids())
+    gm, decisions = rewritten(asked, heads, decide, insert)
     if len(put) != 1:
-        return outcome[0].why if outcome else Reason.NO_AXES()
+        return decisions[0].why if decisions else Reason.NO_AXES()
     output = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         told = [gm.graph.call_function(operator.getitem, (put[0].call, i)) for i in (1, 2)]
@@ -64,11 +59,35 @@ def serve(asked: Asked, lay: Lay, heads: int, largest_chunk: int) -> Served | Wh
     return run
 
 
-def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decision:
-    """The one site of such a graph, told how its tokens lie."""
+def rewritten(
+    asked: Asked,
+    heads: int,
+    decide: Callable[[Site, fx.Node], Decision],
+    insert: Callable[[fx.GraphModule, Decision], None],
+) -> tuple[fx.GraphModule, list[Decision]]:
+    """The graph of a call alone, with something in the place of its attention.
+
+    The graph takes the call's tensors and a budget (2, heads), of which `decide` is told. insert:
+    puts something in the place of a site that is to be split.
+    """
+    decisions: list[Decision] = []
+    with faking() as mode:
+        gm, budget = asked.graph(mode, heads)
+
+    def decide_all(sites: Sequence[Site]) -> list[Decision]:
+        decisions.extend(decide(site, budget) for site in sites)
+        return decisions
+
+    with apart():
+        rewrite(gm, decide_all, insert, Grids())
+    return gm, decisions
+
+
+def placed(site: Site, lay: Lay) -> Site | Why:
+    """The one site of the graph of a call alone, told how its tokens lie; or why it stays dense."""
     found, mask = site.attention, lay.mask
     if found.objection is not None:
-        return Decision(site, False, found.objection)
+        return found.objection
     if not mask:
         found.mask = None
     problem = settle_mask(site, lay.known, lay.before) if mask else None
@@ -90,12 +109,18 @@ def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decis
         pad_before_arguments=(lay.pads[0],) if any(lay.pads) else (),
         pad_after_arguments=(lay.pads[1],) if any(lay.pads) else (),
     )
-    problem = problem or why_not(told)
+    return problem or why_not(told) or told
+
+
+def _decided(site: Site, lay: Lay, budget: fx.Node, largest_chunk: int) -> Decision:
+    """What is done about such a site under a budget."""
+    told = placed(site, lay)
+    if isinstance(told, Why):
+        return Decision(site, False, told)
     held = budget.meta["example_value"].shape[1]
-    if problem is None and (why := untold(told, held)) is not None:
-        return Decision(told, False, why)
-    if problem is None and heads != held:
-        problem = Reason.NO_KERNEL(problem=f"it has {heads} heads and its budget {held}")
+    problem = untold(told, held)
+    if problem is None and told.heads != held:
+        problem = Reason.NO_KERNEL(problem=f"it has {told.heads} heads and its budget {held}")
     if problem is not None:
         return Decision(told, False, problem)
     return Decision(

@@ -1,36 +1,51 @@
 """Recorders for a model that the compiler sees in pieces: they answer its attention in eager mode.
 
 What the pieces do not show (grid, order, mask) is read from the whole call, written down once for
-every form of input.
+every form of input. Each call of attention is then a small graph of its own, with the recorder in
+it, as without a compiler the op is.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured, team_of
-from freqopt.capture.eager import ATTENTION, answered, written
+from freqopt.capture.eager import Modules, uncompiled, written
 from freqopt.capture.given_ints import with_given_ints
-from freqopt.capture.modules import names_of
+from freqopt.capture.modules import module_of_site, names_of
+from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
+from freqopt.eager.by_hand import PRODUCTS, computed, ends
+from freqopt.eager.calls import placed, rewritten
+from freqopt.eager.lay import Lay, lay_of
+from freqopt.eager.waiting import Held, Waiting
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
-from freqopt.passes.nodes import operation
-from freqopt.passes.site import Known, Site, Source
+from freqopt.passes.naming import Numbered
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.rewrite.rewrite import replace_site
+from freqopt.passes.site import Site, Source
 
 logger = logging.getLogger(__name__)
 
 Sources = tuple[Source, ...]
 
+MOST_FORMS = 1024
+"""Forms of calls that are remembered."""
+
+NOT_ANSWERED = object()
+
 OTHER_FORM = (
-    "it is not one call of scaled_dot_product_attention over heads of the same tokens, and the "
-    "model's graph is in pieces, where nothing else can be measured"
+    "the model's graph is in pieces, and without a compiler it is no attention over heads of the "
+    "same tokens that can be measured"
 )
 
 
@@ -39,9 +54,20 @@ class _Place:
     """A site that is measured, and how its tokens lie in calls of one form."""
 
     recorder: Recorder
-    known: Known
-    dtype: torch.dtype
-    scale: float
+    lay: Lay
+
+
+@dataclass
+class _Form:
+    """Calls of a model of one form.
+
+    places: what is measured in them, by the names of sites. modules: names of those that have any
+    attention. met: sites that were met in a call.
+    """
+
+    places: dict[str, _Place]
+    modules: set[str]
+    met: set[str] = field(default_factory=set)
 
 
 class EagerRecorders:
@@ -49,20 +75,24 @@ class EagerRecorders:
 
     def __init__(self, model: nn.Module, desk: Desk, grids: Grids) -> None:
         self.model, self.desk, self.grids = model, desk, grids
-        self.places: dict[object, dict[str, _Place]] = {}
+        self.forms: dict[object, _Form] = {}
+        self.served = _Served()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, of attention as the desk's request says."""
-        form = _form_of(args, kwargs)
-        if form not in self.places:
-            self.places[form] = self._look(args, kwargs)
-        places = self.places[form]
-
-        def answer(name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
-            place = places.get(name)
-            return None if place is None else _recorded(place, *arguments, **options)
-
-        return answered(self.model, args, kwargs, answer)
+        key = _form_of(args, kwargs)
+        if key not in self.forms:
+            self.forms[key] = self._look(args, kwargs)
+        form, modules = self.forms[key], Modules(self.model)
+        with (
+            uncompiled(self.model),
+            modules.watched(),
+            _Answering(form, modules, self.served),
+        ):
+            output = computed(self.model(*args, **kwargs))
+        for name in form.places.keys() - form.met:
+            self.desk.dense_sites[name] = OTHER_FORM
+        return output
 
     def sources(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Sources]:
         """Where the grid of each site comes from in a call of such arguments, ints among them."""
@@ -83,7 +113,7 @@ class EagerRecorders:
                 logger.info("which ints give the grid is not known, a call failed: %s", error)
         return written(self.model, args, kwargs)[0]
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, _Place]:
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Form:
         """The sites that can be measured in calls of such arguments; the others are noted."""
         decisions = self._decisions(args, kwargs)
         self.desk.team = team_of([decision.site for decision in decisions if decision.split])
@@ -92,25 +122,123 @@ class EagerRecorders:
             name, place = decision.site.name, self._place(decision)
             if place is not None:
                 found[name] = place
-            elif all(name not in places for places in self.places.values()):
+            elif all(name not in form.places for form in self.forms.values()):
                 self.desk.dense_sites[name] = OTHER_FORM if decision.split else decision.reason
-        return found
+        return _Form(found, {module_of_site(each.site.name)[0] for each in decisions})
 
     def _place(self, decision: Decision) -> _Place | None:
         site = decision.site
         mask = mask_of(site)
-        if not decision.split or mask is None or operation(site.node) != ATTENTION:
+        if not decision.split or mask is None:
             return None
-        if site.grid is None or not all(isinstance(e, int) for e in _extents(site)):
-            return None
-        t, h, w, before, after = (int(extent) for extent in _extents(site))
-        known = Known((t, h, w), before, after, mask)
-        recorder = Recorder(self.desk, site.name, mask, site)
-        return _Place(recorder, known, site.dtype, site.scale)
+        lay = lay_of(site, content=False)
+        return None if lay is None else _Place(Recorder(self.desk, site.name, mask, site), lay)
 
 
-def _extents(site: Site) -> tuple[Any, ...]:
-    return (*(site.grid or ()), site.text_before, site.text_after)
+class _Slot:
+    """Stands in the graph of a call for the recorder of the layer that makes it."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        """See `Recorder`."""
+        assert self.recorder is not None
+        return self.recorder(*arguments)
+
+
+class _Served:
+    """Calls with a recorder in their place, one graph for all that are alike."""
+
+    def __init__(self) -> None:
+        self.waiting = Waiting(MOST_FORMS)
+        self._attention: dict[object, bool] = {}
+        self._graphs: dict[object, tuple[fx.GraphModule, _Slot] | None] = {}
+
+    def is_attention(self, asked: Asked) -> bool:
+        """Whether a call is attention."""
+        if asked.form not in self._attention:
+            self._attention[asked.form] = asked.is_attention()
+        return self._attention[asked.form]
+
+    def answer(self, asked: Asked, place: _Place) -> Any:
+        """What the recorder of a place makes of a call, NOT_ANSWERED if it cannot stand there."""
+        key = asked.form, place.lay
+        if key not in self._graphs:
+            self._graphs[key] = _with_slot(asked, place.lay)
+        found = self._graphs[key]
+        if found is None:
+            return NOT_ANSWERED
+        gm, slot = found
+        slot.recorder = place.recorder
+        return gm.forward(*asked.tensors, None)
+
+
+def _with_slot(asked: Asked, lay: Lay) -> tuple[fx.GraphModule, _Slot] | None:
+    """The graph of a call with a slot in the place of its attention; None if there is none."""
+    slot = _Slot()
+
+    def decide(site: Site, budget: fx.Node) -> Decision:
+        told = placed(site, lay)
+        if isinstance(told, Why):
+            return Decision(site, False, told)
+        return Decision(told, True, Reason.MEASURED())
+
+    def insert(gm: fx.GraphModule, decision: Decision) -> None:
+        replace_site(gm, decision.site, slot)
+
+    gm, decisions = rewritten(asked, 1, decide, insert)
+    if [decision.split for decision in decisions] != [True]:
+        return None
+    gm.recompile()
+    return gm, slot
+
+
+class _Answering(TorchFunctionMode):
+    """Has attention answered while a model runs."""
+
+    def __init__(self, form: _Form, modules: Modules, served: _Served) -> None:
+        super().__init__()
+        self.form, self.modules, self.served = form, modules, served
+        self.numbered = Numbered(modules.names)
+        self.put_off: Held = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            found = self._meet(func, args, kwargs)
+        return func(*args, **kwargs) if found is NOT_ANSWERED else found
+
+    def _meet(self, function: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What a call returns that is attention or part of it."""
+        by_hand = getattr(function, "__name__", "") in PRODUCTS
+        if may_be_attention(function):
+            asked = Asked(function, args, kwargs)
+        elif by_hand and ends(args, kwargs):
+            asked = AskedByHand(function, args, kwargs)
+        elif not self._may_begin(by_hand):
+            return NOT_ANSWERED
+        else:
+            found = self.served.waiting.put_off(function, args, kwargs, self.put_off)
+            return NOT_ANSWERED if found is None else found
+        if not self.served.is_attention(asked):
+            return NOT_ANSWERED
+        name = self.numbered.of(self.modules.stack())
+        place = self.form.places.get(name)
+        if place is None:
+            return asked.plainly()
+        answer = self.served.answer(asked, place)
+        if answer is NOT_ANSWERED:
+            return asked.plainly()
+        self.form.met.add(name)
+        return answer
+
+    def _may_begin(self, by_hand: bool) -> bool:
+        """Whether a call that is made now may be a part of attention written by hand."""
+        names = [self.modules.names.get(id(module), "") for module, _ in self.modules.running]
+        inside = self.form.modules
+        return bool(names) and (names[-1] in inside if by_hand else not inside.isdisjoint(names))
 
 
 def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -125,33 +253,3 @@ def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
 
 def _shown(leaf: object) -> str:
     return "a number" if isinstance(leaf, float) else repr(leaf)
-
-
-def _recorded(
-    place: _Place,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What the recorder of a site makes of a call of `scaled_dot_product_attention`."""
-    known = place.known
-    query, key, value = (_last_dense(each.to(place.dtype)) for each in (query, key, value))
-    key_mask = None
-    if known.mask and attn_mask is not None:
-        row = known.before if attn_mask.shape[-2] > 1 else 0
-        key_mask = attn_mask[:, 0, row].expand(query.shape[0], -1)
-    out = place.recorder(
-        query, key, value, key_mask, known.grid, known.before, known.after, place.scale
-    )
-    if known.mask == 2 and key_mask is not None:
-        out = out.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return out
-
-
-def _last_dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
