@@ -18,6 +18,7 @@ from freqopt.capture.budgets import attribute_of, buckets_at, budget_at, known_b
 from freqopt.capture.repeated import Pending, in_backward, several
 from freqopt.errors import InputError, PlanError
 from freqopt.telling.attached import begin_call, is_watched, watch
+from freqopt.telling.copies import is_copy, tell_of_copy
 from freqopt.telling.traced import is_traced
 from freqopt.turns import Turns
 
@@ -69,6 +70,7 @@ class Selector:
 
         Raises:
             PlanError: it has no timestep, and the budgets depend on it.
+            SiteError: see `tell_of_copy`.
         """
         compiling = torch.compiler.is_compiling()
         if self.name is not None and not compiling:
@@ -78,6 +80,8 @@ class Selector:
             self._follow(model)
             if not is_watched(model):  # a copy, or read from a file
                 watch(model, self.plan, self.sites())
+            if is_copy(model):
+                tell_of_copy(model)
             begin_call(model)
         elif not is_traced():
             return

@@ -22,24 +22,28 @@ NAME = "freqopt"
 CHOSEN = "_attention_backend"
 """Attribute of a processor for the backend that was chosen for it."""
 
-Chosen = list[tuple[Any, Any]]
-"""Processors and the backends that were chosen for them."""
+BEFORE = "freqopt_backend_before"
+"""Attribute of a processor for the backend that was chosen before ours; copies have it too."""
 
 
-def choose(modules: Iterable[nn.Module]) -> Chosen:
-    """Have the dispatcher hand the attention of modules to us; what was chosen before."""
-    processors = [getattr(module, "processor", None) for module in modules]
-    found = [processor for processor in processors if hasattr(processor, CHOSEN)]
-    before = [(processor, getattr(processor, CHOSEN)) for processor in found]
-    for processor in found:
-        setattr(processor, CHOSEN, register())
-    return before
+def choose(modules: Iterable[nn.Module]) -> None:
+    """Have the dispatcher hand the attention of modules to us, until `restore`."""
+    for processor in _processors(modules):
+        if hasattr(processor, CHOSEN) and not hasattr(processor, BEFORE):
+            setattr(processor, BEFORE, getattr(processor, CHOSEN))
+            setattr(processor, CHOSEN, register())
 
 
-def restore(before: Chosen) -> None:
-    """Give processors back the backends that were chosen for them."""
-    for processor, backend in before:
-        setattr(processor, CHOSEN, backend)
+def restore(modules: Iterable[nn.Module]) -> None:
+    """Give the processors of modules back the backends that were chosen for them."""
+    for processor in _processors(modules):
+        if hasattr(processor, BEFORE):
+            setattr(processor, CHOSEN, getattr(processor, BEFORE))
+            delattr(processor, BEFORE)
+
+
+def _processors(modules: Iterable[nn.Module]) -> list[Any]:
+    return [getattr(module, "processor", None) for module in modules]
 
 
 @functools.cache

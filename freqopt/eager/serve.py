@@ -6,8 +6,7 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
 from freqopt.eager.calling import Call, Running, share_of, under_way
 from freqopt.eager.calls import Served, serve
+from freqopt.eager.dispatcher import restore
 from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Forms, Look, Wanted
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
@@ -35,7 +35,7 @@ from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
 from freqopt.regional import Attached
-from freqopt.telling.said import warn
+from freqopt.telling.copies import tell_of_copy
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -111,11 +111,7 @@ class Server:
 
     def stop(self) -> None:
         """Serve no more; once is enough."""
-        _unhook(self.root, BEGINS, ENDS)
-        for module in self.modules:
-            _unhook(module, ENTERS, LEAVES)
-        for module in (self.root, *self.modules):
-            module.__dict__.pop(SERVER, None)
+        unserve((self.root, *self.modules))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins."""
@@ -277,7 +273,8 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     server = _server_of(module)
     if server is None:
-        _warn_of_copy(module)
+        restore(module.modules())
+        tell_of_copy(module)
     else:
         server.begin(args, kwargs)
 
@@ -318,17 +315,13 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         under_way.stack.pop()
 
 
-_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _warn_of_copy(module: nn.Module) -> None:
-    """Say once of a model that it is a copy, whose attention is dense."""
-    if module not in _copies:
-        _copies.add(module)
-        warn(
-            f"{type(module).__name__} is a copy of a model that freqopt serves without a compiler, "
-            "and is dense: call freqopt.optimize on the copy"
-        )
+def unserve(modules: Iterable[nn.Module]) -> None:
+    """Serve modules no more; of a copy, take off what it has of the original. Once is enough."""
+    for module in modules:
+        if SERVER in module.__dict__:
+            _unhook(module, BEGINS, ENDS)
+            _unhook(module, ENTERS, LEAVES)
+            del module.__dict__[SERVER]
 
 
 def _hook(module: nn.Module, before: int, after: int, pre: Any, post: Any) -> None:

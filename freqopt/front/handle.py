@@ -15,33 +15,32 @@ from torch import nn
 
 from freqopt.capture.modules import OwnOnly
 from freqopt.errors import OptionError
+from freqopt.front.copied import clear_copy
 from freqopt.front.range import Ranges
 from freqopt.front.state import Choice
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.plan.text import scope_of
+from freqopt.telling.copies import OPTIMIZED, STRICT, is_copy
 from freqopt.telling.outside import differences
 
 if TYPE_CHECKING:
     from freqopt.front.routes import Way
 
 
-HANDLE = "freqopt_optimized"
-"""Attribute of a model that is optimized: its handle is what that holds."""
-
-
-def check_free(models: Mapping[str, nn.Module]) -> None:
-    """Refuse models that are optimized already.
+def make_free(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models that are optimized already; take off copies what they have of an original.
 
     Raises:
         OptionError: one is.
     """
     for name, model in models.items():
-        held = model.__dict__.get(HANDLE)
-        if isinstance(held, OwnOnly) and held.held is not None:
+        if is_copy(model):
+            clear_copy(model)
+        elif OPTIMIZED in model.__dict__:
             raise OptionError(
                 f"{name} is optimized already: call disable() of the handle that was returned "
-                f"(the model's {HANDLE}.held is the same), then optimize again"
+                f"(the model's {OPTIMIZED}.held is the same), then optimize again"
             )
 
 
@@ -54,6 +53,7 @@ class Component:
         model: the module.
         plan: its plan.
         choice: the route, and why that one.
+        strict: whether a planned attention that is not split is an error.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Component:
     plan: Plan
     choice: Choice
     way: Way
+    strict: bool = False
 
     @property
     def planned(self) -> list[str]:
@@ -136,7 +137,7 @@ class Handle:
             PlanError: `freqopt.attach` was called for one. In both cases nothing is changed.
         """
         if not self._enabled:
-            check_free({name: each.model for name, each in self.components.items()})
+            make_free({name: each.model for name, each in self.components.items()})
             with ExitStack() as undo:
                 for each in self.components.values():
                     each.way.start()
@@ -144,7 +145,8 @@ class Handle:
                 undo.pop_all()
             self._ranges.start()
             for each in self.components.values():
-                each.model.__dict__[HANDLE] = OwnOnly(self)
+                each.model.__dict__[OPTIMIZED] = OwnOnly(self)
+                each.model.__dict__[STRICT] = each.strict
             self._enabled = True
         return self
 
@@ -153,7 +155,8 @@ class Handle:
         if self._enabled:
             self._ranges.stop()
             for each in self.components.values():
-                each.model.__dict__.pop(HANDLE, None)
+                each.model.__dict__.pop(OPTIMIZED, None)
+                each.model.__dict__.pop(STRICT, None)
                 each.way.stop()
         self._enabled = False
 

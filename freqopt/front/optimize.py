@@ -17,7 +17,7 @@ from freqopt.calibration.samples import Samples, samples_by_model
 from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
 from freqopt.errors import OptionError
 from freqopt.front.components import ALONE, components_of
-from freqopt.front.handle import Component, Handle, check_free
+from freqopt.front.handle import Component, Handle, make_free
 from freqopt.front.plans import Given, plans_for
 from freqopt.front.prompts import Prompts, calls_of, check_calls, runner_of
 from freqopt.front.routes import way_of
@@ -87,7 +87,7 @@ def optimize(
     """
     found = components_of(pipe_or_model, components)
     _check_route(route, inner, mode, strict)
-    check_free(found)
+    make_free(found)
     if len({id(model) for model in found.values()}) < len(found):
         raise OptionError(f"components {list(found)} are one module; name it once")
     targets = {
@@ -107,7 +107,7 @@ def optimize(
         choice = _choice(route, model, plans[name])
         backend = {"inner": inner, "mode": mode}
         way = way_of(choice.route, model, plans[name], backend, strict=strict)
-        parts.append(Component(name, model, plans[name], choice, way))
+        parts.append(Component(name, model, plans[name], choice, way, strict))
     handle = Handle(parts)
     handle.enable()
     for part in parts:

@@ -18,7 +18,7 @@ from freqopt.errors import PlanError
 from freqopt.plan.plan import Plan
 from freqopt.telling.watching import TimestepRange
 
-LOOKS = -20_260_020
+LOOKS = -20_260_021
 """Key of the hook."""
 
 KEPT = "freqopt_range"
@@ -72,9 +72,14 @@ class Ranges:
     def stop(self) -> None:
         """Look no more."""
         for model in self.models.values():
-            model.__dict__.pop(KEPT, None)
-            model._forward_pre_hooks.pop(LOOKS, None)
-            model._forward_pre_hooks_with_kwargs.pop(LOOKS, None)
+            look_no_more(model)
+
+
+def look_no_more(model: nn.Module) -> None:
+    """Take the hook off a model; once is enough."""
+    model.__dict__.pop(KEPT, None)
+    model._forward_pre_hooks.pop(LOOKS, None)
+    model._forward_pre_hooks_with_kwargs.pop(LOOKS, None)
 
 
 def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

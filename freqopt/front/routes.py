@@ -18,6 +18,7 @@ from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan
 from freqopt.regional import Attached, attach
 from freqopt.telling.attached import measured_at, watch_strictly
+from freqopt.telling.copies import is_copy, tell_of_copy
 from freqopt.telling.limits import Limit
 from freqopt.telling.running import Measured, measured_in
 from freqopt.telling.traced import expect, expect_no_more, is_traced
@@ -78,7 +79,8 @@ class Eager:
             self.server = Server(attached, self.plan, strict=self.strict)
             undo.callback(self.server.stop)
             self.server.start()
-            undo.callback(dispatcher.restore, dispatcher.choose(self.server.modules))
+            dispatcher.choose(self.server.modules)
+            undo.callback(dispatcher.restore, self.server.modules)
             self._undo, self._on = undo.pop_all(), True
 
     def stop(self) -> None:
@@ -194,9 +196,11 @@ class Whole:
 
 
 def _is_traced(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: in a graph, see whether it comes to our backend."""
+    """Forward pre-hook: in a graph, see whether it comes to our backend; copies have none."""
     if torch.compiler.is_compiling():
         is_traced()
+    elif is_copy(module):
+        tell_of_copy(module)
 
 
 def graphs_of(model: nn.Module) -> list[Any]:

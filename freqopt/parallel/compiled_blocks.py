@@ -36,7 +36,7 @@ from freqopt.passes.site import Site
 NUMBERS = "freqopt_site_numbers"
 """Attribute of a module for the numbers of its attentions, () int64 on the CPU each."""
 
-ASKS = -20_260_010
+ASKS = -20_260_030
 """Key of our hook, the same in all modules: the compiler guards on the keys of hooks."""
 
 OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
