@@ -6,6 +6,7 @@ It is one function, or the last of several by hand that were put off (`by_hand.p
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,11 @@ FUNCTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 """PyTorch's public functions that compute attention in one call."""
 
 Function = Callable[..., Any]
+
+QUERY_KEY_VALUE = 3
+"""Tensors that attention takes at least."""
+
+logger = logging.getLogger(__name__)
 
 
 def may_be_attention(function: Any) -> bool:
@@ -61,8 +67,14 @@ class Asked:
         """Whether it is, by the shapes and names of its arguments."""
         if getattr(self.function, "__name__", "") in FUNCTIONS:
             return True
-        with faking() as mode:
-            gm, _ = self.graph(mode, 1)
+        if len(self.tensors) < QUERY_KEY_VALUE:
+            return False  # and it may do something, such as write down a time
+        try:
+            with faking() as mode:
+                gm, _ = self.graph(mode, 1)
+        except Exception as error:  # an operator need not work on tensors without values
+            logger.info("%s is taken for no attention: %s", self.function, error)
+            return False
         return any(read_call(node) for node in gm.graph.nodes if node.op == "call_function")
 
     def example(self) -> Any:

@@ -221,3 +221,27 @@ def test_modules_that_run_in_another_thread_are_not_taken_for_this_ones() -> Non
         assert not names
         model(**call(WIDE))
     assert names == {"patch"}
+
+
+class Watched(models.Attention):
+    """Calls of other libraries' operators around its attention."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        with torch.profiler.record_function("attention"):
+            out: Tensor = super().forward(x, context)
+            return torch.ops.freqopt_tests.mean_of_three(out, out, out)
+
+
+def test_operators_that_are_no_attention_are_left_alone(plan: Plan) -> None:
+    """One takes no tensor, and one of three cannot be run without values."""
+    with torch.library._scoped_library("freqopt_tests", "DEF") as library:
+        library.define("mean_of_three(Tensor a, Tensor b, Tensor c) -> Tensor")
+        library.impl("mean_of_three", lambda a, b, c: (a + b + c) / 3, "CPU")
+        model = models.make()
+        for block in model.blocks:
+            block.attn.__class__ = Watched
+        with torch.no_grad(), freqopt.optimize(model, plan, route="eager", strict=True):
+            got = model(**call(WIDE))
+    expected = models.make()
+    with torch.no_grad(), freqopt.optimize(expected, plan, route="eager", strict=True):
+        assert far(got, expected(**call(WIDE))) < 1e-5
