@@ -87,7 +87,7 @@ def freqopt_backend(
     else:
         compiled = inner(graph_of_part, inputs)
     feed = part.feeding.feed() if part.inputs else None
-    if graph.inputs:
+    if graph.inputs and torch.is_grad_enabled():
         feed = of_their_own_call(feed or tuple, graph.inputs)
     return calls.reading(counted(compiled, graph, feed))
 
