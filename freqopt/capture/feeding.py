@@ -152,7 +152,7 @@ class Feeding:
                 yield self._budget(running, each)
                 continue
             if each.telling not in told:
-                told[each.telling] = each.telling(running.caller, arguments)
+                told[each.telling] = each.telling(running.caller, arguments, running.runner)
             yield told[each.telling][each.place]
 
     def _budget(self, running: Running, wanted: Budget) -> Tensor:

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
@@ -54,19 +54,22 @@ class Telling:
         self.teller, self.plan_of, self.sources = teller, plan_of, sources
         self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
-        self._pending: Pending[Numbers] = Pending()
 
-    def __call__(self, model: nn.Module | None, arguments: Arguments | None) -> Numbers:
+    def __call__(
+        self, model: nn.Module | None, arguments: Arguments | None, part: nn.Module | None
+    ) -> Numbers:
         """As `numbers_of_layout`; zeros, and a warning once, where the call tells nothing.
 
-        model, arguments: None where the model is not being called.
+        model, arguments: None where the model is not being called. part: the module that runs.
 
         Raises:
             PlanError: a length too far from those of the plan.
-            InputError: see `again`.
+            InputError: see `_told_in`.
         """
-        if arguments is None and in_backward() and (trained := self.again()) is not None:
-            return trained
+        if arguments is None and part is not None and in_backward():
+            trained = _told_in(_calls_before(part).get(self.teller))
+            if trained is not None:
+                return trained
         layout = None if arguments is None else self.teller(arguments)
         if layout is not None and model is not None:
             self._check(model, layout.grid)
@@ -79,23 +82,9 @@ class Telling:
             )
         numbers = numbers_of_layout(layout)
         if model is not None and is_training():
-            self._pending.note(numbers)
-            _trained.setdefault(model, WeakSet()).add(self)
+            calls = _trained.setdefault(model, {})
+            calls.setdefault(self.teller, Pending()).note(numbers)
         return numbers
-
-    def again(self) -> Numbers | None:
-        """What the call told of which activation checkpointing runs a part once more.
-
-        None where gradients were asked of no call.
-
-        Raises:
-            InputError: several calls may be meant, and told different grids.
-        """
-        told = dict.fromkeys(self._pending.again())
-        if len(told) > 1:
-            grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in told)
-            raise InputError(several("a model", f"on several grids ({grids})"))
-        return next(iter(told), None)
 
     def _check(self, model: nn.Module, grid: Grid) -> None:
         """Check a length that is new against those that the model's plan was verified at."""
@@ -114,8 +103,24 @@ class Telling:
         met.add((id(plan), grid))
 
 
-_trained: WeakKeyDictionary[nn.Module, WeakSet[Telling]] = WeakKeyDictionary()
-"""What calls tell that gradients were asked of, by the model that was called."""
+_trained: WeakKeyDictionary[nn.Module, dict[Teller, Pending[Numbers]]] = WeakKeyDictionary()
+"""What calls told that gradients were asked of, by the model that was called and what tells it:
+the graph that a backward pass runs may be another than that of the call."""
+
+
+def _told_in(calls: Pending[Numbers] | None) -> Numbers | None:
+    """What the call told of which activation checkpointing runs a part once more.
+
+    None where gradients were asked of no call.
+
+    Raises:
+        InputError: several calls may be meant, and told different grids.
+    """
+    told = dict.fromkeys(() if calls is None else calls.again())
+    if len(told) > 1:
+        grids = ", ".join("x".join(map(str, numbers[1:4])) for numbers in told)
+        raise InputError(several("a model", f"on several grids ({grids})"))
+    return next(iter(told), None)
 
 
 class Number(NamedTuple):
@@ -146,7 +151,7 @@ def told_by_model(
     plan = None if model is None else plan_of(model)
     arguments = None if model is None else arguments_of(model)
     if arguments is None and part is not None and in_backward():
-        return _added(gm, _told_before(part))
+        return _added(gm, _told_before(part, plan_of))
     if plan is None or arguments is None:
         return [], []
     sources = [k.sources for name in plan.sites for k in plan.known(name)]
@@ -162,16 +167,24 @@ def model_before(part: nn.Module) -> nn.Module | None:
     return next((m for m in _trained if any(each is part for each in m.modules())), None)
 
 
-def _told_before(part: nn.Module) -> list[tuple[Telling, Layout]]:
-    """What was told in the call that a part of a model runs once more of."""
+def _calls_before(part: nn.Module) -> dict[Teller, Pending[Numbers]]:
+    """What calls of the model of a part told that gradients were asked of."""
     model = model_before(part)
-    known = () if model is None else _trained[model]
-    numbers = {telling.teller.name: (telling, telling.again()) for telling in known}
-    return [
-        (telling, Layout(told[0], (told[1], told[2], told[3]), told[4]))
-        for telling, told in numbers.values()
-        if told is not None and all(told[1:4])
-    ]
+    return {} if model is None else _trained[model]
+
+
+def _told_before(
+    part: nn.Module, plan_of: Callable[[nn.Module], Plan | None]
+) -> list[tuple[Telling, Layout]]:
+    """What was told in the call that a part of a model runs once more of."""
+    found = []
+    for teller, calls in _calls_before(part).items():
+        told = _told_in(calls)
+        if told is not None and all(told[1:4]):
+            own = teller.sources if isinstance(teller, BySizes) else ()
+            layout = Layout(told[0], (told[1], told[2], told[3]), told[4])
+            found.append((Telling(teller, plan_of, own), layout))
+    return found
 
 
 def _added(
