@@ -242,7 +242,7 @@ def node_of(graph: fx.Graph, func: Any, args: Any, kwargs: Any) -> fx.Node:
         target = getattr(operator, plain, None) or getattr(operator, f"{plain}_", None)
         if target is not None:
             return graph.call_function(target, tuple(args), kwargs)
-    if getattr(torch.Tensor, name, None) is func:
+    if getattr(torch.Tensor, name, None) is getattr(func, "__wrapped__", func):
         return graph.call_method(name, tuple(args), kwargs)
     return graph.call_function(func, tuple(args), kwargs)
 

@@ -81,7 +81,12 @@ def _is_set(node: fx.Node, flag: str) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _places(function: Any) -> dict[str, int]:
-    return {name: place for place, name in enumerate(inspect.signature(function).parameters)}
+    """Places of a function's arguments by name; none where it wraps what is not Python's."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return {}
+    return {name: place for place, name in enumerate(parameters)}
 
 
 def _mutable(node: fx.Node, schema: torch.FunctionSchema) -> list[Any]:

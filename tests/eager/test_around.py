@@ -245,3 +245,38 @@ def test_operators_that_are_no_attention_are_left_alone(plan: Plan) -> None:
     expected = models.make()
     with torch.no_grad(), freqopt.optimize(expected, plan, route="eager", strict=True):
         assert far(got, expected(**call(WIDE))) < 1e-5
+
+
+class Powers(models.Attention):
+    """Keys scaled by an operator that PyTorch wraps, `**`, and, if it is so, a mask made by it."""
+
+    masked = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        keys = x if context is None else context
+        q, k, v = (
+            linear(each).unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
+            for linear, each in ((self.q, x), (self.k, keys), (self.v, keys))
+        )
+        k = k * (k**2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+        there = (torch.ones(len(keys), keys.shape[1]) ** 2).bool()[:, None, None]
+        mask = there if self.masked else None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_powers_are_read_like_products(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Powers, "masked", masked)
+    model = models.make()
+    for block in model.blocks:
+        block.attn.__class__ = Powers
+    plan = plan_of(model, call(WIDE), 1.0)
+    if masked:  # nobody knows what a power of it is, and it must not end in an error
+        assert not plan.sites and len(plan.evidence.dense_sites) == 2 * len(model.blocks)
+        return
+    assert len(plan.sites) == len(model.blocks)
+    with torch.no_grad():
+        dense = model(**call(WIDE))
+        with freqopt.optimize(model, plan, route="eager", strict=True):
+            assert far(model(**call(WIDE)), dense) > 1e-3

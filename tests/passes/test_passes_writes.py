@@ -476,3 +476,10 @@ def test_a_padding_mask_of_numbers(written: bool) -> None:
     assert eligible == [not written]
     with torch.no_grad():
         assert differing(got, model(*given)) == []
+
+
+def test_a_function_around_what_is_not_pythons_writes_into_nothing() -> None:
+    """As `Tensor.__pow__` is, whose arguments have no names that could be asked for."""
+    graph = fx.Graph()
+    node = graph.call_function(Tensor.__pow__, (graph.placeholder("x"), 2))
+    assert not written_by(node)
