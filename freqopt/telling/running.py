@@ -309,14 +309,14 @@ def counted(
     """
     if not graph.decisions and graph.range is None:
         return compiled if feed is None else functools.partial(_fed, compiled, feed)
-    _remember(graph)
+    remember(graph)
     if not graph.measured:
         run = _noting(compiled, graph, feed or tuple)
     elif graph.range is not None:
         run = _noting_errors(compiled, graph, feed or tuple)
     else:
         run = graph.writing_down(compiled, feed or tuple)
-    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
+    is_gone_with(graph, run)
     return run
 
 
@@ -344,7 +344,12 @@ def _fed(compiled: Callable[..., Any], feed: Feed, *arguments: Any) -> Any:
     return compiled(*feed(arguments))
 
 
-def _remember(graph: Graph) -> None:
+def is_gone_with(graph: Graph, owner: object) -> None:
+    """Take a graph for gone, and at some time forget it, once its owner is."""
+    weakref.finalize(owner, setattr, graph, "gone", True).atexit = False
+
+
+def remember(graph: Graph) -> None:
     """Add a graph to those that are known, and forget the oldest of those that are gone."""
     gone = [each for each in graphs if each.gone]
     for each in gone[: max(len(gone) - KEPT, 0)]:
