@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.modules import OwnOnly
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.errors import PlanError
 from freqopt.plan.plan import Plan
 from freqopt.telling.watching import TimestepRange
