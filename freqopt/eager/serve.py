@@ -6,9 +6,10 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from freqopt.capture.budgets import attribute_of
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.repeated import in_backward
-from freqopt.capture.under_way import arguments_by_name
+from freqopt.capture.under_way import arguments_by_name, frames_below
 from freqopt.eager.again import Trained, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
@@ -35,7 +36,7 @@ from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
 from freqopt.regional import Attached
-from freqopt.telling.said import warn
+from freqopt.telling.copies import warn_of_copy
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -118,8 +119,9 @@ class Server:
             module.__dict__.pop(SERVER, None)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call of the model begins."""
-        self._drop_interrupted()
+        """A call of the model begins. The caller of the caller runs it."""
+        frame = sys._getframe(2)
+        self._drop_interrupted(frame)
         form = self.forms.of(args, kwargs)
         look = None
         if form.again and form.looks < MOST_LOOKS and not _is_transformed():
@@ -127,7 +129,7 @@ class Server:
         arguments = arguments_by_name(self.root, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
             self.trained.note(form, arguments)
-        under_way.stack.append((self, Call(arguments, form, look)))
+        under_way.stack.append((self, Call(arguments, form, look, frame=id(frame))))
 
     def begin_again(self) -> None:
         """A part of a call from before begins, in a backward pass."""
@@ -135,9 +137,15 @@ class Server:
         if again is not None:
             under_way.stack.append((self, Call({}, again.form, None, again)))
 
-    def _drop_interrupted(self) -> None:
-        """Close what a call left open that was interrupted from the keyboard."""
-        while any(server is self for server, _ in under_way.stack):
+    def _drop_interrupted(self, frame: FrameType) -> None:
+        """Close what a call left open that was interrupted from the keyboard.
+
+        Such a call is on Python's stack no more; one around this one is. frame: that runs this one.
+        """
+        if not under_way.stack:
+            return
+        there = set(frames_below(frame))
+        while any(server is self and call.frame not in there for server, call in under_way.stack):
             _, call = under_way.stack.pop()
             call.leave()
             if call.look is not None:
@@ -256,9 +264,16 @@ class _Serving(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._is_innermost():
+            return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             found = self.server.meet(func, args, kwargs)
         return func(*args, **kwargs) if found is NOT_SERVED else found
+
+    def _is_innermost(self) -> bool:
+        """Whether no other module with planned attention runs inside; what it left comes here."""
+        stack = under_way.stack[-1][1].stack if under_way.stack else []
+        return bool(stack) and stack[-1].mode is self
 
 
 def _is_transformed() -> bool:
@@ -277,7 +292,7 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     server = _server_of(module)
     if server is None:
-        _warn_of_copy(module)
+        warn_of_copy(module)
     else:
         server.begin(args, kwargs)
 
@@ -318,17 +333,12 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         under_way.stack.pop()
 
 
-_copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _warn_of_copy(module: nn.Module) -> None:
-    """Say once of a model that it is a copy, whose attention is dense."""
-    if module not in _copies:
-        _copies.add(module)
-        warn(
-            f"{type(module).__name__} is a copy of a model that freqopt serves without a compiler, "
-            "and is dense: call freqopt.optimize on the copy"
-        )
+def unserve(model: nn.Module) -> None:
+    """Take off a model, a copy maybe, what serves it."""
+    _unhook(model, BEGINS, ENDS)
+    for module in model.modules():
+        _unhook(module, ENTERS, LEAVES)
+        module.__dict__.pop(SERVER, None)
 
 
 def _hook(module: nn.Module, before: int, after: int, pre: Any, post: Any) -> None:

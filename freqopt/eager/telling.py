@@ -63,7 +63,8 @@ class Told:
                 heads=heads,
                 budgets=tuple(count),
             )
-            running.graphs.append(graph)
+            running.remember(graph)
+            running.gone_with(self, graph)
         errors = torch.cat([call.error.flatten() for call in here])
         graph.note([call.budget for call in here], errors)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from freqopt.calibration.samples import Samples, samples_by_model
 from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
 from freqopt.errors import OptionError
 from freqopt.front.components import ALONE, components_of
+from freqopt.front.copies import forget_copied
 from freqopt.front.handle import Component, Handle, check_free
 from freqopt.front.plans import Given, plans_for
 from freqopt.front.prompts import Prompts, calls_of, check_calls, runner_of
@@ -89,6 +90,8 @@ def optimize(
     found = components_of(pipe_or_model, components)
     _check_route(route, inner, mode, strict)
     check_free(found)
+    for model in found.values():
+        forget_copied(model)
     if len({id(model) for model in found.values()}) < len(found):
         raise OptionError(f"components {list(found)} are one module; name it once")
     targets = {
@@ -109,7 +112,7 @@ def optimize(
         backend = {"inner": inner, "mode": mode}
         way = way_of(choice.route, model, plans[name], backend, strict=strict)
         parts.append(Component(name, model, plans[name], choice, way))
-    handle = Handle(parts)
+    handle = Handle(parts, pipe_or_model)
     handle.enable()
     for part in parts:
         tell(

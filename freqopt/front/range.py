@@ -19,7 +19,7 @@ from freqopt.plan.plan import Plan
 from freqopt.telling.watching import TimestepRange
 
 LOOKS = -20_260_020
-"""Key of the hook."""
+"""Key of the hook: ours of a model, whatever the route."""
 
 KEPT = "freqopt_range"
 
@@ -72,9 +72,14 @@ class Ranges:
     def stop(self) -> None:
         """Look no more."""
         for model in self.models.values():
-            model.__dict__.pop(KEPT, None)
-            model._forward_pre_hooks.pop(LOOKS, None)
-            model._forward_pre_hooks_with_kwargs.pop(LOOKS, None)
+            unwatch(model)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take our hook off a model."""
+    model.__dict__.pop(KEPT, None)
+    model._forward_pre_hooks.pop(LOOKS, None)
+    model._forward_pre_hooks_with_kwargs.pop(LOOKS, None)
 
 
 def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class Graph:
     that is 0 where a call tells no grid, and attention is dense. timestep: input that holds it.
     most_kept: calls that may wait to be counted, with errors as the graph returned them.
     site_of: the plan's name of the site that a budget was given for. owner: the module that was
-    called.
+    called. plan: whose budgets it has.
     """
 
     decisions: tuple[tuple[str, bool, str], ...]
@@ -115,6 +115,7 @@ class Graph:
     site_of: Callable[[Tensor], str | None] = lambda budget: None
     model: str = ""
     owner: weakref.ref[Any] | None = None
+    plan: weakref.ref[Plan] | None = None
     told: bool = False
     gone: bool = False
 
@@ -309,15 +310,20 @@ def counted(
     """
     if not graph.decisions and graph.range is None:
         return compiled if feed is None else functools.partial(_fed, compiled, feed)
-    _remember(graph)
+    remember(graph)
     if not graph.measured:
         run = _noting(compiled, graph, feed or tuple)
     elif graph.range is not None:
         run = _noting_errors(compiled, graph, feed or tuple)
     else:
         run = graph.writing_down(compiled, feed or tuple)
-    weakref.finalize(run, setattr, graph, "gone", True).atexit = False
+    gone_with(run, graph)
     return run
+
+
+def gone_with(holder: object, graph: Graph) -> None:
+    """A graph is gone when what runs it is."""
+    weakref.finalize(holder, setattr, graph, "gone", True).atexit = False
 
 
 def _noting(compiled: Callable[..., Any], graph: Graph, feed: Feed) -> Callable[..., Any]:
@@ -344,7 +350,7 @@ def _fed(compiled: Callable[..., Any], feed: Feed, *arguments: Any) -> Any:
     return compiled(*feed(arguments))
 
 
-def _remember(graph: Graph) -> None:
+def remember(graph: Graph) -> None:
     """Add a graph to those that are known, and forget the oldest of those that are gone."""
     gone = [each for each in graphs if each.gone]
     for each in gone[: max(len(gone) - KEPT, 0)]:
