@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.requests import Dense, SiteThresholds, Split
-from freqopt.calibration.runner import Runner, relative_error
+from freqopt.calibration.outputs import relative_error
+from freqopt.calibration.runner import Runner
 from freqopt.calibration.samples import SampleSet
 from freqopt.calibration.search.cost import CostModel, ProductCost
 from freqopt.calibration.search.verify import mean_over_runs, thresholds_key

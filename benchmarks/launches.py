@@ -24,7 +24,7 @@ from benchmarks.common import environment, graph_milliseconds, write
 from benchmarks.pages import table
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.calibration.measure.clock import launch_milliseconds, run_milliseconds
-from freqopt.calibration.runner import relative_error
+from freqopt.calibration.outputs import relative_error
 from freqopt.kernels.repeat import REPEATER
 from freqopt.models_zoo.video_dit import load_pretrained
 

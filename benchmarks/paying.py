@@ -24,7 +24,7 @@ from benchmarks.common import environment, timed, write
 from benchmarks.pages import table
 from benchmarks.profiles import profiled
 from freqopt.calibration.measure.clock import compare_runs
-from freqopt.calibration.runner import relative_error
+from freqopt.calibration.outputs import relative_error
 from freqopt.demo.settings import Settings, default_settings, load_model
 from freqopt.progress import open_progress
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import dinov2_model, film
 from benchmarks.common import environment, timed, write
-from freqopt.calibration.runner import relative_error
+from freqopt.calibration.outputs import relative_error
 from freqopt.errors import InputError
 
 TARGETS = (0.01, 0.03, 0.10)

@@ -148,6 +148,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
     if part.plan is not None:
         graph.names = part.plan.names_of([d.site.name for d in decisions])
         graph.verified = verified_errors(part.plan)
+        graph.plan = weakref.ref(part.plan)
         graph.judged_from = judged_from(part.plan)
         if part.inputs:
             graph.site_of = _weakly(part.feeding.site_of)

@@ -84,12 +84,12 @@ def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
             raise OptionError(f"unknown option {name!r}{hint} (options: {', '.join(known)})")
     given = {name: item for name, item in given.items() if item is not None}
     if "grid" in given:
-        given["grid"] = _parse_grid(given["grid"])
+        given["grid"] = extents_of(given["grid"])
     if "grids" in given:
         several = given["grids"]
         if "grid" in given or not isinstance(several, (tuple, list)):
             raise OptionError(f"grids {several!r} must be a list of grids, and given without grid")
-        given["grids"] = tuple(_parse_grid(grid) for grid in several)
+        given["grids"] = tuple(extents_of(grid) for grid in several)
     _check_others(given)
     threshold = given.get("threshold")
     if threshold is not None:
@@ -156,7 +156,12 @@ def _check_mode(inner: object, mode: object) -> None:
         raise OptionError(f"unknown mode {mode!r} of inductor (modes: {', '.join(known)})")
 
 
-def _parse_grid(given: Any) -> tuple[int, int, int]:
+def extents_of(given: Any) -> tuple[int, int, int]:
+    """A grid (t, h, w) as it was given.
+
+    Raises:
+        OptionError: not three positive whole numbers.
+    """
     extents = tuple(given) if isinstance(given, (tuple, list)) else ()
     valid = len(extents) == 3 and all(
         isinstance(e, int) and not isinstance(e, bool) and e >= 1 for e in extents

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture import under_way
 from freqopt.capture.budgets import attribute_of, buckets_at, budget_at, known_by, standing_for
 from freqopt.capture.repeated import Pending, in_backward, several
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.errors import InputError, PlanError
 from freqopt.telling.attached import begin_call, is_watched, watch
 from freqopt.telling.copies import is_copy, tell_of_copy

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from torch import nn
 
+from freqopt.calibration.asked import check_apart, checked
 from freqopt.calibration.checkpoint import identity_of, open_checkpoint
 from freqopt.calibration.measure.ladder import GRID_ALONE, ORDERS
 from freqopt.calibration.phases import Calibration
@@ -26,11 +27,10 @@ from freqopt.calibration.samples import (
 )
 from freqopt.calibration.search.workbench import Workbench
 from freqopt.calibration.team import is_first_process
-from freqopt.calibration.whole import CLOCKS
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
-from freqopt.plan.folder import check_place, is_file
+from freqopt.plan.folder import is_file
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.progress import Progress, open_progress
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Options(TypedDict, total=False):
     """Options of `calibrate`, which says what they are."""
 
-    target_error: float
+    target_error: float | None
     quantile: float | None
     target_psnr: float | None
     target_density: float | None
@@ -75,7 +75,7 @@ def calibrate(
     model: nn.Module | Mapping[str, nn.Module],
     samples: Samples | Mapping[str, Samples],
     *,
-    target_error: float = 0.03,
+    target_error: float | None = None,
     quantile: float | None = None,
     target_psnr: float | None = None,
     target_density: float | None = None,
@@ -105,7 +105,8 @@ def calibrate(
             (up to 16, evenly spaced). Every other one is held out for verification. For several
             models a callable that runs them all, or samples by the models' names.
         target_error: relative L2 error of the model's output against the dense model, without unit,
-            in (0, 1); held on the held-out samples (root mean square over them).
+            in (0, 1); held on the held-out samples (root mean square over them). 0.03 where no
+            target is given.
         quantile: the share of inputs, in (0, 1), that `target_error` is held for, instead of their
             root mean square: 0.9 lets a tenth of the held-out samples be further off.
         target_psnr: instead of `target_error`, the PSNR in dB of what the pipeline generates
@@ -159,27 +160,18 @@ def calibrate(
             checkpoint of another calibration.
         OptionError: a target outside its range, two of them, a density that the loosest budgets do
             not reach, a target_psnr without a pipeline or for several models, a quantile without a
-            target_error, an order that there is not, or fewer than one pass or timestep bucket.
+            target_error, an order that there is not, fewer than one pass or timestep bucket,
+            something that is no number where one is due, or a checkpoint that is the output.
         FileError: the output or the checkpoint cannot be written.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "samples")}
-    check_targets(target_error, quantile, target_psnr, target_density)
-    for name, value, least in (("rounds", rounds, 0), ("passes", passes, 1)):
-        if value is not None and value < least:
-            raise OptionError(f"{name} {value} must be {least} or more")
-    if order not in ("auto", "grid"):
-        raise OptionError(f"order {order!r} is none; supported: 'auto' and 'grid'")
-    if clock not in CLOCKS:
-        raise OptionError(f"clock {clock!r} is none; supported: {', '.join(CLOCKS)}")
-    if timestep_buckets < 1:
-        raise OptionError(f"timestep_buckets {timestep_buckets} must be 1 (no buckets) or more")
+    options = checked(
+        {name: value for name, value in locals().items() if name not in ("model", "samples")}
+    )
     if not isinstance(model, Mapping) and isinstance(samples, Mapping):
         raise OptionError(
             "samples is a dict, which belongs to several models by name; for one model pass a list "
             "of calls, or a callable that runs your pipeline"
         )
-    if output is not None:
-        check_place(output)
     if isinstance(model, Mapping):
         return _calibrate_each(model, samples, options)
     plan = _calibrate_one(model, samples, options, keep=output is not None)
@@ -203,7 +195,7 @@ def _calibrate_one(
     """
     inner = module_of(model, "calibrate")
     psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
-    pipeline = None if psnr is None else _pipeline(model, samples, psnr)
+    pipeline = None if psnr is None else _pipeline(model, samples)
     collected = collect_samples(
         model, samples, timestep=options["timestep"], buckets=options["timestep_buckets"]
     )
@@ -238,8 +230,10 @@ def _calibrate_each(
             "target_psnr is for one model; for several pass target_error or target_density, or "
             "calibrate one at a time with the others dense"
         )
-    calls, path = samples_by_model(models, samples), options["checkpoint"]
+    path = options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
+    check_apart(options["output"], paths.values())
+    calls = samples_by_model(models, samples)
     with _bars(options, len(models)) as bars:
         plans = {
             name: _calibrate_one(
@@ -274,51 +268,11 @@ def _forget(checkpoints: Iterable[str | os.PathLike[str] | None]) -> None:
             Path(path).unlink(missing_ok=True)
 
 
-def check_targets(
-    target_error: float,
-    quantile: float | None,
-    target_psnr: float | None,
-    target_density: float | None,
-) -> None:
-    """Refuse targets out of range or that exclude each other.
-
-    Raises:
-        OptionError: which.
-    """
-    if not 0.0 < target_error < 1.0:
-        raise OptionError(
-            f"target_error {target_error} is outside (0, 1): it is the relative L2 error of the "
-            "model's output; 0.01 is very close, 0.03 the default, 0.1 visible"
-        )
-    if target_density is not None and not 0.0 < target_density <= 1.0:
-        raise OptionError(
-            f"target_density {target_density} is outside (0, 1]: it is the share of pairs to "
-            "attend exactly; 0.1 is typical for long sequences"
-        )
-    if target_density is not None and target_psnr is not None:
-        raise OptionError("target_density and target_psnr were both given; pass one of them")
-    if quantile is None:
-        return
-    if target_density is not None or target_psnr is not None:
-        raise OptionError(
-            "quantile is the share of inputs that target_error is for, and of no other"
-        )
-    if not 0.0 < quantile < 1.0:
-        raise OptionError(
-            f"quantile {quantile} is outside (0, 1): it is the share of inputs that the error is "
-            "held for, such as 0.9"
-        )
-
-
-def _pipeline(model: nn.Module, samples: Samples, target_psnr: float) -> Callable[[], Any]:
+def _pipeline(model: nn.Module, samples: Samples) -> Callable[[], Any]:
     if not callable(samples):
         raise OptionError(
             "target_psnr judges what a pipeline generates, so samples must be a callable that runs "
             "it and returns that, such as lambda: pipe(prompt, generator=...).frames"
-        )
-    if not 5.0 <= target_psnr <= 100.0:
-        raise OptionError(
-            f"target_psnr {target_psnr} is outside 5 to 100 dB; 30 is similar, 40 very close"
         )
     if hasattr(model, "_orig_mod"):
         raise OptionError(

@@ -19,7 +19,8 @@ from freqopt.calibration.evidence import choices_of_plan, dense_reason, verified
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.ladder import Array
 from freqopt.calibration.measure.requests import SiteThresholds, Split
-from freqopt.calibration.runner import opened, relative_error
+from freqopt.calibration.outputs import relative_error
+from freqopt.calibration.runner import opened
 from freqopt.calibration.samples import Samples, collect_samples
 from freqopt.calibration.search.allocate import SiteChoice, solve
 from freqopt.calibration.search.choices import SiteChoices

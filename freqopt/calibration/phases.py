@@ -12,7 +12,7 @@ import torch
 from freqopt.calibration.evidence import PlanFacts, build_plan, slower_reason
 from freqopt.calibration.fewer import CLEARLY, dropped_reason, halvings, only, savings
 from freqopt.calibration.measure.ladder import GRID_ALONE, Array
-from freqopt.calibration.measure.requests import SiteThresholds, Thresholds, Time
+from freqopt.calibration.measure.requests import Dense, SiteThresholds, Thresholds, Time
 from freqopt.calibration.search.allocate import solve, with_dense
 from freqopt.calibration.search.choices import SiteChoices, site_choices
 from freqopt.calibration.search.refine import (
@@ -42,12 +42,15 @@ from freqopt.calibration.search.verify import (
     too_few,
 )
 from freqopt.calibration.search.video import GeneratedVideo, video_strategies
-from freqopt.calibration.search.workbench import Workbench
+from freqopt.calibration.search.workbench import Reference, Workbench
 from freqopt.calibration.survey import measure_sites
 from freqopt.calibration.whole import ModelTimes, dense_pass, model_times
 from freqopt.errors import CalibrationError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Trial
+
+UNLIKELY = 0.01
+"""Error of the output with everything exact that is more than rounding makes of most models."""
 
 
 class Calibration:
@@ -111,11 +114,27 @@ class Calibration:
         found = measure_sensitivities(bench, probed, bench.passes)
         self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
         self.notes += found.notes
+        if self.rounding > UNLIKELY:
+            self._check_repeats(probed[0])
         self.sites = [
             site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
             for name, site in bench.survey.measurable().items()
         ]
         return self.sites
+
+    def _check_repeats(self, reference: Reference) -> None:
+        """Tell much rounding from a model whose outputs differ from call to call.
+
+        Raises:
+            CalibrationError: they do.
+        """
+        again = reference.error_of(self.bench.runner.run(reference.sample, Dense()).output)
+        if again > UNLIKELY:
+            raise CalibrationError(
+                f"two dense runs of the model on one sample differ by {again:.1e}: it keeps "
+                "something from call to call (a step cache, a counter), so what an error does "
+                "cannot be told. Calibrate it without that"
+            )
 
     def refinement(self, quantile: float | None = None) -> Refinement:
         """What rounds of refinement need; once all sites are measured."""

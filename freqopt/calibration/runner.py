@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +15,7 @@ from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.replay import Captured, Held, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result
+from freqopt.calibration.outputs import output_tensors, some_tensors
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.team import Team
 from freqopt.capture.call_layouts import BySizes
@@ -96,7 +95,7 @@ class Runner:
         """What one call of the model shows, its output among it."""
         with self._asking(request) as result, self._ready():
             self._desk.bucket = self.samples.bucket(sample)
-            result.output = output_tensors(self._call(sample.args, sample.kwargs))
+            result.output = some_tensors(self._call(sample.args, sample.kwargs))
         self.passes += 1.0
         return result
 
@@ -121,7 +120,7 @@ class Runner:
             if not usable:
                 logger.info("the model's graph cannot be run in part, so it is run whole")
             held = self._captured(sample) if usable else None
-        return held if staged.usable else None
+        return held if held is not None and held.staged.usable else None
 
     def resume(self, sample: Sample, held: Held, request: Request, site: str | None) -> Result:
         """Run on from what is held: to the cut before a site, or (None) to the model's output."""
@@ -362,35 +361,3 @@ def _many_recompiles() -> Any:
         if hasattr(torch._dynamo.config, name):
             return torch._dynamo.config.patch({name: RECOMPILE_LIMIT})
     return nullcontext()
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Floating-point tensors of whatever a model returns, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in output_tensors(item)]
-    if dataclasses.is_dataclass(output):
-        return output_tensors([getattr(output, f.name) for f in dataclasses.fields(output)])
-    return []
-
-
-ALONE = Team()
-
-
-def relative_error(output: list[Tensor], reference: list[Tensor], team: Team = ALONE) -> float:
-    """Relative L2 error over all of a model's output tensors; infinite if one is not finite.
-
-    team: processes that have parts of the output, or all of it.
-    """
-    difference = energy = 0.0
-    for got, want in zip(output, reference, strict=True):
-        want = want.to(got.device)
-        difference += float((got.double() - want.double()).square().sum())
-        energy += float(want.double().square().sum())
-    of_all = team.all((difference, energy))
-    difference, energy = (math.fsum(values) for values in zip(*of_all, strict=True))
-    error = math.sqrt(difference / max(energy, 1e-30))
-    return error if math.isfinite(error) else math.inf

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import html
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.values import parts_of
-from freqopt.errors import CalibrationError
+from freqopt.capture.signatures import forward_signature, named_arguments
+from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
 from freqopt.positions import grids_of_positions
 
@@ -145,21 +147,12 @@ def collect_samples(
     Raises:
         CalibrationError: no samples, one of another form, or one with NaN or infinite values.
     """
-    calls = _record(model, samples) if callable(samples) else [as_call(x) for x in samples]
-    if not calls:
-        raise CalibrationError(
-            "there are no samples; "
-            + (
-                "the callable finished without calling the model: it must run the very object "
-                "that is being calibrated"
-                if callable(samples)
-                else "pass at least two, such as the inputs of a few denoising steps"
-            )
-        )
+    calls = _record(model, samples) if callable(samples) else _listed(samples)
     signature = forward_signature(model)
     name: str | None = None
     found: list[Sample] = []
     for index, (args, kwargs) in enumerate(calls):
+        _check_fits(index, model, signature, args, kwargs)
         named = named_arguments(signature, args, kwargs)
         _check_finite(index, named)
         label, value = _timestep(named, timestep)
@@ -208,7 +201,12 @@ def recording(model: nn.Module, *, most: int = MAX_RECORDED) -> Iterator[list[Ca
 
     Returns:
         A list of (args, kwargs), tensors copied, that is filled when the block ends.
+
+    Raises:
+        OptionError: fewer than two calls to keep.
     """
+    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
+        raise OptionError(f"most {most!r} must be a number of calls, 2 or more")
     kept: list[Call] = RecordedSamples()
     seen, stride = 0, 1
 
@@ -253,19 +251,49 @@ def samples_by_model(
         )
     with torch.no_grad(), contextlib.ExitStack() as stack:
         calls = {name: stack.enter_context(recording(model)) for name, model in models.items()}
-        samples()
+        returned = samples()
     unused = [name for name, recorded in calls.items() if not recorded]
     if unused:
-        raise CalibrationError(
-            f"the callable finished without calling {', '.join(unused)}: it must run the very "
-            "objects that are being calibrated, over all denoising steps"
-        )
+        raise CalibrationError(_not_called(", ".join(unused), returned))
     return dict(calls)
 
 
 def _record(model: nn.Module, pipeline: Callable[[], Any]) -> list[Call]:
     with torch.no_grad(), recording(model) as calls:
-        pipeline()
+        returned = pipeline()
+    if not calls:
+        raise CalibrationError(f"there are no samples; {_not_called('the model', returned)}")
+    return calls
+
+
+def _not_called(what: str, returned: object) -> str:
+    """Why a callable has called no model."""
+    if inspect.isgenerator(returned) or inspect.iscoroutine(returned):
+        return (
+            f"the callable returned a {type(returned).__name__}, of which nothing has run yet, "
+            f"without calling {what}: have it run all of it, as in list(...)"
+        )
+    return (
+        f"the callable finished without calling {what}: it must run the very object that is being "
+        "calibrated, over all denoising steps"
+    )
+
+
+def _listed(samples: Iterable[Any]) -> list[Call]:
+    if isinstance(samples, (str, bytes, os.PathLike)):
+        raise CalibrationError(
+            f"samples is {samples!r}; of a file pass freqopt.load_samples({samples!r})"
+        )
+    if isinstance(samples, Tensor) or not isinstance(samples, Iterable):
+        raise CalibrationError(
+            f"samples is a {type(samples).__name__}; pass a list of calls of the model, or a "
+            "callable that runs your pipeline"
+        )
+    calls = [as_call(sample) for sample in samples]
+    if not calls:
+        raise CalibrationError(
+            "there are no samples; pass at least two, such as the inputs of a few denoising steps"
+        )
     return calls
 
 
@@ -273,25 +301,24 @@ def _keep(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def forward_signature(model: nn.Module) -> inspect.Signature | None:
-    """Signature of a model's forward, None where it cannot be told."""
-    forward = getattr(model, "_orig_mod", model).forward
+def _check_fits(
+    index: int,
+    model: nn.Module,
+    signature: inspect.Signature | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse a call that the model's forward does not take; hooks may make another of it."""
+    inner = getattr(model, "_orig_mod", model)
+    if signature is None or inner._forward_pre_hooks or "forward" in inner.__dict__:
+        return
     try:
-        return inspect.signature(forward)
-    except (TypeError, ValueError):
-        return None
-
-
-def named_arguments(
-    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments by name, positional ones too where the model's signature tells."""
-    if signature is not None:
-        try:
-            return dict(signature.bind(*args, **kwargs).arguments)
-        except TypeError:
-            pass  # the model itself will say what is wrong with the call
-    return {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CalibrationError(
+            f"sample {index} does not fit the model: {error}; a {type(inner).__name__} takes "
+            f"{', '.join(map(str, signature.parameters.values()))}"
+        ) from error
 
 
 def _check_finite(index: int, named: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def begin(model: nn.Module) -> None:
     frame = sys._getframe(2)
     calls = _own.calls
     if calls:  # of a model around this one, or interrupted, as by Ctrl-C, which runs no hook
-        there = set(_ids(frame.f_back))
+        there = set(frames_below(frame.f_back))
         calls[:] = [call for call in calls if call.frame in there]
     calls.append(Call(id(model), id(frame)))
     _own.top = calls[-1]
@@ -112,7 +112,7 @@ def told_once(ask: Ask) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         nonlocal depth
         if call is None:
             return ask()[1]
-        for place, frame in enumerate(itertools.islice(_ids(frame_at(1)), DEEPER)):
+        for place, frame in enumerate(itertools.islice(frames_below(frame_at(1)), DEEPER)):
             if frame == call.frame:
                 depth = place
                 break
@@ -128,7 +128,7 @@ def told_once(ask: Ask) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     return feed
 
 
-def _ids(frame: FrameType | None) -> Iterator[int]:
+def frames_below(frame: FrameType | None) -> Iterator[int]:
     """Identities of a frame and of those below it."""
     while frame is not None:
         yield id(frame)

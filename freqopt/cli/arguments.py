@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from torch import nn
 
 from freqopt.capture.modules import modules_in
-from freqopt.errors import FreqoptError, InputError, OptionError
+from freqopt.cli.theirs import users_code
+from freqopt.errors import InputError, OptionError
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -85,12 +85,8 @@ def made_by(text: str) -> Any:
         found = getattr(found, part)
     pipeline = not isinstance(found, type) and modules_in(found)
     if callable(found) and not isinstance(found, nn.Module) and not pipeline:
-        try:
+        with users_code(f"{text} failed"):
             found = found()
-        except FreqoptError:
-            raise
-        except Exception as error:
-            raise _theirs(f"{text} failed", error) from error
     return found
 
 
@@ -101,34 +97,27 @@ def _import(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise OptionError(f"there is no file {name}")
+        _importable(str(path.absolute().parent))
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)  # what it defines can then be found by name
-        try:
+        with users_code(f"{name} cannot be imported"):
             spec.loader.exec_module(module)
-        except Exception as error:
-            raise _theirs(f"{name} cannot be imported", error) from error
         return module
     here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _theirs(f"{name} cannot be imported", error) from error
-        raise OptionError(
-            f"there is no module {error.name!r} here ({here}) or installed; a path ending in .py "
-            "is supported too"
-        ) from error
+    _importable(here)
+    with users_code(f"{name} cannot be imported"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise OptionError(
+                f"there is no module {error.name!r} here ({here}) or installed; a path ending in "
+                ".py is supported too"
+            ) from error
 
 
-def _theirs(what: str, error: Exception) -> InputError:
-    """An error of the user's own code, in two lines: what it was, and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
-    own = [f for f in frames if not f.filename.startswith((ours, "<frozen"))] or list(frames)
-    where = f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}"
-    said = " ".join(str(error).split())
-    return InputError(
-        f"{what}: {type(error).__name__}: {said}\n  at {where} (freqopt --traceback shows it all)"
-    )
+def _importable(folder: str) -> None:
+    """Have modules of a folder found, as Python has those beside a script."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)

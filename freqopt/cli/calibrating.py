@@ -13,6 +13,7 @@ import typer
 from torch.utils import _pytree as pytree
 
 import freqopt
+from freqopt.calibration.asked import checked
 from freqopt.calibration.samples import MAX_BUCKETS
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
 from freqopt.cli.options import (
@@ -27,8 +28,8 @@ from freqopt.cli.options import (
 )
 from freqopt.cli.pipelines import one_of, prompted
 from freqopt.cli.rehearsal import rehearsed_each
+from freqopt.cli.theirs import users_code
 from freqopt.errors import OptionError
-from freqopt.plan.folder import check_place
 from freqopt.shown import say
 
 ModelOrPipeline = Annotated[
@@ -71,7 +72,7 @@ def inspect(
     if no_weights:
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(where), (args, kwargs))
     extents = None if grid is None else parse_grid(grid)
-    with torch.no_grad():
+    with torch.no_grad(), users_code("the model failed on the first sample"):
         found = freqopt.inspect(
             module, *args, grid=extents, plan=plan, min_tokens=min_tokens, **kwargs
         )
@@ -150,23 +151,36 @@ def calibrate(
     """
     from freqopt.calibration.samples_file import load_samples
 
-    targets = {"error": target_error, "psnr": target_psnr, "density": target_density}
-    asked = [f"--target-{name}" for name, value in targets.items() if value is not None]
-    if len(asked) > 1:
-        raise OptionError(f"{' and '.join(asked)} were both given; pass one of them")
     if (samples is None) == (prompts is None):
         raise OptionError("pass --samples FILE, or --prompts FILE for a pipeline; one of them")
     if target_psnr is not None and prompts is None:
         raise OptionError("--target-psnr judges what a pipeline makes: pass --prompts")
-    if not dry_run:
-        check_place(output)
-    where = choose_device(device)
+    checkpoint = output.with_name(f"{output.name}.resume") if output.name else Path("plan.resume")
     extents = None if grid is None else parse_grid(grid)
+    files = {} if dry_run else {"output": output, "checkpoint": checkpoint}
+    asked = checked(
+        {
+            "target_error": target_error,
+            "target_psnr": target_psnr,
+            "quantile": quantile,
+            "target_density": target_density,
+            "grid": extents,
+            "timestep": timestep,
+            "timestep_buckets": timestep_buckets,
+            "order": order,
+            "clock": clock,
+            "rounds": rounds,
+            "passes": passes,
+            "seed": seed,
+            **files,
+        }
+    )
+    where = choose_device(device)
     models: Any
     calls: Any
     if prompts is not None:
         decode = target_psnr is not None
-        found = prompted(model, prompts, run_option or [], where, decode=decode)
+        found = prompted(model, prompts, run_option or [], where, seed=seed, decode=decode)
         models = found.models
         if decode:
             models, calls = one_of(models, "--target-psnr"), found.run
@@ -179,29 +193,13 @@ def calibrate(
         if target_psnr is not None:
             calls = found.recorded()
         every = found.models if prompts is not None else models
-        say(rehearsed_each(every, calls, extents, timestep, timestep_buckets))
+        with users_code("the model failed on the first sample"):
+            told = rehearsed_each(every, calls, extents, timestep, timestep_buckets)
+        say(told)
         return
-    checkpoint = output.with_name(f"{output.name}.resume")
     try:
-        plan = freqopt.calibrate(
-            models,
-            calls,
-            target_error=0.03 if target_error is None else target_error,
-            target_psnr=target_psnr,
-            quantile=quantile,
-            target_density=target_density,
-            grid=extents,
-            timestep=timestep,
-            timestep_buckets=timestep_buckets,
-            order=order,
-            clock=clock,
-            rounds=rounds,
-            passes=passes,
-            checkpoint=checkpoint,
-            output=output,
-            progress=not quiet,
-            seed=seed,
-        )
+        with users_code("the model failed while it was calibrated"):
+            plan = freqopt.calibrate(models, calls, progress=not quiet, **asked)
     except KeyboardInterrupt:
         kept = "nothing was measured yet"
         if checkpoint.exists():

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from freqopt.cli.arguments import load_model, parse_grid
+from freqopt.cli.theirs import users_code
 from freqopt.errors import InputError, OptionError
 from freqopt.files import check_regular, check_writable, replacing, write_atomically
 from freqopt.shown import say
@@ -65,15 +66,16 @@ def onnx(
     """Write model.onnx, the operator library and a manifest."""
     from freqopt.exporters.onnx.export import export_onnx
 
-    say(
-        export_onnx(
-            *_call(model, samples),
+    call, options = _call(model, samples), _options(samples, plan, dynamic, grid, capability)
+    with users_code("the model failed while it was exported"):
+        written = export_onnx(
+            *call,
             folder,
             opset=opset,
             library=library,
-            **_options(samples, plan, dynamic, grid, capability),
+            **options,
         )
-    )
+    say(written)
 
 
 @export_app.command()
@@ -91,15 +93,16 @@ def tensorrt(
     """Write model.trt.onnx, the plugin and build_engine.py; the engine where TensorRT is."""
     from freqopt.exporters.tensorrt.export import export_tensorrt
 
-    say(
-        export_tensorrt(
-            *_call(model, samples),
+    call, options = _call(model, samples), _options(samples, plan, dynamic, grid, capability)
+    with users_code("the model failed while it was exported"):
+        written = export_tensorrt(
+            *call,
             folder,
             build=build,
             plugin=plugin,
-            **_options(samples, plan, dynamic, grid, capability),
+            **options,
         )
-    )
+    say(written)
 
 
 @export_app.command(name="plan")

@@ -13,6 +13,7 @@ from torch import nn
 
 from freqopt.calibration.samples import samples_by_model
 from freqopt.cli.arguments import made_by
+from freqopt.cli.theirs import users_code
 from freqopt.errors import InputError, OptionError
 from freqopt.front.components import components_of
 from freqopt.front.prompts import calls_of, check_calls, runner_of
@@ -30,16 +31,23 @@ class Prompted:
 
     def recorded(self) -> dict[str, Any]:
         """The calls of each model in one run."""
-        return dict(samples_by_model(self.models, self.run))
+        with users_code("the pipeline failed"):
+            return dict(samples_by_model(self.models, self.run))
 
 
 def prompted(
-    source: str, prompts: Path, options: Sequence[str], device: torch.device, *, decode: bool
+    source: str,
+    prompts: Path,
+    options: Sequence[str],
+    device: torch.device,
+    *,
+    seed: int,
+    decode: bool,
 ) -> Prompted:
     """The pipeline of a folder or of MODULE:FACTORY, ready to run the prompts of a file.
 
     prompts: one in a line; empty lines and those that begin with # are left out. options: of the
-    pipeline, as "name=value" with the value as JSON or plain text. decode: see `runner_of`.
+    pipeline, as "name=value" with the value as JSON or plain text. seed, decode: see `runner_of`.
 
     Raises:
         OptionError: no prompts, or an option of another form.
@@ -49,7 +57,7 @@ def prompted(
     pipe = load_pipeline(source, device)
     calls = calls_of(texts, dict(_option(option) for option in options))
     check_calls(pipe, calls)
-    return Prompted(components_of(pipe), runner_of(pipe, calls, seed=0, decode=decode))
+    return Prompted(components_of(pipe), runner_of(pipe, calls, seed=seed, decode=decode))
 
 
 def is_folder(source: str) -> bool:
@@ -81,7 +89,8 @@ def load_pipeline(source: str, device: torch.device) -> Any:
                 "pip install diffusers"
             ) from error
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        with users_code(f"{source} cannot be loaded"):
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     return pipe.to(device) if hasattr(pipe, "to") else pipe
 
 
@@ -90,6 +99,8 @@ def _lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise OptionError(f"cannot read the prompts {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"cannot read the prompts {path}: it is not UTF-8 text") from error
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not found:
         raise OptionError(f"{path} holds no prompts: one in a line is needed")

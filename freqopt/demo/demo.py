@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.calibration.runner import relative_error
+from freqopt.calibration.outputs import relative_error
 from freqopt.demo import foreign as demo_foreign
 from freqopt.demo import video as demo_video
 from freqopt.demo.closeup import look_closely

@@ -37,7 +37,7 @@ class Call:
     """One call of the model that is under way.
 
     again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
-    trains: gradients may be asked for.
+    trains: gradients may be asked for. frame: `id` of the frame that it runs in.
     """
 
     arguments: Arguments
@@ -45,6 +45,7 @@ class Call:
     look: Look | None
     again: Again | None = None
     trains: bool = field(default_factory=torch.is_grad_enabled)
+    frame: int = 0
     stack: list[Running] = field(default_factory=list)
     split: list[Split] = field(default_factory=list)
 

@@ -22,28 +22,66 @@ NAME = "freqopt"
 CHOSEN = "_attention_backend"
 """Attribute of a processor for the backend that was chosen for it."""
 
-BEFORE = "freqopt_backend_before"
-"""Attribute of a processor for the backend that was chosen before ours; copies have it too."""
+SUPPORTED = "_SUPPORTED_BACKENDS"
+"""Attribute of a processor that takes no other backends."""
 
 
-def choose(modules: Iterable[nn.Module]) -> None:
-    """Have the dispatcher hand the attention of modules to us, until `restore`."""
-    for processor in _processors(modules):
-        if hasattr(processor, CHOSEN) and not hasattr(processor, BEFORE):
-            setattr(processor, BEFORE, getattr(processor, CHOSEN))
-            setattr(processor, CHOSEN, register())
+class Chosen(str):
+    """Our name, as a processor of a served model has it: a copy of it is what was chosen before.
+
+    A copy or a pickle of the model is served by nobody, and knows nothing of us.
+    """
+
+    before: Any
+
+    def __new__(cls, before: Any) -> Chosen:
+        """before: what was chosen before."""
+        found = super().__new__(cls, NAME)
+        found.before = before
+        return found
+
+    @property
+    def value(self) -> str:
+        """As the members of the dispatcher's enumeration have it."""
+        return NAME
+
+    def __copy__(self) -> Any:
+        return self.before
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.before,)
 
 
-def restore(modules: Iterable[nn.Module]) -> None:
-    """Give the processors of modules back the backends that were chosen for them."""
-    for processor in _processors(modules):
-        if hasattr(processor, BEFORE):
-            setattr(processor, CHOSEN, getattr(processor, BEFORE))
-            delattr(processor, BEFORE)
+def _itself(found: Any) -> Any:
+    return found
 
 
-def _processors(modules: Iterable[nn.Module]) -> list[Any]:
-    return [getattr(module, "processor", None) for module in modules]
+def choose(modules: Iterable[nn.Module]) -> list[Any]:
+    """Have the dispatcher hand the attention of modules to us; the processors that do."""
+    processors = [getattr(module, "processor", None) for module in modules]
+    found = [
+        processor
+        for processor in processors
+        if hasattr(processor, CHOSEN) and NAME in getattr(processor, SUPPORTED, (NAME,))
+    ]
+    if found:
+        register()
+    for processor in found:
+        before = getattr(processor, CHOSEN)
+        if not isinstance(before, Chosen):  # one of several modules, too
+            setattr(processor, CHOSEN, Chosen(before))
+    return found
+
+
+def restore(processors: Iterable[Any]) -> None:
+    """Give processors back the backends that were chosen for them, where ours still are."""
+    for processor in processors:
+        chosen = getattr(processor, CHOSEN, None)
+        if isinstance(chosen, Chosen):
+            setattr(processor, CHOSEN, chosen.before)
 
 
 @functools.cache

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.call_grids import OneCall, Reader
 from freqopt.capture.call_layouts import told_by_sizes
 from freqopt.capture.call_shapes import told_by_lists
 from freqopt.capture.eager import Writer, writing
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.capture.under_way import arguments_by_name
 from freqopt.decisions import grids_of
 from freqopt.eager.asked import apart

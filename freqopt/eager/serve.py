@@ -6,8 +6,10 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +20,12 @@ from torch.utils import _pytree as pytree
 from freqopt.capture.budgets import attribute_of
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.repeated import in_backward
-from freqopt.capture.under_way import arguments_by_name
+from freqopt.capture.under_way import arguments_by_name, frames_below
 from freqopt.eager.again import Trained, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
 from freqopt.eager.calling import Call, Running, share_of, under_way
 from freqopt.eager.calls import Served, serve
-from freqopt.eager.dispatcher import restore
 from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Forms, Look, Wanted
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
@@ -114,8 +115,9 @@ class Server:
         unserve((self.root, *self.modules))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call of the model begins."""
-        self._drop_interrupted()
+        """A call of the model begins. The caller of the caller runs it."""
+        frame = sys._getframe(2)
+        self._drop_interrupted(frame)
         form = self.forms.of(args, kwargs)
         look = None
         if form.again and form.looks < MOST_LOOKS and not _is_transformed():
@@ -123,7 +125,7 @@ class Server:
         arguments = arguments_by_name(self.root, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
             self.trained.note(form, arguments)
-        under_way.stack.append((self, Call(arguments, form, look)))
+        under_way.stack.append((self, Call(arguments, form, look, frame=id(frame))))
 
     def begin_again(self) -> None:
         """A part of a call from before begins, in a backward pass."""
@@ -131,9 +133,16 @@ class Server:
         if again is not None:
             under_way.stack.append((self, Call({}, again.form, None, again)))
 
-    def _drop_interrupted(self) -> None:
-        """Close what a call left open that was interrupted from the keyboard."""
-        while any(server is self for server, _ in under_way.stack):
+    def _drop_interrupted(self, frame: FrameType) -> None:
+        """Close what a call left open that was interrupted from the keyboard.
+
+        Such a call is on Python's stack no more; one around this one is below the frame that runs
+        this one, which itself may be where the interrupted one's was.
+        """
+        if not under_way.stack:
+            return
+        there = set(frames_below(frame.f_back))
+        while any(server is self and call.frame not in there for server, call in under_way.stack):
             _, call = under_way.stack.pop()
             call.leave()
             if call.look is not None:
@@ -252,9 +261,16 @@ class _Serving(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._is_innermost():
+            return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             found = self.server.meet(func, args, kwargs)
         return func(*args, **kwargs) if found is NOT_SERVED else found
+
+    def _is_innermost(self) -> bool:
+        """Whether no other module with planned attention runs inside; what it left comes here."""
+        stack = under_way.stack[-1][1].stack if under_way.stack else []
+        return bool(stack) and stack[-1].mode is self
 
 
 def _is_transformed() -> bool:
@@ -273,7 +289,6 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     server = _server_of(module)
     if server is None:
-        restore(module.modules())
         tell_of_copy(module)
     else:
         server.begin(args, kwargs)

@@ -64,7 +64,7 @@ class Told:
                 budgets=tuple(count),
             )
             running.remember(graph)
-            running.is_gone_with(graph, self)
+            running.gone_with(self, graph)
         errors = torch.cat([call.error.flatten() for call in here])
         graph.note([call.budget for call in here], errors)
         with torch.no_grad():

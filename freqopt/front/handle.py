@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from freqopt.capture.modules import OwnOnly
+from freqopt.capture.modules import OwnOnly, unwrapped_module
 from freqopt.errors import OptionError
-from freqopt.front.copied import clear_copy
+from freqopt.front.copies import forget_copied
 from freqopt.front.range import Ranges
 from freqopt.front.state import Choice
 from freqopt.plan.plan import Plan
@@ -36,7 +37,7 @@ def make_free(models: Mapping[str, nn.Module]) -> None:
     """
     for name, model in models.items():
         if is_copy(model):
-            clear_copy(model)
+            forget_copied(model)
         elif OPTIMIZED in model.__dict__:
             raise OptionError(
                 f"{name} is optimized already: call disable() of the handle that was returned "
@@ -105,15 +106,20 @@ class Component:
 class Handle:
     """An optimized pipeline or model; made by `freqopt.optimize`.
 
-    Use it as a context manager to undo everything at the end of a ``with`` block.
+    Use it as a context manager to undo everything at the end of a ``with`` block, the outermost one
+    of those that are in each other.
 
     Attributes:
         components: the models, by what the pipeline calls them.
+
+    holder: the pipeline, of which no reference is kept.
     """
 
-    def __init__(self, components: Sequence[Component]) -> None:
+    def __init__(self, components: Sequence[Component], holder: Any = None) -> None:
         self.components: Mapping[str, Component] = {each.name: each for each in components}
         self._enabled = False
+        self._blocks = 0
+        self._holder = _weakly(holder)
         by_hand = [each for each in components if each.choice.route != "compile"]
         self._ranges = Ranges(
             {each.name: each.model for each in by_hand}, {each.name: each.plan for each in by_hand}
@@ -175,7 +181,9 @@ class Handle:
         return report_each(self.plans, path)
 
     def __enter__(self) -> Handle:
-        return self.enable()
+        self.enable()
+        self._blocks += 1
+        return self
 
     def __exit__(
         self,
@@ -183,7 +191,9 @@ class Handle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.disable()
+        self._blocks -= 1
+        if not self._blocks:
+            self.disable()
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{n}: {each.choice.route}" for n, each in self.components.items())
@@ -200,7 +210,29 @@ class Handle:
         if any("*" in row[2] for row in rows[1:]):
             lines.append("* as calibrated; it is measured at run time on the route eager only")
         lines += [note for each in self.components.values() for note in each.notes()]
+        lines += self._replaced()
         return "\n".join(lines if self._enabled else ["disabled: attention is dense", *lines])
+
+    def _replaced(self) -> list[str]:
+        """What is to be said of components that the pipeline has no more."""
+        holder = self._holder()
+        return [
+            f"{name}: the pipeline has another module by this name now, which is dense: call "
+            "freqopt.optimize again, with this handle's plans"
+            for name, each in self.components.items()
+            if isinstance(found := getattr(holder, name, None), nn.Module)
+            and unwrapped_module(found) is not each.model
+        ]
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _weakly(holder: Any) -> Callable[[], Any]:
+    """A pipeline as long as there is one; a module is none, and has its own."""
+    if holder is None or isinstance(holder, (nn.Module, Mapping)):
+        return lambda: None
+    try:
+        return weakref.ref(holder)
+    except TypeError:
+        return lambda: None

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from freqopt.calibration.calibrate import calibrate, check_targets
+from freqopt.calibration.asked import checked
+from freqopt.calibration.calibrate import calibrate
 from freqopt.calibration.estimate import runs_of
 from freqopt.calibration.samples import Samples, samples_by_model
 from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
@@ -108,7 +109,7 @@ def optimize(
         backend = {"inner": inner, "mode": mode}
         way = way_of(choice.route, model, plans[name], backend, strict=strict)
         parts.append(Component(name, model, plans[name], choice, way, strict))
-    handle = Handle(parts)
+    handle = Handle(parts, pipe_or_model)
     handle.enable()
     for part in parts:
         tell(
@@ -150,8 +151,6 @@ def _job(
             else "prompts and samples were both given; pass one of them"
         )
     asked = {name: value for name, value in targets.items() if value is not None}
-    if len(asked) > 1:
-        raise OptionError(f"{' and '.join(asked)} were both given; pass one of them")
     known = inspect.signature(calibrate).parameters
     taken = {"model", "samples", *targets}
     wrong = [name for name in options if name not in known or name in taken]
@@ -160,13 +159,7 @@ def _job(
             f"calibration has {wrong[0]!r}; it takes the options of freqopt.calibrate, without "
             "model, samples and targets"
         )
-    given = {"seed": seed, **options, **asked}
-    check_targets(
-        given.get("target_error", 0.03),
-        given.get("quantile"),
-        given.get("target_psnr"),
-        given.get("target_density"),
-    )
+    given = checked({"seed": seed, **options, **asked})
     if "target_psnr" in asked and len(found) > 1:
         raise OptionError("target_psnr is for one component; pass components=[one] or target_error")
     if prompts is None:

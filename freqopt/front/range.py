@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.modules import OwnOnly
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.errors import PlanError
 from freqopt.plan.plan import Plan
 from freqopt.telling.watching import TimestepRange
 
-LOOKS = -20_260_021
-"""Key of the hook."""
+LOOKS = -20_260_020
+"""Key of the hook: ours of a model, whatever the route."""
 
 KEPT = "freqopt_range"
 
@@ -72,11 +72,11 @@ class Ranges:
     def stop(self) -> None:
         """Look no more."""
         for model in self.models.values():
-            look_no_more(model)
+            unwatch(model)
 
 
-def look_no_more(model: nn.Module) -> None:
-    """Take the hook off a model; once is enough."""
+def unwatch(model: nn.Module) -> None:
+    """Take our hook off a model."""
     model.__dict__.pop(KEPT, None)
     model._forward_pre_hooks.pop(LOOKS, None)
     model._forward_pre_hooks_with_kwargs.pop(LOOKS, None)

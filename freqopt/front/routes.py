@@ -13,22 +13,20 @@ from freqopt.backend import freqopt_backend
 from freqopt.capture.modules import modules_of
 from freqopt.eager import dispatcher
 from freqopt.eager.serve import Server
+from freqopt.front.range import LOOKS
 from freqopt.front.state import Route, blocks_of
 from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan
 from freqopt.regional import Attached, attach
+from freqopt.telling import running
 from freqopt.telling.attached import measured_at, watch_strictly
 from freqopt.telling.copies import is_copy, tell_of_copy
 from freqopt.telling.limits import Limit
-from freqopt.telling.running import Measured, measured_in
+from freqopt.telling.running import Graph, Measured, measured_in
 from freqopt.telling.traced import expect, expect_no_more, is_traced
 from freqopt.telling.verdict import by_another_backend, say
 
 COMPILED = "_compiled_call_impl"
-
-
-LOOKS = -20_260_020
-"""Key of our hook of a model that is compiled as a whole."""
 
 
 class Way(Protocol):
@@ -79,8 +77,7 @@ class Eager:
             self.server = Server(attached, self.plan, strict=self.strict)
             undo.callback(self.server.stop)
             self.server.start()
-            dispatcher.choose(self.server.modules)
-            undo.callback(dispatcher.restore, self.server.modules)
+            undo.callback(dispatcher.restore, dispatcher.choose(self.server.modules))
             self._undo, self._on = undo.pop_all(), True
 
     def stop(self) -> None:
@@ -151,6 +148,8 @@ class Whole:
     def start(self) -> None:
         """Have the model compiled when it is called."""
         if self._undo is None:
+            for graph in graphs_of(self.model, self.plan):
+                graph.forget()  # calls at the same plan from before, whose graphs serve again
             with ExitStack() as undo:
                 undo.callback(_compile(self.model, self.options))
                 self.model.__dict__[COMPILED] = self._looked_at(self.model.__dict__[COMPILED])
@@ -188,7 +187,7 @@ class Whole:
 
     def measured(self) -> dict[str, Measured]:
         """See `Way`."""
-        return measured_in(graph for graph in graphs_of(self.model))
+        return measured_in(graphs_of(self.model, self.plan))
 
     def densities(self) -> dict[str, float]:
         """See `Way`."""
@@ -203,11 +202,11 @@ def _is_traced(module: nn.Module, args: tuple[Any, ...]) -> None:
         tell_of_copy(module)
 
 
-def graphs_of(model: nn.Module) -> list[Any]:
-    """The graphs that were compiled for calls of a model."""
-    from freqopt.telling import running
-
-    return [g for g in running.graphs if g.owner is not None and g.owner() is model]
+def graphs_of(model: nn.Module, plan: Plan) -> list[Graph]:
+    """The graphs that were compiled for calls of a model at a plan."""
+    found = [g for g in running.graphs if g.owner is not None and g.owner() is model]
+    plans = [None if graph.plan is None else graph.plan() for graph in found]
+    return [graph for graph, its in zip(found, plans, strict=True) if its is plan or its == plan]
 
 
 def _compile(module: nn.Module, options: Mapping[str, Any]) -> Callable[[], None]:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.budgets import budget_at
 from freqopt.capture.call_layouts import in_call
 from freqopt.capture.eager import answered, written
 from freqopt.capture.modules import match_names, module_of, names_of
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.capture.under_way import Arguments, arguments_by_name
 from freqopt.errors import InputError, PlanError, SiteError, unwrapped
 from freqopt.grid import Grid

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.runner import output_tensors, relative_error
+from freqopt.calibration.outputs import output_tensors, relative_error
 from freqopt.calibration.samples import Call, as_call
 from freqopt.capture.eager import answered, written
 from freqopt.capture.modules import match_names, module_of, names_of

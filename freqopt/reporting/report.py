@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from freqopt.options import load_plan
 from freqopt.plan.plan import Plan
 from freqopt.reporting.page import Card, Section, table_html, write_page
 from freqopt.reporting.sections import plan_sections
@@ -45,9 +46,10 @@ def report(
 
     Raises:
         PlanError: a plan file that cannot be read.
+        OptionError: neither a plan nor a path.
         FileError: the page cannot be written.
     """
-    shown = plan if isinstance(plan, Plan) else Plan.load(plan)
+    shown = load_plan(plan)
     return write_page(
         path,
         f"Frequency-split attention for {shown.model.class_name}",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from freqopt.calibration.samples import forward_signature, named_arguments
 from freqopt.capture.budgets import known_by
 from freqopt.capture.modules import base_name
+from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
 from freqopt.plan.identity import class_name_of
 from freqopt.telling import running

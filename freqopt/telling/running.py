@@ -98,7 +98,7 @@ class Graph:
     that is 0 where a call tells no grid, and attention is dense. timestep: input that holds it.
     most_kept: calls that may wait to be counted, with errors as the graph returned them.
     site_of: the plan's name of the site that a budget was given for. owner: the module that was
-    called.
+    called. plan: whose budgets it has.
     """
 
     decisions: tuple[tuple[str, bool, str], ...]
@@ -115,6 +115,7 @@ class Graph:
     site_of: Callable[[Tensor], str | None] = lambda budget: None
     model: str = ""
     owner: weakref.ref[Any] | None = None
+    plan: weakref.ref[Plan] | None = None
     told: bool = False
     gone: bool = False
 
@@ -316,8 +317,13 @@ def counted(
         run = _noting_errors(compiled, graph, feed or tuple)
     else:
         run = graph.writing_down(compiled, feed or tuple)
-    is_gone_with(graph, run)
+    gone_with(run, graph)
     return run
+
+
+def gone_with(holder: object, graph: Graph) -> None:
+    """A graph is gone when what runs it is."""
+    weakref.finalize(holder, setattr, graph, "gone", True).atexit = False
 
 
 def _noting(compiled: Callable[..., Any], graph: Graph, feed: Feed) -> Callable[..., Any]:
@@ -342,11 +348,6 @@ def _noting_errors(compiled: Callable[..., Any], graph: Graph, feed: Feed) -> Ca
 
 def _fed(compiled: Callable[..., Any], feed: Feed, *arguments: Any) -> Any:
     return compiled(*feed(arguments))
-
-
-def is_gone_with(graph: Graph, owner: object) -> None:
-    """Take a graph for gone, and at some time forget it, once its owner is."""
-    weakref.finalize(owner, setattr, graph, "gone", True).atexit = False
 
 
 def remember(graph: Graph) -> None:

@@ -216,7 +216,7 @@ def test_a_call_walks_the_stack_once_and_waits_for_no_tensor(
         return counted
 
     monkeypatch.setattr(feeding, "calls_under_way", counting("modules", feeding.calls_under_way))
-    monkeypatch.setattr(under_way, "_ids", counting("frames", under_way._ids))
+    monkeypatch.setattr(under_way, "frames_below", counting("frames", under_way.frames_below))
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         run = freqopt_backend(gm, example_inputs, options={**LOUD, "inner": Replayed})

@@ -16,7 +16,7 @@ import freqopt
 from freqopt.calibration.measure import recorder
 from freqopt.calibration.measure.requests import Measure
 from freqopt.calibration.measure.spectrum import band_cutoff, key_spectrum, spectrum_axes
-from freqopt.calibration.runner import output_tensors, relative_error
+from freqopt.calibration.outputs import output_tensors, relative_error
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.plan.plan import Plan
 

@@ -411,3 +411,75 @@ def test_no_weights_are_needed_to_inspect(run: Run) -> None:
     done = run(*given, "--no-weights")
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected and "4x8x8" in expected
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def make(:\n", "cannot be imported: SyntaxError: "),
+        ("import sys\nsys.exit('no weights')\n", "cannot be imported: SystemExit: no weights"),
+        ("def make():\n    raise SystemExit(3)\n", "failed: SystemExit: 3"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad", "bad.py"])
+def test_whatever_users_code_raises_is_shown_as_theirs(
+    work: Path, run: Run, name: str, source: str, said: str
+) -> None:
+    (work / "bad.py").write_text(source)
+    sys.modules.pop("bad", None)
+    done = run("inspect", f"{name}:make", "--samples", "samples.safetensors")
+    assert done.returncode == cli.BAD_INPUT and not done.stdout
+    assert said in done.stderr and "freqopt --traceback" in done.stderr
+
+
+def test_what_users_code_prints_is_not_among_the_json(work: Path, run: Run) -> None:
+    loud = FACTORY.replace("torch.manual_seed(0)", "print('making')").replace(
+        "x = self.patchify(video)", "print('called')\n        x = self.patchify(video)"
+    )
+    (work / "loud.py").write_text("print('imported')\n" + loud)
+    given = ("--samples", "samples.safetensors", "--device", "cpu")
+    done = run("inspect", "loud.py:make", *given, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["sites"]
+    assert {"imported", "making", "called"} <= set(done.stderr.split())
+
+
+def test_a_file_elsewhere_imports_what_is_beside_it(work: Path, run: Run) -> None:
+    folder = work / "elsewhere"
+    folder.mkdir()
+    (folder / "beside_it.py").write_text(FACTORY)
+    (folder / "making.py").write_text("from beside_it import make\n")
+    given = ("--samples", "samples.safetensors", "--device", "cpu", "--json")
+    done = run("inspect", "elsewhere/making.py:make", *given)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_samples_that_the_model_does_not_take_are_said(work: Path, run: Run, command: str) -> None:
+    calls = load_samples("samples.safetensors", "cpu")
+    save_samples("other.safetensors", [{"video": kwargs["video"]} for _, kwargs in calls])
+    wide = [{**kwargs, "video": torch.randn(1, 5, 4, 16, 16)} for _, kwargs in calls]
+    save_samples("wide.safetensors", wide)
+    for name, said in (("other", "'timestep'"), ("wide", "to have 3 channels, but got 5")):
+        done = run(command, "models:make", "--samples", f"{name}.safetensors", "--device", "cpu")
+        assert done.returncode == cli.BAD_INPUT and not done.stdout
+        assert said in done.stderr and "Traceback" not in done.stderr
+        if name == "wide":
+            assert "models.py" in done.stderr and "in forward" in done.stderr
+
+
+def test_wrong_options_of_a_calibration_are_said_before_the_model_is_made(run: Run) -> None:
+    for options, said in (
+        (("--target-error", "0.1", "--target-density", "0.5"), "both given"),
+        (("--passes", "0"), "passes 0"),
+        (("--seed", str(2**70)), "seed"),
+        (("--target-density", "nan"), "outside"),
+    ):
+        done = run("calibrate", "nowhere:make", "--samples", "none", "--device", "cpu", *options)
+        assert done.returncode == cli.BAD_INPUT and said in done.stderr
+
+
+def test_a_plan_can_go_to_the_folder_here(work: Path, run: Run) -> None:
+    given = ("--samples", "samples.safetensors", "--device", "cpu", "--quiet", "--rounds", "0")
+    done = run("calibrate", "models:make", *given, "--target-density", "0.9", "-o", ".")
+    assert done.returncode == 0, done.stderr
+    assert (work / "model.plan.json").is_file() and not list(work.glob("*.resume"))

@@ -83,8 +83,8 @@ def test_processors_get_their_backend_back() -> None:
     modules = [nn.Identity(), nn.Identity(), nn.Identity()]
     modules[0].processor = SimpleNamespace(_attention_backend="flash")
     modules[1].processor = SimpleNamespace()
-    dispatcher.choose(modules)
+    before = dispatcher.choose(modules)
     assert modules[0].processor._attention_backend == dispatcher.register()
     assert not hasattr(modules[1].processor, "_attention_backend")
-    dispatcher.restore(modules)
+    dispatcher.restore(before)
     assert modules[0].processor._attention_backend == "flash"

@@ -54,9 +54,9 @@ CORE = {
 }
 
 FLOORS = (
-    *("values", "team", "samples", "samples_file", "checkpoint"),
+    *("values", "team", "outputs", "samples", "samples_file", "checkpoint"),
     *("measure", "runner", "search", "estimate", "survey", "whole", "evidence", "moving"),
-    *("fewer", "phases"),
+    *("fewer", "phases", "asked"),
     "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""

@@ -105,13 +105,14 @@ def scheme_of(
 
     Heads one by one in one sample come first, in more where passes allow it. With fewer runs heads
     are told apart by signs, in as few samples as tell them best; and with fewer still only sites.
+    One run at one site is the least, however few passes there are.
 
     heads, shares: of each site, in the order of the model; the part of a pass that a run from there
     takes. passes: None: any number. fixed: passes that a sample takes besides.
     """
     alone = sum(n * share for n, share in zip(heads, shares, strict=True)) + 1.0 - shares[-1]
     alone += fixed
-    whole = references if passes is None else min(int(passes // alone), references)
+    whole = references if passes is None else min(max(int(passes // alone), 0), references)
     if passes is None or whole:
         return Scheme(_spaced(references, whole), [], whole * alone)
     most = int(min(references, max(1, passes // (2 * fixed))))
@@ -145,7 +146,7 @@ def _groups_of_heads(
         bounds = [len(heads) * i // count for i in range(count + 1)]
         walk = 1.0 - shares[bounds[-2]]
         draws = int((passes - walk) / sum(shares[first] for first in bounds[:-1]))
-        draws = min(draws, int((2 * MOST_EQUATIONS / (samples * count)) ** 0.5))
+        draws = max(min(draws, int((2 * MOST_EQUATIONS / (samples * count)) ** 0.5)), 0)
         pairs = samples * draws * (draws - 1) / 2
         if pairs < 1:
             continue

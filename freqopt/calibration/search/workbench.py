@@ -12,7 +12,8 @@ from torch import Tensor
 from freqopt.calibration.checkpoint import Checkpoint
 from freqopt.calibration.measure.readings import Survey
 from freqopt.calibration.measure.requests import Dense, Request, Split, Thresholds
-from freqopt.calibration.runner import Replays, Runner, relative_error
+from freqopt.calibration.outputs import relative_error
+from freqopt.calibration.runner import Replays, Runner
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.search.cost import CostModel, cost_model
 from freqopt.progress import Progress

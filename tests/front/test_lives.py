@@ -1,0 +1,216 @@
+"""What happens to optimized models: copied, swapped, called in their own calls, optimized again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+from typing import Any
+
+import pieces_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from pipelines import far, made
+from plans import plan_of
+from torch import Tensor, nn
+
+import freqopt
+from freqopt.errors import PlanError
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget
+from freqopt.telling import running
+
+ROUTES: tuple[Any, ...] = ("eager", "regional", "compile")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(models.make(), models.inputs(), 1.0)
+
+
+def optimized(model: Any, plan: Any, route: Any, **options: Any) -> freqopt.Handle:
+    torch._dynamo.reset()
+    return freqopt.optimize(model, plan, route=route, inner="eager", **options)
+
+
+def called(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(**models.inputs())
+    return out
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_outermost_block_of_a_handle_undoes_it(route: str, plan: Plan) -> None:
+    model = models.make()
+    dense = called(model)
+    handle = optimized(model, plan, route)
+    with handle:
+        with handle:
+            split = called(model)
+        assert handle.enabled and torch.equal(called(model), split) and far(split, dense) > 1e-3
+    assert not handle.enabled and torch.equal(called(model), dense)
+    with handle:
+        assert torch.equal(called(model), split)
+        handle.disable()
+    assert torch.equal(called(model), dense)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_handle_tells_of_its_own_calls_alone(route: str, plan: Plan) -> None:
+    model, zero = models.make(), plan_of(models.make(), models.inputs(), 0.0)
+    with optimized(model, plan, route) as first:
+        called(model)
+    measured = first.components["model"].row()
+    with freqopt.optimize(model, zero, route=route, inner="eager") as second:  # graphs are kept
+        assert second.components["model"].row()[3] == "not called yet"
+        called(model)
+        assert float(second.components["model"].row()[3].split()[0]) < 1e-5
+    assert first.components["model"].row() == measured and float(measured[3].split()[0]) > 1e-3
+    with freqopt.optimize(model, plan, route=route, inner="eager") as third:
+        assert third.components["model"].row()[3] == "not called yet"
+        called(model)
+        assert third.components["model"].row()[3] == measured[3]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_copy_is_dense_says_so_and_can_be_optimized(
+    route: str, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    piped = made("wan")
+    dense, plans = piped.run(), piped.plans(1.0)
+    with optimized(piped.pipe, plans, route):
+        split = piped.run()
+        twins = [copy.deepcopy(piped.pipe.transformer)]
+        twins.append(pickle.loads(pickle.dumps(piped.pipe.transformer)))
+        for twin in twins:
+            own = made("wan")
+            own.pipe.transformer = twin
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                assert torch.equal(own.run(), dense)
+            assert "is a copy" in caplog.text or "0 of 2 planned sites split" in caplog.text
+            with optimized(own.pipe, plans, route, strict=True):
+                assert torch.equal(own.run(), split)
+            assert torch.equal(own.run(), dense)
+            names = {name for module in twin.modules() for name in vars(module)}
+            assert not [name for name in names if name.startswith("freqopt")]
+            hooks = [h for m in twin.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+            assert not [key for key in hooks if key < 0]
+        assert torch.equal(piped.run(), split)
+    with freqopt.attach(twins[0], plans["transformer"]), pytest.raises(PlanError, match="already"):
+        freqopt.optimize(twins[0], plans["transformer"], route="eager")
+
+
+def test_a_backend_that_was_chosen_meanwhile_is_kept(plan: Plan) -> None:
+    piped = made("wan")
+    plans = piped.plans(1.0)
+    processors = [block.attn1.processor for block in piped.pipe.transformer.blocks]
+    with optimized(piped.pipe, plans, "eager"):
+        assert {processor._attention_backend for processor in processors} == {"freqopt"}
+        piped.pipe.transformer.set_attention_backend("native")
+        split = piped.run()
+    assert {processor._attention_backend.value for processor in processors} == {"native"}
+    assert far(split, piped.run()) > 1e-4  # it was served all the same
+    processors[0]._SUPPORTED_BACKENDS = ("native",)
+    with optimized(piped.pipe, plans, "eager", strict=True):
+        assert processors[0]._attention_backend.value == "native"
+        assert torch.equal(piped.run(), split)
+
+
+def test_a_module_that_took_a_components_place_is_told() -> None:
+    piped = made("wan")
+    plans = piped.plans(1.0)
+    with optimized(piped.pipe, plans, "eager") as handle:
+        old = piped.pipe.transformer
+        assert "another module" not in str(handle)
+        piped.pipe.transformer = made("wan").pipe.transformer
+        assert "transformer: the pipeline has another module by this name now" in str(handle)
+        piped.pipe.transformer = torch.compile(old, backend="eager")
+        assert "another module" not in str(handle)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_may_be_called_within_its_own_call(known: bool, plan: Plan) -> None:
+    """As by a hook in an attention module: the call around it goes on as it began."""
+    model = models.make()
+    with optimized(model, plan, "eager", strict=True):
+        expected = called(model)
+    inside: list[Tensor] = []
+
+    def again(*_: Any) -> None:
+        if not inside:
+            inside.append(torch.empty(0))
+            inside.append(called(model))
+
+    with optimized(model, plan, "eager", strict=True):
+        if known:
+            called(model)
+        hook = model.blocks[1].attn.q.register_forward_hook(again)
+        freqopt.reset_counters()
+        assert torch.equal(called(model), expected) and torch.equal(inside[1], expected)
+        assert {site.calls for site in freqopt.counters().sites if site.split} == {2}
+        hook.remove()
+        assert torch.equal(called(model), expected)
+
+
+class Inner(nn.Module):
+    """Two attentions, the first of which is planned to be dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = 3 * self.q(x).unflatten(-1, (2, 16)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, q, q)
+        return F.scaled_dot_product_attention(-q, q, mixed).transpose(1, 2).flatten(2)
+
+
+class Outer(nn.Module):
+    """An attention of its own, and a module with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.inner = Inner()
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        q = 3 * x.unflatten(-1, (2, 16)).transpose(1, 2)
+        return self.inner(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+
+
+def test_attention_in_a_planned_module_within_another_is_counted_once() -> None:
+    torch.manual_seed(0)
+    model, inputs = Outer().eval(), {"video": models.inputs()["video"]}
+    found = plan_of(model, inputs, 0.0)
+    loose = Budget(threshold=[1e9, 1e9])
+    sites = {
+        name: site.model_copy(update={"budgets": [loose]})
+        if name == "inner#1"
+        else site.model_copy(update={"decision": "dense", "reason": "as the test wants it"})
+        if name == "inner"
+        else site
+        for name, site in found.sites.items()
+    }
+    assert list(sites) == ["model", "inner", "inner#1"]
+    plan = found.model_copy(update={"sites": sites})
+    outputs = []
+    for route in ("eager", "compile"):
+        with torch.no_grad(), optimized(model, plan, route, strict=True):
+            outputs.append(model(**inputs))
+    assert far(outputs[0], outputs[1]) < 1e-6
+    assert far(outputs[1], model(**inputs).detach()) > 1e-2
+
+
+def test_models_that_are_gone_leave_no_more_than_their_latest_counts(plan: Plan) -> None:
+    model = models.make()
+    before = list(running.graphs)  # of which some may be forgotten meanwhile
+    for _ in range(3):
+        with optimized(model, plan, "eager"):
+            called(model)
+    gc.collect()
+    own = [graph for graph in running.graphs if all(graph is not each for each in before)]
+    assert own and all(graph.gone for graph in own)
