@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 Sources = tuple[Source, ...]
 
 OTHER_FORM = (
-    "it is not one call of scaled_dot_product_attention over heads of the same tokens, and the "
-    "model's graph is in pieces, where nothing else can be measured"
+    "it is not one call of scaled_dot_product_attention over heads of the same tokens, with or "
+    "without text in the keys, and the model's graph is in pieces, where nothing else can be "
+    "measured"
 )
 
 
@@ -145,9 +147,14 @@ def _recorded(
     if known.mask and attn_mask is not None:
         row = known.before if attn_mask.shape[-2] > 1 else 0
         key_mask = attn_mask[:, 0, row].expand(query.shape[0], -1)
+    length = query.shape[2]
+    if length < key.shape[2]:  # text is in the keys only
+        query = F.pad(query, (0, 0, known.before, known.after))
     out = place.recorder(
         query, key, value, key_mask, known.grid, known.before, known.after, place.scale
     )
+    if length < key.shape[2]:
+        out = out.narrow(2, known.before, length)
     if known.mask == 2 and key_mask is not None:
         out = out.masked_fill(~key_mask[:, None, :, None], 0.0)
     return out
