@@ -2,7 +2,8 @@
 
 Runs tests/support/ways.py on the CPU: each class of the model table compiled whole, by blocks and
 without a compiler, as it is, with layerwise casting, group offload, an unmerged adapter and a step
-cache. Classes and ways that are named are run anew, and what the file has of others is kept.
+cache. Classes and ways that are named are run anew, and what the file has of others is kept: each
+row says of which commit it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -58,8 +60,19 @@ def page(result: Mapping[str, Any]) -> list[str]:
         cells = [_cell(row["ways"], condition, notes) for condition in CONDITIONS]
         case = f" ({name})" if classes.count(row["class"]) > 1 else ""
         rows.append([f"`{row['class']}`{case}", *cells])
-    lines = [origin(dict(result)), "", *table(["class", *CONDITIONS.values()], rows), ""]
+    where = {**result["environment"], "commit": commits(result)}
+    lines = [origin({"environment": where}), "", *table(["class", *CONDITIONS.values()], rows), ""]
     return [*lines, *(f"{number}. {_shortened(text)}" for text, number in notes.items())]
+
+
+def commits(result: Mapping[str, Any]) -> str:
+    """The commits that rows were made at, and how many at each; one says nothing of its own."""
+    rows, otherwise = result["rows"].values(), result["environment"].get("commit", "unknown")
+    counts = Counter(row.get("commit", otherwise) for row in rows)
+    if len(counts) < 2:
+        return next(iter(counts), otherwise)
+    shown = {commit: f"{n} class{'es' if n > 1 else ''}" for commit, n in counts.items()}
+    return ", ".join(f"{commit} ({count})" for commit, count in shown.items())
 
 
 def _cell(ways: Mapping[str, str], condition: str, notes: dict[str, int]) -> str:
@@ -86,6 +99,13 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 100 else text[: text.rindex(" ", 0, 98)] + " ..."
 
 
+def renewed(old: Mapping[str, Any], new: Mapping[str, str], commit: str) -> dict[str, Any]:
+    """A row some ways of which were run anew, with the commits that what it says is of."""
+    ways = {**old.get("ways", {}), **new}
+    earlier = old.get("commit", commit).split(" and ") if ways.keys() - new.keys() else ()
+    return {"commit": " and ".join(dict.fromkeys((*earlier, commit))), "ways": ways}
+
+
 def plain(outcome: str) -> str:
     """An outcome without paths and line numbers, which are of one machine and version."""
     import re
@@ -107,17 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("freqopt").propagate = False
-    cases, before = load_all(), (given.out or RESULTS) / "ways.json"
-    rows: dict[str, Any] = json.loads(before.read_text())["rows"] if before.exists() else {}
+    cases, path = load_all(), (given.out or RESULTS) / "ways.json"
+    rows: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
     libraries = {library: version(library) for library in ("diffusers", "transformers")}
+    where = {**environment(), "command": "python -m benchmarks.ways"}
+    commit, ways = where.pop("commit"), given.ways or list(TITLES)
     for name in given.names or [name for name, case in cases.items() if case.dense]:
-        known = look(cases[name])
-        found = rows.setdefault(name, {"class": cases[name].name, "ways": {}})["ways"]
-        for way in given.ways or TITLES:
-            found[way] = plain(outcome(known, WAYS[way]))
-            print(f"{name}, {TITLES[way]}: {found[way]}", file=sys.stderr, flush=True)
+        known, old = look(cases[name]), rows.get(name, {})
+        new: dict[str, str] = {}
+        for way in ways:
+            new[way] = plain(outcome(known, WAYS[way]))
+            print(f"{name}, {TITLES[way]}: {new[way]}", file=sys.stderr, flush=True)
+            rows[name] = {"class": cases[name].name, **renewed(old, new, commit)}
             ordered = {name: rows[name] for name in cases if name in rows}
-            result = {"environment": environment(), "libraries": libraries, "rows": ordered}
+            result = {"environment": where, "libraries": libraries, "rows": ordered}
             write("ways", result, given.out)
     return sum("WRONG" in what for row in rows.values() for what in row["ways"].values())
 

@@ -236,7 +236,7 @@ def _check_lengths(plan: Plan, names: Mapping[str, str], sites: Sequence[Site]) 
         PlanError: a length that is too far off.
     """
     for site in sites:
-        planned, length = plan.sites.get(names.get(site.name, "")), site.query_length
+        planned, length = plan.sites.get(names.get(site.name, "")), site.key_length
         if planned is None or planned.decision == "dense" or not site.eligible:
             continue
         if isinstance(length, int) and check_length(plan, names[site.name], length):

@@ -11,7 +11,7 @@ from torch import fx
 from freqopt.passes.axes.dimensions import Axis, axis_size, hint, product, same
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said, infer_layout
-from freqopt.passes.axes.layout import Layout, pad_queries
+from freqopt.passes.axes.layout import Layout, many_keys, pad_queries
 from freqopt.passes.axes.operands import length_of_keys, operands_of
 from freqopt.passes.axes.parts import together
 from freqopt.passes.axes.provenance import (
@@ -155,9 +155,7 @@ def _text_in_keys(
         return "other", Layout(), Reason.OTHER_KEYS()
     pad_queries(layout, keys, start, stop, graph)
     others = hint(axis_size(keys) - axis_size(tokens))
-    video = hint(product(layout.grid))
-    if layout.problem is None and others is not None and video is not None and 2 * others > video:
-        layout.problem = Reason.MANY_KEYS(others=others)
+    layout.problem = layout.problem or many_keys(others, hint(product(layout.grid)))
     return "text in keys", layout, layout.problem
 
 

@@ -10,23 +10,15 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import fx
-
 from freqopt.passes.axes.dimensions import has, same
+from freqopt.passes.axes.layout import many_keys
 from freqopt.passes.axes.told import Told
-from freqopt.passes.masks.masks import hides_nothing
-from freqopt.passes.masks.square import key_mask_of, repeated_row_of
-from freqopt.passes.nodes import shape, tensor
-from freqopt.passes.reasons import UNTRACED, Reason, Why
-from freqopt.passes.rewrite.adding import add_method
+from freqopt.passes.masks.calibrated import settle_mask
+from freqopt.passes.reasons import UNTRACED, Reason
 from freqopt.passes.site import Argument, Extent, Known, Rest, Side, Site
 
-UNSHOWN = UNTRACED | {Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
+UNSHOWN = UNTRACED | {Reason.CACHE, Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
-
-KEYS, PAIRS = 1, 2
-"""Masks of a `Known`."""
 
 
 def believe(
@@ -67,20 +59,40 @@ def believe(
         for total in totals:
             _is(site.key_length, total)
         return
-    tokens = _hint(site.query_length)
-    assert tokens is not None and known.around(tokens) is not None
-    if not all(_is(length, tokens) for length in lengths):
+    queries, keys = (_hint(length) for length in lengths)
+    assert queries is not None and keys is not None
+    if not (_is(site.query_length, queries) and _is(site.key_length, keys)):
         return
-    before, after = known.around(tokens) or (0, 0)
-    if problem := settle_mask(site, known, before):
+    before, after = known.around_keys(queries, keys) or (0, 0)
+    many = many_keys(keys - queries, math.prod(known.grid))
+    if problem := many or settle_mask(site, known, before):
         site.why = problem
         return
-    site.kind = "joint" if before or after else "self"
     site.grid, site.grid_arguments = known.grid, known.grid
-    site.text_before, site.text_after = before, after
-    site.text_before_arguments, site.text_after_arguments = (before,), (after,)
-    site.pad_before_arguments = site.pad_after_arguments = ()
+    _place(site, before, after, (before,), (after,))
+    if queries != keys:
+        _pad(site, (before,), (after,))
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
+
+
+def _place(
+    site: Site,
+    before: int,
+    after: int,
+    before_arguments: tuple[Argument, ...],
+    after_arguments: tuple[Argument, ...],
+) -> None:
+    """Put text around the grid of a site whose queries and keys are the same tokens."""
+    site.kind = "joint" if before or after else "self"
+    site.text_before, site.text_after = before, after
+    site.text_before_arguments, site.text_after_arguments = before_arguments, after_arguments
+    site.pad_before_arguments = site.pad_after_arguments = ()
+
+
+def _pad(site: Site, before: tuple[Argument, ...], after: tuple[Argument, ...]) -> None:
+    """Note that some tokens around the queries' own are in the keys only."""
+    site.kind = "text in keys"
+    site.pad_before_arguments, site.pad_after_arguments = before, after
 
 
 def _hear(site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Side]) -> bool:
@@ -90,76 +102,84 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Sid
     there is to say: sizes may be those of other tokens (of one rank's), and the site have just
     those that calibration saw.
     """
-    tokens = _hint(site.query_length)
-    if tokens is None or tokens != _hint(site.key_length):
+    queries, keys = _hint(site.query_length), _hint(site.key_length)
+    if queries is None or keys is None:
         return True
-    texts = [(k, t, _text(k, t, tokens, sides)) for k, t in heard]
+    texts = [(k, t, _text(k, t, queries, keys, sides)) for k, t in heard]
     fitting = [(k, t, text) for k, t, text in texts if text is not None]
     by_sizes = [known for known, _ in heard if not known.numbers]
-    if not fitting and any(_fits(known, (tokens, tokens)) for known in by_sizes):
+    if not fitting and any(_fits(known, (queries, keys)) for known in by_sizes):
         return False
+    if not fitting and queries != keys:
+        return True
     if len({(t.grid, text.before) for _, t, text in fitting}) != 1:
         grids = ", ".join(dict.fromkeys("x".join(map(str, t.grid)) for _, t in heard))
-        site.why = Reason.CALL_MISFIT(grids=grids, tokens=tokens)
+        site.why = Reason.CALL_MISFIT(grids=grids, tokens=keys)
         return True
     known, told, text = fitting[0]
-    if not has(site.query_length, site.key_length):
+    if has(site.query_length, site.key_length) != (queries == keys):
         return True
     if len(sides) > 1 or (True, True) in sides:
-        _is(site.query_length, tokens)  # a sequence of another length may have its text elsewhere
-    if problem := settle_mask(site, known, text.before):
+        _is(site.key_length, keys)  # a sequence of another length may have its text elsewhere
+    many = many_keys(keys - queries, math.prod(told.grid))
+    if problem := many or settle_mask(site, known, text.before):
         site.why = problem
         return True
-    site.kind = "joint" if text.before or text.after else "self"
     site.grid, site.grid_arguments = told.grid, told.arguments[1:]
-    site.text_before, site.text_after = text.before, text.after
-    site.text_before_arguments = (text.before_argument,)
-    site.text_after_arguments = (text.after_argument,)
-    site.pad_before_arguments = site.pad_after_arguments = ()
+    _place(site, text.before, text.after, (text.before_argument,), (text.after_argument,))
+    if queries != keys:
+        _pad(site, *text.pads)
     site.why = Reason.FITS(remark=f"; it is read from {told.name} at every call of the model")
     return True
 
 
 class _Text(NamedTuple):
-    """Tokens around a grid in this call, and how the graph gets them."""
+    """Tokens around a grid in this call, and how the graph gets them.
+
+    pads: how it gets those before and after that are text, which the keys alone may have.
+    """
 
     before: int
     after: int
     before_argument: Argument
     after_argument: Argument
+    pads: tuple[tuple[Argument, ...], tuple[Argument, ...]]
 
 
-def _text(known: Known, told: Told, tokens: int, sides: Collection[Side]) -> _Text | None:
-    """What lies around the grid that is told, in a sequence of so many tokens; None if unclear.
+def _text(
+    known: Known, told: Told, queries: int, keys: int, sides: Collection[Side]
+) -> _Text | None:
+    """What lies around the grid that is told, in a sequence of so many keys; None if unclear.
 
     What is in the grid's own axis is told; the rest is text, on the side where calibration saw any,
-    or would be, where this site has none: the same graph may come to run for one that has.
+    or would be, where this site has none: the same graph may come to run for one that has. Queries
+    are all of the sequence, or all of it but the text.
     """
     others = told.before + told.after
-    text = tokens - math.prod(told.grid) - others
+    text = keys - math.prod(told.grid) - others
     first, last = told.arguments[0], told.after_argument
     assert last is not None
-    if text < 0:
+    if text < 0 or queries not in (keys, keys - text):
         return None
     if known.before and known.after and not others:
         if text != known.before + known.after:
             return None
-        return _Text(known.before, known.after, known.before, Rest())
+        pads = (known.before,), (known.after,)
+        return _Text(known.before, known.after, known.before, Rest(), pads)
     behind = known.before and not (known.after and told.before)
     if behind if text else set(sides) == {(True, False)}:
-        return _Text(told.before + text, told.after, Rest(), last)
+        return _Text(told.before + text, told.after, Rest(), last, ((Rest(),), ()))
     if text and not known.after:
         return None
-    return _Text(told.before, told.after + text, first, Rest())
+    return _Text(told.before, told.after + text, first, Rest(), ((), (Rest(),)))
 
 
 def _fits(known: Known, lengths: tuple[Extent, Extent]) -> bool:
     queries, keys = (_hint(length) for length in lengths)
-    if queries is None or queries != keys:
+    if queries is None or keys is None or known.around_keys(queries, keys) is None:
         return False
-    if known.sources:  # another size has another grid, which this call does not tell
-        return queries == known.before + math.prod(known.grid) + known.after
-    return known.around(queries) is not None
+    # Where sizes tell, another has another grid, which this call does not tell.
+    return not known.sources or keys == known.before + math.prod(known.grid) + known.after
 
 
 def _hint(length: Extent) -> int | None:
@@ -172,32 +192,3 @@ def _hint(length: Extent) -> int | None:
 def _is(length: Extent, number: int) -> bool:
     """Whether a length is a number; guarded where it is symbolic, so that others compile anew."""
     return bool(length == number) if _hint(length) is not None else False
-
-
-def settle_mask(site: Site, known: Known, before: int) -> Why | None:
-    """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
-    found = site.attention
-    mask = found.mask
-    if mask is None or hides_nothing(mask):
-        found.mask = None
-        return None
-    values, sizes = tensor(mask), shape(mask)
-    if values is None or values.dtype != torch.bool or len(sizes) != 4:
-        return Reason.MASK_ADDED(dtype=None if values is None else values.dtype)
-    if known.mask == PAIRS and (row := key_mask_of(mask) or _row(site, mask, before)) is not None:
-        found.mask, found.masks_queries = row, True
-        return None
-    row = repeated_row_of(mask)
-    if known.mask == KEYS and row is not None:
-        found.mask = row
-        return None
-    return Reason.MASK_UNPROVEN()
-
-
-def _row(site: Site, mask: fx.Node, at: int) -> fx.Node | None:
-    """The mask over keys that a mask over pairs has for its first video token."""
-    sizes = shape(mask)
-    if not (same(sizes[1], 1) and same(sizes[2], sizes[3])):
-        return None
-    with site.node.graph.inserting_before(site.node):
-        return add_method(site.node.meta, "narrow", mask, 2, at, 1)

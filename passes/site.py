@@ -42,7 +42,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Rest:
-    """What is left of a sequence: the tokens after the grid and all before it."""
+    """What is left of a sequence: the tokens after the grid and all before it.
+
+    Among the tokens that only the keys have: all of these.
+    """
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,12 @@ class Known:
         if rest < 0 or (self.before and self.after) or not (self.before or self.after):
             return None
         return (rest, 0) if self.before else (0, rest)
+
+    def around_keys(self, queries: int, keys: int) -> tuple[int, int] | None:
+        """As `around`, of the keys. Queries are as many, or the video's where text has none."""
+        if queries != keys and queries != math.prod(self.grid):
+            return None
+        return self.around(keys)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Asked:
     """A call of attention. function: one that computes it, or the last of several by hand.
 
     form: what calls have in common that one graph serves. tensors: what it reads, in a fixed order.
-    queries: how many tokens of queries it has.
+    queries, keys: how many tokens of each it has.
     """
 
     def __init__(self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -62,6 +62,11 @@ class Asked:
     def queries(self) -> int:
         """Tokens."""
         return self.tensors[0].shape[-2]
+
+    @property
+    def keys(self) -> int:
+        """Tokens."""
+        return self.tensors[1].shape[-2]
 
     def is_attention(self) -> bool:
         """Whether it is, by the shapes and names of its arguments."""
@@ -124,7 +129,16 @@ class AskedByHand(Asked):
     @property
     def queries(self) -> int:
         """Rows of the weights."""
-        return next(t for t in self.steps[-1].read if isinstance(t, PutOff)).shape[-2]
+        return self._weights.shape[-2]
+
+    @property
+    def keys(self) -> int:
+        """Columns of the weights."""
+        return self._weights.shape[-1]
+
+    @property
+    def _weights(self) -> Tensor:
+        return next(t for t in self.steps[-1].read if isinstance(t, PutOff))
 
     def is_attention(self) -> bool:
         """Whether the passes find one, by what it computes."""

@@ -19,8 +19,8 @@ from freqopt.eager.asked import Asked, apart, faking
 from freqopt.eager.lay import Lay
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids
-from freqopt.passes.known import settle_mask
 from freqopt.passes.manager import rewrite
+from freqopt.passes.masks.calibrated import settle_mask
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import Inserted, split_as_decided
 from freqopt.passes.site import Site

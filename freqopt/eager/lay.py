@@ -10,9 +10,11 @@ import torch
 from freqopt.capture.call_layouts import in_call
 from freqopt.capture.under_way import Arguments
 from freqopt.grid import Grid
+from freqopt.passes.axes.layout import many_keys
 from freqopt.passes.content import by_content
 from freqopt.passes.nodes import shape, value
-from freqopt.passes.site import Argument, Kind, Known, Product, Site, Size, Total, Value
+from freqopt.passes.reasons import Why
+from freqopt.passes.site import Argument, Kind, Known, Product, Rest, Site, Size, Total, Value
 
 UNSEEN = -1
 """A mask where calibration saw none, and of which nothing is known."""
@@ -62,26 +64,38 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
         _hinted(site.text_before),
         _hinted(site.text_after),
         mask,
-        (_sum(site.pad_before_arguments), _sum(site.pad_after_arguments)),
+        (_pad(site, site.pad_before_arguments), _pad(site, site.pad_after_arguments)),
         tuple(_number(argument) for argument in site.query_arguments),
         site.pieces,
         (site.heads, site.kv_heads) if len(shape(site.attention.query)) == 3 else (0, 0),
     )
 
 
-def believed(layouts: tuple[Known, ...], arguments: Arguments, tokens: int) -> Lay | None:
+def believed(
+    layouts: tuple[Known, ...], arguments: Arguments, queries: int, keys: int
+) -> Lay | Why | None:
     """The one layout that calibration saw and that has so many tokens; None for none or several.
 
-    arguments: of the call of the model, which may tell its own grid.
+    Or why it stays dense all the same. arguments: of the call of the model, which may tell its own
+    grid.
     """
-    found = [k for each in layouts if (k := in_call(each, arguments, tokens)) is not None]
-    if not found or len({known.grid for known in found}) > 1:
+    told = [k for each in layouts if (k := in_call(each, arguments, keys)) is not None]
+    found = [(k, text) for k in told if (text := k.around_keys(queries, keys)) is not None]
+    if not found or len({known.grid for known, _ in found}) > 1:
         return None
-    known = found[0]
-    before, after = known.around(tokens) or (0, 0)
-    return Lay(
-        "joint" if before or after else "self", known.grid, before, after, known.mask or UNSEEN
-    )
+    known, text = found[0]
+    if problem := many_keys(keys - queries, math.prod(known.grid)):
+        return problem
+    if queries != keys:
+        return Lay("text in keys", known.grid, *text, known.mask or UNSEEN, pads=text)
+    return Lay("joint" if any(text) else "self", known.grid, *text, known.mask or UNSEEN)
+
+
+def _pad(site: Site, arguments: tuple[Argument, ...]) -> int:
+    """How many keys lie on one side of those of the queries."""
+    if Rest() in arguments:
+        return _hinted(site.key_length) - _hinted(site.query_length)
+    return _sum(arguments)
 
 
 def _number(argument: Argument) -> int:

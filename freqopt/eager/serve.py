@@ -239,7 +239,7 @@ class Server:
             call.form.lays.put(kind, lay)
         if lay is None:  # as it was skipped when the form was looked at
             call.form.again = True
-            lay = believed(place.known, call.arguments, asked.queries)
+            lay = believed(place.known, call.arguments, asked.queries, asked.keys)
         return lay or Reason.NO_AXES()
 
     def _serving(self, asked: Asked, lay: Lay, budget: Tensor) -> Served | Why:

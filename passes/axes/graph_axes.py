@@ -6,7 +6,7 @@ fresh atom, which tells nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,16 +84,19 @@ class Dimensions:
         Of axes that tell as much, that of the tensor with more axes of data before its channels
         (tokens have all those of a video, a time step per frame only one), then that of the input
         which came first: tokens are projected before the tables of positions that are multiplied
-        with them come in.
+        with them come in. Heads and channels of such a table are no axes of data, though they came
+        with the call: those of the tokens beside them were made in the graph.
         """
         rank_out = len(shape(node))
         result: list[Axis | None] = [None] * rank_out
         believed = [((0, 0, 0), 0, 0)] * rank_out
+        made = self._made(node.all_input_nodes)
         for operand in node.all_input_nodes:
             axes, sizes = self.of(operand), shape(operand)
             if axes is None:
                 continue
-            whole = data_extents(axes[:-1])
+            count = len(axes)
+            whole = data_extents(axes[d] for d in range(count - 1) if count - d not in made)
             for back in range(1, min(rank_out, len(axes)) + 1):
                 axis, known, out = axes[-back], result[-back], shape(node)[-back]
                 if axis is known or (same(sizes[-back], 1) and not same(out, 1)):
@@ -104,6 +107,15 @@ class Dimensions:
                 if known is None or told > believed[-back]:
                     result[-back], believed[-back] = axis, told
         return result
+
+    def _made(self, operands: Sequence[fx.Node]) -> set[int]:
+        """Dimensions, counted from the back, which one of some operands has, but not from data."""
+        return {
+            back
+            for operand in operands
+            for back, axis in enumerate(reversed(self.of(operand) or ()), 1)
+            if not data_extents((axis,)) and not same(axis_size(axis), 1)
+        }
 
     def _note_positions(self, first: Axis, second: Axis) -> None:
         """Remember the lattice of a table of positions that packed tokens meet element by element.
@@ -123,7 +135,7 @@ class Dimensions:
         return min((self.arrival.get(name, 0) for name in names), default=0)
 
 
-def data_extents(axes: Shape) -> int:
+def data_extents(axes: Iterable[Axis]) -> int:
     """How many dimensions of inputs these axes are made of."""
     return len({a.root for axis in axes for segment in axis for a in segment if a.origin == "data"})
 

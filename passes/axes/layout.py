@@ -101,6 +101,16 @@ def pad_queries(layout: Layout, keys: Axis, start: int, stop: int, graph: fx.Gra
         setattr(layout, name, tuple(a for a in arguments if a is not None))
 
 
+def many_keys(others: int | None, video: int | None) -> Why | None:
+    """Why keys without queries cost more than a split of the others saves; None if they do not.
+
+    others, video: numbers of tokens, None where they depend on data.
+    """
+    if others is None or video is None or 2 * others <= video:
+        return None
+    return Reason.MANY_KEYS(others=others)
+
+
 def segment_argument(segment: Segment, graph: fx.Graph) -> Argument | None:
     """How the graph can compute the number of tokens of a segment."""
     size = segment_size(segment)

@@ -11,7 +11,7 @@ from torch import fx
 
 from freqopt.passes.bodies import bring
 from freqopt.passes.nodes import shape, value
-from freqopt.passes.site import Argument, Product, Site, Size, Total, Value
+from freqopt.passes.site import Argument, Product, Rest, Site, Size, Total, Value
 
 READ_SIZE = "freqopt_read_size"
 """Marks the nodes that read sizes, so that all sites share them."""
@@ -62,6 +62,22 @@ def rest_of(
     taken = functools.reduce(functools.partial(_computed, site, operator.mul), grid)
     taken = _computed(site, operator.add, taken, others)
     return _computed(site, operator.sub, size_of(site, query, 2), taken)
+
+
+def pads_of(site: Site) -> tuple[int | fx.Node, int | fx.Node]:
+    """How many keys lie before and after those of the queries."""
+    before, after = (
+        _more_keys(site) if Rest() in arguments else sum_of(site, arguments)
+        for arguments in (site.pad_before_arguments, site.pad_after_arguments)
+    )
+    return before, after
+
+
+def _more_keys(site: Site) -> int | fx.Node:
+    """How many more keys there are than queries."""
+    found = site.attention
+    keys = size_of(site, found.key, -1 if found.key_transposed else -2)
+    return _computed(site, operator.sub, keys, size_of(site, found.query, -2))
 
 
 def sum_of(site: Site, parts: Sequence[Argument]) -> int | fx.Node:

@@ -13,7 +13,14 @@ from torch import fx
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.nodes import shape, value
 from freqopt.passes.rewrite.adding import add_function, faking, site_method
-from freqopt.passes.rewrite.extents import argument_node, rest_of, size_of, standing, sum_of
+from freqopt.passes.rewrite.extents import (
+    argument_node,
+    pads_of,
+    rest_of,
+    size_of,
+    standing,
+    sum_of,
+)
 from freqopt.passes.site import Rest, Site
 
 
@@ -52,11 +59,7 @@ def _four_dimensional(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     if site.pieces:
         query, key, values = (joined(site, x, site.pieces) for x in (query, key, values))
     if pads_queries(site):
-        before, after = (
-            sum_of(site, site.pad_before_arguments),
-            sum_of(site, site.pad_after_arguments),
-        )
-        query = add_function(site.node.meta, F.pad, query, (0, 0, before, after))
+        query = add_function(site.node.meta, F.pad, query, (0, 0, *pads_of(site)))
     return query, key, values
 
 

@@ -26,7 +26,7 @@ from freqopt.passes.rewrite.adding import (
     meta_of_call,
     site_method,
 )
-from freqopt.passes.rewrite.extents import REPLACED_BY, argument_node, size_of, sum_of
+from freqopt.passes.rewrite.extents import REPLACED_BY, argument_node, pads_of, size_of
 from freqopt.passes.rewrite.operands import joined, pads_queries, site_operands
 from freqopt.passes.site import Site
 
@@ -239,7 +239,7 @@ def _cut(site: Site, new: fx.Node) -> fx.Node:
     """The result at the queries of the model, (B, H, N, D)."""
     length = shape(site.attention.query)[-2]
     count = length if isinstance(length, int) else size_of(site, site.attention.query, -2)
-    start = sum_of(site, site.pad_before_arguments)
+    start, _ = pads_of(site)
     cut = site_method(site, "narrow", new, 2, start, count)
     if any(operation(user) == "view" for user in site.node.users):
         cut = site_method(site, "contiguous", cut)

@@ -277,8 +277,8 @@ def test_layouts_of_a_call() -> None:
     assert in_call(known, held, 187) == replace(known, grid=TALL)
     assert in_call(known, {"t": 3}, 187) is None and in_call(known, {**held, "t": 4}, 187) is None
     assert in_call(replace(known, sources=()), held, 187) == known
-    lay = believed((known,), held, 190)
+    lay = believed((known,), held, 190, 190)
     assert lay is not None and (lay.grid, lay.before, lay.after) == (TALL, 0, 10)
-    assert believed((known,), {}, 187) is None
+    assert believed((known,), {}, 187, 187) is None
     sizes = replace(known, sources=(Source("x", 0, 1), Source("x", 1, 1), Source("x", 2, 1)))
     assert in_call(sizes, {"x": torch.zeros(3, 3, 10)}, 187) == sizes, "one rank's part"

@@ -13,7 +13,7 @@ from model_cases import load_all
 from ways import WAYS, Class, look, outcome
 
 from benchmarks.pages import RESULTS, load
-from benchmarks.ways import TITLES, page, plain
+from benchmarks.ways import TITLES, commits, page, plain, renewed
 
 pytest.importorskip("diffusers")
 
@@ -82,3 +82,14 @@ def test_the_page_gives_every_reason() -> None:
         "4. whole: 1 of 2 split: odd",
     ):
         assert note in text
+
+
+def test_a_row_says_of_which_commits_it_is() -> None:
+    old = {"class": "A", "commit": "one", "ways": {"whole": "split", "blocks": "dense: x"}}
+    part = renewed(old, {"blocks": "split"}, "two")
+    assert part == {"commit": "one and two", "ways": {"whole": "split", "blocks": "split"}}
+    assert renewed(part, part["ways"], "three") == {"commit": "three", "ways": part["ways"]}
+    assert renewed({}, {"whole": "split"}, "two") == {"commit": "two", "ways": {"whole": "split"}}
+    rows = {"a": old, "b": part, "c": old}
+    assert commits({"environment": {}, "rows": rows}) == "one (2 classes), one and two (1 class)"
+    assert commits({"environment": {}, "rows": {"a": old}}) == "one"

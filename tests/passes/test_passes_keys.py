@@ -107,6 +107,45 @@ def test_autocast_in_half_precision() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
+class TurnedByTable(nn.Module):
+    """A block of PRX: text in the keys, positions in a table with as many axes as the queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.context = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (heads(y) for y in self.qkv(x).chunk(3, -1))
+        other, values = (heads(y) for y in self.context(text).chunk(2, -1))
+        k, v = torch.cat([other, self._turned(k, table)], 2), torch.cat([values, v], 2)
+        return merged(F.scaled_dot_product_attention(self._turned(q, table), k, v))
+
+    def _turned(self, y: Tensor, table: Tensor) -> Tensor:
+        """table: (1, 1, N, D / 2, 2, 2), which comes first in the products."""
+        pairs = y.reshape(*y.shape[:-1], -1, 1, 2)
+        return (table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]).reshape(y.shape)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_table_of_the_call_is_not_what_the_tokens_are(batch: int, rows: int) -> None:
+    """Queries and keys meet it, values do not: all three are of the tokens that came in first."""
+    rows = min(rows, batch)
+    model, (t, h, w) = TurnedByTable(), GRID
+    table = torch.randn(rows, 1, t * h * w, DIM // 2, 2, 2)
+    inputs = torch.randn(batch, t * h * w, WIDTH), text(batch=batch), table
+    (site,) = sites_of(model, *inputs, grid=GRID)
+    assert site.eligible, site.reason
+    assert (site.kind, site.grid, site.text_before) == ("text in keys", GRID, TEXT)
+    with torch.no_grad():
+        expected = model(*inputs)
+    torch._dynamo.reset()
+    given = {"threshold": 0.0, "grid": GRID, "min_tokens": 0, "strict": True, "inner": "eager"}
+    with torch.no_grad():
+        got = torch.compile(model, backend=freqopt_backend, options=given)(*inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 class Registers(nn.Module):
     """Learned keys and values in front of the video's; heads folded into the batch, or not."""
 

@@ -63,6 +63,46 @@ def make(layers: int = 3) -> Video:
     return Video(layers).eval()
 
 
+class OverText(Attention):
+    """Attention to the video and to a text, which is in the keys only: before or after, or both."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.context = where, nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        assert context is not None
+        q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in (self.q(x), self.k(x), self.v(x)))
+        others = self.context(context).unflatten(-1, (2, HEADS, -1)).unbind(2)
+        order = {"before": (1, 0), "after": (0, 1), "both": (1, 0, 1)}[self.where]
+        keys, values = (
+            torch.cat([(own, other)[i] for i in order], 1).transpose(1, 2)
+            for own, other in zip((k, v), others, strict=True)
+        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class OverTextBlock(Block):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.attn = OverText(where)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn(x, text)
+        return x + self.mlp(x)
+
+
+def make_over_text(where: str, layers: int = 3) -> Video:
+    """As `make`, of a model whose queries are the video's, and whose keys those of a text too."""
+    torch.manual_seed(0)
+    model = Video(layers)
+    model.blocks = nn.ModuleList(OverTextBlock(where) for _ in range(layers))
+    for block in model.blocks:
+        block.attn.q.weight.data *= 4
+    return model.eval()
+
+
 def inputs(text: int = 12, batch: int = 1) -> dict[str, Tensor]:
     """Two batch items differ. text: its tokens; as many as the video's is a trap."""
     generator = torch.Generator().manual_seed(1)

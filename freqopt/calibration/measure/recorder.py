@@ -25,6 +25,7 @@ from freqopt.capture.call_grids import CallGrids
 from freqopt.decisions import why_not
 from freqopt.errors import CalibrationError
 from freqopt.grid import Grid
+from freqopt.passes.axes.dimensions import same
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
@@ -111,11 +112,19 @@ class Recorder:
 def mask_of(site: Site) -> int | None:
     """The mask of a site that may be split, as in `Known`; None where no `Known` says how it lies.
 
-    That is where there are keys without queries, and where its tokens are put in another order.
+    That is where its tokens are put in another order, and where keys without queries are some of
+    the text, or more than that.
     """
-    if pads_queries(site) or site.pieces:
+    if site.pieces or (pads_queries(site) and not _pads_all_text(site)):
         return None
     return 0 if site.attention.mask is None else 1 + site.attention.masks_queries
+
+
+def _pads_all_text(site: Site) -> bool:
+    """Whether the queries are those of the video alone."""
+    video = math.prod(site.grid or ())
+    text = site.text_before + site.text_after
+    return same(site.query_length, video) and same(site.key_length, video + text)
 
 
 def measured(sites: Sequence[Site]) -> list[Decision]:
