@@ -20,6 +20,7 @@ from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
 from freqopt.exporters.complex_numbers import make_real
 from freqopt.exporters.problems import ExportError
+from freqopt.exporters.squeezes import drop_idle_squeezes
 from freqopt.grid import Grid
 from freqopt.options import parse_options
 from freqopt.passes.decision import Decision
@@ -127,7 +128,8 @@ def make_program(
             program.dense[decision.site.name] = decision.reason
     if plan is not None:
         _check_plan_used(plan, program)
-    if make_real(graph) or program.split:
+    is_changed = drop_idle_squeezes(graph)
+    if make_real(graph) or is_changed or program.split:
         # Exported once more: the passes write for Dynamo's graphs too, export makes it all aten.
         program.exported = _export(graph, model, args, kwargs, dynamic_shapes)
     if not program.split:
