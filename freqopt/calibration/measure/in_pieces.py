@@ -90,8 +90,11 @@ class EagerRecorders:
             _Answering(form, modules, self.served),
         ):
             output = computed(self.model(*args, **kwargs))
-        for name in form.places.keys() - form.met:
-            self.desk.dense_sites[name] = OTHER_FORM
+        for name in form.places:
+            if name not in form.met:
+                self.desk.dense_sites[name] = OTHER_FORM
+            elif self.desk.dense_sites.get(name) == OTHER_FORM:  # a step cache skipped it at first
+                del self.desk.dense_sites[name]
         return output
 
     def sources(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Sources]:
