@@ -90,7 +90,7 @@ def placed(site: Site, lay: Lay) -> Site | Why:
         return found.objection
     if not mask:
         found.mask = None
-    problem = settle_mask(site, lay.known, lay.before) if mask else None
+    problem = settle_mask(site, lay.known, lay.before, proven=lay.proven) if mask else None
     heads, kv_heads = lay.folded if any(lay.folded) else (site.heads, site.kv_heads)
     told = replace(
         site,

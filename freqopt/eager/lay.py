@@ -26,7 +26,8 @@ class Lay(NamedTuple):
     grid, before, after: as in `Known`. mask: as there, 0 too where it is proven to hide nothing,
     and `UNSEEN`. pads: tokens before and after the queries that only the keys have. queries: (t, h,
     w, before, after) of queries that are other tokens. pieces: as in `Site`. folded: heads and key
-    heads where they are folded into the batch, which a call by itself does not show.
+    heads where they are folded into the batch, which a call by itself does not show. proven: it was
+    read from the graph of such a call, and not from a plan.
     """
 
     kind: Kind
@@ -38,6 +39,7 @@ class Lay(NamedTuple):
     queries: tuple[int, ...] = ()
     pieces: tuple[tuple[int, int], ...] = ()
     folded: tuple[int, int] = (0, 0)
+    proven: bool = False
 
     @property
     def known(self) -> Known:
@@ -68,6 +70,7 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
         tuple(_number(argument) for argument in site.query_arguments),
         site.pieces,
         (site.heads, site.kv_heads) if len(shape(site.attention.query)) == 3 else (0, 0),
+        proven=True,
     )
 
 

@@ -20,8 +20,12 @@ KEYS, PAIRS = 1, 2
 """Masks of a `Known`."""
 
 
-def settle_mask(site: Site, known: Known, before: int) -> Why | None:
-    """Bring the mask into the form that the op takes, as calibration did; why that cannot be."""
+def settle_mask(site: Site, known: Known, before: int, *, proven: bool = False) -> Why | None:
+    """Bring the mask into the form that the op takes, as calibration did; why that cannot be.
+
+    proven: what is known of the mask was read from the graph of this very call, and not seen by
+    calibration, so that its form does not matter.
+    """
     found = site.attention
     mask = found.mask
     if mask is None or hides_nothing(mask):
@@ -33,10 +37,13 @@ def settle_mask(site: Site, known: Known, before: int) -> Why | None:
     if known.mask == PAIRS and (row := key_mask_of(mask) or _row(site, mask, before)) is not None:
         found.mask, found.masks_queries = row, True
         return None
-    row = repeated_row_of(mask)
-    if known.mask == KEYS and row is not None:
-        found.mask = row
-        return None
+    if known.mask == KEYS:
+        row = repeated_row_of(mask)
+        if row is None and (proven or _is_one_row(values)):
+            row = _first_row(site, mask)
+        if row is not None:
+            found.mask = row
+            return None
     return Reason.MASK_UNPROVEN()
 
 
@@ -47,3 +54,16 @@ def _row(site: Site, mask: fx.Node, at: int) -> fx.Node | None:
         return None
     with site.node.graph.inserting_before(site.node):
         return add_method(site.node.meta, "narrow", mask, 2, at, 1)
+
+
+def _is_one_row(mask: torch.Tensor) -> bool:
+    """Whether all heads and queries read a mask (B, H, Q, K) from the same memory."""
+    strides, sizes = mask.stride(), mask.shape
+    return all(same(sizes[dim], 1) or same(strides[dim], 0) for dim in (1, 2))
+
+
+def _first_row(site: Site, mask: fx.Node) -> fx.Node:
+    """The mask over keys that a mask repeats for every head and query."""
+    with site.node.graph.inserting_before(site.node):
+        of_head = add_method(site.node.meta, "narrow", mask, 1, 0, 1)
+        return add_method(site.node.meta, "narrow", of_head, 2, 0, 1)
