@@ -26,6 +26,7 @@ from freqopt.capture.modules import (
     names_of,
     running,
 )
+from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_of
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import unwrapped
@@ -100,7 +101,7 @@ def inspect(
     capture = _Capture(settings, inner)
     if capture.plan is not None:
         capture.plan.check_order(inner)
-    with torch.no_grad(), random_state_kept(), uncompiled(inner):
+    with torch.no_grad(), random_state_kept(), without_step_caches(inner), uncompiled(inner):
         if _is_one_of_several():
             inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         with unwrapped(), breaks_recorded(capture.breaks), compiled_forgotten(inner):

@@ -79,7 +79,7 @@ def _targets(options: Mapping[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in (*TARGETS, "quantile"):
         given = options.get(name)
-        found[name] = None if given is None else _number(name, given)
+        found[name] = None if given is None else number_of(name, given)
     error, psnr, density = (found[name] for name in TARGETS)
     given = [name for name in TARGETS if found[name] is not None]
     if len(given) > 1:
@@ -115,8 +115,12 @@ def _targets(options: Mapping[str, Any]) -> dict[str, float | None]:
     return found
 
 
-def _number(name: str, given: Any) -> float:
-    """A number of any library as a float."""
+def number_of(name: str, given: Any) -> float:
+    """A number of any library as a float.
+
+    Raises:
+        OptionError: it is none.
+    """
     if not isinstance(given, (bool, str, bytes)):
         try:
             return float(given)

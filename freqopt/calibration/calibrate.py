@@ -30,7 +30,7 @@ from freqopt.calibration.team import is_first_process
 from freqopt.capture.modules import module_of
 from freqopt.errors import OptionError
 from freqopt.grid import Grid
-from freqopt.plan.folder import is_file
+from freqopt.plan.folder import check_place, is_file
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.progress import Progress, open_progress
@@ -233,6 +233,8 @@ def _calibrate_each(
     path = options["checkpoint"]
     paths = {name: None if path is None else Path(f"{os.fspath(path)}.{name}") for name in models}
     check_apart(options["output"], paths.values())
+    if options["output"] is not None:
+        check_place(options["output"], models)
     calls = samples_by_model(models, samples)
     with _bars(options, len(models)) as bars:
         plans = {

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from freqopt.calibration.asked import number_of
 from freqopt.calibration.evidence import choices_of_plan, dense_reason, verified_on
 from freqopt.calibration.measure.attention import AttentionShape
 from freqopt.calibration.measure.ladder import Array
@@ -41,6 +42,7 @@ FURTHEST = 4.0
 
 def moved(plan: Plan, target_error: float) -> Plan:
     """A plan for another error, predicted from the curves of one; see `Plan.at`."""
+    target_error = number_of("target_error", target_error)
     if not 0.0 < target_error < 1.0:
         raise OptionError(f"target_error {target_error} is outside (0, 1); 0.03 is the default")
     sites = choices_of_plan(plan)

@@ -23,6 +23,7 @@ from freqopt.capture.eager import uncompiled
 from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.given_ints import with_given_ints
 from freqopt.capture.modules import names_of
+from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_by_name
 from freqopt.errors import FreqoptError, unwrapped
 from freqopt.grid import Grid
@@ -323,11 +324,12 @@ class Replays:
 
 @contextmanager
 def opened(model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> Iterator[Runner]:
-    """A runner; the model is in evaluation mode meanwhile and left as it was."""
+    """A runner; the model is in evaluation mode, without step caches, and left as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield Runner(model, samples, grid, seed)
+        with without_step_caches(model):
+            yield Runner(model, samples, grid, seed)
     finally:
         for module in training:
             module.training = True

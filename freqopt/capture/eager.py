@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from freqopt.capture.given_ints import ints_in, plain, sizes_given
+from freqopt.capture.looking import looking
 from freqopt.capture.modules import names_of
 from freqopt.passes.axes.layout import SIZED
 from freqopt.passes.naming import Numbered
@@ -43,13 +44,14 @@ Answer = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run a model, and all modules in it, as if they had not been compiled in place."""
+    """Look at a model as if neither it nor a module in it were compiled in place, or served."""
     found = [m for m in model.modules() if m._compiled_call_impl is not None]
     kept = [module._compiled_call_impl for module in found]
     for module in found:
         module._compiled_call_impl = None
     try:
-        yield
+        with looking():
+            yield
     finally:
         for module, compiled in zip(found, kept, strict=True):
             module._compiled_call_impl = compiled

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freqopt.capture.looking import is_looking
 from freqopt.eager.calling import is_serving, share_of_heads
 from freqopt.errors import InputError, OptionError
 
@@ -124,7 +125,7 @@ def _attention(
         OptionError: no plan is on the model.
         InputError: log-sum-exps are wanted, or tokens are spread over a ring of GPUs.
     """
-    if not is_serving():
+    if not (is_serving() or is_looking()):
         raise OptionError(
             "set_attention_backend('freqopt') was called and no plan is on the model: "
             "freqopt.optimize(pipe, plan, route='eager') puts it there, and chooses this backend"

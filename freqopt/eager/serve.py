@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from freqopt.capture.budgets import attribute_of
+from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import OwnOnly, names_of, running
 from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import arguments_by_name, frames_below
@@ -285,7 +286,7 @@ def _server_of(module: nn.Module) -> Server | None:
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_looking():
         return
     server = _server_of(module)
     if server is None:

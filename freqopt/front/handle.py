@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from freqopt import regional
 from freqopt.capture.modules import OwnOnly, unwrapped_module
 from freqopt.errors import OptionError
 from freqopt.front.copies import forget_copied
@@ -22,6 +23,7 @@ from freqopt.front.state import Choice
 from freqopt.plan.plan import Plan
 from freqopt.plan.plans import Plans
 from freqopt.plan.text import scope_of
+from freqopt.telling.attached import attached_to
 from freqopt.telling.copies import OPTIMIZED, STRICT, is_copy
 from freqopt.telling.outside import differences
 
@@ -42,6 +44,20 @@ def make_free(models: Mapping[str, nn.Module]) -> None:
             raise OptionError(
                 f"{name} is optimized already: call disable() of the handle that was returned "
                 f"(the model's {OPTIMIZED}.held is the same), then optimize again"
+            )
+
+
+def check_unattached(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models that have budgets already, before new ones are calibrated for hours.
+
+    Raises:
+        OptionError: one has.
+    """
+    for name, model in models.items():
+        if attached_to(model) is not None:
+            raise OptionError(
+                f"{name} has budgets already: call remove() of what freqopt.attach returned "
+                f"(model.{regional.HANDLE} is the same), then optimize"
             )
 
 

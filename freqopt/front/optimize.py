@@ -18,7 +18,7 @@ from freqopt.calibration.samples import Samples, samples_by_model
 from freqopt.calibration.search.sensitivity import MAX_PROBED_HEADS, MAX_PROBED_SITES
 from freqopt.errors import OptionError
 from freqopt.front.components import ALONE, components_of
-from freqopt.front.handle import Component, Handle, make_free
+from freqopt.front.handle import Component, Handle, check_unattached, make_free
 from freqopt.front.plans import Given, plans_for
 from freqopt.front.prompts import Prompts, calls_of, check_calls, runner_of
 from freqopt.front.routes import way_of
@@ -101,6 +101,8 @@ def optimize(
         _check_plan_alone(prompts, samples, targets, options, run_options)
         plans = plans_for(found, plan)
     else:
+        if route != "compile":
+            check_unattached(found)
         job = _job(pipe_or_model, found, prompts, samples, targets, options, run_options, seed)
         plans = _calibrated(found, job)
     parts = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +30,29 @@ def is_file(output: str | os.PathLike[str]) -> bool:
     return Path(output).suffix == ".json"
 
 
-def check_place(output: str | os.PathLike[str]) -> None:
+def check_place(output: str | os.PathLike[str], names: Iterable[str] = ()) -> None:
     """Try whether plans can be saved to a file (.json), or to a folder.
+
+    names: of their components.
 
     Raises:
         FileError: they cannot.
+        InputError, PlanError: see `write_folder`.
     """
-    check_writable(output if is_file(output) else Path(output) / PAGE)
+    if is_file(output):
+        check_writable(output)
+    else:
+        _check_folder(Path(output), names)
+
+
+def _check_folder(folder: Path, names: Iterable[str]) -> None:
+    page = folder / PAGE
+    check_writable(page)
+    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise PlanError(f"{page} is not about plans and would be lost: name another folder")
+    for name in names:
+        if not name or Path(name).name != name:
+            raise InputError(f"component {name!r} cannot be part of a file's name")
 
 
 def read_folder(folder: Path, load: Callable[[Path], Kind]) -> dict[str, Kind]:
@@ -81,19 +97,16 @@ def write_folder(plans: Mapping[str, Any], folder: str | os.PathLike[str]) -> No
     Raises:
         InputError: a component's name cannot be part of a file's name.
         PlanError: a plan is another component's, or the folder has a page about something else.
+        FileError: it cannot be written.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    page = target / PAGE
-    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise PlanError(f"{page} is not about plans and would be lost: name another folder")
+    _check_folder(target, plans)
     for name, plan in plans.items():
-        if not name or Path(name).name != name:
-            raise InputError(f"component {name!r} cannot be part of a file's name")
         check_component(plan, name, "the plan")
+    for name, plan in plans.items():
         own = plan.component if name == ALONE else name
         plan.model_copy(update={"component": own}).save(target / f"{name}{SUFFIX}")
-    write_atomically(page, page_of(plans))
+    write_atomically(target / PAGE, page_of(plans))
 
 
 def page_of(plans: Mapping[str, PlanContent]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from freqopt.capture.budgets import known_by
+from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import base_name
 from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
@@ -106,7 +107,7 @@ def _after_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     """Forward hook: a function and no method, so that models are copied and pickled with it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_looking():
         return
     found = _watches.get(model)  # copies that have not been called have none
     if found is not None:

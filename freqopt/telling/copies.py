@@ -10,6 +10,7 @@ import weakref
 
 from torch import nn
 
+from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import OwnOnly
 from freqopt.errors import SiteError
 from freqopt.telling.said import warn
@@ -30,11 +31,13 @@ def is_copy(model: nn.Module) -> bool:
 
 
 def tell_of_copy(model: nn.Module) -> None:
-    """Say once of a model that it is a copy, whose attention is dense.
+    """Say once of a model that is called that it is a copy, whose attention is dense.
 
     Raises:
         SiteError: all planned attention of the original must be split.
     """
+    if is_looking():
+        return
     text = (
         f"{type(model).__name__} is a copy of a model that freqopt optimized, and is dense: call "
         "freqopt.optimize on the copy"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from freqopt.capture.looking import is_looking
 from freqopt.telling.outermost import outermost_call
 
 _expected: weakref.WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]]
@@ -54,6 +55,8 @@ def is_traced() -> bool:
     Always true. At the end of the call it is told if none of its graphs came to our backend: of the
     models among the modules of what was called, of all where that is not known.
     """
+    if is_looking():
+        return True
     call, before = outermost_call(), _own.graphs
 
     def end() -> None:

@@ -18,7 +18,7 @@ import freqopt
 from freqopt.calibration.asked import checked
 from freqopt.calibration.search.signed import scheme_of
 from freqopt.capture.signatures import forward_signature, named_arguments
-from freqopt.errors import CalibrationError, OptionError
+from freqopt.errors import CalibrationError, InputError, OptionError, PlanError
 
 QUICK: dict[str, Any] = {"rounds": 0, "progress": False, "order": "grid"}
 
@@ -207,3 +207,16 @@ def test_a_call_that_the_model_does_not_take_is_named() -> None:
     del calls[1]["text"]
     with pytest.raises(CalibrationError, match=r"sample 1 does not fit.*'text'; a Video takes vid"):
         freqopt.calibrate(models.make(), calls, **QUICK)
+
+
+def test_a_folder_that_cannot_hold_the_plans_is_said_before_anything_runs(tmp_path: Path) -> None:
+    def run() -> None:
+        raise AssertionError("the pipeline ran")
+
+    pair = {"a": models.make(), "b/c": models.make()}
+    with pytest.raises(InputError, match="'b/c' cannot be part of a file's name"):
+        freqopt.calibrate(pair, run, output=tmp_path / "plans", **QUICK)
+    (tmp_path / "README.md").write_text("# About something else\n")
+    with pytest.raises(PlanError, match="would be lost"):
+        freqopt.calibrate(models.make(), run, output=tmp_path, **QUICK)
+    assert (tmp_path / "README.md").read_text() == "# About something else\n"

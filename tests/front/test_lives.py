@@ -17,7 +17,7 @@ from plans import plan_of
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.errors import PlanError
+from freqopt.errors import OptionError, PlanError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget
 from freqopt.telling import running
@@ -214,3 +214,104 @@ def test_models_that_are_gone_leave_no_more_than_their_latest_counts(plan: Plan)
     gc.collect()
     own = [graph for graph in running.graphs if all(graph is not each for each in before)]
     assert own and all(graph.gone for graph in own)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_optimized_model_is_looked_at_as_if_it_were_not(
+    route: str, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.make(layers=2)
+    plan = plan_of(model, models.inputs(), 1.0)
+    samples = [models.inputs(), {n: x + 0.1 for n, x in models.inputs().items()}]
+    quick: Any = {"rounds": 0, "progress": False, "order": "grid"}
+
+    def looked_at() -> Any:
+        return (
+            plan.verify(model, samples).measured_error,
+            freqopt.inspect(model, **models.inputs(), min_tokens=0).to_dict(),
+            freqopt.calibrate(model, samples, target_density=0.6, **quick),
+        )
+
+    expected = looked_at()
+    assert expected[0] > 1e-3
+    with optimized(model, plan, route, strict=True):
+        split = called(model)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert looked_at() == expected
+        assert not [each for each in caplog.records if each.name.startswith("freqopt")]
+        assert torch.equal(called(model), split)
+
+
+@pytest.mark.parametrize("set_up", ["as it is", "casting"])
+def test_a_pipeline_that_is_served_is_measured_as_if_it_were_not(set_up: str) -> None:
+    piped = made("wan")
+    plan, model = piped.plans(1.0)["transformer"], piped.pipe.transformer
+    with freqopt.recording(model, most=2) as samples:
+        piped.run()
+    if set_up == "casting":  # its graph is in pieces, and it is measured without a compiler
+        model.half().float()
+        model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    expected = plan.verify(model, samples).measured_error
+    assert expected > 1e-3
+    with optimized(piped.pipe, {"transformer": plan}, "eager", strict=True):
+        split = piped.run()
+        assert plan.verify(model, samples).measured_error == expected
+        assert torch.equal(piped.run(), split)
+
+
+def first_block() -> Any:
+    return pytest.importorskip("diffusers").FirstBlockCacheConfig(threshold=1.0)
+
+
+def broadcast() -> Any:
+    return pytest.importorskip("diffusers").PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: None,  # as outside of a call of the pipeline
+    )
+
+
+@pytest.mark.parametrize("cache", [first_block, broadcast])
+def test_a_step_cache_is_left_out_while_a_model_is_looked_at(cache: Any) -> None:
+    piped = made("wan")
+    plan, model = piped.plans(1.0)["transformer"], piped.pipe.transformer
+    with freqopt.recording(model, most=2) as samples:
+        piped.run()
+    args, kwargs = samples[0]
+
+    def looked_at() -> Any:
+        found = freqopt.inspect(model, *args, min_tokens=0, **kwargs)
+        return plan.verify(model, samples).measured_error, found.to_dict()
+
+    expected, config = looked_at(), cache()
+    model.enable_cache(config)
+    assert looked_at() == expected
+    assert model.is_cache_enabled and model._cache_config is config
+    with optimized(piped.pipe, {"transformer": plan}, "eager"):
+        assert looked_at() == expected
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_a_step_cache_is_calibrated() -> None:
+    piped = made("wan")
+    quick: Any = {"rounds": 0, "progress": False, "order": "grid", "timestep_buckets": 1}
+    piped.pipe.transformer.enable_cache(first_block())
+    dense = piped.run(num_inference_steps=4)
+    with freqopt.optimize(
+        piped.pipe,
+        prompts=[{**piped.call, "num_inference_steps": 4}],
+        target_density=0.6,
+        calibration=quick,
+    ):
+        assert far(piped.run(num_inference_steps=4), dense) > 1e-4
+    assert torch.equal(piped.run(num_inference_steps=4), dense)
+
+
+def test_budgets_on_a_model_are_refused_before_it_is_calibrated(plan: Plan) -> None:
+    def run() -> None:
+        raise AssertionError("the pipeline ran")
+
+    model = models.make()
+    with freqopt.attach(model, plan), pytest.raises(OptionError, match="has budgets already"):
+        freqopt.optimize(model, samples=run)

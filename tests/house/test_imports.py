@@ -55,8 +55,8 @@ CORE = {
 
 FLOORS = (
     *("values", "team", "outputs", "samples", "samples_file", "checkpoint"),
-    *("measure", "runner", "search", "estimate", "survey", "whole", "evidence", "moving"),
-    *("fewer", "phases", "asked"),
+    *("measure", "runner", "search", "estimate", "survey", "whole", "asked", "evidence"),
+    *("moving", "fewer", "phases"),
     "calibrate",
 )
 """Of calibration, from the ground up: a module imports from its own floor and from lower ones."""

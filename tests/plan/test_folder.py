@@ -15,7 +15,7 @@ import torch
 from plans import plan_of
 
 import freqopt
-from freqopt.errors import CalibrationError, OptionError, PlanError
+from freqopt.errors import CalibrationError, FileError, InputError, OptionError, PlanError
 from freqopt.plan.plan import Plan
 
 
@@ -78,6 +78,18 @@ class Hub(types.ModuleType):
             raise OSError("404")
         assert allow_patterns == ["*.plan.json", "README.md"]
         return str(self.root / name)
+
+
+def test_what_cannot_be_a_folder_is_said_and_nothing_is_written(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(FileError, match="cannot write"):
+            plan.save_pretrained(place)
+    assert (tmp_path / "file").read_text() == "mine"
+    several = freqopt.Plans({"good": plan, "b/ad": plan})
+    with pytest.raises(InputError, match="'b/ad'"):
+        several.save_pretrained(tmp_path / "plans")
+    assert not list((tmp_path / "plans").glob("*"))
 
 
 def test_the_hub_is_asked_for_what_is_no_folder(
@@ -144,3 +156,9 @@ def test_targets_that_no_curve_reaches_are_refused(calibrated: Plan, plan: Plan)
         plan.at(target_error=0.05)
     with pytest.raises(CalibrationError):
         calibrated.verify(models.make(), [])
+
+
+@pytest.mark.parametrize("target", ["0.03", None, True])
+def test_a_target_that_is_no_number_is_refused(calibrated: Plan, target: Any) -> None:
+    with pytest.raises(OptionError, match="must be a number"):
+        calibrated.at(target_error=target)
