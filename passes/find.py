@@ -21,7 +21,13 @@ from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.axes.grid import Said
 from freqopt.passes.axes.heads import share_of
 from freqopt.passes.axes.layout import Layout
-from freqopt.passes.axes.operands import heads_of, length_of_keys, operands_of
+from freqopt.passes.axes.operands import (
+    heads_of,
+    length_of_keys,
+    operands_of,
+    scale_of,
+    settled_heads,
+)
 from freqopt.passes.axes.overwritten import filled
 from freqopt.passes.axes.propagate import follow_axes
 from freqopt.passes.axes.told import OrderOf, Told, unread
@@ -188,7 +194,6 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
     operands = operands_of(attention, dimensions)
     own = attention.sizes
     sizes = heads_of(attention, operands) if own is None else own[:3]
-    heads, kv_heads, head_dim = sizes or (0, 0, 0)
     kind: Kind = "other"
     layout, problem = Layout(), attention.objection or _over_ranks(attention, dimensions)
     lengths: tuple[Extent, Extent] = (0, 0)
@@ -202,6 +207,9 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
             problem = problem or why_not
     if problem is None:
         problem = _shape_problem(attention, sizes)
+    if sizes is None or (problem is not None and not all(isinstance(n, int) for n in sizes)):
+        sizes = 0, 0, 0
+    heads, kv_heads, head_dim = settled_heads(sizes)
     return Site(
         name=name,
         kind=kind,
@@ -217,7 +225,7 @@ def _describe(attention: Attention, dimensions: Dimensions, said: Said, name: st
         dtype=_compute_dtype(attention),
         device=query.device if query is not None else torch.device("cpu"),
         attention=attention,
-        scale=_scale(attention, head_dim),
+        scale=scale_of(attention, head_dim),
         grid_arguments=layout.grid_arguments,
         text_before_arguments=layout.text_before_arguments,
         text_after_arguments=layout.text_after_arguments,
@@ -237,7 +245,7 @@ def _over_ranks(attention: Attention, dimensions: Dimensions) -> Why | None:
     return Reason.FILLED() if any(filled(n, dimensions) for n in operands) else None
 
 
-def _shape_problem(attention: Attention, sizes: tuple[int, int, int] | None) -> Why | None:
+def _shape_problem(attention: Attention, sizes: tuple[Extent, ...] | None) -> Why | None:
     """Why tensors do not fit the op. sizes: heads, key heads and head_dim, where they are known."""
     if sizes is None:
         return Reason.NO_HEADS(shape=shape(attention.query))
@@ -257,9 +265,3 @@ def _compute_dtype(attention: Attention) -> torch.dtype:
     if found is None:
         found = tensor(attention.query)
     return torch.float32 if found is None else found.dtype
-
-
-def _scale(attention: Attention, head_dim: int) -> float:
-    if attention.scale is not None:
-        return attention.scale
-    return float(head_dim) ** -0.5 if head_dim else 1.0

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from freqopt.passes.axes.dimensions import has, same
 from freqopt.passes.axes.layout import many_keys
+from freqopt.passes.axes.operands import Operands, heads_of, scale_of, settled_heads
 from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.calibrated import settle_mask
 from freqopt.passes.reasons import UNTRACED, Reason
@@ -32,14 +33,14 @@ def believe(
 ) -> None:
     """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
 
-    Symbolic lengths are guarded to be what they are in this call. totals: further lengths to guard
-    against, those of other sites that may come to run in this graph. told: what the call of the
-    model around tells, which goes before the grids of the layouts, and needs no guards where all
-    such sites have text on one side. sides: see `Model`. called: whether such a call is known:
+    Symbolic lengths and heads are guarded to be what they are in this call. totals: further lengths
+    to guard against, those of other sites that may come to run in this graph. told: what the call
+    of the model around tells, which goes before the grids of the layouts, and needs no guards where
+    all such sites have text on one side. sides: see `Model`. called: whether such a call is known:
     numbers that it lacks are then not taken to be the calibrated.
     """
     lengths = (site.query_length, site.key_length)
-    if site.why.reason not in UNSHOWN or not site.heads:
+    if site.why.reason not in UNSHOWN or not (site.heads or (layouts and _settle_heads(site))):
         return
     if totals and not same(*lengths):  # others, where they are as many, get a graph of their own
         bool(site.query_length == site.key_length)
@@ -73,6 +74,16 @@ def believe(
     if queries != keys:
         _pad(site, (before,), (after,))
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
+
+
+def _settle_heads(site: Site) -> bool:
+    """Take symbols of heads for the numbers that they are in this call; whether there are any."""
+    found = heads_of(site.attention, Operands(None, None, None))
+    if found is None:
+        return False
+    site.heads, site.kv_heads, site.head_dim = settled_heads(found)
+    site.scale = scale_of(site.attention, site.head_dim)
+    return True
 
 
 def _place(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-from freqopt.passes.axes.dimensions import Axis, Shape, axis_size
+from freqopt.passes.axes.dimensions import Axis, Shape, axis_size, hint
 from freqopt.passes.axes.graph_axes import Dimensions
 from freqopt.passes.nodes import shape
 from freqopt.passes.site import Attention, Extent
@@ -54,21 +52,35 @@ def split_heads(folded: Axis) -> tuple[Axis, Axis]:
     return (folded[0][:-1],), (folded[0][-1:],)
 
 
-def heads_of(attention: Attention, operands: Operands) -> tuple[int, int, int] | None:
-    """(heads, key heads, head_dim), None if the operands have another form or dynamic heads."""
+def heads_of(attention: Attention, operands: Operands) -> tuple[Extent, Extent, Extent] | None:
+    """(heads, key heads, head_dim), None if the operands have another form or heads are not known.
+
+    They are symbols where one graph may serve modules of several numbers of heads.
+    """
     sizes = [shape(n) for n in (attention.query, attention.key, attention.value)]
     if len({len(s) for s in sizes}) != 1 or len(sizes[0]) not in (3, 4):
         return None
     if len(sizes[0]) == 4:
-        found = [sizes[0][1], sizes[1][1], sizes[0][3]]
+        found = (sizes[0][1], sizes[1][1], sizes[0][3])
     elif operands.query is None or operands.key is None:
         return None
     else:
-        heads = [axis_size(x[1]) for x in (operands.query, operands.key)]
-        found = [*heads, sizes[0][-1]]
-    if any(isinstance(size, torch.SymInt) for size in found):
-        return None
-    return int(found[0]), int(found[1]), int(found[2])
+        heads, kv_heads = (axis_size(x[1]) for x in (operands.query, operands.key))
+        found = (heads, kv_heads, sizes[0][-1])
+    return None if any(hint(size) is None for size in found) else found
+
+
+def settled_heads(found: tuple[Extent, Extent, Extent]) -> tuple[int, int, int]:
+    """Heads as numbers. Guards keep symbols so: a module of others compiles anew."""
+    heads, kv_heads, head_dim = map(int, found)
+    return heads, kv_heads, head_dim
+
+
+def scale_of(attention: Attention, head_dim: int) -> float:
+    """The factor of the logits; 1 where nothing is known of the heads."""
+    if attention.scale is not None:
+        return attention.scale
+    return float(head_dim) ** -0.5 if head_dim else 1.0
 
 
 def length_of_keys(attention: Attention) -> Extent:

@@ -77,6 +77,28 @@ def test_pieces_are_split_as_the_whole(change: Change, way: str, batch: int, pla
     assert freqopt.counters().split == LAYERS
 
 
+@pytest.mark.parametrize("change", [models.breaking_linears, models.breaking_blocks])
+@pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
+def test_layers_of_other_numbers_of_heads_are_split_too(change: Change, way: str) -> None:
+    """One graph may serve all numbers of heads, as symbols: a planned site compiles its own."""
+    heads, inputs = (2, 4, 1), models.inputs()
+    plan = plan_of(models.make_of_heads(*heads), inputs, 1.0)
+    options = {**LOUD, "plan": plan}
+    whole = torch.compile(models.make_of_heads(*heads), backend=freqopt_backend, options=options)
+    expected = ran(whole, inputs)
+    model = models.make_of_heads(*heads)
+    change(model)
+    compiled: Any = model
+    if way == "plan":
+        compiled = torch.compile(model, backend=freqopt_backend, options=options)
+    else:
+        freqopt.attach(model, plan)
+        for block in model.blocks if way == "attached blocks" else [model]:
+            block.compile(backend=freqopt_backend, options=LOUD)
+    assert is_close(ran(compiled, inputs), expected)
+    assert freqopt.counters().split == LAYERS
+
+
 def with_orders(plan: Plan, chunks: list[list[int]]) -> Plan:
     """Each layer with chunks of its own, and two buckets of a "timestep", the text's mean."""
     sites = {}

@@ -19,12 +19,13 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.heads = HEADS
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         keys = x if context is None else context
-        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k = self.k(keys).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        v = self.v(keys).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.k(keys).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.v(keys).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -61,6 +62,14 @@ class Video(nn.Module):
 def make(layers: int = 3) -> Video:
     torch.manual_seed(0)
     return Video(layers).eval()
+
+
+def make_of_heads(*heads: int) -> Video:
+    """As `make`, with as many heads in each layer as is said, as stages of a UNet have."""
+    model = make(len(heads))
+    for block, count in zip(model.blocks, heads, strict=True):
+        block.attn.heads = block.cross.heads = count
+    return model
 
 
 class OverText(Attention):
