@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import freqopt.kernels.op  # noqa: F401  registers the operator
+from freqopt.capture.one_call import GivenCall
 from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
@@ -22,12 +23,13 @@ from freqopt.exporters.complex_numbers import make_real
 from freqopt.exporters.problems import ExportError
 from freqopt.exporters.squeezes import drop_idle_squeezes
 from freqopt.grid import Grid
-from freqopt.options import parse_options
+from freqopt.options import Options, parse_options
 from freqopt.passes.decision import Decision
+from freqopt.passes.find import Grids, Model
 from freqopt.passes.manager import rewrite
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.rewrite import split_as_decided
-from freqopt.passes.site import Site
+from freqopt.passes.site import Known, Site
 from freqopt.telling.outside import tell_outside
 
 if TYPE_CHECKING:
@@ -123,7 +125,10 @@ def make_program(
     def put(gm: fx.GraphModule, decision: Decision) -> None:
         program.split[decision.site.name] = _split(gm, decision)
 
-    for decision in rewrite(graph, decide_here, put, grids_of(settings)).decisions:
+    grids, known = grids_of(settings), Model()
+    if plan is not None and dynamic_shapes is None:
+        grids, known = _fixed(settings, plan, graph, GivenCall(model, args, kwargs or {}))
+    for decision in rewrite(graph, decide_here, put, grids, model=known).decisions:
         if not decision.split:
             program.dense[decision.site.name] = decision.reason
     if plan is not None:
@@ -135,6 +140,19 @@ def make_program(
     if not program.split:
         program.notes.append("no site was split: this is the model as it was, with dense attention")
     return program
+
+
+def _fixed(
+    settings: Options, plan: Plan, graph: fx.GraphModule, call: GivenCall
+) -> tuple[Grids, Model]:
+    """Grids and layouts where all extents are those of a call: it tells them, and the plan does."""
+
+    def known(name: str) -> Sequence[Known]:
+        return plan.known(name) if name in plan.sites else ()
+
+    layouts = (layout for name in plan.sites for layout in plan.known(name))
+    grids = grids_of(settings, call.tells(graph, layouts))
+    return grids, Model(known=known, called=True)
 
 
 def _export(
@@ -213,9 +231,11 @@ def _check_plan_used(plan: Plan, program: Program) -> None:
     planned = [name for name, site in plan.sites.items() if site.decision == "split"]
     missing = [name for name in planned if name not in program.split]
     if planned and len(missing) == len(planned):
+        whys = dict.fromkeys(program.dense[name] for name in missing if name in program.dense)
+        found = ", ".join([*program.split, *program.dense][:4]) or "no attention"
         raise PlanError(
-            f"none of the {len(planned)} sites that this plan splits was found in the exported "
-            f"program (found: {', '.join([*program.split, *program.dense][:4]) or 'no attention'})"
+            f"none of the {len(planned)} sites that this plan splits can be split in the exported "
+            f"program (found: {found})" + "".join(f"; {why}" for why in list(whys)[:2])
         )
     for name in missing:
         why = program.dense.get(name, "it was not found")

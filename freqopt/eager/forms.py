@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from freqopt.capture.call_grids import OneCall, Reader
-from freqopt.capture.call_layouts import told_by_sizes
-from freqopt.capture.call_shapes import told_by_lists
+from freqopt.capture.call_grids import Reader
 from freqopt.capture.eager import Writer, writing
+from freqopt.capture.one_call import GivenCall
 from freqopt.capture.signatures import forward_signature, named_arguments
-from freqopt.capture.under_way import arguments_by_name
 from freqopt.decisions import grids_of
 from freqopt.eager.asked import apart
 from freqopt.eager.latest import Latest
@@ -111,9 +109,7 @@ class Look:
         self, forms: Forms, form: Form, names: Names, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         self.forms, self.form, self.names = forms, form, names
-        self.examples = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if _is_data(x)]
-        self.named = named_arguments(forward_signature(forms.model), tuple(args), dict(kwargs))
-        self.arguments = arguments_by_name(forms.model, tuple(args), dict(kwargs))
+        self.given = GivenCall(forms.model, args, kwargs)
         self.missing: list[Wanted] = []
         self._open = ExitStack()
         self.writer: Writer = self._open.enter_context(writing(forms.model, args, kwargs))
@@ -163,20 +159,12 @@ class Look:
         return found
 
     def _grids(self, gm: fx.GraphModule) -> Grids:
-        calls = OneCall(gm, self.examples)
-        if calls.inputs:
-            calls.told += told_by_lists(calls.inputs[0], self.named)
-            known = (k for layouts in self.forms.known.values() for k in layouts)
-            calls.told += told_by_sizes(calls.inputs[0], self.arguments, known)
-        return grids_of(Options(plan=self.forms.plan), calls)
+        known = (k for layouts in self.forms.known.values() for k in layouts)
+        return grids_of(Options(plan=self.forms.plan), self.given.tells(gm, known))
 
 
 def _base(name: str) -> str:
     return name.partition("@")[0]
-
-
-def _is_data(leaf: object) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 def _tells(leaf: object) -> bool:
