@@ -17,7 +17,7 @@ from plans import plan_of
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.errors import OptionError, PlanError
+from freqopt.errors import OptionError, PlanError, SiteError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget
 from freqopt.telling import running
@@ -315,3 +315,35 @@ def test_budgets_on_a_model_are_refused_before_it_is_calibrated(plan: Plan) -> N
     model = models.make()
     with freqopt.attach(model, plan), pytest.raises(OptionError, match="has budgets already"):
         freqopt.optimize(model, samples=run)
+
+
+@pytest.mark.parametrize("name", ["its forward", "a block"])
+def test_a_part_that_is_called_in_no_call_of_the_model_says_that_it_is_dense(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    piped = made("wan")
+    plans, model = piped.plans(1.0), piped.pipe.transformer
+    given: list[Any] = []
+    part = model if name == "its forward" else model.blocks[0]
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        given[:] = args, kwargs
+
+    hook = part.register_forward_pre_hook(keep, with_kwargs=True)
+    piped.run()
+    hook.remove()
+    args, kwargs = given
+    call = model.forward if name == "its forward" else part
+    with torch.no_grad():
+        dense = call(*args, **kwargs)[0]
+        with optimized(piped.pipe, plans, "eager"):
+            split = piped.run()
+            for said in (1, 1):
+                with caplog.at_level(logging.WARNING):
+                    assert torch.equal(call(*args, **kwargs)[0], dense)
+                assert caplog.text.count("was called in no call of the model") == said
+            assert torch.equal(piped.run(), split)
+        with optimized(piped.pipe, plans, "eager", strict=True):
+            with pytest.raises(SiteError, match="blocks.0.attn1 was called in no call"):
+                call(*args, **kwargs)
+            assert torch.equal(piped.run(), split)
