@@ -7,6 +7,7 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -107,13 +108,13 @@ class Server:
 
     def start(self) -> None:
         """Serve from the next call on."""
-        self.root.__dict__[SERVER] = OwnOnly(self)
         _hook(self.root, BEGINS, ENDS, _begin, _end)
         hooks: Any = self.root._forward_hooks
         hooks.move_to_end(ENDS, last=False)  # before it is told what was split
-        for module in self.modules:
-            module.__dict__[SERVER] = OwnOnly(self)
+        for module in self.modules:  # which hold the model by nothing, or it would never be freed
+            module.__dict__[SERVER] = OwnOnly(weakref.ref(self))
             _hook(module, ENTERS, LEAVES, _enter, _leave)
+        self.root.__dict__[SERVER] = OwnOnly(self)  # the model may be a module of attention itself
 
     def stop(self) -> None:
         """Serve no more; once is enough."""
@@ -307,6 +308,7 @@ def _is_transformed() -> bool:
 def _server_of(module: nn.Module) -> Server | None:
     held = module.__dict__.get(SERVER)
     found = held.held if isinstance(held, OwnOnly) else None
+    found = found() if isinstance(found, weakref.ref) else found
     return found if isinstance(found, Server) else None
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pieces_models as models
@@ -347,3 +348,33 @@ def test_a_part_that_is_called_in_no_call_of_the_model_says_that_it_is_dense(
             with pytest.raises(SiteError, match="blocks.0.attn1 was called in no call"):
                 call(*args, **kwargs)
             assert torch.equal(piped.run(), split)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("disabled", [True, False])
+def test_a_model_that_nobody_has_is_freed(route: str, disabled: bool, plan: Plan) -> None:
+    model = models.make()
+    handle = optimized(model, plan, route)
+    called(model)
+    if disabled:
+        handle.disable()
+    held = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert held() is None
+
+
+def test_a_model_that_was_looked_at_is_freed_and_its_samples(plan: Plan) -> None:
+    quick: Any = {"rounds": 0, "progress": False, "order": "grid"}
+    looks: list[Any] = [
+        lambda model, samples: freqopt.inspect(model, **samples[0]),
+        lambda model, samples: plan.verify(model, samples),
+        lambda model, samples: freqopt.calibrate(model, samples, target_density=0.6, **quick),
+    ]
+    for look in looks:
+        model, samples = models.make(), [models.inputs(), models.inputs()]
+        look(model, samples)
+        held = [weakref.ref(model), weakref.ref(samples[0]["video"])]
+        del model, samples
+        gc.collect()
+        assert [each() for each in held] == [None, None]
