@@ -19,6 +19,7 @@ from freqopt.capture.call_grids import OneCall
 from freqopt.capture.call_layouts import told_by_sizes
 from freqopt.capture.eager import uncompiled, written
 from freqopt.capture.exchanges import show_exchanges
+from freqopt.capture.looking import weak_backend
 from freqopt.capture.modules import (
     module_of,
     module_of_site,
@@ -105,7 +106,7 @@ def inspect(
         if _is_one_of_several():
             inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         with unwrapped(), breaks_recorded(capture.breaks), compiled_forgotten(inner):
-            torch.compile(inner, backend=capture, dynamic=False)(*args, **kwargs)
+            torch.compile(inner, backend=weak_backend(capture), dynamic=False)(*args, **kwargs)
         ran = attention_modules(inner, lambda: inner(*args, **kwargs))
         unseen = [name for name in ran if name not in capture.seen]
         sites = capture.sites

@@ -111,10 +111,7 @@ def parse_options(options: Mapping[str, Any] | Options | None) -> Options:
     if not isinstance(given.get("strict", False), bool):
         raise OptionError(f"strict {given['strict']!r} must be True or False")
     inner = given.get("inner", "inductor")
-    if not (callable(inner) or isinstance(inner, str)):
-        raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
-    if inner == "freqopt":
-        raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
+    _check_inner(inner)
     _check_mode(inner, given.get("mode"))
     return Options(**given)
 
@@ -144,6 +141,25 @@ def _check_others(given: Mapping[str, Any]) -> None:
                 f"{name}={count} was given without grid: it is the number of other tokens {name} "
                 "those of grid=(t, h, w), in the same axis"
             )
+
+
+def _check_inner(inner: object) -> None:
+    if not (callable(inner) or isinstance(inner, str)):
+        raise OptionError(f"inner {inner!r} must be the name of a backend, such as 'inductor'")
+    if inner == "freqopt":
+        raise OptionError("inner is 'freqopt' itself; name the backend that compiles the result")
+    if inner == "inductor" or not isinstance(inner, str):
+        return
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if inner not in known:
+        near = difflib.get_close_matches(inner, known, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(
+            f"inner {inner!r} is no backend of torch.compile{hint} (torch._dynamo.list_backends() "
+            "names them)"
+        )
 
 
 def _check_mode(inner: object, mode: object) -> None:

@@ -22,6 +22,7 @@ from freqopt.calibration.runner import opened
 from freqopt.calibration.samples import (
     MAX_BUCKETS,
     Samples,
+    SampleSet,
     collect_samples,
     samples_by_model,
 )
@@ -174,31 +175,37 @@ def calibrate(
         )
     if isinstance(model, Mapping):
         return _calibrate_each(model, samples, options)
-    plan = _calibrate_one(model, samples, options, keep=output is not None)
+    pipeline = None if options["target_psnr"] is None else _pipeline(model, samples)
+    collected = _collected(model, samples, options)
+    plan = _calibrate_one(model, collected, options, pipeline, keep=output is not None)
     if output is not None:
         _save(plan, output)
         _forget([checkpoint])
     return plan
 
 
+def _collected(model: nn.Module, samples: Samples, options: Mapping[str, Any]) -> SampleSet:
+    module_of(model, "calibrate")
+    timestep, buckets = options["timestep"], options["timestep_buckets"]
+    return collect_samples(model, samples, timestep=timestep, buckets=buckets)
+
+
 def _calibrate_one(
     model: nn.Module,
-    samples: Samples,
+    collected: SampleSet,
     options: Mapping[str, Any],
+    pipeline: Callable[[], Any] | None = None,
     *,
     keep: bool = False,
     bars: Progress | None = None,
 ) -> Plan:
     """The plan of one model.
 
-    keep: leave the checkpoint's file when it is done. bars: of a calibration of several models.
+    pipeline: what a PSNR is of. keep: leave the checkpoint's file when it is done. bars: of a
+    calibration of several models.
     """
     inner = module_of(model, "calibrate")
     psnr, density, grid = (options[name] for name in ("target_psnr", "target_density", "grid"))
-    pipeline = None if psnr is None else _pipeline(model, samples)
-    collected = collect_samples(
-        model, samples, timestep=options["timestep"], buckets=options["timestep_buckets"]
-    )
     path, seed, identity = options["checkpoint"], options["seed"], ""
     orders = GRID_ALONE if options["order"] == "grid" else ORDERS
     if path is not None:
@@ -236,10 +243,11 @@ def _calibrate_each(
     if options["output"] is not None:
         check_place(options["output"], models)
     calls = samples_by_model(models, samples)
+    collected = {name: _collected(model, calls[name], options) for name, model in models.items()}
     with _bars(options, len(models)) as bars:
         plans = {
             name: _calibrate_one(
-                model, calls[name], {**options, "checkpoint": paths[name]}, keep=True, bars=bars
+                model, collected[name], {**options, "checkpoint": paths[name]}, keep=True, bars=bars
             ).model_copy(update={"component": name})
             for name, model in models.items()
         }

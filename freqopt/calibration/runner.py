@@ -22,6 +22,7 @@ from freqopt.capture.call_layouts import BySizes
 from freqopt.capture.eager import uncompiled
 from freqopt.capture.exchanges import show_exchanges
 from freqopt.capture.given_ints import with_given_ints
+from freqopt.capture.looking import weak_backend
 from freqopt.capture.modules import names_of
 from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_by_name
@@ -51,8 +52,8 @@ class Runner:
         self._asked: set[tuple[str, Known]] = set()
         self.passes = 0.0
         show_exchanges()
-        backend = recording_backend(self._desk, grids, names_of(model))
-        self.compiled = torch.compile(model, dynamic=False, backend=self._counting(backend))
+        self._backend = self._counting(recording_backend(self._desk, grids, names_of(model)))
+        self.compiled = torch.compile(model, dynamic=False, backend=weak_backend(self._backend))
         self._eager = EagerRecorders(model, self._desk, grids)
 
     @property

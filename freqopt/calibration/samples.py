@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.values import parts_of
+from freqopt.capture.modules import module_of
 from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
@@ -147,7 +148,7 @@ def collect_samples(
     Raises:
         CalibrationError: no samples, one of another form, or one with NaN or infinite values.
     """
-    calls = _record(model, samples) if callable(samples) else _listed(samples)
+    calls = _record(model, samples) if callable(samples) else listed(samples)
     signature = forward_signature(model)
     name: str | None = None
     found: list[Sample] = []
@@ -204,9 +205,11 @@ def recording(model: nn.Module, *, most: int = MAX_RECORDED) -> Iterator[list[Ca
 
     Raises:
         OptionError: fewer than two calls to keep.
+        InputError: not a module, such as a pipeline; which of its modules is wanted.
     """
     if isinstance(most, bool) or not isinstance(most, int) or most < 2:
         raise OptionError(f"most {most!r} must be a number of calls, 2 or more")
+    module_of(model, "recording")
     kept: list[Call] = RecordedSamples()
     seen, stride = 0, 1
 
@@ -279,7 +282,12 @@ def _not_called(what: str, returned: object) -> str:
     )
 
 
-def _listed(samples: Iterable[Any]) -> list[Call]:
+def listed(samples: Iterable[Any]) -> list[Call]:
+    """Samples as (args, kwargs).
+
+    Raises:
+        CalibrationError: there are none, or they are of another form.
+    """
     if isinstance(samples, (str, bytes, os.PathLike)):
         raise CalibrationError(
             f"samples is {samples!r}; of a file pass freqopt.load_samples({samples!r})"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqopt.calibration.samples import Call, RecordedSamples
+from freqopt.calibration.samples import Call, RecordedSamples, listed
 from freqopt.errors import InputError
 from freqopt.files import check_regular, replacing
 
@@ -46,13 +46,13 @@ def save_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, An
     Raises:
         InputError: an argument that is neither a tensor, nor expressible as JSON, nor a tuple,
             list or dict of such.
+        CalibrationError: there are no samples, or they are of another form.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for index, sample in enumerate(samples):
-        args, kwargs = ((), sample) if isinstance(sample, Mapping) else sample
+    for index, (args, kwargs) in enumerate(listed(samples)):
         named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         for name, value in named.items():
             for key, leaf in _leaves(f"{index}/{name}", value, f"{name!r} of sample {index}", 0):

@@ -6,8 +6,15 @@ Whatever serves it, or tells of its calls, leaves such a call alone: attention i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import fx
+
+Compiler = Callable[[fx.GraphModule, Any], Callable[..., Any]]
+"""A backend of `torch.compile`."""
 
 
 class _Own(threading.local):
@@ -28,6 +35,21 @@ def looking() -> Iterator[None]:
         yield
     finally:
         _own.looks -= 1
+
+
+def weak_backend(backend: Compiler) -> Compiler:
+    """The same for `torch.compile`, which keeps what it is given until it is reset.
+
+    A backend that is made to look at a model holds that, and what it found.
+    """
+    held = weakref.ref(backend)
+
+    def compile_with(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        found = held()
+        assert found is not None, "the look is over"
+        return found(gm, example_inputs)
+
+    return compile_with
 
 
 def is_looking() -> bool:

@@ -59,19 +59,23 @@ class Call:
 
 
 class _Calls(threading.local):
-    """Calls under way in a thread and what serves them, innermost last; its share of heads."""
+    """Calls under way in a thread and what serves them, innermost last; its share of heads.
+
+    outside: how many modules run that are served in calls of their model alone, and are in none.
+    """
 
     def __init__(self) -> None:
         self.stack: list[tuple[object, Call]] = []
         self.share: tuple[int, int] | None = None
+        self.outside = 0
 
 
 under_way = _Calls()
 
 
 def is_serving() -> bool:
-    """Whether a model that is served is being called in this thread."""
-    return bool(under_way.stack)
+    """Whether a model that is served, or a module of one, is being called in this thread."""
+    return bool(under_way.stack) or under_way.outside > 0
 
 
 @contextmanager

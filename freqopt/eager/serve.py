@@ -7,6 +7,7 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -32,12 +33,15 @@ from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
+from freqopt.errors import SiteError
 from freqopt.passes.naming import site_name
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
+from freqopt.plan.identity import class_name_of
 from freqopt.regional import Attached
 from freqopt.telling.copies import tell_of_copy
+from freqopt.telling.said import warn
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -92,6 +96,7 @@ class Server:
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
         self.trained = Trained(plan)
+        self._is_told = False
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
         self.waiting = Waiting(MOST_FORMS)
@@ -103,13 +108,13 @@ class Server:
 
     def start(self) -> None:
         """Serve from the next call on."""
-        self.root.__dict__[SERVER] = OwnOnly(self)
         _hook(self.root, BEGINS, ENDS, _begin, _end)
         hooks: Any = self.root._forward_hooks
         hooks.move_to_end(ENDS, last=False)  # before it is told what was split
-        for module in self.modules:
-            module.__dict__[SERVER] = OwnOnly(self)
+        for module in self.modules:  # which hold the model by nothing, or it would never be freed
+            module.__dict__[SERVER] = OwnOnly(weakref.ref(self))
             _hook(module, ENTERS, LEAVES, _enter, _leave)
+        self.root.__dict__[SERVER] = OwnOnly(self)  # the model may be a module of attention itself
 
     def stop(self) -> None:
         """Serve no more; once is enough."""
@@ -148,6 +153,24 @@ class Server:
             call.leave()
             if call.look is not None:
                 call.look.abandon()
+
+    def called_outside(self, module: nn.Module) -> None:
+        """A module with planned attention is called in no call of the model, and is dense.
+
+        Raises:
+            SiteError: under `strict`.
+        """
+        message = (
+            f"{class_name_of(self.root)}: attention at {self.names[id(module)] or 'the model'} was "
+            "called in no call of the model (as by model.forward(...), a block alone, or in "
+            "another thread), and is dense there: call the model itself"
+        )
+        if self.told.compiled.settings.strict:
+            under_way.outside -= 1
+            raise SiteError(message)
+        if not self._is_told:
+            self._is_told = True
+            warn(message)
 
     def end(self, *, failed: bool) -> None:
         """A call of the model is over."""
@@ -282,6 +305,7 @@ def _is_transformed() -> bool:
 def _server_of(module: nn.Module) -> Server | None:
     held = module.__dict__.get(SERVER)
     found = held.held if isinstance(held, OwnOnly) else None
+    found = found() if isinstance(found, weakref.ref) else found
     return found if isinstance(found, Server) else None
 
 
@@ -311,6 +335,9 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     server = _server_of(module)
     if server is not None and not under_way.stack and in_backward():
         server.begin_again()
+    if server is not None and not (under_way.stack or in_backward() or is_looking()):
+        under_way.outside += 1
+        server.called_outside(module)
     if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
         return
     mode: Any = _Serving(server)
@@ -322,6 +349,8 @@ def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     server = _server_of(module)
+    if not under_way.stack and under_way.outside:
+        under_way.outside -= 1
     if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
         return
     call = under_way.stack[-1][1]

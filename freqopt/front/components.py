@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,8 @@ def components_of(given: Any, names: Sequence[str] | None = None) -> dict[str, n
     """
     if isinstance(names, str):
         raise OptionError(f"components={names!r} must be a list of names, such as [{names!r}]")
+    if names is not None and not isinstance(names, Iterable):
+        raise OptionError(f"components={names!r} must be a list of names")
     held = _held(given, names)
     if names is not None:
         missing = [name for name in names if name not in held]
@@ -60,9 +62,8 @@ def _held(given: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
     if isinstance(given, Mapping):
         wrong = [name for name, module in given.items() if not isinstance(module, nn.Module)]
         if wrong or not given:
-            raise InputError(
-                f"a dict must hold modules by name, and {wrong[:1] or 'this one is empty'} is none"
-            )
+            why = f"{wrong[0]!r} is none" if wrong else "this one is empty"
+            raise InputError(f"a dict must hold modules by name, and {why}")
         return dict(given)
     usual = {name: getattr(given, name, None) for name in USUAL}  # properties among them
     return {n: m for n, m in usual.items() if isinstance(m, nn.Module)} | modules_in(given)

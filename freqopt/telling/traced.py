@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import nn
@@ -38,9 +39,20 @@ def note_graph() -> None:
 def expect(model: nn.Module, tell: Callable[[nn.Module], None]) -> None:
     """Have `tell` called with a model after calls that another backend compiled.
 
-    A hook of the model must ask `is_traced`.
+    A hook of the model must ask `is_traced`. A method is not kept alive, as its object may hold the
+    model, which would never be freed.
     """
-    _expected[model] = tell
+    if isinstance(tell, MethodType):
+        method = weakref.WeakMethod(tell)
+
+        def weakly(model: nn.Module) -> None:
+            found = method()
+            if found is not None:
+                found(model)
+
+        _expected[model] = weakly
+    else:
+        _expected[model] = tell
 
 
 def expect_no_more(model: nn.Module) -> None:

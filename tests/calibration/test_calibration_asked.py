@@ -220,3 +220,12 @@ def test_a_folder_that_cannot_hold_the_plans_is_said_before_anything_runs(tmp_pa
     with pytest.raises(PlanError, match="would be lost"):
         freqopt.calibrate(models.make(), run, output=tmp_path, **QUICK)
     assert (tmp_path / "README.md").read_text() == "# About something else\n"
+
+
+def test_samples_of_all_models_are_checked_before_one_is_measured() -> None:
+    first, second = models.make(), models.make()
+    first.register_forward_pre_hook(lambda *_: pytest.fail("it was measured"))
+    broken = samples()
+    broken[1] = {**broken[1], "video": broken[1]["video"] * NAN}
+    with pytest.raises(CalibrationError, match="sample 1: 'video' has"):
+        freqopt.calibrate({"a": first, "b": second}, {"a": samples(), "b": broken}, **QUICK)

@@ -33,11 +33,12 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A calibration that is done at once, and its checkpoint."""
     path = tmp_path / "plan.json.resume"
 
-    def instantly(model: Any, samples: Any, options: Any, *, keep: bool = False) -> Plan:
+    def instantly(model: Any, samples: Any, options: Any, *given: Any, keep: bool = False) -> Plan:
         assert keep, "the checkpoint must outlive the measuring"
         Path(options["checkpoint"]).write_text("measured")
         return full_plan()
 
+    monkeypatch.setattr(calibrating, "_collected", lambda *given: None)
     monkeypatch.setattr(calibrating, "_calibrate_one", instantly)
     return path
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import freqopt
 from freqopt.calibration.samples_file import TREE, load_samples, save_samples
 from freqopt.calibration.values import parts_of, plain_values
-from freqopt.errors import InputError
+from freqopt.errors import CalibrationError, InputError
 
 
 class Int8(Tensor):
@@ -165,12 +165,19 @@ def test_the_old_place_still_serves_scripts(tmp_path: Path) -> None:
     assert repr(old(tmp_path / "s")) == "1 samples, the first: x float32 2"
 
 
+class Rotated(nn.Linear):
+    """A layer that is given a table as well."""
+
+    def forward(self, input: Tensor, freqs: Tensor) -> Tensor:
+        return super().forward(input)
+
+
 def test_a_checkpoint_knows_quantised_weights() -> None:
     from freqopt.calibration.checkpoint import identity_of
     from freqopt.calibration.samples import collect_samples
 
     def identity(weight: Int8) -> str:
-        model = torch.nn.Linear(4, 6)
+        model = Rotated(4, 6)
         model.weight = torch.nn.Parameter(weight, requires_grad=False)
         torch.nn.init.zeros_(model.bias)
         table = torch.view_as_complex(torch.ones(3, 2))
@@ -182,3 +189,16 @@ def test_a_checkpoint_knows_quantised_weights() -> None:
     other = Int8(weight.data8.clone(), weight.scale * 2)
     assert identity(weight) == identity(Int8(weight.data8.clone(), weight.scale.clone()))
     assert identity(weight) != identity(other)
+
+
+@pytest.mark.parametrize("given", [[], [3], [{}, 3], "calls", None, [((1,),)]])
+def test_what_are_no_samples_is_not_saved(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="sample"):
+        freqopt.save_samples(tmp_path / "calls.safetensors", given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [3, None, type("Pipe", (), {"transformer": nn.Linear(2, 2)})()])
+def test_only_a_module_is_recorded(model: Any) -> None:
+    with pytest.raises(InputError, match="recording takes"), freqopt.recording(model):
+        pass

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pieces_models as models
@@ -17,7 +18,7 @@ from plans import plan_of
 from torch import Tensor, nn
 
 import freqopt
-from freqopt.errors import OptionError, PlanError
+from freqopt.errors import OptionError, PlanError, SiteError
 from freqopt.plan.plan import Plan
 from freqopt.plan.records import Budget
 from freqopt.telling import running
@@ -315,3 +316,65 @@ def test_budgets_on_a_model_are_refused_before_it_is_calibrated(plan: Plan) -> N
     model = models.make()
     with freqopt.attach(model, plan), pytest.raises(OptionError, match="has budgets already"):
         freqopt.optimize(model, samples=run)
+
+
+@pytest.mark.parametrize("name", ["its forward", "a block"])
+def test_a_part_that_is_called_in_no_call_of_the_model_says_that_it_is_dense(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    piped = made("wan")
+    plans, model = piped.plans(1.0), piped.pipe.transformer
+    given: list[Any] = []
+    part = model if name == "its forward" else model.blocks[0]
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        given[:] = args, kwargs
+
+    hook = part.register_forward_pre_hook(keep, with_kwargs=True)
+    piped.run()
+    hook.remove()
+    args, kwargs = given
+    call = model.forward if name == "its forward" else part
+    with torch.no_grad():
+        dense = call(*args, **kwargs)[0]
+        with optimized(piped.pipe, plans, "eager"):
+            split = piped.run()
+            for said in (1, 1):
+                with caplog.at_level(logging.WARNING):
+                    assert torch.equal(call(*args, **kwargs)[0], dense)
+                assert caplog.text.count("was called in no call of the model") == said
+            assert torch.equal(piped.run(), split)
+        with optimized(piped.pipe, plans, "eager", strict=True):
+            with pytest.raises(SiteError, match="blocks.0.attn1 was called in no call"):
+                call(*args, **kwargs)
+            assert torch.equal(piped.run(), split)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("disabled", [True, False])
+def test_a_model_that_nobody_has_is_freed(route: str, disabled: bool, plan: Plan) -> None:
+    model = models.make()
+    handle = optimized(model, plan, route)
+    called(model)
+    if disabled:
+        handle.disable()
+    held = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert held() is None
+
+
+def test_a_model_that_was_looked_at_is_freed_and_its_samples(plan: Plan) -> None:
+    quick: Any = {"rounds": 0, "progress": False, "order": "grid"}
+    looks: list[Any] = [
+        lambda model, samples: freqopt.inspect(model, **samples[0]),
+        lambda model, samples: plan.verify(model, samples),
+        lambda model, samples: freqopt.calibrate(model, samples, target_density=0.6, **quick),
+    ]
+    for look in looks:
+        model, samples = models.make(), [models.inputs(), models.inputs()]
+        look(model, samples)
+        held = [weakref.ref(model), weakref.ref(samples[0]["video"])]
+        del model, samples
+        gc.collect()
+        assert [each() for each in held] == [None, None]

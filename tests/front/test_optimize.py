@@ -168,6 +168,8 @@ PLAN = object()
         ({"prompts": ["a"], "seed": 0.5}, OptionError, "seed 0.5"),
         ({"prompts": ["a"], "route": "fast"}, OptionError, "route 'fast'"),
         ({"prompts": ["a"], "inner": "freqopt"}, OptionError, "freqopt"),
+        ({"prompts": ["a"], "inner": "indcutor"}, OptionError, "did you mean inductor"),
+        ({"prompts": ["a"], "components": 3}, OptionError, "list of names"),
         ({"prompts": ["a"], "components": ["unet"]}, OptionError, "holds no module 'unet'"),
         ({"prompts": ["a"], "components": "transformer"}, OptionError, "list of names"),
         ({"plan": PLAN, "target_error": 0.1}, OptionError, "plan and target_error"),
