@@ -118,7 +118,10 @@ class Watch:
     """What is known of one model that a plan is attached to."""
 
     def __init__(self, model: nn.Module, plan: Plan, places: Places) -> None:
-        self.plan, self.places = plan, dict(places)
+        self.plan = plan
+        self._places = {  # weakly, as one may be the model, which would never be freed
+            name: (weakref.ref(module), attribute) for name, (module, attribute) in places.items()
+        }
         self.name = class_name_of(model)
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
@@ -126,6 +129,12 @@ class Watch:
         self.calls, self.look = 0, 1
         self.line, self.whole, self.strict = "", False, False
         self.parts = weakref.WeakSet(model.modules())
+
+    @property
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """Where the budgets are; see `Places`."""
+        found = ((name, ref(), attribute) for name, (ref, attribute) in self._places.items())
+        return {name: (m, attribute) for name, m, attribute in found if m is not None}
 
     def unnoticed(self) -> None:
         """A call is over in which another backend compiled the model as a whole.

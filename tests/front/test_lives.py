@@ -352,10 +352,13 @@ def test_a_part_that_is_called_in_no_call_of_the_model_says_that_it_is_dense(
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("disabled", [True, False])
-def test_a_model_that_nobody_has_is_freed(route: str, disabled: bool, plan: Plan) -> None:
-    model = models.make()
-    handle = optimized(model, plan, route)
-    called(model)
+@pytest.mark.parametrize("make", [models.make, Outer])  # the latter has attention itself
+def test_a_model_that_nobody_has_is_freed(route: str, disabled: bool, make: Any) -> None:
+    model = make().eval()
+    inputs = {n: x for n, x in models.inputs().items() if n == "video" or make is models.make}
+    handle = optimized(model, plan_of(model, inputs, 1.0), route)
+    with torch.no_grad():
+        model(**inputs)
     if disabled:
         handle.disable()
     held = weakref.ref(model)
