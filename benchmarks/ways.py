@@ -60,19 +60,23 @@ def page(result: Mapping[str, Any]) -> list[str]:
         cells = [_cell(row["ways"], condition, notes) for condition in CONDITIONS]
         case = f" ({name})" if classes.count(row["class"]) > 1 else ""
         rows.append([f"`{row['class']}`{case}", *cells])
-    where = {**result["environment"], "commit": commits(result)}
-    lines = [origin({"environment": where}), "", *table(["class", *CONDITIONS.values()], rows), ""]
+    lines = [*_origins(result), "", *table(["class", *CONDITIONS.values()], rows), ""]
     return [*lines, *(f"{number}. {_shortened(text)}" for text, number in notes.items())]
 
 
-def commits(result: Mapping[str, Any]) -> str:
-    """The commits that rows were made at, and how many at each; one says nothing of its own."""
-    rows, otherwise = result["rows"].values(), result["environment"].get("commit", "unknown")
-    counts = Counter(row.get("commit", otherwise) for row in rows)
-    if len(counts) < 2:
-        return next(iter(counts), otherwise)
-    shown = {commit: f"{n} class{'es' if n > 1 else ''}" for commit, n in counts.items()}
-    return ", ".join(f"{commit} ({count})" for commit, count in shown.items())
+def commits(result: Mapping[str, Any]) -> dict[str, int]:
+    """The commits that rows were made at, and how many at each."""
+    otherwise = result["environment"].get("commit", "unknown")
+    return dict(Counter(row.get("commit", otherwise) for row in result["rows"].values()))
+
+
+def _origins(result: Mapping[str, Any]) -> list[str]:
+    """Where the rows were made, a line for each commit where there are several."""
+    made, where = commits(result), result["environment"]
+    if len(made) == 1:
+        return [origin({"environment": {**where, "commit": next(iter(made))}})]
+    lines = [f"{where['device']}, torch {where['torch']}, classes by commit:", ""]
+    return [*lines, *(f"- {commit}: {count}" for commit, count in made.items())]
 
 
 def _cell(ways: Mapping[str, str], condition: str, notes: dict[str, int]) -> str:

@@ -90,6 +90,9 @@ def test_a_row_says_of_which_commits_it_is() -> None:
     assert part == {"commit": "one and two", "ways": {"whole": "split", "blocks": "split"}}
     assert renewed(part, part["ways"], "three") == {"commit": "three", "ways": part["ways"]}
     assert renewed({}, {"whole": "split"}, "two") == {"commit": "two", "ways": {"whole": "split"}}
-    rows = {"a": old, "b": part, "c": old}
-    assert commits({"environment": {}, "rows": rows}) == "one (2 classes), one and two (1 class)"
-    assert commits({"environment": {}, "rows": {"a": old}}) == "one"
+    rows = {"a": old, "b": {"class": "B", **part}, "c": old}
+    where = {"device": "cpu", "torch": "2"}
+    assert commits({"environment": where, "rows": rows}) == {"one": 2, "one and two": 1}
+    lines = page({"environment": where, "rows": rows})
+    assert lines[:4] == ["cpu, torch 2, classes by commit:", "", "- one: 2", "- one and two: 1"]
+    assert page({"environment": where, "rows": {"a": old}})[0] == "cpu, torch 2, commit one."
