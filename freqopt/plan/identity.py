@@ -42,6 +42,15 @@ def class_name_of(model: nn.Module) -> str:
     return class_of(unwrapped_model(model)).__name__
 
 
+def shown_name(class_name: str, plan: PlanContent | None) -> str:
+    """What a model is called where it is told of: with the pipeline's name for it, if there is one.
+
+    Two experts are of one class.
+    """
+    component = None if plan is None else plan.component
+    return f"{class_name} ({component})" if component else class_name
+
+
 def names_in(plan: PlanContent, names: Iterable[str]) -> dict[str, str]:
     """Which of a plan's sites each site of a model is, by name, where that is unique."""
     return match_names(names, plan.sites, plan.evidence.dense_sites)

@@ -19,7 +19,7 @@ from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import base_name
 from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
-from freqopt.plan.identity import class_name_of
+from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
 from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
@@ -122,7 +122,7 @@ class Watch:
         self._places = {  # weakly, as one may be the model, which would never be freed
             name: (weakref.ref(module), attribute) for name, (module, attribute) in places.items()
         }
-        self.name = class_name_of(model)
+        self.name = shown_name(class_name_of(model), plan)
         self.verified = verified_errors(plan)
         self.range = TimestepRange(plan, model)
         self.limit = Limit(self.name, plan)

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from freqopt.options import Options, load_plan
 from freqopt.passes.decision import Decision
+from freqopt.plan.identity import shown_name
 from freqopt.telling.attached import attached_to, inside_attached
 from freqopt.telling.limits import given_up
 from freqopt.telling.outermost import OutermostCall, outermost_call
@@ -66,6 +67,7 @@ def gather(
         return call.name
     attached = attached_to(call.called)
     planned = attached or _planned(settings)
+    name = shown_name(call.name, planned)
     if attached is None and planned is not None:
         known.awaited = planned_in(call.called)
     if fresh or not known.said.startswith(_pending):
@@ -74,10 +76,10 @@ def gather(
 
         def tell() -> None:
             known.limited |= given_up() > limits
-            _say(call.name, known, planned, call.called, attached is not None)
+            _say(name, known, planned, call.called, attached is not None)
 
         call.at_end(tell)
-    return call.name
+    return name
 
 
 _pending = "\0"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pieces_models as models
+import pytest
 import torch
+from plans import plan_of
 
 import freqopt
 from freqopt.backend import freqopt_backend
@@ -36,3 +41,26 @@ def test_calls_are_counted_by_site_and_kind() -> None:
     found = freqopt.counters()
     assert (found.split, found.dense) == (0, 3)
     assert "min_tokens" in found.sites[0].reason
+
+
+@pytest.mark.parametrize("route", ["eager", "regional", "compile"])
+def test_two_experts_of_one_class_are_told_apart(
+    route: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "freqopt")
+    torch._dynamo.reset()
+    freqopt.reset_counters()
+    names = ("transformer", "transformer_2")
+    experts = {name: models.make() for name in names}
+    plans = {
+        name: plan_of(model, models.inputs(), 1.0).model_copy(update={"component": name})
+        for name, model in experts.items()
+    }
+    with torch.no_grad(), freqopt.optimize(experts, plans, route=route, inner="eager"):
+        for count, model in enumerate(experts.values(), 1):
+            for _ in range(count):
+                model(**models.inputs())
+        found = {each.model: each.split for each in freqopt.counters().models if each.split}
+    assert found == {"Video (transformer)": 3, "Video (transformer_2)": 6}
+    for name in names:
+        assert f"Video ({name}): 3 of 3 planned sites split" in caplog.text
