@@ -185,12 +185,14 @@ class Watch:
             if attribute in module.__dict__
         }
         found = {
-            ours[key[graph.inputs.index(place)]]
+            ours[id(budget)]
             for graph in running.graphs
-            for key, calls in graph.calls.items()
+            for calls in graph.calls.values()
             for index, (_, split, _) in enumerate(graph.decisions)
             if split and (place := graph.budgets[index]) >= 0 and calls.split(index)
-            if key[graph.inputs.index(place)] in ours
+            # One that is gone is none of ours, whatever has its place in memory now.
+            if (budget := calls.budgets[graph.inputs.index(place)]()) is not None
+            if id(budget) in ours
         }
         return found | {name for name in self.plan.sites if base_name(name) in found}
 
