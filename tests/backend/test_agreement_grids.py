@@ -115,6 +115,7 @@ def test_a_plan_calibrated_with_a_grid_is_enough_for_all() -> None:
     other = plan.model_copy(update={"sites": {"layers.0": plan.sites["blocks.0"]}})
     with pytest.raises(PlanError, match="none of the 2 sites of this graph .* another model"):
         inspected(case, plan=other)
-    unknown = plan.model_copy(update={"grids": []})
+    untold = {n: site.model_copy(update={"layouts": []}) for n, site in plan.sites.items()}
+    unknown = plan.model_copy(update={"grids": [], "sites": untold})
     with pytest.raises(PlanError, match="none of the 2 sites"):
         exported(case, plan=unknown)

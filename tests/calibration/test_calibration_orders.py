@@ -353,7 +353,7 @@ def test_a_resumed_calibration_has_the_same_orders(
 
 
 def test_an_order_that_there_is_not() -> None:
-    with pytest.raises(OptionError, match="order 'content' is none; supported: 'auto' and 'grid'"):
+    with pytest.raises(OptionError, match="order 'content' is none; supported: auto, grid"):
         calibrate(make_model(), [things(0)], order="content")
 
 
