@@ -204,6 +204,17 @@ _selectors: weakref.WeakSet[Selector] = weakref.WeakSet()
 """Those of models that are trained."""
 
 
+def own_budget(budget: Tensor) -> Tensor:
+    """The budget of a layer in the call of which a checkpoint runs a part once more.
+
+    Raises:
+        InputError: see `Selector.again`.
+    """
+    for selector in list(_selectors):
+        budget = selector.again(budget)
+    return budget
+
+
 def of_their_own_call(feed: Feed, places: Sequence[int]) -> Feed:
     """Gives a graph that a checkpoint runs once more, in a backward pass, the budgets it had.
 
@@ -217,8 +228,7 @@ def of_their_own_call(feed: Feed, places: Sequence[int]) -> Feed:
             return found
         given = list(found)
         for place in places:
-            for selector in list(_selectors):
-                given[place] = selector.again(given[place])
+            given[place] = own_budget(given[place])
         return tuple(given)
 
     return run

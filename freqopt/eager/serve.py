@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 from freqopt.capture.budgets import attribute_of
 from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import OwnOnly, names_of, running
-from freqopt.capture.repeated import in_backward
+from freqopt.capture.repeated import Pending, in_backward
 from freqopt.capture.under_way import arguments_by_name, frames_below
-from freqopt.eager.again import Trained, in_checkpoint
+from freqopt.eager.again import Again, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
 from freqopt.eager.calling import Call, Running, share_of, under_way
 from freqopt.eager.calls import Served, serve
-from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Forms, Look, Wanted
+from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
@@ -40,6 +40,7 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
 from freqopt.plan.identity import class_name_of
 from freqopt.regional import Attached
+from freqopt.selecting import own_budget
 from freqopt.telling.copies import tell_of_copy
 from freqopt.telling.said import warn
 
@@ -95,7 +96,7 @@ class Server:
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
-        self.trained = Trained(plan)
+        self.trained: Pending[Form] = Pending()
         self._is_told = False
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
@@ -130,13 +131,14 @@ class Server:
             look = Look(self.forms, form, self.names, args, kwargs)
         arguments = arguments_by_name(self.root, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
-            self.trained.note(form, arguments)
+            self.trained.note(form)
         under_way.stack.append((self, Call(arguments, form, look, frame=id(frame))))
 
     def begin_again(self) -> None:
         """A part of a call from before begins, in a backward pass."""
-        again = self.trained.again()
-        if again is not None:
+        forms = self.trained.again()
+        if forms:
+            again = Again(self.plan.model.class_name, forms)
             under_way.stack.append((self, Call({}, again.form, None, again)))
 
     def _drop_interrupted(self, frame: FrameType) -> None:
@@ -205,7 +207,7 @@ class Server:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
         lay = self._lay(call, place, asked)
         again = call.again
-        budget = share_of(place.budget if again is None else again.budget(place.site))
+        budget = share_of(place.budget if again is None else own_budget(place.budget))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
