@@ -6,7 +6,10 @@ ONNX's Squeeze all the same, which is an error there, so that no runtime loads t
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+from torch import fx
+
+from freqopt.passes.axes.dimensions import same
+from freqopt.passes.nodes import shape
 
 SQUEEZES = ("aten.squeeze.dim", "aten.squeeze.dims")
 
@@ -20,14 +23,12 @@ def drop_idle_squeezes(gm: fx.GraphModule) -> bool:
     for node in list(gm.graph.nodes):
         if str(node.target) not in SQUEEZES:
             continue
-        source = node.args[0]
-        example = source.meta.get("val") if isinstance(source, fx.Node) else None
-        if not isinstance(example, Tensor):
+        source, given = node.args[:2]
+        sizes = shape(source)
+        if not sizes:
             continue
-        given = node.args[1]
         dims = [given] if isinstance(given, int) else list(given)
-        kept = [dim for dim in dims if isinstance(example.shape[dim], int)]
-        kept = [dim for dim in kept if example.shape[dim] == 1]
+        kept = [dim for dim in dims if same(sizes[dim], 1)]
         if len(kept) == len(dims):
             continue
         found = True

@@ -48,10 +48,9 @@ class Telling:
     plan_of: the plan of a model, to whose lengths calls are held. sources: as in its layouts.
     """
 
-    def __init__(
-        self, teller: Teller, plan_of: Callable[[nn.Module], Plan | None], sources: Sources
-    ) -> None:
-        self.teller, self.plan_of, self.sources = teller, plan_of, sources
+    def __init__(self, teller: Teller, plan_of: Callable[[nn.Module], Plan | None]) -> None:
+        self.teller, self.plan_of = teller, plan_of
+        self.sources: Sources = teller.sources if isinstance(teller, BySizes) else ()
         self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
 
@@ -155,11 +154,8 @@ def told_by_model(
     if plan is None or arguments is None:
         return [], []
     sources = [k.sources for name in plan.sites for k in plan.known(name)]
-    found = []
-    for teller, layout in tellers(arguments, sources):
-        own = teller.sources if isinstance(teller, BySizes) else ()
-        found.append((Telling(teller, plan_of, own), layout))
-    return _added(gm, found)
+    told = tellers(arguments, sources)
+    return _added(gm, [(Telling(teller, plan_of), layout) for teller, layout in told])
 
 
 def model_before(part: nn.Module) -> nn.Module | None:
@@ -181,9 +177,8 @@ def _told_before(
     for teller, calls in _calls_before(part).items():
         told = _told_in(calls)
         if told is not None and all(told[1:4]):
-            own = teller.sources if isinstance(teller, BySizes) else ()
             layout = Layout(told[0], (told[1], told[2], told[3]), told[4])
-            found.append((Telling(teller, plan_of, own), layout))
+            found.append((Telling(teller, plan_of), layout))
     return found
 
 
@@ -203,6 +198,6 @@ def _added(
         numbers += [Number(telling, i, node) for i, node in enumerate(made)]
         before, t, h, w, after = (Value(node) for node in made)
         rows = layout.before + math.prod(layout.grid) + layout.after
-        own = telling.sources
-        found.append(Told(places[0], name, rows, *layout, (before, t, h, w), after, own))
+        numbers_there = (before, t, h, w)
+        found.append(Told(places[0], name, rows, *layout, numbers_there, after, telling.sources))
     return found, numbers
