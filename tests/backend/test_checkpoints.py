@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pieces_models import inputs_on as call
-from plans import plan_of
+from plans import plan_of, timed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,6 @@ from freqopt.backend import freqopt_backend
 from freqopt.capture.repeated import MOST_PENDING, Pending
 from freqopt.errors import InputError
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import Budget
 
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 WIDE, TALL = models.GRID, (3, 10, 6)
@@ -58,31 +57,12 @@ class Within(models.Attention):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class Timed(models.Video):
-    """A model whose calls are at a timestep, by which its plan has budgets."""
-
-    def forward(self, video: Tensor, text: Tensor, time: Tensor | None = None) -> Tensor:
-        return super().forward(video, text)
-
-
-def timed(plan: Plan) -> Plan:
-    """Budgets that differ much between two ranges of the timestep."""
-    sites = {
-        name: site.model_copy(
-            update={"budgets": [Budget(threshold=[each] * site.heads) for each in (5.0, 0.5)]}
-        )
-        for name, site in plan.sites.items()
-    }
-    update = {"sites": sites, "timestep_name": "time", "timestep_edges": [500.0]}
-    return plan.model_copy(update=update)
-
-
 def made(way: str, plan: Plan, place: str) -> Any:
     torch._dynamo.reset()
     freqopt.reset_counters()
     model = models.make()
     if plan.timestep_edges:
-        model.__class__ = Timed
+        model.__class__ = models.Timed
     if way == "attached":
         freqopt.attach(model, plan)
     options = LOUD if way == "attached" else {**LOUD, "plan": plan}

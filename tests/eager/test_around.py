@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pieces_models import inputs_on as call
-from plans import plan_of
+from plans import plan_of, timed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,6 @@ import freqopt
 from freqopt.capture import eager
 from freqopt.errors import InputError, SiteError
 from freqopt.plan.plan import Plan
-from freqopt.plan.records import Budget
 
 WIDE, TALL = models.GRID, (3, 10, 6)
 
@@ -39,14 +38,9 @@ class Around(nn.Module):
         return checkpoint(self.block, *given, use_reentrant=self.reentrant)
 
 
-class Timed(models.Video):
-    def forward(self, video: Tensor, text: Tensor, time: Tensor | None = None) -> Tensor:
-        return super().forward(video, text)
-
-
 def around(reentrant: bool, plan: Plan) -> models.Video:
     model = models.make()
-    model.__class__ = Timed
+    model.__class__ = models.Timed
     freqopt.optimize(model, plan, route="eager", strict=True)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = Around(block, reentrant)
@@ -61,25 +55,13 @@ def gradients(model: nn.Module, *several: dict[str, Tensor]) -> Tensor:
 
 def plain(plan: Plan, given: dict[str, Tensor]) -> Tensor:
     model = models.make()
-    model.__class__ = Timed
+    model.__class__ = models.Timed
     with freqopt.optimize(model, plan, route="eager", strict=True):
         return gradients(model, given)
 
 
 def far(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm())
-
-
-def timed(plan: Plan) -> Plan:
-    """Budgets that differ much between two ranges of the timestep."""
-    sites = {
-        name: site.model_copy(
-            update={"budgets": [Budget(threshold=[each] * site.heads) for each in (5.0, 0.5)]}
-        )
-        for name, site in plan.sites.items()
-    }
-    update = {"sites": sites, "timestep_name": "time", "timestep_edges": [500.0]}
-    return plan.model_copy(update=update)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

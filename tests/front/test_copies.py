@@ -9,6 +9,7 @@ from typing import Any
 import pieces_models as models
 import pytest
 import torch
+from model_cases import load_all
 from pipelines import far
 from plans import plan_of
 from torch import Tensor, nn
@@ -92,25 +93,10 @@ def test_they_are_optimized_as_any_other(route: str, plan: Plan) -> None:
 
 def test_processors_of_diffusers_have_their_backend(caplog: pytest.LogCaptureFixture) -> None:
     """The dispatcher of a copy would ask for a plan that is not there."""
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        rope_max_seq_len=32,
-    ).eval()
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 3, 12, 20),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 8, 16),
-        "return_dict": False,
-    }
+    model, inputs = load_all()["wan"].make((3, 6, 10), 1)
+    inputs["return_dict"] = False
     plan = plan_of(model, inputs, 1.0)
     with torch.no_grad():
         (dense,) = model(**inputs)

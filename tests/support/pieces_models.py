@@ -59,6 +59,13 @@ class Video(nn.Module):
         return self.head(x)
 
 
+class Timed(Video):
+    """The same, called at a timestep that it does not mind; a plan may have budgets by it."""
+
+    def forward(self, video: Tensor, text: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(video, text)
+
+
 def make(layers: int = 3) -> Video:
     torch.manual_seed(0)
     return Video(layers).eval()

@@ -24,6 +24,18 @@ from freqopt.plan.records import (
 )
 
 
+def timed(plan: Plan) -> Plan:
+    """Budgets that differ much between two ranges of the argument "time", at every site."""
+    sites = {
+        name: site.model_copy(
+            update={"budgets": [Budget(threshold=[each] * site.heads) for each in (5.0, 0.5)]}
+        )
+        for name, site in plan.sites.items()
+    }
+    update = {"sites": sites, "timestep_name": "time", "timestep_edges": [500.0]}
+    return plan.model_copy(update=update)
+
+
 class _Noting(Dense):
     """Dense attention; notes the grids that it is asked for."""
 
