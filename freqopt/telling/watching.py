@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 MOST_KEPT = 1024
 """Calls of a graph that wait to be counted, each with its probes' errors, (B, H) floats."""
+
+
+FIRST_LOOKS, BETWEEN_LOOKS = 16, 16
+"""Calls of a model on a GPU after each of which its timesteps are looked at, and calls from one
+look to the next after that."""
 
 
 class Peek:
@@ -135,7 +140,11 @@ class TimestepRange:
         if self.range is not None:  # the mean distance of its samples, as any step may be sampled
             count = plan.evidence.samples + plan.evidence.held_out
             self.margin = (self.range[1] - self.range[0]) / max(count - 1, 1) + 1e-6
+        if all(site.decision == "dense" for site in plan.sites.values()):
+            self.told = True  # what splits nothing is right at any step
         self._ends: Tensor | None = None
+        self._signs: Tensor | None = None
+        self._calls = 0
         self._peek = Peek()
 
     def note(self, times: Tensor | float) -> None:
@@ -148,21 +157,35 @@ class TimestepRange:
         if type(times) not in (Tensor, torch.nn.Parameter) or not times.numel():
             return
         with torch.no_grad():
-            low, high = times.detach().to(torch.float32).aminmax()
-            ends = torch.stack([low, high])
             if times.is_cuda:
-                ends = self._extremes(ends)
-            seen = self._peek(ends)
+                seen = self._seen_on_device(times.detach())
+            else:
+                seen = [float(end) for end in times.detach().to(torch.float32).aminmax()]
         if seen is not None:
-            self.judge(*seen.tolist())
+            self.judge(*seen)
 
-    def _extremes(self, ends: Tensor) -> Tensor:
-        if self._ends is None:
+    def _seen_on_device(self, times: Tensor) -> list[float] | None:
+        """The extremes of all calls until lately, where it is time to look at them.
+
+        A launch takes as long as a few lines of Python, and this runs at every call of a model: so
+        both extremes are one tensor, the lower with its sign turned, and are copied now and then.
+        """
+        if self._ends is None or self._signs is None or self._ends.device != times.device:
             with torch.inference_mode(False):
-                self._ends = ends.clone()
-        torch.minimum(self._ends[0], ends[0], out=self._ends[0])
-        torch.maximum(self._ends[1], ends[1], out=self._ends[1])
-        return self._ends
+                kind: dict[str, Any] = {"dtype": torch.float32, "device": times.device}
+                self._signs = torch.arange(-1, 2, 2, **kind)
+                self._ends = torch.full((2,), -math.inf, **kind)
+        flat = times.reshape(-1)
+        if len(flat) == 1:
+            ends = self._signs * flat
+        else:
+            ends = (self._signs[:, None] * flat).amax(1)
+        torch.fmax(self._ends, ends, out=self._ends)
+        self._calls += 1
+        if self._calls > FIRST_LOOKS and self._calls % BETWEEN_LOOKS:
+            return None
+        found = self._peek(self._ends)
+        return None if found is None else [-float(found[0]), float(found[1])]
 
     def judge(self, low: float, high: float) -> None:
         """Say once where timesteps are outside."""

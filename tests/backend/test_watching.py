@@ -1,13 +1,23 @@
-"""Sums of probe errors over calls of several sizes, and when they are looked at."""
+"""Probe errors of calls of several sizes, and timesteps: what is kept, and when it is looked at."""
 
 from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
+from small_plans import full_plan
 
+from freqopt.plan.plan import Plan
 from freqopt.telling.running import Graph
-from freqopt.telling.watching import MOST_KEPT, ProbeErrors, next_look
+from freqopt.telling.watching import (
+    BETWEEN_LOOKS,
+    FIRST_LOOKS,
+    MOST_KEPT,
+    ProbeErrors,
+    TimestepRange,
+    next_look,
+)
 
 
 def test_errors_of_several_batches_are_joined() -> None:
@@ -98,3 +108,46 @@ def test_looks_get_rarer() -> None:
         looks.append(next_look(looks[-1]))
     assert looks == [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64]
     assert next_look(6) == next_look(7) == 8
+
+
+def timed_plan(decision: str = "split") -> Plan:
+    """A plan for timesteps 0.2 to 0.8 whose one split site is split, or none."""
+    plan = full_plan()
+    assert {site.decision for site in plan.sites.values()} >= {"split"}
+    sites = plan.sites
+    if decision == "dense":
+        sites = {n: s.model_copy(update={"decision": "dense"}) for n, s in sites.items()}
+    timed = {"timestep_name": "time", "timestep_range": (0.2, 0.8), "sites": sites}
+    return plan.model_copy(update=timed)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_on_a_device_a_step_outside_is_seen_by_the_next_look(
+    batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, looks = TimestepRange(timed_plan()), []
+    monkeypatch.setattr(watched, "judge", lambda low, high: looks.append((low, high)))
+    inside, outside = torch.ones(batch).to(dtype), torch.full((batch,), 7).to(dtype)
+    outside[0] = -3
+    for call in range(FIRST_LOOKS + 3 * BETWEEN_LOOKS):
+        times = outside if call == FIRST_LOOKS + 2 else inside
+        seen = watched._seen_on_device(times)
+        if seen is not None:
+            watched.judge(*seen)
+    expected = (-3.0, 1.0 if batch == 1 else 7.0)
+    assert looks == [(1.0, 1.0)] * FIRST_LOOKS + [expected] * 3
+
+
+def test_a_step_that_is_no_number_hides_no_other() -> None:
+    watched = TimestepRange(timed_plan())
+    watched._seen_on_device(torch.tensor([0.5]))
+    assert watched._seen_on_device(torch.tensor([torch.nan])) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("decision", ["split", "dense"])
+def test_steps_of_a_plan_that_splits_nothing_are_not_watched(
+    decision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    TimestepRange(timed_plan(decision)).note(torch.tensor([5.0]))
+    assert ("its error was not verified there" in caplog.text) == (decision == "split")
