@@ -2,6 +2,7 @@
 
 At every length the budget is searched that gives the target error by the op's own probes; the
 error beside each time is then measured against exact attention of sampled queries, in the same run.
+Tokens are in the grid's order, and by content in chunks and all together.
 64 probes are few, and where density goes as error^-3 a tenth too much of error is a quarter too
 little of density: so the budget of the target error of the sampled queries is searched as well.
 The density an error needs is a property of the field, of which one has few large waves: so every
@@ -22,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import freqopt
+from benchmarks import orders
 from benchmarks.common import environment, graph_milliseconds, write
 from benchmarks.natural import natural_attention
+from benchmarks.orders import CHUNKS, Called, Ordering
 from benchmarks.tensors import Attention
 
 GRIDS = {
@@ -79,25 +81,17 @@ def sample_of(a: Attention, count: int = SAMPLED_QUERIES) -> Sample:
     return Sample(at, torch.stack(heads))
 
 
-def split_call(a: Attention, threshold: float) -> tuple[Tensor, Any]:
-    """The op's output and stats."""
-    found: tuple[Tensor, Any] = freqopt.split_attention(
-        a.query, a.key, a.value, grid=a.grid, threshold=threshold, return_stats=True
-    )
-    return found
-
-
 def threshold_for_error(
-    a: Attention, target: float, error_of: Callable[[Tensor, Any], float]
+    each: Ordering, a: Attention, target: float, error_of: Callable[[Called], float]
 ) -> float:
     """The largest budget whose error does not exceed the target, by bisection.
 
-    error_of: from the op's output and stats.
+    error_of: from what a call gives.
     """
     low, high = -4.0, 4.0
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        near = error_of(*split_call(a, 10.0**middle)) <= target
+        near = error_of(each.call(a, threshold=10.0**middle)) <= target
         low, high = (middle, high) if near else (low, middle)
     return 10.0**low
 
@@ -127,34 +121,36 @@ def extra_memory(call: Callable[[], object], device: torch.device, output: int) 
     return torch.cuda.max_memory_allocated() - before - output
 
 
-def measure_field(a: Attention, target: float) -> dict[str, Any] | None:
+def measure_field(
+    each: Ordering, a: Attention, sample: Sample, target: float
+) -> dict[str, Any] | None:
     """Budget, errors and time of one field at both targets, or None where it fails the gate."""
-    device, sample = a.query.device, sample_of(a)
+    device = a.query.device
 
     def at(threshold: float) -> dict[str, Any]:
-        out, stats = split_call(a, threshold)
-        l1, l2 = sample.errors(out)
+        called = each.call(a, threshold=threshold)
+        l1, l2 = sample.errors(called.out)
         return {
             "threshold": threshold,
-            "density": float(stats.density.mean()),
+            "density": float(called.density.mean()),
             "l1": l1,
             "l2": l2,
-            "probe_error": float(stats.probe_error.mean()),
+            "probe_error": float(called.probe_error.mean()),
         }
 
     def timed_at(threshold: float) -> float:
-        return timed(lambda: split_call(a, threshold), device)
+        return timed(lambda: each.call(a, threshold=threshold), device)
 
-    def by_probes(_out: Tensor, stats: Any) -> float:
-        return float(stats.probe_error.mean())
+    def by_probes(called: Called) -> float:
+        return float(called.probe_error.mean())
 
-    found = at(threshold_for_error(a, target, by_probes))
+    found = at(threshold_for_error(each, a, target, by_probes))
     if not found["l2"] <= GATE * target:
         tokens = a.query.shape[2]
-        print(f"{tokens:9,} tokens: FAILED its gate (relative L2 {found['l2']:.3g})")
+        print(f"{tokens:9,} tokens, {each.name}: FAILED its gate (relative L2 {found['l2']:.3g})")
         return None
     found["ms"] = timed_at(found["threshold"])
-    other = at(threshold_for_error(a, target, lambda out, stats: sample.errors(out)[1]))
+    other = at(threshold_for_error(each, a, target, lambda x: sample.errors(x.out)[1]))
     found["sampled"] = {**other, "ms": timed_at(other["threshold"])}
     return found
 
@@ -169,37 +165,54 @@ MEANS = ("density", "l1", "l2", "probe_error", "ms")
 
 
 def measure(
-    size: str, target: float, device: torch.device, heads: int, fields: int
-) -> dict[str, Any] | None:
-    """One row, or None where the error of one of its fields fails the gate."""
+    size: str, target: float, device: torch.device, heads: int, fields: int, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each order, but for those that fail the gate in one of the fields."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    found: list[dict[str, Any]] = []
-    same: dict[str, Any] = {}  # for all fields: what does not depend on the content
-    for seed in range(fields):
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    same: dict[str, dict[str, Any]] = {}  # by order, for all fields: what no content changes
+    dense_ms = math.nan
+    for seed in range(0, fields * heads, heads):
         a = natural_attention(
-            GRIDS[size], heads=heads, dim=HEAD_DIM, dtype=dtype, device=device, seed=seed * heads
+            GRIDS[size], heads=heads, dim=HEAD_DIM, dtype=dtype, device=device, seed=seed
         )
-        field = measure_field(a, target)
-        if field is None:
-            print("  no time reported")
-            return None
-        found.append({"seed": seed * heads, **field})
-        if not same:
-            same = content_free(a, field["threshold"])
+        if not seed:
+            dense_ms = timed(lambda a=a: F.scaled_dot_product_attention(*a[:3]), device)  # type: ignore[misc]
+        sample = sample_of(a)
+        for each in (each for each in orders.shared_orderings(a) if each.name in found):
+            field = measure_field(each, a, sample, target)
+            if field is None:
+                print("  no time reported")
+                del found[each.name]
+                continue
+            found[each.name].append({"seed": seed, **field})
+            if each.name not in same:
+                same[each.name] = memory_of(each, a, field["threshold"])
+    return [
+        row_of(size, name, {"dense_ms": dense_ms, **same[name]}, of_fields)
+        for name, of_fields in found.items()
+    ]
+
+
+def row_of(
+    size: str, name: str, same: dict[str, Any], fields: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The row of an order at a length."""
     row: dict[str, Any] = {
         "size": size,
-        "tokens": a.query.shape[2],
-        "grid": a.grid,
+        "order": name,
+        "tokens": math.prod(GRIDS[size]),
+        "grid": GRIDS[size],
         **same,
-        **{name: geometric_mean([f[name] for f in found]) for name in MEANS},
-        "sampled": {name: geometric_mean([f["sampled"][name] for f in found]) for name in MEANS},
-        "fields": found,
+        **{mean: geometric_mean([f[mean] for f in fields]) for mean in MEANS},
+        "sampled": {mean: geometric_mean([f["sampled"][mean] for f in fields]) for mean in MEANS},
+        "fields": fields,
     }
     extra = row["extra_per_key_value"]
     memory = "" if extra is None else f"  beside inputs {extra:.2f} x (K + V)"
     print(
-        f"{row['tokens']:9,} tokens  density {row['density']:6.3f}  L1 {row['l1']:.4f}  L2 "
-        f"{row['l2']:.4f}  probe {row['probe_error']:.4f}  {row['ms']:9.3f} ms  dense "
+        f"{row['tokens']:9,} tokens  {name:13}  density {row['density']:6.3f}  L1 {row['l1']:.4f}  "
+        f"L2 {row['l2']:.4f}  probe {row['probe_error']:.4f}  {row['ms']:9.3f} ms  dense "
         f"{row['dense_ms']:9.2f} ms  {row['dense_ms'] / row['ms']:5.2f}x{memory}  sampled: density "
         f"{row['sampled']['density']:.3f}, {row['sampled']['ms']:.3f} ms",
         flush=True,
@@ -207,14 +220,12 @@ def measure(
     return row
 
 
-def content_free(a: Attention, threshold: float) -> dict[str, Any]:
-    """Time of dense attention, and memory of a call beside its inputs and its output."""
-    device = a.query.device
+def memory_of(each: Ordering, a: Attention, threshold: float) -> dict[str, Any]:
+    """Memory of a call beside its inputs and its output."""
     bytes_out = a.query.numel() * a.query.element_size()
-    extra = extra_memory(lambda: split_call(a, threshold), device, bytes_out)
+    extra = extra_memory(lambda: each.call(a, threshold=threshold), a.query.device, bytes_out)
     key_value = 2 * a.key.numel() * a.key.element_size()
     return {
-        "dense_ms": timed(lambda: F.scaled_dot_product_attention(a.query, a.key, a.value), device),
         "extra_bytes": extra,
         "extra_per_key_value": None if extra is None else extra / key_value,
     }
@@ -240,6 +251,34 @@ def ends(tokens: list[int], times: list[float], least: int) -> float | None:
     return math.log(times[last] / times[first]) / math.log(tokens[last] / tokens[first])
 
 
+def growths(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By order, and of dense attention: exponents of time by all lengths and by the ends alone."""
+    found: dict[str, dict[str, float | None]] = {}
+    of_orders: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_orders.setdefault(row["order"], []).append(row)
+    for name, own in of_orders.items():
+        tokens = [row["tokens"] for row in own]
+        ms, sampled = [row["ms"] for row in own], [row["sampled"]["ms"] for row in own]
+        found[name] = _growth(tokens, ms) | {
+            f"sampled_{key}": value for key, value in _growth(tokens, sampled).items()
+        }
+    lengths = {row["tokens"]: row["dense_ms"] for row in rows}
+    found["dense"] = _growth(list(lengths), list(lengths.values()))
+    return found
+
+
+def _growth(tokens: list[int], times: list[float]) -> dict[str, float | None]:
+    return {
+        "all": growth(tokens, times, GROWTH_FROM),
+        "ends": ends(tokens, times, GROWTH_FROM),
+    }
+
+
+COLOURS = dict(zip(CHUNKS, ("#1f6feb", "#d1570a", "#2a8a3a"), strict=True))
+"""Of the orders."""
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time against length, both logarithmic, and density."""
     import matplotlib
@@ -249,12 +288,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     rows = result["rows"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    tokens = [r["tokens"] for r in rows]
-    for name, label, colour in (("dense_ms", "dense", "#888888"), ("ms", "split", "#1f6feb")):
-        left.loglog(tokens, [r[name] for r in rows], "o-", color=colour, label=label)
+    dense = {row["tokens"]: row["dense_ms"] for row in rows}
+    left.loglog(list(dense), list(dense.values()), "o-", color="#888888", label="dense")
+    for name, colour in COLOURS.items():
+        own = [row for row in rows if row["order"] == name]
+        if not own:
+            continue
+        tokens = [row["tokens"] for row in own]
+        split = [row["sampled"]["ms"] for row in own]
+        left.loglog(tokens, split, "o-", color=colour, label=f"split, {name}")
+        density = [100 * row["sampled"]["density"] for row in own]
+        right.semilogx(tokens, density, "o-", color=colour, label=name)
     left.set(xlabel="tokens", ylabel="ms", title=f"{result['heads']} head(s), head dim {HEAD_DIM}")
-    left.legend(frameon=False)
-    right.semilogx(tokens, [100 * r["density"] for r in rows], "o-", color="#1f6feb")
     right.set(
         xlabel="tokens",
         ylabel="density, %",
@@ -262,6 +307,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         title=f"at relative L2 error {result['target']:g}",
     )
     for ax in (left, right):
+        ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
     figure.tight_layout()
@@ -270,7 +316,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The documentation's table."""
+    """The documentation's tables: an order each, and how their times grow."""
     where, target = result["environment"], result["target"]
     heads = f"{result['heads']} head" + "s" * (result["heads"] > 1)
     fields = len(result["rows"][0]["fields"])
@@ -281,32 +327,42 @@ def table(result: dict[str, Any]) -> list[str]:
         "On the right is the call whose *error* is the target.",
         f"Figures are geometric means of {fields} fields.",
         "",
-        "| tokens | density | error | whole call | dense | against dense | beside Q, K, V, O | "
-        "density, call at that error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tokens | order | density | error | whole call | dense | against dense | "
+        "beside Q, K, V, O | density, call at that error |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         other = row["sampled"]
         memory = row["extra_per_key_value"]
         lines.append(
-            f"| {row['tokens']:,} | {100 * row['density']:.1f} % | {row['l2']:.4f} | "
-            f"{row['ms']:.2f} ms | {row['dense_ms']:.2f} ms | {row['dense_ms'] / row['ms']:.1f}x | "
+            f"| {row['tokens']:,} | {row['order']} | {100 * row['density']:.1f} % | "
+            f"{row['l2']:.4f} | {row['ms']:.2f} ms | {row['dense_ms']:.2f} ms | "
+            f"{row['dense_ms'] / row['ms']:.1f}x | "
             f"{'' if memory is None else f'{memory:.2f} x (K + V)'} | "
             f"{100 * other['density']:.1f} %, {other['ms']:.2f} ms |"
         )
-    if result["growth"] is not None:
-        exact = result["growth_sampled"]
-        lines += [
-            "",
-            f"From {result['growth_from']:,} tokens on time grows as "
-            f"tokens^**{result['growth']:.2f}**.",
-            f"At the target of the sampled queries it grows as tokens^**{exact:.2f}**, "
-            f"dense attention's as tokens^{result['dense_growth']:.2f}.",
-            "From the first to the last of these lengths alone the exponents are "
-            f"{result['ends']['growth']:.2f}, {result['ends']['growth_sampled']:.2f} and "
-            f"{result['ends']['dense_growth']:.2f}.",
-        ]
-    return lines
+    return [*lines, *_growth_table(result["growths"])]
+
+
+def _growth_table(growths: dict[str, dict[str, float | None]]) -> list[str]:
+    dense = growths["dense"]
+    if dense["all"] is None:
+        return []
+    lines = [
+        "",
+        f"Exponents p of time as tokens^p from {GROWTH_FROM:,} tokens on, by all lengths and, in "
+        "brackets, by the first and the last alone:",
+        "",
+        "| order | error by the probes | error of the queries |",
+        "|---|---|---|",
+    ]
+    for name, own in growths.items():
+        if name != "dense":
+            lines.append(
+                f"| {name} | {own['all']:.2f} ({own['ends']:.2f}) | "
+                f"**{own['sampled_all']:.2f}** ({own['sampled_ends']:.2f}) |"
+            )
+    return [*lines, f"| dense | {dense['all']:.2f} ({dense['ends']:.2f}) | |"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -318,31 +374,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fields", type=int, default=3, help="fields of each length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    parser.add_argument("--orders", nargs="+", default=list(CHUNKS), choices=CHUNKS)
     given = parser.parse_args(arguments)
-    device = torch.device(given.device)
-    found = [measure(size, given.target, device, given.heads, given.fields) for size in given.sizes]
-    rows = [row for row in found if row is not None]
-    tokens = [row["tokens"] for row in rows]
-    times = {
-        "growth": [row["ms"] for row in rows],
-        "growth_sampled": [row["sampled"]["ms"] for row in rows],
-        "dense_growth": [row["dense_ms"] for row in rows],
-    }
-    result = {
-        "environment": environment(),
-        "target": given.target,
-        "heads": given.heads,
-        "rows": rows,
-        "growth_from": GROWTH_FROM,
-        **{name: growth(tokens, found, GROWTH_FROM) for name, found in times.items()},
-        "ends": {name: ends(tokens, found, GROWTH_FROM) for name, found in times.items()},
-    }
-    if result["growth"] is not None:
-        print(
-            f"time grows as tokens^{result['growth']:.3f}, at the sampled error "
-            f"{result['growth_sampled']:.3f} (dense {result['dense_growth']:.3f}); from the first "
-            f"to the last alone {result['ends']}"
-        )
+    device, rows = torch.device(given.device), []
+    result: dict[str, Any] = {
+        "environment": environment(), "target": given.target, "heads": given.heads,
+        "rows": rows, "growths": {},
+    }  # fmt: skip
+    for size in given.sizes:
+        rows += measure(size, given.target, device, given.heads, given.fields, given.orders)
+        result["growths"] = growths(rows)
+        write("scaling", result, given.out)
+    print("\n".join(_growth_table(result["growths"])))
     path = write("scaling", result, given.out)
     if rows:
         plot(result, path.with_suffix(".png"))

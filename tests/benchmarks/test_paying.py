@@ -14,14 +14,40 @@ from benchmarks import paying
 
 def test_runs_of_a_size_stand_beside_one_another() -> None:
     row = {"tokens": 1_950, "attention_share": 0.21, "dense_ms": 4.0, "split_ms": 4.0}
-    row |= {"split": 0, "sites": 12, "error": 0.0}
-    faster = {**row, "split_ms": 2.0, "split": 9, "error": 0.03}
+    row |= {"split": 0, "sites": 12, "error": 0.0, "run": 0}
+    faster = {**row, "split_ms": 2.0, "split": 9, "error": 0.03, "run": 1}
     said = list(paying.rows({"rows": [row, {**faster, "tokens": 32_760}, faster]}))
     assert said[2] == (
         "| 1,950 | 21% | 4.00, 4.00 ms | 4.00, 2.00 ms | 1.00x, 2.00x | 0 of 12, 9 of 12 | "
         "0.0000, 0.0300 |"
     )
     assert said[3].startswith("| 32,760 | 21% | 4.00 ms | 2.00 ms | 2.00x | 9 of 12 |")
+
+
+def test_rows_of_an_earlier_run_are_kept_with_their_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"frames": 5, "height": 48, "width": 64, "run": 0}
+    other = {**row, "run": 1, "commit": "another"}
+    kept = {"environment": {"commit": "first"}, "target_error": 0.2, "rows": [row, other]}
+    (tmp_path / "paying.json").write_text(json.dumps(kept))
+    assert paying.earlier(tmp_path, 0.1)["rows"] == []
+    found = paying.earlier(tmp_path, 0.2)["rows"]
+    assert [each["commit"] for each in found] == ["first", "another"]
+    made: list[int] = []
+
+    def row_of(settings: object, run: int, target_error: float) -> dict[str, object]:
+        made.append(run)
+        return {"commit": "now", **row, "run": run, "tokens": 960, "attention_share": 0.5}
+
+    monkeypatch.setattr(paying, "row_of", row_of)
+    monkeypatch.setattr(paying, "rows", lambda result: [])
+    paying.main([
+        *("--device", "cpu", "--random-weights", "--sizes", "5x48x64", "--runs", "3"),
+        *("--target-error", "0.2", "--out", str(tmp_path)),
+    ])  # fmt: skip
+    after = json.loads((tmp_path / "paying.json").read_text())["rows"]
+    assert made == [2] and [each["commit"] for each in after] == ["first", "another", "now"]
 
 
 @pytest.mark.slow

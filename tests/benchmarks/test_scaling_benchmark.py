@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,11 +47,14 @@ def test_growth_is_the_exponent_of_a_power_law() -> None:
 def test_a_run_writes_rows_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    made = ["grid", "content all"]
     scaling.main(
-        ["--device", "cpu", "--sizes", "1K", "2K", "--fields", "2", "--out", str(tmp_path)]
-    )
+        ["--device", "cpu", "--sizes", "1K", "2K", "--fields", "2", "--out", str(tmp_path),
+         "--orders", *made]
+    )  # fmt: skip
     result = json.loads((tmp_path / "scaling.json").read_text())
-    assert [row["tokens"] for row in result["rows"]] == [1014, 2048]
+    rows = [(row["tokens"], row["order"]) for row in result["rows"]]
+    assert rows == [(tokens, order) for tokens in (1014, 2048) for order in made]
     assert all(row["l2"] < scaling.GATE * result["target"] for row in result["rows"])
     assert all(0.9 < row["sampled"]["l2"] / result["target"] <= 1 for row in result["rows"])
     for row in result["rows"]:
@@ -64,5 +68,22 @@ def test_a_row_that_fails_its_gate_reports_no_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scaling.Sample, "errors", lambda sample, out: (0.5, 0.5))
-    assert scaling.measure("1K", 0.06, torch.device("cpu"), 1, 1) is None
+    assert scaling.measure("1K", 0.06, torch.device("cpu"), 1, 1, ["grid"]) == []
     assert "FAILED its gate" in capsys.readouterr().out
+
+
+def test_each_order_has_an_exponent_of_its_own() -> None:
+    def row(tokens: int, order: str, power: float) -> dict[str, Any]:
+        ms = 3e-5 * tokens**power
+        return {"tokens": tokens, "order": order, "ms": ms, "sampled": {"ms": ms**1.1},
+                "dense_ms": 1e-6 * tokens**2}  # fmt: skip
+
+    lengths = (1_000, 70_000, 200_000, 900_000)
+    powers = {"grid": 1.6, "content all": 1.3}
+    found = scaling.growths([row(n, o, p) for n in lengths for o, p in powers.items()])
+    for order, power in powers.items():
+        assert found[order]["all"] == pytest.approx(power)
+        assert found[order]["ends"] == pytest.approx(power)
+        assert found[order]["sampled_all"] == pytest.approx(1.1 * power)
+    assert found["dense"]["all"] == pytest.approx(2)
+    assert "| content all | 1.30 (1.30) | **1.43** (1.43) |" in scaling._growth_table(found)
