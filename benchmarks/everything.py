@@ -72,6 +72,8 @@ JOBS = (
     Job("benchmarks.backward", ("backward",)),
     Job("benchmarks.roofline --sizes 75K", ("roofline",)),
     Job("benchmarks.scaling", ("scaling",)),
+    Job("benchmarks.launches", ("launches",)),
+    Job("benchmarks.paying", ("paying",)),
     Job("benchmarks.generations", ("generations",)),
     Job("benchmarks.generations --distilled", ("generations_distilled",), missing=without_adapter),
     Job("benchmarks.lora", ("lora",)),

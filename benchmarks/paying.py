@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,8 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
     found: dict[int, list[dict[str, Any]]] = {}
     for row in sorted(result["rows"], key=lambda row: (row["tokens"], row["run"])):
         found.setdefault(row["tokens"], []).append(row)
-    head = ["tokens", "attention, of dense", "dense", "split", "speed-up", "sites split", "error"]
+    head = ["tokens", "attention, of dense", "dense", "split", "speed-up", "sites split", "error",
+            "commit"]  # fmt: skip
     yield from table(head, [
         [
             f"{tokens:,}",
@@ -117,6 +118,7 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
             _all(f"{row['dense_ms'] / row['split_ms']:.2f}x" for row in each),
             _all(f"{row['split']} of {row['sites']}" for row in each),
             _all(f"{row['error']:.4f}" for row in each),
+            _all(dict.fromkeys(row.get("commit", "unknown") for row in each)),
         ]
         for tokens, each in found.items()
     ])  # fmt: skip
@@ -137,7 +139,7 @@ def earlier(folder: Path, target_error: float) -> dict[str, Any]:
     return {**result, "rows": [{"commit": commit, **row} for row in rows]}
 
 
-def _all(values: Iterator[str]) -> str:
+def _all(values: Iterable[str]) -> str:
     return ", ".join(values)
 
 

@@ -13,13 +13,16 @@ from benchmarks import (
     calibration_page,
     composition_page,
     large_page,
+    launches,
     lora,
     models,
     parallel_page,
+    paying,
     readme,
     roofline,
     scaling,
 )
+from benchmarks.orders import GRID
 from benchmarks.pages import RESULTS, load, origin, table
 
 FILES = "../../benchmarks/results"
@@ -149,11 +152,34 @@ def calls() -> Iterator[str]:
 
 def lengths() -> Iterator[str]:
     """From thousands of tokens to a million, at one error."""
-    result = load("scaling")
+    result, before = load("scaling"), load("scaling_4418b3f")
     yield "Fields have the statistics of natural video; all grids have the proportions 1:2:2."
     yield "What density an error needs differs between fields of one length by up to 1.7 times."
     yield from ("", origin(result), *scaling.table(result), "")
     yield f"![Time and density against length]({FILES}/scaling.png)"
+    rows = [{**row, "order": GRID} for row in before["rows"]]
+    yield from ("", "## Shorter and longer, in the grid's order", "")
+    yield from (origin(before), *scaling.table({**before, "rows": rows}))
+
+
+def launching() -> Iterator[str]:
+    """Calls whose launches are recorded, beside those found out anew."""
+    result = load("launches")
+    yield "The second call of a form is recorded, and from then on its launches are repeated"
+    yield "([why](../decisions/repeat.md))."
+    yield "*GPU alone* is a call's CUDA graph."
+    yield from ("", origin(result), "", *launches.tables(result))
+
+
+def whether_plans_pay() -> Iterator[str]:
+    """Plans for sizes at which attention is a small or a large part of the time."""
+    result = load("paying")
+    yield f"The zoo's model, calibrated for an error of {result['target_error']:g}:"
+    yield "at each size several times, on inputs of another seed each."
+    yield "A plan is never to be slower than dense, or is to split nothing."
+    yield "Where nothing is split both columns run the same kernels, and differ by what launching"
+    yield "them takes."
+    yield from ("", origin(result), "", *paying.rows(result))
 
 
 def calibration() -> Iterator[str]:
@@ -321,6 +347,20 @@ PAGES = (
         overhead,
     ),
     Page(
+        "launches",
+        "What launching costs",
+        "A call of the op launched kernel by kernel, and repeated",
+        ("launches",),
+        launching,
+    ),
+    Page(
+        "paying",
+        "Whether plans pay",
+        "A calibrated model against the dense one, both compiled, at several sizes",
+        ("paying",),
+        whether_plans_pay,
+    ),
+    Page(
         "calls",
         "Around the graph",
         "What a compiled model costs at each call beside its graph",
@@ -331,7 +371,7 @@ PAGES = (
         "lengths",
         "How time grows with the length",
         "Time, density and memory at one error",
-        ("scaling",),
+        ("scaling", "scaling_4418b3f"),
         lengths,
     ),
     Page(

@@ -285,6 +285,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     rows = result["rows"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
@@ -307,6 +308,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         title=f"at relative L2 error {result['target']:g}",
     )
     for ax in (left, right):
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"freqopt on {result['environment']['device']}", fontsize=10)
@@ -341,7 +343,7 @@ def table(result: dict[str, Any]) -> list[str]:
             f"{'' if memory is None else f'{memory:.2f} x (K + V)'} | "
             f"{100 * other['density']:.1f} %, {other['ms']:.2f} ms |"
         )
-    return [*lines, *_growth_table(result["growths"])]
+    return [*lines, *_growth_table(growths(result["rows"]))]
 
 
 def _growth_table(growths: dict[str, dict[str, float | None]]) -> list[str]:
@@ -350,8 +352,8 @@ def _growth_table(growths: dict[str, dict[str, float | None]]) -> list[str]:
         return []
     lines = [
         "",
-        f"Exponents p of time as tokens^p from {GROWTH_FROM:,} tokens on, by all lengths and, in "
-        "brackets, by the first and the last alone:",
+        f"Exponents p of time as tokens^p, from {GROWTH_FROM:,} tokens on.",
+        "In brackets: of the first and the last length alone.",
         "",
         "| order | error by the probes | error of the queries |",
         "|---|---|---|",
@@ -378,14 +380,12 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device, rows = torch.device(given.device), []
     result: dict[str, Any] = {
-        "environment": environment(), "target": given.target, "heads": given.heads,
-        "rows": rows, "growths": {},
+        "environment": environment(), "target": given.target, "heads": given.heads, "rows": rows,
     }  # fmt: skip
     for size in given.sizes:
         rows += measure(size, given.target, device, given.heads, given.fields, given.orders)
-        result["growths"] = growths(rows)
         write("scaling", result, given.out)
-    print("\n".join(_growth_table(result["growths"])))
+    print("\n".join(_growth_table(growths(rows))))
     path = write("scaling", result, given.out)
     if rows:
         plot(result, path.with_suffix(".png"))

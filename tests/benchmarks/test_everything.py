@@ -15,7 +15,13 @@ from benchmarks.everything import JOBS, Job
 from benchmarks.pages import RESULTS
 
 OF_OTHERS = {
-    *("attention_h100", "attention_dd5b6b5", "export_564acc8", "calibration_7dae3f7"),
+    *(
+        "attention_h100",
+        "attention_dd5b6b5",
+        "export_564acc8",
+        "calibration_7dae3f7",
+        "scaling_4418b3f",
+    ),
     *("parallel_2", "parallel_4", "parallel_4_262144"),
 }
 """Results of another GPU, of earlier commits, and of several GPUs, which `torchrun` measures."""

@@ -14,12 +14,12 @@ from benchmarks import paying
 
 def test_runs_of_a_size_stand_beside_one_another() -> None:
     row = {"tokens": 1_950, "attention_share": 0.21, "dense_ms": 4.0, "split_ms": 4.0}
-    row |= {"split": 0, "sites": 12, "error": 0.0, "run": 0}
+    row |= {"split": 0, "sites": 12, "error": 0.0, "run": 0, "commit": "a"}
     faster = {**row, "split_ms": 2.0, "split": 9, "error": 0.03, "run": 1}
     said = list(paying.rows({"rows": [row, {**faster, "tokens": 32_760}, faster]}))
     assert said[2] == (
         "| 1,950 | 21% | 4.00, 4.00 ms | 4.00, 2.00 ms | 1.00x, 2.00x | 0 of 12, 9 of 12 | "
-        "0.0000, 0.0300 |"
+        "0.0000, 0.0300 | a |"
     )
     assert said[3].startswith("| 32,760 | 21% | 4.00 ms | 2.00 ms | 2.00x | 9 of 12 |")
 
