@@ -364,7 +364,8 @@ def measure(bench: Bench, given: argparse.Namespace) -> None:
             found = getattr(bench, part)(grid, name)
             row[part] = joined(row.get(part) or {}, found)
             shown = {"environment": environment(), "model": bench.size._asdict()}
-            write("large", {**shown, "density": bench.density, "rows": rows}, bench.out)
+            by_length = dict(sorted(rows.items(), key=lambda item: int(item[1]["tokens"])))
+            write("large", {**shown, "density": bench.density, "rows": by_length}, bench.out)
             print(f"  {json.dumps(row[part])}", flush=True)
             if "stopped_s" in row[part]:
                 raise TimeUp

@@ -328,20 +328,21 @@ def table(result: dict[str, Any]) -> list[str]:
         f"*error* is that of {SAMPLED_QUERIES:,} queries.",
         "On the right is the call whose *error* is the target.",
         f"Figures are geometric means of {fields} fields.",
+        "*Memory* is what a call needs beside Q, K, V and its output, in sizes of K and V.",
         "",
-        "| tokens | order | density | error | whole call | dense | against dense | "
-        "beside Q, K, V, O | density, call at that error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tokens | order | density | error | whole call, ms | dense, ms | against dense | memory | "
+        "density at that error | call, ms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         other = row["sampled"]
         memory = row["extra_per_key_value"]
         lines.append(
             f"| {row['tokens']:,} | {row['order']} | {100 * row['density']:.1f} % | "
-            f"{row['l2']:.4f} | {row['ms']:.2f} ms | {row['dense_ms']:.2f} ms | "
+            f"{row['l2']:.4f} | {row['ms']:.2f} | {row['dense_ms']:.2f} | "
             f"{row['dense_ms'] / row['ms']:.1f}x | "
-            f"{'' if memory is None else f'{memory:.2f} x (K + V)'} | "
-            f"{100 * other['density']:.1f} %, {other['ms']:.2f} ms |"
+            f"{'' if memory is None else f'{memory:.2f}'} | "
+            f"{100 * other['density']:.1f} % | {other['ms']:.2f} |"
         )
     return [*lines, *_growth_table(growths(result["rows"]))]
 
