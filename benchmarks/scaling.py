@@ -330,8 +330,8 @@ def table(result: dict[str, Any]) -> list[str]:
         f"Figures are geometric means of {fields} fields.",
         "*Memory* is what a call needs beside Q, K, V and its output, in sizes of K and V.",
         "",
-        "| tokens | order | density | error | whole call, ms | dense, ms | against dense | memory | "
-        "density at that error | call, ms |",
+        "| tokens | order | density | error | whole call, ms | dense, ms | against dense | "
+        "memory | density at that error | call, ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
