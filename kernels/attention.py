@@ -109,7 +109,9 @@ def split_attention(
         query_grid, query_text_before, query_text_after: the same of queries that are other tokens
             than the keys.
         query_order: (B, H, Tq) integers, the order of queries that are other tokens.
-        key_mask: (B, Nk) bool, True = attend. Only text entries are read: video keys always count.
+        key_mask: (B, Nk) bool, True = attend. Only text may be left out: a mask that leaves out
+            other keys is refused, which waits for the device; a call that is traced or captured
+            must have passed it before.
         scale: factor of the logits; D**-0.5 if None.
         probes: queries per head attended exactly to unbias the split and to measure its error
             (0: none).
@@ -132,7 +134,8 @@ def split_attention(
         other = _layout(
             shapes, "query_", query_grid, query.shape[2], query_text_before, query_text_after
         )
-    _check_mask(key_mask, key)
+    if key_mask is not None:
+        _check_mask(key_mask, key, layout)
     heads = query.shape[1]
     if threshold is not None and density is not None:
         raise InputError("threshold and density were both given; pass one of them")
@@ -239,13 +242,32 @@ def _swapped(query: Tensor, key: Tensor) -> str:
     return ""
 
 
-def _check_mask(mask: Tensor | None, key: Tensor) -> None:
+def _check_mask(mask: Tensor, key: Tensor, layout: TokenLayout) -> None:
     shape = (key.shape[0], key.shape[2])
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+    if mask.dtype != torch.bool or mask.shape != shape:
         raise InputError(
             f"key_mask is {mask.dtype} of shape {tuple(mask.shape)}; bool of shape "
             f"{shape} (batch, tokens), True = attend, is supported"
         )
+    if _can_look(mask):
+        before = layout.text_before
+        out = ~mask[:, before : before + layout.tokens]
+        if bool(out.any()):
+            first = int(out.any(0).int().argmax()) + before
+            raise InputError(
+                f"key_mask leaves out {int(out.sum())} keys that are no text, the first at "
+                f"{first}; only text keys can be left out (text_before, text_after): others take "
+                "part in averages. Cut them off query, key and value, or declare them as text"
+            )
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether what is in a tensor can be read now: the call is neither traced nor captured."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _thresholds(
@@ -319,13 +341,16 @@ def _permutation(name: str, order: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     The check waits for the device, so a call that is traced or captured must have passed it before.
     """
-    if order.shape != shape or order.dtype.is_floating_point:
+    if order.shape != shape or order.dtype.is_floating_point or order.dtype.is_complex:
         raise InputError(
             f"{name} is {order.dtype} of shape {tuple(order.shape)}; integers of shape {shape} "
             "(batch, heads, tokens without text) are supported"
         )
-    capturing = order.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing:
+    if order.is_meta:
+        raise InputError(
+            f"{name} is on meta, where it has no numbers; give it on the device of query"
+        )
+    if _can_look(order):
         numbers = torch.arange(shape[-1], device=order.device)
         if not bool((order.sort(-1).values == numbers).all()):
             raise InputError(

@@ -99,7 +99,16 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     options |= some({}, {}, {"probes": 0}, {"probes": 1}, {"probes": -1}, {"probes": 10**6})
     options |= some({}, {}, {}, {"scale": NAN}, {"scale": 0.0}, {"scale": float("inf")})
     mask = torch.rand(batch, length, generator=generator) > 0.5
-    options |= some({}, {}, {"key_mask": mask}, {"key_mask": mask[:, 1:]}, {"key_mask": mask.int()})
+    of_text = mask.clone()
+    of_text[:, before : before + tokens] = True
+    options |= some(
+        {},
+        {},
+        {"key_mask": of_text},
+        {"key_mask": mask},
+        {"key_mask": of_text[:, 1:]},
+        {"key_mask": of_text.int()},
+    )
     options |= some(
         {},
         {},
@@ -131,10 +140,16 @@ def check(case: tuple[list[Tensor], dict[str, Any]]) -> bool:
     if options.get("return_lse"):
         assert found[1].shape == out.shape[:3] and not found[1].isnan().any()
     exact = isinstance(options.get("threshold"), float) and options["threshold"] == 0.0
-    if exact and options.get("key_mask") is None and out.numel():
+    if exact and out.numel():
         query, key, value = (x.float() for x in tensors)
+        mask = options.get("key_mask")
         wanted = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, scale=options.get("scale"), enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask[:, None, None],
+            scale=options.get("scale"),
+            enable_gqa=True,
         )
         assert relative(out.float(), wanted) < 2e-2
     return True

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import (
     CASES,
     Case,
@@ -19,6 +20,7 @@ from attention_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import freqopt
 from freqopt.errors import InputError
@@ -206,6 +208,12 @@ QKV = torch.randn(1, 2, 60, 16)
         ({"mid_band": torch.ones(2)}, "mid_band"),
         ({"probes": -1}, "probes"),
         ({"key_mask": torch.ones(1, 60)}, "key_mask"),
+        ({"key_mask": torch.arange(60)[None] < 57}, "leaves out 3 keys that are no text.*at 57"),
+        (
+            {"key_mask": torch.arange(60)[None] < 55, "grid": (5, 11, 1), "text_before": 5},
+            "leaves out 5 keys that are no text.*at 55",
+        ),
+        ({"order": torch.zeros(1, 2, 60, dtype=torch.int32, device="meta")}, "order is on meta"),
         (
             {
                 "key": QKV.expand(1, 2, 60, 16)[:, :1].repeat(1, 3, 1, 1),
@@ -220,6 +228,21 @@ def test_bad_input_is_refused_with_what_was_seen(change: dict, said: str) -> Non
     arguments = {"query": QKV, "key": QKV, "value": QKV, "grid": (3, 4, 5)} | change
     with pytest.raises(InputError, match=said):
         freqopt.split_attention(**arguments)
+
+
+def test_text_keys_may_be_left_out_also_under_vmap() -> None:
+    mask = torch.arange(60)[None] >= 7
+    query, key, value = torch.randn(3, 1, 2, 60, 16, generator=torch.Generator().manual_seed(0))
+
+    def attend(mask: Tensor) -> Tensor:
+        return freqopt.split_attention(
+            query, key, value, text_before=10, key_mask=mask, threshold=0.0
+        )
+
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+    torch.testing.assert_close(attend(mask), wanted, atol=1e-5, rtol=1e-5)
+    both = torch.vmap(attend)(torch.stack([mask, mask | True]))
+    torch.testing.assert_close(both[0], wanted, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
