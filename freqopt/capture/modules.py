@@ -45,6 +45,11 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return {id(module): plain_path(name) for name, module in model.named_modules()}
 
 
+def replaced_forwards(model: nn.Module) -> tuple[str, ...]:
+    """Names of modules whose forward was replaced on the instance, as by offloading or caches."""
+    return tuple(name for name, m in modules_of(model).items() if "forward" in m.__dict__)
+
+
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of a model by name. Of a wrapper and what it wraps, the wrapped one."""
     return {plain_path(name): module for name, module in model.named_modules()}

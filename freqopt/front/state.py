@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from freqopt.capture.modules import blocks_around, modules_of
+from freqopt.capture.modules import blocks_around, modules_of, replaced_forwards
 from freqopt.plan.plan import Plan, model_fingerprint
 
 Route = Literal["compile", "regional", "eager"]
@@ -44,7 +44,7 @@ def state_of(model: nn.Module, plan: Plan) -> State:
     """Look at a model that a plan is for."""
     modules = modules_of(model)
     return State(
-        replaced=tuple(name for name, m in modules.items() if "forward" in m.__dict__),
+        replaced=replaced_forwards(model),
         hooked=tuple(n for n, m in modules.items() if m._forward_hooks or m._forward_pre_hooks),
         compiled=tuple(n for n, m in modules.items() if m._compiled_call_impl is not None),
         spread=getattr(model, "_parallel_config", None) is not None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from freqopt.capture.modules import replaced_forwards
 from freqopt.options import Options, load_plan
 from freqopt.passes.decision import Decision
 from freqopt.plan.identity import shown_name
@@ -119,6 +120,8 @@ def _say(
 ) -> None:
     for cause in _breaks_since():
         known.add_break(cause)
+    if isinstance(model, nn.Module):
+        known.replaced = replaced_forwards(model)
     before, known.said = known.said.removeprefix(_pending), ""
     verdict = judge(name, known, plan, known.look(plan))
     known.said = verdict.line

@@ -33,9 +33,14 @@ SHOWN = 3
 
 TO_DO = {Reason.TOO_SHORT: "pass min_tokens=0 to split them all the same"}
 INSPECT = "freqopt.inspect(model, ...) says what was found and why"
-HOOKED = (
-    "a hook (offloading, casting, a step cache) cannot be traced: freqopt.attach(model, plan) and "
-    'compile the blocks, or freqopt.optimize(model, plan, route="eager")'
+AROUND_HOOKS = (
+    "freqopt.attach(model, plan) and compile the blocks, or "
+    'freqopt.optimize(model, plan, route="eager")'
+)
+HOOKED = f"a hook (offloading, casting, a step cache) cannot be traced: {AROUND_HOOKS}"
+REPLACED = (
+    "something (offloading, casting, a step cache) has replaced the forward of {0}, and "
+    f"torch.compile may run it as it is: {AROUND_HOOKS}"
 )
 DATA_DEPENDENT = (
     "set torch._dynamo.config.capture_dynamic_output_shape_ops = True, which keeps operators whose "
@@ -67,8 +72,9 @@ class Compiled:
     settings: of the last graph. graphs: all of them. served: names of sites that were split in a
     call. awaited: names of the plan's sites in the part that was compiled, None for all. breaks:
     (place, reason) where Dynamo left a graph, and whether a hook did it. limited: it has reached
-    its limit of recompilations of some function. grids: that tokens of split attention lie on,
-    where a graph is for one.
+    its limit of recompilations of some function. replaced: names of modules whose forward was
+    replaced on the instance. grids: that tokens of split attention lie on, where a graph is for
+    one.
     """
 
     settings: Options
@@ -77,6 +83,7 @@ class Compiled:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
     limited: bool = False
+    replaced: tuple[str, ...] = ()
     said: str = ""
     awaited: set[str] | None = None
     grids: set[Grid] = field(default_factory=set)
@@ -219,18 +226,21 @@ def _seen(outcome: Outcome | None) -> str:
 
 def _advice(left: Iterable[Outcome | None], known: Compiled) -> str:
     """What to do: about the graph breaks where there are some, else about the reasons."""
+    unseen = INSPECT
+    if known.replaced:
+        unseen = REPLACED.format(known.replaced[0] or "the model itself")
     if known.breaks:
         (where, reason), count = next(iter(known.breaks)), len(known.breaks)
         times = "once" if count == 1 else f"at {count} places"
         found = f"torch.compile left the graph {times} ({where}: {reason})"
         if any(reason.startswith("Dynamic shape operator") for _, reason in known.breaks):
             return f"{found}; {DATA_DEPENDENT}"
-        other = HOOKED if any(known.breaks.values()) else INSPECT
+        other = HOOKED if any(known.breaks.values()) else unseen
         return f"{found}; {LIMITED}, or: {other}" if known.limited else f"{found}; {other}"
     found_advice: dict[str, None] = dict.fromkeys([LIMITED] if known.limited else [])
     for outcome in left:
         if outcome is None:
-            found_advice[INSPECT] = None
+            found_advice[unseen] = None
             continue
         text: Text = outcome.why.reason.value
         advice = TO_DO.get(outcome.why.reason) or text.advice

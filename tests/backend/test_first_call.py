@@ -15,10 +15,11 @@ import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.kernels import chunked
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
+from freqopt.options import Options
 from freqopt.plan.plan import Plan, model_fingerprint
 from freqopt.plan.records import Budget, Evidence, ModelIdentity, SitePlan, Versions
 from freqopt.telling.attached import MANY_CALLS
-from freqopt.telling.verdict import HOOKED, LIMITED
+from freqopt.telling.verdict import HOOKED, LIMITED, REPLACED, Compiled, judge
 
 GRID = (3, 6, 10)
 TINY = VideoDiTConfig(width=32, layers=3, mlp_width=64, rope_axes=(4, 6, 6))
@@ -210,6 +211,22 @@ def test_hooks_are_not_told_to_be_fullgraph(heard: pytest.LogCaptureFixture) -> 
     model.blocks[1].register_forward_pre_hook(offload_hook)
     call(model, video(GRID), torch.tensor([5.0]), threshold=0.0, min_tokens=10_000)
     assert HOOKED in lines(heard)[0] and "fullgraph" not in lines(heard)[0]
+
+
+def test_a_forward_that_was_replaced_is_named(heard: pytest.LogCaptureFixture) -> None:
+    model = Timed()
+    block = model.blocks[1]
+    block.forward = torch.compiler.disable(block.forward)  # type: ignore[method-assign]
+    plan = plan_of(model, "blocks.0", "blocks.1")
+    call(model, video(GRID), torch.tensor([5.0]), plan=plan)
+    assert "1 of 2 planned sites split" in lines(heard)[0]
+    assert REPLACED.format("blocks.1") in lines(heard)[0]
+
+
+def test_of_code_that_is_known_not_to_be_traced_no_break_is_told() -> None:
+    known = Compiled(Options(), replaced=("", "blocks.1"))
+    told = judge("Timed", known, plan_of(Timed(), "blocks.0"), set())
+    assert not told.good and told.line.endswith(REPLACED.format("the model itself"))
 
 
 def test_a_failing_call_keeps_its_own_error(heard: pytest.LogCaptureFixture) -> None:
