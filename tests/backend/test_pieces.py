@@ -53,14 +53,22 @@ def is_close(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).norm() < 1e-5 * second.norm())
 
 
+@pytest.fixture(scope="module")
+def wholes(plan: Plan) -> dict[int, tuple[Tensor, Tensor]]:
+    """The outputs of `split_whole` by batch."""
+    return {batch: split_whole(plan, models.inputs(batch=batch)) for batch in (1, 2)}
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     "change", [models.breaking_linears, models.breaking_blocks, models.brought_in]
 )
 @pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
-def test_pieces_are_split_as_the_whole(change: Change, way: str, batch: int, plan: Plan) -> None:
+def test_pieces_are_split_as_the_whole(
+    change: Change, way: str, batch: int, plan: Plan, wholes: dict[int, tuple[Tensor, Tensor]]
+) -> None:
     inputs = models.inputs(batch=batch)
-    dense, expected = split_whole(plan, inputs)
+    dense, expected = wholes[batch]
     assert (expected - dense).norm() > 1e-3 * dense.norm()
     model = models.make()
     change(model)
@@ -77,16 +85,27 @@ def test_pieces_are_split_as_the_whole(change: Change, way: str, batch: int, pla
     assert freqopt.counters().split == LAYERS
 
 
+HEADS = (2, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def of_other_heads() -> tuple[Plan, Tensor]:
+    """A plan of layers of other numbers of heads, and the output of the model compiled whole."""
+    plan = plan_of(models.make_of_heads(*HEADS), models.inputs(), 1.0)
+    options = {**LOUD, "plan": plan}
+    whole = torch.compile(models.make_of_heads(*HEADS), backend=freqopt_backend, options=options)
+    return plan, ran(whole, models.inputs())
+
+
 @pytest.mark.parametrize("change", [models.breaking_linears, models.breaking_blocks])
 @pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
-def test_layers_of_other_numbers_of_heads_are_split_too(change: Change, way: str) -> None:
+def test_layers_of_other_numbers_of_heads_are_split_too(
+    change: Change, way: str, of_other_heads: tuple[Plan, Tensor]
+) -> None:
     """One graph may serve all numbers of heads, as symbols: a planned site compiles its own."""
-    heads, inputs = (2, 4, 1), models.inputs()
-    plan = plan_of(models.make_of_heads(*heads), inputs, 1.0)
-    options = {**LOUD, "plan": plan}
-    whole = torch.compile(models.make_of_heads(*heads), backend=freqopt_backend, options=options)
-    expected = ran(whole, inputs)
-    model = models.make_of_heads(*heads)
+    plan, expected = of_other_heads
+    options, inputs = {**LOUD, "plan": plan}, models.inputs()
+    model = models.make_of_heads(*HEADS)
     change(model)
     compiled: Any = model
     if way == "plan":

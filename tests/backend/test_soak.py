@@ -26,10 +26,10 @@ FLAT = 16 * 2**20
 """Bytes that a process may grow in hundreds of calls without a compiler, most of them at first."""
 
 
-def soaked(way: str) -> dict[str, int]:
+def soaked(way: str, calls: int = CALLS) -> dict[str, int]:
     """What the calls came to."""
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "soak.py"), str(CALLS), way],
+        [sys.executable, str(SUPPORT / "soak.py"), str(calls), way],
         capture_output=True,
         text=True,
         check=False,
@@ -37,7 +37,7 @@ def soaked(way: str) -> dict[str, int]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    assert found["wrong"] == 0 and found["interrupted"] == CALLS // 37
+    assert found["wrong"] == 0 and found["interrupted"] == calls // 37
     return found
 
 
@@ -52,7 +52,8 @@ def test_five_hundred_calls() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_five_hundred_calls_without_a_compiler() -> None:
-    found = soaked("uncompiled")
+@pytest.mark.parametrize("calls", [200, pytest.param(CALLS, marks=pytest.mark.slow)])
+def test_hundreds_of_calls_without_a_compiler(calls: int) -> None:
+    found = soaked("uncompiled", calls)
     assert found["split"] > 0 and found["graphs"] < running.KEPT + 16
     assert found["grown"] < FLAT

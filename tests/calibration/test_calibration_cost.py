@@ -492,6 +492,18 @@ def test_a_call_takes_no_less_than_launching_it(monkeypatch: pytest.MonkeyPatch)
     assert time_call(call, ladder, densities(call, ladder), 0, launches=True).dense_ms == 9.0
 
 
+@pytest.fixture
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs get as far as inductor, which would make C++ of them for half a minute."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx",
+        lambda gm, inputs, **options: aot_eager(gm, inputs),
+    )
+
+
+@pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize(
     "asked, bound, counted",
     [("auto", True, True), ("eager", False, False), ("graphs", True, False)],
@@ -512,11 +524,24 @@ def test_launches_count_where_the_gpu_waits_for_them(
     assert {site.decision for site in plan.sites.values()} == {"dense" if counted else "split"}
 
 
-@pytest.mark.parametrize("model_ms", [(100.0, 80.0), (100.0, 101.0)])
+@pytest.mark.parametrize(
+    ("model_ms", "code"),
+    [
+        ((100.0, 80.0), False),
+        ((100.0, 101.0), False),
+        pytest.param((100.0, 80.0), True, marks=pytest.mark.slow),
+        pytest.param((100.0, 101.0), True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_clock_that_compiles_times_the_compiled_model(
-    model_ms: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    model_ms: tuple[float, float],
+    code: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     SimulatedGpu(monkeypatch)
+    if not code:
+        request.getfixturevalue("no_code")
     outputs: list[list[torch.Tensor]] = []
 
     def compare(dense: Any, split: Any, team: Any) -> tuple[float, float]:

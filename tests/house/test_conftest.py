@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -34,7 +35,14 @@ def test_an_unwritten_output_is_nan() -> None:
     assert module.harmless is before and not allocates(before.__code__)
 
 
-@pytest.mark.parametrize("allocate", [torch.empty, torch.ones(3).new_empty])
+SPELLINGS = [torch.empty, torch.ones(3).new_empty, partial(torch.Tensor.new_empty, torch.ones(3))]
+OPERATORS = [
+    partial(torch.ops.aten.empty.memory_format, device="cpu"),
+    partial(torch.ops.aten.new_empty, torch.ones(3)),
+]
+
+
+@pytest.mark.parametrize("allocate", SPELLINGS + OPERATORS)
 def test_poison_reaches_every_spelling(allocate: object) -> None:
     assert callable(allocate)
     with Poison():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import importlib
 import json
 import os
@@ -23,6 +22,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from quick_compilers import prepare_compilers
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -101,9 +102,7 @@ def serve(modules: Sequence[str]) -> None:
     """Import modules, then run what each line of standard input asks for, and tell how it ended."""
     for name in modules:
         importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
+    prepare_compilers()
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def prepare_interpreter() -> None:
-    """Half of its time, and products of bfloat16, for the rest of this process."""
+    """A third of its time, and products of bfloat16, for the rest of this process."""
     _look_once_a_helper()
     _keep_types()
+    _compare_identities_first()
+    _compute_no_unused_conditions()
     _multiply_bfloat16()
 
 
@@ -39,7 +42,7 @@ def _keep_types() -> None:
 
     It makes and checks the type of every intermediate result, of which there are few.
     """
-    numbers, types = {}, {}
+    numbers, types, shapes = {}, {}, {}
     number_of = interpreter._get_np_dtype
     make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
 
@@ -54,6 +57,7 @@ def _keep_types() -> None:
         key = (element.name, *shape)
         if key not in types:
             make_type(made, element, shape)
+            made.shape = shapes.setdefault(key[1:], made.shape)
             types[key] = made.__dict__
         made.__dict__ = types[key]
 
@@ -67,6 +71,39 @@ def _keep_types() -> None:
 
     interpreter._get_np_dtype = number
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+
+
+def _compare_identities_first() -> None:
+    """Save a fifth of its time; results are the same.
+
+    Types and shapes, of which there is one each by `_keep_types`, are compared name by name and
+    number by number at every operation.
+    """
+    equal, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+
+    def same(kind: tl.dtype, other: Any) -> bool:
+        return kind is other or equal(kind, other)
+
+    def broadcast_others(semantic: TritonSemantic, left: Any, right: Any) -> Any:
+        if (
+            type(left.type) is type(right.type) is tl.block_type
+            and left.type.shape is right.type.shape
+        ):
+            return left, right
+        return broadcast(semantic, left, right)
+
+    tl.dtype.__eq__ = same
+    TritonSemantic.broadcast_impl_value = broadcast_others
+
+
+def _compute_no_unused_conditions() -> None:
+    """Save a fifth of its time; results are the same.
+
+    Every sum and product of integers is computed once more in 64 bits, for an assertion that is
+    made in Triton's debug mode only.
+    """
+    assert not interpreter.interpreter_builder.options.debug
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda semantic, *numbers: None
 
 
 def _multiply_bfloat16() -> None:

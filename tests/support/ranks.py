@@ -6,7 +6,6 @@ return, or how they failed, comes back from both.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -111,9 +110,10 @@ def _serve(rank: int, count: int, port: int, pipe: Connection, paths: list[str])
     )
     import torch
     import torch.distributed as dist
+    from quick_compilers import prepare_compilers
 
     torch.set_num_threads(1)
-    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
+    prepare_compilers()
     dist.init_process_group("gloo", rank=rank, world_size=count)
     while True:
         try:

@@ -5,6 +5,8 @@ Of wide heads it is most of the time, and shared memory is laid out before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from triton import knobs
@@ -15,15 +17,21 @@ from freqopt.kernels.variant import Variant
 
 def shared_by(given: Specialised, variant: Variant) -> int:
     """Bytes of shared memory of a kernel; errors as of `compile_specialised`."""
-    before, knobs.runtime.add_stages_inspection_hook = (
-        knobs.runtime.add_stages_inspection_hook,
-        _without_code,
-    )
-    try:
+    with only_memory():
         shared: int = compile_specialised(given, variant).metadata.shared
+    return shared
+
+
+@contextmanager
+def only_memory(wanted: bool = True) -> Iterator[None]:
+    """What is compiled inside has its shared memory and no code."""
+    before = knobs.runtime.add_stages_inspection_hook
+    if wanted:
+        knobs.runtime.add_stages_inspection_hook = _without_code
+    try:
+        yield
     finally:
         knobs.runtime.add_stages_inspection_hook = before
-    return shared
 
 
 def _without_code(*given: Any) -> tuple[str, str]:
