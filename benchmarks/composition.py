@@ -2,10 +2,12 @@
 
 A transformer of Wan 2.1 14B's size (`benchmarks.large`; random weights) takes consecutive steps of
 one trajectory, blocks compiled, dense and split, each alone and with diffusers' first-block cache,
-in CUDA graphs, and with linear layers in FP8 and INT8 (torchao): time of a step, and error of the
-outputs against the dense model's. The zoo's trained model makes a clip in the same ways: PSNR
-against the dense clip. What is not installed or fails is a row with the reason. Rows are written
-one by one, so that `--seconds` may end a run. `--small` fits a CPU.
+cache-dit, guidance by a second branch, in CUDA graphs, and with linear layers in FP8 and INT8
+(torchao); without a compiler alone and with diffusers' pyramid attention broadcast. Measured are
+the time of a step, and the error of the outputs against the dense model's, of guided ones against
+its guided ones. The zoo's trained model makes a clip in some of these ways: PSNR against the dense
+clip. What is not installed or fails is a row with the reason. Rows are written one by one, so that
+`--seconds` may end a run. `--small` fits a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import gc
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +30,7 @@ from benchmarks import composition_ways as ways
 from benchmarks import generations, large
 from benchmarks.common import environment, write
 from benchmarks.natural import natural_field
+from benchmarks.uniform import uniform_plan
 from freqopt.config import DEFAULT_PROBES
 from freqopt.kernels.op import split_attention_op
 from freqopt.models_zoo.video_dit import load_pretrained
@@ -188,17 +191,36 @@ class Bench:
             raise ways.Absent("CUDA graphs need a GPU")
         computed: list[bool] = []
         freqopt.reset_counters()
-        with ways.compiled(model, ways.how_to_compile(split, addition)):
-            caching: AbstractContextManager[None] = nullcontext()
-            if addition == ways.CACHE:
-                caching = ways.cached(model, self.given.cache_threshold, computed)
-            with caching:
-                outputs, row = self.steps(model, calls, computed)
+        if addition == ways.GUIDANCE:
+            calls = ways.Guided.of(calls).calls
+        with ExitStack() as around:
+            if addition not in ways.NOT_COMPILED:
+                around.enter_context(ways.compiled(model, ways.how_to_compile(split, addition)))
+            elif split is not None:
+                plan = uniform_plan(model, calls[0], split["threshold"], split["grid"])
+                around.enter_context(freqopt.optimize(model, plan, route="eager"))
+            around.enter_context(self.caching(model, calls, addition, computed))
+            outputs, row = self.steps(model, calls, computed)
         if split is not None and not freqopt.counters().split:
             raise RuntimeError("nothing was split")
+        if addition == ways.GUIDANCE:
+            outputs = [ways.Guided.joined(output) for output in outputs]
         if computed:
             row["computed"] = sum(computed) / len(computed)
         return outputs, row
+
+    def caching(
+        self, model: nn.Module, calls: list[dict[str, Any]], addition: str, computed: list[bool]
+    ) -> AbstractContextManager[None]:
+        """The cache that an addition is, if it is one."""
+        if addition == ways.CACHE:
+            return ways.cached(model, self.given.cache_threshold, computed)
+        if addition == ways.CACHE_DIT:
+            threshold = self.given.cache_threshold
+            return ways.cached_by_cache_dit(model, threshold, len(calls), computed)
+        if addition == ways.BROADCAST:
+            return ways.broadcast(model, lambda: 1000 * FIRST_LEVEL, computed)
+        return nullcontext()
 
     def large(self) -> None:
         """The rows of the large model. The dense one alone comes first: it is the truth."""
@@ -212,10 +234,14 @@ class Bench:
         split = {"threshold": threshold, "grid": grid, "min_tokens": 0}
         truth, row = self.row(model, calls, None, ways.NOTHING)
         self.keep("rows", {"attention": "dense", "with": ways.NOTHING, **row, "error": 0.0})
+        guided: list[Tensor] = []
 
         def measure(how: dict[str, Any] | None, addition: str) -> dict[str, Any]:
             outputs, row = self.row(model, calls, how, addition)
-            return {**row, "error": error_of(outputs, truth)}
+            if addition == ways.GUIDANCE and how is None:
+                guided[:] = outputs
+            reference = guided if addition == ways.GUIDANCE else truth
+            return {**row, "error": error_of(outputs, reference)}
 
         for addition in self.additions:
             refused: dict[str, Any] = {}
@@ -232,7 +258,7 @@ class Bench:
                 self.keep("rows", {"attention": name, "with": addition, **found})
 
     def zoo(self) -> None:
-        """The rows of the zoo's model: whole clips. CUDA graphs change no clip and are left out."""
+        """The rows of the zoo's model: whole clips. What is of steps only is left out."""
         given, (t, h, w) = self.given, self.given.zoo_grid
         size = {
             "frames": t,
@@ -259,7 +285,7 @@ class Bench:
 
         for addition in self.additions:
             refused: dict[str, Any] = {}
-            if addition == ways.GRAPHS:
+            if addition in ways.OF_STEPS:
                 continue
             if addition in ways.QUANTISED:
                 model = load_pretrained(device=self.device, dtype=self.dtype)

@@ -26,7 +26,7 @@ def body(result: dict[str, Any]) -> Iterator[str]:
     yield f"*PSNR* is of a clip by the zoo's trained model in {settings['zoo_steps']} steps,"
     yield f"against its dense clip; the split has {settings['density']:.0%} of its pairs exact."
     yield f"The cache's threshold is {settings['cache_threshold']:g};"
-    yield "in brackets stands the share of steps that ran all blocks."
+    yield "in brackets stands the share of steps that ran all blocks, or of attention computed."
     yield from ("", *rows(result))
     reasons = dict.fromkeys(
         f"- {row['with']}, {row['attention']}: {row.get('absent') or row['failed']}"

@@ -109,11 +109,23 @@ def test_eager_rows_of_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     large_rows, zoo = (
         {(r["attention"], r["with"]): r for r in result[part]} for part in ("rows", "zoo")
     )
-    assert len(large_rows) == 10 and len(zoo) == 7
+    assert len(large_rows) == 18 and len(zoo) == 7
     assert 0.3 < result["density"] < 0.9 and result["tokens"] == 240
     assert 0 < large_rows["split", ways.NOTHING]["error"] < 0.1
     assert large_rows["dense", ways.CACHE]["computed"] == pytest.approx(1 / 3)
     assert zoo["split", ways.CACHE]["computed"] <= 1 and zoo["split", ways.CACHE]["psnr_db"] > 15
+    for addition in (ways.EAGER, ways.GUIDANCE, ways.BROADCAST):
+        dense, split = (large_rows[name, addition] for name in ("dense", "split"))
+        assert dense["error"] < split["error"] < 0.2, addition
+    assert large_rows["dense", ways.GUIDANCE]["error"] == 0
+    assert large_rows["dense", ways.EAGER]["error"] < 1e-5
+    # Of three calls the broadcast computes the first and the third, in cross-attention as well.
+    assert large_rows["split", ways.BROADCAST]["computed"] < 1
+    cached = large_rows["split", ways.CACHE_DIT]
+    if importlib.util.find_spec("cache_dit") is None:
+        assert "pip install cache-dit" in cached["absent"]
+    else:
+        assert cached["computed"] == pytest.approx(1 / 3) and cached["error"] < 0.2
     assert large_rows["split", ways.GRAPHS] == {
         "attention": "split",
         "with": ways.GRAPHS,
