@@ -107,7 +107,7 @@ def _classify(
         if came_ready_made(attention.key):
             return kind, Layout(), Reason.CACHE()
         return kind, Layout(), Reason.CROSS()
-    slices = [atom for batch in query[:-3] for atom in split_batch(batch)]
+    slices = [atom for batch in query[:-3] for atom in split_batch(batch, tokens)]
     if slices:
         axes = " x ".join(str(atom.size) for atom in slices)
         return "other", Layout(), Reason.SLICES(axes=axes)

@@ -6,8 +6,6 @@ nobody knows, the inputs of the projections behind q and k are compared, in-plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import networkx as nx
 import torch
 from torch import fx
@@ -166,8 +164,19 @@ def _makes_tensors(node: fx.Node) -> bool:
     return isinstance(found, (tuple, list))
 
 
-def split_batch(batch: Axis) -> Iterator[Atom]:
-    """Atoms of a batch axis that are axes of the video: attention within frames, or windows."""
-    for atom in atoms_of(batch):
-        if atom.origin == "data" and atom.root[1] != 0 and not same(atom.size, 1):
-            yield atom
+def split_batch(batch: Axis, tokens: Axis) -> list[Atom]:
+    """Atoms of a batch axis that are axes of the video: attention within frames, or windows.
+
+    The first axis of an input is its batch, and the second where tokens come first, (N, B, C): all
+    of the first axis are then in the sequence, and none of another one of that input.
+    """
+    wide = [a for a in atoms_of(batch) if a.origin == "data" and not same(a.size, 1)]
+    split = [atom for atom in wide if atom.root[1] != 0]
+    first = all(atom.root[1] == 1 and _comes_first(atom.root[0], tokens) for atom in wide)
+    return [] if first else split
+
+
+def _comes_first(name: str, tokens: Axis) -> bool:
+    """Whether the tokens that are of an input are whole first axes of it."""
+    own = [atom for atom in atoms_of(tokens) if atom.root[0] == name]
+    return bool(own) and all(atom.root[1] == 0 and atom.parent is None for atom in own)

@@ -25,6 +25,7 @@ OFTEN = [
     ("cogvideox", "lora_blocks"),
     ("hunyuan", "offload_blocks"),
     ("flux", "blocks"),
+    ("ernie", "blocks"),
     ("mochi", "cast_eager"),
     ("ltx2", "offload_eager"),
     ("ltx", "blocks"),

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from passes_toys import WIDTH, Attention
+from passes_toys import WIDTH, Attention, sites_of
 from torch import Tensor, fx, nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
+from freqopt.passes.reasons import Reason
 
 GRID = (5, 7, 9)
 
@@ -98,3 +99,51 @@ def test_several_grids_serve_several_resolutions() -> None:
             torch.testing.assert_close(run(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
         assert graphs.split[-1] == split
     assert len(graphs.split) == 3
+
+
+class TokensFirst(nn.Module):
+    """A layer whose tokens come first, (N, B, C), as in Megatron; with text, and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, tokens: Tensor, text: Tensor, table: Tensor | None = None) -> Tensor:
+        x = torch.cat([tokens, text]).permute(1, 0, 2)
+        return self.attention(x if table is None else x * table).permute(1, 0, 2)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_tokens_that_come_first_have_their_batch_behind_them(table: bool) -> None:
+    """The second axis of such an input is no axis of the video."""
+    model, graphs = TokensFirst(), Graphs()
+    run = compiled(model, graphs, strict=True)
+    inputs = [torch.randn(5 * 7 * 9, 2, WIDTH), torch.randn(7, 2, WIDTH)]
+    inputs += [torch.rand(2, 5 * 7 * 9 + 7, WIDTH)] if table else []
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    assert graphs.split == [1]
+
+
+OVER_FRAMES = {
+    "a video": ((5, 7, 9), lambda x: x.movedim(0, 2).flatten(0, 1), Reason.SLICES),
+    "a batch in front": ((2, 5, 63), lambda x: x.transpose(1, 2).flatten(0, 1), Reason.SLICES),
+    "a batch folded in": (
+        (10, 63),
+        lambda x: x.unflatten(0, (2, 5)).transpose(1, 2).flatten(0, 1),
+        Reason.SLICES,
+    ),
+    "packed frames": ((5, 63), lambda x: x.transpose(0, 1), Reason.GRID_MISFIT),
+}
+"""Shapes of inputs before their channels, how they become (batch, frames, channels), and why that
+is dense."""
+
+
+@pytest.mark.parametrize("name", OVER_FRAMES)
+def test_attention_in_time_is_none_of_tokens_that_come_first(name: str) -> None:
+    """Frames come first there too, or behind a batch; the patches behind them are no batch."""
+    sizes, ordered, reason = OVER_FRAMES[name]
+    attention = Attention()
+    (site,) = sites_of(lambda x: attention(ordered(x)), torch.randn(*sizes, WIDTH), grid=GRID)
+    assert not site.eligible
+    assert site.why.reason == reason, site.reason
