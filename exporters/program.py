@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import freqopt.kernels.op  # noqa: F401  registers the operator
+from freqopt.capture.looking import looking
 from freqopt.capture.one_call import GivenCall
 from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES
 from freqopt.decisions import decide, grids_of
@@ -163,7 +164,7 @@ def _export(
     dynamic_shapes: Any,
 ) -> torch.export.ExportedProgram:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), looking():  # what serves the model has no part in it
             return torch.export.export(
                 module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )

@@ -167,9 +167,10 @@ def mark_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a module with budgets: in a graph, marks a tensor that it is called with.
 
-    One function for all layers: one for each would be another guard for each.
+    One function for all layers: one for each would be another guard for each. What is exported is a
+    program of its own, where nothing would read the marks.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return None
     from freqopt.kernels.mark import first_tensor, mark, with_item
 

@@ -174,7 +174,8 @@ class Reason(Enum):
     )
 
     TRANSFORMED = Text(
-        "it is called inside a transform of torch.func (vmap, grad), which is not followed there",
+        "it is called inside torch.jit.trace or a transform of torch.func (vmap, grad), which is "
+        "not followed there",
         "call the model without, or compile it",
     )
     CHECKPOINT_INSIDE = Text(

@@ -300,8 +300,10 @@ class _Serving(TorchFunctionMode):
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of torch.func is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func, or torch.jit.trace, is under way."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(torch._C._get_tracing_state())
 
 
 def _server_of(module: nn.Module) -> Server | None:

@@ -21,6 +21,7 @@ from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
 from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
+from freqopt.telling.copies import is_copy
 from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
@@ -166,7 +167,7 @@ class Watch:
             times = named_arguments(forward_signature(model), args, kwargs).get(self.range.name)
             if isinstance(times, (Tensor, int, float)):
                 self.range.note(times)
-        if outermost_call() is not None:  # it is told when that is over
+        if outermost_call() is not None or is_copy(model):  # told when that is over; told already
             return
         if not self.whole:
             self._say(self.served())

@@ -64,11 +64,14 @@ def expect_no_more(model: nn.Module) -> None:
 def is_traced() -> bool:
     """To be called where a hook of a model is compiled; Dynamo then runs it, once a compilation.
 
-    Always true. At the end of the call it is told if none of its graphs came to our backend: of the
-    models among the modules of what was called, of all where that is not known.
+    At the end of the call it is told if none of its graphs came to our backend: of the models among
+    the modules of what was called, of all where that is not known. Of an export it is told at once.
+
+    Returns whether what is traced will run as this model; what is exported is a program of its own.
     """
+    exporting: bool = torch.compiler.is_exporting()
     if is_looking():
-        return True
+        return not exporting
     call, before = outermost_call(), _own.graphs
 
     def end() -> None:
@@ -80,6 +83,14 @@ def is_traced() -> bool:
             if inside is None or model in inside:
                 tell(model)
 
-    if call is not None:
+    if exporting:
+        end()
+    elif call is not None:
         call.at_end(end)
-    return True
+    return not exporting
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_expected() -> bool:
+    """Whether another backend's graphs of some model are told of, so that they may be dense."""
+    return bool(_expected)

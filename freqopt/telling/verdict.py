@@ -50,6 +50,10 @@ OTHER_BACKEND = (
     "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
     "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
 )
+EXPORTED = (
+    "torch.export takes the model as it is without freqopt: freqopt.export_onnx(model, ..., plan=) "
+    "exports the split, and handle.disable() before torch.export says that dense is meant"
+)
 LIMITED = (
     "torch.compile stopped at its limit of recompilations and ran the rest as it is: raise "
     "torch._dynamo.config.recompile_limit"
@@ -186,9 +190,10 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
 
 
 def by_another_backend(name: str, plan: Plan) -> Verdict:
-    """That of a model that another backend compiled as a whole."""
+    """That of a model that another backend compiled as a whole, or that is exported."""
     verdict = judge(name, Compiled(Options()), plan, set())
-    return Verdict(verdict.line.replace(INSPECT, OTHER_BACKEND), verdict.good)
+    why = EXPORTED if torch.compiler.is_exporting() else OTHER_BACKEND
+    return Verdict(verdict.line.replace(INSPECT, why), verdict.good)
 
 
 def _by_plan(outcomes: Mapping[str, Outcome], plan: Plan) -> dict[str, Outcome]:
