@@ -118,20 +118,26 @@ def make_program(
     program = Program(exported)
     graph = exported.module()
 
+    names: dict[str, str] = {}  # a wrapper's sites have the plan's names, by which budgets change
+
     def decide_here(sites: Sequence[Site]) -> list[Decision]:
+        if plan is not None:
+            names.update(plan.names_of([site.name for site in sites]))
         # An exported file runs anywhere, its function bodies for any head_dim.
         found = decide(settings, sites, device=torch.device("cpu"))
         return [_for_export(decision, graph, probes) for decision in found]
 
     def put(gm: fx.GraphModule, decision: Decision) -> None:
-        program.split[decision.site.name] = _split(gm, decision)
+        name = names.get(decision.site.name, decision.site.name)
+        program.split[name] = _split(gm, decision, name)
 
     grids, known = grids_of(settings), Model()
     if plan is not None and dynamic_shapes is None:
         grids, known = _fixed(settings, plan, graph, GivenCall(model, args, kwargs or {}))
     for decision in rewrite(graph, decide_here, put, grids, model=known).decisions:
         if not decision.split:
-            program.dense[decision.site.name] = decision.reason
+            name = names.get(decision.site.name, decision.site.name)
+            program.dense[name] = decision.reason
     if plan is not None:
         _check_plan_used(plan, program)
     is_changed = drop_idle_squeezes(graph)
@@ -149,7 +155,8 @@ def _fixed(
     """Grids and layouts where all extents are those of a call: it tells them, and the plan does."""
 
     def known(name: str) -> Sequence[Known]:
-        return plan.known(name) if name in plan.sites else ()
+        planned = plan.names_of([name]).get(name)
+        return () if planned is None else plan.known(planned)
 
     layouts = (layout for name in plan.sites for layout in plan.known(name))
     grids = grids_of(settings, call.tells(graph, layouts))
@@ -205,16 +212,16 @@ def _for_export(decision: Decision, graph: fx.GraphModule, probes: int) -> Decis
     return replace(decision, budget=budget, timestep=None, probes=probes)
 
 
-def _split(graph: fx.GraphModule, decision: Decision) -> SplitSite:
+def _split(graph: fx.GraphModule, decision: Decision, name: str) -> SplitSite:
     call, site = split_as_decided(graph, decision).call, decision.site
-    name = BUDGET_PREFIX + site.name
-    _name_buffer(graph, call, THRESHOLD, name)
+    budget = BUDGET_PREFIX + name
+    _name_buffer(graph, call, THRESHOLD, budget)
     chunks = None
     if decision.largest_chunk:
-        chunks = CHUNKS_PREFIX + site.name
+        chunks = CHUNKS_PREFIX + name
         _name_buffer(graph, call, CHUNKS, chunks)
     return SplitSite(
-        budget=name,
+        budget=budget,
         heads=site.heads,
         kv_heads=site.kv_heads,
         head_dim=site.head_dim,

@@ -113,6 +113,15 @@ def test_the_file_does_what_the_new_plan_says(artifact: Artifact) -> None:
     onnx.checker.check_model(str(changed.model_path))
 
 
+def test_sites_in_a_wrapper_have_the_plans_names() -> None:
+    """By which another plan for the file finds them."""
+    model, inputs = small()
+    program = make_program(nn.DataParallel(model), inputs, plan=plan_for(model, SPLIT, DENSE))
+    assert list(program.split) == [SITES[0]] and SITES[1] in program.dense
+    buffers = dict(program.exported.named_buffers())
+    assert any(name.endswith(SITES[0]) and "module" not in name for name in buffers)
+
+
 def test_a_dense_site_of_the_file_stays_dense(tmp_path: Path) -> None:
     model, args = small()
     program = make_program(model, args, plan=plan_for(model, SPLIT, DENSE))
