@@ -160,7 +160,7 @@ def test_transforms_of_functions_are_dense_and_told(transform: Any, plan: Plan) 
     with freqopt.optimize(model, plan, route="eager"):
         assert far(transform(run)(argument), dense) < 1e-6
         assert far(run(videos[0]), plain) > 1e-5  # and split where there is no transform
-    told = pytest.raises(SiteError, match=r"inside a transform of torch\.func")
+    told = pytest.raises(SiteError, match=r"inside torch\.jit\.trace or a transform of torch\.func")
     with freqopt.optimize(model, plan, route="eager", strict=True), told:
         transform(run)(argument)
 
