@@ -186,6 +186,53 @@ def test_weights_in_a_file_that_is_not_listed(tmp_path: Path, inside: str) -> No
         assert run_artifact(folder, VIDEO, provider="cpu").outputs["y"].tolist() == [1.0, 1.0]
 
 
+def external(*locations: str) -> Any:
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2])
+    weight.data_location = TensorProto.EXTERNAL
+    for location in locations:
+        weight.external_data.add(key="location", value=location)
+    return weight
+
+
+@pytest.mark.parametrize(
+    "locations", [("listed.bin", "secret.bin"), ("secret.bin", "listed.bin"), ()]
+)
+def test_every_place_of_weights_counts(tmp_path: Path, locations: tuple[str, ...]) -> None:
+    """Some versions of onnxruntime take the last of several."""
+    folder = write_folder(tmp_path / "a").path
+    for name in ("listed.bin", "secret.bin"):
+        (folder / name).write_bytes(bytes(8))
+    save_model(folder, external(*locations))
+    list_file(folder, "model.onnx")
+    list_file(folder, "listed.bin")
+    with pytest.raises(ArtifactError, match=r"'(secret\.bin)?', which is not among"):
+        run_artifact(folder, VIDEO, provider="cpu")
+
+
+def test_an_address_in_memory_is_no_file(tmp_path: Path) -> None:
+    folder, name = write_folder(tmp_path / "a").path, "*/_ORT_MEM_ADDR_/*"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(bytes(8))
+    save_model(folder, external(name))
+    list_file(folder, "model.onnx")
+    list_file(folder, name)
+    with pytest.raises(ArtifactError, match="_ORT_MEM_ADDR_"):
+        run_artifact(folder, VIDEO, provider="cpu")
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.textproto", "model.onnxtxt"])
+def test_a_model_is_read_as_onnxruntime_reads_it(tmp_path: Path, name: str) -> None:
+    """Else what is checked may be another model than the one that runs."""
+    folder = write_folder(tmp_path / "a").path
+    (folder / "secret.bin").write_bytes(bytes(8))
+    save_model(folder, external("secret.bin"))
+    (folder / "model.onnx").rename(folder / name)
+    rewrite(folder, lambda m: m.update(model=name, files={}))
+    list_file(folder, name)
+    with pytest.raises(ArtifactError, match=r"'secret\.bin', which is not among"):
+        run_artifact(folder, VIDEO, provider="cpu")
+
+
 def test_a_refused_run_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
