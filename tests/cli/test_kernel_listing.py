@@ -17,9 +17,12 @@ pytest.importorskip("triton")
 from freqopt.kernels.variant import CAPABILITIES
 
 
-def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
+def kernels(
+    *arguments: str, COLUMNS: str = "200", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command outside Triton's interpreter, whose mode is a property of the process."""
-    return forks(interpret=False).run("-m", "freqopt", "kernels", *arguments, COLUMNS="200")
+    run = forks(interpret=False).run
+    return run("-m", "freqopt", "kernels", *arguments, COLUMNS=COLUMNS, **variables)
 
 
 def test_list_names_every_kernel_with_what_it_needs() -> None:
@@ -31,6 +34,12 @@ def test_list_names_every_kernel_with_what_it_needs() -> None:
     assert "STAGES=3" in done.stdout
     shared = [int(found.replace(",", "")) for found in re.findall(r"([\d,]+) B ", done.stdout)]
     assert len(shared) >= 15 and 200_000 < max(shared) <= CAPABILITIES[90]
+
+
+def test_a_narrow_terminal_of_ascii_is_enough() -> None:
+    done = kernels("list", "--capability", "90", COLUMNS="60", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "\\u2026" in done.stdout
 
 
 def test_list_of_long_sequences_has_what_they_launch_otherwise() -> None:
