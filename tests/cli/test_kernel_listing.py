@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from forks import forks
@@ -17,12 +18,17 @@ pytest.importorskip("triton")
 from freqopt.kernels.variant import CAPABILITIES
 
 
-def kernels(
-    *arguments: str, COLUMNS: str = "200", **variables: str
-) -> subprocess.CompletedProcess[str]:
+def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command outside Triton's interpreter, whose mode is a property of the process."""
-    run = forks(interpret=False).run
-    return run("-m", "freqopt", "kernels", *arguments, COLUMNS=COLUMNS, **variables)
+    return forks(interpret=False).run("-m", "freqopt", "kernels", *arguments, COLUMNS="200")
+
+
+PLAIN = """
+import io, sys
+from freqopt.cli.app import main
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="ascii")
+main(["kernels", "list", "--capability", "90"])
+"""
 
 
 def test_list_names_every_kernel_with_what_it_needs() -> None:
@@ -36,8 +42,9 @@ def test_list_names_every_kernel_with_what_it_needs() -> None:
     assert len(shared) >= 15 and 200_000 < max(shared) <= CAPABILITIES[90]
 
 
-def test_a_narrow_terminal_of_ascii_is_enough() -> None:
-    done = kernels("list", "--capability", "90", COLUMNS="60", PYTHONIOENCODING="ascii")
+def test_a_narrow_terminal_of_ascii_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    done = forks(interpret=False).run(str(tmp_path / "plain.py"), COLUMNS="60")
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "\\u2026" in done.stdout
 

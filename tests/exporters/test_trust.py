@@ -21,6 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper
 
+from freqopt.errors import InputError, OptionError
 from freqopt.exporters import runner
 from freqopt.exporters.manifest import Artifact, write_manifest
 from freqopt.exporters.onnx import library as ort_library
@@ -105,6 +106,32 @@ def test_a_library_of_a_stranger_is_not_loaded(
     assert run_artifact(made.path, VIDEO, provider="cuda", library=False).split.startswith("noth")
     run_artifact(made.path, VIDEO, provider="cuda", trust=True)
     assert on_cuda == [made.path / "x.so"]
+
+
+@pytest.mark.parametrize("word", ["no", "false", "True", 1, None])
+def test_trust_is_said_in_no_other_words(
+    word: Any, tmp_path: Path, cache: Path, on_cuda: list[Path]
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.so").write_bytes(b"\x7fELF" + bytes(60))
+    made = write_folder(tmp_path / "a", files=["x.so"], library="x.so")
+    with pytest.raises(OptionError, match="True or False"):
+        run_artifact(made.path, VIDEO, provider="cuda", trust=word)
+    assert not on_cuda
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (None, "inputs is a NoneType"),
+        ([torch.ones(2)], "inputs is a list"),
+        ({"x": torch.ones(2).numpy()}, "'x' is a ndarray"),
+        ({"x": torch.ones(2, device="meta")}, "'x' is on meta"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(inputs: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        run_artifact(write_folder(tmp_path / "a").path, inputs, provider="cpu")
 
 
 def test_a_library_of_this_machine_is_loaded_from_the_cache(
