@@ -15,6 +15,7 @@ from freqopt.errors import FileError, InputError, PlanError
 from freqopt.files import check_writable, read_bounded, write_atomically
 from freqopt.plan.content import PlanContent
 from freqopt.plan.text import verification
+from freqopt.shown import shown
 
 SUFFIX = ".plan.json"
 PAGE = "README.md"
@@ -52,8 +53,17 @@ def _check_folder(folder: Path, names: Iterable[str]) -> None:
     if os.path.lexists(page) and not _is_ours(page):
         raise PlanError(f"{page} is not about plans and would be lost: name another folder")
     for name in names:
-        if not name or Path(name).name != name:
-            raise InputError(f"component {name!r} cannot be part of a file's name")
+        check_file_part(name)
+
+
+def check_file_part(name: str) -> None:
+    """Refuse the name of a component, which may be a stranger's, that is none for a file.
+
+    Raises:
+        InputError: it is empty, leads elsewhere, or holds what cannot be shown.
+    """
+    if not name or Path(name).name != name or "\\" in name or not name.isprintable():
+        raise InputError(f"component {shown(name)!r} cannot be part of a file's name")
 
 
 def _is_ours(page: Path) -> bool:
