@@ -125,7 +125,8 @@ def _attention(
         OptionError: no plan is on the model.
         InputError: log-sum-exps are wanted, or tokens are spread over a ring of GPUs.
     """
-    if not (is_serving() or is_looking()):
+    # In a graph it is attention like any other, which is split there.
+    if not (is_serving() or is_looking() or torch.compiler.is_compiling()):
         raise OptionError(
             "set_attention_backend('freqopt') was called and no plan is on the model: "
             "freqopt.optimize(pipe, plan, route='eager') puts it there, and chooses this backend"
