@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from freqopt.errors import OptionError
+from freqopt.errors import FileError, OptionError
 from freqopt.exporters.program import Program, make_program
 from freqopt.grid import Grid
 from freqopt.options import load_plan
@@ -65,7 +65,11 @@ def prepare(
 def prepare_folder(out_dir: str | os.PathLike[str]) -> Path:
     """The output folder, created; a file in its place is refused."""
     folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise OptionError(f"out_dir {folder} is a file; name a folder to fill")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot make the folder {folder}: {why}") from error
     return folder

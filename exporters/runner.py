@@ -99,8 +99,13 @@ def run_artifact(
             trusts, a library for another machine.
         InputError: inputs whose names, types or ranks are not the model's.
         NotAvailableError: onnxruntime missing or too old, or the provider does not really run.
-        OptionError: an unknown provider.
+        OptionError: an unknown provider; trust that is neither True nor False.
     """
+    if not isinstance(trust, bool):  # "no" would be a yes
+        raise OptionError(f"trust is {trust!r}; True or False is needed")
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise OptionError(f"threads is {threads!r}; a whole number is needed")
+    check_inputs(inputs)
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
     if artifact.kind == "tensorrt":
         from freqopt.exporters.tensorrt.runner import run_engine
@@ -127,6 +132,20 @@ def run_artifact(
     now = attend_counts(library_path) if library_path else {}
     kernels = {name: now[name] - n for name, n in attended.items() if now[name] > n}
     return RunResult(outputs, wanted, nodes, split, seconds, kernels)
+
+
+def check_inputs(inputs: object) -> None:
+    """Refuse inputs of another kind, before a model is opened.
+
+    Raises:
+        InputError: it is no dict of tensors by name that have values.
+    """
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"inputs is a {type(inputs).__name__}; tensors by input name are needed")
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            what = "on meta" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise InputError(f"input {name!r} is {what}; a torch.Tensor with values is needed")
 
 
 def _onnxruntime() -> Any:

@@ -16,6 +16,9 @@ from freqopt.exporters.onnx.library import built_here
 from freqopt.exporters.problems import ArtifactError, NotAvailableError
 from freqopt.files import hash_of
 
+IN_MEMORY = "_ORT_MEM_ADDR_"
+"""In the name of a file that onnxruntime takes for an address in memory."""
+
 
 def library_to_load(artifact: Artifact, *, trust: bool) -> Path | None:
     """The operator library that may be loaded for an artifact; None if it has none.
@@ -56,19 +59,22 @@ def check_external_data(artifact: Artifact) -> None:
             f"a model's files cannot be checked without onnx ({error}); pip install 'freqopt[onnx]'"
         ) from error
     try:
-        model = onnx.load(artifact.model_path, load_external_data=False)
+        # Whatever its name ends in, onnxruntime takes it for what is named here.
+        model = onnx.load(artifact.model_path, format="protobuf", load_external_data=False)
     except Exception as error:  # protobuf's own types, which vary by version
         raise ArtifactError(f"{artifact.model_path} is no ONNX model: {error}") from error
     folder = PurePosixPath(str(artifact.manifest["model"])).parent
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if str(folder / location) not in artifact.manifest["files"]:
-            raise ArtifactError(
-                f"{artifact.model_path} reads {tensor.name!r} from {location!r}, which is not among"
-                " the files of its manifest; export again"
-            )
+        # Which of several counts, and what this name of a place in memory is, versions decide.
+        for location in [e.value for e in tensor.external_data if e.key == "location"] or [""]:
+            listed = str(folder / location) in artifact.manifest["files"]
+            if not listed or IN_MEMORY in location:
+                raise ArtifactError(
+                    f"{artifact.model_path} reads {tensor.name!r} from {location!r}, which is not "
+                    "among the files of its manifest; export again"
+                )
 
 
 def _tensors(model: Any) -> Iterator[Any]:

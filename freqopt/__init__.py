@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from freqopt.eager.announced import announce
+
 if TYPE_CHECKING:
     from freqopt.calibration.calibrate import calibrate
     from freqopt.calibration.samples import recording
@@ -119,3 +121,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+announce()

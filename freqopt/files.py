@@ -81,6 +81,18 @@ def hash_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file is, or will be, that is to be written; links are followed.
+
+    Raises:
+        FileError: no file can be called that.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a null byte, or half of a character
+        raise FileError(f"cannot write {os.fspath(path)!r}: no name of a file ({error})") from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new file beside `path` to write, which takes its place when the block ends well.
@@ -92,7 +104,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileError: it cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     partial = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.partial")
     try:
         if target.is_dir():
@@ -144,7 +156,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     import filelock
 
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     lock = filelock.FileLock(target.with_name(f".{target.name[:200]}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +180,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     try:
         if target.is_dir():
             raise OSError(21, "it is a folder; name a file")

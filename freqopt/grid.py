@@ -34,7 +34,8 @@ def check_grid(grid: Sequence[int], tokens: int, *, text: int = 0) -> Grid:
             ``tokens - text``.
     """
     try:
-        extents = tuple(map(_whole, grid))
+        # A set has no order, or another one.
+        extents = () if isinstance(grid, (set, frozenset, dict)) else tuple(map(_whole, grid))
     except TypeError:
         extents = ()
     if len(extents) != 3 or min(extents) < 1:

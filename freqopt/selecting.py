@@ -109,6 +109,9 @@ class Selector:
             self.table, self.edges = self.table.to(device), self.edges.to(device)
         if not isinstance(timestep, Tensor):
             timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
+        if not torch.compiler.is_compiling() and (timestep.is_meta or not timestep.numel()):
+            # No value, as of a batch of nothing: one of each bucket, so the most exact budgets.
+            timestep = torch.cat([self.edges, self.edges.new_full((1,), torch.inf)])
         return timestep.to(device, non_blocking=True)
 
     def _select(self, times: Tensor) -> None:

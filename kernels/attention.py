@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,13 @@ from freqopt.config import (
 )
 from freqopt.errors import InputError
 from freqopt.grid import Grid, check_grid
+from freqopt.kernels.checks import MOST_SCALE
 from freqopt.kernels.content_order import enclosing
 from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.op import check_site, split_attention_op
+
+NUMBERS = "a number is supported"
+TRANSPOSED = "; if these are (batch, tokens, heads, head_dim), pass x.transpose(1, 2)"
 
 
 class SplitStats(NamedTuple):
@@ -126,13 +131,26 @@ def split_attention(
         InputError: shapes, dtypes, devices, grid, order or thresholds that do not fit, with what
             would.
     """
+    _check_kinds(
+        tensors={"query": query, "key": key, "value": value},
+        none_or_tensors={"key_mask": key_mask, "query_order": query_order},
+        numbers={"density": density, "scale": scale},
+        whole={
+            "probes": probes,
+            "text_before": text_before,
+            "text_after": text_after,
+            "query_text_before": query_text_before,
+            "query_text_after": query_text_after,
+        },
+    )
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     _check_tensors(shapes, query, key, value)
-    layout = _layout(shapes, "", grid, key.shape[2], text_before, text_after)
+    hint = TRANSPOSED if query.shape[1] > query.shape[2] else ""
+    layout = _layout(shapes, "", grid, key.shape[2], text_before, text_after, hint)
     other = None
     if query.shape[2] != key.shape[2] or query_grid is not None or query_order is not None:
         other = _layout(
-            shapes, "query_", query_grid, query.shape[2], query_text_before, query_text_after
+            shapes, "query_", query_grid, query.shape[2], query_text_before, query_text_after, hint
         )
     if key_mask is not None:
         _check_mask(key_mask, key, layout)
@@ -143,6 +161,8 @@ def split_attention(
         raise InputError(f"density {density} is outside (0, 1]; 1.0 is dense attention")
     if not 0 <= probes <= 1024:
         raise InputError(f"probes {probes} is outside 0..1024; the default is {DEFAULT_PROBES}")
+    if scale is not None and not -MOST_SCALE < scale < MOST_SCALE:
+        raise InputError(f"scale {scale} is no number of float32; head_dim**-0.5 is usual")
     if threshold is None and density is None:
         density = DEFAULT_DENSITY
     limits = _thresholds(0.0 if threshold is None else threshold, mid_band, heads, query.device)
@@ -153,7 +173,7 @@ def split_attention(
         query, key, value, limits, key_mask, list(layout.grid), text_before, text_after,
         query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, probes,
         *orders, None if other is None else [*other.grid, other.text_before, other.text_after],
-        return_lse,
+        bool(return_lse),
     )  # fmt: skip
     results: list[Tensor | SplitStats] = [out]
     if return_lse:
@@ -197,14 +217,23 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
 
 
 def _layout(
-    shapes: str, prefix: str, grid: Sequence[int] | None, length: int, before: int, after: int
+    shapes: str,
+    prefix: str,
+    grid: Sequence[int] | None,
+    length: int,
+    before: int,
+    after: int,
+    hint: str,
 ) -> TokenLayout:
     if before < 0 or after < 0:
         raise InputError(
             f"{prefix}text_before {before} and {prefix}text_after {after} must be 0 or more"
         )
     if grid is not None:
-        return TokenLayout(check_grid(grid, length, text=before + after), before, after)
+        try:
+            return TokenLayout(check_grid(grid, length, text=before + after), before, after)
+        except InputError as error:
+            raise InputError(f"{error}{hint}") from None
     if before + after >= length:
         raise InputError(
             f"{shapes}: {prefix}text_before {before} and {prefix}text_after {after} leave no "
@@ -212,6 +241,29 @@ def _layout(
         )
     own: Grid = (1, 1, length - before - after)
     return TokenLayout(own, before, after)
+
+
+def _check_kinds(
+    *,
+    tensors: Mapping[str, object] = MappingProxyType({}),
+    none_or_tensors: Mapping[str, object] = MappingProxyType({}),
+    numbers: Mapping[str, object] = MappingProxyType({}),
+    whole: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Refuse arguments that are of another kind altogether, before anything is asked of them."""
+    given = {**tensors, **{n: x for n, x in none_or_tensors.items() if x is not None}}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} is a {type(x).__name__}; a torch.Tensor is supported")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else x.layout
+            raise InputError(f"{name} is a {kind} tensor; a plain one (torch.strided) is supported")
+    for name, x in numbers.items():
+        if x is not None and not isinstance(x, float) and not hasattr(x, "__float__"):
+            raise InputError(f"{name} is {x!r}; {NUMBERS}")
+    for name, x in whole.items():
+        if isinstance(x, bool) or not (isinstance(x, int) or hasattr(x, "__index__")):
+            raise InputError(f"{name} is {x!r}; a whole number is supported")
 
 
 def _check_tensors(shapes: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -238,7 +290,7 @@ def _check_tensors(shapes: str, query: Tensor, key: Tensor, value: Tensor) -> No
 def _swapped(query: Tensor, key: Tensor) -> str:
     """A hint for (batch, tokens, heads, head_dim) tensors: many heads of few tokens."""
     if query.dim() == 4 and query.shape[1] > 8 * query.shape[2] and key.shape[1] > key.shape[2]:
-        return "; if these are (batch, tokens, heads, head_dim), pass x.transpose(1, 2)"
+        return TRANSPOSED
     return ""
 
 
@@ -280,16 +332,22 @@ def _thresholds(
                 f"threshold has shape {tuple(threshold.shape)}; a float or one value for each of "
                 f"the {heads} heads is supported"
             )
+        if threshold.is_meta or threshold.is_complex() or threshold.dtype == torch.bool:
+            raise InputError(f"threshold is {threshold.dtype} on {threshold.device}; {NUMBERS}")
         exact = threshold.to(device=device, dtype=torch.float32)
     else:
-        if math.isnan(threshold) or threshold < 0:
+        _check_kinds(numbers={"threshold": threshold})
+        if threshold != threshold or threshold < 0:
             raise InputError(f"threshold {threshold} must be 0 (dense) or larger")
-        exact = torch.full((heads,), float(threshold), device=device, dtype=torch.float32)
+        limit = float(threshold) if threshold < MOST_SCALE else math.inf
+        exact = torch.full((heads,), limit, device=device, dtype=torch.float32)
+    if not isinstance(mid_band, (bool, Tensor)):
+        raise InputError(f"mid_band is {mid_band!r}; a bool or an ({heads},) bool tensor")
     if isinstance(mid_band, Tensor):
-        if mid_band.shape != (heads,) or mid_band.dtype != torch.bool:
+        if mid_band.is_meta or mid_band.shape != (heads,) or mid_band.dtype != torch.bool:
             raise InputError(
-                f"mid_band is {mid_band.dtype} of shape {tuple(mid_band.shape)}; a bool or an "
-                f"({heads},) bool tensor is supported"
+                f"mid_band is {mid_band.dtype} of shape {tuple(mid_band.shape)} on "
+                f"{mid_band.device}; a bool or an ({heads},) bool tensor is supported"
             )
         return torch.where(mid_band.to(device), exact * MID_RATIO, exact)
     return exact * MID_RATIO if mid_band else exact
@@ -315,10 +373,11 @@ def _orders(
         return _Orders(key_order=given, query_order=query_order)
     longest = max(layout.tokens, 0 if other is None else other.tokens)
     if isinstance(order, Tensor):
-        if order.shape != (kv_heads,) or order.dtype.is_floating_point or order.dtype.is_complex:
+        whole = not (order.dtype.is_floating_point or order.is_complex() or order.is_meta)
+        if order.shape != (kv_heads,) or not whole:
             raise InputError(
-                f"order is {order.dtype} of shape {tuple(order.shape)}; 'grid', 'content', "
-                f"integers ({kv_heads},), the chunk of each key head, or an order "
+                f"order is {order.dtype} of shape {tuple(order.shape)} on {order.device}; 'grid', "
+                f"'content', integers ({kv_heads},), the chunk of each key head, or an order "
                 f"{(batch, kv_heads, layout.tokens)} are supported"
             )
         largest = max((each and check_chunk(each) for each in order.tolist()), default=0)
@@ -341,14 +400,11 @@ def _permutation(name: str, order: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     The check waits for the device, so a call that is traced or captured must have passed it before.
     """
-    if order.shape != shape or order.dtype.is_floating_point or order.dtype.is_complex:
+    whole = not (order.dtype.is_floating_point or order.is_complex() or order.is_meta)
+    if order.shape != shape or not whole:
         raise InputError(
-            f"{name} is {order.dtype} of shape {tuple(order.shape)}; integers of shape {shape} "
-            "(batch, heads, tokens without text) are supported"
-        )
-    if order.is_meta:
-        raise InputError(
-            f"{name} is on meta, where it has no numbers; give it on the device of query"
+            f"{name} is {order.dtype} of shape {tuple(order.shape)} on {order.device}; integers "
+            f"of shape {shape} (batch, heads, tokens without text) are supported"
         )
     if _can_look(order):
         numbers = torch.arange(shape[-1], device=order.device)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from freqopt.calibration.whole import CLOCKS
 from freqopt.errors import OptionError
-from freqopt.files import check_writable
+from freqopt.files import check_writable, real_path
 from freqopt.options import extents_of
 from freqopt.plan.folder import check_place
 
@@ -68,7 +67,7 @@ def check_apart(
         OptionError: they are one file.
     """
     for path in checkpoints:
-        if path is not None and output is not None and _real(path) == _real(output):
+        if path is not None and output is not None and real_path(path) == real_path(output):
             raise OptionError(
                 f"output and checkpoint are both {os.fspath(output)!r}: the checkpoint is removed "
                 "when the plan is written; give it a name of its own"
@@ -147,7 +146,3 @@ def _check_files(output: Any, checkpoint: Any) -> None:
         check_place(output)
     if checkpoint is not None:
         check_writable(checkpoint)
-
-
-def _real(path: Any) -> Path:
-    return Path(os.path.realpath(os.fspath(path)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,11 @@ from freqopt.calibration.samples import SampleSet
 from freqopt.calibration.team import Team
 from freqopt.calibration.values import parts_of
 from freqopt.config import SPLIT_VERSION
-from freqopt.errors import CalibrationError
+from freqopt.errors import CalibrationError, FileError
 from freqopt.files import check_regular, check_writable, replacing
 from freqopt.plan.plan import model_fingerprint
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "freqopt-checkpoint-1"
 WRITE_EVERY = 10.0
@@ -142,7 +145,10 @@ def open_checkpoint(
     try:
         yield checkpoint
     except BaseException:
-        checkpoint.write()
+        try:
+            checkpoint.write()
+        except FileError as error:  # what ended the calibration is the news
+            logger.warning("what was measured since the last write is lost: %s", error)
         raise
     if keep:
         checkpoint.write()

@@ -334,6 +334,8 @@ def _check_finite(index: int, named: Mapping[str, Any]) -> None:
         for value in pytree.tree_leaves(argument):
             if not isinstance(value, Tensor):
                 continue
+            if value.is_meta:
+                raise CalibrationError(f"sample {index}: {name!r} is on meta, without values")
             parts = [p for p in parts_of(value) if p.is_floating_point() or p.is_complex()]
             bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
             if bad:

@@ -48,6 +48,7 @@ def save_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, An
             list or dict of such.
         CalibrationError: there are no samples, or they are of another form.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -61,7 +62,10 @@ def save_samples(path: str | os.PathLike[str], samples: Iterable[Mapping[str, An
                 else:
                     metadata[key] = json.dumps(leaf)
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
 
 
 def _leaves(key: str, value: Any, where: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -102,6 +106,8 @@ def _plain(tensor: Tensor, key: str, metadata: dict[str, str]) -> Tensor:
     """A tensor of its own memory, on the CPU, of an ordinary class and a real dtype."""
     from freqopt.calibration.values import plain_values
 
+    if tensor.is_meta:
+        raise InputError(f"argument {key} is a tensor on meta, which has no values")
     plain = plain_values(tensor).cpu()
     if plain.is_complex():
         metadata[COMPLEX + key] = json.dumps(str(plain.dtype).removeprefix("torch."))
@@ -189,6 +195,8 @@ def _grown(
         raise InputError(f"{path}: there is no tensor or value, and no tree, named {key!r}")
     if depth == DEEPEST:
         raise InputError(f"{path}: {key!r} is nested more than {DEEPEST} levels deep")
+    if len(set(names)) < len(names):  # what is below them would be read twice at every level
+        raise InputError(f"{path}: {key!r} holds an item twice")
     items = {n: _grown(f"{key}/{n}", leaves, trees, used, path, depth + 1) for n in names}
     return items if kind is dict else kind(items.values())
 

@@ -6,6 +6,7 @@ defect and keeps its traceback.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -137,6 +138,9 @@ def _printable(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # rich cuts with a sign that a plain terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with own_group_ended():
             app(args=given, prog_name="freqopt", standalone_mode=True)

@@ -95,7 +95,7 @@ def _import(name: str) -> ModuleType:
     if name.endswith(".py"):
         path = Path(name)
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
+        if not os.path.isfile(path) or spec is None or spec.loader is None:
             raise OptionError(f"there is no file {name}")
         _importable(str(path.absolute().parent))
         module = importlib.util.module_from_spec(spec)

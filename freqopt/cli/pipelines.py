@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from freqopt.calibration.samples import samples_by_model
 from freqopt.cli.arguments import made_by
 from freqopt.cli.theirs import users_code
 from freqopt.errors import InputError, OptionError
+from freqopt.files import read_bounded
 from freqopt.front.components import components_of
 from freqopt.front.prompts import calls_of, check_calls, runner_of
 
 INDEX = "model_index.json"
 """The file that makes a folder a pipeline of diffusers."""
+
+MOST_PROMPT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def prompted(
 
 def is_folder(source: str) -> bool:
     """Whether a folder of a pipeline is meant."""
-    return (Path(source) / INDEX).is_file()
+    return os.path.isfile(Path(source) / INDEX)
 
 
 def load_pipeline(source: str, device: torch.device) -> Any:
@@ -72,7 +76,7 @@ def load_pipeline(source: str, device: torch.device) -> Any:
         InputError: none is there, or diffusers is not installed.
     """
     if not is_folder(source):
-        if Path(source).is_dir():
+        if os.path.isdir(source):
             raise InputError(f"{source} has no {INDEX}: it is no folder of a diffusers pipeline")
         pipe = made_by(source)
         if isinstance(pipe, nn.Module) or not callable(pipe):
@@ -96,7 +100,7 @@ def load_pipeline(source: str, device: torch.device) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bounded(path, MOST_PROMPT_BYTES).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise OptionError(f"cannot read the prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -113,7 +117,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise OptionError(f"--run-option {text!r} is not name=value, as in num_inference_steps=8")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -178,8 +178,13 @@ def form_of_call(function: Function, args: Sequence[Any], kwargs: Mapping[str, A
         for leaf in leaves
     )
     device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    autocast = casts(device) and torch.get_autocast_dtype(device)
     return function, tree, shown, autocast
+
+
+def casts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; of some, such as meta, it cannot be asked."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def example_of(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from freqopt.capture.looking import is_looking
 from freqopt.eager.calling import is_serving, share_of_heads
 from freqopt.errors import InputError, OptionError
-from freqopt.telling.traced import is_expected
 
 NAME = "freqopt"
 CHOSEN = "_attention_backend"
@@ -126,8 +125,8 @@ def _attention(
         OptionError: no plan is on the model.
         InputError: log-sum-exps are wanted, or tokens are spread over a ring of GPUs.
     """
-    traced = torch.compiler.is_compiling() and is_expected()  # dense, and told of
-    if not (is_serving() or is_looking() or traced):
+    # In a graph it is attention like any other, which is split there.
+    if not (is_serving() or is_looking() or torch.compiler.is_compiling()):
         raise OptionError(
             "set_attention_backend('freqopt') was called and no plan is on the model: "
             "freqopt.optimize(pipe, plan, route='eager') puts it there, and chooses this backend"

@@ -71,10 +71,9 @@ class Place:
     content: bool
 
     @property
-    def budget(self) -> Tensor:
-        """(2, H), of the timestep under way."""
-        found: Tensor = self.module.__dict__[attribute_of(self.nth)]
-        return found
+    def budget(self) -> Tensor | None:
+        """(2, H), of the timestep under way; None when it was taken off while a call is."""
+        return self.module.__dict__.get(attribute_of(self.nth))
 
 
 class Server:
@@ -118,8 +117,10 @@ class Server:
         self.root.__dict__[SERVER] = OwnOnly(self)  # the model may be a module of attention itself
 
     def stop(self) -> None:
-        """Serve no more; once is enough."""
+        """Serve no more; once is enough. A call that is under way goes on dense."""
         unserve((self.root, *self.modules))
+        while any(server is self for server, _ in under_way.stack):
+            self._close_last()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins. The caller of the caller runs it."""
@@ -151,10 +152,14 @@ class Server:
             return
         there = set(frames_below(frame.f_back))
         while any(server is self and call.frame not in there for server, call in under_way.stack):
-            _, call = under_way.stack.pop()
-            call.leave()
-            if call.look is not None:
-                call.look.abandon()
+            self._close_last()
+
+    @staticmethod
+    def _close_last() -> None:
+        _, call = under_way.stack.pop()
+        call.leave()
+        if call.look is not None:
+            call.look.abandon()
 
     def called_outside(self, module: nn.Module) -> None:
         """A module with planned attention is called in no call of the model, and is dense.
@@ -197,7 +202,8 @@ class Server:
         name, nth = self.names[id(running_now.module)], running_now.met
         running_now.met += 1
         place = self.places.get((name, nth))
-        if place is None:
+        given = None if place is None else place.budget
+        if place is None or given is None:
             return NOT_SERVED
         if _is_transformed():
             self.told.dense(place.site, Reason.TRANSFORMED())
@@ -207,7 +213,7 @@ class Server:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
         lay = self._lay(call, place, asked)
         again = call.again
-        budget = share_of(place.budget if again is None else own_budget(place.budget))
+        budget = share_of(given if again is None else own_budget(given))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
@@ -217,7 +223,7 @@ class Server:
         else:
             result, density, error = serving(asked.tensors, budget.to(asked.tensors[0].device))
             if again is None:
-                call.split.append(Split(place.site, place.budget, density, error))
+                call.split.append(Split(place.site, given, density, error))
         if call.look is not None and node is not None:
             call.look.writer.end(node, result)
         return result

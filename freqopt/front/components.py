@@ -13,6 +13,8 @@ from freqopt.errors import InputError, OptionError
 ALONE = "model"
 """The name of a module that was given by itself."""
 
+MOST_LISTED = 20
+
 
 def components_of(given: Any, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """The modules that denoise, by name: of a pipeline, of a dict of modules, or a module itself.
@@ -31,11 +33,16 @@ def components_of(given: Any, names: Sequence[str] | None = None) -> dict[str, n
         raise OptionError(f"components={names!r} must be a list of names")
     held = _held(given, names)
     if names is not None:
+        names = list(names)
+        wrong = [name for name in names if not isinstance(name, str) or not name]
+        if wrong or not names:
+            what = f"holds a {type(wrong[0]).__name__} without one" if wrong else "is empty"
+            raise OptionError(f"components must be a list of names, and it {what}")
         missing = [name for name in names if name not in held]
-        if missing or not names:
+        if missing:
             raise OptionError(
-                f"components {list(names)}: a {type(given).__name__} holds no module "
-                f"{missing[0] if missing else ''!r} (it holds {', '.join(held)})"
+                f"components {names}: a {type(given).__name__} holds no module {missing[0]!r} "
+                f"(it holds {_listed(held)})"
             )
         chosen = {name: held[name] for name in names}
     else:
@@ -56,6 +63,13 @@ def components_of(given: Any, names: Sequence[str] | None = None) -> dict[str, n
     return chosen
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names in a message, which a large model has thousands of."""
+    known = [name for name in names if name]
+    more = f", and {len(known) - MOST_LISTED} more" if len(known) > MOST_LISTED else ""
+    return ", ".join(known[:MOST_LISTED]) + more
+
+
 def _held(given: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
     if isinstance(given, nn.Module):
         return {ALONE: given} if names is None else dict(given.named_modules())
@@ -64,6 +78,9 @@ def _held(given: Any, names: Sequence[str] | None) -> dict[str, nn.Module]:
         if wrong or not given:
             why = f"{wrong[0]!r} is none" if wrong else "this one is empty"
             raise InputError(f"a dict must hold modules by name, and {why}")
+        unnamed = [name for name in given if not isinstance(name, str) or not name]
+        if unnamed:
+            raise InputError(f"a dict must hold modules by name, and {unnamed[0]!r} is no name")
         return dict(given)
     usual = {name: getattr(given, name, None) for name in USUAL}  # properties among them
     return {n: m for n, m in usual.items() if isinstance(m, nn.Module)} | modules_in(given)

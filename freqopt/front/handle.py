@@ -207,7 +207,7 @@ class Handle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._blocks -= 1
+        self._blocks = max(self._blocks - 1, 0)
         if not self._blocks:
             self.disable()
 

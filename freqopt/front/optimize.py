@@ -96,6 +96,9 @@ def optimize(
         "target_psnr": target_psnr,
         "target_density": target_density,
     }
+    for name, given in (("calibration", calibration), ("run_options", run_options)):
+        if not isinstance(given, (Mapping, type(None))):
+            raise OptionError(f"{name} is a {type(given).__name__}; a dict is supported")
     options = dict(calibration or {})
     if plan is not None:
         _check_plan_alone(prompts, samples, targets, options, run_options)

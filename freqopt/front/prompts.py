@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ def calls_of(prompts: Prompts, run_options: Mapping[str, Any]) -> list[dict[str,
     Raises:
         OptionError: something else, or none.
     """
+    if not isinstance(prompts, Iterable):
+        raise OptionError(f"prompts is a {type(prompts).__name__}; a list of texts is supported")
     given = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     if not given:
         raise OptionError("prompts is empty; pass a few texts like those you will ask for")
@@ -75,6 +77,17 @@ def check_calls(pipe: Callable[..., Any], calls: Sequence[Mapping[str, Any]]) ->
                 f"{type(pipe).__name__} takes no argument {unknown[0]!r} (it takes "
                 f"{', '.join(name for name in parameters if name != 'self')})"
             )
+        wanted = [name for name, p in parameters.items() if _needed(p) and name not in call]
+        if wanted:
+            raise OptionError(
+                f"{type(pipe).__name__} needs an argument {wanted[0]!r}, which neither the prompts "
+                "nor run_options have"
+            )
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return parameter.default is inspect.Parameter.empty and parameter.kind in named
 
 
 def _parameters(pipe: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from freqopt.errors import InputError, PlanError
-from freqopt.files import check_writable, write_atomically
+from freqopt.errors import FileError, InputError, PlanError
+from freqopt.files import check_writable, read_bounded, write_atomically
 from freqopt.plan.content import PlanContent
 from freqopt.plan.text import verification
+from freqopt.shown import shown
 
 SUFFIX = ".plan.json"
 PAGE = "README.md"
 MARK = "library_name: freqopt"
+MOST_PAGE_BYTES = 2**24
 ALONE = "model"
 """The component of a plan that was saved by itself."""
 
@@ -48,11 +50,27 @@ def check_place(output: str | os.PathLike[str], names: Iterable[str] = ()) -> No
 def _check_folder(folder: Path, names: Iterable[str]) -> None:
     page = folder / PAGE
     check_writable(page)
-    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:200]:
+    if os.path.lexists(page) and not _is_ours(page):
         raise PlanError(f"{page} is not about plans and would be lost: name another folder")
     for name in names:
-        if not name or Path(name).name != name:
-            raise InputError(f"component {name!r} cannot be part of a file's name")
+        check_file_part(name)
+
+
+def check_file_part(name: str) -> None:
+    """Refuse the name of a component, which may be a stranger's, that is none for a file.
+
+    Raises:
+        InputError: it is empty, leads elsewhere, or holds what cannot be shown.
+    """
+    if not name or Path(name).name != name or "\\" in name or not name.isprintable():
+        raise InputError(f"component {shown(name)!r} cannot be part of a file's name")
+
+
+def _is_ours(page: Path) -> bool:
+    try:
+        return MARK.encode() in read_bounded(page, MOST_PAGE_BYTES)[:200]
+    except OSError as error:
+        raise FileError(f"cannot write {page}: {error.strerror or error}") from error
 
 
 def read_folder(folder: Path, load: Callable[[Path], Kind]) -> dict[str, Kind]:
@@ -159,7 +177,7 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
         PlanError: neither, or huggingface_hub is not installed.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for some names
         return path
     text = str(source)
     named = text.count("/") == 1 and all(text.split("/")) and text[0] != "." and "\\" not in text

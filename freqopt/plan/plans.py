@@ -121,8 +121,7 @@ def read_plans(source: str | os.PathLike[str]) -> Plan | Plans:
         PlanError: none can be read there.
     """
     path = Path(source)
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            several = f'"{SEVERAL}"' in file.read(200)
+    if os.path.isfile(path):  # Path.is_file raises for some names
+        several = f'"{SEVERAL}"' in read_plan(path)[:200]
         return Plans.load(path) if several else Plan.load(path)
     return Plan.load(path) if path.suffix == ".json" else Plans.from_pretrained(source)

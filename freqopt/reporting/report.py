@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from freqopt.options import load_plan
+from freqopt.plan.folder import check_file_part
 from freqopt.plan.plan import Plan
 from freqopt.reporting.page import Card, Section, table_html, write_page
 from freqopt.reporting.sections import plan_sections
@@ -67,10 +68,13 @@ def report_each(plans: Mapping[str, Plan], path: str | os.PathLike[str]) -> list
 
     Raises:
         FileError: a page cannot be written.
+        InputError: a model's name cannot be part of a file's; no page is written.
     """
     target = Path(path)
     if len(plans) == 1:
         return [report(plan, target) for plan in plans.values()]
+    for name in plans:
+        check_file_part(name)
     return [report(plan, target.with_stem(f"{target.stem}-{name}")) for name, plan in plans.items()]
 
 

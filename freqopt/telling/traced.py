@@ -88,9 +88,3 @@ def is_traced() -> bool:
     elif call is not None:
         call.at_end(end)
     return not exporting
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_expected() -> bool:
-    """Whether another backend's graphs of some model are told of, so that they may be dense."""
-    return bool(_expected)

@@ -87,8 +87,10 @@ class ProbeErrors:
     def add(self, *several: Tensor) -> bool:
         """Take in the errors of some calls: (B, H) of every site, flattened and joined.
 
-        NaN of what measured nothing is left out. Returns whether it is time to look at the means.
+        NaN of what measured nothing is left out, and calls of no batch items. Returns whether it is
+        time to look at the means.
         """
+        several = tuple(errors for errors in several if errors.numel())
         self.calls += len(several)
         with torch.inference_mode(False), torch.no_grad():
             for size in {errors.numel() for errors in several}:
@@ -99,7 +101,7 @@ class ProbeErrors:
                 found.squares.add_(table.square().nansum(0))
                 found.seen.add_(table.isnan().logical_not_().sum(0))
                 torch.maximum(found.worst, table.nan_to_num_().amax(0), out=found.worst)
-        if self.calls < self._look:
+        if not several or self.calls < self._look:
             return False
         self._look = next_look(self.calls)
         return True

@@ -85,6 +85,25 @@ def test_threads_at_different_timesteps_have_their_own_budgets(model: VideoDiT, 
     assert len(seen) == 2 * 8 * 2 and all(wanted[thread] == limit for thread, limit in seen)
 
 
+@pytest.mark.parametrize("route", ["eager", "regional"])
+def test_a_timestep_without_a_value_has_the_most_exact_budgets(
+    route: str, model: VideoDiT, plan: Plan
+) -> None:
+    """Of a batch of nothing, or on meta."""
+    own = copy.deepcopy(model)
+    nothing = {name: x[:0] for name, x in call(0.9).items()}
+    with freqopt.optimize(own, plan, route=route, inner="eager"), torch.no_grad():
+        own(**call(0.9))
+        out = own(**nothing)
+        assert out.shape[0] == 0
+        budgets = [m.freqopt_budget[0] for m in own.modules() if "freqopt_budget" in vars(m)]
+        assert len(budgets) == 2 and all((b == LOW).all() for b in budgets)
+        weights = own.state_dict()
+        own.to("meta")
+        assert own(**{name: x.to("meta") for name, x in call(0.9).items()}).is_meta
+        own.load_state_dict(weights, assign=True)
+
+
 def test_budgets_of_a_call_are_in_memory_of_their_own(model: VideoDiT, plan: Plan) -> None:
     """The kernels of a call on another stream may not have read theirs yet."""
     with freqopt.attach(model, plan), torch.no_grad():

@@ -151,3 +151,13 @@ def test_steps_of_a_plan_that_splits_nothing_are_not_watched(
 ) -> None:
     TimestepRange(timed_plan(decision)).note(torch.tensor([5.0]))
     assert ("its error was not verified there" in caplog.text) == (decision == "split")
+
+
+def test_calls_of_no_batch_items_measure_nothing() -> None:
+    """Their means were no numbers, and the handle that asked for them could not be disabled."""
+    errors = ProbeErrors([2, 1])
+    errors.add(torch.empty(0))
+    assert errors.calls == 0 and errors.glance() is None
+    errors.add(torch.tensor([3.0, 4.0, 1.0]), torch.empty(0))
+    assert errors.calls == 1 and errors.worst().tolist() == [4.0, 1.0]
+    assert errors.means().tolist() == pytest.approx([12.5**0.5, 1.0])

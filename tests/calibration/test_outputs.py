@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import freqopt
 from freqopt.calibration import calibrate as calibrating
+from freqopt.calibration.checkpoint import open_checkpoint
 from freqopt.cli.app import app
-from freqopt.errors import FileError
+from freqopt.errors import CalibrationError, FileError
 from freqopt.plan.plan import Plan
 
 
@@ -59,3 +60,19 @@ def test_the_checkpoint_stays_when_the_disk_is_full(
     with pytest.raises(FileError, match="No space left"):
         freqopt.calibrate(nn.Identity(), [], checkpoint=measured, output=tmp_path / "plan.json")
     assert measured.exists() and not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt, CalibrationError])
+def test_a_full_disk_does_not_hide_what_ended_a_calibration(
+    cause: type[BaseException], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(cause),
+        open_checkpoint(tmp_path / "folder" / "kept", "identity") as kept,
+    ):
+        kept.keep("a", 1)
+        (tmp_path / "folder").rmdir()
+        (tmp_path / "folder").write_text("in its place")
+        raise cause
+    assert "is lost: cannot write" in caplog.text

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import freqopt
 from freqopt.calibration.samples_file import TREE, load_samples, save_samples
 from freqopt.calibration.values import parts_of, plain_values
-from freqopt.errors import CalibrationError, InputError
+from freqopt.errors import CalibrationError, FileError, InputError
 
 
 class Int8(Tensor):
@@ -202,3 +204,37 @@ def test_what_are_no_samples_is_not_saved(given: Any, tmp_path: Path) -> None:
 def test_only_a_module_is_recorded(model: Any) -> None:
     with pytest.raises(InputError, match="recording takes"), freqopt.recording(model):
         pass
+
+
+def test_items_of_one_name_do_not_take_for_ever(tmp_path: Path) -> None:
+    """Each level of them would be read twice as often as the one above it."""
+    path, key, forms = tmp_path / "samples", "0/x", {}
+    for _ in range(30):
+        forms[TREE + key] = json.dumps({"kind": "list", "items": ["a", "a"]})
+        key += "/a"
+    save_file({key: torch.ones(1)}, path, metadata=forms)
+    with pytest.raises(InputError, match="holds an item twice"):
+        load_samples(path)
+
+
+def test_tensors_without_values_are_no_samples(tmp_path: Path) -> None:
+    calls = [{"x": torch.ones(2, device="meta")}] * 2
+    with pytest.raises(InputError, match="on meta"):
+        save_samples(tmp_path / "samples", calls)
+    with pytest.raises(CalibrationError, match="'x' is on meta"):
+        freqopt.calibrate(Takes(), calls)
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(FileError, match="No space left"):
+        save_samples(tmp_path / "samples", [{"x": torch.ones(2)}])
+    assert not list(tmp_path.iterdir())
+
+
+class Takes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -16,6 +16,7 @@ from torch import nn
 
 import freqopt
 from freqopt import doctor
+from freqopt.__main__ import command
 from freqopt.calibration.samples_file import load_samples, save_samples
 from freqopt.cli import app as cli
 from freqopt.cli.arguments import choose_device, load_model, parse_grid
@@ -483,3 +484,16 @@ def test_a_plan_can_go_to_the_folder_here(work: Path, run: Run) -> None:
     done = run("calibrate", "models:make", *given, "--target-density", "0.9", "-o", ".")
     assert done.returncode == 0, done.stderr
     assert (work / "model.plan.json").is_file() and not list(work.glob("*.resume"))
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "freqopt.cli.app", Interrupting())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as left:
+        command(["doctor"])
+    assert left.value.code == 130 and capsys.readouterr().err == "freqopt: interrupted\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from forks import forks
@@ -22,6 +23,14 @@ def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
     return forks(interpret=False).run("-m", "freqopt", "kernels", *arguments, COLUMNS="200")
 
 
+PLAIN = """
+import io, sys
+from freqopt.cli.app import main
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="ascii")
+main(["kernels", "list", "--capability", "90"])
+"""
+
+
 def test_list_names_every_kernel_with_what_it_needs() -> None:
     done = kernels("list", "--capability", "90")
     assert done.returncode == 0, done.stderr
@@ -31,6 +40,13 @@ def test_list_names_every_kernel_with_what_it_needs() -> None:
     assert "STAGES=3" in done.stdout
     shared = [int(found.replace(",", "")) for found in re.findall(r"([\d,]+) B ", done.stdout)]
     assert len(shared) >= 15 and 200_000 < max(shared) <= CAPABILITIES[90]
+
+
+def test_a_narrow_terminal_of_ascii_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    done = forks(interpret=False).run(str(tmp_path / "plain.py"), COLUMNS="60")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "\\u2026" in done.stdout
 
 
 def test_list_of_long_sequences_has_what_they_launch_otherwise() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import freqopt
 from freqopt.eager import calling, dispatcher
+from freqopt.eager.announced import announce
 from freqopt.errors import InputError, OptionError
 
 pytest.importorskip("diffusers")
@@ -45,6 +50,38 @@ def test_it_is_one_of_the_dispatchers_names_and_dense_outside_a_plan(serving: No
             for backend in ("freqopt", "native")
         )
         assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+KNOWN = """
+import sys
+import freqopt
+assert not any(name.split(".")[0] == "diffusers" for name in sys.modules)
+assert type(sys.meta_path[0]).__name__ == "_Waiting"
+from diffusers.models.attention_dispatch import AttentionBackendName
+assert AttentionBackendName("freqopt").value == "freqopt"
+assert not any(type(finder).__name__ == "_Waiting" for finder in sys.meta_path)
+import diffusers.models.attention_dispatch as theirs
+assert theirs.AttentionBackendName is AttentionBackendName
+"""
+
+
+def test_it_is_known_as_soon_as_both_are_imported() -> None:
+    root = Path(freqopt.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", KNOWN], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_version_of_diffusers_is_imported_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise AttributeError("_AttentionBackendRegistry")
+
+    monkeypatch.setattr(dispatcher, "register", fails)
+    announce()
+    assert "another than the one that is known (AttributeError: _Att" in caplog.text
 
 
 def test_without_a_plan_it_says_what_to_do() -> None:

@@ -21,6 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper
 
+from freqopt.errors import InputError, OptionError
 from freqopt.exporters import runner
 from freqopt.exporters.manifest import Artifact, write_manifest
 from freqopt.exporters.onnx import library as ort_library
@@ -107,6 +108,32 @@ def test_a_library_of_a_stranger_is_not_loaded(
     assert on_cuda == [made.path / "x.so"]
 
 
+@pytest.mark.parametrize("word", ["no", "false", "True", 1, None])
+def test_trust_is_said_in_no_other_words(
+    word: Any, tmp_path: Path, cache: Path, on_cuda: list[Path]
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.so").write_bytes(b"\x7fELF" + bytes(60))
+    made = write_folder(tmp_path / "a", files=["x.so"], library="x.so")
+    with pytest.raises(OptionError, match="True or False"):
+        run_artifact(made.path, VIDEO, provider="cuda", trust=word)
+    assert not on_cuda
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (None, "inputs is a NoneType"),
+        ([torch.ones(2)], "inputs is a list"),
+        ({"x": torch.ones(2).numpy()}, "'x' is a ndarray"),
+        ({"x": torch.ones(2, device="meta")}, "'x' is on meta"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(inputs: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        run_artifact(write_folder(tmp_path / "a").path, inputs, provider="cpu")
+
+
 def test_a_library_of_this_machine_is_loaded_from_the_cache(
     tmp_path: Path, cache: Path, on_cuda: list[Path]
 ) -> None:
@@ -184,6 +211,53 @@ def test_weights_in_a_file_that_is_not_listed(tmp_path: Path, inside: str) -> No
     list_file(folder, "secret.bin")
     if inside == "initializer":
         assert run_artifact(folder, VIDEO, provider="cpu").outputs["y"].tolist() == [1.0, 1.0]
+
+
+def external(*locations: str) -> Any:
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2])
+    weight.data_location = TensorProto.EXTERNAL
+    for location in locations:
+        weight.external_data.add(key="location", value=location)
+    return weight
+
+
+@pytest.mark.parametrize(
+    "locations", [("listed.bin", "secret.bin"), ("secret.bin", "listed.bin"), ()]
+)
+def test_every_place_of_weights_counts(tmp_path: Path, locations: tuple[str, ...]) -> None:
+    """Some versions of onnxruntime take the last of several."""
+    folder = write_folder(tmp_path / "a").path
+    for name in ("listed.bin", "secret.bin"):
+        (folder / name).write_bytes(bytes(8))
+    save_model(folder, external(*locations))
+    list_file(folder, "model.onnx")
+    list_file(folder, "listed.bin")
+    with pytest.raises(ArtifactError, match=r"'(secret\.bin)?', which is not among"):
+        run_artifact(folder, VIDEO, provider="cpu")
+
+
+def test_an_address_in_memory_is_no_file(tmp_path: Path) -> None:
+    folder, name = write_folder(tmp_path / "a").path, "*/_ORT_MEM_ADDR_/*"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(bytes(8))
+    save_model(folder, external(name))
+    list_file(folder, "model.onnx")
+    list_file(folder, name)
+    with pytest.raises(ArtifactError, match="_ORT_MEM_ADDR_"):
+        run_artifact(folder, VIDEO, provider="cpu")
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.textproto", "model.onnxtxt"])
+def test_a_model_is_read_as_onnxruntime_reads_it(tmp_path: Path, name: str) -> None:
+    """Else what is checked may be another model than the one that runs."""
+    folder = write_folder(tmp_path / "a").path
+    (folder / "secret.bin").write_bytes(bytes(8))
+    save_model(folder, external("secret.bin"))
+    (folder / "model.onnx").rename(folder / name)
+    rewrite(folder, lambda m: m.update(model=name, files={}))
+    list_file(folder, name)
+    with pytest.raises(ArtifactError, match=r"'secret\.bin', which is not among"):
+        run_artifact(folder, VIDEO, provider="cpu")
 
 
 def test_a_refused_run_leaves_nothing_behind(

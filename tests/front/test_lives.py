@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pipelines import far, made
 from plans import plan_of
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 import freqopt
 from freqopt.errors import OptionError, PlanError, SiteError
@@ -56,6 +57,47 @@ def test_the_outermost_block_of_a_handle_undoes_it(route: str, plan: Plan) -> No
         assert torch.equal(called(model), split)
         handle.disable()
     assert torch.equal(called(model), dense)
+
+
+def test_leaving_a_block_that_was_not_entered_keeps_the_count(plan: Plan) -> None:
+    handle = optimized(models.make(), plan, "eager")
+    handle.__exit__(None, None, None)
+    with handle:
+        assert handle.enabled
+    assert not handle.enabled
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_call_on_meta_has_its_shapes(route: str, plan: Plan) -> None:
+    """As it has without us: what counts operations or plans memory calls models so."""
+    model = models.make()
+    split = optimized(model, plan, route)
+    wanted = called(model)
+    weights = model.state_dict()
+    model.to("meta")
+    with torch.no_grad():
+        out = model(**{name: x.to("meta") for name, x in models.inputs().items()})
+    assert out.is_meta and out.shape == wanted.shape
+    model.load_state_dict(weights, assign=True)
+    assert torch.equal(called(model), wanted)
+    split.disable()
+
+
+@pytest.mark.parametrize("inside", ["blocks.1", "blocks.1.attn", "blocks.1.attn.q"])
+def test_the_rest_of_a_call_is_dense_when_it_is_disabled_meanwhile(inside: str, plan: Plan) -> None:
+    """As by another thread."""
+    model = models.make()
+    dense, handle = called(model), optimized(model, plan, "eager")
+    split = called(model)
+    module = model.get_submodule(inside)
+    hook = module.register_forward_pre_hook(lambda *given: handle.disable())
+    partly = called(model)
+    hook.remove()
+    assert not _get_current_function_mode_stack()
+    assert far(partly, dense) > 1e-3 and far(partly, split) > 1e-3
+    assert torch.equal(called(model), dense)
+    with handle:
+        assert torch.equal(called(model), split)
 
 
 @pytest.mark.parametrize("route", ROUTES)

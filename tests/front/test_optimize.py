@@ -159,6 +159,10 @@ PLAN = object()
         ({"prompts": ["a"], "target_psnr": 30.0}, OptionError, "one component"),
         ({"prompts": []}, OptionError, "empty"),
         ({"prompts": [3]}, OptionError, "a prompt is a int"),
+        ({"prompts": 3}, OptionError, "prompts is a int"),
+        ({"prompts": ["a"], "run_options": 3}, OptionError, "run_options is a int"),
+        ({"prompts": ["a"], "calibration": 3}, OptionError, "calibration is a int"),
+        ({"prompts": ["a"], "calibration": ["rounds"]}, OptionError, "calibration is a list"),
         ({"prompts": [{"promt": "a"}]}, OptionError, "takes no argument 'promt'"),
         ({"prompts": ["a"], "run_options": {"step": 3}}, OptionError, "takes no argument 'step'"),
         ({"samples": [{}], "run_options": {"steps": 3}}, OptionError, "run_options are for"),
@@ -172,12 +176,18 @@ PLAN = object()
         ({"prompts": ["a"], "components": 3}, OptionError, "list of names"),
         ({"prompts": ["a"], "components": ["unet"]}, OptionError, "holds no module 'unet'"),
         ({"prompts": ["a"], "components": "transformer"}, OptionError, "list of names"),
+        ({"prompts": ["a"], "components": []}, OptionError, "it is empty"),
+        ({"prompts": ["a"], "components": [nn.Identity()]}, OptionError, "holds a Identity"),
+        ({"prompts": ["a"], "components": [""]}, OptionError, "holds a str without one"),
         ({"plan": PLAN, "target_error": 0.1}, OptionError, "plan and target_error"),
         ({"plan": PLAN}, PlanError, "each needs a plan of its own"),
         ({"plan": {"transformer": PLAN}}, PlanError, "no plan for transformer_2"),
         ({"plan": 3}, OptionError, "not int"),
         ({"plan": "nowhere.json"}, PlanError, "No such file"),
         ({"plan": "nowhere/"}, PlanError, "no folder here"),
+        ({"plan": "x" * 5000}, PlanError, "no folder here"),
+        ({"plan": "x" * 5000 + ".json"}, PlanError, "File name too long"),
+        ({"plan": "a\0b.json"}, PlanError, "not a name of a file"),
     ],
 )
 def test_arguments_are_checked_before_anything_runs(
@@ -193,6 +203,21 @@ def test_arguments_are_checked_before_anything_runs(
     with pytest.raises(error, match=words):
         freqopt.optimize(pipe, **arguments)
     assert pipe.calls == 0 and state(pipe.transformer) == before
+
+
+def test_what_the_pipeline_needs_is_asked_for_before_it_runs() -> None:
+    class Strict(Pipe):
+        def __call__(self, prompt: str, image: str) -> Tensor:  # type: ignore[override]
+            raise AssertionError
+
+    with pytest.raises(OptionError, match="needs an argument 'image'"):
+        freqopt.optimize(Strict(), prompts=["a"])
+
+
+def test_modules_are_given_by_names(plan: Plan) -> None:
+    for name in (1, "", None):
+        with pytest.raises(InputError, match="is no name"):
+            freqopt.optimize({name: models.make()}, plan)
 
 
 def test_what_denoises_is_found_or_named(plan: Plan) -> None:

@@ -203,6 +203,20 @@ def test_adapters_come_and_go_while_it_is_optimized() -> None:
         assert torch.equal(piped.run(), before) and far(adapted, before) > 1e-4
 
 
+@pytest.mark.parametrize("route", ["eager", "regional"])
+def test_a_model_that_was_given_the_name_by_hand_is_optimized(route: str) -> None:
+    piped = made("wan")
+    plans = piped.plans(1.0)
+    with optimized(piped, plans, route):
+        expected = piped.run()
+    piped.pipe.transformer.set_attention_backend("freqopt")
+    try:
+        with optimized(piped, plans, route):
+            assert far(piped.run(), expected) < 1e-6
+    finally:
+        piped.pipe.transformer.set_attention_backend("native")
+
+
 def test_a_chosen_backend_is_replaced_and_put_back() -> None:
     piped = made("wan")
     plans = piped.plans(1.0)

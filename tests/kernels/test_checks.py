@@ -190,8 +190,64 @@ def test_two_derivatives_are_refused_in_words_and_transforms_are_right_or_refuse
         assert relative(found, torch.stack([attend(x) for x in many])) < 1e-6
 
 
-@pytest.mark.parametrize("grid", [(3.0, 6, 10), ("3", 6, 10), "abc", 5, (True, 18, 10), (3, 6)])
+@pytest.mark.parametrize(
+    "grid", [(3.0, 6, 10), ("3", 6, 10), "abc", 5, (True, 18, 10), (3, 6), {3, 6, 10}]
+)
 def test_grids_are_whole_numbers(grid: Any) -> None:
     q = torch.randn(1, 2, 180, 8)
     with pytest.raises(InputError, match="whole extents"):
         freqopt.split_attention(q, q, q, grid=grid, threshold=1.0)
+
+
+META = torch.ones(2, device="meta")
+OTHER_KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("query is a ndarray", {"query": torch.ones(1, 2, 180, 8).numpy()}),
+    ("key is a list", {"key": [1.0]}),
+    ("value is a NoneType", {"value": None}),
+    ("query is a torch.sparse_coo", {"query": torch.ones(1, 2, 180, 8).to_sparse()}),
+    ("key_mask is a list", {"key_mask": [True] * 180}),
+    ("query_order is a list", {"query_order": [0, 1]}),
+    ("threshold is 'x'", {"threshold": "x"}),
+    ("threshold is 1j", {"threshold": 1j}),
+    (r"threshold is \[1.0", {"threshold": [1.0, 1.0]}),
+    ("threshold is torch.complex64", {"threshold": torch.ones(2, dtype=torch.complex64)}),
+    ("threshold is torch.float32 on meta", {"threshold": META}),
+    ("density is 'x'", {"density": "x"}),
+    ("density 10000", {"density": 10**400}),
+    ("scale is 'x'", {"scale": "x"}),
+    ("scale 10000", {"scale": 10**400}),
+    ("probes is 2.0", {"probes": 2.0}),
+    ("probes is None", {"probes": None}),
+    ("text_before is '0'", {"text_before": "0"}),
+    ("text_after is None", {"text_after": None}),
+    ("order is torch.float32 .* on meta", {"order": META}),
+    ("order is torch.int32 .* on meta", {"order": META.int()}),
+    ("order is .* on meta", {"order": torch.ones(1, 2, 180, dtype=torch.int32, device="meta")}),
+    ("mid_band is 'yes'", {"mid_band": "yes"}),
+    ("mid_band is torch.bool .* on meta", {"mid_band": META.bool()}),
+]
+
+
+@pytest.mark.parametrize("said, changed", OTHER_KINDS, ids=lambda x: x if type(x) is str else "")
+def test_arguments_of_another_kind_are_named(said: str, changed: dict[str, Any]) -> None:
+    q = torch.randn(1, 2, 180, 8)
+    given: dict[str, Any] = {"query": q, "key": q, "value": q, "grid": GRID}
+    with pytest.raises(InputError, match=said):
+        freqopt.split_attention(**{**given, **changed})
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400, float("inf")])
+def test_a_threshold_larger_than_all_numbers_keeps_the_local_blocks(value: float) -> None:
+    q = torch.randn(1, 2, 180, 8)
+    kept = freqopt.split_attention(q, q, q, grid=GRID, threshold=value)
+    assert isinstance(kept, Tensor)
+    limits = torch.full((2,), float("inf"))
+    wanted = freqopt.split_attention(q, q, q, grid=GRID, threshold=limits)
+    assert isinstance(wanted, Tensor) and torch.equal(kept, wanted)
+
+
+@pytest.mark.parametrize("heads", [2, 24])
+def test_swapped_tokens_and_heads_are_recognised_beside_a_grid(heads: int) -> None:
+    swapped = torch.randn(1, 180, heads, 8)
+    with pytest.raises(InputError, match=r"pass x\.transpose\(1, 2\)"):
+        freqopt.split_attention(swapped, swapped, swapped, grid=GRID)

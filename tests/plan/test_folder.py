@@ -17,6 +17,8 @@ from plans import plan_of
 import freqopt
 from freqopt.errors import CalibrationError, FileError, InputError, OptionError, PlanError
 from freqopt.plan.plan import Plan
+from freqopt.plan.plans import Plans
+from freqopt.reporting.report import report_each
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,15 @@ def test_targets_that_no_curve_reaches_are_refused(calibrated: Plan, plan: Plan)
 def test_a_target_that_is_no_number_is_refused(calibrated: Plan, target: Any) -> None:
     with pytest.raises(OptionError, match="must be a number"):
         calibrated.at(target_error=target)
+
+
+@pytest.mark.parametrize("name", ["../up", "/up", "a/b", "a\\b", "", "a\nb", "a\0b", "\ud800"])
+def test_names_of_a_stranger_lead_nowhere(name: str, plan: Plan, tmp_path: Path) -> None:
+    """Plans in one file are called what its maker wrote there."""
+    both = Plans({name: plan, "b": plan})
+    both.save(tmp_path / "in" / "plans.json")
+    found = Plans.load(tmp_path / "in" / "plans.json")
+    for write in (found.save_pretrained, lambda place: report_each(found, place / "page.html")):
+        with pytest.raises(InputError, match="cannot be part of a file's name"):
+            write(tmp_path / "in")
+    assert [p.name for p in tmp_path.rglob("*")] == ["in", "plans.json"]

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from small_plans import full_plan
 
-from freqopt.errors import PlanError
+from freqopt.errors import FileError, PlanError
+from freqopt.files import locked
 from freqopt.options import load_plan
 from freqopt.plan import plan_file as plans
 from freqopt.plan.plan import Plan
-from freqopt.plan.plans import Plans
+from freqopt.plan.plans import Plans, read_plans
 from freqopt.shown import say, shown, shown_lines
 
 
@@ -41,6 +42,37 @@ def test_only_regular_files_of_some_size(tmp_path: Path, monkeypatch: pytest.Mon
         for load in (Plan.load, Plans.load, load_plan):
             with pytest.raises(PlanError, match="cannot read the plan"):
                 load(path)
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="a file that cannot be read")
+def test_a_file_that_cannot_be_read_is_said() -> None:
+    with pytest.raises(PlanError, match="cannot read the plan /proc/self/mem"):
+        read_plans("/proc/self/mem")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + "/y", "a\0b", "\udc80/y/z"])
+def test_no_name_is_too_odd(name: str, tmp_path: Path) -> None:
+    for load in (Plan.load, Plans.load, read_plans, Plan.from_pretrained, Plans.from_pretrained):
+        with pytest.raises(PlanError):
+            load(name)  # type: ignore[operator]
+    if "\udc80" in name:
+        return
+    for save in (full_plan().save, full_plan().save_pretrained):
+        with pytest.raises(FileError, match="cannot write"):
+            save(tmp_path / name)
+
+
+def test_a_lock_has_a_name_too() -> None:
+    with pytest.raises(FileError, match="no name of a file"), locked("a\0b"):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes have names on POSIX only")
+def test_a_page_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    with pytest.raises(FileError, match="it is a pipe"):
+        full_plan().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["README.md"]
 
 
 def test_names_do_not_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
