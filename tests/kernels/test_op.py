@@ -213,7 +213,10 @@ QKV = torch.randn(1, 2, 60, 16)
             {"key_mask": torch.arange(60)[None] < 55, "grid": (5, 11, 1), "text_before": 5},
             "leaves out 5 keys that are no text.*at 55",
         ),
-        ({"order": torch.zeros(1, 2, 60, dtype=torch.int32, device="meta")}, "on meta; integers of shape"),
+        (
+            {"order": torch.zeros(1, 2, 60, dtype=torch.int32, device="meta")},
+            "on meta; integers of shape",
+        ),
         (
             {
                 "key": QKV.expand(1, 2, 60, 16)[:, :1].repeat(1, 3, 1, 1),
