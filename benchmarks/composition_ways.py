@@ -136,9 +136,12 @@ def cached_by_cache_dit(
     from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern
 
     config = DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0,
-        residual_diff_threshold=threshold, num_inference_steps=steps,
-    )  # fmt: skip
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=0,
+        residual_diff_threshold=threshold,
+        num_inference_steps=steps,
+    )
     blocks: Any = model.blocks
 
     def begins(*_: object) -> None:

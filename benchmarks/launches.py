@@ -71,8 +71,10 @@ def times_of(run: Callable[[], object], way: str) -> dict[str, float]:
         for _ in range(3):
             run()
         launched = min(launch_milliseconds(run, REPEATS) for _ in range(ROUNDS))
-        whole = min(run_milliseconds(lambda: [run() for _ in range(REPEATS)]) / REPEATS
-                    for _ in range(ROUNDS))  # fmt: skip
+        whole = min(
+            run_milliseconds(lambda: [run() for _ in range(REPEATS)]) / REPEATS
+            for _ in range(ROUNDS)
+        )
     return {"launched_ms": launched, "whole_ms": whole}
 
 

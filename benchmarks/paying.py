@@ -31,8 +31,13 @@ from freqopt.demo.settings import Settings, default_settings, load_model
 from freqopt.progress import open_progress
 
 SIZES = (
-    (5, 60, 104), (17, 60, 104), (9, 88, 152), (13, 88, 152), (21, 88, 152), (21, 120, 208),
-)  # fmt: skip
+    (5, 60, 104),
+    (17, 60, 104),
+    (9, 88, 152),
+    (13, 88, 152),
+    (21, 88, 152),
+    (21, 120, 208),
+)
 """Frames, height and width of the clips: 1,950 to 32,760 tokens. The first takes nearly all of its
 time to be launched, so that nothing can pay."""
 
@@ -107,21 +112,32 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
     found: dict[int, list[dict[str, Any]]] = {}
     for row in sorted(result["rows"], key=lambda row: (row["tokens"], row["run"])):
         found.setdefault(row["tokens"], []).append(row)
-    head = ["tokens", "attention, of dense", "dense", "split", "speed-up", "sites split", "error",
-            "commit"]  # fmt: skip
-    yield from table(head, [
+    head = [
+        "tokens",
+        "attention, of dense",
+        "dense",
+        "split",
+        "speed-up",
+        "sites split",
+        "error",
+        "commit",
+    ]
+    yield from table(
+        head,
         [
-            f"{tokens:,}",
-            f"{each[0]['attention_share']:.0%}",
-            _all(f"{row['dense_ms']:.2f}" for row in each) + " ms",
-            _all(f"{row['split_ms']:.2f}" for row in each) + " ms",
-            _all(f"{row['dense_ms'] / row['split_ms']:.2f}x" for row in each),
-            _all(f"{row['split']} of {row['sites']}" for row in each),
-            _all(f"{row['error']:.4f}" for row in each),
-            _all(dict.fromkeys(row.get("commit", "unknown") for row in each)),
-        ]
-        for tokens, each in found.items()
-    ])  # fmt: skip
+            [
+                f"{tokens:,}",
+                f"{each[0]['attention_share']:.0%}",
+                _all(f"{row['dense_ms']:.2f}" for row in each) + " ms",
+                _all(f"{row['split_ms']:.2f}" for row in each) + " ms",
+                _all(f"{row['dense_ms'] / row['split_ms']:.2f}x" for row in each),
+                _all(f"{row['split']} of {row['sites']}" for row in each),
+                _all(f"{row['error']:.4f}" for row in each),
+                _all(dict.fromkeys(row.get("commit", "unknown") for row in each)),
+            ]
+            for tokens, each in found.items()
+        ],
+    )
 
 
 def identity_of(row: dict[str, Any]) -> tuple[int, ...]:
@@ -148,8 +164,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", type=large.grid_of, default=list(SIZES),
-                        help="frames x height x width, such as 5x60x104")  # fmt: skip
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=large.grid_of,
+        default=list(SIZES),
+        help="frames x height x width, such as 5x60x104",
+    )
     parser.add_argument("--runs", type=int, default=RUNS, help="plans for each size")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -169,10 +190,14 @@ def main(arguments: list[str] | None = None) -> None:
                         continue
                     frames, height, width = size
                     settings = default_settings(
-                        given.device, frames=frames, height=height, width=width,
-                        steps=given.steps, samples=given.samples,
+                        given.device,
+                        frames=frames,
+                        height=height,
+                        width=width,
+                        steps=given.steps,
+                        samples=given.samples,
                         random_weights=given.random_weights or None,
-                    )  # fmt: skip
+                    )
                     row = row_of(settings, run, given.target_error)
                     result["rows"].append(row)
                     write("paying", result, given.out)

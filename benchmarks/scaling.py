@@ -381,8 +381,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device, rows = torch.device(given.device), []
     result: dict[str, Any] = {
-        "environment": environment(), "target": given.target, "heads": given.heads, "rows": rows,
-    }  # fmt: skip
+        "environment": environment(),
+        "target": given.target,
+        "heads": given.heads,
+        "rows": rows,
+    }
     for size in given.sizes:
         rows += measure(size, given.target, device, given.heads, given.fields, given.orders)
         write("scaling", result, given.out)

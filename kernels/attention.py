@@ -170,11 +170,21 @@ def split_attention(
         order = "content" if grid is None else "grid"
     orders = _orders(order, chunk, query_order, query, key, layout, other)
     out, reached, error, _, scalars, log_sum, key_order, made = split_attention_op(
-        query, key, value, limits, key_mask, list(layout.grid), text_before, text_after,
-        query.shape[-1] ** -0.5 if scale is None else float(scale), density or 0.0, probes,
-        *orders, None if other is None else [*other.grid, other.text_before, other.text_after],
+        query,
+        key,
+        value,
+        limits,
+        key_mask,
+        list(layout.grid),
+        text_before,
+        text_after,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        density or 0.0,
+        probes,
+        *orders,
+        None if other is None else [*other.grid, other.text_before, other.text_after],
         bool(return_lse),
-    )  # fmt: skip
+    )
     results: list[Tensor | SplitStats] = [out]
     if return_lse:
         results.append(log_sum)

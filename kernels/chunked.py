@@ -211,10 +211,20 @@ def fit_probe(
     positions = ref.probe_positions(tokens.query.shape[2], probes, tokens.query.device)
     chosen = tokens.query[:, :, positions]
     bands = ref.make_bands(
-        chosen, positions // QUERY_TILE, tokens.key, tokens.value, tokens.text_key,
-        tokens.text_value, tokens.text_bias, route, low, None, scores,
-        ref.tile_mean_square(tokens.query), scale,
-    )  # fmt: skip
+        chosen,
+        positions // QUERY_TILE,
+        tokens.key,
+        tokens.value,
+        tokens.text_key,
+        tokens.text_value,
+        tokens.text_bias,
+        route,
+        low,
+        None,
+        scores,
+        ref.tile_mean_square(tokens.query),
+        scale,
+    )
     text = chosen @ tokens.text_key.mT * scale + tokens.text_bias
     full = torch.cat([chosen @ tokens.key.mT * scale, text], -1)
     return ref.fit_probe(ref.observe(bands, full), bands.estimate)

@@ -57,8 +57,10 @@ def compile_first(form: Any, run: Callable[[], object]) -> None:
     except Exception as error:
         logger.warning(
             "kernels are compiled one at a time, which takes longer: compiling several failed "
-            "(%s: %s)", type(error).__name__, error,
-        )  # fmt: skip
+            "(%s: %s)",
+            type(error).__name__,
+            error,
+        )
 
 
 def workers() -> int:

@@ -160,8 +160,10 @@ class Recording:
                 now.storages[number] = storage, at - storage.data_ptr()
         for base, x in self._kept.items():
             now.hold(base, x)
-        own = {m.base: torch.empty_strided(m.size, m.stride, dtype=m.dtype, device=device)
-               for m in self._own}  # fmt: skip
+        own = {
+            m.base: torch.empty_strided(m.size, m.stride, dtype=m.dtype, device=device)
+            for m in self._own
+        }
         for base, x in own.items():
             now.hold(base, x)
         work = torch.empty(self._bytes, dtype=torch.uint8, device=device)
@@ -313,8 +315,10 @@ def record(
     except Exception as error:  # of Triton, of another version than those that were tried
         logger.warning(
             "calls of the op are launched one kernel at a time, which takes longer: a call could "
-            "not be repeated (%s: %s)", type(error).__name__, error,
-        )  # fmt: skip
+            "not be repeated (%s: %s)",
+            type(error).__name__,
+            error,
+        )
         return found, REFUSED
     return found, recording
 

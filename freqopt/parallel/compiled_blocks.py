@@ -197,8 +197,13 @@ def ask_owner(
 
 @ask_owner.register_fake
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, which: Tensor,
-    scale: float | None, owner: int,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    which: Tensor,
+    scale: float | None,
+    owner: int,
+) -> Tensor:
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim)).transpose(1, 2)

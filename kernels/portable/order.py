@@ -96,20 +96,26 @@ def _orthonormal_factor(gram):
             (
                 tl.where(row[:, None] == k, both, 0.0),
                 tl.where(row[:, None] == k + 1, both, 0.0),
-            ), 0, _add_pairs,
-        )  # fmt: skip
+            ),
+            0,
+            _add_pairs,
+        )
         first_column, second_column = tl.reduce(
             (
                 tl.where(column[None, :] == k, both, 0.0),
                 tl.where(column[None, :] == k + 1, both, 0.0),
-            ), 1, _add_pairs,
-        )  # fmt: skip
+            ),
+            1,
+            _add_pairs,
+        )
         corner, beside = tl.reduce(
             (
                 tl.where(column == k, first_row, 0.0),
                 tl.where(column == k + 1, first_row, 0.0),
-            ), 0, _add_pairs,
-        )  # fmt: skip
+            ),
+            0,
+            _add_pairs,
+        )
         below = tl.sum(tl.where(column == k + 1, second_row, 0.0), 0)
         pivot = tl.maximum(corner, least)
         ratio = beside / pivot

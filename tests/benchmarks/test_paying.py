@@ -42,20 +42,24 @@ def test_rows_of_an_earlier_run_are_kept_with_their_commit(
 
     monkeypatch.setattr(paying, "row_of", row_of)
     monkeypatch.setattr(paying, "rows", lambda result: [])
-    paying.main([
-        *("--device", "cpu", "--random-weights", "--sizes", "5x48x64", "--runs", "3"),
-        *("--target-error", "0.2", "--out", str(tmp_path)),
-    ])  # fmt: skip
+    paying.main(
+        [
+            *("--device", "cpu", "--random-weights", "--sizes", "5x48x64", "--runs", "3"),
+            *("--target-error", "0.2", "--out", str(tmp_path)),
+        ]
+    )
     after = json.loads((tmp_path / "paying.json").read_text())["rows"]
     assert made == [2] and [each["commit"] for each in after] == ["first", "another", "now"]
 
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path: Path) -> None:
-    paying.main([
-        *("--device", "cpu", "--random-weights", "--sizes", "5x48x64", "--runs", "2"),
-        *("--samples", "4", "--steps", "4", "--target-error", "0.2", "--out", str(tmp_path)),
-    ])  # fmt: skip
+    paying.main(
+        [
+            *("--device", "cpu", "--random-weights", "--sizes", "5x48x64", "--runs", "2"),
+            *("--samples", "4", "--steps", "4", "--target-error", "0.2", "--out", str(tmp_path)),
+        ]
+    )
     found = json.loads((tmp_path / "paying.json").read_text())["rows"]
     assert [row["run"] for row in found] == [0, 1]
     for row in found:

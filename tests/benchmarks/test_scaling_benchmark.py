@@ -49,9 +49,20 @@ def test_a_run_writes_rows_and_a_picture(
 ) -> None:
     made = ["grid", "content all"]
     scaling.main(
-        ["--device", "cpu", "--sizes", "1K", "2K", "--fields", "2", "--out", str(tmp_path),
-         "--orders", *made]
-    )  # fmt: skip
+        [
+            "--device",
+            "cpu",
+            "--sizes",
+            "1K",
+            "2K",
+            "--fields",
+            "2",
+            "--out",
+            str(tmp_path),
+            "--orders",
+            *made,
+        ]
+    )
     result = json.loads((tmp_path / "scaling.json").read_text())
     rows = [(row["tokens"], row["order"]) for row in result["rows"]]
     assert rows == [(tokens, order) for tokens in (1014, 2048) for order in made]
@@ -75,8 +86,13 @@ def test_a_row_that_fails_its_gate_reports_no_time(
 def test_each_order_has_an_exponent_of_its_own() -> None:
     def row(tokens: int, order: str, power: float) -> dict[str, Any]:
         ms = 3e-5 * tokens**power
-        return {"tokens": tokens, "order": order, "ms": ms, "sampled": {"ms": ms**1.1},
-                "dense_ms": 1e-6 * tokens**2}  # fmt: skip
+        return {
+            "tokens": tokens,
+            "order": order,
+            "ms": ms,
+            "sampled": {"ms": ms**1.1},
+            "dense_ms": 1e-6 * tokens**2,
+        }
 
     lengths = (1_000, 70_000, 200_000, 900_000)
     powers = {"grid": 1.6, "content all": 1.3}

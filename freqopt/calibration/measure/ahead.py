@@ -35,8 +35,10 @@ def compile_ahead(call: AttentionCall, orders: Sequence[int], sampled: int, prob
     form = "curves", form_of(inputs.tensors), layout, chunks, sampled, probes
 
     def run() -> None:
-        of_size = {heads.stop - heads.start: made for heads, made in
-                   groups(call, len(chunks), THRESHOLDS[:1], probes)}  # fmt: skip
+        of_size = {
+            heads.stop - heads.start: made
+            for heads, made in groups(call, len(chunks), THRESHOLDS[:1], probes)
+        }
         for chunk in chunks:
             order = key_order(call, chunk) if chunk else None
             for made in of_size.values():
