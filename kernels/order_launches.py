@@ -6,7 +6,7 @@ import functools
 
 from freqopt.kernels.content_order import LEAF, RANK, SEGMENT_SAMPLES
 from freqopt.kernels.launches import Bound, KernelLaunch, bind
-from freqopt.kernels.portable import order
+from freqopt.kernels.portable import order, tree
 from freqopt.kernels.tiles import padded_dim
 
 MOMENT_PARTS = 4
@@ -31,21 +31,21 @@ CONTENT_ORDER = (
                  {**SIZE, "SLICE": 32}, warps=8, stages=3),
     KernelLaunch("project", order.project_kernel, "pairs tokens/ROWS",
                  {**SIZE, "ROWS": 128}, warps=8, stages=3),
-    KernelLaunch("segment", order.segment_kernel, "pairs segments",
+    KernelLaunch("segment", tree.segment_kernel, "pairs segments",
                  {"PIECE": SEGMENT_PIECE, "PIECES": SEGMENT_SAMPLES // SEGMENT_PIECE}, stages=3),
-    KernelLaunch("rank_tokens", order.rank_tokens_kernel, "pairs tokens/ROWS", {"ROWS": 128},
+    KernelLaunch("rank_tokens", tree.rank_tokens_kernel, "pairs tokens/ROWS", {"ROWS": 128},
                  stages=3),
-    KernelLaunch("divide", order.divide_kernel, "pairs segments", {"PIECE": DIVIDE_PIECE},
+    KernelLaunch("divide", tree.divide_kernel, "pairs segments", {"PIECE": DIVIDE_PIECE},
                  warps=32, stages=3),
     *(
         KernelLaunch(
-            f"halve_{tokens}", order.halve_kernel, "pairs tokens/SIZE",
+            f"halve_{tokens}", tree.halve_kernel, "pairs tokens/SIZE",
             {"SIZE": tokens, "STEP": max(tokens // SEGMENT_SAMPLES, 1), "PIECE": piece},
             warps, 3,
         )
         for tokens, (warps, piece) in LEVELS.items()
     ),
-    KernelLaunch("leaf", order.leaf_kernel, "pairs tokens/SIZE", {"SIZE": LEAF}, warps=1, stages=3),
+    KernelLaunch("leaf", tree.leaf_kernel, "pairs tokens/SIZE", {"SIZE": LEAF}, warps=1, stages=3),
 )  # fmt: skip
 """Of an order by content. Levels above the largest of `LEVELS` launch segment, rank_tokens and
 divide each."""

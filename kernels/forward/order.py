@@ -12,13 +12,11 @@ from torch import Tensor
 from freqopt.kernels.content_order import LEAF, RANK, SAMPLES, SEGMENT_SAMPLES, enclosing
 from freqopt.kernels.launches import Bound
 from freqopt.kernels.order_launches import LEVELS, MOMENT_PARTS, order_launches
-from freqopt.kernels.portable.order import (
-    directions_kernel,
+from freqopt.kernels.portable.order import directions_kernel, moments_kernel, project_kernel
+from freqopt.kernels.portable.tree import (
     divide_kernel,
     halve_kernel,
     leaf_kernel,
-    moments_kernel,
-    project_kernel,
     rank_tokens_kernel,
     segment_kernel,
 )

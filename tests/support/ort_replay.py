@@ -45,7 +45,7 @@ TYPES = {
 }
 WORKSPACE = 0x100000
 CASES = [
-    Case((4, 5, 9), dim=64, heads=4, before=3, after=5, chunk=256),
+    Case((4, 5, 9), dim=64, batch=1, before=3, after=5, chunk=256),
     Case((1, 1, 300), dim=64, heads=2, kv_heads=1, chunk=512),
     Case((5, 7, 9), dim=64, batch=1, before=3, after=5, queries=(2, 5, 7)),
     Case(
