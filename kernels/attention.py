@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from freqopt.chunks import check_chunk
 from freqopt.config import (
@@ -131,18 +131,19 @@ def split_attention(
         InputError: shapes, dtypes, devices, grid, order or thresholds that do not fit, with what
             would.
     """
-    _check_kinds(
-        tensors={"query": query, "key": key, "value": value},
-        none_or_tensors={"key_mask": key_mask, "query_order": query_order},
-        numbers={"density": density, "scale": scale},
-        whole={
-            "probes": probes,
-            "text_before": text_before,
-            "text_after": text_after,
-            "query_text_before": query_text_before,
-            "query_text_after": query_text_after,
-        },
-    )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+    for name, given in (("key_mask", key_mask), ("query_order", query_order)):
+        if given is not None:
+            _check_tensor(name, given)
+    for name, number in (("density", density), ("scale", scale)):
+        if number is not None:
+            _check_number(name, number)
+    _check_whole("probes", probes)
+    _check_whole("text_before", text_before)
+    _check_whole("text_after", text_after)
+    _check_whole("query_text_before", query_text_before)
+    _check_whole("query_text_after", query_text_after)
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     _check_tensors(shapes, query, key, value)
     hint = TRANSPOSED if query.shape[1] > query.shape[2] else ""
@@ -253,27 +254,23 @@ def _layout(
     return TokenLayout(own, before, after)
 
 
-def _check_kinds(
-    *,
-    tensors: Mapping[str, object] = MappingProxyType({}),
-    none_or_tensors: Mapping[str, object] = MappingProxyType({}),
-    numbers: Mapping[str, object] = MappingProxyType({}),
-    whole: Mapping[str, object] = MappingProxyType({}),
-) -> None:
-    """Refuse arguments that are of another kind altogether, before anything is asked of them."""
-    given = {**tensors, **{n: x for n, x in none_or_tensors.items() if x is not None}}
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise InputError(f"{name} is a {type(x).__name__}; a torch.Tensor is supported")
-        if x.is_nested or x.layout != torch.strided:
-            kind = "nested" if x.is_nested else x.layout
-            raise InputError(f"{name} is a {kind} tensor; a plain one (torch.strided) is supported")
-    for name, x in numbers.items():
-        if x is not None and not isinstance(x, float) and not hasattr(x, "__float__"):
-            raise InputError(f"{name} is {x!r}; {NUMBERS}")
-    for name, x in whole.items():
-        if isinstance(x, bool) or not (isinstance(x, int) or hasattr(x, "__index__")):
-            raise InputError(f"{name} is {x!r}; a whole number is supported")
+def _check_tensor(name: str, x: object) -> None:
+    """Refuse what is no plain tensor, before anything is asked of it."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} is a {type(x).__name__}; a torch.Tensor is supported")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else x.layout
+        raise InputError(f"{name} is a {kind} tensor; a plain one (torch.strided) is supported")
+
+
+def _check_number(name: str, x: object) -> None:
+    if not isinstance(x, float) and not hasattr(x, "__float__"):
+        raise InputError(f"{name} is {x!r}; {NUMBERS}")
+
+
+def _check_whole(name: str, x: object) -> None:
+    if isinstance(x, bool) or not (isinstance(x, int) or hasattr(x, "__index__")):
+        raise InputError(f"{name} is {x!r}; a whole number is supported")
 
 
 def _check_tensors(shapes: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -325,7 +322,7 @@ def _check_mask(mask: Tensor, key: Tensor, layout: TokenLayout) -> None:
 
 def _can_look(x: Tensor) -> bool:
     """Whether what is in a tensor can be read now: the call is neither traced nor captured."""
-    if torch.compiler.is_compiling() or x.is_meta or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
@@ -346,7 +343,7 @@ def _thresholds(
             raise InputError(f"threshold is {threshold.dtype} on {threshold.device}; {NUMBERS}")
         exact = threshold.to(device=device, dtype=torch.float32)
     else:
-        _check_kinds(numbers={"threshold": threshold})
+        _check_number("threshold", threshold)
         if threshold != threshold or threshold < 0:
             raise InputError(f"threshold {threshold} must be 0 (dense) or larger")
         limit = float(threshold) if threshold < MOST_SCALE else math.inf
@@ -383,8 +380,7 @@ def _orders(
         return _Orders(key_order=given, query_order=query_order)
     longest = max(layout.tokens, 0 if other is None else other.tokens)
     if isinstance(order, Tensor):
-        whole = not (order.dtype.is_floating_point or order.is_complex() or order.is_meta)
-        if order.shape != (kv_heads,) or not whole:
+        if order.shape != (kv_heads,) or not _has_integers(order):
             raise InputError(
                 f"order is {order.dtype} of shape {tuple(order.shape)} on {order.device}; 'grid', "
                 f"'content', integers ({kv_heads},), the chunk of each key head, or an order "
@@ -405,13 +401,16 @@ def _orders(
     return _Orders(chunks, min(size, enclosing(longest)), query_order=query_order)
 
 
+def _has_integers(x: Tensor) -> bool:
+    return not (x.dtype.is_floating_point or x.is_complex() or x.is_meta)
+
+
 def _permutation(name: str, order: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An order as int32, checked.
 
     The check waits for the device, so a call that is traced or captured must have passed it before.
     """
-    whole = not (order.dtype.is_floating_point or order.is_complex() or order.is_meta)
-    if order.shape != shape or not whole:
+    if order.shape != shape or not _has_integers(order):
         raise InputError(
             f"{name} is {order.dtype} of shape {tuple(order.shape)} on {order.device}; integers "
             f"of shape {shape} (batch, heads, tokens without text) are supported"
