@@ -30,7 +30,7 @@ from benchmarks import composition_ways as ways
 from benchmarks import generations, large
 from benchmarks.common import environment, write
 from benchmarks.natural import natural_field
-from benchmarks.uniform import uniform_plan
+from benchmarks.plans import uniform_plan
 from freqopt.config import DEFAULT_PROBES
 from freqopt.kernels.op import split_attention_op
 from freqopt.models_zoo.video_dit import load_pretrained

@@ -25,16 +25,10 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import parallel_page
 from benchmarks.common import environment, write
+from benchmarks.plans import uncalibrated
 from benchmarks.profiles import profiled
-from freqopt.plan.plan import Plan, model_fingerprint
-from freqopt.plan.records import (
-    Budget,
-    Evidence,
-    ModelIdentity,
-    SiteLayout,
-    SitePlan,
-    Versions,
-)
+from freqopt.plan.plan import Plan
+from freqopt.plan.records import Budget, SiteLayout, SitePlan
 
 SIZES = {
     "14b": {
@@ -153,19 +147,8 @@ def plan_of(
     output: Tensor = answered(model, (), call, answer)[0]
     found = all_ranks(sites)
     sites = {name: found[at % len(found)][name] for at, name in enumerate(sites)}
-    plan = Plan(
-        model=ModelIdentity(class_name=type(model).__name__, fingerprint=model_fingerprint(model)),
-        grids=[tuple(grid)],
-        device="random weights",
-        versions=Versions(freqopt="0", torch="0"),
-        target_error=0.1,
-        measured_error=0.1,
-        worst_error=0.1,
-        mean_density=mean,
-        sites=sites,
-        evidence=Evidence(samples=1, held_out=1),
-    )
-    return plan, output
+    t, h, w = grid
+    return uncalibrated(model, (t, h, w), sites, mean_density=mean), output
 
 
 def thresholds_of(

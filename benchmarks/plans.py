@@ -1,10 +1,11 @@
-"""A plan that nobody calibrated: one threshold for all heads of a model, for times that need one.
+"""Plans that nobody calibrated, for times that need one: of given sites, or one threshold for all.
 
-Without a compiler the split goes by plans alone. Its errors are not those of a plan worth using.
+Without a compiler the split goes by plans alone. Their errors are not those of plans worth using.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -48,6 +49,17 @@ def uniform_plan(
     }
     if not sites:
         raise RuntimeError(f"no attention over the tokens of {grid} can be split:\n{found}")
+    return uncalibrated(model, grid, sites, mean_density=1.0)
+
+
+def uncalibrated(
+    model: nn.Module,
+    grid: tuple[int, int, int],
+    sites: Mapping[str, SitePlan],
+    *,
+    mean_density: float,
+) -> Plan:
+    """The plan of these sites; what it says of errors was not measured."""
     return Plan(
         model=ModelIdentity(class_name=class_name_of(model), fingerprint=model_fingerprint(model)),
         grids=[grid],
@@ -56,7 +68,7 @@ def uniform_plan(
         target_error=1.0,
         measured_error=1.0,
         worst_error=1.0,
-        mean_density=1.0,
-        sites=sites,
+        mean_density=mean_density,
+        sites=dict(sites),
         evidence=Evidence(samples=1, held_out=1, notes=["nothing of it was measured"]),
     )
