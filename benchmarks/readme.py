@@ -242,6 +242,13 @@ def rivals(problem: dict[str, Any]) -> list[str]:
         for row in sorted(problem["rows"], key=lambda row: float(row["ms"]))
     ]
     lines = table(["", "setting", "density", "relative L1", "relative L2", "call"], cells)
+    if problem.get("own_kernel"):
+        times = [f"{row['ms']:.2f} ms ({row['setting']})" for row in problem["own_kernel"]]
+        lines += [
+            "",
+            "The op's attention kernel alone, which attends the rest by summaries:",
+            ", ".join(times) + ".",
+        ]
     for row in problem["failed"]:
         lines += [
             "",

@@ -27,11 +27,14 @@ class Route(NamedTuple):
     """The op's route in the grid's order: what each query tile attends exactly.
 
     exact_list: (B, H, tiles, blocks) int32, ascending, meaningful up to counts (B, H, tiles).
+    own_ms: of the op's attention kernel alone on it, which attends what is not listed by summaries;
+    None where there is no GPU.
     """
 
     density: float
     exact_list: Tensor
     counts: Tensor
+    own_ms: float | None = None
 
     @property
     def setting(self) -> str:

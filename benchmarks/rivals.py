@@ -2,7 +2,8 @@
 
 Same Q, K and V for all: every head of the zoo's trained model in the middle of denoising, stacked.
 Time is that of the whole call, with the choice of what to attend where a rival makes one; a rival
-that is given the op's route is timed without it, which favours the rival. Of a rival's two orders
+that is given the op's route is timed without it, which favours the rival; beside those stands the
+time of the op's attention kernel alone, on the same route. Of a rival's two orders
 of tokens the one with less error counts at each setting. What is not installed is named with what
 brings it, and what fails with its error. `--small` runs it on a CPU, to see that it runs.
 """
@@ -38,9 +39,9 @@ def route_at(a: Attention, density: float) -> Route:
     if a.query.device.type == "cuda":
         from benchmarks.attention import part_times
 
-        found = part_times(a, threshold, each)[1]
+        times, found = part_times(a, threshold, each)
         share = float(found.counts.double().mean()) / -(-a.query.shape[2] // KEY_BLOCK)
-        return Route(share, found.exact_list, found.counts)
+        return Route(share, found.exact_list, found.counts, times["attend"])
     from freqopt.kernels.chunked import split_forward
     from freqopt.kernels.layout import Inputs, Settings, TokenLayout
 
@@ -142,6 +143,11 @@ def measure(
         "heads": a.query.shape[1],
         "head_dim": a.query.shape[3],
         "dtype": str(a.query.dtype),
+        "own_kernel": [
+            {"setting": route.setting, "ms": route.own_ms}
+            for route in routes
+            if route.own_ms is not None
+        ],
         "rows": [row for row in rows if "failed" not in row],
         "failed": [row for row in rows if "failed" in row],
         "missing": missing,
