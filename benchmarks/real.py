@@ -42,14 +42,14 @@ SECONDS = 60
 class Subject(NamedTuple):
     """A model of others over data of others.
 
-    model: from a clip's inputs to features; clips: those inputs, by name; grid: of its tokens, None
-    for one axis; judge: how far features are off in the terms of what they are used for, from the
+    model: from a clip's inputs to features; clips: those inputs, by name; grid: of its tokens;
+    judge: how far features are off in the terms of what they are used for, from the
     clip's name, them and the dense model's; told: where model and data are from.
     """
 
     model: nn.Module
     clips: dict[str, dict[str, Any]]
-    grid: tuple[int, int, int] | None
+    grid: tuple[int, int, int]
     judge: Callable[[str, Tensor, Tensor], dict[str, float]]
     told: dict[str, Any]
 
@@ -120,7 +120,8 @@ def whisper(source: whisper_model.Source, device: torch.device) -> Subject:
         "model": f"the encoder of Whisper tiny.en of {package} {version}",
         "data": "speech of silero-vad 6.2.3",
     }
-    return Subject(model.model.encoder, clips, None, judge, told)
+    grid = (1, 1, model.config.max_source_positions)  # one axis: time
+    return Subject(model.model.encoder, clips, grid, judge, told)
 
 
 def other_dense(

@@ -249,14 +249,21 @@ def beside_rivals() -> Iterator[str]:
     yield from ("", f"![Error against time, all of them]({FILES}/rivals.png)")
 
 
+REAL = ("real", "real_speech")
+"""Files of plans on others' models: over film, and over speech."""
+
+
 def on_real_models() -> Iterator[str]:
     """Plans on what others made."""
-    result = load("real")
-    yield f"{result['model']}, on film of {result['film']}."
     yield "Each plan is made on other clips than the one it is judged on."
     yield "*Same matches*: patches whose nearest patch in the next frame stays the same."
+    yield "*Words changed*: the word error rate of the transcript, against the dense encoder's."
     yield "The noise floor is what another dense attention makes of the same features."
-    yield from ("", origin(result), "", *readme.real(result))
+    for name in REAL:
+        result = load(name)
+        model = f"{result['model'][:1].upper()}{result['model'][1:]}"
+        yield from ("", f"## {model}", "", f"On {result['data']}.", "", origin(result), "")
+        yield from readme.real(result)
 
 
 def whole_generations() -> Iterator[str]:
@@ -414,7 +421,7 @@ PAGES = (
         "real",
         "On what others made",
         "Plans judged by what a model's features are for",
-        ("real",),
+        REAL,
         on_real_models,
     ),
     Page(
@@ -457,7 +464,7 @@ PAGES = (
 )
 
 
-OPTIONAL = {"dinov2", "cpu", "rivals", "real", *PARALLEL}
+OPTIONAL = {"dinov2", "cpu", "rivals", *REAL, *PARALLEL}
 OPTIONAL |= {"generations", "generations_distilled", "lora", "composition", "large"}
 """Results that a checkout need not have: packages or machines of their own are needed for them."""
 

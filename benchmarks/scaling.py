@@ -13,6 +13,7 @@ Times are those of CUDA graphs: below 256K tokens one head is done before Python
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import orders
-from benchmarks.common import environment, graph_milliseconds, write
+from benchmarks.common import RESULTS, environment, graph_milliseconds, write
 from benchmarks.natural import natural_attention
 from benchmarks.orders import CHUNKS, Called, Ordering
 from benchmarks.tensors import Attention
@@ -199,6 +200,7 @@ def row_of(
 ) -> dict[str, Any]:
     """The row of an order at a length."""
     row: dict[str, Any] = {
+        "commit": environment()["commit"],
         "size": size,
         "order": name,
         "tokens": math.prod(GRIDS[size]),
@@ -331,18 +333,19 @@ def table(result: dict[str, Any]) -> list[str]:
         "*Memory* is what a call needs beside Q, K, V and its output, in sizes of K and V.",
         "",
         "| tokens | order | density | error | whole call, ms | dense, ms | against dense | "
-        "memory | density at that error | call, ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "memory | density at that error | call, ms | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         other = row["sampled"]
         memory = row["extra_per_key_value"]
         lines.append(
-            f"| {row['tokens']:,} | {row['order']} | {100 * row['density']:.1f} % | "
+            f"| {row['tokens']:,} | {row['order']} | {100 * row['density']:.2f} % | "
             f"{row['l2']:.4f} | {row['ms']:.2f} | {row['dense_ms']:.2f} | "
             f"{row['dense_ms'] / row['ms']:.1f}x | "
             f"{'' if memory is None else f'{memory:.2f}'} | "
-            f"{100 * other['density']:.1f} % | {other['ms']:.2f} |"
+            f"{100 * other['density']:.2f} % | {other['ms']:.2f} | "
+            f"{row.get('commit', where['commit'])} |"
         )
     return [*lines, *_growth_table(growths(result["rows"]))]
 
@@ -368,6 +371,24 @@ def _growth_table(growths: dict[str, dict[str, float | None]]) -> list[str]:
     return [*lines, f"| dense | {dense['all']:.2f} ({dense['ends']:.2f}) | |"]
 
 
+def earlier(given: argparse.Namespace) -> dict[str, Any]:
+    """A result with the rows that the file has, where they are of the same question."""
+    path = (given.out or RESULTS) / "scaling.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    asked = {"target": given.target, "heads": given.heads}
+    same = {key: found.get(key) for key in asked} == asked
+    commit = found["environment"]["commit"] if same else None
+    rows = [{"commit": commit, **row} for row in found["rows"]] if same else []
+    return {"environment": environment(), **asked, "rows": rows}
+
+
+def joined(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by length and order; of two of one length and order the new one."""
+    kept = {(row["tokens"], row["order"]): row for row in [*rows, *new]}
+    names = list(CHUNKS)
+    return [kept[key] for key in sorted(kept, key=lambda key: (key[0], names.index(key[1])))]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; `arguments` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -379,16 +400,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     parser.add_argument("--orders", nargs="+", default=list(CHUNKS), choices=CHUNKS)
     given = parser.parse_args(arguments)
-    device, rows = torch.device(given.device), []
-    result: dict[str, Any] = {
-        "environment": environment(),
-        "target": given.target,
-        "heads": given.heads,
-        "rows": rows,
-    }
+    device, result = torch.device(given.device), earlier(given)
     for size in given.sizes:
-        rows += measure(size, given.target, device, given.heads, given.fields, given.orders)
+        new = measure(size, given.target, device, given.heads, given.fields, given.orders)
+        result["rows"] = joined(result["rows"], new)
         write("scaling", result, given.out)
+    rows = result["rows"]
     print("\n".join(_growth_table(growths(rows))))
     path = write("scaling", result, given.out)
     if rows:

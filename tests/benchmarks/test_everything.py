@@ -38,7 +38,7 @@ def test_every_result_file_has_a_benchmark() -> None:
 def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "ADAPTER", tmp_path / "absent")
     reasons = [everything.reason_against(job, None, gpu=True) for job in JOBS]
-    assert sum(reason is not None for reason in reasons) == 4
+    assert sum(reason is not None for reason in reasons) == 5
     assert any(reason is not None and "pip download" in reason for reason in reasons)
     without = [everything.reason_against(job, tmp_path, gpu=False) for job in JOBS]
     assert sum(reason is None for reason in without) == sum(not job.gpu for job in JOBS) >= 3

@@ -18,9 +18,14 @@ from benchmarks import dinov2_model, real
 def test_features_are_judged_by_what_they_are_for() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(1, 3 * 20, 8, generator=generator)
-    same = real.judged(dense, dense, 3)
+    subject = real.dinov2(
+        dinov2_model.Source(tiny_weights(), {"a clip": torch.zeros(3, 56, 70, 3)}),
+        torch.device("cpu"),
+    )
+    same = real.judged(subject, "a clip", dense, dense)
     assert same["l2"] == 0 and same["same_matches"] == 1 and same["cosine"] == pytest.approx(1)
-    noisy = real.judged(dense + torch.randn(dense.shape, generator=generator), dense, 3)
+    other = dense + torch.randn(dense.shape, generator=generator)
+    noisy = real.judged(subject, "a clip", other, dense)
     assert noisy["l2"] == pytest.approx(1 / 1, rel=0.2) and 0 < noisy["same_matches"] < 0.8
     swapped = dense.unflatten(1, (3, 20)).clone()
     swapped[:, 1] = swapped[:, 1].flip(1)

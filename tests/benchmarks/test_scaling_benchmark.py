@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,24 @@ def test_each_order_has_an_exponent_of_its_own() -> None:
         assert found[order]["sampled_all"] == pytest.approx(1.1 * power)
     assert found["dense"]["all"] == pytest.approx(2)
     assert "| content all | 1.30 (1.30) | **1.43** (1.43) |" in scaling._growth_table(found)
+
+
+def test_a_run_replaces_the_rows_that_it_measures_anew(tmp_path: Path) -> None:
+    def row(tokens: int, order: str, ms: float) -> dict[str, Any]:
+        return {"tokens": tokens, "order": order, "ms": ms}
+
+    old = [row(10, "grid", 1.0), row(10, "content all", 2.0), row(20, "grid", 3.0)]
+    joined = scaling.joined(old, [row(20, "content all", 4.0), row(10, "content all", 5.0)])
+    assert [(each["tokens"], each["order"], each["ms"]) for each in joined] == [
+        (10, "grid", 1.0),
+        (10, "content all", 5.0),
+        (20, "grid", 3.0),
+        (20, "content all", 4.0),
+    ]
+    written = {"environment": {"commit": "abc"}, "target": 0.06, "heads": 1, "rows": old}
+    (tmp_path / "scaling.json").write_text(json.dumps(written))
+    given = argparse.Namespace(out=tmp_path, target=0.06, heads=1)
+    kept = scaling.earlier(given)["rows"]
+    assert kept == [{"commit": "abc", **each} for each in old]
+    given.target = 0.05  # another question
+    assert scaling.earlier(given)["rows"] == []

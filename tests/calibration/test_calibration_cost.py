@@ -466,18 +466,22 @@ def test_nothing_is_left_to_compile_when_a_gpu_measures(
 def test_times_on_a_gpu_grow_with_density() -> None:
     """White noise goes from all blocks to the local ones within a step of the ladder.
 
-    The size makes all blocks take several times as long as the local ones, so that a busy device
-    does not turn their order around.
+    The size makes all blocks take several times as long as the local ones. Other processes on the
+    device only add to a time, so that the least of several tells.
     """
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 16, 16384, 64, device="cuda").bfloat16().unbind(0)
     call = AttentionCall(query * 2, key * 2, value, None, (8, 32, 64), 0, 0, 0.125)
     ladder = (0.003, 0.03, 0.3, 1.0, 3.0, 30.0)
-    found = time_call(call, ladder, densities(call, ladder).cpu(), 64)
-    assert len(found.points) >= 2
-    assert found.points[0][0] < 0.1 and found.points[-1][0] == pytest.approx(1.0)
-    assert found.density_ms > 0.0 and found.points[-1][1] > found.points[0][1]
-    assert found.dense_ms > 0.0
+    reached = densities(call, ladder).cpu()
+    timings = [time_call(call, ladder, reached, 64) for _ in range(5)]
+    for found in timings:
+        assert len(found.points) >= 2
+        assert found.points[0][0] < 0.1 and found.points[-1][0] == pytest.approx(1.0)
+    local, everything = (min(found.points[at][1] for found in timings) for at in (0, -1))
+    assert everything > local > 0.0
+    assert max(found.density_ms for found in timings) > 0.0
+    assert min(found.dense_ms for found in timings) > 0.0
 
 
 def test_a_call_takes_no_less_than_launching_it(monkeypatch: pytest.MonkeyPatch) -> None:
