@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -163,13 +164,14 @@ def launched_and_done(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Mean time of a call on the GPU, all of whose inputs must be there.
+    """Least time of several calls on the GPU, all of whose inputs must be there.
 
     The calls are queued behind a kernel that does nothing for a while, so that they run back to
     back and the time that Python needs for launching them does not count. A call that waits for the
-    GPU, as a copy from ordinary memory does, would undo that.
+    GPU, as a copy from ordinary memory does, would undo that. The least counts, as other processes
+    on the GPU can only add to a time.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     run()
     torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -177,9 +179,9 @@ def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
     launch = time.perf_counter() - begun
     torch.cuda.synchronize()
     torch.cuda._sleep(int(CLOCK_HZ * max(2.0 * repeats * launch, LEAST_HEAD_START)))
-    start.record()
-    for _ in range(repeats):
+    marks[0].record()
+    for mark in marks[1:]:
         run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / repeats
+        mark.record()
+    marks[-1].synchronize()
+    return min(float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks))
