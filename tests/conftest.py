@@ -71,11 +71,15 @@ def poison_module(module: types.ModuleType) -> None:
             setattr(module, name, poisoned(value))
 
 
+_looked_at: dict[str, types.ModuleType] = {}
+
+
 @pytest.fixture(autouse=True)
 def _poison_kernels() -> None:
     for name, module in list(sys.modules.items()):
-        if name.startswith(KERNELS):
+        if name.startswith(KERNELS) and _looked_at.get(name) is not module:
             poison_module(module)
+            _looked_at[name] = module
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,17 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             f"freqopt.reporting.{module}.figure_html", lambda figure, caption="", alt="": caption
         )
+
+
+@pytest.fixture
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs get as far as inductor, which would make C++ of them for half a minute."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx",
+        lambda gm, inputs, **options: aot_eager(gm, inputs),
+    )
 
 
 def _tensorrt_missing() -> bool:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from freqopt.calibration.evidence import choices_of_plan
-from freqopt.calibration.search.allocate import Allocation, solve
+from freqopt.calibration.search.allocate import Allocation, allocate, solve
 from freqopt.calibration.search.choices import SiteChoices
 from freqopt.calibration.search.cost import CostModel, cost_model
 from freqopt.calibration.search.refine import TIED
@@ -93,15 +93,29 @@ def predicted_lines(plan: Plan) -> dict[str, list[tuple[float, float]]]:
         return {}
     timed = all(timing.dense_ms > 0.0 for timing in plan.evidence.timings)
     sites, cost = choices_of_plan(plan), cost_model(plan.evidence.timings if timed else ())
-    highest = max(solve(sites, np.inf, cost).error, 1e-5)
-    targets = np.geomspace(min(highest, plan.target_error) / 20, highest, 60)
-    ours = [solve(sites, float(target), cost) for target in [0.0, *targets]]
-    ways = {ONE_THRESHOLD: _uniform(sites, cost), "by head and timestep": ours}
+    ways = {
+        ONE_THRESHOLD: _uniform(sites, cost),
+        "by head and timestep": _along(sites, plan.target_error, cost),
+    }
     found = {
         label: sorted({(each.density, each.error) for each in way if each.error > 0.0})
         for label, way in ways.items()
     }
     return {label: points for label, points in found.items() if points}
+
+
+def _along(sites: Sequence[SiteChoices], target: float, cost: CostModel) -> list[Allocation]:
+    """Allocations from the loosest to well within a target.
+
+    Their multipliers are spread between those of both ends: to look for the multiplier of each
+    error would take dozens of allocations for every point.
+    """
+    loosest = solve(sites, np.inf, cost)
+    highest = max(loosest.error, 1e-5)
+    ends = [solve(sites, error, cost) for error in (0.999 * highest, min(highest, target) / 20)]
+    low, high = (max(end.multiplier, 1e-300) for end in ends)
+    between = [allocate(sites, float(each), cost) for each in np.geomspace(low, high, 120)]
+    return [loosest, *ends, *between]
 
 
 def judged_error(plan: Plan) -> float:

@@ -87,8 +87,15 @@ def distance(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm())
 
 
-@pytest.mark.parametrize("way", ["attached", "plan"])
-@pytest.mark.parametrize("change", [None, models.breaking_linears])
+@pytest.mark.parametrize(
+    ("way", "change"),
+    [
+        ("attached", None),
+        ("plan", models.breaking_linears),
+        pytest.param("plan", None, marks=pytest.mark.slow),
+        pytest.param("attached", models.breaking_linears, marks=pytest.mark.slow),
+    ],
+)
 def test_every_call_has_its_own_grid_in_few_graphs(
     way: str, change: Any, plan: Plan, whole: list[Tensor]
 ) -> None:
@@ -144,8 +151,15 @@ class Sides(models.Video):
         return self.head(x[:, text.shape[1] : x.shape[1] - self.after])
 
 
-@pytest.mark.parametrize("way", ["attached", "plan"])
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(
+    ("way", "after"),
+    [
+        ("attached", 5),
+        ("plan", 0),
+        pytest.param("attached", 0, marks=pytest.mark.slow),
+        pytest.param("plan", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_graph_for_a_video_alone_does_not_misread_one_behind_text(
     way: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

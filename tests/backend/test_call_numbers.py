@@ -126,8 +126,26 @@ def first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("made", ["ltx", "named", "placed"])
+OFTEN = {
+    ("ltx", "blocks"),
+    ("ltx", "eager"),
+    ("named", "plan"),
+    ("named", "whole"),
+    ("placed", "blocks"),
+    ("placed", "eager"),
+}
+"""A class of diffusers, and a model that is told by name or by place, each in two of the routes,
+and all routes among them. The others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("made", "route"),
+    [
+        pytest.param(made, route, marks=[pytest.mark.slow] * ((made, route) not in OFTEN))
+        for made in ("ltx", "named", "placed")
+        for route in ROUTES
+    ],
+)
 def test_every_call_is_split_on_the_grid_that_it_tells(made: str, route: str) -> None:
     make, call = (ltx_model, ltx_call) if made == "ltx" else (packed_model, packed_call)
     named = made != "placed"

@@ -94,6 +94,16 @@ def gradients_of(
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.fixture(scope="module")
+def plain(plan: Plan) -> dict[str, list[Tensor]]:
+    """Gradients without checkpoints on two grids, by the way to bring in the plan."""
+    return {
+        way: [gradients(model, grid) for grid in (WIDE, TALL)]
+        for way in ("attached", "plan")
+        for model in [made(way, plan, "nowhere")]
+    }
+
+
 @pytest.mark.parametrize(
     ("way", "place"),
     [
@@ -101,9 +111,10 @@ def gradients_of(
         ("attached", "reentrant"),
     ],
 )
-def test_gradients_are_those_without_checkpoints(way: str, place: str, plan: Plan) -> None:
-    plain = made(way, plan, "nowhere")
-    expected = [gradients(plain, grid) for grid in (WIDE, TALL)]
+def test_gradients_are_those_without_checkpoints(
+    way: str, place: str, plan: Plan, plain: dict[str, list[Tensor]]
+) -> None:
+    expected = plain[way]
     dense = gradients(models.make(), TALL)
     assert (expected[1] - dense).norm() > 1e-3 * dense.norm()
     model = made(way, plan, place)
@@ -134,12 +145,23 @@ def test_two_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> None:
     assert gradients(model, TALL).isfinite().all()
 
 
+EARLY, LATE = ({**call(WIDE), "time": torch.tensor([time])} for time in (100.0, 900.0))
+
+
+@pytest.fixture(scope="module")
+def alone(plan: Plan) -> list[Tensor]:
+    """Gradients of a call at each of two timesteps, without checkpoints."""
+    return [
+        gradients_of(made("attached", timed(plan), "nowhere"), given) for given in (EARLY, LATE)
+    ]
+
+
 @pytest.mark.parametrize("place", ["nowhere", "around", "reentrant", "inside"])
-def test_a_backward_pass_has_the_budgets_of_its_own_call(place: str, plan: Plan) -> None:
+def test_a_backward_pass_has_the_budgets_of_its_own_call(
+    place: str, plan: Plan, alone: list[Tensor]
+) -> None:
     """The last call may have been at another timestep, whatever the backward pass runs again."""
-    early, late = ({**call(WIDE), "time": torch.tensor([time])} for time in (100.0, 900.0))
-    plan = timed(plan)
-    alone = [gradients_of(made("attached", plan, "nowhere"), given) for given in (early, late)]
+    early, late, plan = EARLY, LATE, timed(plan)
     assert (alone[0] - alone[1]).norm() > 1e-3 * alone[0].norm()
     model = made("attached", plan, place)
     assert (gradients_of(model, early, look=late) - alone[0]).norm() < 1e-5 * alone[0].norm()

@@ -59,13 +59,25 @@ def wholes(plan: Plan) -> dict[int, tuple[Tensor, Tensor]]:
     return {batch: split_whole(plan, models.inputs(batch=batch)) for batch in (1, 2)}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+CHANGES = [models.breaking_linears, models.breaking_blocks, models.brought_in]
+WAYS = ["plan", "attached", "attached blocks"]
+
+
 @pytest.mark.parametrize(
-    "change", [models.breaking_linears, models.breaking_blocks, models.brought_in]
+    ("way", "change", "batch"),
+    [
+        *((way, change, 2) for way in WAYS for change in CHANGES),
+        ("plan", models.breaking_linears, 1),
+        *(
+            pytest.param(way, change, 1, marks=pytest.mark.slow)
+            for way in WAYS
+            for change in CHANGES
+            if (way, change) != ("plan", models.breaking_linears)
+        ),
+    ],
 )
-@pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
 def test_pieces_are_split_as_the_whole(
-    change: Change, way: str, batch: int, plan: Plan, wholes: dict[int, tuple[Tensor, Tensor]]
+    way: str, change: Change, batch: int, plan: Plan, wholes: dict[int, tuple[Tensor, Tensor]]
 ) -> None:
     inputs = models.inputs(batch=batch)
     dense, expected = wholes[batch]
@@ -97,10 +109,19 @@ def of_other_heads() -> tuple[Plan, Tensor]:
     return plan, ran(whole, models.inputs())
 
 
-@pytest.mark.parametrize("change", [models.breaking_linears, models.breaking_blocks])
-@pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
+@pytest.mark.parametrize(
+    ("way", "change"),
+    [
+        ("plan", models.breaking_linears),
+        ("attached", models.breaking_blocks),
+        ("attached blocks", models.breaking_linears),
+        pytest.param("plan", models.breaking_blocks, marks=pytest.mark.slow),
+        pytest.param("attached", models.breaking_linears, marks=pytest.mark.slow),
+        pytest.param("attached blocks", models.breaking_blocks, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_of_other_numbers_of_heads_are_split_too(
-    change: Change, way: str, of_other_heads: tuple[Plan, Tensor]
+    way: str, change: Change, of_other_heads: tuple[Plan, Tensor]
 ) -> None:
     """One graph may serve all numbers of heads, as symbols: a planned site compiles its own."""
     plan, expected = of_other_heads
@@ -129,7 +150,7 @@ def with_orders(plan: Plan, chunks: list[list[int]]) -> Plan:
     return plan.model_copy(update=changed)
 
 
-@pytest.mark.parametrize("way", ["plan", "attached", "attached blocks"])
+@pytest.mark.parametrize("way", WAYS)
 def test_orders_of_heads_reach_the_op(
     way: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,15 +253,24 @@ def test_a_graph_that_does_not_tell_its_layer_stays_dense(plan: Plan) -> None:
     assert found.split == 0 and any("serves several layers" in s.reason for s in found.sites)
 
 
-@pytest.mark.parametrize(
-    "change", [models.breaking_linears, models.breaking_blocks, models.brought_in]
-)
-def test_pieces_are_measured_and_inspected(change: Change) -> None:
+def measured(model: nn.Module) -> Plan:
     samples = [{**models.inputs(), "video": models.inputs()["video"] + i} for i in range(2)]
-    expected = freqopt.calibrate(models.make(), samples, target_error=0.2, progress=False, rounds=0)
+    torch._dynamo.reset()
+    return freqopt.calibrate(model, samples, target_error=0.2, progress=False, rounds=0)
+
+
+@pytest.fixture(scope="module")
+def measured_whole() -> Plan:
+    """The plan of the model as it is."""
+    return measured(models.make())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_pieces_are_measured_and_inspected(change: Change, measured_whole: Plan) -> None:
+    expected = measured_whole
     model = models.make()
     change(model)
-    found = freqopt.calibrate(model, samples, target_error=0.2, progress=False, rounds=0)
+    found = measured(model)
     names = [f"blocks.{i}.attn" for i in range(LAYERS)]
     assert list(found.sites) == list(expected.sites) == names
     assert found.evidence.dense_sites.keys() == expected.evidence.dense_sites.keys()

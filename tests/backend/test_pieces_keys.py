@@ -47,8 +47,9 @@ def ran_whole(plan: Plan, where: str, inputs: dict[str, Tensor]) -> Tensor:
     [
         ("plan", "before", models.breaking_linears),
         ("attached", "after", models.breaking_linears),
-        ("attached blocks", "both", models.breaking_linears),
-        ("attached blocks", "before", models.breaking_blocks),
+        ("attached blocks", "both", models.breaking_blocks),
+        pytest.param("attached blocks", "both", models.breaking_linears, marks=pytest.mark.slow),
+        pytest.param("attached blocks", "before", models.breaking_blocks, marks=pytest.mark.slow),
     ],
 )
 def test_text_in_the_keys_only_is_split(

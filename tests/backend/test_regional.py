@@ -38,14 +38,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def plan(model: VideoDiT, inputs: tuple[torch.Tensor, torch.Tensor]) -> Plan:
-    samples = [
-        {"video": inputs[0] + 0.1 * i, "timestep": torch.full((1,), 0.2 + 0.2 * i)}
-        for i in range(4)
-    ]
-    torch._dynamo.reset()
-    found = freqopt.calibrate(model, samples, target_error=0.2, progress=False)
-    assert any(site.decision == "split" for site in found.sites.values())
-    return found
+    return plan_of(model, {"video": inputs[0], "timestep": inputs[1]}, 1.0)
 
 
 def compile_blocks(model: VideoDiT) -> None:
@@ -133,7 +126,7 @@ def test_diffusers_compile_repeated_blocks() -> None:
         }
 
     torch._dynamo.reset()
-    plan = freqopt.calibrate(model, [call(i) for i in range(4)], target_error=0.1, progress=False)
+    plan = plan_of(model, call(0), 1.0)
     options = {"inner": "eager", "min_tokens": 0}
     torch._dynamo.reset()
     whole = torch.compile(model, backend=freqopt_backend, options={**options, "plan": plan})

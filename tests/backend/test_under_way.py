@@ -23,6 +23,8 @@ from freqopt.plan.plan import Plan
 
 LOUD: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
 WIDE, TALL = models.GRID, (3, 10, 6)
+WAYS = ["attached", pytest.param("plan", marks=pytest.mark.slow), "pieces"]
+"""By blocks with budgets on the modules, or a plan among the options, which pieces have as well."""
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +57,29 @@ def parted(way: str, plan: Plan, model: nn.Module) -> Any:
     return model
 
 
-def whole(plan: Plan, model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+_known: dict[tuple[int, Any], Tensor] = {}
+
+
+def whole(plan: Plan, number: int, grid: tuple[int, int, int]) -> Tensor:
+    """Output of an expert in a call on a grid, compiled whole; nothing compiled is left."""
     torch._dynamo.reset()
-    options = {**LOUD, "plan": plan}
-    compiled = torch.compile(model, backend=freqopt_backend, options=options)
-    with torch.no_grad():
-        found: Tensor = compiled(**given)
-    torch._dynamo.reset()
+    if (number, grid) not in _known:
+        options = {**LOUD, "plan": plan}
+        compiled = torch.compile(expert(number), backend=freqopt_backend, options=options)
+        with torch.no_grad():
+            _known[number, grid] = compiled(**call(grid))
+        torch._dynamo.reset()
     freqopt.reset_counters()
-    return found
+    return _known[number, grid]
 
 
 def distance(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm())
 
 
-@pytest.mark.parametrize("way", ["attached", "plan", "pieces"])
+@pytest.mark.parametrize("way", WAYS)
 def test_two_models_of_one_class_share_graphs_and_no_grids(way: str, plan: Plan) -> None:
-    expected = [whole(plan, expert(n), call(grid)) for n, grid in ((0, WIDE), (1, TALL), (0, TALL))]
+    expected = [whole(plan, n, grid) for n, grid in ((0, WIDE), (1, TALL), (0, TALL))]
     first, second = (parted(way, plan, expert(n)) for n in range(2))
     with torch.no_grad():
         got = [first(**call(WIDE)), second(**call(TALL)), first(**call(TALL))]
@@ -83,9 +90,9 @@ def test_two_models_of_one_class_share_graphs_and_no_grids(way: str, plan: Plan)
     assert {site.site for site in found.sites if site.split} == set(plan.sites)
 
 
-@pytest.mark.parametrize("way", ["attached", "plan", "pieces"])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_model_that_a_graph_was_made_for_may_be_gone(way: str, plan: Plan) -> None:
-    expected = whole(plan, expert(1), call(TALL))
+    expected = whole(plan, 1, TALL)
     first = parted(way, plan, expert(0))
     with torch.no_grad():
         first(**call(WIDE))
@@ -116,7 +123,7 @@ def test_a_model_inside_the_call_of_another_has_its_own_grid(plan: Plan) -> None
     outer = Outer(inner)
     parted("attached", plan, outer.own)
     outer.own.blocks[1].register_forward_hook(torch.compiler.disable(outer.ask))
-    expected = [whole(plan, expert(n), call(grid)) for n, grid in ((0, WIDE), (1, TALL))]
+    expected = [whole(plan, n, grid) for n, grid in ((0, WIDE), (1, TALL))]
     with torch.no_grad():
         for _ in range(2):
             assert distance(outer(**call(WIDE)), expected[0]) < 1e-5
@@ -129,7 +136,7 @@ def test_a_call_that_was_broken_off_tells_nothing(
     error: type[BaseException], plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = parted("attached", plan, expert(0))
-    expected = whole(plan, expert(0), call(WIDE))
+    expected = whole(plan, 0, WIDE)
 
     @torch.compiler.disable
     def fail(module: nn.Module, args: object) -> None:
@@ -151,7 +158,7 @@ def test_a_call_that_was_broken_off_tells_nothing(
 
 def test_threads_have_calls_of_their_own(plan: Plan) -> None:
     cases = [(0, WIDE), (1, WIDE), (0, TALL)]
-    expected = [whole(plan, expert(n), call(grid)) for n, grid in cases]
+    expected = [whole(plan, n, grid) for n, grid in cases]
     experts = [parted("attached", plan, expert(n)) for n in range(2)]
     worst = [0.0, 0.0, 0.0]
 

@@ -25,6 +25,7 @@ def rows(folder: Path) -> Any:
     return json.loads((folder / "large.json").read_text())["rows"]
 
 
+@pytest.mark.usefixtures("no_code")
 def test_a_run_that_is_cut_keeps_what_it_has_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,7 +136,7 @@ class Counting(nn.Module):
 
     def __init__(self, by: str) -> None:
         super().__init__()
-        self.inner, self.by = models.make(), by
+        self.inner, self.by = models.make(layers=1), by
         self.register_buffer("count", torch.zeros(()))
         self.number = 0
 

@@ -496,17 +496,6 @@ def test_a_call_takes_no_less_than_launching_it(monkeypatch: pytest.MonkeyPatch)
     assert time_call(call, ladder, densities(call, ladder), 0, launches=True).dense_ms == 9.0
 
 
-@pytest.fixture
-def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs get as far as inductor, which would make C++ of them for half a minute."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx",
-        lambda gm, inputs, **options: aot_eager(gm, inputs),
-    )
-
-
 @pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize(
     "asked, bound, counted",

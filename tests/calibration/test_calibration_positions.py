@@ -14,6 +14,7 @@ import freqopt
 from freqopt.calibration.samples import collect_samples
 
 GRID = (1, 14, 18)
+QUICK: dict[str, Any] = {"timestep_buckets": 1, "rounds": 0, "order": "grid", "progress": False}
 
 
 def flux_samples(grids: list[tuple[int, int, int]]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
@@ -24,7 +25,7 @@ def flux_samples(grids: list[tuple[int, int, int]]) -> tuple[torch.nn.Module, li
 
 def test_a_model_of_packed_tokens_needs_no_grid() -> None:
     model, samples = flux_samples([GRID] * 4)
-    plan = freqopt.calibrate(model, samples, target_error=0.2, timestep_buckets=1, progress=False)
+    plan = freqopt.calibrate(model, samples, target_error=0.2, **QUICK)
     assert plan.grids == [GRID]
     names = [name for name, site in plan.sites.items() if site.decision == "split"]
     assert len(plan.sites) == 2 and all(plan.sites[name].budgets for name in names)
@@ -79,7 +80,7 @@ def test_a_model_that_places_tokens_by_index_needs_no_grid() -> None:
     assert "position_ids holds the positions of a 3x6x10 grid" in table
     torch._dynamo.reset()
     samples = [{**inputs, "vision_tokens": [torch.randn(1, 2, 3, 6, 10)]} for _ in range(4)]
-    plan = freqopt.calibrate(model, samples, target_error=0.2, timestep_buckets=1, progress=False)
+    plan = freqopt.calibrate(model, samples, target_error=0.2, **QUICK)
     assert plan.grids == [(3, 6, 10)]
     split = [name for name, site in plan.sites.items() if site.decision == "split"]
     torch._dynamo.reset()

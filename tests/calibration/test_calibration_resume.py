@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from calibration_models import make_model, make_sample
+from forks import forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -240,19 +238,26 @@ def make():
     return calibration_models.make_model()
 """
 
+COMMAND = """
+import os, runpy, sys
+folder = os.path.dirname(sys.argv[0])
+os.chdir(folder)
+sys.path.insert(0, folder)
+runpy.run_module("freqopt", run_name="__main__", alter_sys=True)
+"""
+"""`python -m freqopt` in the folder of this script."""
+
 
 def test_ctrl_c_on_the_command_line(whole: tuple[Plan, list[str]], tmp_path: Path) -> None:
     """A real SIGINT, then the same command again."""
     (tmp_path / "models.py").write_text(MODELS)
+    (tmp_path / "command.py").write_text(COMMAND)
     (tmp_path / "stop").touch()
     save_samples(tmp_path / "samples.safetensors", [make_sample(i) for i in range(4)])
     options = "models:make --samples samples.safetensors --target-error 0.05 --device cpu --quiet"
-    command = [sys.executable, "-m", "freqopt", "calibrate", *options.split()]
-    path = os.pathsep.join(
-        [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
+    run = functools.partial(
+        forks(interpret=False).run, tmp_path / "command.py", "calibrate", *options.split()
     )
-    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": path}}
-    run = functools.partial(subprocess.run, command, capture_output=True, text=True, **where)
     done = run()
     assert done.returncode == INTERRUPTED, done.stderr
     assert "plan.json.resume; the same command goes on" in done.stderr

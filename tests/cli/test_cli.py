@@ -222,6 +222,7 @@ def test_two_targets_are_refused(run: Run) -> None:
     assert done.returncode == cli.BAD_INPUT and "both given" in done.stderr
 
 
+@pytest.mark.usefixtures("no_code")
 def test_how_the_model_will_run_is_passed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     original = freqopt.calibrate

@@ -33,7 +33,7 @@ from freqopt.exporters.runner import run_artifact
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 from freqopt.plan.plan import Plan, model_fingerprint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("symbols")]
 FREE = torch.export.Dim.AUTO
 DYNAMIC = ({0: FREE, 2: FREE, 3: FREE, 4: FREE}, {0: FREE})
 

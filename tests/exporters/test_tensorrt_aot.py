@@ -35,7 +35,7 @@ from freqopt.exporters.tensorrt.aot.ptx import PLAIN_SHARED, reorder, strip_debu
 from freqopt.exporters.tensorrt.cpp import build_engine
 from freqopt.exporters.tensorrt.export import export_tensorrt
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("symbols")]
 FREE = torch.export.Dim.AUTO
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 

@@ -201,6 +201,7 @@ def test_fields_are_described_one_by_one(path: str) -> None:
     "optimize" not in freqopt.__all__,
     reason="freqopt.optimize, which the README shows, is not here",
 )
+@pytest.mark.usefixtures("no_code")
 def test_the_readmes_lines_run() -> None:
     from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 

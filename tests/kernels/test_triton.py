@@ -32,7 +32,7 @@ else:
     @pytest.mark.parametrize(
         ("name", "cases"),
         [
-            ("test_kernels_are_the_reference", 14),
+            ("test_kernels_are_the_reference", 9),
             ("test_given_an_order_kernels_are_the_reference", 7),
             ("test_what_is_no_number_stays_in_its_row", 2),
             ("test_numbers_of_an_order_stay_among_the_tokens", 1),
@@ -45,14 +45,21 @@ else:
             ("test_same_input_same_bits", 1),
             ("test_heads_in_turns_are_heads_together", 3),
             ("test_chunks_of_tiles_are_all_tiles_together", 4),
-            ("test_probes_beside_the_scores_are_probes_after_them", 6),
+            ("test_probes_beside_the_scores_are_probes_after_them", 4),
             ("test_random_calls_are_the_reference", 1),
             ("test_every_launch_candidate_gives_the_same_results", 1),
         ],
     )
     def test_in_the_interpreter(name: str, cases: int) -> None:
+        interpreted(cases, "-k", name)
+
+    @pytest.mark.slow
+    def test_seldom_in_the_interpreter() -> None:
+        interpreted(7, "-m", "slow")
+
+    def interpreted(cases: int, *chosen: str) -> None:
         options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-        done = forks(interpret=True).run("-m", "pytest", *options, CHECKS, "-k", name)
+        done = forks(interpret=True).run("-m", "pytest", *options, CHECKS, *chosen)
         assert done.returncode == 0, done.stdout[-4000:]
         assert f"{cases} passed" in done.stdout and "skipped" not in done.stdout
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +11,20 @@ import torch.nn.functional as F
 from model_cases import load_all
 from model_checks import look, problems
 from passes_toys import WIDTH, Attention, Toy, heads, linear_tokens, sites_of, video
+from quick_compilers import symbols_computed_anew
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from freqopt.backend import freqopt_backend
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.axes.divisions import learn_divisions
+
+
+@pytest.fixture(autouse=True)
+def _computed_anew() -> Iterator[None]:
+    with symbols_computed_anew():
+        yield
+
 
 CASES = load_all()
 ONE_OF_A_KIND = ("cosmos", "helios_history", "flux", "videomae_eager")

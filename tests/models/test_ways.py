@@ -27,10 +27,10 @@ OFTEN = [
     ("flux", "blocks"),
     ("ernie", "blocks"),
     ("mochi", "cast_eager"),
-    ("ltx2", "offload_eager"),
+    ("ltx", "offload_eager"),
     ("ltx", "blocks"),
     ("mochi", "lora"),
-    ("cosmos", "cast"),
+    ("ltx", "cast"),
     ("videomae_eager", "cast_eager"),
 ]
 """Class and way, in the default run."""

@@ -21,15 +21,18 @@ TEXT = 7
 EXACT = {"threshold": 0.0, "min_tokens": 1, "strict": True, "inner": "eager"}
 
 
+LARGE, IMAGE, SMALL = ((5, 7, 9), 2), ((1, 6, 10), 2), ((3, 6, 10), 1)
+
+
 @pytest.mark.parametrize(
-    ("grid", "batch"),
+    ("name", "grid", "batch"),
     [
-        ((5, 7, 9), 2),
-        ((1, 6, 10), 2),
-        pytest.param((3, 6, 10), 1, marks=pytest.mark.slow),
+        *((name, *LARGE) for name in CASES),
+        *((name, *IMAGE) for name in ("wan", "video_dit")),
+        *(pytest.param(name, *IMAGE, marks=pytest.mark.slow) for name in ("hunyuan", "cogvideox")),
+        *(pytest.param(name, *SMALL, marks=pytest.mark.slow) for name in CASES),
     ],
 )
-@pytest.mark.parametrize("name", CASES)
 def test_sites_kinds_grids_and_text(name: str, grid: tuple[int, int, int], batch: int) -> None:
     case = CASES[name]
     found = sites_of(case.make(), **case.inputs(grid, batch, TEXT))
@@ -45,7 +48,13 @@ def test_sites_kinds_grids_and_text(name: str, grid: tuple[int, int, int], batch
         assert site.text_after == (TEXT if side == "after" else 0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "video_dit",  # the others' classes are in tests/models, where the same is asked of them
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("wan", "hunyuan", "cogvideox")),
+    ],
+)
 def test_split_equals_dense_at_each_site(name: str) -> None:
     """At threshold 0, where each sees what the model feeds it; at the output errors may hide."""
     case, errors, noise = CASES[name], [], []

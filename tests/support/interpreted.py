@@ -8,7 +8,12 @@ import numpy as np
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceOps,
+    TensorHandle,
+)
 
 
 def prepare_interpreter() -> None:
@@ -17,6 +22,7 @@ def prepare_interpreter() -> None:
     _keep_types()
     _compare_identities_first()
     _compute_no_unused_conditions()
+    _reduce_rows_at_once()
     _multiply_bfloat16()
 
 
@@ -104,6 +110,39 @@ def _compute_no_unused_conditions() -> None:
     """
     assert not interpreter.interpreter_builder.options.debug
     TritonSemantic.binary_op_sanitize_overflow_impl = lambda semantic, *numbers: None
+
+
+def _reduce_rows_at_once() -> None:
+    """Save nine tenths of the time of orders by content; results are the same.
+
+    What a function of ours combines is combined number by number; here, in the same sequence, all
+    numbers that stand side by side at once.
+    """
+    one_by_one = ReduceOps.generic_reduce
+
+    def reduce(how: ReduceOps, given: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+        axis = how.axis
+        if axis is None:
+            return one_by_one(how, given)
+        numbers = [x.handle.data for x in given]
+        shape = numbers[0].shape
+
+        def at(place: int) -> tuple[tl.tensor, ...]:
+            parts = (np.take(x, place, axis) for x in numbers)
+            return tuple(how.to_tensor(y, x.dtype) for x, y in zip(given, parts, strict=True))
+
+        found = at(0)
+        for place in range(1, shape[axis]):
+            both = how.combine_fn.fn(*found, *at(place))
+            found = both if isinstance(both, tuple) else (both,)
+        kept = (1,) if how.keep_dims else ()
+        left = (*shape[:axis], *kept, *shape[axis + 1 :])
+        return [
+            how.to_tensor(y.handle.data.reshape(left), x.dtype)
+            for x, y in zip(given, found, strict=True)
+        ]
+
+    ReduceOps.generic_reduce = reduce
 
 
 def _multiply_bfloat16() -> None:

@@ -19,7 +19,16 @@ from typing import Any
 
 ROOT = str(Path(__file__).parents[2])
 
-PRELOADED = ["torch._dynamo", "torch.distributed.tensor", "diffusers.hooks.context_parallel"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "diffusers.hooks.context_parallel",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.transformers.transformer_wan",
+    "freqopt.calibration.calibrate",
+    "freqopt.inspection",
+    "freqopt.parallel",
+]
 """Modules that the processes have in common, imported once."""
 
 WAIT = 500.0

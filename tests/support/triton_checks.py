@@ -96,8 +96,21 @@ def cast(tensors: tuple, dtype: torch.dtype) -> tuple:
     return (*(x.to(dtype) for x in tensors[:3]), tensors[3])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def seldom(*values: Any) -> Any:
+    """A case of a kind that others are of: in the interpreter it is slow, on a GPU always run."""
+    return pytest.param(*values, marks=[] if ON_GPU else [pytest.mark.slow])
+
+
+FIRST, *OTHERS = DTYPES
+PROBLEMS = [
+    *((case, FIRST) for case in CASES),
+    *((CASES[place], dtype) for place in (1, 4) for dtype in OTHERS),
+    *(seldom(CASES[place], dtype) for place in (0, 2, 3, 5, 6) for dtype in OTHERS),
+]
+"""All cases in one type, those with text and a mask in the others; the rest seldom."""
+
+
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS, ids=str)
 def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     tensors = cast(make_tensors(case), dtype)
     budget = budget_for(case, tensors, 0.3)
@@ -115,7 +128,8 @@ GIVEN_CASES = CONTENT_CASES + RECTANGULAR_CASES
 DENSITY_CASES = [CASES[1], RECTANGULAR_CASES[0]]
 if not ON_GPU:  # each pair of a batch item and a head takes the interpreter seconds
     RECTANGULAR = dataclasses.replace(RECTANGULAR_CASES[0], batch=1, heads=2, kv_heads=1)
-    GIVEN_CASES = [*CONTENT_CASES, RECTANGULAR, *RECTANGULAR_CASES[1:]]
+    CONTENT = dataclasses.replace(CONTENT_CASES[0], heads=2)
+    GIVEN_CASES = [CONTENT, *CONTENT_CASES[1:], RECTANGULAR, *RECTANGULAR_CASES[1:]]
     DENSITY_CASES = [dataclasses.replace(CASES[1], batch=1), RECTANGULAR]
 
 
@@ -439,8 +453,15 @@ if ON_GPU:
     BESIDE_CASES += [Case((11, 13, 17), dim=128, batch=1), Case((9, 30, 52), heads=24, dim=128)]
 
 
-@pytest.mark.parametrize("probes", [16, 64])
-@pytest.mark.parametrize("case", BESIDE_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "probes"),
+    [
+        *((case, 16) for case in BESIDE_CASES),
+        (BESIDE_CASES[1], 64),
+        *(seldom(case, 64) for case in (BESIDE_CASES[0], *BESIDE_CASES[2:])),
+    ],
+    ids=str,
+)
 def test_probes_beside_the_scores_are_probes_after_them(
     case: Case, probes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
