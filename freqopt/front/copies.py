@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from freqopt import regional
-from freqopt.eager.serve import unserve
+from freqopt.eager.hooks import unserve
 from freqopt.front.range import unwatch
 from freqopt.telling.copies import OPTIMIZED, STRICT
 
