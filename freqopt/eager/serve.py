@@ -31,15 +31,13 @@ from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
-from freqopt.errors import SiteError
 from freqopt.passes.naming import site_name
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
-from freqopt.plan.identity import class_name_of
 from freqopt.regional import Attached
 from freqopt.selecting import own_budget
-from freqopt.telling.said import warn
+from freqopt.telling.verdict import say_outside
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -182,16 +180,9 @@ class Server:
         Raises:
             SiteError: under `strict`.
         """
-        message = (
-            f"{class_name_of(self.root)}: attention at {self.names[id(module)] or 'the model'} was "
-            "called in no call of the model (as by model.forward(...), a block alone, or in "
-            "another thread), and is dense there: call the model itself"
-        )
-        if self.told.compiled.settings.strict:
-            raise SiteError(message)
-        if not self._is_told:
-            self._is_told = True
-            warn(message)
+        strict = self.told.compiled.settings.strict
+        say_outside(self.root, self.names[id(module)], again=self._is_told, strict=strict)
+        self._is_told = True
 
     def end(self, *, failed: bool) -> None:
         """The innermost call, which is one of the model, is over."""
