@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,17 +19,43 @@ from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import OwnOnly
 from freqopt.capture.repeated import in_backward
 from freqopt.eager.by_hand import PutOff, computed
-from freqopt.eager.calling import under_way
+from freqopt.eager.calling import Call, under_way
 from freqopt.telling.copies import tell_of_copy
-
-if TYPE_CHECKING:
-    from freqopt.eager.serve import Server
 
 BEGINS, ENDS, ENTERS, LEAVES = -20_260_010, -20_260_011, -20_260_012, -20_260_013
 """Keys of our hooks, which no hook of another's has."""
 
 SERVER = "freqopt_server"
 """Attribute of the model, and of its attention modules, for what serves them."""
+
+
+class Server(Protocol):
+    """What serves a model, as hooks know it: `freqopt.eager.serve`."""
+
+    root: nn.Module
+    stopped: bool
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that have planned attention."""
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call of the model begins."""
+
+    def begin_again(self) -> None:
+        """A part of a call begins again, in a backward pass."""
+
+    def enter(self, call: Call, module: nn.Module) -> None:
+        """A module with planned attention begins to run in a call."""
+
+    def leave(self, call: Call, module: nn.Module) -> None:
+        """It is left."""
+
+    def end(self, *, failed: bool) -> None:
+        """The innermost call is over."""
+
+    def called_outside(self, module: nn.Module) -> None:
+        """A module with planned attention is called in no call of the model."""
 
 
 def serve_by(server: Server) -> None:
@@ -58,7 +84,7 @@ def unserve(modules: Iterable[nn.Module], server: Server | None = None) -> None:
 
 def _server_of(module: nn.Module) -> Server | None:
     held = module.__dict__.get(SERVER)
-    found = held.held if isinstance(held, OwnOnly) else None
+    found: Any = held.held if isinstance(held, OwnOnly) else None
     server: Server | None = found() if isinstance(found, weakref.ref) else found
     return server
 

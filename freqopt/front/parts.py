@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,7 +90,7 @@ def _runs(module: nn.Module, args: tuple[Any, ...]) -> None:
         is_traced()
         return
     held = module.__dict__.get(PARTS)
-    ref: Callable[[], Parts | None] | None = held.held if isinstance(held, OwnOnly) else None
-    found = None if ref is None else ref()
-    if found is not None and not is_looking():
+    ref = held.held if isinstance(held, OwnOnly) else None
+    found = ref() if isinstance(ref, weakref.ref) else None  # of a copy there is none
+    if isinstance(found, Parts) and not is_looking():
         found.run(module)

@@ -44,8 +44,8 @@ def expect(model: nn.Module, tell: Tell, parts: Iterable[nn.Module] = ()) -> Non
     """Have `tell` called with a model after calls that another backend compiled.
 
     parts: its modules with planned attention. A hook of each of them and of the model must ask
-    `is_traced`. A method is not kept alive, as its object may hold the
-    model, which would never be freed.
+    `is_traced`. A method is not kept alive, as its object may hold the model, which would never be
+    freed.
     """
     if isinstance(tell, MethodType):
         method: weakref.WeakMethod[Any] = weakref.WeakMethod(tell)
@@ -86,10 +86,10 @@ def is_traced() -> bool:
             return
         called = call.called if call is not None else None
         inside = set(called.modules()) if isinstance(called, nn.Module) else None
-        found = [told for module, told in _expected.items() if inside is None or module in inside]
-        for of, tell in dict.fromkeys(found):
-            if (model := of()) is not None:
-                tell(model)
+        found = [told for part, told in _expected.items() if inside is None or part in inside]
+        models = {id(model): (model, tell) for of, tell in found if (model := of()) is not None}
+        for model, tell in models.values():
+            tell(model)
 
     if exporting:
         end()
