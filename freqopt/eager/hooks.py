@@ -48,7 +48,7 @@ class Server(Protocol):
     def enter(self, call: Call, module: nn.Module) -> None:
         """A module with planned attention begins to run in a call."""
 
-    def leave(self, call: Call, module: nn.Module) -> None:
+    def leave(self, call: Call, module: nn.Module, *, failed: bool) -> None:
         """It is left."""
 
     def end(self, *, failed: bool) -> None:
@@ -134,7 +134,7 @@ def _leave(module: nn.Module, args: Any, *given: Any) -> None:
     server: Any
     server, call = under_way.stack[-1] if under_way.stack else (None, None)
     if call is not None and any(each.module is module for each in call.stack):
-        server.leave(call, module)
+        server.leave(call, module, failed=given[-1] is None)
     elif under_way.outside and under_way.outside[-1] == id(module):
         under_way.outside.pop()
 

@@ -161,18 +161,22 @@ class Server:
         mode.__enter__()
         call.stack.append(Running(module, mode))
 
-    def leave(self, call: Call, module: nn.Module) -> None:
+    def leave(self, call: Call, module: nn.Module, *, failed: bool) -> None:
         """It is left. A part of a call from before is over with it."""
         call.leave(module)
         if call.again is not None and not call.stack:
-            self._close(call)
+            self._close(call, failed=failed)
 
-    def _close(self, call: Call) -> None:
-        """The innermost call is over."""
+    def _close(self, call: Call, *, failed: bool) -> None:
+        """The innermost call is over.
+
+        PyTorch is going through the hooks of one that failed, so that they stay until the next.
+        """
         under_way.stack.pop()
         with self._lock:
             self._open = [each for each in self._open if each is not call]
-            self._is_over()
+            if not failed:
+                self._is_over()
 
     def called_outside(self, module: nn.Module) -> None:
         """A module with planned attention is called in no call of the model, and is dense.
@@ -188,7 +192,7 @@ class Server:
         """The innermost call, which is one of the model, is over."""
         call = under_way.stack[-1][1]
         call.leave()  # the model itself, where it holds attention: its other hook comes after this
-        self._close(call)
+        self._close(call, failed=failed)
         if failed or self.stopped:
             call.abandon()
             return

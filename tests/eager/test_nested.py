@@ -137,6 +137,30 @@ def test_a_call_in_another_thread_leaves_nothing(
     assert is_bare(model) and torch.equal(called(model), dense)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_call_that_fails_after_it_was_disabled_says_why(place: str, plan: Plan) -> None:
+    """PyTorch runs hooks of a call that failed while it looks through them."""
+    dense, split = outputs_of(plan)
+    model = models.make()
+    own = [m.register_forward_hook(lambda *_: None) for m in model.modules()]
+    handle = optimized(model, plan)
+
+    def fail() -> None:
+        handle.disable()
+        raise ValueError("as the test wants it")
+
+    once(model.get_submodule(place), fail)
+    with pytest.raises(ValueError, match="as the test wants it"):
+        called(model)
+    assert not _get_current_function_mode_stack()
+    assert torch.equal(called(model), dense)
+    for each in own:
+        each.remove()
+    assert is_bare(model)
+    with handle:
+        assert torch.equal(called(model), split)
+
+
 class Counting(TorchFunctionMode):
     """A mode of somebody else's."""
 
