@@ -23,6 +23,7 @@ from freqopt.passes.marks import numbers_of
 from freqopt.passes.site import Known
 from freqopt.selecting import Selector, device_of
 from freqopt.telling.attached import unwatch, watch
+from freqopt.telling.traced import is_traced
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -170,7 +171,7 @@ def mark_call(
     One function for all layers: one for each would be another guard for each. What is exported is a
     program of its own, where nothing would read the marks.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or not is_traced():
         return None
     from freqopt.kernels.mark import first_tensor, mark, with_item
 

@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from freqopt.capture.given_ints import ints_in, plain, sizes_given
 from freqopt.capture.looking import looking
+from freqopt.capture.modes import take_off
 from freqopt.capture.modules import names_of
 from freqopt.passes.axes.layout import SIZED
 from freqopt.passes.naming import Numbered
@@ -139,6 +140,9 @@ class Writer(TorchFunctionMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self.nodes = WeakIdKeyDictionary()
         self.kept = {id(t) for m in model.modules() for t in _tensors_of(m)}
+
+    def __exit__(self, *error: object) -> None:
+        take_off(self)
 
     def input(self, name: str, tensor: Tensor) -> None:
         """Begin the graph with a tensor."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from freqopt.capture.under_way import Arguments
+from freqopt.capture.modes import take_off
+from freqopt.capture.under_way import Arguments, frames_below
 from freqopt.eager.again import Again
 from freqopt.eager.by_hand import PutOff
 from freqopt.eager.forms import Form, Look
@@ -42,7 +45,7 @@ class Call:
 
     arguments: Arguments
     form: Form
-    look: Look | None
+    look: Look | None = None
     again: Again | None = None
     trains: bool = field(default_factory=torch.is_grad_enabled)
     frame: int = 0
@@ -53,29 +56,59 @@ class Call:
         """A module is left, and what ran in it; without one, all that is still running."""
         while self.stack:
             left = self.stack.pop()
-            left.mode.__exit__(None, None, None)
+            take_off(left.mode)
             if left.module is module:
                 break
+
+    def abandon(self) -> None:
+        """It is over before it was finished."""
+        self.leave()
+        self.arguments = {}
+        if self.look is not None:
+            self.look.abandon()
 
 
 class _Calls(threading.local):
     """Calls under way in a thread and what serves them, innermost last; its share of heads.
 
-    outside: how many modules run that are served in calls of their model alone, and are in none.
+    outside: `id` of modules that run, are served in calls of their model alone, and are in none.
     """
 
     def __init__(self) -> None:
         self.stack: list[tuple[object, Call]] = []
         self.share: tuple[int, int] | None = None
-        self.outside = 0
+        self.outside: list[int] = []
+
+    def call_of(self, server: object) -> Call | None:
+        """The innermost call, if it is one that is served by this."""
+        return self.stack[-1][1] if self.stack and self.stack[-1][0] is server else None
+
+    def drop_interrupted(self, frame: FrameType | None) -> None:
+        """Close what calls left open that were interrupted from the keyboard: no hook ran for them.
+
+        Such a call is on Python's stack no more; one around what is called now is below its frame,
+        which itself may be where the interrupted one's was. frame: the first one below.
+        """
+        if self.stack:
+            there = set(frames_below(frame))
+            while any(call.frame not in there for _, call in self.stack):
+                self.stack.pop()[1].abandon()
 
 
 under_way = _Calls()
 
 
+def frames_of_all() -> set[int]:
+    """Identities of the frames of all threads."""
+    found: set[int] = set()
+    for frame in sys._current_frames().values():
+        found.update(frames_below(frame))
+    return found
+
+
 def is_serving() -> bool:
     """Whether a model that is served, or a module of one, is being called in this thread."""
-    return bool(under_way.stack) or under_way.outside > 0
+    return bool(under_way.stack or under_way.outside)
 
 
 @contextmanager

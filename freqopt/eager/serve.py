@@ -7,53 +7,42 @@ module runs, calls of attention in it are answered by the op; nothing else of it
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from freqopt.capture.budgets import attribute_of
-from freqopt.capture.looking import is_looking
-from freqopt.capture.modules import OwnOnly, names_of, running
+from freqopt.capture.modules import names_of, running
 from freqopt.capture.repeated import Pending, in_backward
-from freqopt.capture.under_way import arguments_by_name, frames_below
+from freqopt.capture.under_way import arguments_by_name
 from freqopt.eager.again import Again, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
-from freqopt.eager.by_hand import PRODUCTS, PutOff, computed, ends, tensors_in
-from freqopt.eager.calling import Call, Running, share_of, under_way
+from freqopt.eager.by_hand import PRODUCTS, ends, tensors_in
+from freqopt.eager.calling import Call, Running, frames_of_all, share_of, under_way
 from freqopt.eager.calls import Served, serve
 from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
+from freqopt.eager.hooks import serve_by, unserve
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
-from freqopt.errors import SiteError
 from freqopt.passes.naming import site_name
 from freqopt.passes.nodes import is_distributed
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
-from freqopt.plan.identity import class_name_of
 from freqopt.regional import Attached
 from freqopt.selecting import own_budget
-from freqopt.telling.copies import tell_of_copy
-from freqopt.telling.said import warn
+from freqopt.telling.verdict import say_outside
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
-BEGINS, ENDS, ENTERS, LEAVES = -20_260_010, -20_260_011, -20_260_012, -20_260_013
-"""Keys of our hooks, which no hook of another's has."""
-
 NOT_SERVED = object()
-
-SERVER = "freqopt_server"
-"""Attribute of the model, and of its attention modules, for what serves them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,8 @@ class Place:
 class Server:
     """What serves a model that a plan is attached to, from `start` to `stop`.
 
-    strict: raise where a planned attention cannot be split.
+    strict: raise where a planned attention cannot be split. stopped: calls that are under way go on
+    dense, and no more are served.
     """
 
     def __init__(self, attached: Attached, plan: Plan, *, strict: bool = False) -> None:
@@ -96,7 +86,9 @@ class Server:
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
         self.trained: Pending[Form] = Pending()
-        self._is_told = False
+        self.stopped = self._is_told = False
+        self._open: list[Call] = []
+        self._lock = threading.Lock()
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
         self.waiting = Waiting(MOST_FORMS)
@@ -108,58 +100,83 @@ class Server:
 
     def start(self) -> None:
         """Serve from the next call on."""
-        _hook(self.root, BEGINS, ENDS, _begin, _end)
-        hooks: Any = self.root._forward_hooks
-        hooks.move_to_end(ENDS, last=False)  # before it is told what was split
-        for module in self.modules:  # which hold the model by nothing, or it would never be freed
-            module.__dict__[SERVER] = OwnOnly(weakref.ref(self))
-            _hook(module, ENTERS, LEAVES, _enter, _leave)
-        self.root.__dict__[SERVER] = OwnOnly(self)  # the model may be a module of attention itself
+        serve_by(self)
 
     def stop(self) -> None:
-        """Serve no more; once is enough. A call that is under way goes on dense."""
-        unserve((self.root, *self.modules))
-        while any(server is self for server, _ in under_way.stack):
-            self._close_last()
+        """Serve no more; once is enough. A call that is under way in any thread goes on dense.
+
+        Its hooks stay until it is over, as nothing else can close it: its modes are of its thread,
+        below those of models that are called in it.
+        """
+        under_way.drop_interrupted(sys._getframe(1))
+        with self._lock:
+            self.stopped = True
+            self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether it serves no more and no call is under way; its hooks are off then."""
+        if not self.stopped:
+            return False
+        there = frames_of_all()
+        self._open = [call for call in self._open if call.frame in there]
+        if not self._open:
+            unserve((self.root, *self.modules), self)
+        return not self._open
+
+    def _opened(self, call: Call) -> bool:
+        """Note that a call is under way; False where the hooks that would end it are off by now."""
+        with self._lock:
+            if self._is_over():
+                return False
+            self._open.append(call)
+        under_way.stack.append((self, call))
+        return True
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call of the model begins. The caller of the caller runs it."""
         frame = sys._getframe(2)
-        self._drop_interrupted(frame)
+        under_way.drop_interrupted(frame.f_back)
+        if self.stopped:
+            self._opened(Call({}, Form(), frame=id(frame)))
+            return
         form = self.forms.of(args, kwargs)
-        look = None
+        call = Call(arguments_by_name(self.root, args, kwargs), form, frame=id(frame))
+        if not self._opened(call):
+            return
         if form.again and form.looks < MOST_LOOKS and not _is_transformed():
-            look = Look(self.forms, form, self.names, args, kwargs)
-        arguments = arguments_by_name(self.root, args, kwargs)
+            call.look = Look(self.forms, form, self.names, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
             self.trained.note(form)
-        under_way.stack.append((self, Call(arguments, form, look, frame=id(frame))))
 
     def begin_again(self) -> None:
-        """A part of a call from before begins, in a backward pass."""
-        forms = self.trained.again()
+        """A part of a call begins again, in a backward pass. The caller of the caller runs it."""
+        forms = [] if self.stopped else self.trained.again()
         if forms:
             again = Again(self.plan.model.class_name, forms)
-            under_way.stack.append((self, Call({}, again.form, None, again)))
+            self._opened(Call({}, again.form, again=again, frame=id(sys._getframe(2))))
 
-    def _drop_interrupted(self, frame: FrameType) -> None:
-        """Close what a call left open that was interrupted from the keyboard.
+    def enter(self, call: Call, module: nn.Module) -> None:
+        """A module with planned attention begins to run in a call."""
+        mode: Any = _Serving(self)
+        mode.__enter__()
+        call.stack.append(Running(module, mode))
 
-        Such a call is on Python's stack no more; one around this one is below the frame that runs
-        this one, which itself may be where the interrupted one's was.
+    def leave(self, call: Call, module: nn.Module, *, failed: bool) -> None:
+        """It is left. A part of a call from before is over with it."""
+        call.leave(module)
+        if call.again is not None and not call.stack:
+            self._close(call, failed=failed)
+
+    def _close(self, call: Call, *, failed: bool) -> None:
+        """The innermost call is over.
+
+        PyTorch is going through the hooks of one that failed, so that they stay until the next.
         """
-        if not under_way.stack:
-            return
-        there = set(frames_below(frame.f_back))
-        while any(server is self and call.frame not in there for server, call in under_way.stack):
-            self._close_last()
-
-    @staticmethod
-    def _close_last() -> None:
-        _, call = under_way.stack.pop()
-        call.leave()
-        if call.look is not None:
-            call.look.abandon()
+        under_way.stack.pop()
+        with self._lock:
+            self._open = [each for each in self._open if each is not call]
+            if not failed:
+                self._is_over()
 
     def called_outside(self, module: nn.Module) -> None:
         """A module with planned attention is called in no call of the model, and is dense.
@@ -167,27 +184,21 @@ class Server:
         Raises:
             SiteError: under `strict`.
         """
-        message = (
-            f"{class_name_of(self.root)}: attention at {self.names[id(module)] or 'the model'} was "
-            "called in no call of the model (as by model.forward(...), a block alone, or in "
-            "another thread), and is dense there: call the model itself"
-        )
-        if self.told.compiled.settings.strict:
-            under_way.outside -= 1
-            raise SiteError(message)
-        if not self._is_told:
-            self._is_told = True
-            warn(message)
+        strict = self.told.compiled.settings.strict
+        say_outside(self.root, self.names[id(module)], again=self._is_told, strict=strict)
+        self._is_told = True
 
     def end(self, *, failed: bool) -> None:
-        """A call of the model is over."""
-        if not under_way.stack or under_way.stack[-1][0] is not self:
-            return
-        _, call = under_way.stack.pop()
+        """The innermost call, which is one of the model, is over."""
+        call = under_way.stack[-1][1]
         call.leave()  # the model itself, where it holds attention: its other hook comes after this
+        self._close(call, failed=failed)
+        if failed or self.stopped:
+            call.abandon()
+            return
         if call.look is not None:
-            call.look.abandon() if failed else call.look.close()
-        if call.split and not failed:
+            call.look.close()
+        if call.split:
             self.told.split(call.split)
 
     def attend(self, asked: Asked) -> Any:
@@ -302,7 +313,7 @@ class _Serving(TorchFunctionMode):
     def _is_innermost(self) -> bool:
         """Whether no other module with planned attention runs inside; what it left comes here."""
         stack = under_way.stack[-1][1].stack if under_way.stack else []
-        return bool(stack) and stack[-1].mode is self
+        return bool(stack) and stack[-1].mode is self and not self.server.stopped
 
 
 def _is_transformed() -> bool:
@@ -310,86 +321,3 @@ def _is_transformed() -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return bool(torch._C._get_tracing_state())
-
-
-def _server_of(module: nn.Module) -> Server | None:
-    held = module.__dict__.get(SERVER)
-    found = held.held if isinstance(held, OwnOnly) else None
-    found = found() if isinstance(found, weakref.ref) else found
-    return found if isinstance(found, Server) else None
-
-
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling() or is_looking():
-        return
-    server = _server_of(module)
-    if server is None:
-        tell_of_copy(module)
-    else:
-        server.begin(args, kwargs)
-
-
-def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return None
-    server = _server_of(module)
-    if server is not None:
-        server.end(failed=output is None)
-    held = any(isinstance(leaf, PutOff) for leaf in pytree.tree_leaves(output))
-    return computed(output) if held else None
-
-
-def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    server = _server_of(module)
-    if server is not None and not under_way.stack and in_backward():
-        server.begin_again()
-    if server is not None and not (under_way.stack or in_backward() or is_looking()):
-        under_way.outside += 1
-        server.called_outside(module)
-    if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
-        return
-    mode: Any = _Serving(server)
-    mode.__enter__()
-    under_way.stack[-1][1].stack.append(Running(module, mode))
-
-
-def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    server = _server_of(module)
-    if not under_way.stack and under_way.outside:
-        under_way.outside -= 1
-    if server is None or not under_way.stack or under_way.stack[-1][0] is not server:
-        return
-    call = under_way.stack[-1][1]
-    if any(each.module is module for each in call.stack):
-        call.leave(module)
-    if call.again is not None and not call.stack:
-        under_way.stack.pop()
-
-
-def unserve(modules: Iterable[nn.Module]) -> None:
-    """Serve modules no more; of a copy, take off what it has of the original. Once is enough."""
-    for module in modules:
-        if SERVER in module.__dict__:
-            _unhook(module, BEGINS, ENDS)
-            _unhook(module, ENTERS, LEAVES)
-            del module.__dict__[SERVER]
-
-
-def _hook(module: nn.Module, before: int, after: int, pre: Any, post: Any) -> None:
-    module._forward_pre_hooks[before] = pre
-    module._forward_pre_hooks_with_kwargs[before] = True
-    module._forward_hooks[after] = post
-    module._forward_hooks_with_kwargs[after] = True
-    module._forward_hooks_always_called[after] = True
-
-
-def _unhook(module: nn.Module, before: int, after: int) -> None:
-    module._forward_pre_hooks.pop(before, None)
-    module._forward_pre_hooks_with_kwargs.pop(before, None)
-    module._forward_hooks.pop(after, None)
-    module._forward_hooks_with_kwargs.pop(after, None)
-    module._forward_hooks_always_called.pop(after, None)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from freqopt import regional
-from freqopt.eager.serve import unserve
+from freqopt.eager.hooks import unserve
+from freqopt.front.parts import look_no_more
 from freqopt.front.range import unwatch
 from freqopt.telling.copies import OPTIMIZED, STRICT
 
@@ -22,5 +23,6 @@ def forget_copied(model: nn.Module) -> None:
         if isinstance(attached, regional.Attached):
             attached.remove()
         unwatch(module)
+        look_no_more(module)
     model.__dict__.pop(OPTIMIZED, None)
     model.__dict__.pop(STRICT, None)

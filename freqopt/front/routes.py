@@ -13,8 +13,10 @@ from freqopt.backend import freqopt_backend
 from freqopt.capture.modules import modules_of
 from freqopt.eager import dispatcher
 from freqopt.eager.serve import Server
+from freqopt.front.parts import Parts
 from freqopt.front.range import LOOKS
 from freqopt.front.state import Route, blocks_of
+from freqopt.front.uncompiled import COMPILED, uncompile
 from freqopt.plan.identity import class_name_of
 from freqopt.plan.plan import Plan
 from freqopt.regional import Attached, attach
@@ -23,10 +25,9 @@ from freqopt.telling.attached import measured_at, watch_strictly
 from freqopt.telling.copies import is_copy, tell_of_copy
 from freqopt.telling.limits import Limit
 from freqopt.telling.running import Graph, Measured, measured_in
+from freqopt.telling.said import tell
 from freqopt.telling.traced import expect, expect_no_more, is_traced
 from freqopt.telling.verdict import by_another_backend, say
-
-COMPILED = "_compiled_call_impl"
 
 
 class Way(Protocol):
@@ -78,7 +79,16 @@ class Eager:
             undo.callback(self.server.stop)
             self.server.start()
             undo.callback(dispatcher.restore, dispatcher.choose(self.server.modules))
+            compiled, put_back = uncompile(self.model, self.server.modules)
+            undo.callback(put_back)
             self._undo, self._on = undo.pop_all(), True
+        if compiled:
+            more = f" and {len(compiled) - 1} more" if len(compiled) > 1 else ""
+            tell(
+                f"{class_name_of(self.model)}: {compiled[0] or 'the model itself'}{more}, "
+                "compiled before, runs without the compiler while attention in it is served so; "
+                "disable() puts that back"
+            )
 
     def stop(self) -> None:
         """Serve no more."""
@@ -142,6 +152,8 @@ class Whole:
     def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
         self.model, self.plan, self.options = model, plan, {**options, "plan": plan}
         plan.check_model(model)
+        modules = {name: modules_of(model)[name] for name in plan.modules(model).values()}
+        self.parts = Parts(model, modules, strict=bool(options["strict"]))
         self._undo: Callable[[], None] | None = None
         self._is_told = False
 
@@ -155,8 +167,10 @@ class Whole:
                 self.model.__dict__[COMPILED] = self._looked_at(self.model.__dict__[COMPILED])
                 self.model._forward_pre_hooks[LOOKS] = _is_traced
                 undo.callback(self.model._forward_pre_hooks.pop, LOOKS, None)
-                expect(self.model, self._unnoticed)
+                expect(self.model, self._unnoticed, self.parts.parts.values())
                 undo.callback(expect_no_more, self.model)
+                self.parts.start()
+                undo.callback(self.parts.stop)
                 self._undo = undo.pop_all().close
 
     def _unnoticed(self, model: nn.Module) -> None:
@@ -173,7 +187,8 @@ class Whole:
             if torch.compiler.is_compiling():
                 return compiled(*args, **kwargs)
             limit.begin()
-            found = compiled(*args, **kwargs)
+            with self.parts.in_call():
+                found = compiled(*args, **kwargs)
             limit.end(strict=bool(self.options["strict"]))
             return found
 

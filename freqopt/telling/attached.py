@@ -61,7 +61,7 @@ def watch(model: nn.Module, plan: Plan, places: Places) -> None:
     """Look at the calls of a model that a plan is attached to, until `unwatch`."""
     _watches[model] = Watch(model, plan, places)
     running.owners.append(weakref.WeakMethod(_watches[model].owner_of))
-    expect(model, _unnoticed)
+    expect(model, _unnoticed, (module for module, _ in places.values()))
     model._forward_hooks[TELLS] = _after_call
     model._forward_hooks_with_kwargs[TELLS] = True
 
@@ -91,7 +91,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _unnoticed(model: nn.Module) -> None:
-    """Another backend compiled a watched model as a whole."""
+    """Another backend compiled a watched model, or a part of it that has planned attention."""
     found = _watches.get(model)
     if found is not None:
         found.unnoticed()
@@ -128,7 +128,8 @@ class Watch:
         self.range = TimestepRange(plan, model)
         self.limit = Limit(self.name, plan)
         self.calls, self.look = 0, 1
-        self.line, self.whole, self.strict = "", False, False
+        self.line = self.unnoticed_line = ""
+        self.whole = self.strict = False
         self.parts = weakref.WeakSet(model.modules())
 
     @property
@@ -138,15 +139,17 @@ class Watch:
         return {name: (m, attribute) for name, m, attribute in found if m is not None}
 
     def unnoticed(self) -> None:
-        """A call is over in which another backend compiled the model as a whole.
+        """A call is over in which another backend compiled the model, or a part with attention.
 
         Raises:
             SiteError: the model is served under `strict`.
         """
-        strict = self.strict or any(part.settings.strict for part in self._compiled())
         verdict = by_another_backend(self.name, self.plan)
-        again, self.line = verdict.line == self.line, verdict.line
-        say(verdict, again=again, strict=strict)
+        again, self.unnoticed_line = verdict.line == self.unnoticed_line, verdict.line
+        say(verdict, again=again, strict=self._is_strict())
+
+    def _is_strict(self) -> bool:
+        return self.strict or any(part.settings.strict for part in self._compiled())
 
     def owner_of(self, budget: Tensor) -> Named | None:
         """What a budget belongs to, None if it is not of this model."""
@@ -171,7 +174,7 @@ class Watch:
             return
         if not self.whole:
             self._say(self.served())
-        self.limit.end(strict=any(part.settings.strict for part in self._compiled()))
+        self.limit.end(strict=self._is_strict())
         self.calls += 1
         if self.calls >= self.look:
             self.look = next_look(self.calls)
@@ -225,7 +228,7 @@ class Watch:
             verdict = Verdict(verdict.line.replace(INSPECT, NOTHING_RAN), False)
         again, self.line = verdict.line == self.line, verdict.line
         self.whole = verdict.good
-        say(verdict, again=again, strict=found.settings.strict)
+        say(verdict, again=again, strict=self._is_strict())
 
     def _alike(self, part: nn.Module, name: str) -> set[str]:
         """Sites of the plan that a site of a block may be, in any layer."""

@@ -14,7 +14,7 @@ from traceback import FrameSummary
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from freqopt.capture.modules import base_name
 from freqopt.errors import SiteError
@@ -22,6 +22,7 @@ from freqopt.grid import Grid
 from freqopt.options import Options
 from freqopt.passes.decision import Decision
 from freqopt.passes.reasons import Reason, Text, Why
+from freqopt.plan.identity import class_name_of
 from freqopt.telling.said import tell, warn
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ DATA_DEPENDENT = (
     "sizes depend on data in the graph"
 )
 OTHER_BACKEND = (
-    "another backend than freqopt's compiled the model as a whole, with all that is in it: compile "
-    "it with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
+    "another backend than freqopt's compiled the model, or blocks of it, with all that is in them: "
+    "compile with backend='freqopt' or not at all (inner= of freqopt.optimize compiles the rest)"
 )
 EXPORTED = (
     "torch.export takes the model as it is without freqopt: freqopt.export_onnx(model, ..., plan=) "
@@ -160,6 +161,20 @@ def say(verdict: Verdict, *, again: bool, strict: bool) -> None:
         (tell if verdict.good else warn)(verdict.line)
 
 
+def say_outside(model: nn.Module, name: str, *, again: bool, strict: bool) -> None:
+    """Say that a module with planned attention runs in no call of its model, and is dense.
+
+    Raises:
+        SiteError: under `strict`.
+    """
+    line = (
+        f"{class_name_of(model)}: attention at {name or 'the model'} was called in no call of the "
+        "model (as by model.forward(...), a block alone, or in another thread), and is dense "
+        "there: call the model itself"
+    )
+    say(Verdict(line, False), again=again, strict=strict)
+
+
 def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Verdict:
     """The line about a model. split: names of the sites that are split."""
     outcomes = known.outcomes
@@ -190,7 +205,7 @@ def judge(name: str, known: Compiled, plan: Plan | None, split: set[str]) -> Ver
 
 
 def by_another_backend(name: str, plan: Plan) -> Verdict:
-    """That of a model that another backend compiled as a whole, or that is exported."""
+    """That of a model that another backend compiled, or a part of it, or that is exported."""
     verdict = judge(name, Compiled(Options()), plan, set())
     why = EXPORTED if torch.compiler.is_exporting() else OTHER_BACKEND
     return Verdict(verdict.line.replace(INSPECT, why), verdict.good)

@@ -19,7 +19,7 @@ from freqopt.errors import SiteError
 from freqopt.exporters.program import make_program
 from freqopt.plan.plan import Plan
 
-WORDS = "another backend than freqopt's compiled the model as a whole"
+WORDS = "another backend than freqopt's compiled the model, or blocks of it"
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from model_cases import FAMILIES, VARIANTS, Case, cases_of, load_all
-from model_checks import look, problems, problems_of
+from model_checks import look, problems, problems_of, tensors
 
 CASES = load_all()
 
@@ -86,6 +88,34 @@ def test_zero_parameters_are_refilled() -> None:
     for name in ("kandinsky5", "wan", "hunyuan"):
         model, _ = CASES[name].make((1, 2, 2), 1)
         assert all(bool(p.any()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_case_does_not_depend_on_what_was_in_memory(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of one case are compared with each other, each made in the memory that was free then."""
+    empty = torch.empty
+
+    def made_in(value: float, name: str) -> list[torch.Tensor]:
+        def used(*args: Any, **kwargs: Any) -> torch.Tensor:
+            found = empty(*args, **kwargs)
+            if torch.are_deterministic_algorithms_enabled() or not found.is_floating_point():
+                return found
+            return found.fill_(value)
+
+        monkeypatch.setattr(torch, "empty", used)
+        torch.manual_seed(0)
+        model, inputs = CASES[name].make(*CASES[name].variant(0))
+        monkeypatch.setattr(torch, "empty", empty)
+        return [*model.state_dict().values(), *tensors(inputs), torch.rand(1)]
+
+    for name in cases_of(family):
+        first, second = made_in(0.0, name), made_in(1.0, name)
+        assert len(first) == len(second) > 1
+        pairs = zip(first, second, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs if not a.is_meta), name
+        assert not any(a.isnan().any() for a in first if a.is_floating_point()), name
 
 
 def test_the_checks_see_a_wrong_expectation() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from refilled import refilled
 from torch import Tensor, nn
 
 Grid = tuple[int, int, int]
@@ -107,28 +108,19 @@ encoder_case = functools.partial(case, library="transformers")
 
 def build(name: str, library: str = "diffusers", /, **config: Any) -> nn.Module:
     """A model of diffusers with random weights, in evaluation mode."""
-    made: nn.Module = getattr(pytest.importorskip(library), name)(**config)
-    return refilled(made)
+    return refilled(lambda: getattr(pytest.importorskip(library), name)(**config))
 
 
 def inner(name: str, /, **config: Any) -> nn.Module:
     """As `build`, of a model that diffusers has, but does not list among its own."""
     models = pytest.importorskip("diffusers.models")
-    return refilled(getattr(models, name)(**config))
+    return refilled(lambda: getattr(models, name)(**config))
 
 
 def encoder(name: str, config: str, /, **values: Any) -> nn.Module:
     """A model of transformers with random weights, in evaluation mode."""
     library = pytest.importorskip("transformers")
     return build(name, "transformers", config=getattr(library, config)(**values))
-
-
-def refilled(model: nn.Module) -> nn.Module:
-    """The model with every all-zero parameter refilled: behind zeros no mistake would show."""
-    for parameter in model.parameters():
-        if not parameter.detach().any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.eval()
 
 
 def latents(grid: Grid, batch: int, channels: int = 4, patch: Grid = (1, 2, 2)) -> Tensor:

@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from refilled import refilled
 from torch import Tensor, nn
 
 Grid = tuple[int, int, int]
 
 
-def refilled(model: nn.Module) -> nn.Module:
-    """The model with every all-zero parameter refilled: behind zeros no mistake would show."""
-    for parameter in model.parameters():
-        if not parameter.detach().any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
 def wan() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
-        models.WanTransformer3DModel(
+        lambda: models.WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
             attention_head_dim=16,
@@ -54,7 +47,7 @@ def wan_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:
 def hunyuan() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
-        models.HunyuanVideoTransformer3DModel(
+        lambda: models.HunyuanVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
             num_attention_heads=2,
@@ -90,7 +83,7 @@ def hunyuan_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:
 def cogvideox() -> nn.Module:
     models = pytest.importorskip("diffusers")
     return refilled(
-        models.CogVideoXTransformer3DModel(
+        lambda: models.CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=8,
             in_channels=4,
@@ -124,7 +117,7 @@ def video_dit() -> nn.Module:
     from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 
     config = VideoDiTConfig(width=32, layers=2, heads=2, mlp_width=32, rope_axes=(4, 6, 6))
-    return refilled(VideoDiT(config))
+    return refilled(lambda: VideoDiT(config))
 
 
 def video_dit_inputs(grid: Grid, batch: int, text: int) -> dict[str, Any]:
