@@ -10,8 +10,8 @@ that find the same nearest patch of the next frame as with the dense model's fea
 trackers built on it do.
 
 Whisper tiny.en's encoder over a minute of speech, two windows of thirty seconds. *Words* is the
-error rate of the decoder's transcript against the one it makes of the dense encoder's features. Its
-1,500 tokens are too few for a split to pay: plans of given densities say what it would cost.
+error rate of the decoder's transcript against the one it makes of the dense encoder's features.
+1,500 tokens are few: plans of given densities stand beside, which split whether that pays or not.
 """
 
 from __future__ import annotations

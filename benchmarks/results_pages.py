@@ -259,6 +259,7 @@ def on_real_models() -> Iterator[str]:
     yield "*Same matches*: patches whose nearest patch in the next frame stays the same."
     yield "*Words changed*: the word error rate of the transcript, against the dense encoder's."
     yield "The noise floor is what another dense attention makes of the same features."
+    yield "On a CPU a plan goes by counted products; nothing is timed before it is given out."
     for name in REAL:
         result = load(name)
         model = f"{result['model'][:1].upper()}{result['model'][1:]}"
