@@ -318,12 +318,17 @@ def generations(result: dict[str, Any]) -> list[str]:
             f"{row['psnr_db']:.1f} dB",
             f"{row['ssim']:.4f}",
             f"{row['ssim_scales']:.4f}",
-            *([f"{100 * row[name]:.0f} %" for name in OBJECTS] if counted else ()),
+            *([_of_objects(row, name) for name in OBJECTS] if counted else ()),
         ]
         for row in result["rows"]
     ]
     head = ["clip", "method", "density", "dense steps", "PSNR", "SSIM", "SSIM at scales"]
     return table([*head, *OBJECTS.values()] if counted else head, cells)
+
+
+def _of_objects(row: dict[str, Any], name: str) -> str:
+    """A share of a clip's objects; of none there is no share."""
+    return f"{100 * row[name]:.0f} %" if row["objects"] else "has none"
 
 
 OBJECTS = {"objects_kept": "objects kept", "frames_with_all": "frames with all objects"}

@@ -146,6 +146,22 @@ def test_rivals_are_shown_with_what_failed_and_what_is_missing() -> None:
         "| slow | s |  | 0.1000 | 0.2000 | 9.00 ms |",
     ]
     assert "`RuntimeError: no`." in said and said[-1] == "- absent: pip install it"
+    own = [{"setting": "our route at 5 %", "ms": 0.5}, {"setting": "our route at 10 %", "ms": 0.75}]
+    said = readme.rivals({"rows": rows, "failed": [], "missing": [], "own_kernel": own})
+    assert said[-1] == "0.50 ms (our route at 5 %), 0.75 ms (our route at 10 %)."
+
+
+def test_plans_on_others_models_are_shown_by_what_was_asked_for() -> None:
+    floor = {"clip": "a", "target": None, "l2": 1e-5, "cosine": 1.0, "ms": 2.0, "dense_ms": 2.0}
+    planned = {**floor, "l2": 0.02, "density": 0.05, "ms": 1.0}
+    rows = [floor, {**planned, "target": 0.03}, {**planned, "wanted": 0.2}]
+    said = readme.real({"rows": [{**row, "words_changed": 0.25} for row in rows]})
+    assert "| words changed |" in said[0]
+    assert said[2] == "| a | noise floor |  | 1e-05 | 1.00000 | 25.0 % | 2.0 ms | 1.00x |"
+    assert said[3] == "| a | an error of 0.03 | 5.0 % | 0.02 | 1.00000 | 25.0 % | 1.0 ms | 2.00x |"
+    assert said[4].startswith("| a | a density of 20 % | 5.0 % |")
+    said = readme.real({"rows": [{**row, "same_matches": 0.9} for row in rows]})
+    assert "| same matches |" in said[0] and "| 90.0 % |" in said[2]
 
 
 def test_generations_are_shown_clip_by_clip() -> None:
@@ -157,8 +173,10 @@ def test_generations_are_shown_clip_by_clip() -> None:
     said = readme.generations({"rows": rows})
     assert said[3] == "| 0 | freqopt | 10 % | 2 | 40.0 dB | 0.9900 | 0.9950 |"
     assert not list(results_pages.about_objects({"rows": rows}))
-    rows = [{**row, "objects_kept": 0.955, "frames_with_all": 0.5} for row in rows]
+    kept = {"objects_kept": 0.955, "frames_with_all": 0.5}
+    rows = [{**row, **kept, "objects": count} for count, row in enumerate(rows)]
     said = readme.generations({"rows": rows})
+    assert said[2].endswith("| 0.9950 | has none | has none |")
     assert said[0].endswith("| SSIM at scales | objects kept | frames with all objects |")
     assert said[3].endswith("| 0.9950 | 96 % | 50 % |")
     assert list(results_pages.about_objects({"rows": rows}))
