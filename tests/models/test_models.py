@@ -12,33 +12,13 @@ from model_checks import look, problems, problems_of, tensors
 CASES = load_all()
 
 
-KINDS = {
-    "latte": ("unet_spatio_temporal", "unet_motion"),
-    "skyreels_causal": ("anyflow_far",),
-    "wan": ("wan_i2v", "skyreels", "chronoedit", "allegro"),
-    "wan22": ("skyreels_forcing",),
-    "cogvideox": ("consisid", "easyanimate"),
-    "cosmos": ("cosmos2",),
-    "kandinsky5": ("kandinsky6",),
-    "sana": ("sana_video",),
-    "flux": ("flux2", "bria", "bria_fibo", "ovis", "longcat"),
-    "sd35": ("sd3",),
-    "cogview4": ("cogview3plus",),
-    "transformer_2d": ("dreamlite",),
-    "wav2vec2": ("hubert", "longcat_audio"),
-    "vit": ("dinov2", "dpt", "clip_vision"),
-    "dinov3": ("dinov2_registers",),
-    "siglip": ("ijepa", "aimv2"),
-    "segformer": ("pvt",),
-}
-"""Cases of the default run, each with others whose attention is of its kind, in its places, on a
-grid that is told alike; all others are the only ones of their kind. The repeats are slow."""
-
-REPEATS = {name for others in KINDS.values() for name in others}
+LONG = {"unet_motion", "anyflow_far"}
+"""Cases that compile for long, of whose kind are unet_spatio_temporal, and anyflow beside
+test_flex_attention_of_its_own_stays."""
 
 
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.smoke] * (name == "wan") + [pytest.mark.slow] * (name in REPEATS)
+    return [pytest.mark.smoke] * (name == "wan") + [pytest.mark.slow] * (name in LONG)
 
 
 @pytest.mark.parametrize(
@@ -66,21 +46,6 @@ def test_every_case_is_in_a_family() -> None:
     assert sorted(name for family in FAMILIES for name in cases_of(family)) == sorted(CASES)
     assert all(map(cases_of, FAMILIES))
     assert len(CASES) >= 115
-
-
-def test_repeats_are_of_the_kind_of_a_case_that_is_always_run() -> None:
-    """Whether it is split, where text is and who tells the grid; no repeat stands for another."""
-    assert not REPEATS & KINDS.keys() and REPEATS | KINDS.keys() <= CASES.keys()
-    assert len(REPEATS) == sum(map(len, KINDS.values()))
-
-    def told(name: str) -> tuple[str, set[tuple[str, bool, bool]]]:
-        sites = {(kind, bool(before), bool(after)) for kind, before, after in CASES[name].sites()}
-        return CASES[name].source, sites
-
-    for name, others in KINDS.items():
-        source, sites = told(name)
-        for other in others:
-            assert told(other)[0] == source and told(other)[1] <= sites, other
 
 
 def test_zero_parameters_are_refilled() -> None:

@@ -18,9 +18,6 @@ from freqopt.backend import freqopt_backend
 
 LOUD = {"min_tokens": 0, "inner": "eager"}
 BY_BLOCKS = sorted(name for name in cases_of("video") if load_all()[name].dense)
-ALWAYS = {"hunyuan", "hunyuan15", "mochi", "framepack", "cosmos"}
-"""A mask, a graph for all blocks, fullgraph, a history, and attention to the text besides; of the
-others' kinds one is among these, and more by blocks in test_ways. They are slow."""
 
 
 def made(name: str) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -38,13 +35,7 @@ def worst(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ALWAYS))
-        for name in sorted({*BY_BLOCKS, *ALWAYS})
-    ],
-)
+@pytest.mark.parametrize("name", BY_BLOCKS)
 def test_every_planned_site_is_split_by_blocks(name: str) -> None:
     pytest.importorskip("diffusers")
     model, inputs, given = made(name)
@@ -73,18 +64,16 @@ def cached(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "way", "change"),
+    ("name", "way"),
     [
-        ("wan", "plan", cached),
-        ("wan", "attached", cast),
-        pytest.param("wan", "plan", cast, marks=pytest.mark.slow),
-        pytest.param("wan", "attached", cached, marks=pytest.mark.slow),
-        pytest.param("cogvideox", "attached", cast, marks=pytest.mark.slow),
-        pytest.param("cogvideox", "attached", cached, marks=pytest.mark.slow),
+        ("wan", "plan"),
+        ("wan", "attached"),
+        pytest.param("cogvideox", "attached", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.parametrize("change", [cast, cached])
 def test_hooks_of_diffusers_change_nothing(
-    name: str, way: str, change: Callable[[Any], None]
+    name: str, change: Callable[[Any], None], way: str
 ) -> None:
     model, inputs, given = made(name)
     model.half().float()  # what casting stores
