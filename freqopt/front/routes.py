@@ -152,8 +152,9 @@ class Whole:
     def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
         self.model, self.plan, self.options = model, plan, {**options, "plan": plan}
         plan.check_model(model)
-        modules = {name: modules_of(model)[name] for name in plan.modules(model).values()}
-        self.parts = Parts(model, modules, strict=bool(options["strict"]))
+        every = modules_of(model)
+        planned = {name: every[name] for name in plan.modules(model).values()}
+        self.parts = Parts(model, planned, strict=bool(options["strict"]))
         self._undo: Callable[[], None] | None = None
         self._is_told = False
 
