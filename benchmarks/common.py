@@ -33,6 +33,19 @@ def environment() -> dict[str, str]:
     }
 
 
+def earlier(name: str, asked: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """A new result with the rows that a file has, where they answer the same question.
+
+    Each row says of which commit it is. asked: what the question is, as it stands in the file.
+    """
+    path = (folder or RESULTS) / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = {key: found.get(key) for key in asked} == asked
+    commit = found.get("environment", {}).get("commit", "unknown")
+    rows = [{"commit": commit, **row} for row in found["rows"]] if same else []
+    return {"environment": environment(), **asked, "rows": rows}
+
+
 def _module_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec else Path(sys.argv[0]).name

@@ -10,7 +10,6 @@ file has are kept, and each says of which commit it is.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import large
 from benchmarks.calibration_bench import sampled_inputs
-from benchmarks.common import environment, timed, write
-from benchmarks.pages import RESULTS, table
+from benchmarks.common import earlier, environment, timed, write
+from benchmarks.pages import table
 from benchmarks.profiles import profiled
 from freqopt.calibration.measure.clock import compare_runs
 from freqopt.calibration.outputs import relative_error
@@ -145,16 +144,6 @@ def identity_of(row: dict[str, Any]) -> tuple[int, ...]:
     return row["frames"], row["height"], row["width"], row["run"]
 
 
-def earlier(folder: Path, target_error: float) -> dict[str, Any]:
-    """A result with the rows that a folder's file has, where they are of the same target."""
-    result: dict[str, Any] = {"environment": environment(), "target_error": target_error}
-    path = folder / "paying.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    rows = found.get("rows", []) if found.get("target_error") == target_error else []
-    commit = found.get("environment", {}).get("commit", "unknown")
-    return {**result, "rows": [{"commit": commit, **row} for row in rows]}
-
-
 def _all(values: Iterable[str]) -> str:
     return ", ".join(values)
 
@@ -180,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=int, default=None, help="end after so many")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     given = parser.parse_args(arguments)
-    result = earlier(given.out or RESULTS, given.target_error)
+    result = earlier("paying", {"target_error": given.target_error}, given.out)
     there = {identity_of(row) for row in result["rows"]}
     try:
         with large.at_most(given.seconds):

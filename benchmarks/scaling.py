@@ -13,7 +13,6 @@ Times are those of CUDA graphs: below 256K tokens one head is done before Python
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import orders
-from benchmarks.common import RESULTS, environment, graph_milliseconds, write
+from benchmarks.common import earlier, environment, graph_milliseconds, write
 from benchmarks.natural import natural_attention
 from benchmarks.orders import CHUNKS, Called, Ordering
 from benchmarks.tensors import Attention
@@ -371,17 +370,6 @@ def _growth_table(growths: dict[str, dict[str, float | None]]) -> list[str]:
     return [*lines, f"| dense | {dense['all']:.2f} ({dense['ends']:.2f}) | |"]
 
 
-def earlier(given: argparse.Namespace) -> dict[str, Any]:
-    """A result with the rows that the file has, where they are of the same question."""
-    path = (given.out or RESULTS) / "scaling.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    asked = {"target": given.target, "heads": given.heads}
-    same = {key: found.get(key) for key in asked} == asked
-    commit = found["environment"]["commit"] if same else None
-    rows = [{"commit": commit, **row} for row in found["rows"]] if same else []
-    return {"environment": environment(), **asked, "rows": rows}
-
-
 def joined(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows by length and order; of two of one length and order the new one."""
     kept = {(row["tokens"], row["order"]): row for row in [*rows, *new]}
@@ -400,7 +388,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder of the results")
     parser.add_argument("--orders", nargs="+", default=list(CHUNKS), choices=CHUNKS)
     given = parser.parse_args(arguments)
-    device, result = torch.device(given.device), earlier(given)
+    asked = {"target": given.target, "heads": given.heads}
+    device, result = torch.device(given.device), earlier("scaling", asked, given.out)
     for size in given.sizes:
         new = measure(size, given.target, device, given.heads, given.fields, given.orders)
         result["rows"] = joined(result["rows"], new)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import paying
+from benchmarks import common, paying
 
 
 def test_runs_of_a_size_stand_beside_one_another() -> None:
@@ -31,8 +31,8 @@ def test_rows_of_an_earlier_run_are_kept_with_their_commit(
     other = {**row, "run": 1, "commit": "another"}
     kept = {"environment": {"commit": "first"}, "target_error": 0.2, "rows": [row, other]}
     (tmp_path / "paying.json").write_text(json.dumps(kept))
-    assert paying.earlier(tmp_path, 0.1)["rows"] == []
-    found = paying.earlier(tmp_path, 0.2)["rows"]
+    assert common.earlier("paying", {"target_error": 0.1}, tmp_path)["rows"] == []
+    found = common.earlier("paying", {"target_error": 0.2}, tmp_path)["rows"]
     assert [each["commit"] for each in found] == ["first", "another"]
     made: list[int] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import scaling
+from benchmarks import common, scaling
 from benchmarks.natural import POWER, natural_attention, natural_field
 
 
@@ -120,8 +119,7 @@ def test_a_run_replaces_the_rows_that_it_measures_anew(tmp_path: Path) -> None:
     ]
     written = {"environment": {"commit": "abc"}, "target": 0.06, "heads": 1, "rows": old}
     (tmp_path / "scaling.json").write_text(json.dumps(written))
-    given = argparse.Namespace(out=tmp_path, target=0.06, heads=1)
-    kept = scaling.earlier(given)["rows"]
+    kept = common.earlier("scaling", {"target": 0.06, "heads": 1}, tmp_path)["rows"]
     assert kept == [{"commit": "abc", **each} for each in old]
-    given.target = 0.05  # another question
-    assert scaling.earlier(given)["rows"] == []
+    other = {"target": 0.05, "heads": 1}  # another question
+    assert common.earlier("scaling", other, tmp_path)["rows"] == []
