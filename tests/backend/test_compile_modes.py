@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpointed import Checkpointed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import freqopt
 from freqopt.backend import freqopt_backend
@@ -29,17 +29,6 @@ def compile_exact(model: nn.Module, inner: str, **options: Any) -> Any:
     freqopt.reset_counters()
     given = {"threshold": 0.0, "min_tokens": 0, "inner": inner, "strict": True, **options}
     return torch.compile(model, backend=freqopt_backend, options=given, fullgraph=True)
-
-
-class Checkpointed(nn.Module):
-    """A block whose activations are computed again in the backward pass."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Tensor) -> Any:
-        return checkpoint(self.inner, *args, use_reentrant=False)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

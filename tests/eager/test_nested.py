@@ -9,10 +9,10 @@ from typing import Any
 import pieces_models as models
 import pytest
 import torch
+from checkpointed import Checkpointed
 from plans import plan_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils.checkpoint import checkpoint
 
 import freqopt
 from freqopt.errors import SiteError
@@ -233,21 +233,10 @@ def test_a_part_that_is_called_in_another_models_call_says_that_it_is_dense(
     assert not _get_current_function_mode_stack() and torch.equal(called(inner), dense)
 
 
-class Around(nn.Module):
-    """A block that runs once more in the backward pass."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *given: Tensor) -> Any:
-        return checkpoint(self.block, *given, use_reentrant=False)
-
-
 def test_a_backward_pass_in_another_models_call_is_split_again(plan: Plan) -> None:
     def trained(model: models.Video, within: Callable[[Callable[[], None]], None]) -> Tensor:
         for index, block in enumerate(model.blocks):
-            model.blocks[index] = Around(block)
+            model.blocks[index] = Checkpointed(block)
         loss = model(**models.inputs()).square().mean()
         within(loss.backward)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_calibration_timestep as timed
 import torch
+from checkpointed import Checkpointed
 from passes_toys import WIDTH, Attention, conv3d_tokens, text, video
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,17 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import freqopt
 from freqopt.backend import freqopt_backend
 from freqopt.passes.bodies import way_into
-
-
-class Checkpointed(nn.Module):
-    """A module whose activations are computed again in the backward pass."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Tensor) -> Any:
-        return checkpoint(self.inner, *args, use_reentrant=False)
 
 
 class Blocks(nn.Module):
