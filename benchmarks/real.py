@@ -218,6 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if len(given.clips) < 2:
         parser.error("--clips: two or more, as a plan is judged on another clip than it is made on")
+    if given.speech and given.packed is not None:
+        parser.error("--packed holds film: --speech reads its packages, from --packages")
     device = torch.device(given.device)
     densities = DENSITIES if given.speech else ()
     try:

@@ -225,16 +225,25 @@ def words_changed(said: list[str], instead: list[str]) -> float:
 
 
 def speech_of(file: bytes, seconds: int) -> dict[str, Tensor]:
-    """Clips of so many seconds, in windows of thirty, of a WAV file of 16 bits and one channel."""
+    """Clips of so many seconds, in windows of thirty, of a WAV file of 16 bits and one channel.
+
+    Raises:
+        InputError: it is of another form, too short for two clips, or they are no whole windows.
+    """
+    if seconds < WINDOW or seconds % WINDOW:
+        raise InputError(f"clips of {seconds} s are no whole windows of {WINDOW} s")
     with wave.open(io.BytesIO(file)) as read:
         form = read.getframerate(), read.getnchannels(), read.getsampwidth()
         if form != (RATE, 1, 2):
             raise InputError(f"speech of {RATE} Hz, 1 channel and 2 bytes is read, not {form}")
         values = numpy.frombuffer(read.readframes(read.getnframes()), numpy.int16)
     length = seconds * RATE
+    if len(values) < 2 * length:
+        raise InputError(
+            f"the speech is {len(values) / RATE:.0f} s long; two clips of {seconds} are wanted, as "
+            "a plan is judged on another clip than it is made on"
+        )
     whole = torch.from_numpy(values[: len(values) // length * length].copy()).float() / 2**15
-    if not whole.numel():
-        raise InputError(f"the speech is {len(values) / RATE:.0f} s long; {seconds} are wanted")
     clips = whole.view(-1, seconds // WINDOW, WINDOW * RATE)
     return {f"{i * seconds} to {(i + 1) * seconds} s": clip for i, clip in enumerate(clips)}
 

