@@ -112,7 +112,7 @@ def part_times(a: Attention, threshold: float, each: Ordering) -> tuple[dict[str
         fit_probes(call, made["summaries"], made["route"], space)
 
     def attend() -> None:
-        attention.attend(call, made["summaries"], made["route"], space.coefficients, target)
+        attention.attend(call, made["summaries"], made["route"], space.fitted, target)
 
     steps: list[Callable[[], None]] = [summarise, route, probe, attend]
     return {step.__name__: milliseconds(step, repeat=50) for step in steps}, made["route"]

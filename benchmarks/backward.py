@@ -29,6 +29,7 @@ class Prepared(NamedTuple):
 
     route: Tensor
     coefficients: Tensor
+    matrix: Tensor
     backward: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -47,15 +48,15 @@ def prepare(a: Attention, grad: Tensor, threshold: float) -> Prepared:
 
     scale = a.query.shape[-1] ** -0.5
     thresholds = torch.full((a.query.shape[1],), threshold, device=a.query.device)
-    out, _, _, route, coefficients, *_ = split_attention_op(
+    out, _, _, route, coefficients, *_, matrix = split_attention_op(
         *a[:3], thresholds, None, list(a.grid), 0, 0, scale, 0.0, 64
     )
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
-        found = launch.Forward(out, route, coefficients)
+        found = launch.Forward(out, route, coefficients, matrix)
         return launch.split_backward(grad, None, inputs_of(a), found, scale)
 
-    return Prepared(route, coefficients, backward)
+    return Prepared(route, coefficients, matrix, backward)
 
 
 def gradient_errors(a: Attention, grad: Tensor, prepared: Prepared) -> dict[str, float]:
@@ -71,6 +72,7 @@ def gradient_errors(a: Attention, grad: Tensor, prepared: Prepared) -> dict[str,
         Orders(None, None),
         prepared.route[:, :1],
         prepared.coefficients[:, :1],
+        prepared.matrix[:, :1],
         q.shape[-1] ** -0.5,
     )
     return {

@@ -170,7 +170,7 @@ def split_attention(
     if order is None:
         order = "content" if grid is None else "grid"
     orders = _orders(order, chunk, query_order, query, key, layout, other)
-    out, reached, error, _, scalars, log_sum, key_order, made = split_attention_op(
+    out, reached, error, _, scalars, log_sum, key_order, made, _ = split_attention_op(
         query,
         key,
         value,

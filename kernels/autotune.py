@@ -17,7 +17,7 @@ from triton.errors import TritonError
 
 from freqopt.config import DEFAULT_PROBES
 from freqopt.kernels.forward.attention import attend
-from freqopt.kernels.forward.call import Call, Order, Route, Summaries, Target
+from freqopt.kernels.forward.call import Call, Fitted, Order, Route, Summaries, Target
 from freqopt.kernels.forward.probe import fit_probes, probe_space
 from freqopt.kernels.forward.routing import make_route
 from freqopt.kernels.forward.summaries import summarise
@@ -127,13 +127,13 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
     def fitted(launch: Launch) -> tuple[Tensor, ...]:
         space = probe_space(call, route.route.shape[3], DEFAULT_PROBES)
         fit_probes(call._replace(launch=launch), summaries, route, space)
-        return space.coefficients, space.error
+        return *space.fitted, space.error
 
-    coefficients = fitted(shipped)[0]
+    given = Fitted(*fitted(shipped)[:2])
 
     def attended(launch: Launch) -> tuple[Tensor, ...]:
         out = torch.empty_like(query)
-        attend(call._replace(launch=launch), summaries, route, coefficients, Target(out, None))
+        attend(call._replace(launch=launch), summaries, route, given, Target(out, None))
         return (out,)
 
     def summarised(launch: Launch) -> tuple[Tensor, ...]:

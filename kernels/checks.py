@@ -167,7 +167,11 @@ def check_devices(query: Tensor, *others: Tensor | None) -> None:
 
 
 def check_backward(
-    inputs: Inputs, grad: Tensor, log_sum_grad: Tensor | None, coefficients: Tensor
+    inputs: Inputs,
+    grad: Tensor,
+    log_sum_grad: Tensor | None,
+    coefficients: Tensor,
+    matrix: Tensor,
 ) -> None:
     """Refuse gradients that are not those of the call.
 
@@ -180,6 +184,7 @@ def check_backward(
     if log_sum_grad is not None:
         _is("log_sum_grad", log_sum_grad, tuple(rows), torch.float32, query)
     _is("coefficients", coefficients, (*rows[:2], 2), torch.float32, query)
+    _is("matrix", matrix, (*rows[:2], query.shape[3], query.shape[3]), query.dtype, query)
     key: Any = inputs.key
     _is("key", key, (rows[0], key.shape[1], key.shape[2], query.shape[3]), query.dtype, query)
     _is("value", inputs.value, tuple(key.shape), query.dtype, query)

@@ -194,9 +194,9 @@ def attend_tiles(
     for part in parts:
         out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
     low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
-    turned = (tiles @ low.first_order.mT.unsqueeze(2)).mul_(low_share)
-    turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
-    out.addcmul_(turned, (scale * probe.g)[..., None, None, None])
+    matrix = scale * probe.matrix(low.first_order)
+    turned = (tiles @ matrix.mT.unsqueeze(2)).mul_(low_share)
+    out += turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
     queries = tokens.query.shape[2]
     return Part(out.flatten(2, 3)[:, :, :queries], log_sum.flatten(2)[..., :queries])
 
@@ -204,10 +204,9 @@ def attend_tiles(
 def fit_probe(
     tokens: Tokens, low: ref.Summary, scores: ref.Scores, route: Tensor, probes: int, scale: float
 ) -> ref.Probe:
-    """Fit the probe's scalars on some queries (see reference.fit_probe); ones without probes."""
-    ones = torch.ones_like(scores.score[..., 0, 0])
+    """Fit on some queries (see reference.fit_probe); nothing is fitted without probes."""
     if not probes:
-        return ref.Probe(ones, ones, ones * torch.nan)
+        return ref.Probe.unfitted(scores.score[..., 0, 0], tokens.query.shape[-1])
     positions = ref.probe_positions(tokens.query.shape[2], probes, tokens.query.device)
     chosen = tokens.query[:, :, positions]
     bands = ref.make_bands(
@@ -242,12 +241,14 @@ class Forward(NamedTuple):
     """What a forward pass returns.
 
     out (B, H, Nq, D) and log_sum (B, H, Nq) float32 as the model numbers its queries; split: the
-    findings, in the queries' order; orders: those used.
+    findings, in the queries' order; matrix (B, H, D, D): the first-order matrix in the queries'
+    type; orders: those used.
     """
 
     out: Tensor
     log_sum: Tensor
     split: ref.Split
+    matrix: Tensor
     orders: Orders
 
 
@@ -277,4 +278,5 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
         orders.query,
     )
     split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
-    return Forward(out, log_sum[..., 0], split, orders)
+    matrix = ref.rounded(probe.matrix(low.first_order), query.dtype).to(query.dtype)
+    return Forward(out, log_sum[..., 0], split, matrix, orders)

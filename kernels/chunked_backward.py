@@ -58,7 +58,7 @@ def _selected(route: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_tiles(
     query: Tensor, count: Tensor, context: Context, tokens: int, bias: Tensor, route: Tensor,
-    coefficients: Tensor, scale: float,
+    coefficients: Tensor, update: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Split attention of some query tiles; differentiable in `query` and `context`.
 
@@ -69,6 +69,7 @@ def attend_tiles(
         bias: (B, 1, 1, X) of the text keys.
         route: (B, H, C, J) int8.
         coefficients: (B, H, 2), the probe's c and g.
+        update: (B, H, D, D), what the first-order matrix has beside g H-bar.
 
     Returns:
         out (B, H, C, 128, D) and the softmax sums' logarithms (B, H, C, 128); rows past a tile's
@@ -98,7 +99,8 @@ def attend_tiles(
     log_sum = torch.cat(logits, -1).logsumexp(-1)
     weights = [(x - log_sum[..., None]).exp() for x in logits]
     low = weights[0].sum(-1, keepdim=True)
-    out = g * low * (query @ context.first_order.unsqueeze(2).mT * scale)
+    matrix = g.squeeze(-1) * context.first_order + update
+    out = low * (query @ matrix.unsqueeze(2).mT * scale)
     for weight, value in zip(weights, values, strict=True):
         out = out + weight @ value
     return out, log_sum
@@ -128,11 +130,12 @@ def split_backward(
     orders: Orders,
     route: Tensor,
     coefficients: Tensor,
+    matrix: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value; orders, route and the probe's scalars are held fixed.
+    """Gradients of query, key, value; orders, route and what the probes gave are held fixed.
 
-    route: (B, H, I, J) int8, coefficients: (B, H, 2), of the forward pass.
+    route (B, H, I, J) int8, coefficients (B, H, 2), matrix (B, H, D, D): of the forward pass.
     """
     layout, queries = inputs.layout, inputs.query_layout or inputs.layout
     text_count, tokens = queries.text, layout.tokens
@@ -161,6 +164,7 @@ def split_backward(
     prepared, prepare_vjp, *_ = torch.func.vjp(prepare, inputs.query, inputs.key, inputs.value)
     tiles, leaves = prepared[0], prepared[-len(Context._fields) :]
     sums = [torch.zeros_like(x) for x in leaves]
+    update = matrix.float() - coefficients[..., 1, None, None] * Context(*leaves).first_order
     query_grad = torch.zeros_like(tiles)
     columns = -(-tokens // KEY_BLOCK) + layout.text
     for part in chunks_of(tiles, route, columns):
@@ -168,7 +172,7 @@ def split_backward(
         def attend(chunk: Tensor, *context: Tensor, part: slice = part) -> tuple[Tensor, Tensor]:
             return attend_tiles(
                 chunk, count[part], Context(*context), tokens, bias, route[:, :, part],
-                coefficients, scale,
+                coefficients, update, scale,
             )  # fmt: skip
 
         _, attend_vjp, *_ = torch.func.vjp(attend, tiles[:, :, part], *leaves)

@@ -58,7 +58,7 @@ def split_attention_op(
     query_order: Tensor | None = None,
     query_layout: Sequence[int] | None = None,
     log_sum: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op itself; arguments as in `attention.split_attention`, already validated.
 
     Args:
@@ -81,8 +81,9 @@ def split_attention_op(
         out (B, H, Nq, D); density (B, H); probe_error (B, H); route (B, H, tiles, blocks) int8
         (0 low, 2 exact), of long sequences (`workspace.is_long`) as layout.pack_route packs it;
         coefficients (B, H, 2) float32, the probe's c and g; log_sum (B, H, Nq) float32; the orders
-        of keys (B, Hkv, T) and of queries (B, H, Tq) that were made, int32. Of the last three
-        those that were not asked for are empty.
+        of keys (B, Hkv, T) and of queries (B, H, Tq) that were made, int32, of which, as of the log
+        sums, those that were not asked for are empty; the first-order matrix (B, H, D, D), g H-bar
+        and the update, in the queries' dtype.
 
     Raises:
         InputError: tensors whose shapes, dtypes or devices do not belong together.
@@ -120,6 +121,7 @@ def split_attention_op(
         of_queries
         if made and query_layout is not None and query_order is None and of_queries is not None
         else torch.empty_like(nothing),
+        found.matrix,
     )
 
 
@@ -196,6 +198,7 @@ def _unwritten(inputs: Inputs, settings: Settings) -> tuple[Any, ...]:
         query.new_empty((batch, heads, length) if settings.log_sum else (0,), dtype=torch.float32),
         query.new_empty(of_keys, dtype=torch.int32),
         query.new_empty(of_queries, dtype=torch.int32),
+        query.new_empty((batch, heads, dim, dim)),
     )
 
 
@@ -206,8 +209,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         key_order = output[6] if key_order is None else key_order
         if query_layout is not None and query_order is None:
             query_order = output[7]
+    out, _, _, route, coefficients, *_, matrix = output
     ctx.save_for_backward(
-        query, key, value, key_mask, output[0], output[3], output[4], key_order, query_order
+        query, key, value, key_mask, out, route, coefficients, matrix, key_order, query_order
     )
     ctx.layouts = (*grid, before, after), query_layout
     ctx.scale = scale
@@ -225,6 +229,7 @@ def split_attention_backward_op(
     out: Tensor,
     route: Tensor,
     coefficients: Tensor,
+    matrix: Tensor,
     key_order: Tensor | None,
     query_order: Tensor | None,
     layout: Sequence[int],
@@ -233,8 +238,8 @@ def split_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value.
 
-    grad, log_sum_grad: of the forward's out and log_sum; out, route, coefficients and orders are
-    the forward's own. layout: (t, h, w, text_before, text_after) of the keys.
+    grad, log_sum_grad: of the forward's out and log_sum; out, route, coefficients, matrix and orders
+    are the forward's own. layout: (t, h, w, text_before, text_after) of the keys.
     """
     from freqopt.kernels.chunked import Orders
     from freqopt.kernels.chunked_backward import Gradients, split_backward
@@ -243,7 +248,7 @@ def split_attention_backward_op(
         query, key, value, coefficients, key_mask, layout, query_layout, None, key_order,
         query_order,
     )  # fmt: skip
-    check_backward(inputs, grad, log_sum_grad, coefficients)
+    check_backward(inputs, grad, log_sum_grad, coefficients, matrix)
     if not query.shape[0] * query.shape[1]:
         return _no_gradients(query, key, value)
     of_queries = query_order
@@ -255,6 +260,7 @@ def split_attention_backward_op(
         Orders(key_order, of_queries),
         unpack_route(route, inputs.layout.tokens),
         coefficients,
+        matrix,
         scale,
     )
     return by_tokens(grads[0]), by_tokens(grads[1]), by_tokens(grads[2])
@@ -274,7 +280,7 @@ def _no_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 @split_attention_backward_op.register_kernel("cuda")
 def _split_attention_backward_cuda(
     grad: Tensor, log_sum_grad: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-    key_mask: Tensor | None, out: Tensor, route: Tensor, coefficients: Tensor,
+    key_mask: Tensor | None, out: Tensor, route: Tensor, coefficients: Tensor, matrix: Tensor,
     key_order: Tensor | None, query_order: Tensor | None, layout: Sequence[int],
     query_layout: Sequence[int] | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -284,11 +290,12 @@ def _split_attention_backward_cuda(
         query, key, value, coefficients, key_mask, layout, query_layout, None, key_order,
         query_order,
     )  # fmt: skip
-    check_backward(inputs, grad, log_sum_grad, coefficients)
+    check_backward(inputs, grad, log_sum_grad, coefficients, matrix)
     if not query.shape[0] * query.shape[1]:
         return _no_gradients(query, key, value)
     route = unpack_route(route, inputs.layout.tokens)
-    return split_backward(grad, log_sum_grad, inputs, Forward(out, route, coefficients), scale)
+    forward = Forward(out, route, coefficients, matrix)
+    return split_backward(grad, log_sum_grad, inputs, forward, scale)
 
 
 @split_attention_backward_op.register_fake

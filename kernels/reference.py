@@ -33,6 +33,17 @@ that the first-order term is, from which the probe's scalars are fitted: below i
 NEWTON_STEPS = 4
 """Steps of the fit of c: the log-mass is convex in c and close to linear, so four converge."""
 
+RIDGE = 3 / 128
+"""Strength of the ridge that the update of the first-order matrix is fitted with. What it is added
+to has a trace of 2 over the probes (docs/decisions/ridge.md)."""
+
+LEAST_TOLD = 1e-6
+"""Share of the energy of what is left that predictions of it must have to be worth anything: less
+is rounding, as where there is one probe."""
+
+RIDGE_PROBES = 64
+"""Most probes that the update is fitted to: their products are a matrix to be inverted."""
+
 
 class Summary(NamedTuple):
     """What the low (or mid) band knows about the blocks of one head.
@@ -58,11 +69,27 @@ class Scores(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """c, g and the relative L2 error left after them, each (B, H); c or g is 1 where none fits."""
+    """What the probes tell of a call.
+
+    c, g (B, H): 1 where none fits; error (B, H): the relative L2 error left after all three; update
+    (B, H, D, D): what the first-order matrix has beside g H-bar, values by keys; 0 where none fits.
+    """
 
     c: Tensor
     g: Tensor
     error: Tensor
+    update: Tensor
+
+    @classmethod
+    def unfitted(cls, per_head: Tensor, dim: int) -> Probe:
+        """That of a call without probes. per_head: any tensor (B, H); dim: of a head."""
+        one = torch.ones_like(per_head)
+        update = torch.zeros(*one.shape, dim, dim, device=one.device, dtype=one.dtype)
+        return cls(one, one, one * torch.nan, update)
+
+    def matrix(self, first_order: Tensor) -> Tensor:
+        """The first-order matrix M = g H-bar + update, of H-bar (B, H, D, D)."""
+        return self.g[..., None, None] * first_order + self.update
 
 
 def split_blocks(x: Tensor, size: int) -> Tensor:
@@ -228,13 +255,16 @@ class Estimate(NamedTuple):
     """How the approximate bands see the probes: what replaces the missing pairs.
 
     logit, term (B, H, P, columns): -inf where unused, and what c multiplies; value (B, H, columns,
-    D); order (2, B, H, P, D): first-order terms of low and mid; low_columns: low ones come first.
+    D); query (B, H, P, D), scaled; first_order (B, H, D, D): H-bar of the low band; mid_order
+    (B, H, P, D): first-order term of the mid band, or 0; low_columns: low ones come first.
     """
 
     logit: Tensor
     term: Tensor
     value: Tensor
-    order: Tensor
+    query: Tensor
+    first_order: Tensor
+    mid_order: Tensor | float
     low_columns: int
 
 
@@ -250,17 +280,18 @@ class Bands(NamedTuple):
     estimate: Estimate
 
 
-def attend_bands(bands: Bands, c: Tensor, g: Tensor) -> Tensor:
+def attend_bands(bands: Bands, probe: Probe) -> Tensor:
     """One softmax over all bands, and the first-order term. Returns (B, H, Q, D)."""
-    approximate = bands.estimate.logit + c[..., None, None] * bands.estimate.term
+    estimate, c, g = bands.estimate, probe.c[..., None, None], probe.g[..., None, None]
+    approximate = estimate.logit + c * estimate.term
     weights = torch.cat([approximate, bands.exact], -1).softmax(-1)
-    columns, low_columns = approximate.shape[-1], bands.estimate.low_columns
+    columns, low_columns = approximate.shape[-1], estimate.low_columns
     low = weights[..., :low_columns].sum(-1, keepdim=True)
     mid = weights[..., low_columns:columns].sum(-1, keepdim=True)
-    first_order = low * bands.estimate.order[0] + mid * bands.estimate.order[1]
     out = weights[..., columns:] @ bands.value
-    out = out + weights[..., :columns] @ bands.estimate.value
-    return out + g[..., None, None] * first_order
+    out = out + weights[..., :columns] @ estimate.value
+    out = out + low * (estimate.query @ probe.matrix(estimate.first_order).mT)
+    return out + g * (mid * estimate.mid_order)
 
 
 def log_sum_of(bands: Bands, c: Tensor) -> Tensor:
@@ -270,12 +301,13 @@ def log_sum_of(bands: Bands, c: Tensor) -> Tensor:
 
 
 def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
-    """Fit c and g on queries whose exact attention is known, and measure the error that is left.
+    """Fit c, g and the update on queries whose exact attention is known; measure what is left.
 
     c makes the mean approximate mass unbiased (Newton on its logarithm), g is the least-squares
-    factor of the first-order term. Where the probes have nothing to fit them on (no mass that is
-    approximated, a term that is rounding, values that are no numbers) they are 1. Source:
-    docs/design/mathematics.md §5.
+    factor of the first-order term, and the update is fitted to what g leaves (`fit_update`). Where
+    the probes have nothing to fit them on (no mass that is approximated, a term that is rounding,
+    values that are no numbers) c and g are 1, and the update is 0. The error is that of probes
+    which the update has not seen. Source: docs/design/mathematics.md §5.
     """
     relative = estimate.logit - observed.log_total
     target = observed.missing_mass.sum((2, 3))
@@ -292,7 +324,9 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     mid = mass[..., estimate.low_columns :].sum(-1, keepdim=True)
     total = observed.exact_mass + low + mid
     plain = (observed.exact_out + mass @ estimate.value) / total
-    correction = (low * estimate.order[0] + mid * estimate.order[1]) / total
+    turned = low / total * estimate.query
+    low_order = turned @ estimate.first_order.mT
+    correction = low_order + mid / total * estimate.mid_order
     truth = observed.exact_out + observed.missing_out
     energy = correction.square().sum((2, 3))
     aligned = ((truth - plain) * correction).sum((2, 3))
@@ -300,8 +334,44 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     fits = (energy > LEAST_CORRECTION * whole) & (energy > 1e-30) & aligned.isfinite()
     g = torch.where(fits, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
     left = truth - plain - g[..., None, None] * correction
+    update, left = fit_update(turned, low_order, estimate.first_order, left, fits)
     error = (left.square().sum((2, 3)) / whole.clamp(min=1e-30)).sqrt()
-    return Probe(c, g, error)
+    return Probe(c, g, error, update)
+
+
+def fit_update(
+    turned: Tensor, low_order: Tensor, first_order: Tensor, left: Tensor, fits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ridge regression of what g leaves of the probes, in its dual form, drawn back.
+
+    turned F (B, H, P, D): what the first-order matrix is multiplied with, low mass times scaled
+    query; low_order G = F H-bar^T; first_order: H-bar (B, H, D, D); left R (B, H, P, D); fits
+    (B, H): where g was fitted. With K = F F^T / tr + G G^T / tr and A = (K + ridge)^-1 R, the
+    update is a A^T (F / tr + G H-bar / tr): a part of it is any matrix, a part H-bar times any.
+    a, between 0 and 1, is what suits predictions of each probe from all others best.
+
+    Returns the update (B, H, D, D) and what is left of each probe when it is predicted so. Source:
+    docs/design/mathematics.md §5.
+    """
+    probes = left.shape[2]
+    chosen = probe_positions(probes, RIDGE_PROBES, left.device)
+    f, g, r = (x[:, :, chosen] for x in (turned, low_order, left))
+    of_f, of_g = (x.square().sum((2, 3), keepdim=True).clamp(min=1e-30) for x in (f, g))
+    kernel = f @ f.mT / of_f + g @ g.mT / of_g
+    # A whole inverse, as its diagonal predicts each probe from the others at once.
+    ridge = RIDGE * torch.eye(len(chosen), device=kernel.device, dtype=kernel.dtype)
+    inverse = torch.linalg.inv_ex(kernel + ridge).inverse
+    weights = inverse @ r
+    told = r - weights / inverse.diagonal(dim1=2, dim2=3)[..., None]
+    aligned, energy = (r * told).sum((2, 3)), told.square().sum((2, 3))
+    fits = fits & (energy > LEAST_TOLD * r.square().sum((2, 3))) & aligned.isfinite()
+    factor = torch.where(fits, aligned / energy.clamp(min=1e-30), 0.0)
+    factor = factor.clamp(0.0, 1.0)[..., None, None]
+    update = factor * (weights.mT @ (f / of_f + g @ first_order / of_g))
+    update = torch.where(factor > 0, update, 0.0)  # not 0 times what is no number
+    after = left - turned @ update.mT
+    after[:, :, chosen] = torch.where(factor > 0, r - factor * told, r)
+    return update, after
 
 
 def observe(bands: Bands, full_logits: Tensor) -> Observed:
@@ -344,8 +414,7 @@ def make_bands(
     approximate = query @ low.key_mean.mT * scale + low.counts.log()
     approximate = approximate.masked_fill(pair != LOW, -torch.inf)
     term, values = scores.mass_term[:, :, tile], low.value_mean
-    low_order = query @ low.first_order.mT * scale
-    mid_order = torch.zeros_like(low_order)
+    mid_order: Tensor | float = 0.0
     if mid is not None:
         fine_pair = pair.repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., : mid.counts.numel()]
         fine = query @ mid.key_mean.mT * scale + mid.counts.log()
@@ -355,11 +424,12 @@ def make_bands(
         term = torch.cat([term, torch.minimum(0.5 * spread, mid.counts.log())], -1)
         values = torch.cat([values, mid.value_mean], 2)
         mid_order = query @ mid.first_order.mT * scale
-    order = torch.stack([low_order, mid_order])
     return Bands(
         exact=torch.cat([exact, text], -1),
         value=torch.cat([value, text_value], 2),
-        estimate=Estimate(approximate, term, values, order, low.counts.numel()),
+        estimate=Estimate(
+            approximate, term, values, query * scale, low.first_order, mid_order, low.counts.numel()
+        ),
     )
 
 
@@ -423,16 +493,15 @@ def split_tokens(
             low, mid, scores, mean_square, scale,
         )  # fmt: skip
 
-    ones = torch.ones_like(scores.score[..., 0, 0])
-    probe = Probe(ones, ones, ones * torch.nan)
+    probe = Probe.unfitted(scores.score[..., 0, 0], query.shape[-1])
     if probes:
         chosen = probe_positions(query.shape[2], probes, query.device)
-        with torch.no_grad():  # c and g are constants to the gradient, like the route
+        with torch.no_grad():  # what is fitted is a constant to the gradient, like the route
             text = query[:, :, chosen] @ text_key.mT * scale + text_bias
             full = torch.cat([query[:, :, chosen] @ key.mT * scale, text], -1)
             bands = bands_of(chosen)
             probe = fit_probe(observe(bands, full), bands.estimate)
     everything = bands_of(torch.arange(query.shape[2], device=query.device))
-    out = attend_bands(everything, probe.c, probe.g)
+    out = attend_bands(everything, probe)
     log_sum = log_sum_of(everything, probe.c)
     return Split(out, route, route_density(route), probe, log_sum)

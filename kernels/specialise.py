@@ -29,10 +29,10 @@ from freqopt.kernels.variant import CAPABILITIES, DTYPES, Variant
 F32 = (
     "budget limits threshold key_mean spread head_spread sums first_order key_shift score "
     "peak mass peak_out mass_out exact_out missing_out logit logit_out moments coefficients "
-    "probe_error partial covariance axes shift"
+    "probe_energy probe_error partial covariance axes shift"
 ).split()
 NATIVE = (
-    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
+    "query key value key_out value_out key_var text_key text_value low_key low_value low_order matrix "
     "sub_mean tile_square out tokens_of directions"
 ).split()
 POINTERS = {
@@ -47,7 +47,7 @@ POINTERS = {
 As exported graphs pass them: PyTorch's token order is int32, an ONNX graph's int64.
 """
 
-DESCRIPTORS = ("key", "value", "text_key", "text_value", "low_key", "low_value", "low_order")
+DESCRIPTORS = ("key", "value", "text_key", "text_value", "low_key", "low_value", "matrix")
 """Arguments of the Hopper attention kernel that are tensor descriptors instead of pointers."""
 
 

@@ -6,7 +6,7 @@ import functools
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels.launches import Bound, KernelLaunch, bind
-from freqopt.kernels.portable import attend, density, glue, long, prepare, score
+from freqopt.kernels.portable import attend, density, glue, long, prepare, ridge, score
 from freqopt.kernels.tiles import Launch, padded_dim
 
 GROUP = 4
@@ -19,6 +19,10 @@ ORDER_GROUP = 32
 
 TOTAL_COLS = 32
 """Channels per program of a head's sums, which so spread over more of the GPU."""
+
+RIDGE_COLS = 64
+"""Channels at a time of the first-order matrix, whose products then have as many as it has probes.
+"""
 
 ROUTE_BLOCKS = 512
 """Key blocks per step of the routing. With two warps, 0.06 ms of 24 heads x 75,600 tokens, where
@@ -83,6 +87,8 @@ SHAPES: dict[str, tuple[str | int, ...]] = {
     "term": ("heads", "probes", "blocks"),
     "moments": ("heads", "probe_units", "block_units", int(glue.MOMENTS.value)),
     "coefficients": ("heads", 2),
+    "probe_energy": ("heads",),
+    "matrix": ("heads", "dim", "dim"),
     "probe_error": ("heads",),
 }
 """What the launches of `SPLIT` hand on, for one batch item. shares: `TOTAL_COLS` of the channels
@@ -159,7 +165,12 @@ SPLIT = (
     KernelLaunch(
         "fit", glue.fit_kernel, "pairs",
         {**DOTS, "BP": "fit_rows", "BJ": "fit_columns", "ROWS": 128}, warps=8,
-        writes="coefficients probe_error", passed=OF_QUERIES, when="probes",
+        writes="coefficients probe_energy", rewrites="mass exact_out missing_out",
+        passed=OF_QUERIES, when="probes",
+    ),
+    KernelLaunch(
+        "ridge", ridge.ridge_kernel, "pairs", {**DOTS, "BD": "ridge_columns"}, warps=8,
+        writes="matrix probe_error", passed=OF_QUERIES,
     ),
     KernelLaunch(
         "attend", attend.attend_kernel, "queries/BM pairs", {**DOTS, "BM": "rows", "WIDE": "wide"},
@@ -198,8 +209,11 @@ def key_ranges(pairs: int, blocks: int) -> int:
 def numbers_of(tiles: Launch, dim: int) -> dict[str, int | str]:
     """Numbers that these launches give by name. dim: of a head."""
     padded = padded_dim(dim)
-    columns = min(TOTAL_COLS, padded)
-    return {**tiles._asdict(), "dim": dim, "padded": padded, "columns": columns}
+    columns, of_ridge = (min(most, padded) for most in (TOTAL_COLS, RIDGE_COLS))
+    return {
+        **tiles._asdict(), "dim": dim, "padded": padded, "columns": columns,
+        "ridge_columns": of_ridge,
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)

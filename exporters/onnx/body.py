@@ -16,15 +16,18 @@ from freqopt.kernels.reference import (
     G_MAX,
     LEAST_CORRECTION,
     LEAST_MASS,
+    LEAST_TOLD,
     LOW,
     NEWTON_STEPS,
+    RIDGE,
+    RIDGE_PROBES,
 )
 from onnx import AttributeProto, TensorProto, helper
 
 DOMAIN = "freqopt"
 OP_NAME = "SplitAttention"
 ORDER_NAME = "TokenOrder"
-OP_VERSION = 3
+OP_VERSION = 4
 """Opset version of the domain; raised when inputs, attributes or meaning change."""
 
 INPUTS = (
@@ -32,6 +35,9 @@ INPUTS = (
     *("order", "text_before", "query_order", "query_text_before"),
 )
 ATTRIBUTES = ("scale", "density", "probes", "own")
+
+INVERSE_STEPS = 11
+"""Of Newton and Schulz, as ONNX has no inverse; see `freqopt.kernels.portable.ridge`."""
 
 INFINITY = float("inf")
 PER_TILE = QUERY_TILE // SUB_TILE
@@ -215,7 +221,6 @@ class _Split:
         means = low_key.transposed(0, 1, 3, 2)
         keys = n.concat(2, self.padded_key, self.text_key).transposed(0, 1, 3, 2)
         values = n.concat(2, self.padded_value, self.text_value)
-        turn = low_order.transposed(0, 1, 3, 2)
 
         def exact_bias(exact: Value) -> Value:
             return n.where(exact, 0.0, -INFINITY)
@@ -236,7 +241,7 @@ class _Split:
             n.where(exact, share.slice(3, 0, columns), 0.0),
             share.slice(3, columns, columns + self.text_index.size(0)),
         )
-        c, g, error = self.fit_probe(
+        c, g, matrix, error = self.fit_probe(
             relative=probe_query @ means * self.scale + bias - log_total,
             term=low_term.gather(tile, 2),
             low_value=low_value,
@@ -244,8 +249,10 @@ class _Split:
             exact_out=exact_share @ values,
             target=(share - exact_share).sum(2, 3),
             truth=share @ values,
-            turned=probe_query @ turn * self.scale,
+            query=probe_query * self.scale,
+            low_order=low_order,
         )
+        turn = matrix.transposed(0, 1, 3, 2)
 
         def attend(query: Value, pair: Value, term: Value) -> Value:
             pair, term = (x.unsqueeze(2) for x in (pair, term))
@@ -256,7 +263,7 @@ class _Split:
             weight = n.op("Softmax", n.concat(3, low, logit), axis=-1)
             out = weight @ n.concat(2, low_value, values)
             mass = weight.slice(3, 0, self.blocks).sum(3, keep=True)
-            turned = g * mass * (query @ turn * self.scale)
+            turned = mass * (query @ turn * self.scale)
             return out + n.where(mass > 0.0, turned, 0.0)  # not 0 times infinity
 
         def tile_first(x: Value, rank: int) -> Value:
@@ -306,11 +313,13 @@ class _Split:
         exact_out: Value,
         target: Value,
         truth: Value,
-        turned: Value,
-    ) -> tuple[Value, Value, Value]:
-        """`reference.fit_probe` on tensors relative to the softmax sum; c, g (B, H, 1, 1).
+        query: Value,
+        low_order: Value,
+    ) -> tuple[Value, Value, Value, Value]:
+        """`reference.fit_probe` on tensors relative to the softmax sum.
 
-        turned: (B, H, P, D), the first-order term of each probe before its mass.
+        query: (B, H, P, D), scaled. Returns c and g (B, H, 1, 1), the first-order matrix
+        (B, H, D, D) and the error (B, H).
         """
         n = self.n
         safe_target = target.maximum(1e-30)
@@ -327,7 +336,8 @@ class _Split:
         low = mass.sum(3, keep=True)
         total = exact_mass + low
         plain = (exact_out + mass @ low_value) / total
-        correction = low * turned / total
+        turned = low / total * query
+        correction = turned @ low_order.transposed(0, 1, 3, 2)
         energy = (correction * correction).sum(2, 3)
         aligned = ((truth - plain) * correction).sum(2, 3)
         whole = (truth * truth).sum(2, 3)
@@ -336,10 +346,45 @@ class _Split:
         g = n.where(fits, aligned / energy.maximum(1e-30), 1.0)
         g = g.maximum(0.0).minimum(G_MAX)
         left = truth - plain - g.unsqueeze(2, 3) * correction
-        error = ((left * left).sum(2, 3) / whole.maximum(1e-30)).sqrt()
+        update, wrong = self.fit_update(turned, correction, low_order, left, fits)
+        error = (wrong / whole.maximum(1e-30)).sqrt()
         fitted = self.probes > 0
         c, g = (n.where(fitted, x, 1.0).unsqueeze(2, 3) for x in (c, g))
-        return c, g, n.where(fitted, error, float("nan"))
+        matrix = g * low_order + n.where(fitted, update, 0.0)
+        return c, g, matrix, n.where(fitted, error, float("nan"))
+
+    def fit_update(
+        self, turned: Value, correction: Value, low_order: Value, left: Value, fits: Value
+    ) -> tuple[Value, Value]:
+        """`reference.fit_update`: the update, and the energy (B, H) of what it leaves."""
+        n = self.n
+        probes = left.size(2)
+        count = probes.minimum(RIDGE_PROBES)
+        lane = n.range(0, count)
+        chosen = (lane * 2 + 1) * probes // (count * 2)
+        f, g, r = (x.gather(chosen, 2) for x in (turned, correction, left))
+        of_f, of_g = ((x * x).sum(2, 3).maximum(1e-30).unsqueeze(2, 3) for x in (f, g))
+        eye = lane.unsqueeze(1).equals(lane).float()
+        kernel = f @ f.transposed(0, 1, 3, 2) / of_f + g @ g.transposed(0, 1, 3, 2) / of_g
+        kernel = kernel + eye * RIDGE
+        inverse = kernel * 0.0 + eye * (1.0 / (2.0 + RIDGE))
+        for _ in range(INVERSE_STEPS):
+            inverse = inverse * 2.0 - inverse @ (kernel @ inverse)
+        weights = inverse @ r
+        told = r - weights / (inverse * eye).sum(3, keep=True)
+        aligned, energy, before = ((x * y).sum(2, 3) for x, y in ((r, told), (told, told), (r, r)))
+        fits = fits & (energy > before * LEAST_TOLD) & (aligned * 0.0).equals(0.0)
+        factor = n.where(fits, aligned / energy.maximum(1e-30), 0.0)
+        factor = factor.maximum(0.0).minimum(1.0).unsqueeze(2, 3)
+        z = f / of_f + g @ low_order / of_g
+        update = factor * (weights.transposed(0, 1, 3, 2) @ z)
+        update = n.where(factor > 0.0, update, 0.0)  # not 0 times what is no number
+        # Probes that it was not fitted to are predicted as they are.
+        rest = left - turned @ update.transposed(0, 1, 3, 2)
+        others = n.range(0, probes).unsqueeze(1).equals(chosen).float().sum(1).equals(0.0)
+        rest = n.where(others.unsqueeze(1), rest, 0.0)
+        seen = n.where(factor > 0.0, r - factor * told, r)
+        return update, (rest * rest).sum(2, 3) + (seen * seen).sum(2, 3)
 
     def assemble(self, video: Value, text_bias: Value) -> Value:
         """Video (B, H, T, D) in token order and densely attended text, in the model's order."""

@@ -115,7 +115,7 @@ def band_gradients(
     band: Band,
     sums: Sums,
     key_shift: Tensor,
-    coefficients: Tensor,
+    forward: Forward,
     banded: Tensor,
 ) -> BandGradients:
     """Gradients through the low band; that of the queries is written to banded.
@@ -128,7 +128,7 @@ def band_gradients(
     share = turn.single(turn.call.batch, turn.call.heads, turn.rows)
     band_gradient_kernel[(parts, turn.call.pairs)](
         rows.query, rows.grad, sums.centred, rows.low_delta, band.key, band.value, band.bias,
-        key_shift, coefficients, band.order, banded, bias_grad, share,
+        key_shift, forward.matrix, banded, bias_grad, share,
         turn.call.heads, turn.call.group_size, turn.tiles, turn.blocks, turn.call.scale,
         **turn.options(shape),
     )  # fmt: skip
@@ -138,7 +138,7 @@ def band_gradients(
     return BandGradients(
         *mean_gradients(turn, rows, band, sums),
         spread_grad.mT @ by_key_head(rows.pooled, turn.call.kv_heads),
-        *order_gradient(turn, rows, share, coefficients),
+        *order_gradient(turn, rows, share, forward.coefficients),
         (spread_grad @ band.var).view_as(rows.pooled),
     )
 
@@ -154,12 +154,14 @@ class Results(NamedTuple):
 class Forward(NamedTuple):
     """What the forward pass found.
 
-    out (B, H, Nq, D), route (B, H, I, J) int8, coefficients (B, H, 2): the probe's c and g.
+    out (B, H, Nq, D), route (B, H, I, J) int8, coefficients (B, H, 2): the probe's c and g; matrix
+    (B, H, D, D): the first-order matrix.
     """
 
     out: Tensor
     route: Tensor
     coefficients: Tensor
+    matrix: Tensor
 
 
 def exact_gradients(
@@ -203,15 +205,15 @@ def heads_backward(
     turn: Turn, grad: Tensor, log_sum_grad: Tensor | None, found: Forward, results: Results
 ) -> None:
     """The backward pass of heads that go together, into `results`; text queries apart."""
-    call, coefficients = turn.call, found.coefficients
+    call, c = turn.call, found.coefficients[..., 0, None, None]
     summaries = summarise(call)
     blocks = with_text(call, summaries)
     lists = make_lists(found.route, turn.all_blocks)
-    rows = copy_rows(turn, grad, log_sum_grad, found.out, summaries, coefficients)
-    band = make_band(turn, summaries, found.route, rows.pooled, coefficients[..., 0, None, None])
+    rows = copy_rows(turn, grad, log_sum_grad, found.out, summaries, found.matrix)
+    band = make_band(turn, summaries, found.route, rows.pooled, c)
     sums = softmax_sums(turn, rows, blocks, band, lists)
     banded = turn.single(*call.per_head, turn.rows, call.dim)
-    through = band_gradients(turn, rows, band, sums, summaries.key_shift, coefficients, banded)
+    through = band_gradients(turn, rows, band, sums, summaries.key_shift, found, banded)
     exact_gradients(turn, rows, blocks, lists, sums, banded, through, results)
 
 
@@ -251,7 +253,10 @@ def split_backward(
                 turn = Turn(call, tiles, blocks, shapes_for(query.dtype, dim))
                 sums = None if log_sum_grad is None else log_sum_grad[items, own].contiguous()
                 found = Forward(
-                    out[items, own], forward.route[items, own], forward.coefficients[items, own]
+                    out[items, own],
+                    forward.route[items, own],
+                    forward.coefficients[items, own],
+                    forward.matrix[items, own].contiguous(),
                 )
                 heads_backward(
                     turn,

@@ -110,7 +110,7 @@ class Lists(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The low band's means (B, Hkv, J, D) and H-bar, and what is added to their logits.
+    """The low band's means (B, Hkv, J, D), and what is added to their logits.
 
     var: variance of the keys behind each mean, float32; bias (B, H, I, J) float32, base 2: -inf
     where a pair is exact; slope: of the bias in the second-order mass, in nats.
@@ -119,7 +119,6 @@ class Band(NamedTuple):
     key: Tensor
     value: Tensor
     var: Tensor
-    order: Tensor
     bias: Tensor
     slope: Tensor
 
@@ -217,7 +216,7 @@ def copy_rows(
     log_sum_grad: Tensor | None,
     out: Tensor,
     summaries: Summaries,
-    coefficients: Tensor,
+    matrix: Tensor,
 ) -> Rows:
     """Queries and output gradients in the queries' order, with their row sums."""
     shape, call = turn.shapes.bands, turn.call
@@ -233,8 +232,7 @@ def copy_rows(
         sums = {"log_sum_grad": log_sum_grad, "log_sum_row": log_sum_grad.shape[-1]}
     order = call.query_order
     rows_kernel[(parts, call.pairs)](
-        call.query, grad, out, order.index, summaries.key_shift, coefficients,
-        summaries.low_order, *copies, offset, delta, low_delta, squares,
+        call.query, grad, out, order.index, summaries.key_shift, matrix, *copies, offset, delta, low_delta, squares,
         *call.query.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
         call.heads, call.group_size, call.queries, turn.tiles, call.query_layout.text_before,
         call.scale, order.row, order.share, **turn.options(shape), **sums,
@@ -262,7 +260,6 @@ def make_band(turn: Turn, summaries: Summaries, route: Tensor, pooled: Tensor, c
         summaries.low_key,
         summaries.low_value,
         var,
-        summaries.low_order,
         bias,
         torch.where(spread < capacity, c, 0.0),
     )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
-from freqopt.kernels.forward.call import Call, Route, Summaries, Target
+from freqopt.kernels.forward.call import Call, Fitted, Route, Summaries, Target
 from freqopt.kernels.hopper import launch as hopper
 from freqopt.kernels.layout import repeat_heads
 from freqopt.kernels.portable.attend import attend_kernel
@@ -21,7 +21,7 @@ def attend(
     call: Call,
     summaries: Summaries,
     route: Route,
-    coefficients: Tensor,
+    fitted: Fitted,
     target: Target,
     tile_list: Tensor | None = None,
 ) -> None:
@@ -32,7 +32,7 @@ def attend(
     out, log_sum = target
     query, key, value, mask = call.query, call.key, call.value, call.key_mask
     if hopper.applies(query):
-        hopper.attend(call, summaries, route, coefficients, target, tile_list)
+        hopper.attend(call, summaries, route, fitted, target, tile_list)
         return
     tiles, blocks = route.mass_term.shape[2:]
     queries = call.queries
@@ -46,8 +46,8 @@ def attend(
     queued(attend_kernel, launch.grid(queries=queries, pairs=call.pairs))(
         query, call.query_order.index, summaries.key, summaries.value,
         key, value, mask if mask is not None else route.counts, summaries.key_shift,
-        summaries.low_key, summaries.low_value, summaries.low_order,
-        route.mass_term, coefficients, route.exact_list, route.counts, out,
+        summaries.low_key, summaries.low_value, fitted.matrix,
+        route.mass_term, fitted.coefficients, route.exact_list, route.counts, out,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         mask.stride(0) if mask is not None else 0, *out.stride()[:3],
         call.heads, call.group_size, call.tokens, tiles, blocks, call.layout.text,

@@ -65,6 +65,17 @@ class Route(NamedTuple):
     mass_term: Tensor
 
 
+class Fitted(NamedTuple):
+    """What the probes give to the attention.
+
+    coefficients: (B, H, 2) float32, c and g; matrix (B, H, D, D) in the queries' type: the
+    first-order matrix, g H-bar and the update, values by keys.
+    """
+
+    coefficients: Tensor
+    matrix: Tensor
+
+
 class Findings(NamedTuple):
     """What the op returns beside its output; shapes as in `split_attention_op`."""
 
@@ -72,6 +83,7 @@ class Findings(NamedTuple):
     probe_error: Tensor
     route: Tensor
     coefficients: Tensor
+    matrix: Tensor
 
 
 class Target(NamedTuple):

@@ -21,7 +21,7 @@ from freqopt.kernels.device import processors
 from freqopt.kernels.forward.attention import attend, store_text
 from freqopt.kernels.forward.call import Call, Findings, Route, Summaries, Target
 from freqopt.kernels.forward.density import RANK_BITS_ANEW, threshold_of_density
-from freqopt.kernels.forward.probe import fit_probes, probe_space
+from freqopt.kernels.forward.probe import fit_probes, probe_space, unfitted
 from freqopt.kernels.forward.routing import limits_of, probe_rows, route_probes, score_tiles
 from freqopt.kernels.forward.short import reached_density
 from freqopt.kernels.forward.summaries import summarise_in_place
@@ -134,21 +134,21 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     else:
         limits = limits_of(call, threshold)
     probes = min(settings.probes, call.queries)
-    coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
+    fitted = unfitted(call, summaries)
     error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
     if probes:
         probing = probe_space(call, walk.blocks, probes)
         rows = probe_rows(call, walk.blocks, probes)
         route = route_probes(call, summaries, limits, rows)
         fit_probes(call, summaries, route, probing, by_probe=True)
-        coefficients, error = probing.coefficients, probing.error
+        fitted, error = probing.fitted, probing.error
         del probing, rows, route
     # Not before: what the fit needed is free again.
     chunk, counts = walk.space(), []
     for tiles in walk.chunks():
         route = walk.routed(tiles, limits, chunk)
-        attend(call, summaries, route, coefficients, target, tiles)
+        attend(call, summaries, route, fitted, target, tiles)
         counts.append(route.counts)
     store_text(call, target)
     reached = reached_density(torch.cat(counts, 2), walk.blocks)
-    return Findings(reached, error, walk.packed, coefficients)
+    return Findings(reached, error, walk.packed, *fitted)

@@ -1,4 +1,4 @@
-"""Launches the probes' chain: their exact attention, what the bands make of them, and the fit.
+"""Launches the probes' chain: their exact attention, what the bands make of them, and the fits.
 
 Everything it writes is allocated beforehand (`ProbeSpace`), so that it can be launched on a stream
 beside the caller's (`freqopt.kernels.overlap`).
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freqopt.kernels.forward.call import Call, Route, Summaries
+from freqopt.kernels.forward.call import Call, Fitted, Route, Summaries
 from freqopt.kernels.portable.attend import probe_kernel
 from freqopt.kernels.portable.glue import (
     MOMENTS,
@@ -20,6 +20,7 @@ from freqopt.kernels.portable.glue import (
     fit_kernel,
     merge_kernel,
 )
+from freqopt.kernels.portable.ridge import ridge_kernel
 from freqopt.kernels.split_launches import key_ranges
 from freqopt.kernels.tape import queued
 
@@ -29,8 +30,8 @@ class ProbeSpace(NamedTuple):
 
     peak (pairs, parts, probes), mass (.., 2), exact and missing (.., D): the exact pass's sums;
     logit float32 and term float16 (pairs, probes, blocks): the low band; moments (pairs, units,
-    MOMENTS): what c is fitted on. coefficients (B, H, 2) and error (B, H): the relative L2 error
-    left, as reference.fit_probe. All but term float32.
+    MOMENTS): what c is fitted on; energy (pairs,) of the probes' exact attention. fitted, and error
+    (B, H): the relative L2 error left, as reference.fit_probe. All but term and matrix float32.
     """
 
     peak: Tensor
@@ -40,7 +41,8 @@ class ProbeSpace(NamedTuple):
     logit: Tensor
     term: Tensor
     moments: Tensor
-    coefficients: Tensor
+    energy: Tensor
+    fitted: Fitted
     error: Tensor
 
 
@@ -61,9 +63,22 @@ def probe_space(call: Call, blocks: int, probes: int) -> ProbeSpace:
         single(pairs, probes, blocks),
         torch.empty(pairs, probes, blocks, device=device, dtype=torch.float16),
         single(pairs, moment_units(probes, blocks), MOMENTS.value),
-        single(*call.per_head, 2),
+        single(pairs),
+        Fitted(
+            single(*call.per_head, 2),
+            torch.empty(*call.per_head, dim, dim, device=device, dtype=call.query.dtype),
+        ),
         single(*call.per_head),
     )
+
+
+def unfitted(call: Call, summaries: Summaries) -> Fitted:
+    """What goes to the attention of a call without probes."""
+    ones = torch.ones(*call.per_head, 2, device=call.query.device, dtype=torch.float32)
+    matrix = summaries.low_order
+    if call.group_size > 1:
+        matrix = matrix.repeat_interleave(call.group_size, 1)
+    return Fitted(ones, matrix)
 
 
 def moment_units(probes: int, blocks: int) -> int:
@@ -75,7 +90,7 @@ def moment_units(probes: int, blocks: int) -> int:
 def fit_probes(
     call: Call, summaries: Summaries, route: Route, space: ProbeSpace, *, by_probe: bool = False
 ) -> None:
-    """Attend a few queries exactly, and fit c and g on what the bands would have made of them.
+    """Attend a few queries exactly, and fit on what the bands would have made of them.
 
     by_probe: the route has a row for each probe, not for each tile. Allocates nothing.
     """
@@ -104,7 +119,7 @@ def fit_probes(
     queued(merge_kernel, merge.grid(probes=probes, pairs=pairs))(
         space.peak, space.mass, space.exact, space.missing, probes, parts, **merge.fixed
     )
-    estimate, fit = launches["estimate"], launches["fit"]
+    estimate, fit, ridge = launches["estimate"], launches["fit"], launches["ridge"]
     queued(estimate_kernel, estimate.grid(blocks=blocks, pairs=pairs, probes=probes))(
         query, order, summaries.low_key, route.mass_term, space.peak,
         space.logit, space.term, space.moments, *query.stride()[:3],
@@ -114,8 +129,16 @@ def fit_probes(
     )  # fmt: skip
     queued(fit_kernel, fit.grid(pairs=pairs))(
         query, order, summaries.low_value, summaries.low_order, space.logit, space.term,
-        space.moments, space.mass, space.exact, space.missing, space.coefficients, space.error,
+        space.moments, space.mass, space.exact, space.missing, space.fitted.coefficients,
+        space.energy,
         *query.stride()[:3],
         call.heads, call.group_size, call.queries, blocks, probes, parts, text_before, call.scale,
         **fit.fixed, **call.query_side,
+    )  # fmt: skip
+    queued(ridge_kernel, ridge.grid(pairs=pairs))(
+        query, order, summaries.low_order, space.mass, space.exact, space.missing,
+        space.fitted.coefficients, space.energy, space.fitted.matrix, space.error,
+        *query.stride()[:3],
+        call.heads, call.group_size, call.queries, probes, parts, text_before, call.scale,
+        **ridge.fixed, **call.query_side,
     )  # fmt: skip

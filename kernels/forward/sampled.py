@@ -16,8 +16,8 @@ from torch import Tensor
 
 from freqopt.config import QUERY_TILE
 from freqopt.kernels.forward.attention import attend
-from freqopt.kernels.forward.call import Route, Target
-from freqopt.kernels.forward.probe import fit_probes, probe_space
+from freqopt.kernels.forward.call import Fitted, Route, Target
+from freqopt.kernels.forward.probe import fit_probes, probe_space, unfitted
 from freqopt.kernels.forward.routing import list_probe_tiles, route_listed, score_tiles
 from freqopt.kernels.forward.split import call_of, on_device, readable
 from freqopt.kernels.forward.summaries import summarise_in_place
@@ -46,16 +46,20 @@ class SampledCall:
         self.score.masked_fill_(own_blocks(tiles, self.blocks, device), torch.inf)
         self.probes = min(settings.probes, call.queries)
 
-    def fit(self, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The probes' scalars (rungs, B, H, 2) and the errors (rungs, B, H) that they report.
+    def fit(self, thresholds: Sequence[float]) -> tuple[Fitted, Tensor]:
+        """What the probes give, (rungs, ...), and the errors (rungs, B, H) that they report.
 
         thresholds: ascending, each for all heads.
         """
         call, device = self.call, self.call.query.device
-        coefficients = _rows_of((*call.per_head, 2), len(thresholds), device).fill_(1.0)
+        rungs, dim = len(thresholds), call.dim
+        coefficients = _rows_of((*call.per_head, 2), rungs, device)
         errors = _rows_of(call.per_head, len(thresholds), device).fill_(torch.nan)
         if not self.probes:
-            return coefficients, errors
+            alike = (x.expand(rungs, *x.shape) for x in unfitted(call, self.summaries))
+            return Fitted(*alike), errors
+        shape = (rungs, *call.per_head, dim, dim)
+        matrices = torch.empty(shape, device=device, dtype=call.query.dtype)
         with on_device(call.query):
             tiles = torch.empty(self.probes, device=device, dtype=torch.int32)
             list_probe_tiles(call, tiles)
@@ -63,18 +67,24 @@ class SampledCall:
             space = probe_space(call, self.blocks, self.probes)
             for rung, limits in self._descending(thresholds):
                 route_listed(call, score, limits, route, tiles, lists=False)
-                own = space._replace(coefficients=coefficients[rung], error=errors[rung])
+                fitted = Fitted(coefficients[rung], matrices[rung])
+                own = space._replace(fitted=fitted, error=errors[rung])
                 fit_probes(call, self.summaries, route, own, by_probe=True)
-        return coefficients, errors
+        return Fitted(coefficients, matrices), errors
+
+    def exact(self, tiles: Tensor) -> Tensor:
+        """Exact attention of listed tiles, as `attend` yields it."""
+        fitted = Fitted(*(x[None] for x in unfitted(self.call, self.summaries)))
+        ((_, out),) = self.attend(tiles, [0.0], fitted)
+        return out
 
     def attend(
-        self, tiles: Tensor, thresholds: Sequence[float], coefficients: Tensor
+        self, tiles: Tensor, thresholds: Sequence[float], fitted: Fitted
     ) -> Iterator[tuple[int, Tensor]]:
         """Split attention of listed tiles (n,) int32 at every threshold, from the highest down.
 
-        thresholds: ascending, each for all heads. coefficients: of `fit` at these. Yields the
-        threshold's number and (B, H, n * 128, D), rows in token order, those past the end the last
-        token's.
+        thresholds: ascending, each for all heads. fitted: of `fit` at these. Yields the threshold's
+        number and (B, H, n * 128, D), rows in token order, those past the end the last token's.
         """
         call, token = self.call, self._tokens(tiles)
         # The Hopper kernel's result leaves through shared memory of the queries' type.
@@ -87,7 +97,8 @@ class SampledCall:
             score, route = self._rows(tiles, lists=True)
             for rung, limits in self._descending(thresholds):
                 route_listed(call, score, limits, route, tiles, lists=True)
-                attend(call, self.summaries, route, coefficients[rung], target, tiles)
+                own = Fitted(fitted.coefficients[rung], fitted.matrix[rung])
+                attend(call, self.summaries, route, own, target, tiles)
                 yield rung, target.out.gather(2, index)
 
     def _tokens(self, tiles: Tensor) -> Tensor:

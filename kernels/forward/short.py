@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freqopt.kernels.forward.attention import attend, store_text
 from freqopt.kernels.forward.call import Call, Findings, Target
-from freqopt.kernels.forward.probe import fit_probes, probe_space
+from freqopt.kernels.forward.probe import fit_probes, probe_space, unfitted
 from freqopt.kernels.forward.routing import limits_of, make_route, probe_rows, route_probes
 from freqopt.kernels.forward.summaries import summarise
 from freqopt.kernels.layout import Settings
@@ -22,11 +22,11 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     blocks = summaries.low_key.shape[2]
     if not probes:
         route = make_route(call, summaries, threshold, density)
-        coefficients = torch.ones(*call.per_head, 2, device=device, dtype=torch.float32)
+        fitted = unfitted(call, summaries)
         error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
     else:
         space = probe_space(call, blocks, probes)
-        coefficients, error = space.coefficients, space.error
+        fitted, error = space.fitted, space.error
         # A density's threshold is known when everything is scored: nothing is left to overlap.
         if density == 0.0 and pays(call.pairs, call.tokens):
             limits = limits_of(call, threshold)
@@ -39,9 +39,9 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
         else:
             route = make_route(call, summaries, threshold, density)
             fit_probes(call, summaries, route, space)
-    attend(call, summaries, route, coefficients, target)
+    attend(call, summaries, route, fitted, target)
     store_text(call, target)
-    return Findings(reached_density(route.counts, blocks), error, route.route, coefficients)
+    return Findings(reached_density(route.counts, blocks), error, route.route, *fitted)
 
 
 def reached_density(counts: Tensor, blocks: int) -> Tensor:

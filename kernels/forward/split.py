@@ -71,13 +71,13 @@ def launch_all(inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
             here = Target(target.out[items, own], log_sum)
             parts.append(serve(call, part.threshold, settings, here))
         rows.append(_joined(parts, 1))
-    density, error, route, coefficients = _joined(rows, 0)
+    density, error, route, coefficients, matrix = _joined(rows, 0)
     types = (torch.float32, torch.int32, torch.int32)
     optional = (
         out.new_empty(0, dtype=dtype) if x is None else x
         for x, dtype in zip((target.log_sum, *orders), types, strict=True)
     )
-    return target.out, density, error, route, coefficients, *optional
+    return target.out, density, error, route, coefficients, *optional, matrix
 
 
 def call_of(

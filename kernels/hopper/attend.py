@@ -56,11 +56,11 @@ def _load_tile(
 
 @gluon.jit
 def _produce(
-    key, value, text_key, text_value, low_key, low_value, low_order, exact_list, n_exact,
-    key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
+    key, value, text_key, text_value, low_key, low_value, matrix, exact_list, n_exact,
+    pair, key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Streams the low band's means, H-bar, the text, then the exact blocks in pairs.
+    """Streams the low band's means, the first-order matrix, the text, then the exact blocks in pairs.
 
     Of those the last pair comes first.
     """
@@ -71,8 +71,8 @@ def _produce(
         _load_tile(low_key, row, row + HALF, k_pieces, k_full, k_empty, i, D, STAGES)
         _load_tile(low_value, row, row + HALF, v_pieces, v_full, v_empty, i, D, STAGES)
     # With head dim 64 the same rows land in both halves of the buffer, and one is not read.
-    row = key_pair * D
-    _load_tile(low_order, row, row + D - HALF, k_pieces, k_full, k_empty, low_tiles, D, STAGES)
+    row = pair * D
+    _load_tile(matrix, row, row + D - HALF, k_pieces, k_full, k_empty, low_tiles, D, STAGES)
     for i in range(text_tiles):
         row = (key_pair * text_tiles + i) * TILE
         step = low_tiles + i
@@ -98,7 +98,7 @@ def _start_scores(q, ring, full, step, zero, STAGES: gl.constexpr):
 
 @gluon.jit
 def _turned(q, ring, full, step, D: gl.constexpr, ACC: gl.constexpr, STAGES: gl.constexpr):
-    """q H-bar^T (64, D), the first-order term, of H-bar's rows in the ring's buffer of a step."""
+    """q M^T (64, D), the first-order term, of M's rows in the ring's buffer of a step."""
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     matrix = ring.index(stage).slice(0, D)
@@ -221,7 +221,6 @@ def _consume(
     shift = gl.sum(q_rows.to(gl.float32) * gl.expand_dims(shift_key, 0), 1)
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, MMA)), 1)
     c = gl.load(coefficients)
-    g = gl.load(coefficients + 1)
 
     zero = gl.zeros([ROWS, TILE], gl.float32, layout=MMA)
     acc = gl.zeros([ROWS, D], gl.float32, layout=ACC)
@@ -255,7 +254,7 @@ def _consume(
     _leave(v_empty, low_tiles - 1, STAGES)
     turned = _turned(q_buffer, k_ring, k_full, low_tiles, D, ACC, STAGES)
     _leave(k_empty, low_tiles, STAGES)
-    first_order = gl.convert_layout(mass * (g * scale), gl.SliceLayout(1, ACC))
+    first_order = gl.convert_layout(mass * scale, gl.SliceLayout(1, ACC))
     acc = acc + turned * gl.expand_dims(first_order, 1)
 
     # Text is a few tiles at most: the other consumer's products fill the gaps between these.
@@ -336,7 +335,7 @@ def _buffers(dtype: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def attend_hopper_kernel(
-    query, order, key, value, text_key, text_value, key_mask, low_key, low_value, low_order,
+    query, order, key, value, text_key, text_value, key_mask, low_key, low_value, matrix,
     key_shift, mass_term, coefficients, exact_list, counts, out,
     stride_qb, stride_qh, stride_qn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
@@ -351,8 +350,8 @@ def attend_hopper_kernel(
     log_sum: (pairs, log_sum_row) float32, which with LOG_SUM gets the softmax sums' logarithms.
 
     key, value (pairs * blocks * 64, D), text_key, text_value (pairs * text rounded up to 128, D),
-    low_key, low_value (pairs * blocks, D) and low_order (pairs * D, D) are tensor descriptors with
-    boxes of (64, 64).
+    low_key, low_value (pairs * blocks, D) and matrix (query heads' pairs * D, D) are tensor
+    descriptors with boxes of (64, 64).
     """
     tile = gl.program_id(0)
     pair = gl.program_id(1).to(gl.int64)
@@ -406,8 +405,8 @@ def attend_hopper_kernel(
             (
                 _produce,
                 (
-                    key, value, text_key, text_value, low_key, low_value, low_order, exact_list,
-                    n_exact, key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty,
+                    key, value, text_key, text_value, low_key, low_value, matrix, exact_list,
+                    n_exact, pair.to(gl.int32), key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty,
                     v_full, v_empty, D, STAGES,
                 ),
             ),

@@ -65,8 +65,8 @@ def _announce(full, step, outstanding: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _gather(
-    key, value, order, text_key, text_value, low_key, low_value, low_order, exact_list, n_exact,
-    stride_kn, stride_vn, key_pair, tokens, blocks, text_before, text_tiles, k_pieces, v_pieces,
+    key, value, order, text_key, text_value, low_key, low_value, matrix, exact_list, n_exact,
+    stride_kn, stride_vn, pair, key_pair, tokens, blocks, text_before, text_tiles, k_pieces, v_pieces,
     k_full, k_empty, v_full, v_empty, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """attend._produce, but for the exact blocks.
@@ -80,8 +80,8 @@ def _gather(
         row = first_block + i * TILE
         _load_tile(low_key, row, row + HALF, k_pieces, k_full, k_empty, i, D, STAGES)
         _load_tile(low_value, row, row + HALF, v_pieces, v_full, v_empty, i, D, STAGES)
-    row = key_pair * D
-    _load_tile(low_order, row, row + D - HALF, k_pieces, k_full, k_empty, low_tiles, D, STAGES)
+    row = pair * D
+    _load_tile(matrix, row, row + D - HALF, k_pieces, k_full, k_empty, low_tiles, D, STAGES)
     for i in range(text_tiles):
         row = (key_pair * text_tiles + i) * TILE
         step = low_tiles + i
@@ -115,7 +115,7 @@ def _gather(
 
 @gluon.jit
 def gather_hopper_kernel(
-    query, order, key, value, text_key, text_value, key_mask, low_key, low_value, low_order,
+    query, order, key, value, text_key, text_value, key_mask, low_key, low_value, matrix,
     key_shift, mass_term, coefficients, exact_list, counts, out,
     stride_qb, stride_qh, stride_qn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
@@ -187,8 +187,8 @@ def gather_hopper_kernel(
             (
                 _gather,
                 (
-                    key, value, key_order, text_key, text_value, low_key, low_value, low_order,
-                    exact_list, n_exact, stride_kn, stride_vn, key_pair, tokens, blocks,
+                    key, value, key_order, text_key, text_value, low_key, low_value, matrix,
+                    exact_list, n_exact, stride_kn, stride_vn, pair.to(gl.int32), key_pair, tokens, blocks,
                     text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
                     D, STAGES,
                 ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freqopt.config import QUERY_TILE
 from freqopt.kernels.device import processors
-from freqopt.kernels.forward.call import Call, Route, Summaries, Target
+from freqopt.kernels.forward.call import Call, Fitted, Route, Summaries, Target
 from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.tape import queued
 
@@ -74,7 +74,7 @@ def score(
 
 
 def attend(
-    call: Call, summaries: Summaries, route: Route, coefficients: Tensor, target: Target,
+    call: Call, summaries: Summaries, route: Route, fitted: Fitted, target: Target,
     tile_list: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The fused low-band, text and exact attention of all queries but text, into `target`.
@@ -87,11 +87,11 @@ def attend(
     texts = [summaries.low_key, summaries.low_value]  # not read
     if call.layout.text:
         texts = [_text_rows(x, call.layout) for x in (call.key, call.value)]
-    means = (summaries.low_key, summaries.low_value, summaries.low_order)
+    means = (summaries.low_key, summaries.low_value, fitted.matrix)
     # What both kernels take, in front of the keys' own strides and behind.
     common = (
         route.counts if mask is None else mask, *map(_descriptor, means), summaries.key_shift,
-        route.mass_term, coefficients, route.exact_list, route.counts, out,
+        route.mass_term, fitted.coefficients, route.exact_list, route.counts, out,
         *query.stride()[:3], 0 if mask is None else mask.stride(0), *out.stride()[:3],
         call.heads, call.group_size, call.tokens, tiles, blocks, call.layout.text,
         call.layout.text_before, call.scale,

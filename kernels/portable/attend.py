@@ -209,7 +209,7 @@ def _turned(
 ):  # fmt: skip
     """q H^T for the first-order term, (BM, DP), in slices of q's columns to bound shared memory.
 
-    query_rows: (BM, 1) pointers to the queries; matrix: H-bar (D, D), values by keys.
+    query_rows: (BM, 1) pointers to the queries; matrix: H-bar, or M (D, D), values by keys.
     """
     SLICE: tl.constexpr = 64 if DP > 64 else DP
     value_col = tl.arange(0, DP)
@@ -229,7 +229,7 @@ def _turned(
 @triton.jit
 def attend_kernel(
     query, order, key, value, text_key, text_value, key_mask, key_shift,
-    low_key, low_value, low_order, mass_term, coefficients, exact_list, counts, out,
+    low_key, low_value, matrix, mass_term, coefficients, exact_list, counts, out,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
     stride_vn, stride_mb, stride_ob, stride_oh, stride_on,
     heads, group_size, tokens, tiles, blocks, text, text_before, scale,
@@ -275,7 +275,6 @@ def attend_kernel(
     q = tl.load(query_rows + col[None, :], mask=real[:, None] & in_dim[None, :], other=0.0)
     scale_log2 = scale * LOG2E
     c = tl.load(coefficients + pair * 2)
-    g = tl.load(coefficients + pair * 2 + 1)
     shift_key = tl.load(key_shift + key_pair * D + col, mask=in_dim, other=0.0)
     shift = tl.sum(q.to(tl.float32) * shift_key[None, :], 1) * scale_log2
     column = tl.arange(0, BLOCK)
@@ -299,8 +298,8 @@ def attend_kernel(
             q, k, v, bias[None, :], tl.zeros((BM,), tl.float32), scale_log2, peak, mass, acc,
             PRECISION,
         )  # fmt: skip
-    turned = _turned(query_rows, low_order + key_pair * D * D, real[:, None], D, DP, BM, PRECISION)
-    acc += (g * scale) * mass[:, None] * turned
+    turned = _turned(query_rows, matrix + pair * D * D, real[:, None], D, DP, BM, PRECISION)
+    acc += scale * mass[:, None] * turned
 
     if TEXT:
         text_key += batch * stride_kb + key_head * stride_kh

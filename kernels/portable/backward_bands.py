@@ -49,7 +49,7 @@ def list_kernel(
 
 @triton.jit
 def rows_kernel(
-    query, grad, out, order, key_shift, coefficients, low_order,
+    query, grad, out, order, key_shift, matrix,
     query_rows, grad_rows, offset, delta, low_delta, squares,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, stride_ob, stride_oh,
     stride_on,
@@ -98,10 +98,8 @@ def rows_kernel(
         here = log_sum_grad + pair * log_sum_row + tl.sum(source, 1)
         d_sum -= tl.load(here, mask=real, other=0.0)
     tl.store(delta + at, d_sum)
-    g = tl.load(coefficients + pair * 2 + 1) * scale
-    h = low_order + key_pair * D * D
-    turned = _turned(q_rows, h, real[:, None], D, DP, BM, PRECISION)
-    tl.store(low_delta + at, d_sum - g * tl.sum(turned * d32, 1))
+    turned = _turned(q_rows, matrix + pair * D * D, real[:, None], D, DP, BM, PRECISION)
+    tl.store(low_delta + at, d_sum - scale * tl.sum(turned * d32, 1))
 
 
 @triton.jit
@@ -109,7 +107,7 @@ def _turned_back(
     rows, matrix, position, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x H of rows x (.., D), (BM, DP), in slices of x's columns to bound shared memory."""
+    """x M of rows x (.., D), (BM, DP), in slices of x's columns to bound shared memory."""
     SLICE: tl.constexpr = 64 if DP > 64 else DP
     col = tl.arange(0, DP)
     acc = tl.zeros((BM, DP), tl.float32)
@@ -126,8 +124,7 @@ def _turned_back(
 
 @triton.jit
 def band_gradient_kernel(
-    query, grad, log_sum, delta, key, value, bias, key_shift, coefficients, band_order,
-    banded, bias_grad, share_out,
+    query, grad, log_sum, delta, key, value, bias, key_shift, matrix, banded, bias_grad, share_out,
     heads, group_size, tiles, blocks, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,9 +174,8 @@ def band_gradient_kernel(
         total += tl.sum(d_logit, 1)
         acc = tl.dot(d_logit.to(k.dtype), k, acc, input_precision=PRECISION)
     tl.store(share_out + at, share)
-    g = tl.load(coefficients + pair * 2 + 1)
-    turned = _turned_back(grad, band_order + key_pair * D * D, position, D, DP, BM, PRECISION)
-    acc += (g * share)[:, None] * turned
+    turned = _turned_back(grad, matrix + pair * D * D, position, D, DP, BM, PRECISION)
+    acc += share[:, None] * turned
     cells = at[:, None] * D + col[None, :]
     # The gradients of a row's logits add up to zero: what the mean key takes from the exact keys'
     # products it gives to the low band's.

@@ -264,16 +264,18 @@ def _shares(logit, term, pair, probe, probes, block, blocks, c):
 @triton.jit
 def fit_kernel(
     query, order, low_value, low_order, logit, term, moments, mass,
-    exact_out, missing_out, coefficients, probe_error,
+    exact_out, missing_out, coefficients, probe_energy,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, blocks, probes, parts, text_before, scale,
     D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, order_row=0, order_share=1,
 ):  # fmt: skip
-    """One program per (batch, head): `reference.fit_probe` on what the kernels before it found.
+    """One program per (batch, head): c and g of `reference.fit_probe`, on what was found before.
 
     order, tokens, text_before: the queries', as in pool_tiles_kernel. ROWS: units whose moments are
-    read at a time. Writes (c, g) and the relative L2 error left after them.
+    read at a time. Writes (c, g) and the energy of the probes' exact attention. What is left of
+    the probes without a first-order term takes the place of exact_out, that term of missing_out,
+    and the low band's share of a probe's softmax sum that of the exact mass: for ridge_kernel.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -312,7 +314,7 @@ def fit_kernel(
             c = c - change / tl.maximum(steep, 1e-12)
         c = tl.minimum(tl.maximum(c, 0.0), C_TOP)
 
-    energy, aligned, left, whole = 0.0, 0.0, 0.0, 0.0
+    energy, aligned, whole = 0.0, 0.0, 0.0
     for first in range(0, probes, BP):
         probe = first + tl.arange(0, BP)
         real = probe < probes
@@ -343,15 +345,17 @@ def fit_kernel(
         correction = tl.where(mask, turned * scale / sums[:, None], 0.0)
         energy += tl.sum(tl.sum(correction * correction, 1), 0)
         aligned += tl.sum(tl.sum(rest * correction, 1), 0)
-        left += tl.sum(tl.sum(rest * rest, 1), 0)
         whole += tl.sum(tl.sum(truth * truth, 1), 0)
+        tl.debug_barrier()
+        tl.store(exact_out + cell, rest, mask=mask)
+        tl.store(missing_out + cell, correction, mask=mask)
+        tl.store(mass + probe * 2, low / sums, mask=real)
     g = 1.0
     if (energy > whole * LEAST_ENERGY) & (energy > 1e-30) & (tl.abs(aligned) < 3e38):
         g = tl.minimum(tl.maximum(aligned / energy, 0.0), G_TOP)
-    left = tl.maximum(left - 2.0 * g * aligned + g * g * energy, 0.0)
     tl.store(coefficients + pair * 2, c)
     tl.store(coefficients + pair * 2 + 1, g)
-    tl.store(probe_error + pair, tl.sqrt(left / tl.maximum(whole, 1e-30)))
+    tl.store(probe_energy + pair, whole)
 
 
 @triton.jit

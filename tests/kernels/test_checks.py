@@ -103,7 +103,7 @@ def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_the_good_call_is_good() -> None:
-    out, *_, log_sum, _, _ = op.split_attention_op(*arguments())
+    out, _, _, _, _, log_sum, *_ = op.split_attention_op(*arguments())
     assert out.isfinite().all() and log_sum.isfinite().all()
 
 
@@ -146,17 +146,20 @@ def test_no_items_and_no_heads_are_served_with_nothing(shape: tuple[int, ...]) -
 
 def test_gradients_of_another_shape_are_refused() -> None:
     q = torch.randn(1, 2, 180, 8)
-    out, *_, route, coefficients, _, _, _ = op.split_attention_op(
+    out, _, _, route, coefficients, *_, matrix = op.split_attention_op(
         q, q, q, torch.ones(2), None, list(GRID), 0, 0, 0.3, 0.0, 4
     )
-    for grad, sums, scalars in (
-        (out[:, :1], None, coefficients),
-        (out, torch.ones(1, 2, 179), coefficients),
-        (out, None, coefficients[:, :1]),
+    layout = [*GRID, 0, 0]
+    for grad, sums, scalars, turn in (
+        (out[:, :1], None, coefficients, matrix),
+        (out, torch.ones(1, 2, 179), coefficients, matrix),
+        (out, None, coefficients[:, :1], matrix),
+        (out, None, coefficients, matrix[..., :4]),
+        (out, None, coefficients, matrix.double()),
     ):
         with pytest.raises(InputError):
             op.split_attention_backward_op(
-                grad, sums, q, q, q, None, out, route, scalars, None, None, [*GRID, 0, 0], None, 0.3
+                grad, sums, q, q, q, None, out, route, scalars, turn, None, None, layout, None, 0.3
             )
 
 

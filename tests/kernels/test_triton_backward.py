@@ -47,7 +47,7 @@ for module in (launch, parts, summaries):
 q = torch.zeros(1, 2, 330, dim, dtype=dtype)
 route = torch.zeros(1, 2, 3, 5, dtype=torch.int8)
 inputs = Inputs(q, q, q, torch.ones(2), None, TokenLayout((5, 7, 9), 7, 8))
-forward_found = launch.Forward(q, route, torch.ones(1, 2, 2))
+forward_found = launch.Forward(q, route, torch.ones(1, 2, 2), q.new_ones(1, 2, dim, dim))
 with only_memory(sys.argv[4:] == ["memory"]):
     launch.split_backward(q, torch.ones(1, 2, 330), inputs, forward_found, 0.1)
 print(json.dumps({n: k.metadata.shared for n, k in found.items()}))

@@ -44,8 +44,8 @@ print(json.dumps({n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.
 SHORT_CALL = {
     f"{name}_kernel"
     for name in (
-        "attend centre disperse estimate first_order fit limits merge order pool_tiles probe route "
-        "score summarise total"
+        "attend centre disperse estimate first_order fit limits merge order pool_tiles probe ridge "
+        "route score summarise total"
     ).split()
 }
 BY_CONTENT = {f"{name}_kernel" for name in "directions halve leaf moments project".split()}

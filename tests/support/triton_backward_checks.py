@@ -98,7 +98,8 @@ def gradients(
         on_device(sums_grad),
         Inputs(*map(on_device, inputs)),
         Forward(
-            *map(on_device, (forward.out, forward.split.route, torch.stack([probe.c, probe.g], -1)))
+            *map(on_device, (forward.out, forward.split.route)),
+            *map(on_device, (torch.stack([probe.c, probe.g], -1), forward.matrix)),
         ),
         scale,
     )

@@ -285,15 +285,16 @@ def test_sampled_tiles_are_those_of_the_whole_call(case: Case) -> None:
     row = (tiles.cpu().long()[:, None] * QUERY_TILE + torch.arange(QUERY_TILE)).flatten()
     token = index.long()[..., row.clamp(max=layout.tokens - 1)] + layout.text_before
     thresholds = (0.9, 2.5)
-    coefficients, errors = sampled.fit(thresholds)
-    found = dict(sampled.attend(tiles, thresholds, coefficients))
+    fitted, errors = sampled.fit(thresholds)
+    found = dict(sampled.attend(tiles, thresholds, fitted))
     assert list(found) == [1, 0]
     for rung, threshold in enumerate(thresholds):
         whole = run(case, tensors, torch.full((case.heads,), threshold))
         wanted = whole[0].gather(2, token[..., None].expand(-1, -1, -1, case.dim))
         assert relative(found[rung].cpu(), wanted) < 2e-3, threshold
         assert torch.allclose(errors[rung].cpu(), whole[2], atol=1e-3)
-        assert torch.allclose(coefficients[rung].cpu(), whole[4], atol=1e-3)
+        assert torch.allclose(fitted.coefficients[rung].cpu(), whole[4], atol=1e-3)
+        assert relative(fitted.matrix[rung].cpu(), whole[8]) < 2e-3
 
 
 def test_heads_are_measured_together_as_one_by_one() -> None:

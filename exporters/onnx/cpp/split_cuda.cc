@@ -81,7 +81,7 @@ void launch_hopper(const CudaCall& call, const Launcher& on, const Arguments& a)
   };
   map("key", "key_out", means * kKeyBlock), map("value", "value_out", means * kKeyBlock);
   map("low_key", "low_key", means), map("low_value", "low_value", means);
-  map("low_order", "low_order", kv * d);
+  map("matrix", "matrix", a.at("pairs").number() * d);
   if (a.at("text").number() > 0) {
     gather_text(call, on, a, call.key, a.at("text_key_rows"));
     gather_text(call, on, a, call.value, a.at("text_value_rows"));

@@ -148,7 +148,7 @@ class HeadsTogether:
         self._call = SampledCall(inputs, Settings(call.scale, 0.0, probes))
         self._tokens, self._thresholds = call.layout.tokens, thresholds
         self.score = self._call.score
-        self._coefficients, reported = self._call.fit(thresholds)
+        self._fitted, reported = self._call.fit(thresholds)
         self.probe_error = reported.double().square().mean(1)
 
     def errors(self, tiles: Tensor) -> TileErrors:
@@ -159,9 +159,7 @@ class HeadsTogether:
         def of_tiles(rows: Tensor) -> Tensor:
             return rows.float().view(*rows.shape[:2], *row.shape, -1) * real
 
-        ones = torch.ones_like(self._coefficients[:1])
-        ((_, exact),) = self._call.attend(listed, [0.0], ones)
-        truth = of_tiles(exact)
+        truth = of_tiles(self._call.exact(listed))
         errors = torch.empty(
             len(self._thresholds),
             truth.shape[1],
@@ -171,7 +169,7 @@ class HeadsTogether:
         )
         alongs = torch.empty_like(errors)
         at_once, held = max(CHUNK_BYTES // (8 * truth.numel()), 1), list[Tensor]()
-        for rung, rows in self._call.attend(listed, self._thresholds, self._coefficients):
+        for rung, rows in self._call.attend(listed, self._thresholds, self._fitted):
             held.insert(0, of_tiles(rows))
             if len(held) == at_once or not rung:  # the last one
                 wrong = torch.stack(held).sub_(truth)

@@ -129,11 +129,11 @@ def block_sums(query: Tensor, head: HeadTokens) -> BlockSums:
 
 
 def fit_probes(head: HeadTokens, thresholds: Tensor, probes: int) -> reference.Probe:
-    """The op's c, g and probe error at every threshold (rungs,): (B, rungs) each."""
+    """What the op's probes give at every threshold (rungs,), which takes the place of heads."""
     tokens, rungs = head.query.shape[2], thresholds.numel()
     if not probes:
-        one = head.query.new_ones(head.query.shape[0], rungs)
-        return reference.Probe(one, one, one * torch.nan)
+        per_rung = head.query.new_empty(head.query.shape[0], rungs)
+        return reference.Probe.unfitted(per_rung, head.query.shape[3])
     position = reference.probe_positions(tokens, probes, head.query.device)
     query, tile = head.query[:, :, position], position // QUERY_TILE
     sums = block_sums(query, head)
@@ -151,12 +151,13 @@ def fit_probes(head: HeadTokens, thresholds: Tensor, probes: int) -> reference.P
     )
     low = head.summary
     logit = query @ low.key_mean.mT * head.scale + low.counts.log()
-    order = (query @ low.first_order.mT * head.scale).expand(-1, rungs, -1, -1)
     estimate = reference.Estimate(
         logit.masked_fill(lifted, -torch.inf),
         head.mass_term[:, :, tile].expand(-1, rungs, -1, -1),
         low.value_mean.expand(-1, rungs, -1, -1),
-        torch.stack([order, torch.zeros_like(order)]),
+        (query * head.scale).expand(-1, rungs, -1, -1),
+        low.first_order.expand(-1, rungs, -1, -1),
+        0.0,
         low.counts.numel(),
     )
     return reference.fit_probe(observed, estimate)
@@ -199,12 +200,12 @@ def _chunk_errors(
     sums = block_sums(query, head)
     lifted = head.score[:, :, tile] >= thresholds[:, None, None]
     mass, out = _added(lifted, sums.mass, sums.out)
-    c, g = (x[..., None, None] for x in (probe.c, probe.g))
+    c = probe.c[..., None, None]
     logit = query @ low.key_mean.mT * head.scale + low.counts.log() - sums.peak
     weight = (logit + c * head.mass_term[:, :, tile]).masked_fill_(lifted, -torch.inf).exp_()
     low_mass = weight.sum(-1, keepdim=True)
     out = out + weight @ low.value_mean
-    out = out + g * low_mass * (query @ low.first_order.mT * head.scale)
+    out = out + low_mass * (query @ probe.matrix(low.first_order).mT * head.scale)
     out = (out + sums.text_out) / (mass + sums.text_mass + low_mass)
     total = sums.mass.sum(-1, keepdim=True) + sums.text_mass
     truth = (sums.out.sum(-2) + sums.text_out) / total
