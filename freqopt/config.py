@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SPLIT_VERSION: Final = 3
+SPLIT_VERSION: Final = 4
 """Version of the definition; stored in every plan and checked on load."""
 
 KEY_BLOCK: Final = 64

@@ -99,7 +99,7 @@ def split_attention_at_call_backward(
     )  # fmt: skip
     order = found[6] if chunks is not None and largest_chunk > 0 else None
     grads: tuple[Tensor, Tensor, Tensor] = op.split_attention_backward_op(
-        grad, None, query, key, value, key_mask, found[0], found[3], found[4], found[8], order, None,
+        grad, None, query, key, value, key_mask, found[0], *found[3:5], found[8], order, None,
         [*grid, text_before, after], None, scale,
     )  # fmt: skip
     return grads

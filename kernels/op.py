@@ -238,8 +238,8 @@ def split_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value.
 
-    grad, log_sum_grad: of the forward's out and log_sum; out, route, coefficients, matrix and orders
-    are the forward's own. layout: (t, h, w, text_before, text_after) of the keys.
+    grad, log_sum_grad: of the forward's out and log_sum; out, route, coefficients, matrix and
+    orders are the forward's own. layout: (t, h, w, text_before, text_after) of the keys.
     """
     from freqopt.kernels.chunked import Orders
     from freqopt.kernels.chunked_backward import Gradients, split_backward

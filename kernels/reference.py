@@ -23,8 +23,9 @@ from freqopt.config import KEY_BLOCK, MID_RATIO, QUERY_TILE, SUB_BLOCK, SUB_TILE
 LOW, MID, EXACT = 0, 1, 2
 """Values of the route: which band serves a (query tile, key block) pair."""
 
-C_MAX, G_MAX = 2.0, 1.5
-"""Bounds of the probe's two scalars; past them the fit would chase noise."""
+C_MAX, G_MAX, UPDATE_MAX = 2.0, 1.5, 0.5
+"""Bounds of the probe's two scalars, and of the update's terms by those of H-bar, in root mean square
+over the probes; past them the fit would chase noise."""
 
 LEAST_MASS, LEAST_CORRECTION = 1e-6, 1e-12
 """Share of a probe's softmax sum that is approximated, on average, and share of the output's energy
@@ -37,9 +38,10 @@ RIDGE = 3 / 128
 """Strength of the ridge that the update of the first-order matrix is fitted with. What it is added
 to has a trace of 2 over the probes (docs/decisions/ridge.md)."""
 
-LEAST_TOLD = 1e-6
-"""Share of the energy of what is left that predictions of it must have to be worth anything: less
-is rounding, as where there is one probe."""
+LEAST_TERM, LEAST_TOLD = 1 / 16, 1e-6
+"""Energy of the first-order terms, by that of what g leaves, from which the update is fitted: where
+they are less, the error comes from elsewhere, and what is fitted to it fails other queries. And that
+of predictions of what is left: less is rounding, as where there is one probe."""
 
 RIDGE_PROBES = 64
 """Most probes that the update is fitted to: their products are a matrix to be inverted."""
@@ -348,7 +350,8 @@ def fit_update(
     query; low_order G = F H-bar^T; first_order: H-bar (B, H, D, D); left R (B, H, P, D); fits
     (B, H): where g was fitted. With K = F F^T / tr + G G^T / tr and A = (K + ridge)^-1 R, the
     update is a A^T (F / tr + G H-bar / tr): a part of it is any matrix, a part H-bar times any.
-    a, between 0 and 1, is what suits predictions of each probe from all others best.
+    a, between 0 and 1, is what suits predictions of each probe from all others best, and keeps the
+    update within its bound.
 
     Returns the update (B, H, D, D) and what is left of each probe when it is predicted so. Source:
     docs/design/mathematics.md §5.
@@ -364,9 +367,12 @@ def fit_update(
     weights = inverse @ r
     told = r - weights / inverse.diagonal(dim1=2, dim2=3)[..., None]
     aligned, energy = (r * told).sum((2, 3)), told.square().sum((2, 3))
-    fits = fits & (energy > LEAST_TOLD * r.square().sum((2, 3))) & aligned.isfinite()
-    factor = torch.where(fits, aligned / energy.clamp(min=1e-30), 0.0)
-    factor = factor.clamp(0.0, 1.0)[..., None, None]
+    before = r.square().sum((2, 3))
+    fits = fits & (g.square().sum((2, 3)) > LEAST_TERM * before) & (energy > LEAST_TOLD * before)
+    factor = torch.where(fits & aligned.isfinite(), aligned / energy.clamp(min=1e-30), 0.0)
+    terms = (kernel @ weights).square().sum((2, 3)).clamp(min=1e-30)
+    most = UPDATE_MAX * (g.square().sum((2, 3)) / terms).sqrt()
+    factor = torch.minimum(factor.clamp(0.0, 1.0), most)[..., None, None]
     update = factor * (weights.mT @ (f / of_f + g @ first_order / of_g))
     update = torch.where(factor > 0, update, 0.0)  # not 0 times what is no number
     after = left - turned @ update.mT

@@ -169,7 +169,7 @@ SPLIT = (
         passed=OF_QUERIES, when="probes",
     ),
     KernelLaunch(
-        "ridge", ridge.ridge_kernel, "pairs", {**DOTS, "BD": "ridge_columns"}, warps=8,
+        "ridge", ridge.ridge_kernel, "pairs", {**DOTS, "BD": "ridge_columns"}, warps=4,
         writes="matrix probe_error", passed=OF_QUERIES,
     ),
     KernelLaunch(

@@ -16,11 +16,13 @@ from freqopt.kernels.reference import (
     G_MAX,
     LEAST_CORRECTION,
     LEAST_MASS,
+    LEAST_TERM,
     LEAST_TOLD,
     LOW,
     NEWTON_STEPS,
     RIDGE,
     RIDGE_PROBES,
+    UPDATE_MAX,
 )
 from onnx import AttributeProto, TensorProto, helper
 
@@ -36,7 +38,7 @@ INPUTS = (
 )
 ATTRIBUTES = ("scale", "density", "probes", "own")
 
-INVERSE_STEPS = 11
+INVERSE_STEPS = 9
 """Of Newton and Schulz, as ONNX has no inverse; see `freqopt.kernels.portable.ridge`."""
 
 INFINITY = float("inf")
@@ -367,15 +369,19 @@ class _Split:
         eye = lane.unsqueeze(1).equals(lane).float()
         kernel = f @ f.transposed(0, 1, 3, 2) / of_f + g @ g.transposed(0, 1, 3, 2) / of_g
         kernel = kernel + eye * RIDGE
-        inverse = kernel * 0.0 + eye * (1.0 / (2.0 + RIDGE))
+        inverse = kernel * 0.0 + eye * (1.0 / (1.0 + RIDGE))
         for _ in range(INVERSE_STEPS):
             inverse = inverse * 2.0 - inverse @ (kernel @ inverse)
         weights = inverse @ r
         told = r - weights / (inverse * eye).sum(3, keep=True)
         aligned, energy, before = ((x * y).sum(2, 3) for x, y in ((r, told), (told, told), (r, r)))
-        fits = fits & (energy > before * LEAST_TOLD) & (aligned * 0.0).equals(0.0)
+        terms = (g * g).sum(2, 3)
+        fits = fits & (terms > before * LEAST_TERM) & (energy > before * LEAST_TOLD)
+        fits = fits & (aligned * 0.0).equals(0.0)
         factor = n.where(fits, aligned / energy.maximum(1e-30), 0.0)
-        factor = factor.maximum(0.0).minimum(1.0).unsqueeze(2, 3)
+        fitted = r - weights * RIDGE  # the update's terms
+        most = (terms / (fitted * fitted).sum(2, 3).maximum(1e-30)).sqrt() * UPDATE_MAX
+        factor = factor.maximum(0.0).minimum(1.0).minimum(most).unsqueeze(2, 3)
         z = f / of_f + g @ low_order / of_g
         update = factor * (weights.transposed(0, 1, 3, 2) @ z)
         update = n.where(factor > 0.0, update, 0.0)  # not 0 times what is no number

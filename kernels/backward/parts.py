@@ -232,7 +232,8 @@ def copy_rows(
         sums = {"log_sum_grad": log_sum_grad, "log_sum_row": log_sum_grad.shape[-1]}
     order = call.query_order
     rows_kernel[(parts, call.pairs)](
-        call.query, grad, out, order.index, summaries.key_shift, matrix, *copies, offset, delta, low_delta, squares,
+        call.query, grad, out, order.index, summaries.key_shift, matrix, *copies, offset, delta,
+        low_delta, squares,
         *call.query.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
         call.heads, call.group_size, call.queries, turn.tiles, call.query_layout.text_before,
         call.scale, order.row, order.share, **turn.options(shape), **sums,

@@ -60,9 +60,9 @@ def _produce(
     pair, key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Streams the low band's means, the first-order matrix, the text, then the exact blocks in pairs.
+    """Streams the low band's means, the first-order matrix, the text, then the exact blocks.
 
-    Of those the last pair comes first.
+    Those go in pairs, of which the last comes first.
     """
     low_tiles = (blocks + TILE - 1) // TILE
     first_block = key_pair * blocks
@@ -406,8 +406,8 @@ def attend_hopper_kernel(
                 _produce,
                 (
                     key, value, text_key, text_value, low_key, low_value, matrix, exact_list,
-                    n_exact, pair.to(gl.int32), key_pair, blocks, text_tiles, k_pieces, v_pieces, k_full, k_empty,
-                    v_full, v_empty, D, STAGES,
+                    n_exact, pair.to(gl.int32), key_pair, blocks, text_tiles, k_pieces, v_pieces,
+                    k_full, k_empty, v_full, v_empty, D, STAGES,
                 ),
             ),
         ],

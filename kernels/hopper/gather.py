@@ -66,8 +66,8 @@ def _announce(full, step, outstanding: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def _gather(
     key, value, order, text_key, text_value, low_key, low_value, matrix, exact_list, n_exact,
-    stride_kn, stride_vn, pair, key_pair, tokens, blocks, text_before, text_tiles, k_pieces, v_pieces,
-    k_full, k_empty, v_full, v_empty, D: gl.constexpr, STAGES: gl.constexpr,
+    stride_kn, stride_vn, pair, key_pair, tokens, blocks, text_before, text_tiles, k_pieces,
+    v_pieces, k_full, k_empty, v_full, v_empty, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """attend._produce, but for the exact blocks.
 
@@ -188,8 +188,8 @@ def gather_hopper_kernel(
                 _gather,
                 (
                     key, value, key_order, text_key, text_value, low_key, low_value, matrix,
-                    exact_list, n_exact, stride_kn, stride_vn, pair.to(gl.int32), key_pair, tokens, blocks,
-                    text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
+                    exact_list, n_exact, stride_kn, stride_vn, pair.to(gl.int32), key_pair, tokens,
+                    blocks, text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
                     D, STAGES,
                 ),
             ),

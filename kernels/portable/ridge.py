@@ -7,17 +7,26 @@ import triton.language as tl
 
 from freqopt.kernels.portable.attend import _turned
 from freqopt.kernels.portable.glue import LEAST_ENERGY, _probe_rows
-from freqopt.kernels.reference import LEAST_TOLD, RIDGE, RIDGE_PROBES
+from freqopt.kernels.reference import (
+    LEAST_TERM,
+    LEAST_TOLD,
+    RIDGE,
+    RIDGE_PROBES,
+    UPDATE_MAX,
+)
 
 PROBES = tl.constexpr(RIDGE_PROBES)
 STRENGTH = tl.constexpr(RIDGE)
+LEAST_TERMS = tl.constexpr(LEAST_TERM)
 LEAST_SHARE_TOLD = tl.constexpr(LEAST_TOLD)
-INVERSE_STEPS = tl.constexpr(11)
+MOST = tl.constexpr(UPDATE_MAX)
+FIRST_STEPS, LAST_STEPS = tl.constexpr(6), tl.constexpr(3)
 """Of Newton and Schulz, each of which squares what the inverse is off by. The matrix has eigenvalues
-from the ridge to 2 more, so that is below 0.989^(2^11), 2e-10."""
+from the ridge to 2 more, so that is below 0.977^(2^9), 7e-6. The first steps bring it to where only
+the last have to be accurate."""
 
 SINGLE = tl.constexpr("tf32x3")
-"""Precision of all products here, as the inverse of a matrix whose eigenvalues differ by 86."""
+"""Precision of what decides on the inverse of a matrix whose eigenvalues differ by 86."""
 
 HALF_TOP = tl.constexpr(65504.0)
 
@@ -38,8 +47,11 @@ def _left_of(exact_out, missing_out, cell, mask, g):
 @triton.jit
 def _inverse(matrix, eye):
     """Inverse of the probes' products, as large as `eye`."""
-    found = eye / (2.0 + STRENGTH)
-    for _step in range(INVERSE_STEPS):
+    found = eye / (1.0 + STRENGTH)
+    for _step in range(FIRST_STEPS):
+        product = tl.dot(matrix, found, input_precision="tf32")
+        found = 2.0 * found - tl.dot(found, product, input_precision="tf32")
+    for _step in range(LAST_STEPS):
         product = tl.dot(matrix, found, input_precision=SINGLE)
         found = 2.0 * found - tl.dot(found, product, input_precision=SINGLE)
     return found
@@ -56,7 +68,8 @@ def ridge_kernel(
 ):  # fmt: skip
     """One program per (batch, head): `reference.fit_update` on what fit_kernel left.
 
-    order, tokens, text_before: the queries', as in pool_tiles_kernel. BD: channels at a time.
+    order, tokens, text_before: the queries', as in pool_tiles_kernel. BD: channels at a time;
+    PRECISION: of products that are no more accurate than the attended tensors have to be.
     Writes the first-order matrix (pairs, D, D) and the relative L2 error (pairs,). Without probes
     the matrix is H-bar times the g that it is given.
     """
@@ -80,7 +93,9 @@ def ridge_kernel(
     probe = tl.where(lane < chosen, probe, probes)
     real = (probe < probes)[:, None]
     at = tl.minimum(probe, tl.maximum(probes - 1, 0))
-    rows, _q, _tile = _probe_rows(query, order, probe, probes, tokens, text_before, stride_qn, col, D)
+    rows, _q, _tile = _probe_rows(
+        query, order, probe, probes, tokens, text_before, stride_qn, col, D
+    )
     share = tl.load(mass + at * 2, mask=probe < probes, other=0.0) * scale
     of_queries = tl.zeros((PROBES, PROBES), tl.float32)
     of_terms = tl.zeros((PROBES, PROBES), tl.float32)
@@ -96,23 +111,27 @@ def ridge_kernel(
     query_trace = tl.maximum(_sum(of_queries * eye), 1e-30)
     term_trace = tl.maximum(energy, 1e-30)
     products = of_queries / query_trace + of_terms / term_trace
-    inverse = _inverse(products + STRENGTH * eye, eye)
+    inverse = _inverse(products + eye * STRENGTH, eye)
     # A probe's own weight over this is what all others miss of it.
     own = tl.sum(inverse * eye, 1)[:, None]
 
-    aligned, told_energy, before = 0.0, 0.0, 0.0
+    aligned, told_energy, before, terms = 0.0, 0.0, 0.0, 0.0
     for start in range(0, DP, BD):
         inside = real & (start + col < D)[None, :]
         cell = at[:, None] * D + (start + col)[None, :]
         left, _turned_cells = _left_of(exact_out, missing_out, cell, inside, g)
-        told = left - tl.dot(inverse, left, input_precision=SINGLE) / own
+        weights = tl.dot(inverse, left, input_precision=PRECISION)
+        told = left - weights / own
+        own_terms = left - weights * STRENGTH  # of the update
+        terms += _sum(own_terms * own_terms)
         aligned += _sum(left * told)
         told_energy += _sum(told * told)
         before += _sum(left * left)
     fits = (energy > whole * LEAST_ENERGY) & (energy > 1e-30)
-    fits = fits & (told_energy > before * LEAST_SHARE_TOLD) & (tl.abs(aligned) < 3e38)
-    factor = aligned / tl.maximum(told_energy, 1e-30)
-    factor = tl.where(fits, tl.minimum(tl.maximum(factor, 0.0), 1.0), 0.0)
+    fits = fits & (energy > before * LEAST_TERMS) & (told_energy > before * LEAST_SHARE_TOLD)
+    factor = tl.maximum(aligned / tl.maximum(told_energy, 1e-30), 0.0)
+    most = tl.minimum(tl.sqrt(energy / tl.maximum(terms, 1e-30)) * MOST, 1.0)
+    factor = tl.where(fits & (tl.abs(aligned) < 3e38), tl.minimum(factor, most), 0.0)
     wrong = before
     if factor > 0.0:
         wrong = tl.maximum(before - factor * (2.0 * aligned - factor * told_energy), 0.0)
@@ -129,10 +148,10 @@ def ridge_kernel(
                 in_matrix = (value_col < D)[:, None] & (key_col < D)[None, :]
                 where = value_col[:, None] * D + key_col[None, :]
                 h = tl.load(low_order + where, mask=in_matrix, other=0.0).to(tl.float32)
-                z = tl.dot(turned, h, z, input_precision=SINGLE)
-            f = tl.load(
-                rows + key_col[None, :], mask=real & (key_col < D)[None, :], other=0.0
-            ).to(tl.float32)
+                z = tl.dot(turned, h, z, input_precision=PRECISION)
+            f = tl.load(rows + key_col[None, :], mask=real & (key_col < D)[None, :], other=0.0).to(
+                tl.float32
+            )
             z = z / term_trace + f * (share / query_trace)[:, None]
         for first in range(0, DP, BD):
             value_col = first + col
@@ -143,8 +162,8 @@ def ridge_kernel(
                 inside = real & (value_col < D)[None, :]
                 cell = at[:, None] * D + value_col[None, :]
                 left, _turned_cells = _left_of(exact_out, missing_out, cell, inside, g)
-                weights = tl.dot(inverse, left, input_precision=SINGLE)
-                m += factor * tl.dot(tl.trans(weights), z, input_precision=SINGLE)
+                weights = tl.dot(inverse, left, input_precision=PRECISION)
+                m += factor * tl.dot(tl.trans(weights), z, input_precision=PRECISION)
             if matrix.dtype.element_ty == tl.float16:
                 m = tl.minimum(tl.maximum(m, -HALF_TOP), HALF_TOP)
             tl.store(matrix + where, m.to(matrix.dtype.element_ty), mask=in_matrix)
@@ -156,8 +175,8 @@ def ridge_kernel(
         for first in range(0, probes, PROBES):
             other = first + lane
             which = (2 * other + 1) * chosen // (2 * probes)
-            fitted = (2 * which + 1) * probes // (2 * chosen) == other
-            there = (other < probes) & ~fitted
+            seen = (2 * which + 1) * probes // (2 * chosen) == other
+            there = (other < probes) & ~seen
             other_rows, _others, _tiles = _probe_rows(
                 query, order, other, probes, tokens, text_before, stride_qn, wide, D
             )

@@ -47,7 +47,7 @@ def programs(folder: Path, table: list[Compiled]) -> Programs:
 
 
 def test_every_kernel_compiles_within_the_chip(table: list[Compiled]) -> None:
-    for variant, count in ((HOPPER, 18), (AMPERE, 17 + 16)):
+    for variant, count in ((HOPPER, 19), (AMPERE, 18 + 16)):
         rows = {row.kernel: row for row in table if row.variant == variant}
         assert len(rows) == count
         assert all(0 <= row.shared <= CAPABILITIES[variant.capability] for row in rows.values())
@@ -81,6 +81,7 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
         "merge": (16, pairs, 1),
         "estimate": (1, pairs, 1),
         "fit": (pairs, 1, 1),
+        "ridge": (pairs, 1, 1),
         "attend": (3, pairs, 1),
         "text": (1, pairs, 1),
     }
@@ -145,7 +146,7 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
                 assert value == integers[name], where
     before = ["summarise", "total", "centre", "first", "order"]
     scores = ["pool_tiles", "disperse", "score"]
-    after = ["limits", "route", "probe", "merge", "estimate", "fit", "attend", "text"]
+    after = ["limits", "route", "probe", "merge", "estimate", "fit", "ridge", "attend", "text"]
     assert seen == before + scores + after
     raised = {line[1] for line in lines if line[0] == "shared"}
     assert raised == {row.symbol for row in rows.values() if row.shared > 48 * 1024} - HOPPERS
@@ -173,6 +174,9 @@ def test_workspace_holds_what_is_written(programs: Programs) -> None:
         "counts": pairs * tiles * 4,
         "moments": pairs * 4 * 1 * 16 * 4,
         "coefficients": pairs * 2 * 4,
+        "matrix": pairs * dim * dim * half,
+        "probe_energy": pairs * 4,
+        "probe_error": pairs * 4,
         "logit": pairs * 64 * 5 * 4,
         "term": pairs * 64 * 5 * 2,
         "sums": kv * 2 * 3 * dim * 4,
@@ -260,7 +264,9 @@ def test_without_probes_the_coefficients_are_one(programs: Programs) -> None:
     lines = programs.run(1, 2, 2, 315, 64, 315, 0, 0.0, 0, 1, 0, capability=86)
     assert [line[2:] for line in lines if line[0] == "fill"] == [[str(0x3F800000), "4"]]
     names = [line[1] for line in lines if line[0] == "launch"]
-    assert "fit_kernel" not in names and "text_kernel" not in names and "attend_kernel" in names
+    assert "fit_kernel" not in names and "text_kernel" not in names
+    # It makes the first-order matrix of H-bar and those ones.
+    assert names[-2:] == ["ridge_kernel", "attend_kernel"]
 
 
 def test_a_density_is_resolved_on_the_gpu(programs: Programs, table: list[Compiled]) -> None:
@@ -350,7 +356,7 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [x.split(" ") for x in done.stdout.splitlines() if x.startswith("launch ")]
-    launches, of_orders = launches[:16], launches[16:]
+    launches, of_orders = launches[:17], launches[17:]
     assert [x[1].removesuffix("_kernel") for x in launches] == [
         "summarise",
         "total",
@@ -366,6 +372,7 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
         "merge",
         "estimate",
         "fit",
+        "ridge",
         "attend",
         "text",
     ]

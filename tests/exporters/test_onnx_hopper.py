@@ -23,7 +23,7 @@ SERVED = Variant(90, "bfloat16", 128, False)
 HALF, BFLOAT16 = 1, 2
 # batch, heads, kv_heads, length, dim, tokens, text_before, density, probes, type, masked
 GOOD = (2, 4, 2, 315, 128, 315, 0, 0.0, 64, BFLOAT16, 0)
-MAPPED = ("key", "value", "low_key", "low_value", "low_order")
+MAPPED = ("key", "value", "low_key", "low_value", "matrix")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_maps_and_arguments_are_those_of_the_pytorch_launch(
     assert [int(v) for v in (x, y, z, threads, shared, stream)] == [3, 8, 1, 384, row.shared, 0x77]
     at = {line[1]: int(line[2]) + 0x100000 for line in lines if line[0] == "buffer"}
     at |= {"key": at["key_out"], "value": at["value_out"]}
-    kv, blocks, dim = 4, 5, 128
+    kv, pairs, blocks, dim = 4, 8, 5, 128
     whole, means = kv * blocks * 64, kv * blocks
-    rows = dict(zip(MAPPED, (whole, whole, means, means, kv * dim), strict=True))
+    rows = dict(zip(MAPPED, (whole, whole, means, means, pairs * dim), strict=True))
     maps = [line[1:] for line in lines if line[0] == "map"]
     host_bfloat16, swizzle_128, promote_128 = 9, 3, 2
     assert [[int(v) for v in line] for line in maps] == [

@@ -242,6 +242,7 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
         "merge",
         "estimate",
         "fit",
+        "ridge",
         "attend",
     ]
     batch, heads, tokens, dim = 3, 2, 240, 32
@@ -268,7 +269,7 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
         plain = [g.value if isinstance(g, Extent) else g for g in grid]
         assert plain == [n * (batch if batched else 1) for n, batched in tactic["grid"]]
     rewritten = {n.op_type.split("_")[0] for n in chain for t in n.output if tensors[t].memory}
-    assert rewritten == {"centre", "score", "route", "merge"}
+    assert rewritten == {"centre", "score", "route", "merge", "fit"}
     assert tensors[chain[-1].output[0]].shape_expr[1:] == (heads, tokens, dim)
 
 

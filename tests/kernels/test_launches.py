@@ -82,6 +82,7 @@ GRIDS = {
     "merge": (16, 24),
     "estimate": (8, 24, 1),
     "fit": (24,),
+    "ridge": (24,),
     "attend": (512, 24),
     "text": (4, 24),
 }

@@ -13,6 +13,7 @@ from attention_cases import (
     Case,
     budget_for,
     dense,
+    first_order_of,
     make_tensors,
     reference_split,
     relative,
@@ -50,8 +51,9 @@ def test_cpu_op_is_the_reference(case: Case, density: float) -> None:
     tensors = make_tensors(case)
     budget = budget_for(case, tensors, density)
     expected, split = reference_split(case, tensors, budget)
-    out, reached, error, route, coefficients, *_ = call_op(case, tensors, budget)
+    out, reached, error, route, coefficients, *_, matrix = call_op(case, tensors, budget)
     assert torch.equal(route, split.route)
+    assert relative(matrix, split.probe.matrix(first_order_of(case, tensors))) < 1e-4
     assert relative(out, expected) < 1e-5
     assert torch.allclose(reached, split.density)
     assert torch.allclose(error, split.probe.error, atol=1e-4)

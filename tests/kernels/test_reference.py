@@ -82,6 +82,89 @@ def test_probe_unbiases_the_mass_and_measures_the_error() -> None:
     assert torch.allclose(split.probe.error, error, rtol=0.1)
 
 
+def fitted_update(
+    probes: int = 64, dim: int = 8, planted: float = 0.3, noise: float = 0.0
+) -> tuple[torch.Tensor, ...]:
+    """Terms F and G of random probes of two heads, H-bar, what is left, and the planted matrix."""
+    generator = torch.Generator().manual_seed(probes + dim)
+    f = torch.randn(1, 2, probes, dim, generator=generator)
+    first_order = torch.randn(1, 2, dim, dim, generator=generator)
+    matrix = planted * torch.randn(1, 2, dim, dim, generator=generator)
+    left = f @ matrix.mT + noise * torch.randn(1, 2, probes, dim, generator=generator)
+    return f, f @ first_order.mT, first_order, left, matrix
+
+
+FITS = torch.ones(1, 2, dtype=torch.bool)
+
+
+def test_the_update_is_the_matrix_that_the_probes_lack() -> None:
+    *given, matrix = fitted_update()
+    update, after = reference.fit_update(*given, FITS)
+    assert ((update - matrix).norm(dim=(2, 3)) < 0.15 * matrix.norm(dim=(2, 3))).all()
+    assert relative(after, torch.zeros_like(after) + given[3]) > 0.8  # most of it is explained
+    others = torch.randn(1, 2, 500, 8, generator=torch.Generator().manual_seed(1))
+    assert relative(others @ update.mT, others @ matrix.mT) < 0.15
+
+
+@pytest.mark.parametrize("probes", [5, 64])
+def test_each_probe_is_predicted_from_all_others(probes: int) -> None:
+    """What is left of a probe: by the regression without it, in so many words."""
+    f, g, first_order, left, _ = fitted_update(probes, dim=16, noise=0.5)
+    _, after = reference.fit_update(f, g, first_order, left, FITS)
+    kernel = sum(x @ x.mT / x.square().sum((2, 3), keepdim=True) for x in (f, g))
+    told = torch.empty_like(left)
+    for probe in range(probes):
+        rest = [i for i in range(probes) if i != probe]
+        seen = kernel[:, :, rest][..., rest] + reference.RIDGE * torch.eye(probes - 1)
+        row = kernel[:, :, probe : probe + 1, rest]
+        told[:, :, probe] = (row @ seen.inverse() @ left[:, :, rest])[:, :, 0]
+    # One factor a head, which a probe's own energy decides on.
+    factor = ((left - after) * told).sum((2, 3)) / told.square().sum((2, 3))
+    assert ((factor > 0.01) & (factor < 1.001)).all()
+    assert relative(left - after, factor[..., None, None] * told) < 1e-3
+
+
+def test_noise_is_not_fitted() -> None:
+    """A matrix that predicts no other probe is drawn back: other queries get little of it."""
+    f, g, first_order, noise, _ = fitted_update(dim=64, planted=0.0, noise=1.0)
+    update, after = reference.fit_update(f, g, first_order, noise, FITS)
+    whole = f @ (noise.mT @ f / f.square().sum()).mT
+    assert (f @ update.mT).norm() < 0.25 * whole.norm() + 0.25 * noise.norm()
+    assert after.norm() < 1.01 * noise.norm()
+
+
+def test_the_update_is_bounded_by_the_terms_of_the_mean_matrix() -> None:
+    f, g, first_order, left, _ = fitted_update(planted=1.0)
+    update, _ = reference.fit_update(f, g, first_order, left, FITS)
+    terms = (f @ update.mT).norm(dim=(2, 3))
+    torch.testing.assert_close(terms, reference.UPDATE_MAX * g.norm(dim=(2, 3)), rtol=1e-2, atol=0)
+    # And where they are small by what is left, the error comes from elsewhere.
+    small, _ = reference.fit_update(f, g / 100, first_order / 100, left, FITS)
+    assert not small.any()
+
+
+def test_one_probe_and_heads_that_do_not_fit_have_no_update() -> None:
+    *given, _ = fitted_update(1)
+    update, after = reference.fit_update(*given, FITS)
+    assert not update.any() and torch.equal(after, given[3])
+    *given, _ = fitted_update()
+    update, after = reference.fit_update(*given, torch.tensor([[True, False]]))
+    assert update[:, 0].any() and not update[:, 1].any()
+    assert torch.equal(after[:, 1], given[3][:, 1])
+
+
+def test_more_probes_than_it_is_fitted_to_are_predicted_as_they_are() -> None:
+    f, g, first_order, left, _ = fitted_update(200, noise=0.2)
+    update, after = reference.fit_update(f, g, first_order, left, FITS)
+    chosen = reference.probe_positions(200, reference.RIDGE_PROBES, f.device)
+    fewer = (x[:, :, chosen] for x in (f, g))
+    alone, seen = reference.fit_update(*fewer, first_order, left[:, :, chosen], FITS)
+    torch.testing.assert_close(alone, update)
+    torch.testing.assert_close(seen, after[:, :, chosen])
+    others = torch.ones(200, dtype=torch.bool).index_fill(0, chosen, False)
+    torch.testing.assert_close(after[:, :, others], (left - f @ update.mT)[:, :, others])
+
+
 def test_density_resolves_to_that_share_of_pairs() -> None:
     score = torch.rand(2, 3, 10, 20)
     for density in (0.1, 0.37, 1.0):

@@ -42,10 +42,10 @@ TYPES = {
     "i32": torch.int32,
     "i8": torch.int8,
 }
-SMALL = {"BM": 32, "BP": 16, "BI": 16, "BJ": 32, "WIDE": 16, "TILES": 1}
+SMALL = {"BM": 32, "BP": 16, "BI": 16, "BJ": 32, "BD": 16, "WIDE": 16, "TILES": 1}
 """Tiles of a second tactic, where a kernel has such constants: the grid must follow."""
 
-SHRUNK = ("attend", "disperse", "score", "probe", "estimate", "fit", "text")
+SHRUNK = ("attend", "disperse", "score", "probe", "estimate", "fit", "ridge", "text")
 
 
 def run_chain(case: Case, call: Call, tensors: dict[str, torch.Tensor], small: bool) -> Any:

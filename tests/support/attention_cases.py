@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from freqopt.config import KEY_BLOCK
 from freqopt.kernels import chunked, reference
 from freqopt.kernels.chunked import Orders
 from freqopt.kernels.content_order import content_order
@@ -184,6 +185,13 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
     gaps = window[:, 1:] / window[:, :-1]
     best = gaps.argmax(-1, keepdim=True)
     return (window.gather(1, best) * window.gather(1, best + 1)).sqrt().squeeze(1)
+
+
+def first_order_of(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+    """H-bar (B, H, D, D) of the low band, in the definition's order."""
+    orders = orders_of(case, tensors)
+    tokens = chunked.take_apart(case.inputs(tensors, torch.zeros(case.heads), orders), orders)
+    return reference.summarise(tokens.key, tokens.value, KEY_BLOCK).first_order
 
 
 def reference_split(

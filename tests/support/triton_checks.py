@@ -20,6 +20,7 @@ from attention_cases import (
     budget_for,
     clustered,
     dense,
+    first_order_of,
     logits_of,
     make_tensors,
     orders_of,
@@ -84,6 +85,10 @@ def run(
     return tuple(x.cpu() for x in split.split_forward(inputs, settings))
 
 
+MATRIX_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+"""Of the first-order matrix: what it is fitted to is a difference."""
+
+
 def call_on(case: Case, key: torch.Tensor, value: torch.Tensor) -> Call:
     """The call of a case's keys, in the grid's order; its queries are not read."""
     layout = case.sequence
@@ -115,9 +120,12 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     tensors = cast(make_tensors(case), dtype)
     budget = budget_for(case, tensors, 0.3)
     expected, wanted = reference_split(case, tensors, budget)
-    out, reached, error, route, coefficients, *_ = run(case, tensors, budget)
+    out, reached, error, route, coefficients, *_, matrix = run(case, tensors, budget)
     assert torch.equal(route, wanted.route)
-    assert out.dtype == dtype
+    assert out.dtype == matrix.dtype == dtype
+    turned = wanted.probe.matrix(first_order_of(case, tensors))
+    assert relative(matrix, turned) < MATRIX_TOLERANCE[dtype]
+    assert wanted.probe.update.norm() > 0.05 * turned.norm()
     assert relative(out, expected) < TOLERANCE[dtype]
     assert torch.allclose(reached, wanted.density, atol=1e-6)
     assert torch.allclose(error, wanted.probe.error, atol=2e-2)

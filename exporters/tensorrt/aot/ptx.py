@@ -34,6 +34,7 @@ SMALL: dict[str, list[dict[str, int]]] = {
     "probe": [{"BP": 32}, {"BP": 16}],
     "estimate": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],
     "fit": [{"BP": 32, "BJ": 32}, {"BP": 16, "BJ": 32}, {"BP": 16, "BJ": 16}],
+    "ridge": [{"BD": 32, "num_warps": 4}, {"BD": 32, "num_warps": 2}],
     "attend": [{"BM": 64, "num_warps": 4}, {"BM": 32, "num_warps": 4}, {"BM": 16, "num_warps": 4}],
     "text": [{"BM": 64}, {"BM": 32}, {"BM": 16}],
 }
