@@ -24,8 +24,8 @@ LOW, MID, EXACT = 0, 1, 2
 """Values of the route: which band serves a (query tile, key block) pair."""
 
 C_MAX, G_MAX, UPDATE_MAX = 2.0, 1.5, 0.5
-"""Bounds of the probe's two scalars, and of the update's terms by those of H-bar, in root mean square
-over the probes; past them the fit would chase noise."""
+"""Bounds of the probe's two scalars, and of the update's terms by those of H-bar, both as root mean
+squares over the probes; past them the fit would chase noise."""
 
 LEAST_MASS, LEAST_CORRECTION = 1e-6, 1e-12
 """Share of a probe's softmax sum that is approximated, on average, and share of the output's energy
@@ -40,8 +40,8 @@ to has a trace of 2 over the probes (docs/decisions/ridge.md)."""
 
 LEAST_TERM, LEAST_TOLD = 1 / 16, 1e-6
 """Energy of the first-order terms, by that of what g leaves, from which the update is fitted: where
-they are less, the error comes from elsewhere, and what is fitted to it fails other queries. And that
-of predictions of what is left: less is rounding, as where there is one probe."""
+they are less, the error comes from elsewhere, and what is fitted to it fails other queries. And
+that of predictions of what is left: less is rounding, as where there is one probe."""
 
 RIDGE_PROBES = 64
 """Most probes that the update is fitted to: their products are a matrix to be inverted."""

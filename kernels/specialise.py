@@ -32,8 +32,8 @@ F32 = (
     "probe_energy probe_error partial covariance axes shift"
 ).split()
 NATIVE = (
-    "query key value key_out value_out key_var text_key text_value low_key low_value low_order matrix "
-    "sub_mean tile_square out tokens_of directions"
+    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
+    "matrix sub_mean tile_square out tokens_of directions"
 ).split()
 POINTERS = {
     **dict.fromkeys(F32, "*fp32"), "mass_term": "*fp16", "term": "*fp16", "term_out": "*fp16",

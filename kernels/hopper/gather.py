@@ -189,8 +189,8 @@ def gather_hopper_kernel(
                 (
                     key, value, key_order, text_key, text_value, low_key, low_value, matrix,
                     exact_list, n_exact, stride_kn, stride_vn, pair.to(gl.int32), key_pair, tokens,
-                    blocks, text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty, v_full, v_empty,
-                    D, STAGES,
+                    blocks, text_before, text_tiles, k_pieces, v_pieces, k_full, k_empty,
+                    v_full, v_empty, D, STAGES,
                 ),
             ),
         ],

@@ -21,9 +21,9 @@ LEAST_TERMS = tl.constexpr(LEAST_TERM)
 LEAST_SHARE_TOLD = tl.constexpr(LEAST_TOLD)
 MOST = tl.constexpr(UPDATE_MAX)
 FIRST_STEPS, LAST_STEPS = tl.constexpr(6), tl.constexpr(3)
-"""Of Newton and Schulz, each of which squares what the inverse is off by. The matrix has eigenvalues
-from the ridge to 2 more, so that is below 0.977^(2^9), 7e-6. The first steps bring it to where only
-the last have to be accurate."""
+"""Of Newton and Schulz, each of which squares what the inverse is off by. Eigenvalues lie between
+the ridge and 2 more, so that is below 0.977^(2^9), 7e-6. The first steps bring it to where only the
+last have to be accurate."""
 
 SINGLE = tl.constexpr("tf32x3")
 """Precision of what decides on the inverse of a matrix whose eigenvalues differ by 86."""
