@@ -33,17 +33,25 @@ def environment() -> dict[str, str]:
     }
 
 
-def earlier(name: str, asked: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+def earlier(
+    name: str,
+    asked: dict[str, Any],
+    folder: Path | None = None,
+    parts: tuple[str, ...] = ("rows",),
+) -> dict[str, Any]:
     """A new result with the rows that a file has, where they answer the same question.
 
     Each row says of which commit it is. asked: what the question is, as it stands in the file.
+    parts: what the file calls its lists of rows.
     """
     path = (folder or RESULTS) / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     same = {key: found.get(key) for key in asked} == asked
     commit = found.get("environment", {}).get("commit", "unknown")
-    rows = [{"commit": commit, **row} for row in found["rows"]] if same else []
-    return {"environment": environment(), **asked, "rows": rows}
+    rows = {
+        part: [{"commit": commit, **row} for row in found[part]] if same else [] for part in parts
+    }
+    return {"environment": environment(), **asked, **rows}
 
 
 def _module_name() -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import freqopt
 from benchmarks import composition_ways as ways
 from benchmarks import generations, large
-from benchmarks.common import environment, write
+from benchmarks.common import earlier, write
 from benchmarks.natural import natural_field
 from benchmarks.plans import uniform_plan
 from freqopt.config import DEFAULT_PROBES
@@ -39,6 +40,9 @@ Grid = tuple[int, int, int]
 
 FIRST_LEVEL, LEVEL_STEP = 0.6, 0.02
 """Noise of the first step, and what each takes away: consecutive steps of fifty."""
+
+CHOICE = ("out", "small", "seconds", "additions", "parts")
+"""Arguments that choose rows, or say how, and change none."""
 
 SMALL = {
     "layers": 3,
@@ -136,24 +140,23 @@ def error_of(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 class Bench:
-    """Rows as they come, written one by one."""
+    """Rows as they come, written one by one, in the place of those that a file has of them."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.device = given, torch.device(given.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.meter = large.Meter(self.device)
         self.additions = [ways.ADDITIONS[name] for name in given.additions]
-        settings = {k: v for k, v in vars(given).items() if k not in ("out", "small", "seconds")}
-        self.result: dict[str, Any] = {
-            "environment": environment(),
-            "settings": settings,
-            "rows": [],
-            "zoo": [],
-        }
+        # Round trip: as a file has them, for comparison with those of one.
+        settings = json.loads(json.dumps({k: v for k, v in vars(given).items() if k not in CHOICE}))
+        asked = {"settings": settings}
+        self.result = earlier("composition", asked, given.out, ("rows", "zoo"))
 
     def keep(self, part: str, row: dict[str, Any]) -> None:
-        """Add a row, say it, write all."""
-        self.result[part].append(row)
+        """Add a row or replace it, say it, write all."""
+        place = {(row["attention"], row["with"]): row for row in self.result[part]}
+        place[row["attention"], row["with"]] = row
+        self.result[part] = list(place.values())
         write("composition", self.result, self.given.out)
         print(f"{part}: {row}", flush=True)
 
