@@ -38,6 +38,11 @@ RIDGE = 3 / 128
 """Strength of the ridge that the update of the first-order matrix is fitted with. What it is added
 to has a trace of 2 over the probes (docs/decisions/ridge.md)."""
 
+UPDATE_SHARE = 0.5
+"""Of the update that suits the probes best, how much is taken: what is wrong with it is the same
+for all queries, so it adds up where the error that it removes does not. Half takes three quarters
+of the error away that the whole would, and a quarter of its own (docs/decisions/ridge.md)."""
+
 LEAST_TERM, LEAST_TOLD = 1 / 16, 1e-6
 """Energy of the first-order terms, by that of what g leaves, from which the update is fitted: where
 they are less, the error comes from elsewhere, and what is fitted to it fails other queries. And
@@ -350,8 +355,8 @@ def fit_update(
     query; low_order G = F H-bar^T; first_order: H-bar (B, H, D, D); left R (B, H, P, D); fits
     (B, H): where g was fitted. With K = F F^T / tr + G G^T / tr and A = (K + ridge)^-1 R, the
     update is a A^T (F / tr + G H-bar / tr): a part of it is any matrix, a part H-bar times any.
-    a, between 0 and 1, is what suits predictions of each probe from all others best, and keeps the
-    update within its bound.
+    a is half of what suits predictions of each probe from all others best, between 0 and 1, and
+    keeps the update within its bound.
 
     Returns the update (B, H, D, D) and what is left of each probe when it is predicted so. Source:
     docs/design/mathematics.md §5.
@@ -372,7 +377,7 @@ def fit_update(
     factor = torch.where(fits & aligned.isfinite(), aligned / energy.clamp(min=1e-30), 0.0)
     terms = (kernel @ weights).square().sum((2, 3)).clamp(min=1e-30)
     most = UPDATE_MAX * (g.square().sum((2, 3)) / terms).sqrt()
-    factor = torch.minimum(factor.clamp(0.0, 1.0), most)[..., None, None]
+    factor = UPDATE_SHARE * torch.minimum(factor.clamp(0.0, 1.0), most)[..., None, None]
     update = factor * (weights.mT @ (f / of_f + g @ first_order / of_g))
     update = torch.where(factor > 0, update, 0.0)  # not 0 times what is no number
     after = left - turned @ update.mT

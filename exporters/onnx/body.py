@@ -23,6 +23,7 @@ from freqopt.kernels.reference import (
     RIDGE,
     RIDGE_PROBES,
     UPDATE_MAX,
+    UPDATE_SHARE,
 )
 from onnx import AttributeProto, TensorProto, helper
 
@@ -381,7 +382,8 @@ class _Split:
         factor = n.where(fits, aligned / energy.maximum(1e-30), 0.0)
         fitted = r - weights * RIDGE  # the update's terms
         most = (terms / (fitted * fitted).sum(2, 3).maximum(1e-30)).sqrt() * UPDATE_MAX
-        factor = factor.maximum(0.0).minimum(1.0).minimum(most).unsqueeze(2, 3)
+        factor = factor.maximum(0.0).minimum(1.0).minimum(most) * UPDATE_SHARE
+        factor = factor.unsqueeze(2, 3)
         z = f / of_f + g @ low_order / of_g
         update = factor * (weights.transposed(0, 1, 3, 2) @ z)
         update = n.where(factor > 0.0, update, 0.0)  # not 0 times what is no number

@@ -13,6 +13,7 @@ from freqopt.kernels.reference import (
     RIDGE,
     RIDGE_PROBES,
     UPDATE_MAX,
+    UPDATE_SHARE,
 )
 
 PROBES = tl.constexpr(RIDGE_PROBES)
@@ -20,6 +21,7 @@ STRENGTH = tl.constexpr(RIDGE)
 LEAST_TERMS = tl.constexpr(LEAST_TERM)
 LEAST_SHARE_TOLD = tl.constexpr(LEAST_TOLD)
 MOST = tl.constexpr(UPDATE_MAX)
+TAKEN = tl.constexpr(UPDATE_SHARE)
 FIRST_STEPS, LAST_STEPS = tl.constexpr(6), tl.constexpr(3)
 """Of Newton and Schulz, each of which squares what the inverse is off by. Eigenvalues lie between
 the ridge and 2 more, so that is below 0.977^(2^9), 7e-6. The first steps bring it to where only the
@@ -131,7 +133,8 @@ def ridge_kernel(
     fits = fits & (energy > before * LEAST_TERMS) & (told_energy > before * LEAST_SHARE_TOLD)
     factor = tl.maximum(aligned / tl.maximum(told_energy, 1e-30), 0.0)
     most = tl.minimum(tl.sqrt(energy / tl.maximum(terms, 1e-30)) * MOST, 1.0)
-    factor = tl.where(fits & (tl.abs(aligned) < 3e38), tl.minimum(factor, most), 0.0)
+    factor = tl.minimum(factor, most) * TAKEN
+    factor = tl.where(fits & (tl.abs(aligned) < 3e38), factor, 0.0)
     wrong = before
     if factor > 0.0:
         wrong = tl.maximum(before - factor * (2.0 * aligned - factor * told_energy), 0.0)
