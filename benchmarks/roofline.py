@@ -26,6 +26,7 @@ from freqopt.config import DEFAULT_PROBES, KEY_BLOCK, QUERY_TILE, SUB_TILE
 from freqopt.kernels import content_order
 from freqopt.kernels.hopper.launch import range_length
 from freqopt.kernels.order_launches import MOMENT_PARTS
+from freqopt.kernels.reference import RIDGE_PROBES
 from freqopt.kernels.split_launches import GROUP, ORDER_GROUP
 
 DATA_SHEET = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
@@ -92,6 +93,7 @@ def work_of(p: Problem) -> dict[str, Work]:
     attended = p.density * n + blocks
     # Two passes of one product over sub-tiles; half the dispersion gives way to the score.
     score = Work(rows / SUB_TILE + 8 * pairs, 4 * (n / SUB_TILE) * blocks * d)
+    fitted = min(p.probes, RIDGE_PROBES)
     per_head = {
         **(work_of_order(p) if p.chunk else {}),
         "summarise_kernel": Work(summaries, 0),
@@ -112,6 +114,10 @@ def work_of(p: Problem) -> dict[str, Work]:
         "probe_kernel": Work(2 * rows, 6 * p.probes * n * d),
         "estimate_kernel": Work(6 * p.probes * blocks, 2 * p.probes * blocks * d),
         "fit_kernel": Work(6 * p.probes * blocks, 2 * p.probes * blocks * d),
+        # Products of 64 probes with each other, of their inverse, and of both with the matrix.
+        "ridge_kernel": Work(
+            12 * fitted * d + 2 * d * d * e, fitted**2 * (36 * fitted + 8 * d) + 4 * fitted * d * d
+        ),
         "attend": Work(4 * rows + 4 * p.density * pairs, 4 * n * attended * d + 2 * n * d * d),
     }
     return {k: Work(p.heads * w.bytes, p.heads * w.flops) for k, w in per_head.items()}

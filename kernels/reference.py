@@ -40,8 +40,8 @@ to has a trace of 2 over the probes (docs/decisions/ridge.md)."""
 
 UPDATE_SHARE = 0.5
 """Of the update that suits the probes best, how much is taken: what is wrong with it is the same
-for all queries, so it adds up where the error that it removes does not. Half takes three quarters
-of the error away that the whole would, and a quarter of its own (docs/decisions/ridge.md)."""
+for all queries, so it adds up where the error that it removes does not. Half removes three quarters
+of what the whole would, and adds a quarter of its own energy (docs/decisions/ridge.md)."""
 
 LEAST_TERM, LEAST_TOLD = 1 / 16, 1e-6
 """Energy of the first-order terms, by that of what g leaves, from which the update is fitted: where
