@@ -134,9 +134,10 @@ def split_heads(call: Call, threshold: Tensor, settings: Settings, target: Targe
     else:
         limits = limits_of(call, threshold)
     probes = min(settings.probes, call.queries)
-    fitted = unfitted(call, summaries)
-    error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
-    if probes:
+    if not probes:
+        fitted = unfitted(call, summaries)
+        error = torch.full(call.per_head, torch.nan, device=device, dtype=torch.float32)
+    else:
         probing = probe_space(call, walk.blocks, probes)
         rows = probe_rows(call, walk.blocks, probes)
         route = route_probes(call, summaries, limits, rows)

@@ -51,14 +51,13 @@ class SampledCall:
 
         thresholds: ascending, each for all heads.
         """
-        call, device = self.call, self.call.query.device
-        rungs, dim = len(thresholds), call.dim
-        coefficients = _rows_of((*call.per_head, 2), rungs, device)
-        errors = _rows_of(call.per_head, len(thresholds), device).fill_(torch.nan)
+        call, device, rungs = self.call, self.call.query.device, len(thresholds)
+        errors = _rows_of(call.per_head, rungs, device).fill_(torch.nan)
         if not self.probes:
             alike = (x.expand(rungs, *x.shape) for x in unfitted(call, self.summaries))
             return Fitted(*alike), errors
-        shape = (rungs, *call.per_head, dim, dim)
+        coefficients = _rows_of((*call.per_head, 2), rungs, device)
+        shape = (rungs, *call.per_head, call.dim, call.dim)
         matrices = torch.empty(shape, device=device, dtype=call.query.dtype)
         with on_device(call.query):
             tiles = torch.empty(self.probes, device=device, dtype=torch.int32)

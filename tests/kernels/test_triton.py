@@ -33,6 +33,7 @@ else:
         ("name", "cases"),
         [
             ("test_kernels_are_the_reference", 9),
+            ("test_the_update_is_the_reference_for_other_numbers_of_probes", 2),
             ("test_given_an_order_kernels_are_the_reference", 7),
             ("test_what_is_no_number_stays_in_its_row", 2),
             ("test_numbers_of_an_order_stay_among_the_tokens", 1),

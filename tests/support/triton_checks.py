@@ -132,6 +132,19 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(coefficients[..., 0], wanted.probe.c, atol=5e-2)
 
 
+@pytest.mark.parametrize("probes", [5, 100])
+def test_the_update_is_the_reference_for_other_numbers_of_probes(probes: int) -> None:
+    """Fewer than it has rows for, and more than it is fitted to."""
+    case = Case((3, 6, 10), dim=24, heads=2, kv_heads=1, batch=1)
+    tensors = make_tensors(case)
+    budget = budget_for(case, tensors, 0.3)
+    _, wanted = reference_split(case, tensors, budget, probes)
+    _, _, error, *_, matrix = run(case, tensors, budget, probes)
+    assert relative(matrix, wanted.probe.matrix(first_order_of(case, tensors))) < 1e-3
+    assert wanted.probe.update.norm() > 0
+    assert torch.allclose(error, wanted.probe.error, rtol=1e-2)
+
+
 GIVEN_CASES = CONTENT_CASES + RECTANGULAR_CASES
 DENSITY_CASES = [CASES[1], RECTANGULAR_CASES[0]]
 if not ON_GPU:  # each pair of a batch item and a head takes the interpreter seconds
