@@ -5,9 +5,10 @@ one trajectory, blocks compiled, dense and split, each alone and with diffusers'
 cache-dit, guidance by a second branch, in CUDA graphs, and with linear layers in FP8 and INT8
 (torchao); without a compiler alone and with diffusers' pyramid attention broadcast. Measured are
 the time of a step, and the error of the outputs against the dense model's, of guided ones against
-its guided ones. The zoo's trained model makes a clip in some of these ways: PSNR against the dense
-clip. What is not installed or fails is a row with the reason. Rows are written one by one, so that
-`--seconds` may end a run. `--small` fits a CPU.
+its guided ones. The latents of a dense and of a split step are decoded by Wan's autoencoder (random
+weights), whole and in tiles. The zoo's trained model makes a clip in some of these ways: PSNR
+against the dense clip. What is not installed or fails is a row with the reason. Rows are written
+one by one, so that `--seconds` may end a run, and kept: another goes on. `--small` fits a CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freqopt
+from benchmarks import composition_decoder as decoding
 from benchmarks import composition_ways as ways
 from benchmarks import generations, large
 from benchmarks.common import earlier, write
@@ -40,6 +42,9 @@ Grid = tuple[int, int, int]
 
 FIRST_LEVEL, LEVEL_STEP = 0.6, 0.02
 """Noise of the first step, and what each takes away: consecutive steps of fifty."""
+
+PARTS = ("decoder", "zoo", "large")
+"""In the order of their lengths."""
 
 CHOICE = ("out", "small", "seconds", "additions", "parts")
 """Arguments that choose rows, or say how, and change none."""
@@ -55,6 +60,8 @@ SMALL = {
     "density": 0.4,
     "zoo_grid": (2, 8, 10),
     "zoo_steps": 2,
+    "decoder_width": 8,
+    "tile": 64,
 }
 """Settings of `--small`."""
 
@@ -150,7 +157,7 @@ class Bench:
         # Round trip: as a file has them, for comparison with those of one.
         settings = json.loads(json.dumps({k: v for k, v in vars(given).items() if k not in CHOICE}))
         asked = {"settings": settings}
-        self.result = earlier("composition", asked, given.out, ("rows", "zoo"))
+        self.result = earlier("composition", asked, given.out, ("rows", "zoo", "decoded"))
 
     def keep(self, part: str, row: dict[str, Any]) -> None:
         """Add a row or replace it, say it, write all."""
@@ -260,6 +267,23 @@ class Bench:
                 found = refused or ways.attempt(lambda: measure(how, addition))  # noqa: B023
                 self.keep("rows", {"attention": name, "with": addition, **found})
 
+    def decoder(self) -> None:
+        """The rows of a decoder behind one step, which takes no compiler."""
+        given, grid = self.given, self.given.grid
+        size = large.Size(given.layers, given.heads, given.head_dim, given.mlp, given.text)
+        calls = trajectory(grid, 1, size, self.device, self.dtype)
+        model = large.build(size, self.device, self.dtype)
+        threshold, _ = threshold_for(model, calls[0], grid, given.density)
+        split = {"threshold": threshold, "grid": grid}
+        latents = {
+            name: self.row(model, calls, how, ways.EAGER)[0][0]
+            for name, how in (("dense", None), ("split", split))
+        }
+        del model
+        gc.collect()
+        for row in decoding.rows(latents, given.decoder_width, self.meter, given.tile):
+            self.keep("decoded", row)
+
     def zoo(self) -> None:
         """The rows of the zoo's model: whole clips. What is of steps only is left out."""
         given, (t, h, w) = self.given, self.given.zoo_grid
@@ -319,7 +343,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--additions", nargs="+", choices=ways.ADDITIONS, default=[*ways.ADDITIONS])
     parser.add_argument("--zoo-grid", type=large.grid_of, default=(21, 30, 52))
     parser.add_argument("--zoo-steps", type=int, default=25)
-    parser.add_argument("--parts", nargs="+", choices=("zoo", "large"), default=["zoo", "large"])
+    parser.add_argument("--decoder-width", type=int, default=decoding.WIDTH)
+    parser.add_argument("--tile", type=int, default=None, help="pixels; default: the library's")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--seconds", type=int, default=None, help="end after so many")
     parser.add_argument("--small", action="store_true", help="for a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

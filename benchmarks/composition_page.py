@@ -27,7 +27,7 @@ def body(result: dict[str, Any]) -> Iterator[str]:
     yield f"against its dense clip; the split has {settings['density']:.0%} of its pairs exact."
     yield f"The cache's threshold is {settings['cache_threshold']:g};"
     yield "in brackets stands the share of steps that ran all blocks, or of attention computed."
-    yield from ("", *rows(result))
+    yield from ("", *rows(result), *decoded(result))
     reasons = dict.fromkeys(
         f"- {row['with']}, {row['attention']}: {row.get('absent') or row['failed']}"
         for row in [*result["rows"], *result["zoo"]]
@@ -57,6 +57,30 @@ def rows(result: dict[str, Any]) -> list[str]:
             ]
         )
     return table(["with", "attention", "step", "against dense alone", "error", "PSNR"], cells)
+
+
+def decoded(result: dict[str, Any]) -> list[str]:
+    """A row for each way to decode; nothing where a run has none."""
+    found = result.get("decoded", [])
+    if not found:
+        return []
+    cells = [
+        [
+            row["with"],
+            row["attention"],
+            f"{row['decode_s']:.2f} s",
+            "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB",
+            f"{row['error']:.4f}",
+        ]
+        for row in found
+    ]
+    return [
+        "",
+        "Latents of one step, decoded by Wan's autoencoder with random weights;",
+        "errors are against the dense step's picture, decoded whole.",
+        "",
+        *table(["latents", "attention", "time", "peak of memory", "error"], cells),
+    ]
 
 
 def share(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("diffusers")
 
 from benchmarks import composition, large
+from benchmarks import composition_decoder as decoding
 from benchmarks import composition_ways as ways
 from freqopt.models_zoo.video_dit import VideoDiT, VideoDiTConfig
 
@@ -126,6 +127,13 @@ def test_eager_rows_of_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "pip install cache-dit" in cached["absent"]
     else:
         assert cached["computed"] == pytest.approx(1 / 3) and cached["error"] < 0.2
+    decoded = {(r["attention"], r["with"]): r for r in result["decoded"]}
+    assert len(decoded) == 4 and all(row["decode_s"] > 0 for row in decoded.values())
+    assert decoded["dense", decoding.WHOLE]["error"] == 0
+    assert 0 < decoded["split", decoding.WHOLE]["error"] < 0.2
+    # Tiles overlap, and blend: what they change is their own, whatever the attention.
+    tiles = decoded["dense", decoding.TILED]["error"]
+    assert 0 < tiles < decoded["split", decoding.TILED]["error"] + 1e-3
     assert large_rows["split", ways.GRAPHS] == {
         "attention": "split",
         "with": ways.GRAPHS,
