@@ -85,7 +85,7 @@ JOBS = (
     Job("benchmarks.generations --distilled", ("generations_distilled",), missing=without_adapter),
     Job("benchmarks.lora", ("lora",)),
     Job("benchmarks.composition", ("composition",)),
-    Job("benchmarks.calibration --seconds 285 --quiet", ("calibration",)),
+    Job("benchmarks.calibration --targets-only --seeds 10 --quiet", ("calibration",)),
     Job("benchmarks.large --again", ("large",)),
     Job(f"{DEMO} --grid 21,30,52 --density 0.1", ("demo_h200",)),
     Job("benchmarks.dinov2 --packages PACKAGES", ("dinov2",), missing=without_packages),

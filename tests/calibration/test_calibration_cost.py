@@ -294,7 +294,7 @@ def test_sites_that_save_least_are_dropped_before_nothing_is_split(
     SimulatedGpu(monkeypatch)
     timed = whole_clock(monkeypatch, lambda sites: 101.0 if sites > 2 else 90.0)
     model, samples = layers_and_samples(5)
-    options = {"target_error": 0.1, "progress": False, "rounds": 0, "clock": "eager"}
+    options = {"target_error": 0.06, "progress": False, "rounds": 0, "clock": "eager"}
     plan = freqopt.calibrate(model, samples, **options)
     assert [len(sites) for sites in timed] == [5, 3, 2]
     assert timed[2] < timed[1] < timed[0]
@@ -315,7 +315,7 @@ def test_sites_that_save_least_are_dropped_before_nothing_is_split(
     assert plan.evidence.notes[-1] == f"{told} dense"
     assert plan.verified is not None and plan.verified.model_ms == (100.0, 90.0)
     last, before = plan.evidence.trials[-1], plan.evidence.trials[-2]
-    assert plan.measured_error == last.measured_error < before.measured_error <= 0.1
+    assert plan.measured_error == last.measured_error < before.measured_error <= 0.06
     assert plan.mean_density == last.mean_density > before.mean_density
 
 
