@@ -27,7 +27,7 @@ from freqopt.kernels import content_order
 from freqopt.kernels.hopper.launch import range_length
 from freqopt.kernels.order_launches import MOMENT_PARTS
 from freqopt.kernels.reference import RIDGE_PROBES
-from freqopt.kernels.split_launches import GROUP, ORDER_GROUP
+from freqopt.kernels.split_launches import GROUP, H_BAR_GROUP
 
 DATA_SHEET = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "A100": (312.0, 2.04)}
 """Dense half-precision TFLOP/s and memory TB/s by part of the GPU's name."""
@@ -87,7 +87,7 @@ def work_of(p: Problem) -> dict[str, Work]:
     n, d, e = p.tokens, p.dim, p.element
     blocks, tiles = -(-n // KEY_BLOCK), -(-n // QUERY_TILE)
     pairs, rows = blocks * tiles, n * d * e
-    spans, groups = -(-blocks // ORDER_GROUP), -(-blocks // GROUP)
+    spans, groups = -(-blocks // H_BAR_GROUP), -(-blocks // GROUP)
     ranges = -(-blocks // range_length(p.heads, blocks, HOPPER_PROCESSORS))
     summaries = 4 * rows + 4 * n + blocks * d * (4 + 2 * e)
     attended = p.density * n + blocks
@@ -102,7 +102,7 @@ def work_of(p: Problem) -> dict[str, Work]:
         "total_kernel": Work(12 * groups * d, 0),
         "centre_kernel": Work(blocks * d * (4 + e), 0),
         "first_order_kernel": Work(2 * rows + 4 * spans * d * d, 2 * n * d * d),
-        "order_kernel": Work(4 * min(spans, ranges) * d * d, 0),
+        "h_bar_kernel": Work(4 * min(spans, ranges) * d * d, 0),
         "pool_tiles_kernel": Work(rows + (n / SUB_TILE + tiles) * d * e, 0),
         "disperse_kernel": Work((tiles + blocks) * d * e + 6 * pairs, 2 * tiles * blocks * d),
         "score_kernel": score,

@@ -137,7 +137,7 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         return (out,)
 
     def summarised(launch: Launch) -> tuple[Tensor, ...]:
-        return (summarise(call._replace(launch=launch)).low_order,)
+        return (summarise(call._replace(launch=launch)).h_bar,)
 
     def scored(launch: Launch) -> tuple[Tensor, ...]:
         # Means: a pair whose score is the threshold itself may fall on either side.
@@ -145,7 +145,7 @@ def parts_of(problem: Problem, shipped: Launch) -> Iterator[Part]:
         return found.counts.float().mean((1, 2)), found.mass_term.float().mean((1, 2))
 
     if not hopper.prepares(key, value):
-        yield Part("summaries", _every(order_stages=(1, 2, 3)), summarised)
+        yield Part("summaries", _every(first_stages=(1, 2, 3)), summarised)
     score = _every(score_tiles=(4, 8), score_wide=(64, 128), score_warps=(4, 8))
     score += _every(score_tiles=(2, 4), score_blocks=(32,), score_wide=(32,), score_warps=(4,))
     score += _every(score_tiles=(8, 16), score_blocks=(64, 128), score_warps=(8,))

@@ -194,7 +194,7 @@ def attend_tiles(
     for part in parts:
         out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
     low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
-    matrix = scale * probe.matrix(low.first_order)
+    matrix = scale * probe.matrix(low.h_bar)
     turned = (tiles @ matrix.mT.unsqueeze(2)).mul_(low_share)
     out += turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
     queries = tokens.query.shape[2]
@@ -278,5 +278,5 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
         orders.query,
     )
     split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
-    matrix = ref.rounded(probe.matrix(low.first_order), query.dtype).to(query.dtype)
+    matrix = ref.rounded(probe.matrix(low.h_bar), query.dtype).to(query.dtype)
     return Forward(out, log_sum[..., 0], split, matrix, orders)

@@ -36,7 +36,7 @@ class Context(NamedTuple):
     key_mean: Tensor
     value_mean: Tensor
     key_var: Tensor
-    first_order: Tensor
+    h_bar: Tensor
 
 
 def _gather(blocks: Tensor, index: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def attend_tiles(
     log_sum = torch.cat(logits, -1).logsumexp(-1)
     weights = [(x - log_sum[..., None]).exp() for x in logits]
     low = weights[0].sum(-1, keepdim=True)
-    matrix = g.squeeze(-1) * context.first_order + update
+    matrix = g.squeeze(-1) * context.h_bar + update
     out = low * (query @ matrix.unsqueeze(2).mT * scale)
     for weight, value in zip(weights, values, strict=True):
         out = out + weight @ value
@@ -157,14 +157,14 @@ def split_backward(
         blocks = (ref.split_blocks(x, KEY_BLOCK) for x in (parts.key, parts.value))
         return (
             ref.split_blocks(parts.query, QUERY_TILE), *text, *blocks, parts.text_key,
-            parts.text_value, low.key_mean, low.value_mean, low.key_var, low.first_order,
+            parts.text_value, low.key_mean, low.value_mean, low.key_var, low.h_bar,
         )  # fmt: skip
 
     # torch.func, not torch.autograd: inside an op's kernel the autograd keys are switched off.
     prepared, prepare_vjp, *_ = torch.func.vjp(prepare, inputs.query, inputs.key, inputs.value)
     tiles, leaves = prepared[0], prepared[-len(Context._fields) :]
     sums = [torch.zeros_like(x) for x in leaves]
-    update = matrix.float() - coefficients[..., 1, None, None] * Context(*leaves).first_order
+    update = matrix.float() - coefficients[..., 1, None, None] * Context(*leaves).h_bar
     query_grad = torch.zeros_like(tiles)
     columns = -(-tokens // KEY_BLOCK) + layout.text
     for part in chunks_of(tiles, route, columns):

@@ -56,7 +56,7 @@ class Summary(NamedTuple):
     """What the low (or mid) band knows about the blocks of one head.
 
     counts (J,), key_mean / value_mean / key_var (B, H, J, D), value_spread (B, H, J): rms distance
-    of a block's values from their mean, relative to the head's; first_order (B, H, D, D): the
+    of a block's values from their mean, relative to the head's; h_bar (B, H, D, D): the
     token-mean of v (k - block mean)^T, the matrix H-bar of the first-order term before scaling.
     """
 
@@ -65,7 +65,7 @@ class Summary(NamedTuple):
     value_mean: Tensor
     key_var: Tensor
     value_spread: Tensor
-    first_order: Tensor
+    h_bar: Tensor
 
 
 class Scores(NamedTuple):
@@ -94,9 +94,9 @@ class Probe(NamedTuple):
         update = torch.zeros(*one.shape, dim, dim, device=one.device, dtype=one.dtype)
         return cls(one, one, one * torch.nan, update)
 
-    def matrix(self, first_order: Tensor) -> Tensor:
+    def matrix(self, h_bar: Tensor) -> Tensor:
         """The first-order matrix M = g H-bar + update, of H-bar (B, H, D, D)."""
-        return self.g[..., None, None] * first_order + self.update
+        return self.g[..., None, None] * h_bar + self.update
 
 
 def split_blocks(x: Tensor, size: int) -> Tensor:
@@ -134,7 +134,7 @@ def summarise(key: Tensor, value: Tensor, size: int) -> Summary:
         value_mean=value_mean,
         key_var=key_offset.square().sum(3) / count[:, None],
         value_spread=(block_spread / head_spread.clamp(min=1e-30)[..., None]).sqrt(),
-        first_order=torch.einsum("bhjnd,bhjne->bhde", values, key_offset) / tokens,
+        h_bar=torch.einsum("bhjnd,bhjne->bhde", values, key_offset) / tokens,
     )
 
 
@@ -262,7 +262,7 @@ class Estimate(NamedTuple):
     """How the approximate bands see the probes: what replaces the missing pairs.
 
     logit, term (B, H, P, columns): -inf where unused, and what c multiplies; value (B, H, columns,
-    D); query (B, H, P, D), scaled; first_order (B, H, D, D): H-bar of the low band; mid_order
+    D); query (B, H, P, D), scaled; h_bar (B, H, D, D): H-bar of the low band; mid_turned
     (B, H, P, D): first-order term of the mid band, or 0; low_columns: low ones come first.
     """
 
@@ -270,8 +270,8 @@ class Estimate(NamedTuple):
     term: Tensor
     value: Tensor
     query: Tensor
-    first_order: Tensor
-    mid_order: Tensor | float
+    h_bar: Tensor
+    mid_turned: Tensor | float
     low_columns: int
 
 
@@ -297,8 +297,8 @@ def attend_bands(bands: Bands, probe: Probe) -> Tensor:
     mid = weights[..., low_columns:columns].sum(-1, keepdim=True)
     out = weights[..., columns:] @ bands.value
     out = out + weights[..., :columns] @ estimate.value
-    out = out + low * (estimate.query @ probe.matrix(estimate.first_order).mT)
-    return out + g * (mid * estimate.mid_order)
+    out = out + low * (estimate.query @ probe.matrix(estimate.h_bar).mT)
+    return out + g * (mid * estimate.mid_turned)
 
 
 def log_sum_of(bands: Bands, c: Tensor) -> Tensor:
@@ -332,8 +332,8 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     total = observed.exact_mass + low + mid
     plain = (observed.exact_out + mass @ estimate.value) / total
     turned = low / total * estimate.query
-    low_order = turned @ estimate.first_order.mT
-    correction = low_order + mid / total * estimate.mid_order
+    terms = turned @ estimate.h_bar.mT
+    correction = terms + mid / total * estimate.mid_turned
     truth = observed.exact_out + observed.missing_out
     energy = correction.square().sum((2, 3))
     aligned = ((truth - plain) * correction).sum((2, 3))
@@ -341,18 +341,18 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     fits = (energy > LEAST_CORRECTION * whole) & (energy > 1e-30) & aligned.isfinite()
     g = torch.where(fits, aligned / energy.clamp(min=1e-30), 1.0).clamp(0.0, G_MAX)
     left = truth - plain - g[..., None, None] * correction
-    update, left = fit_update(turned, low_order, estimate.first_order, left, fits)
+    update, left = fit_update(turned, terms, estimate.h_bar, left, fits)
     error = (left.square().sum((2, 3)) / whole.clamp(min=1e-30)).sqrt()
     return Probe(c, g, error, update)
 
 
 def fit_update(
-    turned: Tensor, low_order: Tensor, first_order: Tensor, left: Tensor, fits: Tensor
+    turned: Tensor, terms: Tensor, h_bar: Tensor, left: Tensor, fits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ridge regression of what g leaves of the probes, in its dual form, drawn back.
 
     turned F (B, H, P, D): what the first-order matrix is multiplied with, low mass times scaled
-    query; low_order G = F H-bar^T; first_order: H-bar (B, H, D, D); left R (B, H, P, D); fits
+    query; terms G = F H-bar^T; h_bar: H-bar (B, H, D, D); left R (B, H, P, D); fits
     (B, H): where g was fitted. With K = F F^T / tr + G G^T / tr and A = (K + ridge)^-1 R, the
     update is a A^T (F / tr + G H-bar / tr): a part of it is any matrix, a part H-bar times any.
     a is half of what suits predictions of each probe from all others best, between 0 and 1, and
@@ -363,7 +363,7 @@ def fit_update(
     """
     probes = left.shape[2]
     chosen = probe_positions(probes, RIDGE_PROBES, left.device)
-    f, g, r = (x[:, :, chosen] for x in (turned, low_order, left))
+    f, g, r = (x[:, :, chosen] for x in (turned, terms, left))
     of_f, of_g = (x.square().sum((2, 3), keepdim=True).clamp(min=1e-30) for x in (f, g))
     kernel = f @ f.mT / of_f + g @ g.mT / of_g
     # A whole inverse, as its diagonal predicts each probe from the others at once.
@@ -375,10 +375,10 @@ def fit_update(
     before = r.square().sum((2, 3))
     fits = fits & (g.square().sum((2, 3)) > LEAST_TERM * before) & (energy > LEAST_TOLD * before)
     factor = torch.where(fits & aligned.isfinite(), aligned / energy.clamp(min=1e-30), 0.0)
-    terms = (kernel @ weights).square().sum((2, 3)).clamp(min=1e-30)
-    most = UPDATE_MAX * (g.square().sum((2, 3)) / terms).sqrt()
+    own_terms = (kernel @ weights).square().sum((2, 3)).clamp(min=1e-30)
+    most = UPDATE_MAX * (g.square().sum((2, 3)) / own_terms).sqrt()
     factor = UPDATE_SHARE * torch.minimum(factor.clamp(0.0, 1.0), most)[..., None, None]
-    update = factor * (weights.mT @ (f / of_f + g @ first_order / of_g))
+    update = factor * (weights.mT @ (f / of_f + g @ h_bar / of_g))
     update = torch.where(factor > 0, update, 0.0)  # not 0 times what is no number
     after = left - turned @ update.mT
     after[:, :, chosen] = torch.where(factor > 0, r - factor * told, r)
@@ -425,7 +425,7 @@ def make_bands(
     approximate = query @ low.key_mean.mT * scale + low.counts.log()
     approximate = approximate.masked_fill(pair != LOW, -torch.inf)
     term, values = scores.mass_term[:, :, tile], low.value_mean
-    mid_order: Tensor | float = 0.0
+    mid_turned: Tensor | float = 0.0
     if mid is not None:
         fine_pair = pair.repeat_interleave(KEY_BLOCK // SUB_BLOCK, -1)[..., : mid.counts.numel()]
         fine = query @ mid.key_mean.mT * scale + mid.counts.log()
@@ -434,12 +434,12 @@ def make_bands(
         approximate = torch.cat([approximate, fine], -1)
         term = torch.cat([term, torch.minimum(0.5 * spread, mid.counts.log())], -1)
         values = torch.cat([values, mid.value_mean], 2)
-        mid_order = query @ mid.first_order.mT * scale
+        mid_turned = query @ mid.h_bar.mT * scale
     return Bands(
         exact=torch.cat([exact, text], -1),
         value=torch.cat([value, text_value], 2),
         estimate=Estimate(
-            approximate, term, values, query * scale, low.first_order, mid_order, low.counts.numel()
+            approximate, term, values, query * scale, low.h_bar, mid_turned, low.counts.numel()
         ),
     )
 

@@ -32,7 +32,7 @@ F32 = (
     "probe_energy probe_error partial covariance axes shift"
 ).split()
 NATIVE = (
-    "query key value key_out value_out key_var text_key text_value low_key low_value low_order "
+    "query key value key_out value_out key_var text_key text_value low_key low_value h_bar "
     "matrix sub_mean tile_square out tokens_of directions"
 ).split()
 POINTERS = {

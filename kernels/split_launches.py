@@ -14,7 +14,7 @@ GROUP = 4
 between warps they go through shared memory, and waiting for that took more time than the reading.
 """
 
-ORDER_GROUP = 32
+H_BAR_GROUP = 32
 """Key blocks per program of the first-order products: amortises their (D, D) sum."""
 
 TOTAL_COLS = 32
@@ -51,7 +51,7 @@ DERIVED = {
     "blocks": ("tokens", KEY_BLOCK),
     "tiles": ("queries", QUERY_TILE),
     "groups": ("blocks", GROUP),
-    "spans": ("blocks", ORDER_GROUP),
+    "spans": ("blocks", H_BAR_GROUP),
     "pools": ("tiles", POOLED_TILES),
     "probe_units": ("probes", int(glue.UNIT.value)),
     "block_units": ("blocks", int(glue.UNIT.value)),
@@ -71,7 +71,7 @@ SHAPES: dict[str, tuple[str | int, ...]] = {
     "head_spread": ("kv_heads", "shares"),
     "low_key": ("kv_heads", "blocks", "dim"),
     "low_value": ("kv_heads", "blocks", "dim"),
-    "low_order": ("kv_heads", "dim", "dim"),
+    "h_bar": ("kv_heads", "dim", "dim"),
     "sub_mean": ("heads", "pools", POOLED_TILES * QUERY_TILE // SUB_TILE, "dim"),
     "tile_square": ("heads", "tiles", "dim"),
     "score": ("heads", "tiles", "blocks"),
@@ -118,12 +118,12 @@ SPLIT = (
     ),
     KernelLaunch(
         "first", prepare.first_order_kernel, "blocks/GROUP kv_pairs",
-        {**SIZE, "GROUP": ORDER_GROUP}, "order_warps", "order_stages",
+        {**SIZE, "GROUP": H_BAR_GROUP}, "first_warps", "first_stages",
         writes="first_order", passed={"key": "key_out", "value": "value_out"},
     ),
     KernelLaunch(
-        "order", glue.order_kernel, "cells/CELLS kv_pairs", {"CELLS": 1024},
-        writes="low_order", passed={"groups": "spans", "out": "low_order"},
+        "h_bar", glue.h_bar_kernel, "cells/CELLS kv_pairs", {"CELLS": 1024},
+        writes="h_bar", passed={"groups": "spans", "out": "h_bar"},
     ),
     KernelLaunch(
         "pool_tiles", score.pool_tiles_kernel, "pairs tiles", SIZE,

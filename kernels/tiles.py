@@ -20,7 +20,7 @@ class Launch(NamedTuple):
     """Tile choices for one (dtype, head dim, shared memory); see docs/design/kernels.md.
 
     rows, wide, warps, stages: of the portable attention kernel (queries per program, key blocks per
-    step is 2 where wide). order_*: of the first-order products. disperse_side: query tiles and key
+    step is 2 where wide). first_*: of the first-order products. disperse_side: query tiles and key
     blocks per program of the dispersions. score_*: query tiles per program of the scores, and key
     blocks per step of their first pass (wide) and their second. probe_*: queries per program of the
     probe's exact pass, and its stages. fit_*: probes and key blocks per step of its fit.
@@ -31,8 +31,8 @@ class Launch(NamedTuple):
     wide: int
     warps: int
     stages: int
-    order_stages: int
-    order_warps: int
+    first_stages: int
+    first_warps: int
     disperse_side: int
     score_tiles: int
     score_blocks: int
@@ -82,8 +82,8 @@ def launch_for(dtype: torch.dtype, head_dim: int, shared: int = HOPPER_SHARED) -
         wide=1,
         warps=warps,
         stages=1 if single else stages,
-        order_stages=3 if ample else 1,
-        order_warps=4 if ample else 8,
+        first_stages=3 if ample else 1,
+        first_warps=4 if ample else 8,
         disperse_side=64 if bytes_per_row <= 256 else 32,
         score_tiles=8 if ample else (4 if bytes_per_row <= 512 else 2),
         score_blocks=64 if bytes_per_row <= 256 else 32,

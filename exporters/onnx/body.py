@@ -122,8 +122,8 @@ class _Split:
         offset = (keys - key_mean.unsqueeze(3)) * valid
         key_var = (offset * offset).sum(3) / divisor
         flat = [x.reshape(self.batch, self.heads, -1, self.dim) for x in (values, offset)]
-        first_order = flat[0].transposed(0, 1, 3, 2) @ flat[1] / self.tokens.float()
-        return key_mean, value_mean, key_var, first_order
+        h_bar = flat[0].transposed(0, 1, 3, 2) @ flat[1] / self.tokens.float()
+        return key_mean, value_mean, key_var, h_bar
 
     def value_spread(self, value_mean: Value) -> Value:
         """(B, H, J): a block's rms distance of values from their mean, relative to the head's."""
@@ -194,7 +194,7 @@ class _Split:
     def build(self) -> dict[str, Value]:
         """The whole split; returns named results, `out` (B, H, N, D) among them."""
         n = self.n
-        low_key, low_value, low_var, low_order = self.summarise()
+        low_key, low_value, low_var, h_bar = self.summarise()
         tiles = self._blocks_of(self.query, QUERY_TILE, self.tiles)
         tile_count = self._counts(self.queries, QUERY_TILE, self.tiles).float().unsqueeze(1)
         square = (tiles * tiles).sum(3) / tile_count
@@ -253,7 +253,7 @@ class _Split:
             target=(share - exact_share).sum(2, 3),
             truth=share @ values,
             query=probe_query * self.scale,
-            low_order=low_order,
+            h_bar=h_bar,
         )
         turn = matrix.transposed(0, 1, 3, 2)
 
@@ -317,7 +317,7 @@ class _Split:
         target: Value,
         truth: Value,
         query: Value,
-        low_order: Value,
+        h_bar: Value,
     ) -> tuple[Value, Value, Value, Value]:
         """`reference.fit_probe` on tensors relative to the softmax sum.
 
@@ -340,7 +340,7 @@ class _Split:
         total = exact_mass + low
         plain = (exact_out + mass @ low_value) / total
         turned = low / total * query
-        correction = turned @ low_order.transposed(0, 1, 3, 2)
+        correction = turned @ h_bar.transposed(0, 1, 3, 2)
         energy = (correction * correction).sum(2, 3)
         aligned = ((truth - plain) * correction).sum(2, 3)
         whole = (truth * truth).sum(2, 3)
@@ -349,15 +349,15 @@ class _Split:
         g = n.where(fits, aligned / energy.maximum(1e-30), 1.0)
         g = g.maximum(0.0).minimum(G_MAX)
         left = truth - plain - g.unsqueeze(2, 3) * correction
-        update, wrong = self.fit_update(turned, correction, low_order, left, fits)
+        update, wrong = self.fit_update(turned, correction, h_bar, left, fits)
         error = (wrong / whole.maximum(1e-30)).sqrt()
         fitted = self.probes > 0
         c, g = (n.where(fitted, x, 1.0).unsqueeze(2, 3) for x in (c, g))
-        matrix = g * low_order + n.where(fitted, update, 0.0)
+        matrix = g * h_bar + n.where(fitted, update, 0.0)
         return c, g, matrix, n.where(fitted, error, float("nan"))
 
     def fit_update(
-        self, turned: Value, correction: Value, low_order: Value, left: Value, fits: Value
+        self, turned: Value, correction: Value, h_bar: Value, left: Value, fits: Value
     ) -> tuple[Value, Value]:
         """`reference.fit_update`: the update, and the energy (B, H) of what it leaves."""
         n = self.n
@@ -384,7 +384,7 @@ class _Split:
         most = (terms / (fitted * fitted).sum(2, 3).maximum(1e-30)).sqrt() * UPDATE_MAX
         factor = factor.maximum(0.0).minimum(1.0).minimum(most) * UPDATE_SHARE
         factor = factor.unsqueeze(2, 3)
-        z = f / of_f + g @ low_order / of_g
+        z = f / of_f + g @ h_bar / of_g
         update = factor * (weights.transposed(0, 1, 3, 2) @ z)
         update = n.where(factor > 0.0, update, 0.0)  # not 0 times what is no number
         # Probes that it was not fitted to are predicted as they are.

@@ -36,8 +36,8 @@ from freqopt.kernels.portable.backward import key_gradient_kernel, query_gradien
 from freqopt.kernels.portable.backward_bands import (
     band_gradient_kernel,
     finish_kernel,
+    h_bar_gradient_kernel,
     mean_gradient_kernel,
-    order_gradient_kernel,
 )
 from freqopt.kernels.tiles import padded_dim
 from freqopt.kernels.workspace import turns
@@ -51,10 +51,10 @@ PAIR_BYTES = 40
 MEAN_PROGRAMS = 1024
 """Programs that the means are spread over, by cutting the tiles into ranges."""
 
-ORDER_TILES = 16
+H_BAR_TILES = 16
 """Query tiles per program of the first-order matrix's gradient: amortises its (D, D) sum."""
 
-ORDER_COLUMNS = 64
+H_BAR_COLUMNS = 64
 """Value channels per program of the same."""
 
 
@@ -62,35 +62,35 @@ class BandGradients(NamedTuple):
     """Gradients of the low band's means, variances (B, Hkv, J, D) and H-bar (B, Hkv, D, D).
 
     float32 but for that of H-bar, which is in the keys' type and scaled to at most 1: to be
-    multiplied by order_factor (B, Hkv). pooled (B, H, I, D): of the mean squared queries.
+    multiplied by h_bar_factor (B, Hkv). pooled (B, H, I, D): of the mean squared queries.
     """
 
     key: Tensor
     value: Tensor
     var: Tensor
-    order: Tensor
-    order_factor: Tensor
+    h_bar: Tensor
+    h_bar_factor: Tensor
     pooled: Tensor
 
 
-def order_gradient(
+def h_bar_gradient(
     turn: Turn, rows: Rows, share: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of H-bar over the number of tokens: scaled to at most 1, and by what."""
     columns, spans = (
-        min(padded_dim(turn.call.dim), ORDER_COLUMNS),
-        triton.cdiv(turn.tiles, ORDER_TILES),
+        min(padded_dim(turn.call.dim), H_BAR_COLUMNS),
+        triton.cdiv(turn.tiles, H_BAR_TILES),
     )
     parts = turn.single(turn.call.batch, turn.call.heads, spans, turn.call.dim, turn.call.dim)
-    order_gradient_kernel[(spans, turn.call.pairs, triton.cdiv(turn.call.dim, columns))](
+    h_bar_gradient_kernel[(spans, turn.call.pairs, triton.cdiv(turn.call.dim, columns))](
         rows.query, rows.grad, share, parts, turn.tiles,
-        **turn.call.size, BV=columns, GROUP=ORDER_TILES,
+        **turn.call.size, BV=columns, GROUP=H_BAR_TILES,
         PRECISION=turn.shapes.precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     factor = coefficients[..., 1] * (turn.call.scale / turn.call.tokens)
-    order = (parts.sum(2) * factor[..., None, None]).unflatten(1, (turn.call.kv_heads, -1)).sum(2)
-    largest = order.abs().amax((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
-    return (order / largest[..., None, None]).to(rows.query.dtype), largest
+    h_bar = (parts.sum(2) * factor[..., None, None]).unflatten(1, (turn.call.kv_heads, -1)).sum(2)
+    largest = h_bar.abs().amax((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (h_bar / largest[..., None, None]).to(rows.query.dtype), largest
 
 
 def mean_gradients(turn: Turn, rows: Rows, band: Band, sums: Sums) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def band_gradients(
     return BandGradients(
         *mean_gradients(turn, rows, band, sums),
         spread_grad.mT @ by_key_head(rows.pooled, turn.call.kv_heads),
-        *order_gradient(turn, rows, share, forward.coefficients),
+        *h_bar_gradient(turn, rows, share, forward.coefficients),
         (spread_grad @ band.var).view_as(rows.pooled),
     )
 
@@ -192,8 +192,8 @@ def exact_gradients(
         )
         finish_kernel[(turn.all_blocks, turn.key_pairs)](
             own, other, blocks.valid, exact, call.order.index, result,
-            through.key if keys else through.value, through.var, through.order,
-            through.order_factor, *result.stride()[:3],
+            through.key if keys else through.value, through.var, through.h_bar,
+            through.h_bar_factor, *result.stride()[:3],
             call.kv_heads, call.tokens, turn.blocks, turn.all_blocks, layout.text,
             layout.text_before, call.order.row,
             **call.size, SLICE=turn.shapes.slice, KEYS=keys, PRECISION=turn.shapes.precision,

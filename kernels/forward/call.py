@@ -42,7 +42,7 @@ class Summaries(NamedTuple):
 
     in_place: key and value are the model's own instead, (B, Hkv, N, D) of any strides. key_shift
     (.., D) float32: the mean key, on which low_key is centred; key_var (.., J, D) in the keys'
-    type; spread (.., J) float32; low_order (.., D, D): H-bar before scaling.
+    type; spread (.., J) float32; h_bar (.., D, D): H-bar before scaling.
     """
 
     in_place: bool
@@ -53,7 +53,7 @@ class Summaries(NamedTuple):
     spread: Tensor
     low_key: Tensor
     low_value: Tensor
-    low_order: Tensor
+    h_bar: Tensor
 
 
 class Route(NamedTuple):

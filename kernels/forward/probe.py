@@ -75,7 +75,7 @@ def probe_space(call: Call, blocks: int, probes: int) -> ProbeSpace:
 def unfitted(call: Call, summaries: Summaries) -> Fitted:
     """What goes to the attention of a call without probes."""
     ones = torch.ones(*call.per_head, 2, device=call.query.device, dtype=torch.float32)
-    matrix = summaries.low_order
+    matrix = summaries.h_bar
     if call.group_size > 1:
         matrix = matrix.repeat_interleave(call.group_size, 1)
     return Fitted(ones, matrix)
@@ -128,7 +128,7 @@ def fit_probes(
         queries=None if call.own else call.queries,
     )  # fmt: skip
     queued(fit_kernel, fit.grid(pairs=pairs))(
-        query, order, summaries.low_value, summaries.low_order, space.logit, space.term,
+        query, order, summaries.low_value, summaries.h_bar, space.logit, space.term,
         space.moments, space.mass, space.exact, space.missing, space.fitted.coefficients,
         space.energy,
         *query.stride()[:3],
@@ -136,7 +136,7 @@ def fit_probes(
         **fit.fixed, **call.query_side,
     )  # fmt: skip
     queued(ridge_kernel, ridge.grid(pairs=pairs))(
-        query, order, summaries.low_order, space.mass, space.exact, space.missing,
+        query, order, summaries.h_bar, space.mass, space.exact, space.missing,
         space.fitted.coefficients, space.energy, space.fitted.matrix, space.error,
         *query.stride()[:3],
         call.heads, call.group_size, call.queries, probes, parts, text_before, call.scale,

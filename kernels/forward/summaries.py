@@ -11,9 +11,9 @@ from torch import Tensor
 from freqopt.config import KEY_BLOCK
 from freqopt.kernels.forward.call import Call, Summaries
 from freqopt.kernels.hopper import launch as hopper
-from freqopt.kernels.portable.glue import centre_kernel, order_kernel, total_kernel
+from freqopt.kernels.portable.glue import centre_kernel, h_bar_kernel, total_kernel
 from freqopt.kernels.portable.prepare import first_order_kernel, summarise_kernel
-from freqopt.kernels.split_launches import GROUP, ORDER_GROUP
+from freqopt.kernels.split_launches import GROUP, H_BAR_GROUP
 from freqopt.kernels.tape import queued
 from freqopt.kernels.tiles import padded_dim
 
@@ -56,11 +56,11 @@ def summarise(call: Call, *, ordered: bool = True) -> Summaries:
             *key.stride()[:3], *value.stride()[:3], heads, tokens, blocks, text_before,
             **summaries.fixed, **call.key_side, COPY=ordered,
         )  # fmt: skip
-        first_order, first = single(triton.cdiv(blocks, ORDER_GROUP), dim, dim), launches["first"]
+        first_order, first = single(triton.cdiv(blocks, H_BAR_GROUP), dim, dim), launches["first"]
         queued(first_order_kernel, first.grid(blocks=blocks, kv_pairs=kv_pairs))(
             key_out, value_out, key_mean, first_order, tokens, blocks, **first.fixed, **in_place
         )
-    total, centre, order_ = launches["total"], launches["centre"], launches["order"]
+    total, centre, mean = launches["total"], launches["centre"], launches["h_bar"]
     padded = padded_dim(dim)
     programs = total.grid(padded=padded, kv_pairs=kv_pairs)
     key_shift, head_spread = single(dim), single(programs[0])
@@ -70,14 +70,14 @@ def summarise(call: Call, *, ordered: bool = True) -> Summaries:
     queued(centre_kernel, centre.grid(blocks=blocks, kv_pairs=kv_pairs))(
         key_mean, spread, key_shift, head_spread, low_key, blocks, **centre.fixed
     )
-    low_order, cells = native(dim, dim), dim * dim
-    queued(order_kernel, order_.grid(cells=cells, kv_pairs=kv_pairs))(
-        first_order, low_order, first_order.shape[2], tokens, cells, **order_.fixed
+    h_bar, cells = native(dim, dim), dim * dim
+    queued(h_bar_kernel, mean.grid(cells=cells, kv_pairs=kv_pairs))(
+        first_order, h_bar, first_order.shape[2], tokens, cells, **mean.fixed
     )
     return Summaries(
         in_place=not ordered, key=key_out, value=value_out,
         key_shift=key_shift, key_var=key_var, spread=spread,
-        low_key=low_key, low_value=low_value, low_order=low_order,
+        low_key=low_key, low_value=low_value, h_bar=h_bar,
     )  # fmt: skip
 
 

@@ -185,8 +185,8 @@ def band_gradient_kernel(
 
 
 @triton.jit
-def order_gradient_kernel(
-    query, grad, share, order_grad, tiles,
+def h_bar_gradient_kernel(
+    query, grad, share, h_bar_grad, tiles,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -208,8 +208,8 @@ def order_gradient_kernel(
         weighted = d_out.to(tl.float32) * tl.load(share + first + at)[:, None]
         acc = tl.dot(tl.trans(weighted.to(q.dtype)), q, acc, input_precision=PRECISION)
     cells = value_col[:, None] * D + col[None, :]
-    order_grad += (pair * tl.num_programs(0) + group) * D * D
-    tl.store(order_grad + cells, acc, mask=(value_col < D)[:, None] & (col < D)[None, :])
+    h_bar_grad += (pair * tl.num_programs(0) + group) * D * D
+    tl.store(h_bar_grad + cells, acc, mask=(value_col < D)[:, None] & (col < D)[None, :])
 
 
 @triton.jit
@@ -269,14 +269,14 @@ def _centred(x, valid, size):
 
 @triton.jit
 def _through_means(
-    own, other, rows, block, tokens, mean_grad, var_grad, order_grad, order_factor,
+    own, other, rows, block, tokens, mean_grad, var_grad, h_bar_grad, h_bar_factor,
     D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the low band gives to one block's keys, or to its values.
 
-    own: whose gradient it is, other: the values, or the keys. order_grad: H-bar's (D, D) in the
-    keys' type, to be multiplied by the number at order_factor.
+    own: whose gradient it is, other: the values, or the keys. h_bar_grad: H-bar's (D, D) in the
+    keys' type, to be multiplied by the number at h_bar_factor.
     """
     col = tl.arange(0, DP)
     in_dim = col < D
@@ -295,7 +295,7 @@ def _through_means(
             cells = part[:, None] * D + col[None, :]
         else:
             cells = col[None, :] * D + part[:, None]
-        h = tl.load(order_grad + cells, mask=inside, other=0.0)
+        h = tl.load(h_bar_grad + cells, mask=inside, other=0.0)
         x = _centred(x.to(tl.float32), valid, size).to(h.dtype)
         acc = tl.dot(x, h, acc, input_precision=PRECISION)
     shared = tl.load(mean_grad + block * D + col, mask=in_dim, other=0.0)[None, :]
@@ -304,12 +304,12 @@ def _through_means(
         k = tl.load(own + rows[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
         spread = tl.load(var_grad + block * D + col, mask=in_dim, other=0.0)
         shared = shared + 2.0 * spread[None, :] * _centred(k, valid, size)
-    return acc * tl.load(order_factor) + shared / size
+    return acc * tl.load(h_bar_factor) + shared / size
 
 
 @triton.jit
 def finish_kernel(
-    own, other, valid, exact_grad, order, out, mean_grad, var_grad, order_grad, order_factor,
+    own, other, valid, exact_grad, order, out, mean_grad, var_grad, h_bar_grad, h_bar_factor,
     stride_ob, stride_oh, stride_on,
     kv_heads, tokens, blocks, all_blocks, text, text_before, order_row,
     D: tl.constexpr, DP: tl.constexpr, SLICE: tl.constexpr, KEYS: tl.constexpr,
@@ -338,7 +338,7 @@ def finish_kernel(
         means = key_pair * blocks * D
         total += _through_means(
             own, other, rows, block, tokens, mean_grad + means, var_grad + means,
-            order_grad + key_pair * D * D, order_factor + key_pair, D, DP, SLICE, KEYS, PRECISION,
+            h_bar_grad + key_pair * D * D, h_bar_factor + key_pair, D, DP, SLICE, KEYS, PRECISION,
         )  # fmt: skip
     x = (block - blocks) * BLOCK + lane
     is_video = block < blocks

@@ -103,7 +103,7 @@ def centre_kernel(
 
 
 @triton.jit
-def order_kernel(first_order, out, groups, tokens, cells, CELLS: tl.constexpr):
+def h_bar_kernel(first_order, out, groups, tokens, cells, CELLS: tl.constexpr):
     """Token-mean of the first-order products: (heads, groups, cells) summed over groups, cast."""
     pair = tl.program_id(1).to(tl.int64)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
@@ -263,7 +263,7 @@ def _shares(logit, term, pair, probe, probes, block, blocks, c):
 
 @triton.jit
 def fit_kernel(
-    query, order, low_value, low_order, logit, term, moments, mass,
+    query, order, low_value, h_bar, logit, term, moments, mass,
     exact_out, missing_out, coefficients, probe_energy,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, blocks, probes, parts, text_before, scale,
@@ -334,7 +334,7 @@ def fit_kernel(
             query, order, probe, probes, tokens, text_before, stride_qn, col, D
         )
         turned = low[:, None] * _turned(
-            rows, low_order + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
+            rows, h_bar + key_pair * D * D, real[:, None], D, DP, BP, PRECISION
         )
         cell = probe[:, None] * D + col[None, :]
         mask = real[:, None] & in_dim

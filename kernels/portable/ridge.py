@@ -61,7 +61,7 @@ def _inverse(matrix, eye):
 
 @triton.jit
 def ridge_kernel(
-    query, order, low_order, mass, exact_out, missing_out, coefficients, probe_energy,
+    query, order, h_bar, mass, exact_out, missing_out, coefficients, probe_energy,
     matrix, probe_error,
     stride_qb, stride_qh, stride_qn,
     heads, group_size, tokens, probes, parts, text_before, scale,
@@ -79,7 +79,7 @@ def ridge_kernel(
     batch, head = pair // heads, pair % heads
     query += batch * stride_qb + head * stride_qh
     order += pair // order_share * order_row
-    low_order += (batch * (heads // group_size) + head // group_size) * D * D
+    h_bar += (batch * (heads // group_size) + head // group_size) * D * D
     matrix += pair * D * D
     mass += pair * parts * probes * 2
     exact_out += pair * parts * probes * D
@@ -150,7 +150,7 @@ def ridge_kernel(
                 _left, turned = _left_of(exact_out, missing_out, cell, inside, g)
                 in_matrix = (value_col < D)[:, None] & (key_col < D)[None, :]
                 where = value_col[:, None] * D + key_col[None, :]
-                h = tl.load(low_order + where, mask=in_matrix, other=0.0).to(tl.float32)
+                h = tl.load(h_bar + where, mask=in_matrix, other=0.0).to(tl.float32)
                 z = tl.dot(turned, h, z, input_precision=PRECISION)
             f = tl.load(rows + key_col[None, :], mask=real & (key_col < D)[None, :], other=0.0).to(
                 tl.float32
@@ -160,7 +160,7 @@ def ridge_kernel(
             value_col = first + col
             in_matrix = (value_col < D)[:, None] & (key_col < D)[None, :]
             where = value_col[:, None] * D + key_col[None, :]
-            m = g * tl.load(low_order + where, mask=in_matrix, other=0.0).to(tl.float32)
+            m = g * tl.load(h_bar + where, mask=in_matrix, other=0.0).to(tl.float32)
             if factor > 0.0:
                 inside = real & (value_col < D)[None, :]
                 cell = at[:, None] * D + value_col[None, :]

@@ -72,7 +72,7 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
         "total": (2, kv, 1),
         "centre": (1, kv, 1),
         "first": (1, kv, 1),
-        "order": (4, kv, 1),
+        "h_bar": (4, kv, 1),
         "pool_tiles": (pairs, tiles, 1),
         "disperse": (pairs, 1, 1),
         "score": (pairs, 1, 1),
@@ -136,15 +136,15 @@ def test_launches(programs: Programs, table: list[Compiled], folder: Path) -> No
                     raw = {"key": 0x2000, "value": 0x3000}[name]
                     summarised = row.kernel == "summarise"
                     assert value == (raw if summarised else buffers[f"{name}_out"]), where
-                elif name in buffers and row.kernel != "order":
+                elif name in buffers and row.kernel != "h_bar":
                     assert value == buffers[name], where
-            elif row.kernel == "order" and name == "groups":
+            elif row.kernel == "h_bar" and name == "groups":
                 assert value == 1
             elif row.kernel == "summarise" and name == "heads":
                 assert value == kv_heads
             else:
                 assert value == integers[name], where
-    before = ["summarise", "total", "centre", "first", "order"]
+    before = ["summarise", "total", "centre", "first", "h_bar"]
     scores = ["pool_tiles", "disperse", "score"]
     after = ["limits", "route", "probe", "merge", "estimate", "fit", "ridge", "attend", "text"]
     assert seen == before + scores + after
@@ -362,7 +362,7 @@ def test_onnxruntime_launches_what_it_is_given_and_is_told_of_what_does_not_fit(
         "total",
         "centre",
         "first_order",
-        "order",
+        "h_bar",
         "pool_tiles",
         "disperse",
         "score",

@@ -232,7 +232,7 @@ def test_launch_parameters_and_network(artifact: Artifact) -> None:
         "total",
         "centre",
         "first",
-        "order",
+        "h_bar",
         "pool_tiles",
         "disperse",
         "score",
@@ -277,7 +277,7 @@ def test_tactics_are_offered(artifact: Artifact, tmp_path: Path) -> None:
     """A node with two tactics: autotune names both, and the number chosen picks the PTX."""
     folder = tmp_path / "aot"
     shutil.copytree(artifact.path / "aot", folder)
-    (node,) = (n for n in nodes_of(artifact) if n["kernel"] == "order")
+    (node,) = (n for n in nodes_of(artifact) if n["kernel"] == "h_bar")
     (first,) = node["tactics"]
     node["tactics"] = [first, {**first, "symbol": "other", "warps": 1}]
     (folder / "nodes.json").write_text(json.dumps([node]))

@@ -71,7 +71,7 @@ GRIDS = {
     "total": (4, 24),
     "centre": (16, 24),
     "first": (16, 24),
-    "order": (16, 24),
+    "h_bar": (16, 24),
     "pool_tiles": (24, 256),
     "disperse": (24, 4, 8),
     "score": (24, 32),

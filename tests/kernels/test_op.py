@@ -13,7 +13,7 @@ from attention_cases import (
     Case,
     budget_for,
     dense,
-    first_order_of,
+    h_bar_of,
     make_tensors,
     reference_split,
     relative,
@@ -53,7 +53,7 @@ def test_cpu_op_is_the_reference(case: Case, density: float) -> None:
     expected, split = reference_split(case, tensors, budget)
     out, reached, error, route, coefficients, *_, matrix = call_op(case, tensors, budget)
     assert torch.equal(route, split.route)
-    assert relative(matrix, split.probe.matrix(first_order_of(case, tensors))) < 1e-4
+    assert relative(matrix, split.probe.matrix(h_bar_of(case, tensors))) < 1e-4
     assert relative(out, expected) < 1e-5
     assert torch.allclose(reached, split.density)
     assert torch.allclose(error, split.probe.error, atol=1e-4)

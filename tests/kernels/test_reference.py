@@ -38,7 +38,7 @@ def test_summaries_count_the_ragged_block() -> None:
     expected = key[0, 0, 64:].var(0, unbiased=False)
     assert torch.allclose(summary.key_var[0, 0, 1], expected, atol=1e-6)
     offset = key - summary.key_mean.repeat_interleave(64, 2)[:, :, :70]
-    assert torch.allclose(summary.first_order, value.mT @ offset / 70, atol=1e-6)
+    assert torch.allclose(summary.h_bar, value.mT @ offset / 70, atol=1e-6)
 
 
 def test_constant_blocks_are_served_exactly_by_their_means() -> None:
@@ -88,10 +88,10 @@ def fitted_update(
     """Terms F and G of random probes of two heads, H-bar, what is left, and the planted matrix."""
     generator = torch.Generator().manual_seed(probes + dim)
     f = torch.randn(1, 2, probes, dim, generator=generator)
-    first_order = torch.randn(1, 2, dim, dim, generator=generator)
+    h_bar = torch.randn(1, 2, dim, dim, generator=generator)
     matrix = planted * torch.randn(1, 2, dim, dim, generator=generator)
     left = f @ matrix.mT + noise * torch.randn(1, 2, probes, dim, generator=generator)
-    return f, f @ first_order.mT, first_order, left, matrix
+    return f, f @ h_bar.mT, h_bar, left, matrix
 
 
 FITS = torch.ones(1, 2, dtype=torch.bool)
@@ -110,8 +110,8 @@ def test_the_update_is_the_matrix_that_the_probes_lack() -> None:
 @pytest.mark.parametrize("probes", [5, 64])
 def test_each_probe_is_predicted_from_all_others(probes: int) -> None:
     """What is left of a probe: by the regression without it, in so many words."""
-    f, g, first_order, left, _ = fitted_update(probes, dim=16, noise=0.5)
-    _, after = reference.fit_update(f, g, first_order, left, FITS)
+    f, g, h_bar, left, _ = fitted_update(probes, dim=16, noise=0.5)
+    _, after = reference.fit_update(f, g, h_bar, left, FITS)
     kernel = sum(x @ x.mT / x.square().sum((2, 3), keepdim=True) for x in (f, g))
     told = torch.empty_like(left)
     for probe in range(probes):
@@ -127,21 +127,21 @@ def test_each_probe_is_predicted_from_all_others(probes: int) -> None:
 
 def test_noise_is_not_fitted() -> None:
     """A matrix that predicts no other probe is drawn back: other queries get little of it."""
-    f, g, first_order, noise, _ = fitted_update(dim=64, planted=0.0, noise=1.0)
-    update, after = reference.fit_update(f, g, first_order, noise, FITS)
+    f, g, h_bar, noise, _ = fitted_update(dim=64, planted=0.0, noise=1.0)
+    update, after = reference.fit_update(f, g, h_bar, noise, FITS)
     whole = f @ (noise.mT @ f / f.square().sum()).mT
     assert (f @ update.mT).norm() < 0.25 * whole.norm() + 0.25 * noise.norm()
     assert after.norm() < 1.01 * noise.norm()
 
 
 def test_the_update_is_bounded_by_the_terms_of_the_mean_matrix() -> None:
-    f, g, first_order, left, _ = fitted_update(planted=1.0)
-    update, _ = reference.fit_update(f, g, first_order, left, FITS)
+    f, g, h_bar, left, _ = fitted_update(planted=1.0)
+    update, _ = reference.fit_update(f, g, h_bar, left, FITS)
     terms = (f @ update.mT).norm(dim=(2, 3))
     most = reference.UPDATE_SHARE * reference.UPDATE_MAX * g.norm(dim=(2, 3))
     torch.testing.assert_close(terms, most, rtol=1e-2, atol=0)
     # And where they are small by what is left, the error comes from elsewhere.
-    small, _ = reference.fit_update(f, g / 100, first_order / 100, left, FITS)
+    small, _ = reference.fit_update(f, g / 100, h_bar / 100, left, FITS)
     assert not small.any()
 
 
@@ -156,11 +156,11 @@ def test_one_probe_and_heads_that_do_not_fit_have_no_update() -> None:
 
 
 def test_more_probes_than_it_is_fitted_to_are_predicted_as_they_are() -> None:
-    f, g, first_order, left, _ = fitted_update(200, noise=0.2)
-    update, after = reference.fit_update(f, g, first_order, left, FITS)
+    f, g, h_bar, left, _ = fitted_update(200, noise=0.2)
+    update, after = reference.fit_update(f, g, h_bar, left, FITS)
     chosen = reference.probe_positions(200, reference.RIDGE_PROBES, f.device)
     fewer = (x[:, :, chosen] for x in (f, g))
-    alone, seen = reference.fit_update(*fewer, first_order, left[:, :, chosen], FITS)
+    alone, seen = reference.fit_update(*fewer, h_bar, left[:, :, chosen], FITS)
     torch.testing.assert_close(alone, update)
     torch.testing.assert_close(seen, after[:, :, chosen])
     others = torch.ones(200, dtype=torch.bool).index_fill(0, chosen, False)

@@ -23,7 +23,7 @@ KERNELS = {
     "sum_kernel",
     "band_gradient_kernel",
     "mean_gradient_kernel",
-    "order_gradient_kernel",
+    "h_bar_gradient_kernel",
     "query_gradient_kernel",
     "key_gradient_kernel",
     "finish_kernel",

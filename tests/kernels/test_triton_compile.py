@@ -44,7 +44,7 @@ print(json.dumps({n: [k.metadata.shared, len(k.asm["cubin"])] for n, k in found.
 SHORT_CALL = {
     f"{name}_kernel"
     for name in (
-        "attend centre disperse estimate first_order fit limits merge order pool_tiles probe ridge "
+        "attend centre disperse estimate first_order fit h_bar limits merge pool_tiles probe ridge "
         "route score summarise total"
     ).split()
 }

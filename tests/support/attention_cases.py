@@ -187,11 +187,11 @@ def budget_for(case: Case, tensors: tuple[Tensor, ...], density: float) -> Tenso
     return (window.gather(1, best) * window.gather(1, best + 1)).sqrt().squeeze(1)
 
 
-def first_order_of(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+def h_bar_of(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
     """H-bar (B, H, D, D) of the low band, in the definition's order."""
     orders = orders_of(case, tensors)
     tokens = chunked.take_apart(case.inputs(tensors, torch.zeros(case.heads), orders), orders)
-    return reference.summarise(tokens.key, tokens.value, KEY_BLOCK).first_order
+    return reference.summarise(tokens.key, tokens.value, KEY_BLOCK).h_bar
 
 
 def reference_split(

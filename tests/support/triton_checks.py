@@ -20,7 +20,7 @@ from attention_cases import (
     budget_for,
     clustered,
     dense,
-    first_order_of,
+    h_bar_of,
     logits_of,
     make_tensors,
     orders_of,
@@ -123,7 +123,7 @@ def test_kernels_are_the_reference(case: Case, dtype: torch.dtype) -> None:
     out, reached, error, route, coefficients, *_, matrix = run(case, tensors, budget)
     assert torch.equal(route, wanted.route)
     assert out.dtype == matrix.dtype == dtype
-    turned = wanted.probe.matrix(first_order_of(case, tensors))
+    turned = wanted.probe.matrix(h_bar_of(case, tensors))
     assert relative(matrix, turned) < MATRIX_TOLERANCE[dtype]
     assert wanted.probe.update.norm() > 0.05 * turned.norm()
     assert relative(out, expected) < TOLERANCE[dtype]
@@ -140,7 +140,7 @@ def test_the_update_is_the_reference_for_other_numbers_of_probes(probes: int) ->
     budget = budget_for(case, tensors, 0.3)
     _, wanted = reference_split(case, tensors, budget, probes)
     _, _, error, *_, matrix = run(case, tensors, budget, probes)
-    assert relative(matrix, wanted.probe.matrix(first_order_of(case, tensors))) < 1e-3
+    assert relative(matrix, wanted.probe.matrix(h_bar_of(case, tensors))) < 1e-3
     assert wanted.probe.update.norm() > 0
     assert torch.allclose(error, wanted.probe.error, rtol=1e-2)
 
@@ -669,7 +669,7 @@ def test_hopper_preparation_is_the_portable_one(
         ("spread", 1e-4),
         ("key_var", 1e-3),
         ("low_value", 1e-3),
-        ("low_order", 1e-2),
+        ("h_bar", 1e-2),
     ):
         x, y = getattr(found, name), getattr(wanted, name)
         assert x.dtype == y.dtype and relative(x, y) < most, name
@@ -688,7 +688,7 @@ def test_strides_that_no_wide_copy_takes_go_to_the_portable_kernels() -> None:
     assert not hopper.prepares(odd, odd)
     found, wanted = (summarise(call_on(case, x, x)) for x in (odd, key))
     assert torch.equal(found.key, wanted.key)
-    assert relative(found.low_order, wanted.low_order) < 1e-2
+    assert relative(found.h_bar, wanted.h_bar) < 1e-2
 
 
 @pytest.mark.gpu

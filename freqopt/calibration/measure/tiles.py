@@ -156,7 +156,7 @@ def fit_probes(head: HeadTokens, thresholds: Tensor, probes: int) -> reference.P
         head.mass_term[:, :, tile].expand(-1, rungs, -1, -1),
         low.value_mean.expand(-1, rungs, -1, -1),
         (query * head.scale).expand(-1, rungs, -1, -1),
-        low.first_order.expand(-1, rungs, -1, -1),
+        low.h_bar.expand(-1, rungs, -1, -1),
         0.0,
         low.counts.numel(),
     )
@@ -205,7 +205,7 @@ def _chunk_errors(
     weight = (logit + c * head.mass_term[:, :, tile]).masked_fill_(lifted, -torch.inf).exp_()
     low_mass = weight.sum(-1, keepdim=True)
     out = out + weight @ low.value_mean
-    out = out + low_mass * (query @ probe.matrix(low.first_order).mT * head.scale)
+    out = out + low_mass * (query @ probe.matrix(low.h_bar).mT * head.scale)
     out = (out + sums.text_out) / (mass + sums.text_mass + low_mass)
     total = sums.mass.sum(-1, keepdim=True) + sums.text_mass
     truth = (sums.out.sum(-2) + sums.text_out) / total
