@@ -198,7 +198,7 @@ from concurrent.futures import ThreadPoolExecutor
 from freqopt.kernels.specialise import compile_specialised, specialisations
 from freqopt.kernels.variant import Variant
 variant = Variant(90, "float16", 64, False)
-names = {"total", "centre", "order", "limits", "merge", "route"}
+names = {"total", "centre", "h_bar", "limits", "merge", "route"}
 jobs = [job for job in specialisations(variant) if job.name in names]
 def made(job):
     return job.name, len(compile_specialised(job, variant).asm["ptx"])
