@@ -29,7 +29,11 @@ def origin(result: dict[str, Any]) -> str:
     parts = [where["device"], f"torch {where['torch']}"]
     if "onnxruntime" in where:
         parts.append(f"onnxruntime {where['onnxruntime']}")
-    return f"{', '.join(parts)}, commit {where['commit']}."
+    rows = (x for part in result.values() if isinstance(part, list) for x in part)
+    older = {row["commit"] for row in rows if isinstance(row, dict) and "commit" in row}
+    older -= {where["commit"]}
+    some = f", some rows of {', '.join(sorted(older))}" if older else ""
+    return f"{', '.join(parts)}, commit {where['commit']}{some}."
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

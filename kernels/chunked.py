@@ -172,14 +172,18 @@ def attend_tiles(
     low: ref.Summary,
     scores: ref.Scores,
     route: Tensor,
-    probe: ref.Probe,
+    c: Tensor,
+    matrix: Tensor,
     scale: float,
 ) -> Part:
-    """Split attention of all queries (B, H, Tq, D), in their order, in one softmax."""
+    """Split attention of all queries (B, H, Tq, D), in their order, in one softmax.
+
+    c (B, H) and the first-order matrix (B, H, D, D): what the probes gave.
+    """
     tiles = ref.split_blocks(tokens.query, QUERY_TILE)
     parts = [
         attend_exact(tokens, tiles, route, scale),
-        attend_low(low, scores.mass_term, tiles, route, probe.c, scale),
+        attend_low(low, scores.mass_term, tiles, route, c, scale),
     ]
     if tokens.text_key.shape[2]:
         text = fused(tokens.query, tokens.text_key, tokens.text_value, tokens.text_bias, scale)
@@ -194,8 +198,7 @@ def attend_tiles(
     for part in parts:
         out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
     low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
-    matrix = scale * probe.matrix(low.h_bar)
-    turned = (tiles @ matrix.mT.unsqueeze(2)).mul_(low_share)
+    turned = (tiles @ (scale * matrix).mT.unsqueeze(2)).mul_(low_share)
     out += turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
     queries = tokens.query.shape[2]
     return Part(out.flatten(2, 3)[:, :, :queries], log_sum.flatten(2)[..., :queries])
@@ -263,7 +266,8 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
     thresholds = ref.resolve_thresholds(scores.score, inputs.threshold, settings.density, own=own)
     route = ref.route_pairs(scores.score, *thresholds, own=own)
     probe = fit_probe(tokens, low, scores, route, settings.probes, scale)
-    video = attend_tiles(tokens, low, scores, route, probe, scale)
+    matrix = probe.matrix(low.h_bar)
+    video = attend_tiles(tokens, low, scores, route, probe.c, matrix, scale)
 
     batch, heads, length, dim = query.shape
     out = query.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -278,5 +282,5 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
         orders.query,
     )
     split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
-    matrix = ref.rounded(probe.matrix(low.h_bar), query.dtype).to(query.dtype)
+    matrix = ref.rounded(matrix, query.dtype).to(query.dtype)
     return Forward(out, log_sum[..., 0], split, matrix, orders)

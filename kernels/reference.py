@@ -48,6 +48,10 @@ LEAST_TERM, LEAST_TOLD = 1 / 16, 1e-6
 they are less, the error comes from elsewhere, and what is fitted to it fails other queries. And
 that of predictions of what is left: less is rounding, as where there is one probe."""
 
+INVERSE_STEPS = 9
+"""Of Newton and Schulz, X <- X (2 - A X) from 1 / (1 + RIDGE), where there is no inverse.
+Eigenvalues of A lie between the ridge and 2 more, so X is off by less than 0.977^(2^9), 7e-6."""
+
 RIDGE_PROBES = 64
 """Most probes that the update is fitted to: their products are a matrix to be inverted."""
 

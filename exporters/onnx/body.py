@@ -14,6 +14,7 @@ from freqopt.kernels.reference import (
     C_MAX,
     EXACT,
     G_MAX,
+    INVERSE_STEPS,
     LEAST_CORRECTION,
     LEAST_MASS,
     LEAST_TERM,
@@ -38,9 +39,6 @@ INPUTS = (
     *("order", "text_before", "query_order", "query_text_before"),
 )
 ATTRIBUTES = ("scale", "density", "probes", "own")
-
-INVERSE_STEPS = 9
-"""Of Newton and Schulz, as ONNX has no inverse; see `freqopt.kernels.portable.ridge`."""
 
 INFINITY = float("inf")
 PER_TILE = QUERY_TILE // SUB_TILE
@@ -301,10 +299,13 @@ class _Split:
 
     def probe_positions(self) -> tuple[Value, Value]:
         """Token-order positions (P,) and their tiles; one where there are no probes."""
-        probes = self.probes.maximum(1).minimum(self.queries)
-        numerator = (self.n.range(0, probes) * 2 + 1) * self.queries
-        positions = numerator // (probes * 2)
+        positions = self._evenly(self.probes.maximum(1), self.queries)
         return positions, positions // QUERY_TILE
+
+    def _evenly(self, most: Value | int, length: Value) -> Value:
+        """`reference.probe_positions`: at most so many places of a length."""
+        count = length.minimum(most)
+        return (self.n.range(0, count) * 2 + 1) * length // (count * 2)
 
     def fit_probe(
         self,
@@ -362,9 +363,8 @@ class _Split:
         """`reference.fit_update`: the update, and the energy (B, H) of what it leaves."""
         n = self.n
         probes = left.size(2)
-        count = probes.minimum(RIDGE_PROBES)
-        lane = n.range(0, count)
-        chosen = (lane * 2 + 1) * probes // (count * 2)
+        chosen = self._evenly(RIDGE_PROBES, probes)
+        lane = n.range(0, probes.minimum(RIDGE_PROBES))
         f, g, r = (x.gather(chosen, 2) for x in (turned, correction, left))
         of_f, of_g = ((x * x).sum(2, 3).maximum(1e-30).unsqueeze(2, 3) for x in (f, g))
         eye = lane.unsqueeze(1).equals(lane).float()

@@ -8,6 +8,7 @@ import triton.language as tl
 from freqopt.kernels.portable.attend import _turned
 from freqopt.kernels.portable.glue import LEAST_ENERGY, _probe_rows
 from freqopt.kernels.reference import (
+    INVERSE_STEPS,
     LEAST_TERM,
     LEAST_TOLD,
     RIDGE,
@@ -22,10 +23,10 @@ LEAST_TERMS = tl.constexpr(LEAST_TERM)
 LEAST_SHARE_TOLD = tl.constexpr(LEAST_TOLD)
 MOST = tl.constexpr(UPDATE_MAX)
 TAKEN = tl.constexpr(UPDATE_SHARE)
-FIRST_STEPS, LAST_STEPS = tl.constexpr(6), tl.constexpr(3)
-"""Of Newton and Schulz, each of which squares what the inverse is off by. Eigenvalues lie between
-the ridge and 2 more, so that is below 0.977^(2^9), 7e-6. The first steps bring it to where only the
-last have to be accurate."""
+LAST_STEPS = tl.constexpr(3)
+FIRST_STEPS = tl.constexpr(INVERSE_STEPS - LAST_STEPS.value)
+"""Each step squares what the inverse is off by: the first bring it to where only the last have to
+be accurate."""
 
 SINGLE = tl.constexpr("tf32x3")
 """Precision of what decides on the inverse of a matrix whose eigenvalues differ by 86."""
