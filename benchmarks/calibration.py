@@ -67,11 +67,12 @@ BEYOND = 4.0
 class Results:
     """What was measured so far, in a file that is written anew with every addition.
 
-    densities: those wanted.
+    densities: those wanted. name: of the file.
     """
 
     folder: Path
     densities: Sequence[float]
+    name: str = "calibration"
     found: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -80,7 +81,7 @@ class Results:
         self.found.update(more)
         self.found["summary"] = summary(self.found, self.densities)
         self.found["seconds"] = time.perf_counter() - self.started
-        return write("calibration", self.found, self.folder)
+        return write(self.name, self.found, self.folder)
 
 
 class Match(NamedTuple):
@@ -201,7 +202,7 @@ def summary(result: dict[str, Any], densities: Sequence[float]) -> dict[str, flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run everything; writes calibration.json and calibration.png."""
+    """Run everything; writes calibration.json and calibration.png, or by another name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     for name in ("frames", "height", "width", "steps"):
@@ -224,13 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--random-weights", action="store_true", help="to try the benchmark out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--name", default="calibration", help="of the files (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     given = parser.parse_args(arguments)
     names = "frames height width steps dtype samples target_error random_weights"
     settings = default_settings(given.device, **{n: getattr(given, n) for n in names.split()})
     on_gpu = torch.device(settings.device).type == "cuda"
     densities = given.densities or ((0.1, 0.05) if on_gpu else (0.4, 0.25))
-    results = Results(given.out, densities)
+    results = Results(given.out, densities, given.name)
     with open_progress(not given.quiet) as bars:
         until = 0.0 if given.targets_only else given.seconds
         measure(settings, densities, given.seeds, results, bars, until=until)

@@ -39,13 +39,23 @@ def rows(result: dict[str, Any]) -> Iterator[str]:
         for word, density in named.items():
             label = label.replace(f"at the {word} density", f"at {density} density")
         yield f"| {label} | {shown} | {TARGETS.get(name, '')} |"
+    yield from ("", *at_equal_error(result))
     if variants:
         yield ""
         yield from budgets(variants, densities)
 
 
-def left_out(result: dict[str, Any]) -> Iterator[str]:
-    """The variants of a run that left out one ingredient at a time, in Markdown."""
+def at_equal_error(result: dict[str, Any]) -> Iterator[str]:
+    """Between which densities curves were compared, in Markdown; nothing without curves."""
+    if (ratio := result.get("density_ratio")) is not None:
+        densities = [density for density, _ in result["curves"]["calibrated"]]
+        yield f"Between densities of {min(densities):.1%} and {max(densities):.1%}"
+        yield f"calibrated budgets need {ratio:.3f} of the density of one threshold"
+        yield "for the same error of the output (geometric mean)."
+
+
+def compared(result: dict[str, Any]) -> Iterator[str]:
+    """All variants of a run, in Markdown."""
     variants = result["variants"]
     yield from budgets(variants, list(dict.fromkeys(row["wanted_density"] for row in variants)))
 

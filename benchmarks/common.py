@@ -18,7 +18,7 @@ from benchmarks.pages import RESULTS
 from freqopt.shown import shown_arguments
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, Any]:
     """GPU, driver-visible versions and commit, for the head of a result file."""
     import triton
 
@@ -46,12 +46,22 @@ def earlier(
     """
     path = (folder or RESULTS) / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    same = {key: found.get(key) for key in asked} == asked
-    commit = found.get("environment", {}).get("commit", "unknown")
-    rows = {
-        part: [{"commit": commit, **row} for row in found[part]] if same else [] for part in parts
+    where = environment()
+    if not found or {key: found.get(key) for key in asked} != asked:
+        return {"environment": where, **asked, **{part: [] for part in parts}}
+    commit = found["environment"].get("commit", "unknown")
+    return {
+        "environment": where | {"before": commands_before(found, where)},
+        **asked,
+        **{part: [{"commit": commit, **row} for row in found.get(part, [])] for part in parts},
     }
-    return {"environment": environment(), **asked, **rows}
+
+
+def commands_before(found: dict[str, Any], where: dict[str, Any]) -> list[str]:
+    """Commands that made rows of an earlier result, but for the one that runs now."""
+    was = found["environment"]
+    commands = [*was.get("before", []), *([was["command"]] if "command" in was else [])]
+    return [command for command in dict.fromkeys(commands) if command != where["command"]]
 
 
 def _module_name() -> str:

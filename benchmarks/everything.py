@@ -86,6 +86,11 @@ JOBS = (
     Job("benchmarks.lora", ("lora",)),
     Job("benchmarks.composition", ("composition",)),
     Job("benchmarks.calibration --targets-only --seeds 10 --quiet", ("calibration",)),
+    Job(
+        "benchmarks.calibration --targets-only --seeds 4 --densities .2 .15"
+        " --name calibration_denser --quiet",
+        ("calibration_denser",),
+    ),
     Job("benchmarks.large --again", ("large",)),
     Job(f"{DEMO} --grid 21,30,52 --density 0.1", ("demo_h200",)),
     Job("benchmarks.dinov2 --packages PACKAGES", ("dinov2",), missing=without_packages),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,20 @@ def origin(result: dict[str, Any]) -> str:
     parts = [where["device"], f"torch {where['torch']}"]
     if "onnxruntime" in where:
         parts.append(f"onnxruntime {where['onnxruntime']}")
-    rows = (x for part in result.values() if isinstance(part, list) for x in part)
-    older = {row["commit"] for row in rows if isinstance(row, dict) and "commit" in row}
-    older -= {where["commit"]}
+    older = set(commits(result)) - {where["commit"]}
     some = f", some rows of {', '.join(sorted(older))}" if older else ""
     return f"{', '.join(parts)}, commit {where['commit']}{some}."
+
+
+def commits(part: Any) -> Iterator[str]:
+    """Commits that a part of a result names, its rows' among them."""
+    if isinstance(part, dict):
+        if "commit" in part:
+            yield part["commit"]
+        part = list(part.values())
+    if isinstance(part, list):
+        for each in part:
+            yield from commits(each)
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

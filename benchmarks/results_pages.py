@@ -39,7 +39,7 @@ class Page(NamedTuple):
 
     def text(self) -> str:
         """The whole page."""
-        commands = dict.fromkeys(commanded(load(name)) for name in self.files)
+        commands = dict.fromkeys(each for name in self.files for each in commanded(load(name)))
         sources = [f"- [{name}.json]({FILES}/{name}.json)" for name in self.files]
         lines = [
             f"# {self.title}",
@@ -60,10 +60,10 @@ class Page(NamedTuple):
         return "\n".join(lines).rstrip() + "\n"
 
 
-def commanded(result: dict[str, Any]) -> str:
-    """The command that wrote a result file."""
-    found: str = result["environment"].get("command") or result["command"]
-    return found
+def commanded(result: dict[str, Any]) -> list[str]:
+    """The commands that wrote a result file, the last one last."""
+    where = result["environment"]
+    return [*where.get("before", []), where.get("command") or result["command"]]
 
 
 def attention() -> Iterator[str]:
@@ -189,9 +189,15 @@ def calibration() -> Iterator[str]:
     yield "and with budgets from all ingredients but one."
     yield from ("", origin(result), *calibration_page.rows(result), "")
     yield f"![Error against density]({FILES}/calibration.png)"
+    denser = load("calibration_denser")
+    yield from ("", "## At higher densities", "", origin(denser))
+    yield f"{denser['settings']['seeds']} seeds."
+    yield from ("", *calibration_page.at_equal_error(denser), "")
+    yield from calibration_page.compared(denser)
+    yield from ("", "What bounds the PSNR: [a decision](../decisions/video-bound.md).")
     earlier = load("calibration_7dae3f7")
     yield from ("", "## One ingredient left out", "", "Of an earlier commit.")
-    yield from ("", origin(earlier), "", *calibration_page.left_out(earlier))
+    yield from ("", origin(earlier), "", *calibration_page.compared(earlier))
 
 
 def exported() -> Iterator[str]:
@@ -386,7 +392,7 @@ PAGES = (
         "calibration",
         "Calibration",
         "What budgets per head and timestep are worth",
-        ("calibration", "calibration_7dae3f7"),
+        ("calibration", "calibration_denser", "calibration_7dae3f7"),
         calibration,
     ),
     Page(

@@ -253,6 +253,8 @@ def subblock(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:
         query, key, value = (x.transpose(1, 2).contiguous() for x in each[1:4])
         for route in routes:
             sparsity = 1.0 - route.density
+            # It rounds up to eight blocks: 6.2 % where 5 % of 32,760 tokens were asked for.
+            density = float(router.route(query, key, sparsity, scale).density)
 
             def run(tensors: Any = (query, key, value), sparsity: float = sparsity) -> Tensor:
                 plan = router.route(*tensors[:2], sparsity, scale)
@@ -261,7 +263,7 @@ def subblock(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:
                 return out.transpose(1, 2)
 
             setting = f"sparsity {sparsity:.3g}, {each.name} order"
-            yield Rival("SubBlock", route.density, run, each.order, setting)
+            yield Rival("SubBlock", density, run, each.order, setting)
 
 
 def sparge(a: Attention, routes: Sequence[Route]) -> Iterator[Rival]:

@@ -5,12 +5,14 @@ Time is that of the whole call, with the choice of what to attend where a rival 
 that is given the op's route is timed without it, which favours the rival; beside those stands the
 time of the op's attention kernel alone, on the same route. Of a rival's two orders
 of tokens the one with less error counts at each setting. What is not installed is named with what
-brings it, and what fails with its error. `--small` runs it on a CPU, to see that it runs.
+brings it, and what fails with its error. With `--only` the rows of all others stay as the file in
+the folder has them, each with its commit. `--small` runs it on a CPU, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import orders, rival_calls
 from benchmarks.attention import GRIDS, SMALL, dense_attention, relative_errors
-from benchmarks.common import environment, timed, write
+from benchmarks.common import RESULTS, commands_before, environment, timed, write
 from benchmarks.rival_calls import Rival, Route, Source
 from benchmarks.tensors import Attention, zoo_attention
 from freqopt.config import KEY_BLOCK
@@ -154,6 +156,31 @@ def measure(
     }
 
 
+def with_earlier(result: dict[str, Any], earlier: dict[str, Any], only: Sequence[str]) -> None:
+    """Add an earlier result's rows of rivals that were not asked for, where problems are the same.
+
+    only: sources that were asked for.
+    """
+    where, commit = result["environment"], earlier["environment"]["commit"]
+    where["before"] = commands_before(earlier, where)
+    asked = ("tokens", "grid", "heads", "head_dim", "dtype")
+    for problem in result["problems"]:
+        new = {row["name"] for row in (*problem["rows"], *problem["failed"])} | set(only)
+        for old in earlier["problems"]:
+            if any(list_of(old[name]) != list_of(problem[name]) for name in asked):
+                continue
+            for part in ("rows", "failed"):
+                problem[part] += [
+                    {"commit": commit, **row} for row in old[part] if row["name"] not in new
+                ]
+            problem["missing"] += [each for each in old["missing"] if each["name"] not in only]
+
+
+def list_of(x: Any) -> Any:
+    """What a value is when it comes back from a file."""
+    return list(x) if isinstance(x, tuple) else x
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Error against time, both logarithmic: a line a rival, ours thick; dense at the right."""
     import matplotlib
@@ -235,6 +262,9 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         problems = [problem_of(grid, given.densities, device, sources) for grid in grids]
     result = {"environment": environment(), "problems": problems}
+    path = (given.out or RESULTS) / "rivals.json"
+    if set(given.only) != set(names) and path.exists():
+        with_earlier(result, json.loads(path.read_text()), given.only)
     path = write("rivals", result, given.out)
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path}")

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import orders, rival_calls, rivals
+from benchmarks import orders, pages, results_pages, rival_calls, rivals
 from benchmarks.natural import natural_attention
 from benchmarks.rival_calls import Rival, Route, Source
 from benchmarks.tensors import Attention
@@ -131,3 +132,34 @@ def test_sources_name_what_brings_them() -> None:
     names = [source.name for source in rival_calls.SOURCES]
     assert len(names) == len(set(names)) >= 9
     assert all(source.install and source.module for source in rival_calls.SOURCES)
+
+
+def test_rows_of_rivals_that_were_not_asked_for_stay_as_they_were() -> None:
+    asked = {"tokens": 297, "heads": 2, "head_dim": 16, "dtype": "x"}
+
+    def problem(grid: Sequence[int], *names: str, ms: float, **more: Any) -> dict[str, Any]:
+        rows = [{"name": name, "setting": "", "ms": ms} for name in names]
+        return {**asked, "grid": grid, "rows": rows, "failed": [], "missing": [], **more}
+
+    gone = [{"name": "B", "install": "b"}, {"name": "C", "install": "c"}]
+    old = {
+        "environment": {"commit": "then", "command": "python -m benchmarks.rivals"},
+        "problems": [
+            problem([1, 9, 33], "freqopt, grid", "A", ms=1.0, missing=gone),
+            problem([3, 9, 11], "A", ms=7.0),
+        ],
+    }
+    new = {
+        "environment": {"commit": "now", "command": "python -m benchmarks.rivals --only B"},
+        "problems": [problem((1, 9, 33), "freqopt, grid", "B", ms=2.0)],
+    }
+    rivals.with_earlier(new, json.loads(json.dumps(old)), ["B"])
+    (found,) = new["problems"]
+    kept = [(row["name"], row["ms"], row.get("commit")) for row in found["rows"]]
+    assert kept == [("freqopt, grid", 2.0, None), ("B", 2.0, None), ("A", 1.0, "then")]
+    assert [each["name"] for each in found["missing"]] == ["C"]
+    assert set(pages.commits(new)) == {"now", "then"}
+    assert results_pages.commanded(new) == [
+        "python -m benchmarks.rivals",
+        "python -m benchmarks.rivals --only B",
+    ]

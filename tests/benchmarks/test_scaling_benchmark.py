@@ -121,5 +121,7 @@ def test_a_run_replaces_the_rows_that_it_measures_anew(tmp_path: Path) -> None:
     (tmp_path / "scaling.json").write_text(json.dumps(written))
     kept = common.earlier("scaling", {"target": 0.06, "heads": 1}, tmp_path)["rows"]
     assert kept == [{"commit": "abc", **each} for each in old]
+    more = common.earlier("scaling", {"heads": 1}, tmp_path, ("rows", "decoded"))
+    assert more["decoded"] == []  # a part that the file is too old for
     other = {"target": 0.05, "heads": 1}  # another question
     assert common.earlier("scaling", other, tmp_path)["rows"] == []
