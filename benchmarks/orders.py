@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.tensors import Attention
 from freqopt.config import ALL, DEFAULT_PROBES
-from freqopt.kernels.content_order import content_order, enclosing
+from freqopt.kernels.chunked_order import order_by_content
+from freqopt.kernels.content_order import enclosing
 from freqopt.kernels.layout import TokenLayout
 from freqopt.kernels.op import split_attention_op
 
@@ -79,11 +80,11 @@ class Ordering(NamedTuple):
             return None
         base = TokenLayout(grid, 0, 0).base_order(key.device)
         if key.device.type != "cuda":
-            return lambda: content_order(key, base, self.chunks)
-        from freqopt.kernels.forward.order import order_by_content
+            return lambda: order_by_content(key, base, self.chunks)
+        from freqopt.kernels.forward import order as launched
 
         order = torch.empty(key.shape[:3], device=key.device, dtype=torch.int32)
-        return lambda: order_by_content(key, base, self.chunks, self.largest, 0, order)
+        return lambda: launched.order_by_content(key, base, self.chunks, self.largest, 0, order)
 
 
 def ordering(name: str, chunks: Tensor, tokens: int) -> Ordering:

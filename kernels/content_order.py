@@ -54,14 +54,15 @@ def trace_of(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=1e-30)
 
 
-def directions_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def directions_of(tokens: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """The directions in which a head's tokens vary most, and its mean token.
 
-    tokens: (B, H, T, D) float32 in base order. Returns (B, H, D, R) with R = min(RANK, D) columns,
-    orthogonal and scaled so that the coordinates' variances add up to about 1, and (B, H, 1, D).
+    tokens: (B, H, T, D) of any floating type; base (T,). Returns (B, H, D, R) with R = min(RANK, D)
+    columns, orthogonal and scaled so that the coordinates' variances add up to about 1, and
+    (B, H, 1, D).
     """
     length, dim = tokens.shape[2:]
-    sample = tokens[:, :, :: -(-length // SAMPLES)]
+    sample = tokens[:, :, base[:: -(-length // SAMPLES)].long()].float()
     mean = sample.mean(2, keepdim=True)
     off = sample - mean
     covariance = off.mT @ off / sample.shape[2]
@@ -90,10 +91,14 @@ def orthonormal(columns: Tensor) -> Tensor:
     return rows.mT
 
 
-def coordinates_of(tokens: Tensor) -> Tensor:
-    """Tokens (B, H, T, D) in the head's directions, (B, H, T, R); 0 where that is no number."""
-    directions, mean = directions_of(tokens)
-    return ((tokens - mean) @ directions).nan_to_num(0.0, 6e4, -6e4).clamp(-6e4, 6e4)
+def coordinates_of(tokens: Tensor, base: Tensor) -> Tensor:
+    """Tokens (B, H, T, D) in the head's directions and in base order, (B, H, T, R).
+
+    0 where that is no number.
+    """
+    directions, mean = directions_of(tokens, base)
+    at = (tokens[:, :, base.long()].float() - mean) @ directions
+    return at.nan_to_num(0.0, 6e4, -6e4).clamp(-6e4, 6e4)
 
 
 def eighth_power(covariance: Tensor) -> Tensor:
@@ -111,8 +116,10 @@ def main_directions(covariance: Tensor, count: int) -> list[Tensor]:
     """
     power = eighth_power(covariance)
     widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-    starts = power @ signs(power.shape[-1], max(count - 1, 1), power.device)
     found = [_unit(power.take_along_dim(widest, -1).squeeze(-1))]
+    if count == 1:
+        return found
+    starts = power @ signs(power.shape[-1], count - 1, power.device)
     for i in range(count - 1):
         direction = _unit(starts[..., i])
         for other in found:
@@ -147,8 +154,7 @@ def content_order(tokens: Tensor, base: Tensor, chunks: Tensor) -> Tensor:
     place = torch.arange(length, device=tokens.device).expand(batch, heads, length)
     largest = min(int(chunks.max()), enclosing(length)) if heads else 0
     if largest:
-        at = coordinates_of(tokens[:, :, base.long()].float())
-        place = tree(at, chunks, largest)
+        place = tree(coordinates_of(tokens, base), chunks, largest)
     return base.to(torch.int32)[place]
 
 

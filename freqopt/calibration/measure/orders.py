@@ -7,7 +7,8 @@ from torch import Tensor
 
 from freqopt.calibration.measure.attention import AttentionCall
 from freqopt.config import SMALLEST_CHUNK
-from freqopt.kernels.content_order import content_order, enclosing
+from freqopt.kernels.chunked_order import order_by_content
+from freqopt.kernels.content_order import enclosing
 
 
 def key_order(call: AttentionCall, chunk: int) -> Tensor:
@@ -17,14 +18,14 @@ def key_order(call: AttentionCall, chunk: int) -> Tensor:
     chunks = torch.full((key.shape[1],), chunk, device=key.device, dtype=torch.int32)
     if not key.is_cuda:
         tokens = key[:, :, layout.text_before : layout.text_before + layout.tokens]
-        return content_order(tokens, base, chunks)
-    from freqopt.kernels.forward.order import order_by_content
+        return order_by_content(tokens, base, chunks)
+    from freqopt.kernels.forward import order as launched
 
     if key.stride(-1) != 1:
         key = key.contiguous()
     order = torch.empty(*key.shape[:2], layout.tokens, device=key.device, dtype=torch.int32)
     with torch.cuda.device(key.device):
-        order_by_content(key, base, chunks, chunk, layout.text_before, order)
+        launched.order_by_content(key, base, chunks, chunk, layout.text_before, order)
     return order
 
 
