@@ -99,9 +99,11 @@ def dropping(grid: Grid, density: float) -> Attend:
 
     def on_cpu(query: Tensor, key: Tensor, value: Tensor, route: Tensor) -> Tensor:
         inputs = Inputs(query, key, value, query.new_zeros(query.shape[1]), None, layout)
-        tokens = chunked.take_apart(inputs, chunked.Orders(None, None))
-        tiles = reference.split_blocks(tokens.query, chunked.QUERY_TILE)
-        part = chunked.attend_exact(tokens, tiles, route, query.shape[-1] ** -0.5)
+        placed = chunked.place(inputs, chunked.Orders(None, None))
+        (*heads, _, blocks), dim = route.shape, query.shape[-1]
+        means, matrix = torch.zeros(*heads, blocks, dim), torch.zeros(*heads, dim, dim)
+        nothing = chunked.Low(means, means, torch.full(route.shape, -torch.inf), matrix)
+        part = chunked.attend_video(placed, nothing, route, dim**-0.5)
         out = torch.empty_like(query)
         layout.store(out, part.out.flatten(2, 3)[:, :, : layout.tokens], None)
         return out

@@ -1,12 +1,13 @@
 """Split attention on a CPU: PyTorch's fused attention over the blocks that a route made exact.
 
-Tiles with as many exact blocks go together, each with its own keys gathered; the low band is one
-more fused call over all tiles. Their softmax sums join them. Summaries, scores, route and probe
-are those of `freqopt.kernels.reference`, orders those of `freqopt.kernels.content_order`.
+Tiles with as many exact blocks go together, each with its own keys gathered; their softmax sums
+join them with the low band. Summaries, scores and probe are those of `chunked_summaries`, the route
+that of `freqopt.kernels.reference`, orders those of `chunked_order`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
+from freqopt.kernels import chunked_summaries as summaries
 from freqopt.kernels import reference as ref
-from freqopt.kernels.content_order import content_order
+from freqopt.kernels.chunked_order import order_by_content
 from freqopt.kernels.layout import Inputs, Settings, TokenLayout, repeat_heads, text_bias
 
-CHUNK_BYTES = 48 * 2**20
-"""Target size of the keys and values that are gathered at a time: they should stay in a cache."""
+CHUNK_BYTES = 2 * 2**20
+"""Target size of the keys and values that a thread gathers at a time: a core's cache."""
 
 
 class Tokens(NamedTuple):
@@ -59,7 +61,7 @@ def _order(
     if given is not None or chunks is None or not settings.largest_chunk:
         return given
     tokens = x[:, :, layout.text_before : layout.text_before + layout.tokens]
-    return content_order(tokens, layout.base_order(x.device), chunks)
+    return order_by_content(tokens, layout.base_order(x.device), chunks)
 
 
 def take_apart(inputs: Inputs, orders: Orders) -> Tokens:
@@ -81,6 +83,59 @@ def take_apart(inputs: Inputs, orders: Orders) -> Tokens:
         text_value=layout.text_of(value),
         text_bias=text_bias(layout.text_mask(inputs.key_mask), text_key),
     )
+
+
+class Placed(NamedTuple):
+    """A call's tokens cut up: tiles of queries (B, H, I, 128, D), blocks of keys (B, H, J, 64, D).
+
+    Behind the last token there are zeros. tokens: the same as views, with the text.
+    """
+
+    tiles: Tensor
+    key_blocks: Tensor
+    value_blocks: Tensor
+    tokens: Tokens
+
+
+def place(inputs: Inputs, orders: Orders) -> Placed:
+    """The tensors of a call as `take_apart` makes them, each copied once."""
+    layout, heads = inputs.layout, inputs.query.shape[1]
+    queries = inputs.query_layout or layout
+    tiles = cut(inputs.query, queries, orders.query, heads, QUERY_TILE)
+    both = inputs.key, inputs.value
+    keys, values = (cut(x, layout, orders.key, heads, KEY_BLOCK) for x in both)
+    text_key, text_value = (repeat_heads(layout.text_of(x), heads).float() for x in both)
+    tokens = Tokens(
+        query=tiles.flatten(2, 3)[:, :, : queries.tokens],
+        key=keys.flatten(2, 3)[:, :, : layout.tokens],
+        value=values.flatten(2, 3)[:, :, : layout.tokens],
+        text_query=queries.text_of(inputs.query).float(),
+        text_key=text_key,
+        text_value=text_value,
+        text_bias=text_bias(layout.text_mask(inputs.key_mask), text_key),
+    )
+    return Placed(tiles, keys, values, tokens)
+
+
+def cut(x: Tensor, layout: TokenLayout, order: Tensor | None, heads: int, size: int) -> Tensor:
+    """Tokens of (B, Hx, N, D), without text and in an order (B, Ho, T), as (B, H, blocks, size, D).
+
+    H is a multiple of Hx and of Ho. Float32, zeros behind the last token.
+    """
+    batch, own, _, dim = x.shape
+    base = layout.base_order(x.device)
+    cut_up = x.new_empty(batch, heads, -(-layout.tokens // size), size, dim, dtype=torch.float32)
+    rows = cut_up.flatten(2, 3)
+    rows[:, :, layout.tokens :] = 0.0
+    video = x[:, :, layout.text_before : layout.text_before + layout.tokens]
+    for item, head in itertools.product(range(batch), range(heads)):
+        where = base if order is None else order[item, head * order.shape[1] // heads]
+        to, source = rows[item, head, : layout.tokens], video[item, head * own // heads]
+        if x.dtype == torch.float32:
+            torch.index_select(source, 0, where, out=to)
+        else:
+            to.copy_(source.index_select(0, where))
+    return cut_up
 
 
 class Part(NamedTuple):
@@ -110,132 +165,128 @@ def fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale:
     return Part(out.masked_fill(hidden[..., None], 0.0), log_sum.masked_fill(hidden, -torch.inf))
 
 
-def equal_lists(route: Tensor, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of a flat route (R, J) with as many exact blocks: (n,), and those blocks (n, L).
+class Low(NamedTuple):
+    """How queries see the blocks that are not exact for them.
 
-    So none has to be filled up and masked. block_bytes: of a block's keys and values.
+    key_mean, value_mean (B, H, J, D); bias (B, H, I, J): what logits have beside the products, -inf
+    for blocks that are exact; matrix (B, H, D, D): the first-order matrix, turned and scaled.
+    """
+
+    key_mean: Tensor
+    value_mean: Tensor
+    bias: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def of(
+        cls, low: ref.Summary, mass_term: Tensor, route: Tensor, probe: ref.Probe, scale: float
+    ) -> Low:
+        """From summaries, the second-order mass term and the route (B, H, I, J), and the probe."""
+        bias = low.counts.log() + probe.c[..., None, None] * mass_term
+        # Of a block with what is no number all pairs are exact; its mean must not reach the others.
+        key_mean = low.key_mean.nan_to_num(0.0, 0.0, 0.0)
+        bias = bias.masked_fill_(route != ref.LOW, -torch.inf)
+        return cls(key_mean, low.value_mean, bias, scale * probe.matrix(low.h_bar).mT)
+
+
+class Group(NamedTuple):
+    """Tiles of a head with nearly as many exact blocks.
+
+    tiles (n,); blocks (n, L): the exact ones of each, and any others behind; keys: how many keys
+    of these blocks, by tile, count.
+    """
+
+    tiles: Tensor
+    blocks: Tensor
+    keys: list[int]
+
+
+def groups(route: Tensor, most: int, missing: int) -> Iterator[Group]:
+    """The tiles of a head's route (I, J), in groups of about `most` blocks, or of one tile.
+
+    missing: keys that the last block lacks.
     """
     exact = route == ref.EXACT
-    counts = exact.sum(-1)
-    for length in counts.unique().tolist():
-        if not length:
-            continue
-        alike = (counts == length).nonzero().squeeze(1)
-        for rows in alike.split(max(CHUNK_BYTES // (length * block_bytes), 1)):
-            yield rows, exact[rows].nonzero()[:, 1].view(-1, length)
+    counts, columns = exact.sum(1), exact.shape[1]
+    target = (exact.cumsum(1) - 1).masked_fill_(~exact, columns)
+    lists = torch.zeros(len(exact), columns + 1, device=route.device, dtype=torch.int64)
+    lists.scatter_(1, target, torch.arange(columns, device=route.device).expand_as(target))
+    keys = counts * KEY_BLOCK - missing * exact[:, -1]
+    order = counts.argsort(descending=True, stable=True)
+    lists, lengths, ends = lists[order], counts[order].tolist(), keys[order].tolist()
+    start = 0
+    while start < len(lengths):
+        length = max(lengths[start], 1)
+        part = slice(start, start + max(most // length, 1))
+        yield Group(order[part], lists[part, :length], ends[part])
+        start = part.stop
 
 
-def attend_exact(tokens: Tokens, tiles: Tensor, route: Tensor, scale: float) -> Part:
-    """All query tiles (B, H, I, 128, D) over the blocks that the route (B, H, I, J) made exact."""
-    batch, heads, count, rows, dim = tiles.shape
-    blocks = route.shape[-1]
-    keys, values = (
-        ref.split_blocks(x, KEY_BLOCK).reshape(-1, KEY_BLOCK * dim)
-        for x in (tokens.key, tokens.value)
-    )
-    flat = tiles.reshape(-1, rows, dim)
-    out = torch.zeros_like(flat)
-    log_sum = flat.new_full(flat.shape[:2], -torch.inf)
-    lane = torch.arange(KEY_BLOCK, device=route.device)
-    ragged = tokens.key.shape[2] % KEY_BLOCK
-    for chosen, listed in equal_lists(route.reshape(-1, blocks), 8 * KEY_BLOCK * dim):
-        where = (listed + (chosen // count * blocks)[:, None]).flatten()
-        key, value = (
-            x.index_select(0, where).view(len(chosen), 1, -1, dim) for x in (keys, values)
-        )
-        bias = None
-        if ragged:
-            past = (listed == blocks - 1)[..., None] & (lane >= ragged)
-            bias = flat.new_zeros(past.shape).masked_fill(past, -torch.inf)
-            bias = bias.view(len(chosen), 1, 1, -1)
-        part = fused(flat[chosen][:, None], key, value, bias, scale)
-        out[chosen], log_sum[chosen] = part.out[:, 0], part.log_sum[:, 0]
-    return Part(out.view_as(tiles), log_sum.view(batch, heads, count, rows))
+def attend_video(placed: Placed, low: Low, route: Tensor, scale: float) -> Part:
+    """All query tiles over the blocks that the route (B, H, I, J) made exact, and others' means.
 
-
-def attend_low(
-    low: ref.Summary, mass_term: Tensor, tiles: Tensor, route: Tensor, c: Tensor, scale: float
-) -> Part:
-    """All query tiles (B, H, I, 128, D) over the means of the blocks that the route left low."""
-    batch, heads, count, rows = tiles.shape[:4]
-    bias = low.counts.log() + c[..., None, None] * mass_term
-    bias = bias.masked_fill(route != ref.LOW, -torch.inf)
-    # Of a block with what is no number all pairs are exact; its mean must not reach the others.
-    means = (low.key_mean.nan_to_num(0.0, 0.0, 0.0), low.value_mean)
-    key, value = (x.flatten(0, 1)[:, None].expand(-1, count, -1, -1) for x in means)
-    part = fused(tiles.flatten(0, 1), key, value, bias.flatten(0, 1)[:, :, None], scale)
-    return Part(part.out.view_as(tiles), part.log_sum.view(batch, heads, count, rows))
-
-
-def attend_tiles(
-    tokens: Tokens,
-    low: ref.Summary,
-    scores: ref.Scores,
-    route: Tensor,
-    c: Tensor,
-    matrix: Tensor,
-    scale: float,
-) -> Part:
-    """Split attention of all queries (B, H, Tq, D), in their order, in one softmax.
-
-    c (B, H) and the first-order matrix (B, H, D, D): what the probes gave.
+    All in one softmax, as products of matrices: fused attention takes so few queries in small
+    steps. Returns out (B, H, I, 128, D), which takes the place of the queries, and log_sum
+    (B, H, I, 128).
     """
-    tiles = ref.split_blocks(tokens.query, QUERY_TILE)
-    parts = [
-        attend_exact(tokens, tiles, route, scale),
-        attend_low(low, scores.mass_term, tiles, route, c, scale),
-    ]
+    rows, dim = placed.tiles.shape[3:]
+    blocks, missing = route.shape[-1], -placed.tokens.key.shape[2] % KEY_BLOCK
+    most = CHUNK_BYTES * torch.get_num_threads() // (8 * KEY_BLOCK * dim)
+    log_sums = placed.tiles.new_empty(placed.tiles.shape[:-1])
+    # Memory that is given back and taken again after every product would be cleared each time.
+    held = placed.tiles.new_empty(2, max(most, blocks), KEY_BLOCK * dim)
+    logits = placed.tiles.new_empty(max(most, blocks) * KEY_BLOCK * rows)
+    for at in itertools.product(*map(range, placed.tiles.shape[:2])):
+        sources = [x[at].flatten(1) for x in (placed.key_blocks, placed.value_blocks)]
+        tiles, log_sum = placed.tiles[at], log_sums[at]
+        bias, matrix = low.bias[at][:, None], low.matrix[at]
+        means = [x[at] for x in (low.key_mean, low.value_mean)]
+        for chosen, listed, ends in groups(route[at], most, missing):
+            count, length = listed.shape
+            where = listed.flatten()
+            for source, to in zip(sources, held, strict=True):
+                torch.index_select(source, 0, where, out=to[: len(where)])
+            key, value = (x[: len(where)].view(count, -1, dim) for x in held)
+            query = tiles.index_select(0, chosen)
+            turned = query @ matrix
+            query *= scale
+            near = logits[: len(where) * KEY_BLOCK * rows].view(count, rows, -1)
+            torch.bmm(query, key.mT, out=near)
+            for i, end in enumerate(ends):
+                if end < length * KEY_BLOCK:
+                    near[i, :, end:] = -torch.inf
+            far = (query @ means[0].T).add_(bias.index_select(0, chosen))
+            largest = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True))
+            near.sub_(largest).exp_()
+            far.sub_(largest).exp_()
+            averaged = far.sum(-1, keepdim=True)
+            total = near.sum(-1, keepdim=True).add_(averaged)
+            turned.mul_(averaged).masked_fill_(averaged == 0, 0.0)  # not 0 times infinity
+            found = turned.baddbmm_(near, value).add_(far @ means[1]).div_(total)
+            tiles.index_copy_(0, chosen, found)
+            log_sum.index_copy_(0, chosen, total.log_().add_(largest).squeeze(-1))
+    return Part(placed.tiles, log_sums)
+
+
+def attend_tiles(placed: Placed, low: Low, route: Tensor, scale: float) -> Part:
+    """Split attention of all queries (B, H, Tq, D), in their order, in one softmax with the text.
+
+    The output takes the place of the queries.
+    """
+    tokens, text = placed.tokens, None
     if tokens.text_key.shape[2]:
         text = fused(tokens.query, tokens.text_key, tokens.text_value, tokens.text_bias, scale)
-        parts.append(
-            Part(
-                ref.split_blocks(text.out, QUERY_TILE),
-                ref.split_blocks(text.log_sum[..., None], QUERY_TILE)[..., 0],
-            )
-        )
-    log_sum = torch.stack([part.log_sum for part in parts]).logsumexp(0)
-    out = torch.zeros_like(tiles)
-    for part in parts:
-        out.addcmul_(part.out, (part.log_sum - log_sum).exp_()[..., None])
-    low_share = (parts[1].log_sum - log_sum).exp_()[..., None]
-    turned = (tiles @ (scale * matrix).mT.unsqueeze(2)).mul_(low_share)
-    out += turned.masked_fill_(low_share == 0, 0.0)  # not 0 times infinity
-    queries = tokens.query.shape[2]
-    return Part(out.flatten(2, 3)[:, :, :queries], log_sum.flatten(2)[..., :queries])
+    tiles, queries = attend_video(placed, low, route, scale), tokens.query.shape[2]
+    part = Part(tiles.out.flatten(2, 3)[:, :, :queries], tiles.log_sum.flatten(2)[..., :queries])
+    if text is None:
+        return part
+    log_sum = torch.logaddexp(part.log_sum, text.log_sum)
+    out = part.out.mul_((part.log_sum - log_sum).exp_()[..., None])
+    return Part(out.addcmul_(text.out, (text.log_sum - log_sum).exp_()[..., None]), log_sum)
 
 
-def fit_probe(
-    tokens: Tokens, low: ref.Summary, scores: ref.Scores, route: Tensor, probes: int, scale: float
-) -> ref.Probe:
-    """Fit on some queries (see reference.fit_probe); nothing is fitted without probes."""
-    if not probes:
-        return ref.Probe.unfitted(scores.score[..., 0, 0], tokens.query.shape[-1])
-    positions = ref.probe_positions(tokens.query.shape[2], probes, tokens.query.device)
-    chosen = tokens.query[:, :, positions]
-    bands = ref.make_bands(
-        chosen,
-        positions // QUERY_TILE,
-        tokens.key,
-        tokens.value,
-        tokens.text_key,
-        tokens.text_value,
-        tokens.text_bias,
-        route,
-        low,
-        None,
-        scores,
-        ref.tile_mean_square(tokens.query),
-        scale,
-    )
-    text = chosen @ tokens.text_key.mT * scale + tokens.text_bias
-    full = torch.cat([chosen @ tokens.key.mT * scale, text], -1)
-    return ref.fit_probe(ref.observe(bands, full), bands.estimate)
-
-
-def attend_text(tokens: Tokens, scale: float) -> Part:
-    """Dense attention of the text queries (B, H, X, D) over every key."""
-    keys = torch.cat([tokens.key, tokens.text_key], 2)
-    values = torch.cat([tokens.value, tokens.text_value], 2)
+def attend_text(tokens: Tokens, keys: Tensor, values: Tensor, scale: float) -> Part:
+    """Dense attention of the text queries (B, H, X, D) over every key, the text's behind."""
     bias = F.pad(tokens.text_bias, (tokens.key.shape[2], 0))
     return fused(tokens.text_query, keys, values, bias, scale)
 
@@ -259,21 +310,27 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
     """Forward pass of a call on a CPU."""
     query, scale = inputs.query, settings.scale
     orders = orders_of(inputs, settings)
-    tokens = take_apart(inputs, orders)
-    own = inputs.query_layout is None
-    low = ref.summarise(tokens.key, tokens.value, KEY_BLOCK)
-    scores = ref.score_pairs(tokens.query, low, scale, query.dtype)
+    placed = place(inputs, orders)
+    tokens, own = placed.tokens, inputs.query_layout is None
+    low = summaries.summarise(placed.key_blocks, placed.value_blocks, tokens.key.shape[2])
+    scores = summaries.score_pairs(placed.tiles, tokens.query.shape[2], low, scale, query.dtype)
     thresholds = ref.resolve_thresholds(scores.score, inputs.threshold, settings.density, own=own)
     route = ref.route_pairs(scores.score, *thresholds, own=own)
-    probe = fit_probe(tokens, low, scores, route, settings.probes, scale)
-    matrix = probe.matrix(low.h_bar)
-    video = attend_tiles(tokens, low, scores, route, probe.c, matrix, scale)
+    keys, values = tokens.key, tokens.value
+    if tokens.text_key.shape[2]:
+        keys = torch.cat([keys, tokens.text_key], 2)
+        values = torch.cat([values, tokens.text_value], 2)
+    probe = summaries.fit_probe(
+        tokens.query, keys, values, tokens.text_bias, route, low, scores, settings.probes, scale
+    )
+    means = Low.of(low, scores.mass_term, route, probe, scale)
+    video = attend_tiles(placed, means, route, scale)
 
     batch, heads, length, dim = query.shape
     out = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     log_sum = query.new_empty(batch, heads, length, 1, dtype=torch.float32)
     layout = inputs.query_layout or inputs.layout
-    text = attend_text(tokens, scale) if layout.text else None
+    text = attend_text(tokens, keys, values, scale) if layout.text else None
     layout.store(out, video.out, None if text is None else text.out, orders.query)
     layout.store(
         log_sum,
@@ -282,5 +339,5 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
         orders.query,
     )
     split = ref.Split(video.out, route, ref.route_density(route), probe, video.log_sum)
-    matrix = ref.rounded(matrix, query.dtype).to(query.dtype)
+    matrix = ref.rounded(probe.matrix(low.h_bar), query.dtype).to(query.dtype)
     return Forward(out, log_sum[..., 0], split, matrix, orders)

@@ -97,9 +97,10 @@ class TokenLayout(NamedTuple):
         self, out: Tensor, video: Tensor, text: Tensor | None, order: Tensor | None = None
     ) -> None:
         """Write video (in `order`, or the base order) and text back into `out` (B, H, N, D)."""
-        index = self.base_order(out.device).expand(*out.shape[:2], -1) if order is None else order
-        where = (index.long() + self.text_before)[..., None].expand_as(video)
-        out.scatter_(2, where, video.to(out.dtype))
+        index = self.base_order(out.device)[None, None] if order is None else order
+        item, head = (torch.arange(n, device=out.device) for n in out.shape[:2])
+        where = index.long() + self.text_before
+        out[item[:, None, None], head[:, None], where] = video.to(out.dtype)
         if text is not None:
             self.store_text(out, text)
 

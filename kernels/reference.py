@@ -183,11 +183,23 @@ def score_pairs(
     docs/design/mathematics.md §4.
     """
     mean, count = pool_queries(query)
+    return score_means(mean, count, tile_mean_square(query), summary, scale, dtype)
+
+
+def score_means(
+    mean: Tensor,
+    count: Tensor,
+    mean_square: Tensor,
+    summary: Summary,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> Scores:
+    """Score pairs, given what `pool_queries` and `tile_mean_square` tell of the queries."""
     capacity = summary.counts.log()
     weight = summary.counts[:, None] / summary.counts.sum()
     key_mean = summary.key_mean - (summary.key_mean * weight).sum(2, keepdim=True)
-    mean_square, key_var = rounded(tile_mean_square(query), dtype), rounded(summary.key_var, dtype)
-    dispersion = mean_square @ key_var.mT * scale**2
+    key_var = rounded(summary.key_var, dtype)
+    dispersion = rounded(mean_square, dtype) @ key_var.mT * scale**2
     mass_term = torch.minimum(0.5 * dispersion, capacity)
     logit = rounded(mean, dtype) @ rounded(key_mean, dtype).mT * scale + capacity
     per_tile = QUERY_TILE // SUB_TILE
