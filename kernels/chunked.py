@@ -21,8 +21,11 @@ from freqopt.kernels import reference as ref
 from freqopt.kernels.chunked_order import order_by_content
 from freqopt.kernels.layout import Inputs, Settings, TokenLayout, repeat_heads, text_bias
 
-CHUNK_BYTES = 2 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Target size of the keys and values that a thread gathers at a time: a core's cache."""
+
+MOST_FILL = 8
+"""A tile's list is filled up by one block in so many at most, to be as long as its group's longest."""
 
 
 class Tokens(NamedTuple):
@@ -217,9 +220,14 @@ def groups(route: Tensor, most: int, missing: int) -> Iterator[Group]:
     start = 0
     while start < len(lengths):
         length = max(lengths[start], 1)
-        part = slice(start, start + max(most // length, 1))
-        yield Group(order[part], lists[part, :length], ends[part])
-        start = part.stop
+        stop = start + 1
+        while (
+            stop < min(len(lengths), start + most // length)
+            and lengths[stop] >= length - length // MOST_FILL
+        ):
+            stop += 1
+        yield Group(order[start:stop], lists[start:stop, :length], ends[start:stop])
+        start = stop
 
 
 def attend_video(placed: Placed, low: Low, route: Tensor, scale: float) -> Part:
