@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from freqopt.calibration.samples_file import load_samples, save_samples
     from freqopt.errors import (
         CalibrationError,
+        FileError,
         FreqoptError,
         InputError,
         OptionError,
@@ -45,6 +46,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "Counters": "telling.counting",
     "ExportError": "exporters.problems",
+    "FileError": "errors",
     "FreqoptError": "errors",
     "Handle": "front.handle",
     "InputError": "errors",
@@ -79,6 +81,7 @@ __all__ = [
     "CalibrationError",
     "Counters",
     "ExportError",
+    "FileError",
     "FreqoptError",
     "Handle",
     "InputError",

@@ -28,7 +28,7 @@ SamplesFile = Annotated[
         "--samples",
         help="Inputs as safetensors, with tensors named '<call>/<argument>': '0/video', "
         "'0/timestep', '1/video', ...; other values as JSON in the metadata "
-        "(freqopt.calibration.samples_file.save_samples writes such files).",
+        "(freqopt.save_samples writes such files).",
     ),
 ]
 GridText = Annotated[
