@@ -25,7 +25,7 @@ CHUNK_BYTES = 4 * 2**20
 """Target size of the keys and values that a thread gathers at a time: a core's cache."""
 
 MOST_FILL = 8
-"""A tile's list is filled up by one block in so many at most, to be as long as its group's longest."""
+"""A list is filled up by one block in so many at most, to be as long as its group's longest."""
 
 
 class Tokens(NamedTuple):
