@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from freqopt.config import KEY_BLOCK, QUERY_TILE
 from freqopt.kernels import chunked_summaries as summaries
@@ -26,6 +27,9 @@ CHUNK_BYTES = 4 * 2**20
 
 MOST_FILL = 8
 """A list is filled up by one block in so many at most, to be as long as its group's longest."""
+
+ATTENDING = "freqopt::attending"
+"""What profilers call the part of a call that attends; the rest finds out what, and stores."""
 
 
 class Tokens(NamedTuple):
@@ -332,7 +336,8 @@ def split_forward(inputs: Inputs, settings: Settings) -> Forward:
         tokens.query, keys, values, tokens.text_bias, route, low, scores, settings.probes, scale
     )
     means = Low.of(low, scores.mass_term, route, probe, scale)
-    video = attend_tiles(placed, means, route, scale)
+    with record_function(ATTENDING):
+        video = attend_tiles(placed, means, route, scale)
 
     batch, heads, length, dim = query.shape
     out = query.new_empty(batch, length, heads, dim).transpose(1, 2)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from freqopt.kernels.chunked import ATTENDING
+
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
-"""PyTorch's attention on a CPU: what dense models run, and what the op runs on chosen pairs."""
+"""PyTorch's attention on a CPU: what dense models run."""
 
 OP = "freqopt::split_attention"
 
@@ -31,5 +33,6 @@ def shares(model: Callable[..., Any], inputs: dict[str, Any]) -> Shares:
         model(**inputs)
         whole = time.perf_counter() - started
     spent = {event.key: 1e-6 * event.cpu_time_total for event in trace.key_averages()}
-    looking, op = spent.get(FUSED, 0.0), spent.get(OP, 0.0)
+    op = spent.get(OP, 0.0)
+    looking = spent.get(ATTENDING if op else FUSED, 0.0)
     return Shares(looking, max(op - looking, 0.0) if op else 0.0, max(whole - max(op, looking), 0))
