@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ def shared_memory(device: torch.device | str) -> int:
         return HOPPER_SHARED
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
+
+
+def uncast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on a device: what the op multiplies is in the types that it says."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def processors(device: torch.device | str) -> int:

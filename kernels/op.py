@@ -21,7 +21,7 @@ from freqopt.kernels.checks import (
     check_devices,
     check_order,
 )
-from freqopt.kernels.device import shared_memory
+from freqopt.kernels.device import shared_memory, uncast
 from freqopt.kernels.layout import (
     PER_BYTE,
     Inputs,
@@ -103,7 +103,8 @@ def split_attention_op(
         check_order("key_order", key_order)
     if query_order is not None:
         check_order("query_order", query_order)
-    found = split_forward(inputs, settings)
+    with uncast(query.device):
+        found = split_forward(inputs, settings)
     split = found.split
     coefficients = torch.stack([split.probe.c, split.probe.g], -1)
     route = pack_route(split.route) if is_long(inputs.layout.tokens) else split.route
@@ -133,7 +134,8 @@ def _split_attention_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     check_call(inputs, settings)
     if not inputs.query.shape[0] * inputs.query.shape[1]:
         return _unwritten(inputs, settings)
-    return split_forward(inputs, settings)
+    with uncast(inputs.query.device):
+        return split_forward(inputs, settings)
 
 
 def _arguments(
@@ -254,15 +256,16 @@ def split_attention_backward_op(
     of_queries = query_order
     if query_layout is None and key_order is not None:
         of_queries = key_order.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    grads = split_backward(
-        Gradients(grad, log_sum_grad),
-        inputs,
-        Orders(key_order, of_queries),
-        unpack_route(route, inputs.layout.tokens),
-        coefficients,
-        matrix,
-        scale,
-    )
+    with uncast(query.device):
+        grads = split_backward(
+            Gradients(grad, log_sum_grad),
+            inputs,
+            Orders(key_order, of_queries),
+            unpack_route(route, inputs.layout.tokens),
+            coefficients,
+            matrix,
+            scale,
+        )
     return by_tokens(grads[0]), by_tokens(grads[1]), by_tokens(grads[2])
 
 
@@ -295,7 +298,8 @@ def _split_attention_backward_cuda(
         return _no_gradients(query, key, value)
     route = unpack_route(route, inputs.layout.tokens)
     forward = Forward(out, route, coefficients, matrix)
-    return split_backward(grad, log_sum_grad, inputs, forward, scale)
+    with uncast(query.device):
+        return split_backward(grad, log_sum_grad, inputs, forward, scale)
 
 
 @split_attention_backward_op.register_fake

@@ -345,7 +345,8 @@ def fit_probe(observed: Observed, estimate: Estimate) -> Probe:
     mass = (relative + c[..., None, None] * estimate.term).exp()
     low = mass[..., : estimate.low_columns].sum(-1, keepdim=True)
     mid = mass[..., estimate.low_columns :].sum(-1, keepdim=True)
-    total = observed.exact_mass + low + mid
+    # Of logits in the hundreds a probe may have next to nothing in any band, relative to its sum.
+    total = (observed.exact_mass + low + mid).clamp(min=1e-30)
     plain = (observed.exact_out + mass @ estimate.value) / total
     turned = low / total * estimate.query
     terms = turned @ estimate.h_bar.mT

@@ -47,7 +47,9 @@ class Reason(Enum):
     PACKED_MASK = Text(
         "nn.MultiheadAttention was given an attn_mask; a key_padding_mask over text is read"
     )
-    PACKED_PADDING = Text("its key_padding_mask is added to the scores; a bool one is read")
+    PACKED_PADDING = Text(
+        "its key_padding_mask is added to the scores; only a compiler sees a bool one"
+    )
     PACKED_KEYS = Text("nn.MultiheadAttention adds keys of its own (add_bias_kv or add_zero_attn)")
     PACKED_STATIC = Text(
         "nn.MultiheadAttention was given its keys or values ready-made (static_k, static_v)"

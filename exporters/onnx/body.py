@@ -338,7 +338,7 @@ class _Split:
             c = moved.maximum(0.0).minimum(C_MAX)
         mass = (relative + c.unsqueeze(2, 3) * term).exp()
         low = mass.sum(3, keep=True)
-        total = exact_mass + low
+        total = (exact_mass + low).maximum(1e-30)
         plain = (exact_out + mass @ low_value) / total
         turned = low / total * query
         correction = turned @ h_bar.transposed(0, 1, 3, 2)

@@ -340,7 +340,7 @@ def fit_kernel(
         mask = real[:, None] & in_dim
         exact = tl.load(exact_out + cell, mask=mask, other=0.0)
         truth = exact + tl.load(missing_out + cell, mask=mask, other=0.0)
-        sums = tl.load(mass + probe * 2, mask=real, other=1.0) + low
+        sums = tl.maximum(tl.load(mass + probe * 2, mask=real, other=1.0) + low, 1e-30)
         rest = tl.where(mask, truth - (exact + plain) / sums[:, None], 0.0)
         correction = tl.where(mask, turned * scale / sums[:, None], 0.0)
         energy += tl.sum(tl.sum(correction * correction, 1), 0)

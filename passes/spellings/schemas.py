@@ -86,6 +86,14 @@ IDLE = {
 }
 """Arguments that do not change the result of plain attention on whole sequences."""
 
+OTHER_KINDS = re.compile(
+    r"(?<![a-z])(causal|sparse|window|windowed|sliding|local|linear|recurrent|neighbou?rhood|"
+    r"na[123]d|top_?[kp]|dilated|strided|streaming|gated|sigmoid|relu|bias|biased|alibi|relative|"
+    r"rope|rotary|mla|paged|decode|lightning|retention|delta|pooled?|axial|differential|diff|sinks?)"
+    r"(?![a-z])"
+)
+"""Words in a name, in small letters and set apart, for what no softmax over all pairs is."""
+
 TOKENS_FIRST = re.compile(r"(flash|xformers|fmha|efficient|cutlass|aiter)", re.IGNORECASE)
 PYTORCHS_OWN = re.compile(
     r"^(_scaled_dot_product_(flash|efficient|cudnn|fused)\w*|_flash_attention_forward|"
@@ -147,6 +155,8 @@ def read_call(node: fx.Node) -> Call | None:
         return objects(f"it takes several of them as one tensor, {names[-1]}")
     if not isinstance(first, torch.Tensor) or len(first.shape) != len(shape(query)):
         return None
+    if (kind := _other_kind(name)) is not None:
+        return objects(f"its name says that it is not plain ({kind!r})")
     problem = next((p for k, v in rest.items() if (p := _argument_problem(k, v)) is not None), None)
     if problem is not None:
         return objects(problem)
@@ -163,6 +173,13 @@ def read_call(node: fx.Node) -> Call | None:
     own_scale = float(scale) if scale else None
     tokens_first = packed or bool(first_tokens)
     return Call(name, query, key, values, sizes, own_scale, tokens_first, packed, several)
+
+
+def _other_kind(name: str) -> str | None:
+    """The word in an operator's name, or its library's, that makes it another attention."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    found = OTHER_KINDS.search(words)
+    return found.group() if found else None
 
 
 def _is_attended(name: str, rest: Mapping[str, Any], output: Any, joined: fx.Node) -> bool:

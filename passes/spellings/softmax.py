@@ -193,7 +193,8 @@ def walk_logits(node: Any) -> Logits | None:
         inner = walk_logits(scores)
         return None if inner is None else replace(inner, nodes=(node, *made[::-1], *inner.nodes))
     if name == "add":
-        return _masked_sum(node)
+        weighed = node.kwargs.get("alpha", 1) != 1
+        return _altered(node) if weighed else _masked_sum(node)
     if name in ("masked_fill", "where"):
         return _filled(node)
     if name in ("matmul", "bmm"):
@@ -257,7 +258,12 @@ def _filled(node: fx.Node) -> Logits | None:
 
 
 def scaled_by(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """The tensor and the constant of a product with, or quotient by, a number."""
+    """The tensor and the constant of a product with, or quotient by, a number.
+
+    None where it is rounded, which no factor is.
+    """
+    if node.kwargs.get("rounding_mode") is not None:
+        return None
     first, second = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
     numbers = constant(first), constant(second)
     if isinstance(first, fx.Node) and isinstance(numbers[1], (int, float)):

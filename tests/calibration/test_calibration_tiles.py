@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,16 @@ def test_every_tile_has_the_error_that_the_op_makes_there(
             probe_fit.error[:, rung], probe[:, 1], rtol=2e-3, atol=1e-6, equal_nan=True
         )
     assert got.error[12].min() > 1e-2
+
+
+def test_errors_are_numbers_where_means_have_next_to_nothing_of_the_sum(
+    call: AttentionCall,
+) -> None:
+    sharp = replace(call, query=600 * call.query)
+    found = errors(sharp, torch.arange(2))
+    assert found.isfinite().all()
+    energy = sharp.dense()[:, 1].square().sum() * 128 / sharp.query.shape[2]
+    assert found[-1].mean() > 0.2 * energy, "the case must show"
 
 
 def test_expanded_sums_are_unbiased_over_offsets(call: AttentionCall) -> None:

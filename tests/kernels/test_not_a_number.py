@@ -66,3 +66,27 @@ def test_a_fit_on_nothing_is_none() -> None:
     far = float("inf")  # so that all that is not local is approximated
     _, stats = freqopt.split_attention(*ordinary, grid=GRID, threshold=far, return_stats=True)
     assert stats.fitted.all()
+
+
+def test_probes_whose_bands_have_next_to_nothing_say_so() -> None:
+    """Logits in the thousands: means are e^-1000 of the sum, and what the fit divides by is 0."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 180, 8, generator=generator) for _ in range(3))
+    far = float("inf")
+    out, stats = freqopt.split_attention(900 * q, k, v, grid=GRID, threshold=far, return_stats=True)
+    assert isinstance(out, Tensor) and out.isfinite().all()
+    assert ((stats.probe_error > 0.3) & (stats.probe_error < 1.5)).all()
+
+
+@pytest.mark.parametrize("type_", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_into_the_op(type_: torch.dtype) -> None:
+    tensors = [torch.randn(1, 2, 180, 8, requires_grad=True) for _ in range(3)]
+    found = []
+    for cast in (False, True):
+        with torch.autocast("cpu", type_, enabled=cast):
+            out = call(*tensors, density=0.5, order="content", chunk=256)
+            assert out.dtype == torch.float32
+            grads = torch.autograd.grad(out.float().square().sum(), tensors)
+        found.append([out, *grads])
+    for plain, under in zip(*found, strict=True):
+        assert torch.equal(plain, under)

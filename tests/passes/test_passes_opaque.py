@@ -79,6 +79,19 @@ def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return x * gate.sigmoid() * up
 
 
+@torch.library.custom_op("flash_toys::slidingWindowFlashAttn", mutates_args=())
+def sliding(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    near = (torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])).abs() < 20
+    turned = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*turned, attn_mask=near, scale=softmax_scale)
+    return out.transpose(1, 2).contiguous()
+
+
+@sliding.register_fake
+def _sliding(q: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(q)
+
+
 @flash.register_fake
 def _flash(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), sums(q)
@@ -240,6 +253,7 @@ def test_plain_attention_of_others_is_split(attend: Attend, batch: int) -> None:
         (call_varlen(3), "one sequence"),
         (use_sums, "log-sum-exp"),
         (lambda q, k, v: vendor(q, k, v, 3), "flavour"),
+        (lambda q, k, v: sliding(q, k, v, 0.2), "not plain ('sliding')"),
         (call_into_out, "writes its result into its argument out"),
         (lambda q, k, v: joined(torch.stack([q, k, v], 2), False), "one tensor, qkv"),
         (lambda q, k, v: half_joined(q, torch.stack([k, v], 2), False), "one tensor, kv"),

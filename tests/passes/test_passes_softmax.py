@@ -126,9 +126,21 @@ def largest_used(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (x - top).softmax(-1) @ v + top
 
 
+def rounded_quotient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.div(q @ k.mT, DIM**0.5, rounding_mode="floor").softmax(-1) @ v
+
+
+def weighed_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.zeros(k.shape[2]).index_fill(0, torch.arange(9), 4.0)
+    return torch.add(scores(q, k), hidden, alpha=-0.5).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "attend",
-    [sum_over_queries, sum_plus_one, sum_of_others, shift_of_columns, scores_used, largest_used],
+    [
+        *(sum_over_queries, sum_plus_one, sum_of_others, shift_of_columns),
+        *(scores_used, largest_used, rounded_quotient, weighed_mask),
+    ],
 )
 def test_look_alikes_stay_as_they_are(attend: Attend) -> None:
     assert not any(site.eligible for site in sites_of(Model(attend), video(batch=2)))

@@ -25,6 +25,7 @@ from freqopt.capture.call_grids import CallGrids
 from freqopt.decisions import why_not
 from freqopt.errors import CalibrationError
 from freqopt.grid import Grid
+from freqopt.kernels.device import uncast
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
@@ -100,7 +101,8 @@ class Recorder:
             layout = Known((t, h, w), text_before, text_after, self.mask, self.sources)
             self.desk.layouts.note(self.site, layout)
         try:
-            return request.attend(visit)
+            with uncast(query.device):  # errors are measured in float32
+                return request.attend(visit)
         except Exception as error:
             if not request.lenient:
                 raise

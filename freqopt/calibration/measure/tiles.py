@@ -206,7 +206,7 @@ def _chunk_errors(
     low_mass = weight.sum(-1, keepdim=True)
     out = out + weight @ low.value_mean
     out = out + low_mass * (query @ probe.matrix(low.h_bar).mT * head.scale)
-    out = (out + sums.text_out) / (mass + sums.text_mass + low_mass)
+    out = (out + sums.text_out) / (mass + sums.text_mass + low_mass).clamp(min=1e-30)
     total = sums.mass.sum(-1, keepdim=True) + sums.text_mass
     truth = (sums.out.sum(-2) + sums.text_out) / total
     wrong = (out - truth) * real[:, None]
