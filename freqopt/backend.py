@@ -199,7 +199,7 @@ def _decide(
     """
     decisions = decide_in_part(settings, part, gm, sites)
     for decision in decisions:
-        if _is_missed(settings, decision):
+        if _is_missed(settings, part, decision):
             _complain(settings, f"attention at {decision.site.name} stays dense: {decision.why}")
     if not any(site.eligible for site in sites):
         misfits = [d for d in decisions if d.why.reason is Reason.GRID_MISFIT]
@@ -213,7 +213,7 @@ def _decide(
     return decisions
 
 
-def _is_missed(settings: Options, decision: Decision) -> bool:
+def _is_missed(settings: Options, part: Part, decision: Decision) -> bool:
     """Whether an attention over a video stays dense that neither length nor plan keep so."""
     site = decision.site
     if decision.split:
@@ -224,7 +224,8 @@ def _is_missed(settings: Options, decision: Decision) -> bool:
         )
     if site.kind not in OURS or site.grid is None:
         return False
-    by_plan = settings.plan is not None and site.eligible
+    unserved = decision.why.reason is Reason.NO_KERNEL and part.is_to_be_split(site)
+    by_plan = settings.plan is not None and site.eligible and not unserved
     return not by_plan and decision.why.reason is not Reason.TOO_SHORT
 
 

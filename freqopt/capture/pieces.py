@@ -150,6 +150,13 @@ class Part:
             return True
         return self.plan is not None and self._planned(self._real(site.name)) is not None
 
+    def is_to_be_split(self, site: Site) -> bool:
+        """Whether the plan among the options splits a site."""
+        if self.plan is None:
+            return False
+        planned = self._planned(self._real(site.name))
+        return planned is not None and self.plan.sites[planned].decision == "split"
+
     def is_told(self, site: Site) -> bool:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
