@@ -1,4 +1,4 @@
-"""Takes modes off those that PyTorch has in a thread, wherever they are among them.
+"""What PyTorch has in a thread: modes, which are taken off wherever they are, and transforms.
 
 A mode's own exit takes the last one off, whichever that is: where a call was interrupted from the
 keyboard, or a model is served no more, others may have come after ours.
@@ -6,6 +6,7 @@ keyboard, or a model is served no more, others may have come after ours.
 
 from __future__ import annotations
 
+import torch
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
@@ -23,3 +24,10 @@ def take_off(mode: TorchFunctionMode) -> None:
         above.append(last)
     for each in reversed(above):
         _push_mode(each)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or torch.jit.trace, is under way."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(torch._C._get_tracing_state())

@@ -20,18 +20,21 @@ from freqopt.eager.again import Again
 from freqopt.eager.by_hand import PutOff
 from freqopt.eager.forms import Form, Look
 from freqopt.eager.telling import Split
+from freqopt.passes.reasons import Why
 
 
 @dataclass
 class Running:
     """A module with planned attention while it runs, and how many attentions it has met.
 
+    works: it has called what a module that attends calls; one that a step cache skips has not.
     put_off: what stands for calls in it that nobody has computed, as long as it is held.
     """
 
     module: nn.Module
     mode: TorchFunctionMode
     met: int = 0
+    works: bool = False
     put_off: list[weakref.ref[PutOff]] = field(default_factory=list)
 
 
@@ -40,7 +43,8 @@ class Call:
     """One call of the model that is under way.
 
     again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
-    trains: gradients may be asked for. frame: `id` of the frame that it runs in.
+    trains: gradients may be asked for. frame: `id` of the frame that it runs in. dense: why planned
+    sites were not split in it.
     """
 
     arguments: Arguments
@@ -51,6 +55,7 @@ class Call:
     frame: int = 0
     stack: list[Running] = field(default_factory=list)
     split: list[Split] = field(default_factory=list)
+    dense: dict[str, Why] = field(default_factory=dict)
 
     def leave(self, module: nn.Module | None = None) -> None:
         """A module is left, and what ran in it; without one, all that is still running."""

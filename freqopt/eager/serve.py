@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from freqopt.capture.budgets import attribute_of
+from freqopt.capture.modes import is_transformed
 from freqopt.capture.modules import names_of, running
 from freqopt.capture.repeated import Pending, in_backward
 from freqopt.capture.under_way import arguments_by_name
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
 NOT_SERVED = object()
+
+WORK = PRODUCTS | {"linear", "softmax"}
+"""Functions that a module calls where it attends, and does not where a step cache skips it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class Server:
                     site, site_name(name, 0, nth), module, nth, plan.known(site), content
                 )
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
+        self._within: dict[int, list[Place]] = {}
+        for place in self.places.values():
+            self._within.setdefault(id(place.module), []).append(place)
         self.told = Told(self.root, plan, strict=strict)
         self.largest_chunk = max((plan.largest_chunk(site) for site in plan.sites), default=0)
         self.trained: Pending[Form] = Pending()
@@ -143,7 +150,7 @@ class Server:
         call = Call(arguments_by_name(self.root, args, kwargs), form, frame=id(frame))
         if not self._opened(call):
             return
-        if form.again and form.looks < MOST_LOOKS and not _is_transformed():
+        if form.again and form.looks < MOST_LOOKS and not is_transformed():
             call.look = Look(self.forms, form, self.names, args, kwargs)
         if torch.is_grad_enabled() and not in_backward():
             self.trained.note(form)
@@ -163,6 +170,8 @@ class Server:
 
     def leave(self, call: Call, module: nn.Module, *, failed: bool) -> None:
         """It is left. A part of a call from before is over with it."""
+        if not failed:
+            self._look_back(call, module)
         call.leave(module)
         if call.again is not None and not call.stack:
             self._close(call, failed=failed)
@@ -191,6 +200,8 @@ class Server:
     def end(self, *, failed: bool) -> None:
         """The innermost call, which is one of the model, is over."""
         call = under_way.stack[-1][1]
+        if not failed:
+            self._look_back(call, self.root)
         call.leave()  # the model itself, where it holds attention: its other hook comes after this
         self._close(call, failed=failed)
         if failed or self.stopped:
@@ -200,6 +211,17 @@ class Server:
             call.look.close()
         if call.split:
             self.told.split(call.split)
+        if call.dense:
+            self.told.missed(call.dense)
+
+    def _look_back(self, call: Call, module: nn.Module) -> None:
+        """A module is about to be left: note its planned attention that was not met in it."""
+        ran = next((each for each in reversed(call.stack) if each.module is module), None)
+        if ran is None or not ran.works or call.again is not None:
+            return
+        for place in self._within[id(module)]:
+            if place.nth >= ran.met and place.budget is not None:
+                call.dense.setdefault(place.site, Reason.NOT_CALLED())
 
     def attend(self, asked: Asked) -> Any:
         """What a call that may be attention returns, or NOT_SERVED."""
@@ -216,8 +238,8 @@ class Server:
         given = None if place is None else place.budget
         if place is None or given is None:
             return NOT_SERVED
-        if _is_transformed():
-            self.told.dense(place.site, Reason.TRANSFORMED())
+        if is_transformed():
+            self._stays_dense(call, place, Reason.TRANSFORMED())
             return NOT_SERVED
         node = None
         if call.look is not None:
@@ -229,7 +251,7 @@ class Server:
         if isinstance(lay, Lay):
             self.told.compiled.grids.add(lay.grid)
         if isinstance(serving, Why):
-            self.told.dense(place.site, serving)
+            self._stays_dense(call, place, serving)
             result = asked.plainly()
         else:
             result, density, error = serving(asked.tensors, budget.to(asked.tensors[0].device))
@@ -239,14 +261,20 @@ class Server:
             call.look.writer.end(node, result)
         return result
 
+    def _stays_dense(self, call: Call, place: Place, why: Why) -> None:
+        self.told.dense(place.site, why)
+        if call.again is None:
+            call.dense[place.site] = why
+
     def meet(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What a call returns that is attention or part of it, or NOT_SERVED."""
         if may_be_attention(function):
             return self.attend(Asked(function, args, kwargs))
-        if _is_transformed():
-            return NOT_SERVED  # what is put off may be asked for when the transform is over
         call = under_way.stack[-1][1]
         running_now, name = call.stack[-1], getattr(function, "__name__", "")
+        running_now.works = running_now.works or name in WORK
+        if is_transformed():
+            return NOT_SERVED  # what is put off may be asked for when the transform is over
         if name in PRODUCTS and ends(args, kwargs):
             return self.attend(AskedByHand(function, args, kwargs))
         if name in PRODUCTS and not self._is_innermost(running_now.module):
@@ -314,10 +342,3 @@ class _Serving(TorchFunctionMode):
         """Whether no other module with planned attention runs inside; what it left comes here."""
         stack = under_way.stack[-1][1].stack if under_way.stack else []
         return bool(stack) and stack[-1].mode is self and not self.server.stopped
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func, or torch.jit.trace, is under way."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return bool(torch._C._get_tracing_state())

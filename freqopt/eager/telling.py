@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,12 @@ class Told:
     def dense(self, site: str, why: Why) -> None:
         """A planned attention could not be split in a call."""
         self.compiled.outcomes[site] = Outcome(False, why, False)
+
+    def missed(self, sites: Mapping[str, Why]) -> None:
+        """A call of the model is over, in which these were not split, each time or some times."""
+        for site, why in sites.items():
+            self.dense(site, why)
+        self.compiled.missed.update(sites)
 
     def split(self, calls: Sequence[Split]) -> None:
         """A call of the model is over, in which these were split."""

@@ -19,6 +19,7 @@ from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import base_name
 from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
+from freqopt.passes.reasons import Reason, Why
 from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
 from freqopt.telling.copies import is_copy
@@ -130,6 +131,7 @@ class Watch:
         self.calls, self.look = 0, 1
         self.line = self.unnoticed_line = ""
         self.whole = self.strict = False
+        self._told: set[Reason] = set()
         self.parts = weakref.WeakSet(model.modules())
 
     @property
@@ -172,9 +174,10 @@ class Watch:
                 self.range.note(times)
         if outermost_call() is not None or is_copy(model):  # told when that is over; told already
             return
-        if not self.whole:
-            self._say(self.served())
-        self.limit.end(strict=self._is_strict())
+        missed = self._missed()
+        if not self.whole or missed:
+            self._say(self.served(), missed)
+        self.limit.end(strict=self._is_strict(), told=bool(missed))
         self.calls += 1
         if self.calls >= self.look:
             self.look = next_look(self.calls)
@@ -213,7 +216,17 @@ class Watch:
         """What is known of the parts that were compiled, or are served."""
         return [found for part, found in _parts.items() if part in self.parts]
 
-    def _say(self, served: set[str]) -> None:
+    def _missed(self) -> dict[str, Why]:
+        """Sites that were dense in this call, though others of theirs may have been split."""
+        found: dict[str, Why] = {}
+        for compiled in self._compiled():
+            while compiled.missed:
+                found.update([compiled.missed.popitem()])
+        return found
+
+    def _say(self, served: set[str], missed: Mapping[str, Why]) -> None:
+        """Say how many sites are split so far; once that is all, of calls where some are not."""
+        served = {name for name in served if base_name(name) not in missed}
         found = Compiled(Options())
         parts = [part for part in _parts if part in self.parts]
         for part in parts:
@@ -226,8 +239,14 @@ class Watch:
         verdict = judge(self.name, found, self.plan, served)
         if not verdict.good and not parts:
             verdict = Verdict(verdict.line.replace(INSPECT, NOTHING_RAN), False)
-        again, self.line = verdict.line == self.line, verdict.line
-        self.whole = verdict.good
+        reasons = {why.reason for why in missed.values()}
+        if self.whole:
+            again = reasons <= self._told
+            verdict = Verdict(verdict.line.replace(" split", " split in this call", 1), False)
+        else:
+            again, self.line = verdict.line == self.line, verdict.line
+            self.whole = verdict.good
+        self._told |= reasons
         say(verdict, again=again, strict=self._is_strict())
 
     def _alike(self, part: nn.Module, name: str) -> set[str]:

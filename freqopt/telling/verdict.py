@@ -79,7 +79,7 @@ class Compiled:
     (place, reason) where Dynamo left a graph, and whether a hook did it. limited: it has reached
     its limit of recompilations of some function. replaced: names of modules whose forward was
     replaced on the instance. grids: that tokens of split attention lie on, where a graph is for
-    one.
+    one. missed: why sites that are served call by call were dense, until it was told.
     """
 
     settings: Options
@@ -92,6 +92,7 @@ class Compiled:
     said: str = ""
     awaited: set[str] | None = None
     grids: set[Grid] = field(default_factory=set)
+    missed: dict[str, Why] = field(default_factory=dict)
 
     def add(self, gm: fx.GraphModule, decisions: Iterable[Decision]) -> None:
         """Take in a graph."""
