@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from freqopt import regional
-from freqopt.capture.modules import OwnOnly, unwrapped_module
+from freqopt.capture.modules import OwnOnly, base_name, unwrapped_module
 from freqopt.errors import OptionError
 from freqopt.front.copies import forget_copied
 from freqopt.front.range import Ranges
@@ -88,7 +88,10 @@ class Component:
     def row(self) -> tuple[str, ...]:
         """Cells of the table that a handle prints: split, density, error so far, route."""
         measured, densities = self.way.measured(), self.way.densities()
-        split = f"{len(set(measured) & set(self.planned))} of {len(self.planned)}"
+        # Where budgets are by the module, further calls of one are counted with its first.
+        of_module = set(measured) if self.choice.route != "compile" else set()
+        met = [name for name in self.planned if name in measured or base_name(name) in of_module]
+        split = f"{len(met)} of {len(self.planned)}"
         known = [densities[name] for name in self.planned if name in densities]
         density = f"{sum(known) / len(known):.1%}" if known else f"{self.plan.mean_density:.1%} *"
         errors = [m.mean for m in measured.values() if m.mean is not None]

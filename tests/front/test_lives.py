@@ -59,6 +59,18 @@ def test_the_outermost_block_of_a_handle_undoes_it(route: str, plan: Plan) -> No
     assert torch.equal(called(model), dense)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_block_that_runs_twice_counts_twice(route: str) -> None:
+    model = models.make()
+    model.blocks[1] = model.blocks[0]
+    plan = plan_of(model, models.inputs(), 1.0)
+    assert "blocks.0.attn@1" in plan.sites
+    with optimized(model, plan, route) as handle:
+        assert handle.components["model"].row()[1] == "0 of 3"
+        called(model)
+        assert handle.components["model"].row()[1] == "3 of 3"
+
+
 def test_leaving_a_block_that_was_not_entered_keeps_the_count(plan: Plan) -> None:
     handle = optimized(models.make(), plan, "eager")
     handle.__exit__(None, None, None)
