@@ -78,7 +78,8 @@ def freqopt_backend(
         settings = replace(settings, mode=mode or settings.mode, plan=plan)
         # What examples of sizes save for a backward pass is none of a checkpoint's around the call.
         with saved_tensors_hooks(_as_it_is, _as_it_is):
-            part, calls = part_of_model(settings), CallGrids(gm, example_inputs)
+            part = part_of_model(settings)
+            calls = CallGrids(gm, example_inputs, strict=settings.strict)
             graph = _rewritten(calls, settings, part, options)
     inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
     inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
@@ -132,11 +133,14 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         calls.settle()
         part.settle(gm)
     if any(map(part.takes_grid_for_granted, decisions)):
-        logger.warning(
+        text = (
             "a part of a model was compiled where no call of the model tells its grid (outside the "
             "model, or in model.forward(...)): it takes every call for one on the calibrated grid. "
             "Call the model itself"
         )
+        if settings.strict and part.is_in_forward():
+            raise SiteError(text)
+        logger.warning("%s", text)
     logger.info("passes took %.0f ms", 1e3 * (time.perf_counter() - start))
     device = next((d.site.device for d in decisions if d.split), None)
     watched = {

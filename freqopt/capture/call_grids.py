@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from freqopt.capture.call_shapes import told_by_shapes
+from freqopt.errors import SiteError
 from freqopt.passes.axes.layout import readable_input
 from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.memory import is_written
@@ -73,10 +74,13 @@ class CallGrids(OneCall):
     Makes int inputs for it, takes back those that no site uses (`settle`), and gives the others
     their numbers at every call (`reading`). gm: the graph to go on with, which is a copy where it
     may get inputs: its maker counts on the inputs of the one that it made. numbers: examples of
-    the int inputs in use.
+    the int inputs in use. strict: a later call that tells nothing is an error.
     """
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, strict: bool = False
+    ) -> None:
+        self.strict = strict
         self._made: list[tuple[tuple[int, ...], str, list[fx.Node]]] = []
         self._orders: dict[tuple[fx.Node, ...], Argument | None] = {}
         self.numbers: list[Any] = []
@@ -130,7 +134,9 @@ class CallGrids(OneCall):
             return compiled
         order = {node.name: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
         made = sorted(self._made, key=lambda each: order[each[2][0].name])
-        readers = [(places, Reader(name, len(nodes))) for places, name, nodes in made]
+        readers = [
+            (places, Reader(name, len(nodes), strict=self.strict)) for places, name, nodes in made
+        ]
 
         def run(*arguments: Any) -> Any:
             numbers = [
@@ -258,27 +264,26 @@ class Reader:
     count: of numbers: 4 of a table of positions (before, t, h, w), 1 of indices.
     """
 
-    def __init__(self, name: str, count: int) -> None:
-        self.name, self.count = name, count
+    def __init__(self, name: str, count: int, *, strict: bool = False) -> None:
+        self.name, self.count, self.strict = name, count, strict
         self._known: dict[tuple[int, ...], Seen[tuple[int, ...]]] = {}
         self._said = False
 
     def read(self, given: Sequence[torch.Tensor]) -> tuple[int, ...]:
-        """The numbers; zeros, and a warning once, where there is no grid or no order."""
+        """The numbers; zeros, and a warning once, where there is no grid or no order.
+
+        Raises:
+            SiteError: there is none, under `strict`.
+        """
         key = tuple(map(id, given))
         known = self._known.get(key)
         if known is not None and known.is_of(given):
             return known.value
         numbers = self._numbers(given)
-        if not any(numbers) and not self._said:
+        if not any(numbers) and (self.strict or not self._said):
             self._said = True
             seen = "positions of a grid in raster order" if self.count > 1 else "places in order"
-            logger.warning(
-                "%s: no %s in this call, unlike the one it was compiled for: attention is dense in "
-                "such calls",
-                self.name,
-                seen,
-            )
+            say_untold(f"{self.name}: no {seen}", strict=self.strict)
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[key] = Seen(given, numbers)
@@ -289,6 +294,20 @@ class Reader:
             return (int(goes_through(given)),)
         layout = layout_of_positions(given[0])
         return (0, 0, 0, 0) if layout is None else (layout.before, *layout.grid)
+
+
+def say_untold(what: str, *, strict: bool) -> None:
+    """Say that a call does not tell how its tokens lie, and what it tells.
+
+    Raises:
+        SiteError: under `strict`.
+    """
+    text = (
+        f"{what} in this call, unlike the one it was compiled for: attention is dense in such calls"
+    )
+    if strict:
+        raise SiteError(text)
+    logger.warning("%s", text)
 
 
 class Seen(Generic[Read]):

@@ -7,7 +7,6 @@ model it is.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
-from freqopt.capture.call_grids import int_inputs
+from freqopt.capture.call_grids import int_inputs, say_untold
 from freqopt.capture.call_layouts import (
     BySizes,
     Teller,
@@ -34,8 +33,6 @@ from freqopt.positions import Layout
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
-logger = logging.getLogger(__name__)
-
 NUMBERS = ("before", "t", "h", "w", "after")
 
 Sources = tuple[Source, ...]
@@ -46,10 +43,13 @@ class Telling:
     """What the call of a model that is under way tells.
 
     plan_of: the plan of a model, to whose lengths calls are held. sources: as in its layouts.
+    strict: a call that tells nothing is an error.
     """
 
-    def __init__(self, teller: Teller, plan_of: Callable[[nn.Module], Plan | None]) -> None:
-        self.teller, self.plan_of = teller, plan_of
+    def __init__(
+        self, teller: Teller, plan_of: Callable[[nn.Module], Plan | None], *, strict: bool
+    ) -> None:
+        self.teller, self.plan_of, self.strict = teller, plan_of, strict
         self.sources: Sources = teller.sources if isinstance(teller, BySizes) else ()
         self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
@@ -64,6 +64,7 @@ class Telling:
         Raises:
             PlanError: a length too far from those of the plan.
             InputError: see `_told_in`.
+            SiteError: the call tells nothing, under `strict`.
         """
         if arguments is None and part is not None and in_backward():
             trained = _told_in(_calls_before(part).get(self.teller))
@@ -72,13 +73,9 @@ class Telling:
         layout = None if arguments is None else self.teller(arguments)
         if layout is not None and model is not None:
             self._check(model, layout.grid)
-        if layout is None and not self._said:
+        if layout is None and (self.strict or not self._said):
             self._said = True
-            logger.warning(
-                "%s tells no grid of tokens in this call, unlike the one it was compiled for: "
-                "attention is dense in such calls",
-                self.teller.name,
-            )
+            say_untold(f"{self.teller.name} tells no grid of tokens", strict=self.strict)
         numbers = numbers_of_layout(layout)
         if model is not None and is_training():
             calls = _trained.setdefault(model, {})
@@ -140,22 +137,27 @@ def told_by_model(
     model: nn.Module | None,
     part: nn.Module | None,
     plan_of: Callable[[nn.Module], Plan | None],
+    *,
+    strict: bool = False,
 ) -> tuple[list[Told], list[Number]]:
     """What the call under way of a model tells a part of its graph, and the part's new inputs.
 
     In a backward pass it is the call from before of which a checkpoint runs the part once more.
 
-    model: None where it is not being called. part: the module that runs the graph.
+    model: None where it is not being called. part: the module that runs the graph. strict: a later
+    call that tells nothing is an error.
     """
     plan = None if model is None else plan_of(model)
     arguments = None if model is None else arguments_of(model)
     if arguments is None and part is not None and in_backward():
-        return _added(gm, _told_before(part, plan_of))
+        return _added(gm, _told_before(part, plan_of, strict=strict))
     if plan is None or arguments is None:
         return [], []
     sources = [k.sources for name in plan.sites for k in plan.known(name)]
     told = tellers(arguments, sources)
-    return _added(gm, [(Telling(teller, plan_of), layout) for teller, layout in told])
+    return _added(
+        gm, [(Telling(teller, plan_of, strict=strict), layout) for teller, layout in told]
+    )
 
 
 def model_before(part: nn.Module) -> nn.Module | None:
@@ -170,7 +172,7 @@ def _calls_before(part: nn.Module) -> dict[Teller, Pending[Numbers]]:
 
 
 def _told_before(
-    part: nn.Module, plan_of: Callable[[nn.Module], Plan | None]
+    part: nn.Module, plan_of: Callable[[nn.Module], Plan | None], *, strict: bool
 ) -> list[tuple[Telling, Layout]]:
     """What was told in the call that a part of a model runs once more of."""
     found = []
@@ -178,7 +180,7 @@ def _told_before(
         told = _told_in(calls)
         if told is not None and all(told[1:4]):
             layout = Layout(told[0], (told[1], told[2], told[3]), told[4])
-            found.append((Telling(teller, plan_of), layout))
+            found.append((Telling(teller, plan_of, strict=strict), layout))
     return found
 
 

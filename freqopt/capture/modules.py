@@ -92,6 +92,17 @@ def running() -> Iterator[nn.Module]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def forwards_under_way() -> Iterator[nn.Module]:
+    """Modules whose `forward` runs in this thread, however it was called, the innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield unwrapped_module(module)
+        frame = frame.f_back  # type: ignore[assignment]
+
+
 def unwrapped_module(module: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped, or the module itself."""
     inner = module.__dict__.get("_modules", {}).get("_orig_mod")

@@ -20,6 +20,7 @@ from freqopt.capture.feeding import Budget, Callers, Feeding, NamedParts
 from freqopt.capture.model_tells import Number, model_before, told_by_model
 from freqopt.capture.modules import (
     PlannedCallers,
+    forwards_under_way,
     module_of_site,
     modules_of,
     names_of,
@@ -67,7 +68,7 @@ class Part:
 
     def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
         self.plan: Plan | None = None if settings.plan is None else load_plan(settings.plan)
-        self.root, self.runner = root, runner
+        self.root, self.runner, self.strict = root, runner, settings.strict
         self.callers: Callers = AttachedCallers() if self.plan is None else _callers(self.plan)
         self.caller = root if self.plan is not None else self.callers.among(running())
         self.inputs: list[Budget | Number] = []
@@ -169,7 +170,7 @@ class Part:
         """What the call of the model tells of the grid of its tokens; the graph gets inputs."""
         plan = self.plan
         plan_of = attached_to if plan is None else lambda model: plan
-        told, inputs = told_by_model(gm, self.caller, self.runner, plan_of)
+        told, inputs = told_by_model(gm, self.caller, self.runner, plan_of, strict=self.strict)
         self.inputs += inputs
         self.is_told_of_calls = bool(told)
         return told
@@ -180,6 +181,11 @@ class Part:
         if not decision.split or self.is_told_of_calls or site.sources or site.at_call:
             return False
         return any(known.sources for known in self.known(site.name))
+
+    def is_in_forward(self) -> bool:
+        """Whether the model runs that the part is of, though it is not being called."""
+        model = self.callers.among(forwards_under_way())
+        return model is not None and arguments_of(model) is None
 
     def settle(self, gm: fx.GraphModule) -> None:
         """Take inputs that nothing uses out of the graph, and put the others behind all others."""

@@ -12,7 +12,7 @@ from passes_toys import WIDTH, Attention
 from torch import Tensor, fx, nn
 
 import freqopt
-from freqopt.errors import OptionError
+from freqopt.errors import OptionError, SiteError
 
 WIDE, TALL = (1, 14, 12), (1, 12, 14)
 OPTIONS: dict[str, Any] = {"threshold": 30.0, "min_tokens": 0, "strict": True, "inner": "eager"}
@@ -152,13 +152,21 @@ def test_a_call_whose_positions_tell_nothing_is_dense(caplog: pytest.LogCaptureF
     model, x = Packed().eval(), call(WIDE)
     order = torch.randperm(168, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), caplog.at_level(logging.WARNING, "freqopt"):
-        split = compiled(model, grids=[WIDE])
+        split = compiled(model, grids=[WIDE], strict=False)
         assert (split(*x) - model(*x)).norm() > 1e-4
         moved = (*x[:2], x[2][order])
         torch.testing.assert_close(split(*moved), model(*moved), rtol=1e-4, atol=1e-5)
         x[2].copy_(x[2][order])  # the very tensor that was read before
         torch.testing.assert_close(split(*x), model(*x), rtol=1e-4, atol=1e-5)
     assert "ids: no positions" in caplog.text
+    torch._dynamo.reset()
+    x = call(WIDE)
+    with torch.no_grad():
+        split = compiled(model, grids=[WIDE], strict=True)
+        split(*x)
+        for _ in range(2):
+            with pytest.raises(SiteError, match="ids: no positions"):
+                split(*x[:2], x[2][order])
 
 
 def test_two_positions_of_one_length_that_disagree_tell_nothing() -> None:

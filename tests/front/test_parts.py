@@ -128,6 +128,23 @@ def test_it_is_an_error_where_all_must_be_split(
             call(**inputs)
 
 
+@pytest.mark.parametrize("called_before", [True, False])
+@torch.no_grad()
+def test_forward_is_an_error_where_blocks_are_compiled_too(called_before: bool, plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    with freqopt.optimize(model, plan, route="regional", inner="eager", strict=True):
+        if called_before:
+            model(**inputs)
+        words = "video tells no grid" if called_before else "no call of the model tells its grid"
+        for _ in range(2):
+            with pytest.raises(SiteError, match=words):
+                model.forward(**inputs)
+        model(**inputs)
+    torch._dynamo.reset()
+    with freqopt.optimize(model, plan, route="regional", inner="eager", strict=True):
+        model.blocks[0](tokens(), inputs["text"])  # on the calibrated grid
+
+
 BEFORE: list[Call] = [in_place, replaced_forward, blocks_in_place, blocks_forwards, wrapped_blocks]
 
 
