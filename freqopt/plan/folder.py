@@ -1,10 +1,13 @@
 """Plans as a folder that travels: a file for each component, and a page with the figures.
 
-A file says which component it is for, so one that was renamed to another's is refused.
+A file says which component it is for, so one that was renamed to another's is refused. The page
+names the components, so that what an earlier save left in the folder is no part of a later one.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +24,12 @@ SUFFIX = ".plan.json"
 PAGE = "README.md"
 MARK = "library_name: freqopt"
 MOST_PAGE_BYTES = 2**24
+INDEX = "freqopt_components:"
+"""Line of the page's head, before one for each component."""
 ALONE = "model"
 """The component of a plan that was saved by itself."""
+
+logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=PlanContent)
 
@@ -74,21 +81,56 @@ def _is_ours(page: Path) -> bool:
 
 
 def read_folder(folder: Path, load: Callable[[Path], Kind]) -> dict[str, Kind]:
-    """The plans in a folder, by component.
+    """The plans in a folder, by component: those that its page names, if it does, and is ours.
 
     Raises:
         PlanError: none, a damaged one, or one that is another component's.
     """
     files = sorted(folder.glob(f"*{SUFFIX}"))
+    named = _index_of(folder / PAGE)
+    others = [file for file in files if named is not None and _component_of(file) not in named]
+    if others:
+        files = [file for file in files if file not in others]
+        logger.warning(
+            "%s: %s left out, as %s does not name it among the components that were saved there "
+            "last: remove it, or add it there",
+            folder,
+            ", ".join(file.name for file in others),
+            PAGE,
+        )
     if not files:
         raise PlanError(
             f"{folder} holds no plans (files *{SUFFIX}); Plan.save_pretrained writes such a folder"
         )
     found = {}
     for file in files:
-        name, plan = file.name.removesuffix(SUFFIX), load(file)
+        name, plan = _component_of(file), load(file)
         check_component(plan, name, str(file))
         found[name] = plan
+    return found
+
+
+def _component_of(file: Path) -> str:
+    return file.name.removesuffix(SUFFIX)
+
+
+def _index_of(page: Path) -> set[str] | None:
+    """The components that a page of ours names; None where there is none, or an older one."""
+    try:
+        lines = read_bounded(page, MOST_PAGE_BYTES).decode("utf-8").splitlines()
+    except (OSError, UnicodeError):
+        return None
+    head = lines[: lines.index("---", 1)] if lines[:1] == ["---"] and "---" in lines[1:] else []
+    if MARK not in head or INDEX not in head:
+        return None
+    found = set()
+    for line in head[head.index(INDEX) + 1 :]:
+        if not line.startswith("- "):
+            break
+        try:
+            found.add(str(json.loads(line[2:])))
+        except ValueError:  # as somebody wrote it
+            found.add(line[2:].strip())
     return found
 
 
@@ -135,6 +177,8 @@ def page_of(plans: Mapping[str, PlanContent]) -> str:
         "tags:",
         "- freqopt",
         "- attention",
+        INDEX,
+        *(f"- {json.dumps(name, ensure_ascii=False)}" for name in plans),
         "---",
         "",
         "# Plans for frequency-split attention",

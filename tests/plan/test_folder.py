@@ -47,6 +47,28 @@ def test_a_folder_holds_each_component_and_a_page(plan: Plan, tmp_path: Path) ->
         freqopt.Plans.from_pretrained(tmp_path)
 
 
+def test_a_folder_is_what_was_saved_last(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = {"transformer": plan, 'the "other": #2': plan}
+    Plans(plans).save_pretrained(tmp_path)
+    assert set(Plans.from_pretrained(tmp_path)) == set(plans) and not caplog.records
+    Plans({"transformer": plan}).save_pretrained(tmp_path)
+    left = tmp_path / 'the "other": #2.plan.json'
+    assert list(Plans.from_pretrained(tmp_path)) == ["transformer"]
+    assert left.is_file() and f"{left.name} left out" in caplog.text
+    assert Plan.from_pretrained(tmp_path).component == "transformer"
+    page = tmp_path / "README.md"
+    text = page.read_text()
+    page.write_text(text.replace('- "transformer"\n', '- "transformer"\n- the "other": #2\n'))
+    assert set(Plans.from_pretrained(tmp_path)) == set(plans)
+    head, _, rest = text.partition("freqopt_components:\n")
+    page.write_text(head + rest.partition("\n")[2])  # as of an earlier version
+    assert set(Plans.from_pretrained(tmp_path)) == set(plans)
+    page.unlink()
+    assert set(Plans.from_pretrained(tmp_path)) == set(plans)
+
+
 def test_a_plan_alone_and_what_is_no_folder(plan: Plan, tmp_path: Path) -> None:
     plan.save_pretrained(tmp_path / "one")
     assert Plan.from_pretrained(tmp_path / "one") == plan
