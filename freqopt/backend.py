@@ -33,6 +33,7 @@ from freqopt.passes.site import OURS, Site
 from freqopt.reuse import compile_reusing
 from freqopt.selecting import of_their_own_call
 from freqopt.telling.attached import judged_from, verified_errors
+from freqopt.telling.changed import looking_at_file, state_of
 from freqopt.telling.first_call import gather
 from freqopt.telling.running import Graph, counted, graph_of, watch_probes, with_timesteps
 from freqopt.telling.traced import note_graph
@@ -74,6 +75,7 @@ def freqopt_backend(
     with through_compiler():
         settings = parse_options(options)
         # One plan for all that follows: its file may be another by the time it is read again.
+        file, state = settings.plan, state_of(settings.plan)
         plan = None if settings.plan is None else load_plan(settings.plan)
         settings = replace(settings, mode=mode or settings.mode, plan=plan)
         # What examples of sizes save for a backward pass is none of a checkpoint's around the call.
@@ -90,7 +92,8 @@ def freqopt_backend(
     feed = part.feeding.feed() if part.inputs else None
     if graph.inputs and torch.is_grad_enabled():
         feed = of_their_own_call(feed or tuple, graph.inputs)
-    return calls.reading(counted(compiled, graph, feed))
+    run = calls.reading(counted(compiled, graph, feed))
+    return looking_at_file(run, file, plan, state) if graph.decisions else run
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
