@@ -83,13 +83,13 @@ def freqopt_backend(
             part = part_of_model(settings)
             calls = CallGrids(gm, example_inputs, strict=settings.strict)
             graph = _rewritten(calls, settings, part, options)
-    inputs = [*example_inputs, *calls.numbers, *(each.example for each in part.inputs)]
+    feed = part.masks.feed(calls.gm, part.feeding.feed() if part.inputs else None)
+    inputs = [*example_inputs, *calls.numbers, *part.examples]
     inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
     if settings.reuse_order > 1:
         compiled: Compiled = compile_reusing(inner, graph_of_part, inputs, settings.reuse_order)
     else:
         compiled = inner(graph_of_part, inputs)
-    feed = part.feeding.feed() if part.inputs else None
     if graph.inputs and torch.is_grad_enabled():
         feed = of_their_own_call(feed or tuple, graph.inputs)
     run = calls.reading(counted(compiled, graph, feed))

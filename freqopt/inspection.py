@@ -187,7 +187,8 @@ class _Capture:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         decide_here = functools.partial(decide, self.settings, guard=False, device=device)
         arguments = arguments_of(self.model)
-        model = Model(self.names, self._known, inside, called=arguments is not None)
+        called = arguments is not None
+        model = Model(self.names, self._known, inside, called=called, asked=True)
         if call is not None and call.inputs and arguments is not None and self.plan is not None:
             known = (k for name in self.plan.sites for k in self.plan.known(name))
             call.told += told_by_sizes(call.inputs[0], arguments, known)

@@ -34,14 +34,19 @@ def split_attention_at_call(
     probes: int,
     chunks: Tensor | None = None,
     largest_chunk: int = 0,
+    dense_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments as those of `freqopt::split_attention`; `text_after` is what is left, whatever.
+
+    dense_mask: (B or 1, H or 1, N, N) bool, in the place of `key_mask` in a call that is dense.
 
     Returns:
         out (B, H, N, D); density (B, H), 1 where it is dense; probe_error (B, H), NaN there.
     """
     if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
-        mask = None if key_mask is None else key_mask[:, None, None]
+        mask = dense_mask
+        if mask is None and key_mask is not None:
+            mask = key_mask[:, None, None]
         grouped = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
@@ -81,13 +86,14 @@ def split_attention_at_call_backward(
     """Gradients of query, key and value: what the forward made is made once more.
 
     Raises:
-        InputError: a call whose data tell no grid has a mask.
+        InputError: a call that is dense, as its data tell no grid or its mask is another, has one.
     """
     if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
         if key_mask is not None:
             raise InputError(
-                "the positions of this call tell no grid, so attention is dense, and has a mask: "
-                "gradients of that are not supported; pass positions in raster order"
+                "this call tells no grid, or has another mask than calibration saw, so attention "
+                "is dense, and has a mask: gradients of that are not supported; pass positions in "
+                "raster order, and masks that show all of the video"
             )
         # At threshold 0 the op is dense attention, whatever the grid.
         grid, text_before, chunks = (1, 1, query.shape[2]), 0, None
@@ -121,7 +127,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     grads = split_attention_at_call_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return (*grads, *[None] * 10)
+    return (*grads, *[None] * 11)
 
 
 split_attention_at_call.register_autograd(_backward, setup_context=_save)

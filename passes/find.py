@@ -72,7 +72,8 @@ class Model:
     calibrated, by the site's name. inside: name of the module that runs the graph where that is a
     part of the model: attention in no module of the graph is in this one. totals: lengths of all
     calibrated sites. called: whether what the model is being called with is known. sides: on which
-    calibrated sites have text, each of which may come to run in this graph.
+    calibrated sites have text, each of which may come to run in this graph. asked: what runs the
+    graph asks masks that are believed, at every call, whether they are as calibration saw them.
     """
 
     names: Names | None = None
@@ -81,6 +82,7 @@ class Model:
     totals: tuple[int, ...] = ()
     called: bool = False
     sides: frozenset[Side] = frozenset()
+    asked: bool = False
 
 
 def find_on_grids(
@@ -107,7 +109,15 @@ def find_on_grids(
         seen = own if site.mark is None or site.mark.known == own else site.mark.known
         if grids.given is not None and not site.mark and site.why.reason is Reason.READY_MADE:
             seen = (*seen, Known(grids.given))
-        believe(site, seen, model.totals, by_model, called=model.called, sides=model.sides)
+        believe(
+            site,
+            seen,
+            model.totals,
+            by_model,
+            called=model.called,
+            sides=model.sides,
+            asked=model.asked,
+        )
     return sites
 
 

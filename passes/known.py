@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from freqopt.passes.axes.dimensions import has, same
@@ -15,11 +16,16 @@ from freqopt.passes.axes.layout import many_keys
 from freqopt.passes.axes.operands import Operands, heads_of, scale_of, settled_heads
 from freqopt.passes.axes.told import Told
 from freqopt.passes.masks.calibrated import settle_mask
+from freqopt.passes.masks.ready_made import comes_ready_made
 from freqopt.passes.reasons import UNTRACED, Reason
 from freqopt.passes.site import Argument, Extent, Known, Rest, Side, Site
 
-UNSHOWN = UNTRACED | {Reason.CACHE, Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
+UNSHOWN = UNTRACED | {Reason.CACHE}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
+
+MASKED = {Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
+"""Reasons that say so where the mask comes into a graph ready-made. Of a mask that is made in it
+the graph has the word, and not calibration, which may have seen calls with another."""
 
 
 def believe(
@@ -30,6 +36,7 @@ def believe(
     *,
     called: bool = False,
     sides: Collection[Side] = (),
+    asked: bool = False,
 ) -> None:
     """Make a site eligible that has the tokens of one of the layouts, where its graph is silent.
 
@@ -37,15 +44,15 @@ def believe(
     to guard against, those of other sites that may come to run in this graph. told: what the call
     of the model around tells, which goes before the grids of the layouts, and needs no guards where
     all such sites have text on one side. sides: see `Model`. called: whether such a call is known:
-    numbers that it lacks are then not taken to be the calibrated.
+    numbers that it lacks are then not taken to be the calibrated. asked: see `settle_mask`.
     """
     lengths = (site.query_length, site.key_length)
-    if site.why.reason not in UNSHOWN or not (site.heads or (layouts and _settle_heads(site))):
+    if not _is_silent(site, asked) or not (site.heads or (layouts and _settle_heads(site))):
         return
     if totals and not same(*lengths):  # others, where they are as many, get a graph of their own
         bool(site.query_length == site.key_length)
     heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
-    if heard and _hear(site, heard, sides):
+    if heard and _hear(site, heard, sides, asked):
         return
     if called and (numbers := dict.fromkeys(n for k in layouts for n in k.numbers)):
         site.why = Reason.CALL_UNTOLD(arguments=", ".join(numbers))
@@ -66,7 +73,7 @@ def believe(
         return
     before, after = known.around_keys(queries, keys) or (0, 0)
     many = many_keys(keys - queries, math.prod(known.grid))
-    if problem := many or settle_mask(site, known, before):
+    if problem := many or settle_mask(site, known, before, fixed=True, asked=asked):
         site.why = problem
         return
     site.grid, site.grid_arguments = known.grid, known.grid
@@ -74,6 +81,15 @@ def believe(
     if queries != keys:
         _pad(site, (before,), (after,))
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
+
+
+def _is_silent(site: Site, asked: bool) -> bool:
+    """Whether a graph says nothing about a site. asked: the values of its mask would tell."""
+    if site.why.reason in UNSHOWN:
+        return True
+    mask = site.attention.mask
+    shown = mask is None or not asked or not comes_ready_made(mask)
+    return site.why.reason in MASKED and not shown
 
 
 def _settle_heads(site: Site) -> bool:
@@ -106,7 +122,9 @@ def _pad(site: Site, before: tuple[Argument, ...], after: tuple[Argument, ...]) 
     site.pad_before_arguments, site.pad_after_arguments = before, after
 
 
-def _hear(site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Side]) -> bool:
+def _hear(
+    site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Side], asked: bool
+) -> bool:
     """Make a site eligible whose grid the call of the model around tells.
 
     heard: layouts that calibration saw, each with what is told of such. Returns whether that is all
@@ -133,7 +151,8 @@ def _hear(site: Site, heard: Sequence[tuple[Known, Told]], sides: Collection[Sid
     if len(sides) > 1 or (True, True) in sides:
         _is(site.key_length, keys)  # a sequence of another length may have its text elsewhere
     many = many_keys(keys - queries, math.prod(told.grid))
-    if problem := many or settle_mask(site, known, text.before):
+    here, fixed = replace(known, grid=told.grid), _is_fixed(site, told, text)
+    if problem := many or settle_mask(site, here, text.before, fixed=fixed, asked=asked):
         site.why = problem
         return True
     site.grid, site.grid_arguments = told.grid, told.arguments[1:]
@@ -155,6 +174,13 @@ class _Text(NamedTuple):
     before_argument: Argument
     after_argument: Argument
     pads: tuple[tuple[Argument, ...], tuple[Argument, ...]]
+
+
+def _is_fixed(site: Site, told: Told, text: _Text) -> bool:
+    """Whether a site's grid and what lies around it are the same at all calls."""
+    around = (text.before_argument, text.after_argument)
+    numbers = [a for a in (*told.arguments, *around) if not isinstance(a, Rest)]
+    return all(isinstance(n, int) for n in (*numbers, site.key_length))
 
 
 def _text(

@@ -174,6 +174,11 @@ class Reason(Enum):
     MASK_UNPROVEN = Text(
         "its mask may hide video tokens: that it does not cannot be proven from the graph"
     )
+    MASK_UNLIKE = Text(
+        "its mask hides video tokens in this call, or differs between queries, unlike those that "
+        "calibration saw",
+        "a mask that hides text only is split",
+    )
 
     TRANSFORMED = Text(
         "it is called inside torch.jit.trace or a transform of torch.func (vmap, grad), which is "

@@ -190,6 +190,17 @@ class Mark:
         return tuple(dict.fromkeys(known.grid for known in self.known))
 
 
+@dataclass(frozen=True)
+class Believed:
+    """A mask that is taken to be as calibration saw it, which its values tell at every call.
+
+    mask: as the model made it. kind: as in `Known`.
+    """
+
+    mask: fx.Node
+    kind: int
+
+
 @dataclass
 class Site:
     """One attention computation.
@@ -205,7 +216,8 @@ class Site:
     before, text after) of queries that are other tokens than the keys. mark: the budget that its
     module brings along. share: which of the model's heads these are, where processes share them.
     pieces: start and length of the pieces that its sequence is put together of, in that order,
-    where tokens of one kind have others between them. sources: as those of `Known`.
+    where tokens of one kind have others between them. sources: as those of `Known`. believed: a
+    mask of which the graph does not show enough. kept: 1 at calls where it is as believed, else 0.
     """
 
     name: str
@@ -233,6 +245,8 @@ class Site:
     sources: tuple[Source, ...] = ()
     share: Share | None = None
     pieces: tuple[tuple[int, int], ...] = ()
+    believed: Believed | None = None
+    kept: Value | None = None
 
     @property
     def all_heads(self) -> int:
@@ -245,7 +259,8 @@ class Site:
         parts = [
             p for a in self.grid_arguments for p in (a.parts if isinstance(a, Product) else (a,))
         ]
-        return [part.node for part in parts if isinstance(part, Value)]
+        kept = () if self.kept is None else (self.kept,)
+        return [part.node for part in (*kept, *parts) if isinstance(part, Value)]
 
     @property
     def at_call(self) -> bool:

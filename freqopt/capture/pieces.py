@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from freqopt.capture.asked_masks import AskedMasks
 from freqopt.capture.budgets import attribute_of
 from freqopt.capture.feeding import Budget, Callers, Feeding, NamedParts
 from freqopt.capture.model_tells import Number, model_before, told_by_model
@@ -63,7 +64,8 @@ class Part:
     root: the model, or the module in it that has all sites of the plan; None where no module is
     running. runner: the innermost module that is running, which runs the graph. caller: the
     model that the plan is for, whose call tells of the grid. inputs: budgets that the graph takes
-    at every call, by the module that is running then, and numbers, by the call of the model.
+    at every call, by the module that is running then, and numbers, by the call of the model. masks:
+    those that it asks at every call, which give it numbers too.
     """
 
     def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
@@ -72,6 +74,7 @@ class Part:
         self.callers: Callers = AttachedCallers() if self.plan is None else _callers(self.plan)
         self.caller = root if self.plan is not None else self.callers.among(running())
         self.inputs: list[Budget | Number] = []
+        self.masks = AskedMasks(strict=settings.strict)
         self.is_told_of_calls = False
 
     @property
@@ -113,7 +116,7 @@ class Part:
         totals = () if self.is_whole else tuple(dict.fromkeys(lengths))
         sides = {(k.before > 0, k.after > 0) for k in layouts} - {(False, False)}
         called = self.caller is not None and arguments_of(self.caller) is not None
-        return Model(names, self.known, self.inside, totals, called, frozenset(sides))
+        return Model(names, self.known, self.inside, totals, called, frozenset(sides), asked=True)
 
     def _layouts(self) -> list[Known]:
         """How the tokens of all calibrated sites of the model lay."""
@@ -178,7 +181,8 @@ class Part:
     def takes_grid_for_granted(self, decision: Decision) -> bool:
         """Whether a site is split on the calibrated grid, as no call of the model is under way."""
         site = decision.site
-        if not decision.split or self.is_told_of_calls or site.sources or site.at_call:
+        by_call = len(site.read_at_call) > (site.kept is not None)
+        if not decision.split or self.is_told_of_calls or site.sources or by_call:
             return False
         return any(known.sources for known in self.known(site.name))
 
@@ -189,6 +193,10 @@ class Part:
 
     def settle(self, gm: fx.GraphModule) -> None:
         """Take inputs that nothing uses out of the graph, and put the others behind all others."""
+        self._settle_own(gm)
+        self.masks.settle(gm)
+
+    def _settle_own(self, gm: fx.GraphModule) -> None:
         if not self.inputs:
             return
         used = []
@@ -236,13 +244,19 @@ class Part:
 
     def graph(self, gm: fx.GraphModule) -> fx.GraphModule:
         """The graph to compile: a copy if it takes budgets, as Dynamo wants its own inputs back."""
-        if not self.inputs:
+        nodes = [*(each.node for each in self.inputs), *self.masks.nodes]
+        if not nodes:
             return gm
         taken, _ = copied(gm)
-        for each in self.inputs:
-            each.node.replace_all_uses_with(next(iter(gm.graph.nodes)))
-            gm.graph.erase_node(each.node)
+        for node in nodes:
+            node.replace_all_uses_with(next(iter(gm.graph.nodes)))
+            gm.graph.erase_node(node)
         return taken
+
+    @property
+    def examples(self) -> list[Any]:
+        """Its inputs and those of its masks in the call that the graph is compiled for."""
+        return [*(each.example for each in self.inputs), *self.masks.examples]
 
     @cached_property
     def feeding(self) -> Feeding:
@@ -334,6 +348,7 @@ def decide_in_part(
     Raises:
         PlanError: as `decide`.
     """
+    part.masks.watch(gm, sites)
     by_module = [site for site in sites if _is_by_module(part, site)]
     others = iter(decide(settings, [site for site in sites if site not in by_module]))
     decisions = []

@@ -154,7 +154,8 @@ class Look:
 
         with torch._C.DisableTorchFunction(), apart(), self.writer.closed() as gm:
             known = self.forms.known
-            model = Model(self.names, lambda name: known.get(_base(name), ()), called=True)
+            layouts = lambda name: known.get(_base(name), ())  # noqa: E731
+            model = Model(self.names, layouts, called=True, asked=True)
             rewrite(gm, look, None, self._grids(gm), model=model)
         return found
 

@@ -70,7 +70,7 @@ def lay_of(site: Site, *, content: bool) -> Lay | None:
         tuple(_number(argument) for argument in site.query_arguments),
         site.pieces,
         (site.heads, site.kv_heads) if len(shape(site.attention.query)) == 3 else (0, 0),
-        proven=True,
+        proven=site.believed is None,
     )
 
 

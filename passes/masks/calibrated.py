@@ -1,6 +1,7 @@
 """Masks of sites whose graph does not show how their tokens lie, where calibration saw that.
 
-What was proven of the mask in the whole model is believed of one that has the same form.
+What was proven of the mask in the whole model is believed of one that has the same form, if its
+values can be asked at every call whether it is as then.
 """
 
 from __future__ import annotations
@@ -9,22 +10,31 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import same
-from freqopt.passes.masks.masks import hides_nothing
+from freqopt.passes.masks.masks import Range, hides_nothing
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import shape, tensor
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.adding import add_method
-from freqopt.passes.site import Known, Site
+from freqopt.passes.site import Believed, Known, Site
 
-KEYS, PAIRS = 1, 2
+NOTHING, KEYS, PAIRS = 0, 1, 2
 """Masks of a `Known`."""
 
 
-def settle_mask(site: Site, known: Known, before: int, *, proven: bool = False) -> Why | None:
+def settle_mask(
+    site: Site,
+    known: Known,
+    before: int,
+    *,
+    proven: bool = False,
+    fixed: bool = False,
+    asked: bool = False,
+) -> Why | None:
     """Bring the mask into the form that the op takes, as calibration did; why that cannot be.
 
     proven: what is known of the mask was read from the graph of this very call, and not seen by
-    calibration, so that its form does not matter.
+    calibration, so that its form does not matter. fixed: the grid and what is before it are these
+    numbers at all calls. asked: a mask's values are asked at every call, as `Site.believed` says.
     """
     found = site.attention
     mask = found.mask
@@ -34,17 +44,32 @@ def settle_mask(site: Site, known: Known, before: int, *, proven: bool = False) 
     values, sizes = tensor(mask), shape(mask)
     if values is None or values.dtype != torch.bool or len(sizes) != 4:
         return Reason.MASK_ADDED(dtype=None if values is None else values.dtype)
-    if known.mask == PAIRS and (row := key_mask_of(mask) or _row(site, mask, before)) is not None:
-        found.mask, found.masks_queries = row, True
-        return None
-    if known.mask == KEYS:
+    row, shown = _row_of(site, mask, known.mask, before, proven)
+    if row is None:
+        return Reason.MASK_UNPROVEN()
+    tokens = known.grid[0] * known.grid[1] * known.grid[2]
+    if not (proven or (shown and fixed and Range(before, before + tokens).true(row))):
+        if not asked:
+            return Reason.MASK_UNPROVEN()
+        site.believed = Believed(mask, known.mask)
+    found.mask, found.masks_queries = row, known.mask == PAIRS
+    return None
+
+
+def _row_of(
+    site: Site, mask: fx.Node, kind: int, before: int, proven: bool
+) -> tuple[fx.Node | None, bool]:
+    """The mask over keys that a mask of a kind comes to, and whether the graph shows that."""
+    if kind == PAIRS:
+        row = key_mask_of(mask)
+        return (row, True) if row is not None else (_row(site, mask, before), False)
+    if kind == KEYS:
         row = repeated_row_of(mask)
-        if row is None and (proven or _is_one_row(values)):
-            row = _first_row(site, mask)
-        if row is not None:
-            found.mask = row
-            return None
-    return Reason.MASK_UNPROVEN()
+        values = tensor(mask)
+        if row is None and values is not None and (proven or _is_one_row(values)):
+            return _first_row(site, mask), False
+        return row, True
+    return None, False
 
 
 def _row(site: Site, mask: fx.Node, at: int) -> fx.Node | None:

@@ -85,6 +85,11 @@ def sum_of(site: Site, parts: Sequence[Argument]) -> int | fx.Node:
     return _combined(site, parts, operator.add, 0)
 
 
+def times(site: Site, argument: Argument, number: int | fx.Node) -> int | fx.Node:
+    """The product of an extent and a number that the graph has."""
+    return _computed(site, operator.mul, argument_node(site, argument), number)
+
+
 def _combined(
     site: Site, parts: Sequence[Argument], combine: Callable[[Any, Any], Any], neutral: int
 ) -> int | fx.Node:

@@ -20,6 +20,7 @@ from freqopt.passes.rewrite.extents import (
     size_of,
     standing,
     sum_of,
+    times,
 )
 from freqopt.passes.site import Rest, Site
 
@@ -31,6 +32,8 @@ def site_operands(site: Site) -> tuple[Any, ...]:
     """
     tensors = [_prepared(site, node) for node in _four_dimensional(site)]
     grid = tuple(argument_node(site, argument) for argument in site.grid_arguments)
+    if site.kept is not None:
+        grid = (times(site, site.kept, grid[0]), *grid[1:])
     if Rest() in site.text_before_arguments:
         after = sum_of(site, site.text_after_arguments)
         before = rest_of(site, tensors[0], grid, after)

@@ -118,6 +118,8 @@ def insert_split(
         if site.query_arguments:
             layout = [argument_node(site, argument) for argument in site.query_arguments]
             ordering = (*(ordering or (None, 0)), None, None, layout)
+        elif site.kept is not None and site.believed is not None and site.attention.masks_queries:
+            ordering = (*(ordering or (None, 0)), site.believed.mask)
         arguments = (
             query,
             key,
@@ -199,12 +201,18 @@ def _example_of_result(site: Site, query: fx.Node) -> Any:
 
 
 def _zero_hidden(site: Site, new: fx.Node) -> fx.Node:
-    """The result with zeros for queries that the mask hides, (B, H, N, D)."""
+    """The result with zeros for queries that the mask hides, (B, H, N, D).
+
+    Of a mask that is not as it is believed to be no query is hidden: dense attention had it whole.
+    """
     mask, graph = site.attention.mask, site.node.graph
     assert mask is not None
     with graph.inserting_before(new.next):
         shown = site_method(site, "transpose", mask, -2, -1)
         hidden = site_method(site, "logical_not", shown)
+        if site.kept is not None:
+            number = site_method(site, "mul", hidden, argument_node(site, site.kept))
+            hidden = site_method(site, "bool", number)
         return site_method(site, "masked_fill", new, hidden, 0.0)
 
 
