@@ -84,6 +84,7 @@ def freqopt_backend(
             calls = CallGrids(gm, example_inputs, strict=settings.strict)
             graph = _rewritten(calls, settings, part, options)
     feed = part.masks.feed(calls.gm, part.feeding.feed() if part.inputs else None)
+    feed = feed if part.lengths is None else part.lengths.feed(feed)
     inputs = [*example_inputs, *calls.numbers, *part.examples]
     inner, graph_of_part = inner_backend(settings.inner, settings.mode), part.graph(calls.gm)
     if settings.reuse_order > 1:
@@ -160,6 +161,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         if part.inputs:
             graph.site_of = _weakly(part.feeding.site_of)
         graph = with_timesteps(graph, gm, part.plan)
+        part.watch_lengths(gm, decisions, graph)
     graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
     return graph
 

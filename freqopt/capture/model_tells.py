@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ from freqopt.grid import Grid
 from freqopt.passes.axes.told import Told
 from freqopt.passes.site import Source, Value
 from freqopt.positions import Layout
+from freqopt.telling.outside import tell_outside
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -51,7 +53,6 @@ class Telling:
     ) -> None:
         self.teller, self.plan_of, self.strict = teller, plan_of, strict
         self.sources: Sources = teller.sources if isinstance(teller, BySizes) else ()
-        self._met: WeakKeyDictionary[nn.Module, set[tuple[int, Grid]]] = WeakKeyDictionary()
         self._said = False
 
     def __call__(
@@ -83,9 +84,14 @@ class Telling:
         return numbers
 
     def _check(self, model: nn.Module, grid: Grid) -> None:
-        """Check a length that is new against those that the model's plan was verified at."""
+        """Check a grid that is new, and its length, against those of the model's plan."""
         plan = self.plan_of(model)
-        if plan is None or (id(plan), grid) in (met := self._met.setdefault(model, set())):
+        if plan is None:
+            return
+        held, met = _met.get(model, (None, set()))
+        if held is None or held() is not plan:
+            held, met = _met[model] = weakref.ref(plan), set()
+        if (self.sources, grid) in met:
             return
         sites = (
             (name, known)
@@ -96,8 +102,13 @@ class Telling:
         )
         for name, known in itertools.islice(sites, 1):
             check_length(plan, name, math.prod(grid) + known.before + known.after)
-        met.add((id(plan), grid))
+        tell_outside(model, plan, [grid], lengths=True)
+        met.add((self.sources, grid))
 
+
+_met: WeakKeyDictionary[nn.Module, tuple[weakref.ref[Plan], set[tuple[Sources, Grid]]]]
+_met = WeakKeyDictionary()
+"""What was checked of a model with a plan, whichever of its graphs asked."""
 
 _trained: WeakKeyDictionary[nn.Module, dict[Teller, Pending[Numbers]]] = WeakKeyDictionary()
 """What calls told that gradients were asked of, by the model that was called and what tells it:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from freqopt.capture.asked_masks import AskedMasks
 from freqopt.capture.budgets import attribute_of
+from freqopt.capture.call_lengths import CallLengths
 from freqopt.capture.feeding import Budget, Callers, Feeding, NamedParts
 from freqopt.capture.model_tells import Number, model_before, told_by_model
 from freqopt.capture.modules import (
@@ -47,6 +48,7 @@ from freqopt.telling.attached import attached_to
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
+    from freqopt.telling.running import Graph
 
 OTHER_LAYER = "*"
 """Stands for the number of the layer in the names of sites whose graph serves several layers."""
@@ -65,7 +67,7 @@ class Part:
     running. runner: the innermost module that is running, which runs the graph. caller: the
     model that the plan is for, whose call tells of the grid. inputs: budgets that the graph takes
     at every call, by the module that is running then, and numbers, by the call of the model. masks:
-    those that it asks at every call, which give it numbers too.
+    those that it asks at every call, which give it numbers too. lengths: checks those of its calls.
     """
 
     def __init__(self, settings: Options, root: nn.Module | None, runner: nn.Module | None) -> None:
@@ -75,6 +77,7 @@ class Part:
         self.caller = root if self.plan is not None else self.callers.among(running())
         self.inputs: list[Budget | Number] = []
         self.masks = AskedMasks(strict=settings.strict)
+        self.lengths: CallLengths | None = None
         self.is_told_of_calls = False
 
     @property
@@ -209,6 +212,18 @@ class Part:
                 graph.erase_node(each.node)
         self.inputs = used
         gm.recompile()
+
+    def watch_lengths(
+        self, gm: fx.GraphModule, decisions: Sequence[Decision], graph: Graph
+    ) -> None:
+        """Have grids and lengths of later calls checked. graph: knows what was compiled, later."""
+        assert self.plan is not None
+
+        def owner() -> nn.Module | None:
+            return None if graph.owner is None else graph.owner()
+
+        told = {each.node for each in self.inputs}
+        self.lengths = CallLengths(gm, decisions, self.plan, graph.names, told, owner)
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""

@@ -249,7 +249,7 @@ class Server:
         budget = share_of(given if again is None else own_budget(given))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)
         if isinstance(lay, Lay):
-            self.told.compiled.grids.add(lay.grid)
+            self.told.grid(place.site, lay.grid, asked.keys)
         if isinstance(serving, Why):
             self._stays_dense(call, place, serving)
             result = asked.plainly()

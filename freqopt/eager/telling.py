@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from freqopt.decisions import check_length
+from freqopt.grid import Grid
 from freqopt.options import Options
 from freqopt.passes.reasons import Reason, Why
 from freqopt.telling import running
 from freqopt.telling.attached import note_part
+from freqopt.telling.outside import tell_outside
 from freqopt.telling.running import Graph
 from freqopt.telling.verdict import Compiled, Outcome
 
@@ -32,13 +36,17 @@ class Split(NamedTuple):
 
 
 class Told:
-    """Of one model. density: by site, the sum of mean densities and the number of calls."""
+    """Of one model. density: by site, the sum of mean densities and the number of calls.
+
+    grids: that attention was on, each with the length that the plan has for it.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, *, strict: bool) -> None:
         self.model, self.plan = model, plan
         self.compiled = Compiled(Options(strict=strict))
         for site in plan.sites:  # until one is met
             self.dense(site, Reason.NOT_CALLED())
+        self.grids: set[tuple[int, Grid]] = set()
         self.graphs: dict[tuple[str, ...], Graph] = {}
         self.density: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         note_part(model, self.compiled)
@@ -52,6 +60,25 @@ class Told:
         for site, why in sites.items():
             self.dense(site, why)
         self.compiled.missed.update(sites)
+
+    def grid(self, site: str, grid: Grid, keys: int) -> None:
+        """A planned attention lies on a grid; what is new is held against the plan.
+
+        keys: tokens. Other numbers of tokens around a grid are taken to be no difference.
+
+        Raises:
+            PlanError: a length too far from that of the plan.
+        """
+        key = (self.plan.sites[site].tokens, grid)
+        if key in self.grids:
+            return
+        known = next(iter(self.plan.known(site)), None)
+        if known is not None and grid[:2] != (1, 1):
+            keys = math.prod(grid) + known.before + known.after
+        check_length(self.plan, site, keys)
+        self.compiled.grids.add(grid)
+        tell_outside(self.model, self.plan, [grid], lengths=True)
+        self.grids.add(key)
 
     def split(self, calls: Sequence[Split]) -> None:
         """A call of the model is over, in which these were split."""

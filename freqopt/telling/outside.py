@@ -22,7 +22,7 @@ from freqopt.telling.said import warn
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
 
-TIMESTEPS = "timesteps"
+TIMESTEPS, GRIDS = "timesteps", "grids"
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, str]]] = weakref.WeakKeyDictionary()
 
@@ -47,7 +47,7 @@ def is_first(model: nn.Module | None, plan: Plan, kind: str) -> bool:
 
 
 def tell_outside(model: nn.Module, plan: Plan, grids: Iterable[Grid], *, lengths: bool) -> None:
-    """Warn of all that was not verified, unless it was told before.
+    """Warn of all that was not verified, unless it was told before: each grid, and all else, once.
 
     grids: that the tokens of split attention lie on. lengths: whether to tell of grids of other
     lengths too; where a plan is held to its lengths, that has told of them, and what to expect.
@@ -55,7 +55,13 @@ def tell_outside(model: nn.Module, plan: Plan, grids: Iterable[Grid], *, lengths
     if not lengths:
         known = set(map(math.prod, plan.grids))
         grids = [grid for grid in grids if math.prod(grid) in known]
-    found = [each for each in differences(model, plan, grids) if is_first(model, plan, each.kind)]
+    grids = [grid for grid in grids if not _covers(plan, grid)]
+    new = [grid for grid in grids if is_first(model, plan, f"{GRIDS} {grid}")]
+    found = [
+        each
+        for each in differences(model, plan, new)
+        if each.kind == GRIDS or is_first(model, plan, each.kind)
+    ]
     if found:
         warn(
             f"{type(model).__name__}: {'; '.join(each.words for each in found)}. The error of its "
@@ -69,7 +75,7 @@ def differences(model: nn.Module, plan: Plan, grids: Iterable[Grid]) -> Iterator
     other = sorted({grid for grid in grids if not _covers(plan, grid)})
     if other:
         words = ", ".join("x".join(map(str, grid)) for grid in other)
-        yield Difference("grids", f"its tokens lie on a grid of {words}")
+        yield Difference(GRIDS, f"its tokens lie on a grid of {words}")
     verified, name = plan.verified, class_of(model).__name__
     if verified is None or name != plan.model.class_name:  # a part, or a wrapper
         return
