@@ -30,6 +30,7 @@ from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wante
 from freqopt.eager.hooks import serve_by, unserve
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Lay, believed
+from freqopt.eager.masks import Masks
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
 from freqopt.passes.naming import site_name
@@ -99,6 +100,7 @@ class Server:
         self._served: Latest[Served | Why] = Latest(MOST_FORMS, "forms of attention")
         self._attention: Latest[bool] = Latest(MOST_FORMS, "forms of calls that may be attention")
         self.waiting = Waiting(MOST_FORMS)
+        self.masks = Masks(MOST_FORMS)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -245,6 +247,8 @@ class Server:
         if call.look is not None:
             node = call.look.begin(asked.function, asked.args, asked.kwargs, asked.example())
         lay = self._lay(call, place, asked)
+        if isinstance(lay, Lay):
+            lay = self.masks.checked(asked, lay)
         again = call.again
         budget = share_of(given if again is None else own_budget(given))
         serving = lay if isinstance(lay, Why) else self._serving(asked, lay, budget)

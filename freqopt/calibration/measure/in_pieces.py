@@ -25,6 +25,7 @@ from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, computed, ends
 from freqopt.eager.calls import placed, rewritten
 from freqopt.eager.lay import Lay, lay_of
+from freqopt.eager.masks import Masks
 from freqopt.eager.waiting import Held, Waiting
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
@@ -156,6 +157,7 @@ class _Served:
 
     def __init__(self) -> None:
         self.waiting = Waiting(MOST_FORMS)
+        self.masks = Masks(MOST_FORMS)
         self._attention: dict[object, bool] = {}
         self._graphs: dict[object, tuple[fx.GraphModule, _Slot] | None] = {}
 
@@ -167,14 +169,17 @@ class _Served:
 
     def answer(self, asked: Asked, place: _Place) -> Any:
         """What the recorder of a place makes of a call, NOT_ANSWERED if it cannot stand there."""
-        key = asked.form, place.lay
+        lay = self.masks.checked(asked, place.lay)
+        if isinstance(lay, Why):
+            return NOT_ANSWERED
+        key = asked.form, lay
         if key not in self._graphs:
-            self._graphs[key] = _with_slot(asked, place.lay)
+            self._graphs[key] = _with_slot(asked, lay)
         found = self._graphs[key]
         if found is None:
             return NOT_ANSWERED
         gm, slot = found
-        slot.recorder = place.recorder
+        slot.recorder = place.recorder.masked(lay.mask)
         return gm.forward(*asked.tensors, None)
 
 

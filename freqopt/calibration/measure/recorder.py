@@ -7,6 +7,7 @@ calibrates in the memory that it runs in.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -77,6 +78,14 @@ class Recorder:
         self.heads = Heads(None if found is None else found.share)
         self.sources = () if found is None else found.sources
         self.__name__ = self.__qualname__ = "freqopt_calibration_recorder"
+
+    def masked(self, mask: int) -> Recorder:
+        """The same where a call has another mask than that which it was made for."""
+        if self.mask in (None, mask):
+            return self
+        other = copy.copy(self)
+        other.mask = mask
+        return other
 
     def __call__(
         self,
