@@ -54,7 +54,7 @@ class Runner:
         show_exchanges()
         self._backend = self._counting(recording_backend(self._desk, grids, names_of(model)))
         self.compiled = torch.compile(model, dynamic=False, backend=weak_backend(self._backend))
-        self._eager = EagerRecorders(model, self._desk, grids)
+        self._eager = EagerRecorders(model, self._desk, grids, samples.timestep_name)
 
     @property
     def on_gpu(self) -> bool:

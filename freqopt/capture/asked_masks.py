@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from freqopt.capture.call_grids import MOST_KNOWN, Seen, int_inputs
+from freqopt.capture.values import is_unreadable
 from freqopt.errors import SiteError
 from freqopt.passes.masks.calibrated import KEYS, NOTHING, PAIRS
 from freqopt.passes.masks.ready_made import Program, program_of
@@ -84,7 +84,7 @@ class AskedMask:
         given = [arguments[place] for place in self.places]
         tensors = [item for item in given if isinstance(item, Tensor)]
         numbers = tuple(item for item in given if not isinstance(item, Tensor))
-        if not all(map(_can_be_read, tensors)):
+        if any(map(is_unreadable, tensors)):
             return self._latest
         key = (*map(id, tensors), numbers, around)
         known = self._known.get(key)
@@ -101,12 +101,6 @@ class AskedMask:
                 self._known.clear()
             self._known[key] = Seen(tensors, found)
         return found
-
-
-def _can_be_read(tensor: Tensor) -> bool:
-    if tensor.is_meta or isinstance(tensor, FakeTensor):
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class Unlike:

@@ -31,6 +31,7 @@ from freqopt.capture.given_ints import ints_in, plain, sizes_given
 from freqopt.capture.looking import looking
 from freqopt.capture.modes import take_off
 from freqopt.capture.modules import names_of
+from freqopt.capture.values import READS
 from freqopt.passes.axes.layout import SIZED
 from freqopt.passes.naming import Numbered
 
@@ -38,6 +39,9 @@ ATTENTION = "scaled_dot_product_attention"
 
 TENSOR = "freqopt_tensor"
 """Under this name nodes that nothing wrote note the `id` of their tensor, such as a weight."""
+
+READS_DATA = "freqopt_reads_data"
+"""Under this name a graph that was written says whether the call has read data."""
 
 Answer = Callable[[str, tuple[Any, ...], dict[str, Any]], Tensor | None]
 """Attention of a site, from the arguments of `scaled_dot_product_attention`; None: as it is."""
@@ -132,13 +136,17 @@ class Modules:
 
 
 class Writer(TorchFunctionMode):
-    """Writes the functions that are called into a graph like Dynamo's, of this call's sizes."""
+    """Writes the functions that are called into a graph like Dynamo's, of this call's sizes.
+
+    reads: whether Python was told what is in a tensor, so that the graph may depend on it.
+    """
 
     def __init__(self, model: nn.Module, modules: Modules) -> None:
         super().__init__()
         self.graph, self.modules = fx.Graph(), modules
         self.fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         self.nodes = WeakIdKeyDictionary()
+        self.reads = False
         self.kept = {id(t) for m in model.modules() for t in _tensors_of(m)}
 
     def __exit__(self, *error: object) -> None:
@@ -150,6 +158,7 @@ class Writer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.reads = self.reads or _name(func) in READS
         before = fx.node.map_aggregate((args, kwargs), self._node)
         result = func(*args, **kwargs)
         several = isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result)
@@ -301,6 +310,7 @@ def written(
     gm = fx.GraphModule(nn.Module(), fx.Graph())
     gm._graph = writer.graph  # its code is never run, and not every target can be written as code
     writer.graph.owning_module = gm
+    gm.meta[READS_DATA] = writer.reads
     return gm, output
 
 

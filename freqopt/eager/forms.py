@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from freqopt.capture.call_grids import Reader
 from freqopt.capture.eager import Writer, writing
 from freqopt.capture.one_call import GivenCall
 from freqopt.capture.signatures import forward_signature, named_arguments
+from freqopt.capture.values import kept_by, kind_of, own_modules, value_of
 from freqopt.decisions import grids_of
 from freqopt.eager.asked import apart
 from freqopt.eager.latest import Latest
@@ -43,6 +45,12 @@ MOST_LOOKS = 4
 MOST_FORMS = 256
 """Forms that are remembered; more are those of a model with an argument that is never the same."""
 
+MOST_COMPARED = 8
+"""Forms of one shape that a new one is compared with, to see what makes no difference."""
+
+FLEETING = 2
+"""Calls of one value of an argument, at most, where it is a step's, with text and without."""
+
 MOST_LAYS = 64
 """Kinds of sites that are remembered in each; more are those of lengths that depend on data."""
 
@@ -52,12 +60,25 @@ class Form:
     """What calls of one form have in common.
 
     lays: by kind of site, see `Forms.find`. again: whether the next call is to be written down.
-    looks: how many were.
+    looks: how many were. calls: how many there were. values: what they were given, by argument.
     """
 
     lays: Latest[Lay | Why] = field(default_factory=lambda: Latest(MOST_LAYS, "kinds of sites"))
     again: bool = True
     looks: int = 0
+    calls: int = 0
+    values: tuple[object, ...] = ()
+
+    def is_like(self, others: Sequence[Form]) -> bool:
+        """Whether tokens of these calls lie alike, of which none come again and again."""
+        lays = self.lays.all()
+        fleeting = all(form.calls <= FLEETING for form in (self, *others))
+        return bool(lays) and fleeting and all(form.lays.all() == lays for form in others)
+
+    def tells_other(self, form: Form) -> bool:
+        """Whether the same attention lies otherwise in calls of another form."""
+        lays, others = self.lays.all(), form.lays.all()
+        return any(lays[kind] != others[kind] for kind in lays.keys() & others.keys())
 
 
 @dataclass(frozen=True)
@@ -73,8 +94,48 @@ class Wanted:
     content: bool
 
 
-Readers = list[tuple[int, Reader]]
-"""Readers of positions, with the places of what they read among the arguments."""
+@dataclass
+class Family:
+    """Forms of calls of the same shapes.
+
+    readers: of positions, with the places of what they read among the arguments. reads: whether
+    the model read data in such a call. telling, idle: places of arguments that made a difference,
+    and of those that never are the same and made none. looked: the forms that were looked at last.
+    """
+
+    readers: list[tuple[int, Reader]]
+    reads: bool = False
+    telling: set[int] = field(default_factory=set)
+    idle: set[int] = field(default_factory=set)
+    looked: list[Form] = field(default_factory=list)
+
+    def learn(self, form: Form) -> bool:
+        """Compare a form that was looked at with others; whether more arguments are idle.
+
+        An argument is where three values of it, of a call or two each, went with the same lay of
+        all tokens while others stayed what they are, or changed as often: the number of a step.
+        """
+        self.looked = [other for other in self.looked if other is not form][-MOST_COMPARED:]
+        for other in self.looked:
+            places = self._apart(form, other)
+            if len(places) == 1 and form.tells_other(other):
+                self.telling |= places
+        found: set[int] = set()
+        for others in combinations(self.looked, 2):
+            if form.is_like(others):
+                found |= self._apart(form, *others)
+        self.looked.append(form)
+        found -= self.telling
+        self.idle |= found
+        return bool(found)
+
+    def _apart(self, *forms: Form) -> set[int]:
+        """Places in which all forms differ; none where some are alike in one, and some not."""
+        values = zip(*(form.values for form in forms), strict=True)
+        counts = {i: len(set(each)) for i, each in enumerate(values) if i not in self.idle}
+        if any(1 < count < len(forms) for count in counts.values()):
+            return set()
+        return {place for place, count in counts.items() if count > 1}
 
 
 class Forms:
@@ -85,21 +146,58 @@ class Forms:
     ) -> None:
         self.model, self.plan = model, plan
         self.known = dict(known)
+        self._own = own_modules(model)
         self._forms: Latest[Form] = Latest(MOST_FORMS, "forms of calls of a model")
-        self._readers: Latest[Readers] = Latest(MOST_FORMS, "shapes of calls of a model")
+        self._families: Latest[Family] = Latest(MOST_FORMS, "shapes of calls of a model")
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
-        """The form of a call: shapes, numbers other than the timestep, grids of its positions."""
+        """The form of a call: shapes, values other than the timestep, grids of its positions.
+
+        Of tensors' values those of small ones of ints, where the model is known to read data.
+        """
+        key, _, values = self._key(args, kwargs)
+        form = self._forms.get(key) or self._forms.put(key, Form(values=values))
+        form.calls += 1
+        return form
+
+    def looked_at(
+        self, form: Form, args: Sequence[Any], kwargs: Mapping[str, Any], *, reads: bool
+    ) -> None:
+        """A call of a form was written down. reads: whether the model read data in it."""
+        _, family, _ = self._key(args, kwargs, form)
+        if reads and not family.reads:
+            family.reads, family.looked = True, []
+            key, _, form.values = self._key(args, kwargs, form)
+            self._forms.put(key, form)
+        if family.learn(form):
+            key, _, form.values = self._key(args, kwargs, form)
+            self._forms.put(key, form)
+
+    def _key(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], form: Form | None = None
+    ) -> tuple[object, Family, tuple[object, ...]]:
+        """What a form is kept under, the forms of its shapes, and what its arguments tell.
+
+        form: of a call that is over, in which modules may have begun to keep something else.
+        """
         named = named_arguments(forward_signature(self.model), tuple(args), dict(kwargs))
         named.pop(self.plan.timestep_name or "", None)
         leaves, tree = pytree.tree_flatten(named)
-        shape = (str(tree), tuple(_shown(leaf) for leaf in leaves))
-        readers = self._readers.get(shape)
-        if readers is None:
+        shape = (str(tree), tuple(kind_of(leaf) for leaf in leaves))
+        family = self._families.get(shape)
+        if family is None:
             found = [(i, Reader("positions", 4)) for i, leaf in enumerate(leaves) if _tells(leaf)]
-            readers = self._readers.put(shape, found)
-        told = tuple(reader.read([leaves[i]]) for i, reader in readers)
-        return self._forms.get((shape, told)) or self._forms.put((shape, told), Form())
+            family = self._families.put(shape, Family(found))
+        told = tuple(reader.read([leaves[i]]) for i, reader in family.readers)
+        kept = kept_by(self._own) if form is None else form.values[-1]
+        values = (
+            *(
+                None if i in family.idle else value_of(leaf, read=family.reads)
+                for i, leaf in enumerate(leaves)
+            ),
+            None if len(leaves) in family.idle else kept,
+        )
+        return (shape, told, values), family, values
 
 
 class Look:
@@ -109,6 +207,7 @@ class Look:
         self, forms: Forms, form: Form, names: Names, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         self.forms, self.form, self.names = forms, form, names
+        self.args, self.kwargs = args, kwargs
         self.given = GivenCall(forms.model, args, kwargs)
         self.missing: list[Wanted] = []
         self._open = ExitStack()
@@ -136,6 +235,7 @@ class Look:
             for wanted in self.missing:
                 if wanted.name in sites:
                     self.form.lays.put(wanted.kind, self._lay(sites[wanted.name], wanted))
+        self.forms.looked_at(self.form, self.args, self.kwargs, reads=self.writer.reads)
 
     def abandon(self) -> None:
         """The call has failed."""
@@ -170,9 +270,3 @@ def _base(name: str) -> str:
 
 def _tells(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and layout_of_positions(leaf) is not None
-
-
-def _shown(leaf: object) -> object:
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype
-    return "a number" if isinstance(leaf, float) else repr(leaf)

@@ -40,6 +40,10 @@ class Latest(Generic[Value]):
             self._drop_oldest()
         return value
 
+    def all(self) -> dict[object, Value]:
+        """All values by key."""
+        return dict(self._held)
+
     def _drop_oldest(self) -> None:
         if not self._is_full:
             self._is_full = True

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from freqopt.capture.asked_masks import is_as_believed
 from freqopt.capture.call_grids import MOST_KNOWN, Seen
+from freqopt.capture.values import is_unreadable
 from freqopt.eager.asked import QUERY_KEY_VALUE, Asked
 from freqopt.eager.calls import rewritten
 from freqopt.eager.latest import Latest
@@ -42,7 +43,7 @@ class _Mask:
 
     def of(self, tensors: Sequence[Tensor], lay: Lay) -> Lay | Why:
         read = [tensors[i] for i in self.reads]
-        if any(_is_unreadable(tensor) for tensor in read):
+        if any(is_unreadable(tensor) for tensor in read):
             return self.latest.get(lay, lay)
         whole = [tensor if tensor._base is None else tensor._base for tensor in read]
         shapes = tuple((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in read)
@@ -104,18 +105,6 @@ def _making(mask: fx.Node, budget: fx.Node) -> _Mask:
     reads = [index for index, node in enumerate(inputs) if node in wanted]
     graph.output(copies[mask])
     return _Mask(fx.GraphModule(nn.Module(), graph), tuple(reads))
-
-
-def _is_unreadable(tensor: Tensor) -> bool:
-    """Whether a tensor has no values now. Nothing reads them while a CUDA graph is captured.
-
-    What the model's own code makes of data cannot change then either.
-    """
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        return True
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _checked(mask: Tensor, lay: Lay) -> Lay | Why:

@@ -289,7 +289,7 @@ def test_forms_without_end_are_served_and_not_all_kept(
         for t, h, w in sizes:
             given = {**models.inputs(), "video": torch.randn(1, 4, t, 2 * h, 2 * w)}
             model(**given)
-            held = (server._served, server._attention, server.forms._forms, server.forms._readers)
+            held = (server._served, server._attention, server.forms._forms, server.forms._families)
             assert all(0 < len(each) <= 3 for each in held)
         assert far(model(**given), compiled(models.make(), plan, given)) < 1e-5
     assert "more than 3 forms of attention: the one used longest ago is dropped" in caplog.text

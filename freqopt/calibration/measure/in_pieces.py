@@ -18,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured, team_of
-from freqopt.capture.eager import Modules, uncompiled, written
+from freqopt.capture.eager import READS_DATA, Modules, uncompiled, written
 from freqopt.capture.given_ints import with_given_ints
 from freqopt.capture.modules import module_of_site, names_of
+from freqopt.capture.signatures import forward_signature, named_arguments
+from freqopt.capture.values import kept_by, kind_of, own_modules, value_of
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
 from freqopt.eager.by_hand import PRODUCTS, computed, ends
 from freqopt.eager.calls import placed, rewritten
@@ -72,19 +74,26 @@ class _Form:
 
 
 class EagerRecorders:
-    """Calls a model with a recorder at each attention that can be split."""
+    """Calls a model with a recorder at each attention that can be split.
 
-    def __init__(self, model: nn.Module, desk: Desk, grids: Grids) -> None:
-        self.model, self.desk, self.grids = model, desk, grids
+    timestep: the argument that is one, by which no tokens lie otherwise.
+    """
+
+    def __init__(
+        self, model: nn.Module, desk: Desk, grids: Grids, timestep: str | None = None
+    ) -> None:
+        self.model, self.desk, self.grids, self.timestep = model, desk, grids, timestep
         self.forms: dict[object, _Form] = {}
+        self._own, self._reading = own_modules(model), set[object]()
         self.served = _Served()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, of attention as the desk's request says."""
-        key = _form_of(args, kwargs)
-        if key not in self.forms:
-            self.forms[key] = self._look(args, kwargs)
-        form, modules = self.forms[key], Modules(self.model)
+        form = self.forms.get(self._key(args, kwargs))
+        if form is None:
+            form = self._look(args, kwargs)
+            self.forms[self._key(args, kwargs)] = form  # whether it reads data is known only now
+        modules = Modules(self.model)
         with (
             uncompiled(self.model),
             modules.watched(),
@@ -109,13 +118,32 @@ class EagerRecorders:
         return rewrite(graph, measured, None, self.grids, model=model).decisions
 
     def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+        shape, _ = self._shape(args, kwargs)
         given = with_given_ints(self.model, args, kwargs)
+        gm = None
         if given is not None:
             try:
-                return written(self.model, *given)[0]
+                gm, _ = written(self.model, *given)
             except Exception as error:  # a model may ask for the very type of ints
                 logger.info("which ints give the grid is not known, a call failed: %s", error)
-        return written(self.model, args, kwargs)[0]
+        if gm is None:
+            gm, _ = written(self.model, args, kwargs)
+        if gm.meta[READS_DATA]:
+            self._reading.add(shape)
+        return gm
+
+    def _shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, list[Any]]:
+        """Shapes and types of a call's arguments but the timestep, and the arguments."""
+        named = named_arguments(forward_signature(self.model), args, kwargs)
+        named.pop(self.timestep or "", None)
+        leaves, tree = pytree.tree_flatten(named)
+        return (str(tree), tuple(map(kind_of, leaves))), leaves
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """What calls have in common that are measured alike, as where they are served."""
+        shape, leaves = self._shape(args, kwargs)
+        read = shape in self._reading
+        return shape, tuple(value_of(leaf, read=read) for leaf in leaves), kept_by(self._own)
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Form:
         """The sites that can be measured in calls of such arguments; the others are noted."""
@@ -247,17 +275,3 @@ class _Answering(TorchFunctionMode):
         names = [self.modules.names.get(id(module), "") for module, _ in self.modules.running]
         inside = self.form.modules
         return bool(names) and (names[-1] in inside if by_hand else not inside.isdisjoint(names))
-
-
-def _form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What calls have in common that are measured alike: shapes, dtypes, and all but numbers."""
-    leaves, tree = pytree.tree_flatten((args, kwargs))
-    shown = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else _shown(leaf)
-        for leaf in leaves
-    )
-    return shown, str(tree)
-
-
-def _shown(leaf: object) -> str:
-    return "a number" if isinstance(leaf, float) else repr(leaf)

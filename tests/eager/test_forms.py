@@ -1,0 +1,195 @@
+"""What calls of the same shapes are told apart by, and what they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pieces_models as models
+import pytest
+import torch
+from plans import plan_of
+from torch import Tensor, nn
+
+import freqopt
+from freqopt.calibration.measure.in_pieces import EagerRecorders
+from freqopt.calibration.measure.recorder import Desk
+from freqopt.capture.values import kept_by, own_modules, value_of
+from freqopt.eager import forms
+from freqopt.passes.find import Grids
+
+WIDE, TALL, OTHER = (3, 6, 10), (3, 10, 6), (3, 5, 12)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = models.Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x)
+
+
+class Packed(nn.Module):
+    """Tokens whose grid is told beside them, in one of several ways."""
+
+    sizes: tuple[int, ...] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Linear(4, models.WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.table = nn.Parameter(torch.randn(3, 16, models.WIDTH))
+        for block in self.blocks:
+            block.attn.q.weight.data *= 4
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: Tensor | None = None,
+        aspect: float | None = None,
+        step: int = 0,
+        sigma: float = 0.0,
+        store: object = None,
+    ) -> Tensor:
+        x, count = self.patch(tokens), tokens.shape[1]
+        if grid is not None:
+            t, h, w = (int(n) for n in grid) if step < 0 else grid.tolist()
+        elif aspect is not None:
+            h = round((count // 3 * aspect) ** 0.5)
+            t, h, w = 3, h, count // 3 // h
+        else:
+            assert self.sizes is not None
+            t, h, w = self.sizes
+        places = (torch.arange(n) for n in (t, h, w))
+        at = [table[place] for table, place in zip(self.table, places, strict=True)]
+        lattice = at[0][:, None, None] + at[1][:, None] + at[2]
+        x = x + lattice.flatten(0, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def by_tensor(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid)}
+
+
+def by_entries(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid), "step": -1}
+
+
+def by_float(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"aspect": grid[1] / grid[2]}
+
+
+def by_itself(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    model.sizes = grid
+    return {}
+
+
+@pytest.fixture
+def model() -> Packed:
+    torch.manual_seed(0)
+    return Packed().eval()
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randn(1, 180, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a call was written down: the length."""
+    made: list[int] = []
+    begin = forms.Look.__init__
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(1)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(forms.Look, "__init__", noting)
+    return made
+
+
+@pytest.mark.parametrize("told", [by_tensor, by_entries, by_float, by_itself])
+@torch.no_grad()
+def test_each_grid_is_that_of_the_call(
+    told: Any, model: Packed, tokens: Tensor, looks: list[int]
+) -> None:
+    """One grid used to serve all calls with as many tokens, that of the first."""
+    plan = plan_of(model, {"tokens": tokens, **told(model, WIDE)}, 1.0)
+    assert len(plan.sites) == 2
+    alone = {}
+    for grid in (WIDE, TALL, OTHER):
+        with freqopt.optimize(model, plan, route="eager", strict=True):
+            alone[grid] = model(tokens, **told(model, grid))
+    looks.clear()
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        for grid in (WIDE, TALL, OTHER, WIDE, TALL, OTHER):
+            found = model(tokens, **told(model, grid))
+            assert (found - alone[grid]).norm() < 1e-6 * found.norm()
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("told", [by_tensor, by_float])
+@torch.no_grad()
+def test_calibration_measures_each_sample_on_its_grid(
+    told: Any, model: Packed, tokens: Tensor
+) -> None:
+    desk = Desk()
+    recorders = EagerRecorders(model, desk, Grids(), "sigma")
+    for sigma, grid in enumerate((WIDE, TALL, TALL, WIDE)):
+        recorders((tokens,), {**told(model, grid), "sigma": float(sigma)})
+    assert {known.grid for known in desk.layouts["blocks.0.attn"]} == {WIDE, TALL}
+    assert len(recorders.forms) == 2
+
+
+@torch.no_grad()
+def test_what_changes_with_every_step_is_looked_at_a_few_times_only(
+    model: Packed, tokens: Tensor, looks: list[int]
+) -> None:
+    """And the grid is still heard, whatever came before."""
+    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 1.0)
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        tall = model(tokens, **by_float(model, TALL))
+    looks.clear()
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        for step in range(8):
+            for _ in range(2):  # as with and without a text
+                told = {"step": step, "sigma": step / 7, "store": object()}
+                model(tokens, **by_float(model, WIDE), **told)
+        assert len(looks) == 3
+        found = model(tokens, **by_float(model, TALL), **told)
+        assert (found - tall).norm() < 1e-6 * found.norm()
+    assert len(looks) == 4
+
+
+@torch.no_grad()
+def test_what_made_a_difference_is_never_passed_over(
+    model: Packed, tokens: Tensor, looks: list[int]
+) -> None:
+    """Three values go with one grid, and others do not."""
+    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 1.0)
+    aspects = (0.6, 10 / 6, 0.6001, 0.5999, 0.6002, 5 / 12)
+    alone = []
+    for aspect in aspects:
+        with freqopt.optimize(model, plan, route="eager", strict=True):
+            alone.append(model(tokens, aspect=aspect))
+    looks.clear()
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        for aspect, expected in zip(aspects, alone, strict=True):
+            assert (model(tokens, aspect=aspect) - expected).norm() < 1e-6 * expected.norm()
+    assert len(looks) == len(aspects)
+
+
+def test_values_that_tell() -> None:
+    ids, many = torch.tensor([[3, 6, 10]]), torch.zeros(99, dtype=torch.long)
+    assert value_of(ids, read=True) == (3, 6, 10) and value_of(ids, read=False) is None
+    for silent in (many, ids.float(), ids > 4, ids.to("meta"), torch.zeros(0, dtype=torch.long)):
+        assert value_of(silent, read=True) is None
+    assert value_of(0.5, read=False) != value_of(0.25, read=False)
+    assert value_of(object(), read=True) == value_of(object(), read=True)
+    model = Packed()
+    assert kept_by(own_modules(model)) == ()
+    model.blocks[0].sizes = [1, 2, 3]
+    assert kept_by(own_modules(model)) == ((1, 2, 3),)
