@@ -131,7 +131,7 @@ def test_video_that_is_hidden_later_makes_the_call_dense(
             model.keys = 100
             caplog.clear()
             if strict:
-                with pytest.raises(SiteError, match=f"split before.*{why}"):
+                with pytest.raises(SiteError, match=f"split in this call.*{why}"):
                     model(**call(12))
             else:
                 assert all(apart(model(**call(12)), dense) < 1e-6 for _ in range(2))
