@@ -108,7 +108,7 @@ def make_program(
     settings = parse_options({**given, "chunk": chunk} if order == "content" else given)
     if plan is not None:
         plan.check_model(model)
-        tell_outside(model, plan, (), lengths=False)
+        tell_outside(model, plan, ())
     was_training = model.training
     model.eval()
     try:

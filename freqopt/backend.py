@@ -161,7 +161,7 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
         if part.inputs:
             graph.site_of = _weakly(part.feeding.site_of)
         graph = with_timesteps(graph, gm, part.plan)
-        part.watch_lengths(gm, decisions, graph)
+    part.watch_lengths(gm, decisions, graph)
     graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
     return graph
 

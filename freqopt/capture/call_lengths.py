@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +45,10 @@ class CallLengths:
 
     names: those of sites in the plan. told: inputs of the graph whose numbers are checked where
     they are told. owner: returns the model that was compiled, None where that is not known.
+    checked: names of sites that were checked in the call that the graph is compiled for.
+
+    Raises:
+        PlanError: a fixed length too far from those of the plan.
     """
 
     def __init__(
@@ -55,19 +59,22 @@ class CallLengths:
         names: Mapping[str, str],
         told: AbstractSet[fx.Node],
         owner: Callable[[], nn.Module | None],
+        checked: AbstractSet[str],
     ) -> None:
         self.plan, self.owner = plan, owner
         self._sites: list[_Planned] = []
+        constant: list[_Planned] = []
         known: dict[object, tuple[int, int | None]] = _symbols_of(gm)
         for decision in decisions:
             site, name = decision.site, names.get(decision.site.name)
             if not decision.split or name is None or not told.isdisjoint(site.read_at_call):
                 continue
             found = _Planned(name, *_numbers_of(site))
-            fresh = all(found[1:] != each[1:] for each in self._sites)
             fixed = all(isinstance(number, int) for number in (*found.grid, found.length))
-            if fresh and found.grid and not fixed:
-                self._sites.append(found)
+            kept = constant if fixed else self._sites
+            if found.grid and all(found[1:] != each[1:] for each in kept):
+                if not (fixed and decision.site.name in checked):
+                    kept.append(found)
         symbols = {
             symbol
             for site in self._sites
@@ -79,6 +86,7 @@ class CallLengths:
             self._sites = []
         self._met: set[tuple[int, ...]] = set()
         self._judged: set[tuple[str, Grid]] = set()
+        self._judge(constant, {})
 
     def feed(self, feed: Feed | None) -> Feed | None:
         """Checks calls, of whose arguments another feed makes those of the graph.
@@ -88,7 +96,7 @@ class CallLengths:
         """
         if not self._sites:
             return feed
-        own, met, judge = feed or tuple, self._met, self._judge
+        own, met, judge = feed or tuple, self._met, self._judge_call
         places = list(self._places.values())
 
         def check(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -103,10 +111,15 @@ class CallLengths:
 
         return check
 
-    def _judge(self, sizes: tuple[int, ...]) -> None:
-        here = dict(zip(self._places, sizes, strict=True))
+    def _judge_call(self, sizes: tuple[int, ...]) -> None:
+        self._judge(self._sites, dict(zip(self._places, sizes, strict=True)))
+        if len(self._met) >= MOST_MET:
+            self._met.clear()
+        self._met.add(sizes)
+
+    def _judge(self, sites: Sequence[_Planned], here: Mapping[object, int]) -> None:
         told = False
-        for site in self._sites:
+        for site in sites:
             t, h, w = (_in_call(extent, here) for extent in site.grid)
             key = site.name, (t, h, w)
             if not t * h * w or key in self._judged:
@@ -119,10 +132,7 @@ class CallLengths:
             self._judged.add(key)
             model = self.owner()
             if model is not None:
-                tell_outside(model, self.plan, [key[1]], lengths=False)
-        if len(self._met) >= MOST_MET:
-            self._met.clear()
-        self._met.add(sizes)
+                tell_outside(model, self.plan, [key[1]])
 
 
 def _in_call(number: Any, sizes: Mapping[object, int]) -> int:

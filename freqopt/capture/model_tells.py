@@ -102,7 +102,7 @@ class Telling:
         )
         for name, known in itertools.islice(sites, 1):
             check_length(plan, name, math.prod(grid) + known.before + known.after)
-        tell_outside(model, plan, [grid], lengths=True)
+        tell_outside(model, plan, [grid])
         met.add((self.sources, grid))
 
 

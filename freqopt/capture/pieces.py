@@ -216,14 +216,22 @@ class Part:
     def watch_lengths(
         self, gm: fx.GraphModule, decisions: Sequence[Decision], graph: Graph
     ) -> None:
-        """Have grids and lengths of later calls checked. graph: knows what was compiled, later."""
-        assert self.plan is not None
+        """Have grids and lengths of calls checked. graph: knows what was compiled, later.
+
+        Raises:
+            PlanError: a length that is too far off already.
+        """
+        plan = attached_to(self.caller) if self.plan is None else self.plan
+        if plan is None:
+            return
 
         def owner() -> nn.Module | None:
             return None if graph.owner is None else graph.owner()
 
         told = {each.node for each in self.inputs}
-        self.lengths = CallLengths(gm, decisions, self.plan, graph.names, told, owner)
+        by_plan = {d.site.name for d in decisions if self.plan and not _is_by_module(self, d.site)}
+        names = graph.names or plan.names_of([d.site.name for d in decisions])
+        self.lengths = CallLengths(gm, decisions, plan, names, told, owner, by_plan)
 
     def operand(self, gm: fx.GraphModule, site: Site) -> fx.Node:
         """A node for the budget (2, H) of the module that is running when the graph is called."""

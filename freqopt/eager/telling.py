@@ -77,7 +77,7 @@ class Told:
             keys = math.prod(grid) + known.before + known.after
         check_length(self.plan, site, keys)
         self.compiled.grids.add(grid)
-        tell_outside(self.model, self.plan, [grid], lengths=True)
+        tell_outside(self.model, self.plan, [grid])
         self.grids.add(key)
 
     def split(self, calls: Sequence[Split]) -> None:

@@ -92,7 +92,7 @@ def over_all_keys(
         raise InputError("a plan was given, and grid, threshold or density too; it has its own")
     if budgets is not None:
         budgets.check_model(module)
-        tell_outside(module, budgets, (), lengths=False)
+        tell_outside(module, budgets, ())
     budget = {"threshold": threshold, "density": density}
     served = _Served(module, budgets, method, grid, budget, inner)
     with ExitStack() as stack:

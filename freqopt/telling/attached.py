@@ -182,7 +182,7 @@ class Watch:
         if self.calls >= self.look:
             self.look = next_look(self.calls)
             grids = [grid for part in self._compiled() for grid in part.grids]
-            tell_outside(model, self.plan, grids, lengths=True)
+            tell_outside(model, self.plan, grids)
 
     def served(self) -> set[str]:
         """Sites whose budgets a split attention was called with; with further calls of modules."""

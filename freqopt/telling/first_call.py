@@ -77,7 +77,7 @@ def gather(
 
         def tell() -> None:
             known.limited |= given_up() > limits
-            _say(name, known, planned, call.called, attached is not None)
+            _say(name, known, planned, call.called)
 
         call.at_end(tell)
     return name
@@ -115,9 +115,7 @@ def _breaks_since() -> list[Any]:
     return list(graph_break_reasons[start:])
 
 
-def _say(
-    name: str, known: Compiled, plan: Plan | None, model: object = None, lengths: bool = False
-) -> None:
+def _say(name: str, known: Compiled, plan: Plan | None, model: object = None) -> None:
     for cause in _breaks_since():
         known.add_break(cause)
     if isinstance(model, nn.Module):
@@ -127,4 +125,4 @@ def _say(
     known.said = verdict.line
     say(verdict, again=verdict.line == before, strict=known.settings.strict)
     if plan is not None and isinstance(model, nn.Module):
-        tell_outside(model, plan, known.grids, lengths=lengths)
+        tell_outside(model, plan, known.grids)

@@ -46,16 +46,14 @@ def is_first(model: nn.Module | None, plan: Plan, kind: str) -> bool:
     return True
 
 
-def tell_outside(model: nn.Module, plan: Plan, grids: Iterable[Grid], *, lengths: bool) -> None:
+def tell_outside(model: nn.Module, plan: Plan, grids: Iterable[Grid]) -> None:
     """Warn of all that was not verified, unless it was told before: each grid, and all else, once.
 
-    grids: that the tokens of split attention lie on. lengths: whether to tell of grids of other
-    lengths too; where a plan is held to its lengths, that has told of them, and what to expect.
+    grids: that the tokens of split attention lie on. Those of other lengths are left out: a plan is
+    held to its lengths, where it is told what to expect.
     """
-    if not lengths:
-        known = set(map(math.prod, plan.grids))
-        grids = [grid for grid in grids if math.prod(grid) in known]
-    grids = [grid for grid in grids if not _covers(plan, grid)]
+    known = set(map(math.prod, plan.grids))
+    grids = [grid for grid in grids if math.prod(grid) in known and not _covers(plan, grid)]
     new = [grid for grid in grids if is_first(model, plan, f"{GRIDS} {grid}")]
     found = [
         each

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import at_most, same
+from freqopt.passes.masks.covering import is_one, rows_covered
 from freqopt.passes.masks.indices import is_index, lower_bound
-from freqopt.passes.masks.memory import is_written, may_share
+from freqopt.passes.masks.memory import is_written
 from freqopt.passes.masks.ranks import whole_of
-from freqopt.passes.masks.writes import written_by
 from freqopt.passes.nodes import (
     argument,
     known_int,
@@ -92,10 +92,6 @@ def hides_nothing(mask: fx.Node) -> bool:
     return everything.true(mask) if found.dtype == torch.bool else everything.zero(mask)
 
 
-EVERY = -1
-"""In the place of a row: all of them."""
-
-
 class Range:
     """Proves things about entries start..stop of the last axis of tensors."""
 
@@ -109,7 +105,7 @@ class Range:
         if not isinstance(item, fx.Node):
             return False
         if is_written(item):
-            return self._written(item)
+            return rows_covered(item, self.start, self.stop)
         if (whole := whole_of(item)) is not None:
             return self.true(whole)
         name = operation(item)
@@ -117,14 +113,14 @@ class Range:
         if name in ("ones", "ones_like", "new_ones"):
             return True
         if name in ("full", "new_full", "full_like"):
-            return _is_one(argument(item, 2 if name == "new_full" else 1, "fill_value"))
+            return is_one(argument(item, 2 if name == "new_full" else 1, "fill_value"))
         if name in PASS or adds_dimensions(item):
             own = self._of_operand(item, source)
             return own is not None and own.true(source)
         if name == "masked_fill":
             fill = argument(item, 2, "value")
             hidden = argument(item, 1, "mask")
-            return self.true(source) and (_is_one(fill) or self._false_at(item, hidden))
+            return self.true(source) and (is_one(fill) or self._false_at(item, hidden))
         if name in ("bitwise_and", "logical_and", "mul"):
             return all(self._true_at(item, operand) for operand in item.args[:2])
         if name in ("bitwise_or", "logical_or"):
@@ -192,9 +188,9 @@ class Range:
         if name == "mul":
             pairs = (item.args[:2], item.args[1::-1])
             return any(_is_finite(factor) and self.zero(other) for other, factor in pairs)
-        if name == "sub" and len(item.args) == 2 and _is_one(item.args[0]):
+        if name == "sub" and len(item.args) == 2 and is_one(item.args[0]):
             return self._true_number(item, item.args[1])
-        if name == "rsub" and len(item.args) == 2 and _is_one(item.args[1]):
+        if name == "rsub" and len(item.args) == 2 and is_one(item.args[1]):
             return self._true_number(item, item.args[0])
         return False
 
@@ -212,42 +208,6 @@ class Range:
 
     def _zero_at(self, node: fx.Node, operand: Any) -> bool:
         return self._aligned(node, operand) and self.zero(operand)
-
-    def _written(self, item: fx.Node) -> bool:
-        """Whether writes of True into (rows, entries) cover the range in every row.
-
-        The tensor has to be no view, and all writes to come before it is read for anything else.
-        """
-        sizes, position = shape(item), {node: i for i, node in enumerate(item.graph.nodes)}
-        if len(sizes) != 2 or not _is_made_here(item):
-            return False
-        writes = [user for user in item.users if item in written_by(user)]
-        others = [user for user in item.users if user not in writes]
-        if not writes or not others:
-            return False
-        if max(position[write] for write in writes) > min(position[user] for user in others):
-            return False
-        rows = [self._covered_row(write) for write in writes]
-        if None in rows or any(may_share(user, item) and is_written(user) for user in others):
-            return False
-        return EVERY in rows or (isinstance(sizes[0], int) and set(range(sizes[0])) <= set(rows))
-
-    def _covered_row(self, write: fx.Node) -> int | None:
-        """The row, or EVERY, in which a write makes the whole range True; None if it does not."""
-        if operation(write) != "setitem" or not _is_one(write.args[2]):
-            return None
-        index = write.args[1]
-        row, entries = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
-        if not isinstance(entries, slice) or value(entries.step) not in (None, 1):
-            return None
-        start, stop = value(entries.start), value(entries.stop)
-        inside = start is None or (at_most(0, start) and at_most(start, self.start))
-        if not inside or not (stop is None or at_most(self.stop, stop)):
-            return None
-        if row == slice(None):
-            return EVERY
-        place = known_int(row)
-        return place if place is not None and place >= 0 else None
 
     def _true_at(self, node: fx.Node, operand: Any) -> bool:
         own = self._of_operand(node, operand)
@@ -353,12 +313,6 @@ class Range:
 Proof = Callable[[Range, Any], bool]
 
 
-def _is_made_here(node: fx.Node) -> bool:
-    """Whether a tensor has memory of its own: it is no input, and no view of another tensor."""
-    sources = node.all_input_nodes
-    return node.op.startswith("call") and not any(may_share(node, source) for source in sources)
-
-
 def adds_dimensions(node: fx.Node) -> bool:
     """Whether a node indexes with None and full slices only."""
     if operation(node) != "getitem":
@@ -369,8 +323,3 @@ def adds_dimensions(node: fx.Node) -> bool:
 
 def _is_finite(item: Any) -> bool:
     return isinstance(item, (bool, int, float)) and math.isfinite(item)
-
-
-def _is_one(item: Any) -> bool:
-    """Whether a constant is True, in a mask of bools or of numbers that become bools."""
-    return isinstance(item, (bool, int, float)) and item == 1

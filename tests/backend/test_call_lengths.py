@@ -63,3 +63,20 @@ def test_each_new_grid_is_told_once(route: Any, caplog: pytest.LogCaptureFixture
             model(**on_grid(*grid))
     told = [line for line in caplog.messages if "lie on a grid of" in line]
     assert [line.partition("grid of ")[2][:6] for line in told] == ["3x10x6", "5x6x6."]
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_budgets_that_modules_bring_along_are_held_to_lengths_too(
+    dynamic: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    model = models.make(2)
+    freqopt.attach(model, plan_of(model, models.inputs(), 1.0))
+    compiled = torch.compile(model, backend="freqopt", options={"inner": "eager"}, dynamic=dynamic)
+    with torch.no_grad():
+        for t in (3, 5, 7, 5):
+            compiled(**on_grid(t, 6, 10))
+        with pytest.raises(PlanError, match="more than a factor of 8"):
+            compiled(**on_grid(27, 6, 10))
+    told = [line for line in caplog.messages if "the plan was verified at 3x6x10" in line]
+    assert len(told) == 2 and "used at 300" in told[0] and "used at 420" in told[1]

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from passes_toys import TEXT, WIDTH, dense, heads, rewritten, sites_of, text, video
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from freqopt.passes.find import find_sites
+from freqopt.passes.site import Site
 
 
 def length_mask(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
@@ -83,18 +86,40 @@ def filled_at_once(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
     return torch.logical_or(seen, F.pad(kept.bool(), (x.shape[1], 0)))[:, None, None]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [length_mask, compared_mask, joined_mask, converted_mask, filled_rows, filled_at_once],
-)
+def filled_through_views(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.zeros(x.shape[0], x.shape[1] + context.shape[1], dtype=torch.bool)
+    seen[0][: x.shape[1]].fill_(True)
+    seen.select(0, 1)[: x.shape[1]] = True
+    seen[1, x.shape[1] + 3 :] = True
+    return (seen | F.pad(kept.bool(), (x.shape[1], 0)))[:, None, None]
+
+
+HONOURED = [
+    length_mask,
+    compared_mask,
+    joined_mask,
+    converted_mask,
+    filled_rows,
+    filled_at_once,
+    filled_through_views,
+]
+
+
+def exported_sites(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Site]:
+    graph = torch.export.export(model, inputs).module()
+    assert isinstance(graph, fx.GraphModule)
+    return find_sites(graph)
+
+
+@pytest.mark.parametrize("make", HONOURED)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
 def test_masks_over_text_are_honoured(make: Any, dtype: torch.dtype) -> None:
     kept = torch.ones(2, TEXT)
     kept[0, 4:] = kept[1, 6:] = 0
     inputs = (video(batch=2), text(batch=2), kept.to(dtype))
     model = Masked(make)
-    (site,) = sites_of(model, *inputs)
-    assert site.eligible, site.reason
+    for (site,) in (sites_of(model, *inputs), exported_sites(model, inputs)):
+        assert site.eligible, site.reason
     with torch.no_grad():
         expected = model(*inputs)
     torch.testing.assert_close(rewritten(model, dense, inputs), expected)
@@ -136,6 +161,33 @@ def cleared_through_a_view(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([seen, kept.bool()], 1)[:, None, None]
 
 
+def filled_and_read_between(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.zeros(x.shape[:2])
+    seen[0][:] = 1.0
+    row = seen[1]
+    row.fill_(1.0)
+    row.mul_(kept.sum() < 0)
+    return torch.cat([seen, kept], 1)[:, None, None].bool()
+
+
+def filled_in_part_of_a_part(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.zeros(x.shape[:2])
+    seen[:, 10:][:, : x.shape[1]].fill_(1.0)
+    return torch.cat([seen, kept], 1)[:, None, None].bool()
+
+
+def filled_with_what_is_given(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.zeros(x.shape[:2])
+    seen[:, :] = kept[0, 0]
+    return torch.cat([seen, kept], 1)[:, None, None].bool()
+
+
+def filled_by_stripes(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    seen = torch.zeros(x.shape[:2])
+    seen[:, ::2] = 1.0
+    return torch.cat([seen, kept], 1)[:, None, None].bool()
+
+
 def complement_of_ones(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
     """~1 is -2, which is true as well, but the complement of no mask."""
     hidden = ~torch.ones(x.shape[:2], dtype=torch.int64) + 2
@@ -154,13 +206,18 @@ def complement_of_ones(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
         filled_then_cleared,
         cleared_through_a_view,
         complement_of_ones,
+        filled_and_read_between,
+        filled_in_part_of_a_part,
+        filled_with_what_is_given,
+        filled_by_stripes,
     ],
 )
 def test_masks_that_may_hide_video_stay_dense(make: Any) -> None:
     kept = torch.ones(2, TEXT, dtype=torch.int64)
-    (site,) = sites_of(Masked(make), video(batch=2), text(batch=2), kept)
-    assert not site.eligible and "may hide video tokens" in site.reason
-    assert site.grid == (3, 6, 10)
+    inputs = (video(batch=2), text(batch=2), kept)
+    for (site,) in (sites_of(Masked(make), *inputs), exported_sites(Masked(make), inputs)):
+        assert not site.eligible and "may hide video tokens" in site.reason
+        assert site.grid == (3, 6, 10)
 
 
 def test_one_mask_for_the_whole_batch() -> None:
