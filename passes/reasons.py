@@ -37,6 +37,7 @@ class Reason(Enum):
     DROPOUT = Text("it has dropout ({sign})", EVAL)
     RUNTIME_SCALE = Text("its scale is computed at run time")
     SCORES_CHANGED = Text("its scores go through {operation} before the softmax")
+    WEIGHTS_CHANGED = Text("its attention weights go through {operation} beside the softmax")
     SCORES_USED = Text("its scores are used elsewhere too")
     WEIGHTS_USED = Text("its attention weights are used elsewhere too")
     OVERWRITTEN = Text("its queries, keys or values are overwritten before it is through")

@@ -29,6 +29,8 @@ from freqopt.passes.site import Attention
 from freqopt.passes.spellings.softmax_by_hand import Softmax, shifted, softmax_at
 
 CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"])
+LONGER = frozenset(["cat", "pad", "constant_pad_nd"])
+PARTS = frozenset(["getitem", "narrow", "slice"])
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 
 
@@ -61,6 +63,9 @@ def match_softmax(node: fx.Node) -> Attention | None:
     walked = walk_logits(softmax.scores)
     if walked is None or not _fit(walked, values, product):
         return None
+    unlike = None
+    if walked.mask is not None and softmax.factor != 1:
+        unlike = Reason.SCORES_CHANGED(operation="exp2")
     last = () if softmax.divided is None else (softmax.divided,)
     nodes = (*reversed(walked.nodes), *softmax.nodes, *between, product, *last)
     if objection is None and _is_read_elsewhere(nodes):
@@ -78,8 +83,8 @@ def match_softmax(node: fx.Node) -> Attention | None:
         key=walked.key,
         value=values,
         mask=walked.mask,
-        scale=walked.factor,
-        objection=objection or walked.objection,
+        scale=walked.factor * softmax.factor,
+        objection=softmax.objection or objection or walked.objection or unlike,
         nodes=nodes,
         key_transposed=walked.transposed,
     )
@@ -123,6 +128,9 @@ def follow_weights(
             assert values is not None
             return product, values, tuple(between), Reason.WEIGHTS_USED() if others else objection
         steps = [u for u in others if operation(u) in CASTS or operation(u) == "dropout"]
+        if not steps and objection is None:
+            steps = [u for u in others if _changes(u)]
+            objection = Reason.WEIGHTS_CHANGED(operation=operation(steps[0])) if steps else None
         if len(steps) != 1:
             return None
         if len(others) > 1:
@@ -131,6 +139,12 @@ def follow_weights(
         between.append(node)
         if operation(node) == "dropout" and _drops(node):
             objection = Reason.DROPOUT(sign="training")
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether weights go through a node as weights: gated, say, or without those of a sink."""
+    name = operation(node)
+    return len(shape(node)) > 2 and (name in PARTS or is_pointwise(name))
 
 
 def _drops(node: fx.Node) -> bool:
@@ -185,8 +199,10 @@ def walk_logits(node: Any) -> Logits | None:
     if name in ("mul", "div") and (scaled := scaled_by(node)) is not None:
         source, factor = scaled
         inner = walk_logits(source)
-        if inner is None or inner.mask is not None:
+        if inner is None:
             return None
+        scaled_mask = None if inner.mask is None else Reason.SCORES_CHANGED(operation=name)
+        inner = replace(inner, objection=inner.objection or scaled_mask)
         return _through(node, replace(inner, factor=inner.factor * factor))
     if (difference := shifted(node)) is not None:
         scores, made = difference
@@ -211,11 +227,11 @@ def walk_logits(node: Any) -> Logits | None:
         key, second, key_reader = unscaled(operands[1], node)
         readers = query_reader, key_reader
         return Logits(query, key, False, first * second, None, (node,), readers)
-    return _altered(node) if is_pointwise(name) else None
+    return _altered(node) if is_pointwise(name) or name in LONGER else None
 
 
 def _altered(node: fx.Node) -> Logits | None:
-    """Logits that go through something else elementwise, such as tanh or a learned temperature."""
+    """Logits that go through something else, such as tanh, a learned temperature or a sink."""
     for source in node.all_input_nodes:
         same_form = len(shape(source)) == len(shape(node))
         inner = walk_logits(source) if same_form and not _alters(source) else None

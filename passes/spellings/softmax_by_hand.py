@@ -1,30 +1,41 @@
 """Softmax that was written out: exp(x - max) / sum, before or after the product with the values.
 
+To the base 2 as well, as kernels write it. Where something is added to the sum, as for a sink that
+takes a part of every row, it is known for attention and left alone.
+
 What is subtracted from a row of scores makes no difference to its softmax, whatever it is; models
 take the row's largest score for the sake of numbers, which fused attention does as well.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import fx
 
 from freqopt.passes.axes.dimensions import same
 from freqopt.passes.nodes import argument, operation, shape
+from freqopt.passes.reasons import Reason, Why
 
 
 class Softmax(NamedTuple):
     """A softmax over keys: its scores, the node of its weights, and the nodes that make these.
 
     divided: the node that divides the product with the values instead, if the weights do not add
-    up to 1 yet.
+    up to 1 yet. factor: of the scores. objection: what forbids cutting it out.
     """
 
     scores: Any
     weights: fx.Node
     nodes: tuple[fx.Node, ...]
     divided: fx.Node | None = None
+    factor: float = 1.0
+    objection: Why | None = None
+
+
+BASES = {"exp": 1.0, "exp2": math.log(2)}
+"""Exponentials, and the factor of the scores that makes them ones to the base e."""
 
 
 def softmax_at(node: fx.Node) -> Softmax | None:
@@ -46,17 +57,23 @@ def _quotient(node: fx.Node) -> Softmax | None:
     above, below = node.args
     if not (isinstance(above, fx.Node) and isinstance(below, fx.Node)):
         return None
+    added, objection = None, None
+    if operation(below) == "add":
+        added, objection = below, Reason.WEIGHTS_CHANGED(operation="add")
+        sums = [t for t in below.all_input_nodes if operation(t) == "sum" and reduces_rows(t)]
+        below = sums[0] if sums else below
     if operation(below) != "sum" or not reduces_rows(below):
         return None
     exponential = below.args[0]
-    if not isinstance(exponential, fx.Node) or operation(exponential) != "exp":
+    if not isinstance(exponential, fx.Node) or operation(exponential) not in BASES:
         return None
-    scores = exponential.args[0]
+    scores, factor = exponential.args[0], BASES[operation(exponential)]
+    made = (exponential, below) if added is None else (exponential, below, added)
     if above is exponential:
-        return Softmax(scores, node, (exponential, below, node))
+        return Softmax(scores, node, (*made, node), None, factor, objection)
     if operation(above) in ("matmul", "bmm") and above.args[0] is exponential:
         if set(above.users) == {node}:
-            return Softmax(scores, exponential, (exponential, below), node)
+            return Softmax(scores, exponential, made, node, factor, objection)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -64,7 +65,16 @@ class Model(nn.Module):
         return self.attention(conv3d_tokens(x, self.weight))
 
 
-FORMS = [largest_subtracted, quotient, divided_at_last, by_log_of_sum, by_einsum, in_place_in_float]
+def to_the_base_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k) / math.log(2)
+    weights = torch.exp2(x - x.amax(-1, keepdim=True))
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+FORMS = [
+    *(largest_subtracted, quotient, divided_at_last, by_log_of_sum),
+    *(by_einsum, in_place_in_float, to_the_base_2),
+]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -144,6 +154,49 @@ def weighed_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 )
 def test_look_alikes_stay_as_they_are(attend: Attend) -> None:
     assert not any(site.eligible for site in sites_of(Model(attend), video(batch=2)))
+
+
+def with_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A column more, which takes its part of every row."""
+    x = scores(q, k)
+    sink = torch.zeros(1, 1, 1, 1).expand(*x.shape[:3], 1)
+    return torch.cat([x, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+def padded_by_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = F.pad(scores(q, k), (1, 0)).softmax(-1)
+    return x.narrow(-1, 1, k.shape[2]).to(v.dtype) @ v
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).softmax(-1) * torch.linspace(0, 1, k.shape[2])) @ v
+
+
+def scaled_behind_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT + torch.linspace(0, 1, k.shape[2])) / DIM**0.5).softmax(-1) @ v
+
+
+def to_the_base_2_behind_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.exp2(scores(q, k) + torch.linspace(0, 1, k.shape[2]))
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+LISTED: list[tuple[Attend, str]] = [
+    (sum_plus_one, "weights go through add"),
+    (with_a_sink, "weights go through getitem"),
+    (padded_by_a_sink, "weights go through narrow"),
+    (gated, "weights go through mul"),
+    (scaled_behind_a_mask, "scores go through div"),
+    (to_the_base_2_behind_a_mask, "scores go through exp2"),
+]
+
+
+@pytest.mark.parametrize(("attend", "words"), LISTED)
+def test_attention_that_is_not_plain_is_listed_with_the_reason(attend: Attend, words: str) -> None:
+    """It used to be passed over, as if there were none."""
+    (site,) = sites_of(Model(attend), video(batch=2))
+    assert not site.eligible and words in site.reason
+    assert site.grid == (3, 6, 10)
 
 
 def all_true(n: int, batch: int) -> Tensor:
