@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from freqopt.shown import shown
@@ -25,6 +26,7 @@ Array = NDArray[np.float64]
 
 INK, SOFT, GRID = "#1b2430", "#5b6675", "#e3e8ee"
 BLUE, ORANGE, GREEN, GREY = "#0b62a4", "#d9601a", "#2a9d74", "#a9b4c0"
+BETWEEN = "#76818f"
 BAND_COLOURS = {"low band (means of 64)": "#dbe9f6", "high band (exact)": "#fcebdd"}
 
 STYLE: dict[str, Any] = {
@@ -80,11 +82,15 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 def figure_html(figure: Figure, caption: str = "", alt: str = "", *, photo: bool = False) -> str:
     """A figure as self-contained HTML: an inline SVG image, with a caption.
 
-    photo: it shows pictures, whose colours stay as they are where the reader's screen is dark.
+    photo: it shows pictures, whose colours stay as they are where the reader's screen is dark. Its
+    words are then of a grey that can be read on both.
     """
     from html import escape
 
     buffer = io.BytesIO()
+    if photo:
+        for text in figure.findobj(Text):
+            text.set_color(BETWEEN)
     with matplotlib.rc_context(STYLE):
         figure.savefig(
             buffer,
@@ -92,7 +98,7 @@ def figure_html(figure: Figure, caption: str = "", alt: str = "", *, photo: bool
             bbox_inches="tight",
             metadata={"Date": None},
             dpi=160,
-            transparent=not photo,
+            transparent=True,
         )
     data = base64.b64encode(buffer.getvalue()).decode()
     under = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
