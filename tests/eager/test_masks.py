@@ -8,7 +8,7 @@ from typing import Any
 import pieces_models as models
 import pytest
 import torch
-import torch.nn.functional as F
+from masked_models import make_model_of
 from plans import plan_of
 from torch import Tensor
 
@@ -18,21 +18,6 @@ from freqopt.errors import SiteError
 from freqopt.passes.masks.calibrated import KEYS, NOTHING, PAIRS
 
 Form = Callable[[Tensor], Tensor]
-
-
-class Masked(models.Attention):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(out.transpose(1, 2).flatten(2))
-
-
-class Block(models.Block):
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return x + self.attn(torch.cat([x, text], 1), mask)[:, : x.shape[1]]
 
 
 class Joint(models.Video):
@@ -78,14 +63,11 @@ def banded(keys: Tensor) -> Tensor:
 
 
 def made(form: Form, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor]]:
-    monkeypatch.setattr(models, "Attention", Masked)
-    monkeypatch.setattr(models, "Block", Block)
-    monkeypatch.setattr(models, "Video", Joint)
     monkeypatch.setattr(Joint, "form", staticmethod(form))
     inputs = models.inputs(batch=2)
     inputs["there"] = torch.ones(inputs["text"].shape[:2], dtype=torch.bool)
     inputs["there"][0, 5:] = False
-    return models.make(), inputs
+    return make_model_of(Joint, monkeypatch), inputs
 
 
 @pytest.mark.parametrize(

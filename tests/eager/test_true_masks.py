@@ -10,6 +10,7 @@ import pieces_models as models
 import pytest
 import torch
 import torch.nn.functional as F
+from masked_models import make_model_of
 from plans import plan_of
 from torch import Tensor
 
@@ -26,21 +27,6 @@ from freqopt.passes.reasons import Reason
 
 EXACT = 0.0
 """The threshold at which a split computes what dense attention does."""
-
-
-class Masked(models.Attention):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (models.HEADS, -1)).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(out.transpose(1, 2).flatten(2))
-
-
-class Block(models.Block):
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return x + self.attn(torch.cat([x, text], 1), mask)[:, : x.shape[1]]
 
 
 class Read(models.Video):
@@ -77,10 +63,7 @@ def causal(row: Tensor) -> Tensor:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(models, "Attention", Masked)
-    monkeypatch.setattr(models, "Block", Block)
-    monkeypatch.setattr(models, "Video", Read)
-    return models.make()
+    return make_model_of(Read, monkeypatch)
 
 
 def call(text: int) -> dict[str, Tensor]:
