@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqopt.errors import InputError
 from freqopt.kernels import op
+from freqopt.kernels.backward.dense import dense_gradients
 from freqopt.kernels.checks import check_devices
 
 
@@ -43,10 +43,8 @@ def split_attention_at_call(
     Returns:
         out (B, H, N, D); density (B, H), 1 where it is dense; probe_error (B, H), NaN there.
     """
-    if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
-        mask = dense_mask
-        if mask is None and key_mask is not None:
-            mask = key_mask[:, None, None]
+    if _is_dense(query, grid, text_before):
+        mask = _whole_mask(key_mask, dense_mask)
         grouped = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(
             query, key, value, mask, scale=scale, enable_gqa=grouped
@@ -59,6 +57,18 @@ def split_attention_at_call(
         probes, chunks, largest_chunk,
     )  # fmt: skip
     return found[0], found[1], found[2]
+
+
+def _is_dense(query: Tensor, grid: Sequence[int], before: int) -> bool:
+    """Whether a call tells no grid, or none of its tokens."""
+    return math.prod(grid) == 0 or before < 0 or _after(query, grid, before) < 0
+
+
+def _whole_mask(key_mask: Tensor | None, dense_mask: Tensor | None) -> Tensor | None:
+    """The mask of a call that is dense, (B or 1, H or 1, N or 1, N)."""
+    if dense_mask is not None or key_mask is None:
+        return dense_mask
+    return key_mask[:, None, None]
 
 
 def _after(query: Tensor, grid: Sequence[int], before: int) -> int:
@@ -80,21 +90,19 @@ def _fake(
 @torch.library.custom_op("freqopt::split_attention_at_call_backward", mutates_args=())
 def split_attention_at_call_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, threshold: Tensor,
-    key_mask: Tensor | None, chunks: Tensor | None, grid: Sequence[int], text_before: int,
-    scale: float, density: float, probes: int, largest_chunk: int,
+    key_mask: Tensor | None, chunks: Tensor | None, dense_mask: Tensor | None, grid: Sequence[int],
+    text_before: int, scale: float, density: float, probes: int, largest_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value: what the forward made is made once more.
-
-    Raises:
-        InputError: a call that is dense, as its data tell no grid or its mask is another, has one.
-    """
-    if math.prod(grid) == 0 or text_before < 0 or _after(query, grid, text_before) < 0:
-        if key_mask is not None:
-            raise InputError(
-                "this call tells no grid, or has another mask than calibration saw, so attention "
-                "is dense, and has a mask: gradients of that are not supported; pass positions in "
-                "raster order, and masks that show all of the video"
-            )
+    """Gradients of query, key and value: what the forward made is made once more."""
+    mask = _whole_mask(key_mask, dense_mask)
+    if _is_dense(query, grid, text_before):
+        if mask is not None:
+            made = op.empty_gradients(query, key, value)
+            for to, of in zip(
+                made, dense_gradients(grad, query, key, value, mask, scale), strict=True
+            ):
+                to.copy_(of)
+            return made
         # At threshold 0 the op is dense attention, whatever the grid.
         grid, text_before, chunks = (1, 1, query.shape[2]), 0, None
         threshold, density, probes = torch.zeros_like(threshold), 0.0, 0
@@ -119,7 +127,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], inputs[11])
+    ctx.save_for_backward(*inputs[:5], inputs[11], inputs[13])
     grid, before, _, scale, density, probes = inputs[5:11]
     ctx.constants = grid, before, scale, density, probes, inputs[12]
     ctx.mark_non_differentiable(*output[1:])

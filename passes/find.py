@@ -35,6 +35,7 @@ from freqopt.passes.classify import classify
 from freqopt.passes.known import believe
 from freqopt.passes.naming import Names, Numbered, name_around
 from freqopt.passes.nodes import is_distributed, shape, tensor
+from freqopt.passes.positional import make_positional
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import OURS, Attention, Extent, Kind, Known, Mark, Side, Site
 from freqopt.passes.spellings.anchors import find_attention
@@ -168,6 +169,7 @@ def find_sites(
     Returns:
         Every site, eligible or not; bodies of activation checkpoints are included.
     """
+    make_positional(gm)
     dimensions = follow_axes(gm.graph)
     model = model or Model()
     numbered = Numbered(model.names, model.inside)

@@ -311,22 +311,32 @@ def say_untold(what: str, *, strict: bool) -> None:
 
 
 class Seen(Generic[Read]):
-    """Tensors that were read, and the value that they had."""
+    """Tensors that were read, and the value that they had.
+
+    PyTorch counts what is written into a tensor, but not through its `.data` or a NumPy array of
+    it; that `.data` is another tensor's shows in where the entries lie.
+    """
 
     def __init__(self, given: Sequence[torch.Tensor], value: Read) -> None:
         self.given, self.value = [ref(t) for t in given], value
         # Inference tensors do not count the writes into them.
         self.copies = [t.clone() if t.is_inference() else None for t in given]
-        self.versions = [0 if t.is_inference() else t._version for t in given]
+        self.states = [None if t.is_inference() else _state(t) for t in given]
 
     def is_of(self, given: Sequence[torch.Tensor]) -> bool:
         """Whether tensors are those that were read, with nothing written into them since."""
         return all(
-            known() is t and (t._version == version if copy is None else torch.equal(copy, t))
-            for known, t, version, copy in zip(
-                self.given, given, self.versions, self.copies, strict=True
+            known() is t and (_state(t) == state if copy is None else torch.equal(copy, t))
+            for known, t, state, copy in zip(
+                self.given, given, self.states, self.copies, strict=True
             )
         )
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes where a tensor gets other entries: its version, and where they lie."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return tensor._version, tensor.data_ptr() if plain else 0
 
 
 MOST_KNOWN = 64

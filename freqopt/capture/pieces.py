@@ -164,6 +164,10 @@ class Part:
         planned = self._planned(self._real(site.name))
         return planned is not None and self.plan.sites[planned].decision == "split"
 
+    def is_dense_by_plan(self, site: Site) -> bool:
+        """Whether a plan leaves a site dense, in the layer for which the graph is compiled."""
+        return not self.is_to_be_split(site) and self.plan is not None and self.is_planned(site)
+
     def is_told(self, site: Site) -> bool:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
         relative = self._relative(site.name)
@@ -371,7 +375,7 @@ def decide_in_part(
     Raises:
         PlanError: as `decide`.
     """
-    part.masks.watch(gm, sites)
+    part.masks.watch(gm, [site for site in sites if not part.is_dense_by_plan(site)])
     by_module = [site for site in sites if _is_by_module(part, site)]
     others = iter(decide(settings, [site for site in sites if site not in by_module]))
     decisions = []

@@ -42,8 +42,12 @@ def settle_mask(
         found.mask = None
         return None
     values, sizes = tensor(mask), shape(mask)
-    if values is None or values.dtype != torch.bool or len(sizes) != 4:
-        return Reason.MASK_ADDED(dtype=None if values is None else values.dtype)
+    if values is None:
+        return Reason.MASK_NO_TENSOR()
+    if values.dtype != torch.bool:
+        return Reason.MASK_ADDED(dtype=values.dtype)
+    if len(sizes) != 4 or not same(sizes[-1], site.key_length):
+        return Reason.MASK_PAIRS(shape=sizes)
     row, shown = _row_of(site, mask, known.mask, before, proven)
     if row is None:
         return Reason.MASK_UNPROVEN()

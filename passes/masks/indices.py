@@ -1,4 +1,8 @@
-"""What is known of integers that masks are made from: running indices, and what none is below."""
+"""What is known of integers that masks are made from: running indices, and what none is below.
+
+In integers of 32 bits and more, and in floats as far as these count by ones. Narrow integers turn
+round, and in bfloat16 4,098 is 4,096.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,30 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from freqopt.passes.axes.dimensions import product, same
 from freqopt.passes.masks.memory import is_written
-from freqopt.passes.nodes import argument, is_plain_index, operation, shape, value
+from freqopt.passes.nodes import argument, is_plain_index, operation, shape, tensor, value
 from freqopt.passes.site import Extent
+
+WIDE = (torch.int32, torch.int64)
+
+COUNTS = {
+    torch.float64: 1 << 53,
+    torch.float32: 1 << 24,
+    torch.float16: 1 << 11,
+    torch.bfloat16: 256,
+}
+"""Up to where floats have every integer."""
+
+
+def has_integers(dtype: torch.dtype, most: Extent) -> bool:
+    """Whether a dtype has all integers from 0 to a number, and none above turns into a lower one.
+
+    Of a size that is a symbol the graph is guarded to be for sizes of which that is so.
+    """
+    return dtype in WIDE or (dtype in COUNTS and bool(guard_or_false(most <= COUNTS[dtype])))
 
 
 def is_index(item: Any, length: Extent) -> bool:
@@ -24,11 +47,11 @@ def is_index(item: Any, length: Extent) -> bool:
             return False
         sizes = shape(item)
         source = item.args[0]
-        if name == "to" and value(item).dtype.is_floating_point:
+        if value(item).dtype not in WIDE:
             return False
         kept = bool(sizes) and same(sizes[-1], length) and same(product(shape(source)), length)
         return kept and is_index(source, length)
-    if name != "arange" or value(item).dtype.is_floating_point:
+    if name != "arange" or value(item).dtype not in WIDE:
         return False
     first, second = argument(item, 0, "start", default=0), argument(item, 1, "end")
     start, step = (
@@ -49,28 +72,31 @@ def lower_bound(item: Any) -> Extent | None:
         return found
     if not isinstance(item, fx.Node) or is_written(item):
         return None
+    bound = _bound_of(item)
+    known = tensor(item)
+    if bound is None or known is None or not has_integers(known.dtype, bound):
+        return None
+    return bound
+
+
+FORMS = {"unsqueeze", "view", "reshape", "to", "int", "long", "expand", "squeeze", "getitem"}
+"""Operations that leave integers what they are, where the dtype has them."""
+
+
+def _bound_of(item: fx.Node) -> Extent | None:
+    """The same, had the tensor's dtype all numbers."""
     name = operation(item)
-    if name in (
-        "unsqueeze",
-        "view",
-        "reshape",
-        "to",
-        "int",
-        "long",
-        "expand",
-        "squeeze",
-        "getitem",
-    ):
-        return lower_bound(item.args[0])
+    if name in FORMS:
+        source = tensor(item.args[0])
+        as_bits = name == "view" and source is not None and source.dtype != value(item).dtype
+        return None if as_bits else lower_bound(item.args[0])
     if name == "sum":
-        return 0 if _is_input(item.args[0]) else None
-    if name == "add":
-        parts = [lower_bound(operand) for operand in item.args[:2]]
+        return 0 if _is_input(argument(item, 0, "input")) else None
+    if name == "add" and argument(item, 2, "alpha", default=1) == 1:
+        parts = [lower_bound(argument(item, 0, "input")), lower_bound(argument(item, 1, "other"))]
         known = [part for part in parts if part is not None]
         return operator.add(*known) if len(known) == 2 else None
-    if name == "arange":
-        return _start_of(item)
-    return None
+    return _start_of(item) if name == "arange" else None
 
 
 def _start_of(node: fx.Node) -> Extent | None:
@@ -79,7 +105,7 @@ def _start_of(node: fx.Node) -> Extent | None:
     start = value(0 if second is None and "end" not in node.kwargs else first)
     step = argument(node, 2, "step", default=1)
     known = isinstance(start, (int, torch.SymInt)) and isinstance(step, int) and step > 0
-    return start if known and not value(node).dtype.is_floating_point else None
+    return start if known and value(node).dtype in WIDE else None
 
 
 def _is_input(item: Any) -> bool:

@@ -7,6 +7,7 @@ is not attention: softmax over other axes, scores without values, gates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,6 +205,8 @@ def walk_logits(node: Any) -> Logits | None:
         scaled_mask = None if inner.mask is None else Reason.SCORES_CHANGED(operation=name)
         inner = replace(inner, objection=inner.objection or scaled_mask)
         return _through(node, replace(inner, factor=inner.factor * factor))
+    if (still := _moved_by_number(node)) is not None:
+        return _through(node, walk_logits(still))
     if (difference := shifted(node)) is not None:
         scores, made = difference
         inner = walk_logits(scores)
@@ -228,6 +231,23 @@ def walk_logits(node: Any) -> Logits | None:
         readers = query_reader, key_reader
         return Logits(query, key, False, first * second, None, (node,), readers)
     return _altered(node) if is_pointwise(name) or name in LONGER else None
+
+
+def _moved_by_number(node: fx.Node) -> fx.Node | None:
+    """The scores, where one number is added to all, or subtracted: no softmax knows of it."""
+    if operation(node) not in ("add", "sub") or len(node.args) != 2:
+        return None
+    first, second = node.args
+    if isinstance(first, fx.Node) and _is_finite(second):
+        return first if _is_finite(node.kwargs.get("alpha", 1)) else None
+    if operation(node) == "add" and not node.kwargs and _is_finite(first):
+        return second if isinstance(second, fx.Node) else None
+    return None
+
+
+def _is_finite(item: Any) -> bool:
+    number = constant(item)
+    return isinstance(number, (int, float)) and math.isfinite(number)
 
 
 def _altered(node: fx.Node) -> Logits | None:
@@ -329,7 +349,10 @@ def _product_and_sum(node: fx.Node) -> Logits | None:
     """`baddbmm`: a product alone, or on top of a mask."""
     beta, alpha = argument(node, 3, "beta", default=1), argument(node, 4, "alpha", default=1)
     operands = argument(node, 1, "batch1"), argument(node, 2, "batch2")
-    inner, added = _product(node, *operands, float(alpha)), argument(node, 0, "input")
+    factor = constant(alpha)
+    if not isinstance(factor, (int, float)):  # of a size, say
+        return None
+    inner, added = _product(node, *operands, float(factor)), argument(node, 0, "input")
     if inner is None or not beta:
         return inner
     return replace(inner, mask=added) if beta == 1 and isinstance(added, fx.Node) else None

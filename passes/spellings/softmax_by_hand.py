@@ -45,9 +45,9 @@ def softmax_at(node: fx.Node) -> Softmax | None:
         axis = argument(node, 1, "dim", default=-1)
         last = axis in (-1, len(shape(node)) - 1)
         return Softmax(argument(node, 0, "input", "self"), node, (node,)) if last else None
-    if name == "div" and len(node.args) == 2:
+    if name == "div" and len(node.args) == 2 and node.kwargs.get("rounding_mode") is None:
         return _quotient(node)
-    if name == "exp":
+    if name == "exp" and node.args:
         return _of_log_sum(node)
     return None
 
@@ -64,7 +64,7 @@ def _quotient(node: fx.Node) -> Softmax | None:
         below = sums[0] if sums else below
     if operation(below) != "sum" or not reduces_rows(below):
         return None
-    exponential = below.args[0]
+    exponential = argument(below, 0, "input", "self")
     if not isinstance(exponential, fx.Node) or operation(exponential) not in BASES:
         return None
     scores, factor = exponential.args[0], BASES[operation(exponential)]
@@ -82,17 +82,19 @@ def _of_log_sum(node: fx.Node) -> Softmax | None:
     difference = node.args[0]
     if not isinstance(difference, fx.Node) or operation(difference) != "sub":
         return None
-    scores, total = difference.args[:2]
+    if len(difference.args) != 2 or difference.kwargs.get("alpha", 1) != 1:
+        return None
+    scores, total = difference.args
     if not isinstance(total, fx.Node) or operation(total) != "logsumexp":
         return None
-    if total.args[0] is not scores or not reduces_rows(total):
+    if argument(total, 0, "input", "self") is not scores or not reduces_rows(total):
         return None
     return Softmax(scores, node, (total, difference, node))
 
 
 def reduces_rows(node: fx.Node) -> bool:
     """Whether a reduction is over the last axis, which it keeps with one entry."""
-    before, after = shape(node.args[0]), shape(node)
+    before, after = shape(argument(node, 0, "input", "self")), shape(node)
     dim = argument(node, 1, "dim", "axis")
     dims = list(dim) if isinstance(dim, (tuple, list)) else [dim]
     return len(before) == len(after) and dims in ([-1], [len(before) - 1])

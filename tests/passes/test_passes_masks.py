@@ -161,6 +161,45 @@ def cleared_through_a_view(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([seen, kept.bool()], 1)[:, None, None]
 
 
+def length_in_bfloat16(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    """In which 7 + 180 + 90 is 276."""
+    lengths = (kept.sum(1) + x.shape[1] + 90).to(torch.bfloat16) - 90
+    return (torch.arange(x.shape[1] + context.shape[1]) < lengths[:, None])[:, None, None]
+
+
+def sum_in_bfloat16(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    """The tokens of a video that is longer than bfloat16 has integers for."""
+    length = x.shape[1] + context.shape[1]
+    lengths = kept.sum(1, dtype=torch.bfloat16) + x.shape[1] + 100
+    return (torch.arange(100, length + 100) < lengths[:, None])[:, None, None]
+
+
+def index_in_bfloat16(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    place = torch.arange(x.shape[1] + context.shape[1]).to(torch.bfloat16)
+    return (place < (x.shape[1] + kept.sum(1))[:, None])[:, None, None]
+
+
+def narrow_length(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    lengths = (x.shape[1] + kept.sum(1)).to(torch.int8)
+    return (torch.arange(x.shape[1] + context.shape[1]) < lengths[:, None])[:, None, None]
+
+
+def length_as_bits(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    lengths = (x.shape[1] + kept.sum(1)).view(torch.float64).long()
+    return (torch.arange(x.shape[1] + context.shape[1]) < lengths[:, None])[:, None, None]
+
+
+def weighed_length(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    lengths = torch.add(torch.tensor(x.shape[1]), kept.sum(1), alpha=-1)
+    return (torch.arange(x.shape[1] + context.shape[1]) < lengths[:, None])[:, None, None]
+
+
+def narrow_index(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
+    length = x.shape[1] + context.shape[1]
+    places = torch.arange(1, 2 * length + 1).to(torch.uint8)[-length:]
+    return (places > 0).expand(x.shape[0], length)[:, None, None]
+
+
 def filled_and_read_between(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
     seen = torch.zeros(x.shape[:2])
     seen[0][:] = 1.0
@@ -206,6 +245,13 @@ def complement_of_ones(x: Tensor, context: Tensor, kept: Tensor) -> Tensor:
         filled_then_cleared,
         cleared_through_a_view,
         complement_of_ones,
+        length_in_bfloat16,
+        sum_in_bfloat16,
+        index_in_bfloat16,
+        narrow_length,
+        length_as_bits,
+        weighed_length,
+        narrow_index,
         filled_and_read_between,
         filled_in_part_of_a_part,
         filled_with_what_is_given,

@@ -71,9 +71,28 @@ def to_the_base_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v / weights.sum(-1, keepdim=True)
 
 
+def moved_by_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which no softmax knows of."""
+    return (3.0 + (scores(q, k) - 2.0) + 1).softmax(-1) @ v
+
+
+def operands_by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = torch.mul(input=torch.matmul(input=q, other=k.mT), other=DIM**-0.5)
+    weights = torch.exp(input=torch.sub(x, other=torch.amax(input=x, dim=-1, keepdim=True)))
+    total = torch.sum(input=weights, dim=-1, keepdim=True)
+    return torch.matmul(input=torch.div(input=weights, other=total), other=v)
+
+
+def log_of_sum_by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    shift = torch.logsumexp(input=x, dim=-1, keepdim=True)
+    return torch.exp(input=x.sub(other=shift)) @ v
+
+
 FORMS = [
     *(largest_subtracted, quotient, divided_at_last, by_log_of_sum),
     *(by_einsum, in_place_in_float, to_the_base_2),
+    *(moved_by_numbers, operands_by_name, log_of_sum_by_name),
 ]
 
 
@@ -145,9 +164,28 @@ def weighed_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.add(scores(q, k), hidden, alpha=-0.5).softmax(-1) @ v
 
 
+def weighed_log_of_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = scores(q, k)
+    return torch.sub(x, x.logsumexp(-1, keepdim=True), alpha=0.5).exp() @ v
+
+
+def rounded_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = scores(q, k).exp()
+    return torch.div(weights, weights.sum(-1, keepdim=True), rounding_mode="trunc") @ v
+
+
+def taken_from_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (2.0 - scores(q, k)).softmax(-1) @ v
+
+
+def number_and_weighed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.add(2.0, scores(q, k), alpha=3).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "attend",
     [
+        *(weighed_log_of_sum, rounded_weights, taken_from_a_number, number_and_weighed_scores),
         *(sum_over_queries, sum_plus_one, sum_of_others, shift_of_columns),
         *(scores_used, largest_used, rounded_quotient, weighed_mask),
     ],
@@ -197,6 +235,27 @@ def test_attention_that_is_not_plain_is_listed_with_the_reason(attend: Attend, w
     (site,) = sites_of(Model(attend), video(batch=2))
     assert not site.eligible and words in site.reason
     assert site.grid == (3, 6, 10)
+
+
+def scaled_by_a_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which is no number while sizes are free."""
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    x = torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=math.log(k.shape[1]) / DIM)
+    return (x.softmax(-1) @ v).unflatten(0, (2, -1))
+
+
+def test_what_cannot_be_read_leaves_the_rest_of_the_graph_alone() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Model(quotient), Attention(scaled_by_a_length)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model, x = Two(), video(batch=2)
+    (site, *_) = sites_of(model, x, dynamic=True)
+    assert site.eligible, site.reason
 
 
 def all_true(n: int, batch: int) -> Tensor:
