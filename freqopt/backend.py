@@ -225,7 +225,7 @@ def _decide(
 def _is_missed(settings: Options, part: Part, decision: Decision) -> bool:
     """Whether an attention over a video stays dense that neither length nor plan keep so."""
     site = decision.site
-    if decision.split:
+    if decision.split or part.is_dense_by_plan(site):
         return False
     if decision.why.reason in UNREAD:
         return site.kind != "cross" and not is_shorter(

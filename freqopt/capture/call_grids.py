@@ -335,8 +335,12 @@ class Seen(Generic[Read]):
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes where a tensor gets other entries: its version, and where they lie."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return tensor._version, tensor.data_ptr() if plain else 0
+    return tensor._version, place_of(tensor)
+
+
+def place_of(tensor: torch.Tensor) -> int:
+    """Where in memory a tensor begins; 0 of what has no memory of its own."""
+    return tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else 0
 
 
 MOST_KNOWN = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from freqopt.capture.asked_masks import is_as_believed
-from freqopt.capture.call_grids import MOST_KNOWN, Seen
+from freqopt.capture.call_grids import MOST_KNOWN, Seen, place_of
 from freqopt.capture.values import is_unreadable
 from freqopt.eager.asked import QUERY_KEY_VALUE, Asked
 from freqopt.eager.calls import rewritten
@@ -46,7 +46,9 @@ class _Mask:
         if any(is_unreadable(tensor) for tensor in read):
             return self.latest.get(lay, lay)
         whole = [tensor if tensor._base is None else tensor._base for tensor in read]
-        shapes = tuple((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in read)
+        shapes = tuple(
+            (place_of(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in read
+        )
         key = (lay, shapes, *map(id, whole))
         known = self.known.get(key)
         if known is None or not known.is_of(whole):

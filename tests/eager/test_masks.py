@@ -226,3 +226,74 @@ def test_what_is_asked_of_masks() -> None:
     assert not is_as_believed(pairs, PAIRS, 0, 7)
     assert is_as_believed(torch.zeros(1, 1, 9, 9), NOTHING, 0, 7)
     assert not is_as_believed(torch.eye(9)[None, None], NOTHING, 0, 7)
+
+
+@pytest.mark.parametrize("route", ["eager", "regional"])
+@pytest.mark.parametrize("view", [True, False])
+@torch.no_grad()
+def test_a_mask_whose_data_are_another_tensors_is_asked_again(
+    view: bool, route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = made(lambda keys: keys, monkeypatch)
+    plan = plan_of(model, inputs, 1.0)
+    odd = hiding(inputs, 180)
+    dense = model(**odd)
+    torch._dynamo.reset()
+    with freqopt.optimize(model, plan, route=route, **inner(route)):
+        shown = torch.ones(2, 180, dtype=torch.bool)
+        kept = torch.cat([shown, inputs["there"]], 1)
+        kept = kept[:, None, None] if view else kept[:, None, None].clone()
+        monkeypatch.setattr(Joint, "form", staticmethod(lambda keys: kept))
+        assert (model(**inputs) - dense).norm() > 1e-3 * dense.norm()
+        kept.data = torch.cat([odd["shown"], inputs["there"]], 1)[:, None, None]
+        assert (model(**inputs) - dense).norm() < 1e-5 * dense.norm()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@torch.no_grad()
+def test_a_mask_of_one_entry_for_all_keys_keeps_calls_dense_and_working(
+    route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = made(lambda keys: keys, monkeypatch)
+    plan = plan_of(model, inputs, 1.0)
+    monkeypatch.setattr(Joint, "form", staticmethod(lambda keys: keys[..., :1]))
+    dense = model(**inputs)
+    torch._dynamo.reset()
+    with freqopt.optimize(model, plan, route=route, **inner(route)):
+        found = model(**inputs)
+    assert (found - dense).norm() < 1e-5 * dense.norm()
+
+
+@pytest.mark.parametrize("route", ["regional", "compile"])
+def test_training_goes_on_where_a_mask_keeps_a_call_dense(
+    route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = made(lambda keys: keys, monkeypatch)
+    plan = plan_of(model, inputs, 1.0)
+    odd = hiding(inputs, 180)
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(**odd).square().sum().backward()
+        grad = model.blocks[0].attn.q.weight.grad
+        assert grad is not None
+        return grad.clone()
+
+    dense = gradient()
+    torch._dynamo.reset()
+    with freqopt.optimize(model, plan, route=route, inner="aot_eager"):
+        model(**inputs).square().sum().backward()
+        assert (gradient() - dense).norm() < 1e-4 * dense.norm()
+
+
+@torch.no_grad()
+def test_sites_that_the_plan_leaves_dense_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = made(lambda keys: keys, monkeypatch)
+    plan = plan_of(model, inputs, 1.0)
+    dense = {"decision": "dense", "reason": "as the test wants it"}
+    sites = {name: site.model_copy(update=dense) for name, site in plan.sites.items()}
+    plan = plan.model_copy(update={"sites": sites})
+    torch._dynamo.reset()
+    with freqopt.optimize(model, plan, route="compile", inner="eager", strict=True):
+        model(**inputs)
+        model(**hiding(inputs, 180))
