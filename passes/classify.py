@@ -23,6 +23,7 @@ from freqopt.passes.axes.provenance import (
     same_lattices,
     split_batch,
 )
+from freqopt.passes.masks.added import shown_by
 from freqopt.passes.masks.masks import hides_nothing, mask_problem
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import VIEWS, operation, shape, tensor
@@ -166,6 +167,7 @@ def _settle_mask(attention: Attention, before: Extent, video: Extent) -> Why | N
     if hides_nothing(mask):
         attention.mask = None
         return None
+    attention.mask = mask = shown_by(mask) or mask
     if (row := key_mask_of(mask)) is not None:
         attention.mask, attention.masks_queries = row, True
     elif (row := repeated_row_of(mask)) is not None:

@@ -22,6 +22,7 @@ from freqopt.eager.calls import rewritten
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import UNSEEN, Lay
 from freqopt.passes.decision import Decision
+from freqopt.passes.masks.added import LOW, shown_by
 from freqopt.passes.masks.calibrated import KEYS, NOTHING, PAIRS
 from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Site
@@ -84,8 +85,9 @@ def _mask_in(asked: Asked) -> _Mask | None:
     made: list[_Mask] = []
 
     def decide(site: Site, budget: fx.Node) -> Decision:
-        if site.attention.mask is not None:
-            made.append(_making(site.attention.mask, budget))
+        mask = site.attention.mask
+        if mask is not None:
+            made.append(_making(shown_by(mask) or mask, budget))
         return Decision(site, False, site.why)
 
     rewritten(asked, 1, decide, lambda gm, decision: None)
@@ -112,9 +114,11 @@ def _making(mask: fx.Node, budget: fx.Node) -> _Mask:
 def _checked(mask: Tensor, lay: Lay) -> Lay | Why:
     """What a mask is in a call: what it was shown to be if that holds, or what else is served."""
     if mask.dtype != torch.bool:
-        if lay.mask or is_as_believed(mask, NOTHING, 0, 0):
-            return lay  # a number is served where it adds nothing, and nowhere else
-        return Reason.MASK_ADDED(dtype=mask.dtype)
+        if is_as_believed(mask, NOTHING, 0, 0):
+            return lay._replace(mask=0, proven=True)
+        if not mask.is_floating_point() or not ((mask == 0) | (mask <= LOW)).all():
+            return Reason.MASK_ADDED(dtype=mask.dtype)
+        mask = mask > LOW
     for kind in sorted((NOTHING, KEYS, PAIRS), key=lambda kind: kind != lay.mask):
         if _has_form(mask, kind) and is_as_believed(mask, kind, lay.before, math.prod(lay.grid)):
             return lay._replace(mask=kind, proven=True)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from freqopt.passes.axes.dimensions import same
+from freqopt.passes.masks.added import LOW, shown_by
 from freqopt.passes.masks.masks import Range, hides_nothing
 from freqopt.passes.masks.square import key_mask_of, repeated_row_of
 from freqopt.passes.nodes import shape, tensor
@@ -33,19 +34,24 @@ def settle_mask(
     """Bring the mask into the form that the op takes, as calibration did; why that cannot be.
 
     proven: what is known of the mask was read from the graph of this very call, and not seen by
-    calibration, so that its form does not matter. fixed: the grid and what is before it are these
-    numbers at all calls. asked: a mask's values are asked at every call, as `Site.believed` says.
+    calibration, so that its form does not matter, and its numbers are 0 or as good as -inf. fixed:
+    the grid and what is before it are these numbers at all calls. asked: a mask's values are asked
+    at every call, as `Site.believed` says.
     """
     found = site.attention
     mask = found.mask
     if mask is None or hides_nothing(mask):
         found.mask = None
         return None
+    found.mask = mask = shown_by(mask) or mask
     values, sizes = tensor(mask), shape(mask)
     if values is None:
         return Reason.MASK_NO_TENSOR()
-    if values.dtype != torch.bool:
+    if values.dtype != torch.bool and not (proven and values.is_floating_point()):
         return Reason.MASK_ADDED(dtype=values.dtype)
+    if values.dtype != torch.bool:
+        with site.node.graph.inserting_before(site.node):
+            found.mask = mask = add_method(site.node.meta, "gt", mask, LOW)
     if len(sizes) != 4 or not same(sizes[-1], site.key_length):
         return Reason.MASK_PAIRS(shape=sizes)
     row, shown = _row_of(site, mask, known.mask, before, proven)

@@ -40,6 +40,9 @@ PASS = {
     "clone",
     "detach",
     "bool",
+    "int",
+    "long",
+    "float",
     "type_as",
     "flatten",
     "alias",
@@ -127,6 +130,8 @@ class Range:
             return any(self._true_at(item, operand) for operand in item.args[:2])
         if name in ("bitwise_not", "logical_not"):
             return self.false(source)
+        if name == "ne" and len(item.args) == 2 and _is_zero(item.args[1]):
+            return self._true_at(item, source)
         if name in ("lt", "le", "gt", "ge"):
             return self._compares(item, True)
         if name == "cat":
@@ -154,8 +159,12 @@ class Range:
             return all(self._false_at(item, operand) for operand in item.args[:2])
         if name == "logical_not" or (name == "bitwise_not" and value(item).dtype == torch.bool):
             return self.true(source)
+        if name == "eq" and len(item.args) == 2 and _is_zero(item.args[1]):
+            return self._true_at(item, source)
         if name in ("lt", "le", "gt", "ge"):
             return self._compares(item, False)
+        if name == "cat":
+            return self._concatenated(item, Range.false)
         return False
 
     def zero(self, item: Any) -> bool:
@@ -323,3 +332,7 @@ def adds_dimensions(node: fx.Node) -> bool:
 
 def _is_finite(item: Any) -> bool:
     return isinstance(item, (bool, int, float)) and math.isfinite(item)
+
+
+def _is_zero(item: Any) -> bool:
+    return isinstance(item, (bool, int, float)) and item == 0

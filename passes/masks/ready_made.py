@@ -21,6 +21,10 @@ MOST_NODES = 32
 """Operations from a graph's inputs to a mask; what takes more is no mask that was handed over."""
 
 
+KEEPS = PASS | {"logical_not", "bitwise_not"}
+"""What is done to a mask that was handed over, so that it is one of another form."""
+
+
 class Program(NamedTuple):
     """What makes a mask. inputs: of the graph around, in the order of the program's own."""
 
@@ -34,7 +38,7 @@ def comes_ready_made(mask: fx.Node) -> bool:
     while isinstance(node, fx.Node) and not is_written(node):
         if node.op in ("placeholder", "get_attr"):
             return True
-        if operation(node) not in PASS and not adds_dimensions(node):
+        if operation(node) not in KEEPS and not adds_dimensions(node):
             return False
         node = node.args[0] if node.args else None
     return False

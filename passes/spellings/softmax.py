@@ -289,7 +289,11 @@ def _filled(node: fx.Node) -> Logits | None:
     for position in positions:
         inner = walk_logits(argument(node, position, "input", "self"))
         if inner is not None:
-            return _through(node, replace(inner, mask=inner.mask or node))
+            twice = None
+            if inner.mask is not None:
+                twice = Reason.SCORES_CHANGED(operation=operation(node))
+            filled = replace(inner, mask=inner.mask or node, objection=inner.objection or twice)
+            return _through(node, filled)
     return None
 
 

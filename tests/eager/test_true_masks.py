@@ -49,6 +49,11 @@ def added(row: Tensor) -> Tensor:
     return torch.zeros(row.shape).masked_fill(~row, -1e9)
 
 
+def biased(row: Tensor) -> Tensor:
+    """Zeros as long as all is there, and then numbers that have some weight."""
+    return torch.zeros(row.shape).masked_fill(~row, -3.0)
+
+
 def pairs(row: Tensor) -> Tensor:
     return row & row.transpose(-1, -2)
 
@@ -76,7 +81,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("form", [None, pairs, repeated])
+@pytest.mark.parametrize("form", [None, pairs, repeated, added])
 @torch.no_grad()
 def test_a_length_that_is_read_from_data_is_that_of_the_call(form: Any, model: Any) -> None:
     if form is not None:
@@ -91,7 +96,13 @@ def test_a_length_that_is_read_from_data_is_that_of_the_call(form: Any, model: A
 
 
 @pytest.mark.parametrize(
-    ("form", "why"), [(None, "hides video"), (repeated, "hides video"), (added, "is added")]
+    ("form", "why"),
+    [
+        (None, "hides video"),
+        (repeated, "hides video"),
+        (added, "hides video"),
+        (biased, "is added"),
+    ],
 )
 @torch.no_grad()
 def test_video_that_is_hidden_later_makes_the_call_dense(
