@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from freqopt.errors import PlanError
+from freqopt.exporters.lengths import length_notes
 from freqopt.exporters.manifest import (
     FILE_NAME,
     Artifact,
@@ -42,8 +43,8 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
     Raises:
         ArtifactError: not an intact ONNX artifact, or one that was exported without a plan.
         NotAvailableError: onnx is not installed.
-        PlanError: a plan of another model, or one that orders by content what the file orders by
-            the grid alone.
+        PlanError: a plan of another model, one that orders by content what the file orders by the
+            grid alone, or one of lengths too far from the file's.
         FileError: the folder cannot be written.
     """
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
@@ -81,6 +82,7 @@ def exchange_plan(path: str | os.PathLike[str] | Artifact, plan: Plan) -> Artifa
 
 def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     """Raise PlanError where the plan does not know a site; the notes about the others."""
+    served = [name for name, site in plan.sites.items() if site.decision == "split"]
     for name, held in artifact.sites.items():
         if name not in plan.sites:
             raise PlanError(f"this plan does not know the site {name!r}, which the file splits")
@@ -89,6 +91,8 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
                 f"this plan orders the tokens of {name!r} by content and the file by the grid: "
                 "export again with the plan"
             )
+        if isinstance(held.get("length"), int) and plan.sites[name].decision == "split":
+            plan.expected_error(name, held["length"])
     notes = [
         f"{name} is dense in the plan: every pair is attended exactly, by the split's kernel"
         for name in artifact.sites
@@ -101,7 +105,8 @@ def _check_sites(artifact: Artifact, plan: Plan) -> list[str]:
     ]
     if plan.timestep_edges:
         notes.append("the plan has timestep buckets; the file holds the most exact budget of each")
-    return notes
+    split = {name: site.get("length") for name, site in artifact.sites.items() if name in served}
+    return notes + length_notes(split, plan)
 
 
 def _write_budgets(artifact: Artifact, plan: Plan, fresh: Path) -> None:

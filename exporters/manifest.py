@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from freqopt.config import SPLIT_VERSION
+from freqopt.exporters.lengths import bounds
 from freqopt.exporters.problems import ArtifactError
 from freqopt.exporters.records import FORMAT, MANIFEST_VERSION, FileRecord, Manifest
 from freqopt.files import check_regular, hash_of, read_bounded, write_atomically
@@ -233,6 +234,11 @@ def describe_plan(plan: Any) -> dict[str, Any] | None:
         "target_error": plan.target_error,
         "measured_error": plan.measured_error,
         "mean_density": plan.mean_density,
+        "lengths": {
+            name: list(bounds(plan, name))
+            for name, site in plan.sites.items()
+            if site.decision == "split"
+        },
     }
 
 

@@ -21,6 +21,8 @@ from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import OptionError, PlanError
 from freqopt.exporters.complex_numbers import make_real
+from freqopt.exporters.free_extents import asked_free, fixed_notes
+from freqopt.exporters.lengths import Length, check_example, length_of
 from freqopt.exporters.problems import ExportError
 from freqopt.exporters.squeezes import drop_idle_squeezes
 from freqopt.grid import Grid
@@ -48,7 +50,7 @@ class SplitSite:
 
     budget: name of its initialiser. masked: has a key mask. chunks: name of the initialiser with
     the key heads' chunks, None where all are in the grid's order; largest_chunk: the largest of
-    them. other_queries: the queries are other tokens than the keys.
+    them. other_queries: the queries are other tokens than the keys. length: its number of keys.
     """
 
     budget: str
@@ -62,6 +64,7 @@ class SplitSite:
     chunks: str | None = None
     largest_chunk: int = 0
     other_queries: bool = False
+    length: Length = None
 
 
 @dataclass
@@ -98,7 +101,8 @@ def make_program(
         order, chunk: how tokens are ordered without a plan, as the backend's options of that name.
 
     Raises:
-        OptionError: an order that is unknown, or was given with a plan.
+        OptionError: an order that is unknown, or was given with a plan, or dimensions to be free
+            that an input does not have.
         ExportError: torch.export cannot trace the model, or complex numbers have no real form.
         PlanError: the plan was made for another model, or splits nothing of this one.
     """
@@ -109,6 +113,7 @@ def make_program(
     if plan is not None:
         plan.check_model(model)
         tell_outside(model, plan, ())
+    asked = asked_free(model, args, kwargs or {}, dynamic_shapes)
     was_training = model.training
     model.eval()
     try:
@@ -125,11 +130,16 @@ def make_program(
             names.update(plan.names_of([site.name for site in sites]))
         # An exported file runs anywhere, its function bodies for any head_dim.
         found = decide(settings, sites, device=torch.device("cpu"))
-        return [_for_export(decision, graph, probes) for decision in found]
+        found = [_for_export(decision, graph, probes) for decision in found]
+        if plan is not None:
+            split = [decision.site for decision in found if decision.split]
+            check_example(plan, {names[site.name]: site.key_length for site in split})
+        return found
 
     def put(gm: fx.GraphModule, decision: Decision) -> None:
-        name = names.get(decision.site.name, decision.site.name)
-        program.split[name] = _split(gm, decision, name)
+        name, length = names.get(decision.site.name, decision.site.name), decision.site.key_length
+        length_here = length_of(gm, length)
+        program.split[name] = replace(_split(gm, decision, name), length=length_here)
 
     grids, known = grids_of(settings), Model()
     if plan is not None and dynamic_shapes is None:
@@ -144,6 +154,7 @@ def make_program(
     if make_real(graph) or is_changed or program.split:
         # Exported once more: the passes write for Dynamo's graphs too, export makes it all aten.
         program.exported = _export(graph, model, args, kwargs, dynamic_shapes)
+    program.notes += fixed_notes(program.exported, asked, args, kwargs or {})
     if not program.split:
         program.notes.append("no site was split: this is the model as it was, with dense attention")
     return program

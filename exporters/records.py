@@ -47,17 +47,19 @@ class FileRecord(Record):
 
 
 class SiteRecord(Record):
-    """A site that was split. budget: name of the model's initialiser."""
+    """A site that was split. budget: name of the model's initialiser. length: see `lengths`."""
 
     budget: str
     heads: int = Field(ge=1, le=MOST_HEADS)
+    length: int | str | None = None
 
 
 class PlanRecord(Record):
-    """The plan that was baked in."""
+    """The plan that was baked in. lengths: least and most tokens that it serves, by site."""
 
     model: str
     model_fingerprint: str
+    lengths: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]] = {}
 
 
 class Manifest(Record):

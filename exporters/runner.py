@@ -21,6 +21,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from freqopt.errors import InputError, OptionError
+from freqopt.exporters.lengths import check_served
 from freqopt.exporters.manifest import Artifact
 from freqopt.exporters.onnx.body import OP_NAME
 from freqopt.exporters.onnx.library import OLDEST_ONNXRUNTIME, attend_counts, check_library
@@ -100,6 +101,7 @@ def run_artifact(
         InputError: inputs whose names, types or ranks are not the model's.
         NotAvailableError: onnxruntime missing or too old, or the provider does not really run.
         OptionError: an unknown provider; trust that is neither True nor False.
+        PlanError: inputs of a length that the plan in the file does not serve.
     """
     if not isinstance(trust, bool):  # "no" would be a yes
         raise OptionError(f"trust is {trust!r}; True or False is needed")
@@ -107,6 +109,7 @@ def run_artifact(
         raise OptionError(f"threads is {threads!r}; a whole number is needed")
     check_inputs(inputs)
     artifact = path if isinstance(path, Artifact) else Artifact.load(path)
+    check_served(artifact.manifest, inputs)
     if artifact.kind == "tensorrt":
         from freqopt.exporters.tensorrt.runner import run_engine
 

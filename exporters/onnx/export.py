@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES, SPLIT_VERSION
+from freqopt.exporters.lengths import length_notes, names_in
 from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
 from freqopt.exporters.preparation import prepare
 from freqopt.exporters.problems import ExportError, NotAvailableError
@@ -223,6 +224,12 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
             for v in of
         ]
 
+    inputs = {v.name for v in onnx_model.graph.inputs}
+    sites = {name: asdict(site) for name, site in program.split.items()}
+    for site in sites.values():
+        if not names_in([site["length"]]) <= inputs:  # a size of something that is no input there
+            site["length"] = None
+    lengths = {name: site["length"] for name, site in sites.items()}
     return {
         "opset": onnx_model.opset_imports[""],
         "operator": {
@@ -233,11 +240,11 @@ def describe(program: Program, onnx_model: Any, plan: Plan | None) -> dict[str, 
         },
         "inputs": values(onnx_model.graph.inputs),
         "outputs": values(onnx_model.graph.outputs),
-        "sites": {name: asdict(site) for name, site in program.split.items()},
+        "sites": sites,
         "dense_sites": program.dense,
         "plan": describe_plan(plan),
         "kernels": [],
-        "notes": list(program.notes),
+        "notes": [*program.notes, *length_notes(lengths, plan)],
     }
 
 

@@ -232,5 +232,11 @@ def _dynamic_shapes(texts: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
             raise OptionError(
                 f"--dynamic {text!r} is not NAME:DIM,DIM with one of the inputs {', '.join(shapes)}"
             )
+        rank = kwargs[name].dim() if isinstance(kwargs[name], torch.Tensor) else 0
+        if any(int(part) >= rank for part in parts):
+            raise OptionError(
+                f"--dynamic {text!r}: {name} of the first sample has {rank} dimensions, so that "
+                f"{f'0 to {rank - 1} can be named' if rank else 'none can be free'}"
+            )
         shapes[name] = {int(part): torch.export.Dim.AUTO for part in parts}
     return shapes
