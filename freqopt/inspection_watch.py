@@ -53,16 +53,25 @@ def _user_frame(stack: Sequence[Any] | None) -> str:
 
 @contextmanager
 def compiled_forgotten(model: nn.Module) -> Iterator[None]:
-    """Drop what was compiled for looking: it would count as a recompilation of the real thing."""
-    from torch._dynamo.eval_frame import remove_from_cache
+    """Drop what was compiled for looking: it would count as a recompilation of the real thing.
 
+    Before looking too: Dynamo remembers which functions it gave up, under any backend and for any
+    model of the class, and would not show them.
+    """
+    _forget(model)
     try:
         yield
     finally:
-        for module in model.modules():
-            code = getattr(module.forward, "__code__", None)
-            if code is not None:
-                remove_from_cache(code)
+        _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    for module in model.modules():
+        code = getattr(module.forward, "__code__", None)
+        if code is not None:
+            remove_from_cache(code)
 
 
 @contextmanager

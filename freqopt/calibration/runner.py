@@ -328,6 +328,7 @@ def opened(model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -
     """A runner; the model is in evaluation mode, without step caches, and left as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    _forget_compiled(model)  # Dynamo remembers what it gave up, under any backend
     try:
         with without_step_caches(model):
             yield Runner(model, samples, grid, seed)
@@ -338,7 +339,10 @@ def opened(model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -
 
 
 def _forget_compiled(model: nn.Module) -> None:
-    """Drop the recorders' graphs, which hold what was measured and count as recompilations."""
+    """Drop what was compiled of the model.
+
+    The recorders' graphs hold what was measured and count as recompilations.
+    """
     code = getattr(model.forward, "__code__", None)
     if code is not None:
         torch._dynamo.eval_frame.remove_from_cache(code)

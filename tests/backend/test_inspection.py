@@ -128,6 +128,16 @@ def test_what_was_compiled_for_looking_is_forgotten() -> None:
     assert len(graphs) == 1
 
 
+def test_what_another_backend_gave_up_is_looked_at_again() -> None:
+    """Dynamo skips a function for good once a loop in it has broken, in all models of its class."""
+    whole = Broken("nowhere")
+    before = freqopt.inspect(whole, video(GRID))
+    assert before.graphs == 1 and len(before.sites) == 4 and not before.graph_breaks
+    with torch.no_grad():
+        torch.compile(Broken("loop"), backend="eager")(video(GRID))
+    assert freqopt.inspect(whole, video(GRID)) == before
+
+
 def test_a_compiled_model_is_inspected_as_it_was_before() -> None:
     compiled = torch.compile(Toy(), backend=freqopt_backend, options={"inner": "eager"})
     assert [s.name for s in freqopt.inspect(compiled, video(GRID)).sites] == [

@@ -9,8 +9,10 @@ import pieces_models as models
 import pytest
 import torch
 import torch.nn.functional as F
+from calibration_models import TinyVideo, make_sample
 from torch import Tensor
 
+from freqopt.calibration.calibrate import calibrate
 from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.requests import Dense, Request, SiteThresholds, Split
@@ -135,3 +137,26 @@ def test_what_is_not_met_without_the_compiler_is_told(monkeypatch: pytest.Monkey
     assert not desk.result.shapes
     assert {"in pieces" in reason for reason in desk.dense_sites.values()} == {True}
     assert len(desk.dense_sites) == 3
+
+
+class Looping(TinyVideo):
+    """Breaks the graph in a loop where it is told to, so that Dynamo skips its forward for good."""
+
+    broken = False
+
+    def forward(self, video: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        x = self.patch(video).flatten(2).transpose(1, 2) + timestep[:, None, None]
+        for block in self.blocks:
+            x = block(x)
+            if self.broken:
+                torch._dynamo.graph_break()
+        return {"velocity": self.head(x)}
+
+
+def test_what_another_backend_gave_up_is_compiled_again() -> None:
+    sample, broken = make_sample(0), Looping()
+    broken.broken = True
+    with torch.no_grad():
+        torch.compile(broken, backend="eager")(**sample)
+    plan = calibrate(Looping(), [sample, make_sample(1)], progress=False, rounds=0, passes=1)
+    assert list(plan.sites) == ["blocks.0.attn", "blocks.1.attn"]
