@@ -112,8 +112,8 @@ def calibrate(
             root mean square: 0.9 lets a tenth of the held-out samples be further off.
         target_psnr: instead of `target_error`, the PSNR in dB of what the pipeline generates
             against what it generates with the dense model. `samples` must then be a callable that
-            returns it (tensors, arrays or PIL images) and does the same every time: PyTorch's
-            generators are seeded before each run.
+            returns it (tensors, arrays or PIL images) and does the same every time: the
+            global generators of PyTorch, NumPy and Python are seeded before each run.
         target_density: instead of either, the share of pairs to attend exactly, in (0, 1]; the plan
             has the least error within it, splits sites where dense attention is faster too (and
             says so), and states the error that was measured.
@@ -149,7 +149,7 @@ def calibrate(
             `Plan.save_pretrained` does; whether it can be written is tried before anything is
             measured.
         progress: show progress and time left.
-        seed: seeds PyTorch's generators before every run of the model.
+        seed: seeds the generators of PyTorch, NumPy and Python before every run of the model.
 
     Returns:
         The plan, with the evidence for `freqopt.report`; for several models one for each, as a

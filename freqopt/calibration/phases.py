@@ -115,26 +115,32 @@ class Calibration:
         self.sensitivities, self.rounding, self.spent = found.values, found.rounding, found.passes
         self.notes += found.notes
         if self.rounding > UNLIKELY:
-            self._check_repeats(probed[0])
+            self._check_repeats(probed)
         self.sites = [
             site_choices(site, self.sensitivities[name], bench.samples.bucket_samples)
             for name, site in bench.survey.measurable().items()
         ]
         return self.sites
 
-    def _check_repeats(self, reference: Reference) -> None:
+    def _check_repeats(self, references: Sequence[Reference]) -> None:
         """Tell much rounding from a model whose outputs differ from call to call.
+
+        All samples are run again, until one differs: what varies may come out alike by chance, or
+        not vary at all in some of them.
 
         Raises:
             CalibrationError: they do.
         """
-        again = reference.error_of(self.bench.runner.run(reference.sample, Dense()).output)
-        if again > UNLIKELY:
-            raise CalibrationError(
-                f"two dense runs of the model on one sample differ by {again:.1e}: it keeps "
-                "something from call to call (a step cache, a counter), so what an error does "
-                "cannot be told. Calibrate it without that"
-            )
+        for reference in references:
+            again = reference.error_of(self.bench.runner.run(reference.sample, Dense()).output)
+            if again > UNLIKELY:
+                raise CalibrationError(
+                    f"two dense runs of the model on one sample differ by {again:.1e}: it keeps "
+                    "something from call to call (a step cache, a counter), or draws random "
+                    "numbers from a generator of its own (those of PyTorch, NumPy and Python are "
+                    "seeded before each run), so what an error does cannot be told. Calibrate it "
+                    "without that"
+                )
 
     def refinement(self, quantile: float | None = None) -> Refinement:
         """What rounds of refinement need; once all sites are measured."""

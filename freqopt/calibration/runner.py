@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from freqopt.calibration.given import GivenInputs, copied_arguments
 from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.replay import Captured, Held, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result
 from freqopt.calibration.outputs import output_tensors, some_tensors
+from freqopt.calibration.randomness import generators_kept, random_state, seeded
 from freqopt.calibration.samples import Sample, SampleSet
 from freqopt.calibration.team import Team
 from freqopt.capture.call_layouts import BySizes
@@ -46,7 +48,7 @@ class Runner:
 
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
         self.model, self.samples, self.seed = model, samples, seed
-        self._desk = Desk()
+        self._desk, self._given = Desk(), GivenInputs()
         grids = Grids(grid, tuple(samples.grids))
         self._graphs, self._in_pieces = 0, False
         self._asked: set[tuple[str, Known]] = set()
@@ -86,8 +88,8 @@ class Runner:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return self.team
         first = self.samples.fit[0]
-        with self._ready():  # hooks that share tensors out set themselves up at the first call
-            self.model(*first.args, **first.kwargs)
+        with self._ready(), self._given.of(first) as (args, kwargs):
+            self.model(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         self.run(first, Dense())
         given = [(s.args, s.kwargs) for s in (*self.samples.fit, *self.samples.held_out)]
         self.team.agree(given, "samples")
@@ -95,9 +97,9 @@ class Runner:
 
     def run(self, sample: Sample, request: Request) -> Result:
         """What one call of the model shows, its output among it."""
-        with self._asking(request) as result, self._ready():
+        with self._asking(request) as result, self._ready(), self._given.of(sample) as given:
             self._desk.bucket = self.samples.bucket(sample)
-            result.output = some_tensors(self._call(sample.args, sample.kwargs))
+            result.output = some_tensors(self._call(*given))
         self.passes += 1.0
         return result
 
@@ -110,9 +112,9 @@ class Runner:
 
         The first time, whether running a graph from a cut gives what the whole gives is tried.
         """
-        if not self._graphs and not self._in_pieces:
+        if (not self._graphs and not self._in_pieces) or not self._given.is_tried(sample):
             self.run(sample, Dense())  # what came before is from a checkpoint
-        held = self._captured(sample)
+        held = None if self._given.writes(sample) else self._captured(sample)
         if held is None:
             return None
         staged = held.staged
@@ -149,11 +151,8 @@ class Runner:
         dense = torch.compile(self.model, dynamic=False, mode=mode)
         options: Any = {"plan": plan, "mode": mode}
         split = torch.compile(self.model, dynamic=False, backend=freqopt_backend, options=options)
-        with self._ready():
-            yield (
-                lambda: dense(*sample.args, **sample.kwargs),
-                lambda: split(*sample.args, **sample.kwargs),
-            )
+        with self._ready(), self._given.of(sample) as (args, kwargs):
+            yield lambda: dense(*args, **kwargs), lambda: split(*args, **kwargs)
 
     def _captured(self, sample: Sample) -> Held | None:
         """What a sample gives to the model's graph, which is not run."""
@@ -177,9 +176,9 @@ class Runner:
         self._desk.tape = tape = Tape(ends=False)
         try:
             with self._asking(Dense()), self._ready():
-                before = _random_state()
+                before = random_state()
                 whole = output_tensors(self._call(sample.args, sample.kwargs))
-                drawn = not torch.equal(before, _random_state())
+                drawn = not torch.equal(before, random_state())
         finally:
             self._desk.tape = None
         self.passes += 1.0
@@ -218,7 +217,7 @@ class Runner:
             output = self.compiled(*args, **kwargs)
             self._explain(args, kwargs)
             return output
-        breaks = _breaks()
+        breaks, restore, again = _breaks(), generators_kept(), copied_arguments((args, kwargs))
         try:
             output = self.compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -232,7 +231,8 @@ class Runner:
             logger.info("the model is measured in eager mode, its graph is in pieces")
         self._in_pieces = True
         self._desk.clear()
-        return self._eager(args, kwargs)
+        restore()  # it ran already, as far as it could be compiled
+        return self._eager(*again)
 
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find which ints among the arguments of a call the grids are that it brought.
@@ -274,15 +274,13 @@ class Runner:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with (
             unwrapped(),
             torch.no_grad(),
-            torch.random.fork_rng(devices),
+            seeded(self.seed),
             _many_recompiles(),
             uncompiled(self.model),
         ):
-            torch.manual_seed(self.seed)
             yield
 
 
@@ -346,14 +344,6 @@ def _forget_compiled(model: nn.Module) -> None:
     code = getattr(model.forward, "__code__", None)
     if code is not None:
         torch._dynamo.eval_frame.remove_from_cache(code)
-
-
-def _random_state() -> Tensor:
-    """State of the generators that models draw from by default."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states += torch.cuda.get_rng_state_all()
-    return torch.cat(states)
 
 
 def _breaks() -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from freqopt.calibration.given import aside
 from freqopt.calibration.measure.recorder import Desk, Recorder, mask_of, measured, team_of
 from freqopt.capture.eager import READS_DATA, Modules, uncompiled, written
 from freqopt.capture.given_ints import with_given_ints
@@ -119,15 +120,18 @@ class EagerRecorders:
 
     def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
         shape, _ = self._shape(args, kwargs)
-        given = with_given_ints(self.model, args, kwargs)
         gm = None
-        if given is not None:
+        if with_given_ints(self.model, args, kwargs) is not None:
             try:
-                gm, _ = written(self.model, *given)
+                with aside(args, kwargs) as copied:
+                    given = with_given_ints(self.model, *copied)
+                    assert given is not None
+                    gm, _ = written(self.model, *given)
             except Exception as error:  # a model may ask for the very type of ints
                 logger.info("which ints give the grid is not known, a call failed: %s", error)
         if gm is None:
-            gm, _ = written(self.model, args, kwargs)
+            with aside(args, kwargs) as copied:
+                gm, _ = written(self.model, *copied)
         if gm.meta[READS_DATA]:
             self._reading.add(shape)
         return gm

@@ -67,7 +67,7 @@ class GeneratedVideo:
             raise CalibrationError(
                 f"two dense runs of the pipeline already differ by {decibels_of(again):.1f} dB, so "
                 f"target_psnr {decibels:g} cannot be judged; seed everything random inside it "
-                "(pass a torch.Generator, or rely on torch.manual_seed, which is set before it)"
+                "(pass a torch.Generator, or rely on the global ones of PyTorch, NumPy and Python)"
             )
 
     def measure(self, thresholds: Thresholds) -> Verdict:
