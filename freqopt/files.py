@@ -23,7 +23,7 @@ from pathlib import Path
 
 import platformdirs
 
-from freqopt.errors import FileError
+from freqopt.errors import FileError, OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,24 @@ def hash_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def check_path(path: object, name: str = "path") -> None:
+    """Refuse what is no path of a file or folder. name: of the argument.
+
+    Raises:
+        OptionError: it is of another kind, or empty, which would be the folder one is in.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise OptionError(f"{name} is {path!r}; the path of a file or folder is needed")
+
+
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Where a file is, or will be, that is to be written; links are followed.
 
     Raises:
         FileError: no file can be called that.
+        OptionError: it is no path.
     """
+    check_path(path)
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:  # a null byte, or half of a character

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
+from freqopt.calibration.misfits import misfits_told
+from freqopt.calibration.samples import Sample
 from freqopt.capture.call_grids import OneCall
 from freqopt.capture.call_layouts import told_by_sizes
 from freqopt.capture.eager import uncompiled, written
@@ -27,10 +29,11 @@ from freqopt.capture.modules import (
     names_of,
     running,
 )
+from freqopt.capture.signatures import misfit_of
 from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_of
 from freqopt.decisions import decide, grids_of
-from freqopt.errors import unwrapped
+from freqopt.errors import InputError, unwrapped
 from freqopt.inspection_found import GraphBreak, InspectedSite, Inspection
 from freqopt.inspection_watch import (
     attention_modules,
@@ -84,9 +87,12 @@ def inspect(
     Raises:
         OptionError: a malformed grid, grids or min_tokens.
         PlanError: a plan that cannot be read, or was made for another model.
-        InputError: `model` is not a module.
+        InputError: `model` is not a module, or does not take the inputs.
     """
     inner = module_of(model, "inspect")
+    misfit = misfit_of(inner, args, kwargs)
+    if misfit:
+        raise InputError(f"the inputs do not fit the model: {misfit}")
     settings = parse_options(
         {
             "grid": grid,
@@ -102,7 +108,13 @@ def inspect(
     capture = _Capture(settings, inner)
     if capture.plan is not None:
         capture.plan.check_order(inner)
-    with torch.no_grad(), random_state_kept(), without_step_caches(inner), uncompiled(inner):
+    with (
+        misfits_told(inner, Sample(args, kwargs), kind=InputError),
+        torch.no_grad(),
+        random_state_kept(),
+        without_step_caches(inner),
+        uncompiled(inner),
+    ):
         if _is_one_of_several():
             inner(*args, **kwargs)  # hooks that share tensors out set themselves up at first
         with unwrapped(), breaks_recorded(capture.breaks), compiled_forgotten(inner):

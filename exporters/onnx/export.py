@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from freqopt.config import DEFAULT_CHUNK, DEFAULT_PROBES, SPLIT_VERSION
+from freqopt.errors import OptionError
 from freqopt.exporters.lengths import length_notes, names_in
 from freqopt.exporters.manifest import Artifact, describe_plan, write_manifest
-from freqopt.exporters.preparation import prepare
+from freqopt.exporters.preparation import check_capabilities, prepare
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program
 from freqopt.grid import Grid
@@ -81,11 +82,14 @@ def export_onnx(
 
     Raises:
         ExportError: an opset that is not supported, or a model that cannot be exported.
-        PlanError: the plan was made for another model.
+        OptionError: probes, opset, capabilities or a folder of another kind; dimensions that an
+            input does not have.
+        PlanError: the plan was made for another model, or for lengths too far from the example's.
         NotAvailableError: onnx or onnxscript is not installed, or what the named capabilities
             need is not.
     """
     check_opset(opset)
+    check_capabilities(capabilities)
     ready = prepare(
         model,
         args,
@@ -140,7 +144,16 @@ def write_onnx(
 
 
 def check_opset(opset: int) -> None:
-    """Raise ExportError unless files can be written for this opset."""
+    """Raise ExportError unless files can be written for this opset.
+
+    Raises:
+        OptionError: it is no whole number.
+    """
+    if type(opset) is not int:
+        raise OptionError(
+            f"opset is {opset!r}, a {type(opset).__name__}; a whole number from {OPSETS[0]} to "
+            f"{OPSETS[-1]} is needed"
+        )
     if opset not in OPSETS:
         raise ExportError(
             f"opset {opset} is not supported; {OPSETS[0]} to {OPSETS[-1]} are (20 is the default)"

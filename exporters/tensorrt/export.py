@@ -30,7 +30,7 @@ from freqopt.exporters.onnx.export import (
     save_model,
     translate,
 )
-from freqopt.exporters.preparation import prepare, prepare_folder
+from freqopt.exporters.preparation import check_capabilities, prepare, prepare_folder
 from freqopt.exporters.problems import ExportError, NotAvailableError
 from freqopt.exporters.program import Program
 from freqopt.exporters.tensorrt.cpp.build_engine import ENGINE, MODEL
@@ -96,6 +96,7 @@ def export_tensorrt(
         raise OptionError(f"plugin {plugin!r} is unknown; supported: {', '.join(PLUGINS)}")
     if build == "always" and not is_installed():
         raise NotAvailableError(f"build='always', but {NOT_INSTALLED}")
+    check_capabilities(capabilities)
     ready = prepare(
         model,
         args,

@@ -12,7 +12,7 @@ from typing import Any
 
 from freqopt.calibration.whole import CLOCKS
 from freqopt.errors import OptionError
-from freqopt.files import check_writable, real_path
+from freqopt.files import check_path, check_writable, real_path
 from freqopt.options import extents_of
 from freqopt.plan.folder import check_place
 
@@ -139,8 +139,8 @@ def _whole(name: str, given: Any) -> int:
 
 def _check_files(output: Any, checkpoint: Any) -> None:
     for name, path in (("output", output), ("checkpoint", checkpoint)):
-        if not isinstance(path, (str, os.PathLike, type(None))):
-            raise OptionError(f"{name} {path!r} must be a path")
+        if path is not None:
+            check_path(path, name)
     check_apart(output, [checkpoint])
     if output is not None:
         check_place(output)

@@ -16,6 +16,7 @@ from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk, recording_backend
 from freqopt.calibration.measure.replay import Captured, Held, Tape
 from freqopt.calibration.measure.requests import Dense, Request, Result
+from freqopt.calibration.misfits import misfits_told
 from freqopt.calibration.outputs import output_tensors, some_tensors
 from freqopt.calibration.randomness import generators_kept, random_state, seeded
 from freqopt.calibration.samples import Sample, SampleSet
@@ -97,7 +98,13 @@ class Runner:
 
     def run(self, sample: Sample, request: Request) -> Result:
         """What one call of the model shows, its output among it."""
-        with self._asking(request) as result, self._ready(), self._given.of(sample) as given:
+        others = (*self.samples.fit, *self.samples.held_out)
+        with (
+            misfits_told(self.model, sample, others),
+            self._asking(request) as result,
+            self._ready(),
+            self._given.of(sample) as given,
+        ):
             self._desk.bucket = self.samples.bucket(sample)
             result.output = some_tensors(self._call(*given))
         self.passes += 1.0

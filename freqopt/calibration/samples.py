@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from freqopt.calibration.values import parts_of
 from freqopt.capture.modules import module_of
-from freqopt.capture.signatures import forward_signature, named_arguments
+from freqopt.capture.signatures import forward_signature, misfit_of, named_arguments
 from freqopt.errors import CalibrationError, OptionError
 from freqopt.grid import Grid
 from freqopt.positions import grids_of_positions
@@ -65,15 +65,21 @@ MAX_BUCKETS = 4
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "sigma", "sigmas", "t", "time")
 _TIMESTEP_WORDS = ("timestep", "sigma")
+TIMES = 2
+"""Most dimensions of a timestep, which may be one of each token: (B, N)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One call of the model; timestep is None if no argument looks like one."""
+    """One call of the model; timestep is None if no argument looks like one.
+
+    number: its place among those that the user gave.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     timestep: float | None = None
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +159,12 @@ def collect_samples(
     name: str | None = None
     found: list[Sample] = []
     for index, (args, kwargs) in enumerate(calls):
-        _check_fits(index, model, signature, args, kwargs)
+        misfit = misfit_of(model, args, kwargs)
+        if misfit:
+            raise CalibrationError(f"sample {index} does not fit the model: {misfit}")
         named = named_arguments(signature, args, kwargs)
         _check_finite(index, named)
+        _check_timestep(index, named, timestep)
         label, value = _timestep(named, timestep)
         if timestep is not None and value is None:
             raise CalibrationError(
@@ -163,7 +172,7 @@ def collect_samples(
                 f"the timestep; its arguments are {', '.join(named)}"
             )
         name = name or label
-        found.append(Sample(args, kwargs, value))
+        found.append(Sample(args, kwargs, value, index))
     fit, held_out, notes = _hold_out(found)
     return SampleSet(fit, held_out, notes, name, _bucket_edges(fit, held_out, buckets))
 
@@ -309,31 +318,16 @@ def _keep(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _check_fits(
-    index: int,
-    model: nn.Module,
-    signature: inspect.Signature | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Refuse a call that the model's forward does not take; hooks may make another of it."""
-    inner = getattr(model, "_orig_mod", model)
-    if signature is None or inner._forward_pre_hooks or "forward" in inner.__dict__:
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise CalibrationError(
-            f"sample {index} does not fit the model: {error}; a {type(inner).__name__} takes "
-            f"{', '.join(map(str, signature.parameters.values()))}"
-        ) from error
-
-
 def _check_finite(index: int, named: Mapping[str, Any]) -> None:
     for name, argument in named.items():
         for value in pytree.tree_leaves(argument):
             if not isinstance(value, Tensor):
                 continue
+            if value.dim() > 1 and not len(value):
+                raise CalibrationError(
+                    f"sample {index}: {name!r} is {tuple(value.shape)}, an empty batch; calibration"
+                    " needs inputs of one or more"
+                )
             if value.is_meta:
                 raise CalibrationError(f"sample {index}: {name!r} is on meta, without values")
             parts = [p for p in parts_of(value) if p.is_floating_point() or p.is_complex()]
@@ -352,11 +346,21 @@ def _timestep(named: Mapping[str, Any], given: str | None) -> tuple[str, float] 
     like = [name for name in named if any(word in name.lower() for word in _TIMESTEP_WORDS)]
     for name in [*usual, *like] if given is None else [given]:
         value = named.get(name)
-        if isinstance(value, Tensor) and value.numel():
+        if isinstance(value, Tensor) and value.numel() and value.dim() <= TIMES:
             return name, float(value.detach().double().mean())
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return name, float(value)
     return None, None
+
+
+def _check_timestep(index: int, named: Mapping[str, Any], given: str | None) -> None:
+    value = named.get(given or "")
+    if isinstance(value, Tensor) and (value.dim() > TIMES or not value.numel()):
+        raise CalibrationError(
+            f"sample {index}: {given!r} was given as the timestep and is {tuple(value.shape)}: one "
+            "number, one for each input (B), or one for each token (B, N) is needed; name another "
+            "argument, or none"
+        )
 
 
 def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample], list[str]]:

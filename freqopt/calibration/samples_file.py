@@ -109,6 +109,12 @@ def _plain(tensor: Tensor, key: str, metadata: dict[str, str]) -> Tensor:
     if tensor.is_meta:
         raise InputError(f"argument {key} is a tensor on meta, which has no values")
     plain = plain_values(tensor).cpu()
+    if plain.layout != torch.strided:
+        kind = str(plain.layout).removeprefix("torch.")
+        raise InputError(
+            f"argument {key} is a tensor of layout {kind}; files hold dense ones: pass what "
+            ".to_dense() gives, if the model takes that"
+        )
     if plain.is_complex():
         metadata[COMPLEX + key] = json.dumps(str(plain.dtype).removeprefix("torch."))
         plain = torch.view_as_real(plain.resolve_conj())

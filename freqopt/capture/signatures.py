@@ -17,6 +17,23 @@ def forward_signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
+def misfit_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a model's forward does not take a call, and what it takes; empty where it may.
+
+    Hooks may make another call of it.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    signature = forward_signature(inner)
+    if signature is None or inner._forward_pre_hooks or "forward" in inner.__dict__:
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        taken = ", ".join(map(str, signature.parameters.values()))
+        return f"{error}; a {type(inner).__name__} takes {taken}"
+    return ""
+
+
 def named_arguments(
     signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:

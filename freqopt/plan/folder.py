@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freqopt.errors import FileError, InputError, PlanError
-from freqopt.files import check_writable, read_bounded, write_atomically
+from freqopt.files import check_path, check_writable, read_bounded, write_atomically
 from freqopt.plan.content import PlanContent
 from freqopt.plan.text import verification
 from freqopt.shown import shown
@@ -159,6 +159,7 @@ def write_folder(plans: Mapping[str, Any], folder: str | os.PathLike[str]) -> No
         PlanError: a plan is another component's, or the folder has a page about something else.
         FileError: it cannot be written.
     """
+    check_path(folder, "folder")
     target = Path(folder)
     _check_folder(target, plans)
     for name, plan in plans.items():
@@ -220,6 +221,7 @@ def fetched(source: str | os.PathLike[str], revision: str | None = None) -> Path
     Raises:
         PlanError: neither, or huggingface_hub is not installed.
     """
+    check_path(source, "source")
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises for some names
         return path

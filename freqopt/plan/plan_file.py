@@ -9,7 +9,7 @@ from typing import Any
 
 from freqopt.config import SPLIT_VERSION
 from freqopt.errors import PlanError
-from freqopt.files import read_bounded
+from freqopt.files import check_path, read_bounded
 from freqopt.plan.content import PLAN_VERSION
 from freqopt.plan.file_text import content_hash, refuse_constant
 
@@ -25,7 +25,9 @@ def read_plan(path: str | os.PathLike[str]) -> str:
 
     Raises:
         PlanError: it cannot be read, is no regular file, is too large, or is no text.
+        OptionError: it is no path.
     """
+    check_path(path)
     source = Path(path)
     try:
         return read_bounded(source, MAX_FILE_BYTES).decode("utf-8")

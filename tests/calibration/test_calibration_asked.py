@@ -47,8 +47,9 @@ NAN = float("nan")
         ({"seed": 2**64}, "outside"),
         ({"grid": "3,6,10"}, "three positive extents"),
         ({"timestep": 3}, "name of an argument"),
-        ({"output": 3}, "must be a path"),
-        ({"checkpoint": 3}, "must be a path"),
+        ({"output": 3}, "output is 3; the path of a file"),
+        ({"output": ""}, "output is ''; the path of a file"),
+        ({"checkpoint": 3}, "checkpoint is 3; the path"),
     ],
 )
 def test_an_option_is_refused_before_anything_runs(options: dict[str, Any], words: str) -> None:

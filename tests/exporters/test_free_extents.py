@@ -24,9 +24,10 @@ from freqopt.errors import OptionError, PlanError
 from freqopt.exporters.exchange import exchange_plan
 from freqopt.exporters.lengths import _UnknownError, check_served, evaluated, length_notes
 from freqopt.exporters.manifest import Artifact
-from freqopt.exporters.onnx.export import write_onnx
+from freqopt.exporters.onnx.export import export_onnx, write_onnx
 from freqopt.exporters.program import Program, make_program
 from freqopt.exporters.runner import run_artifact
+from freqopt.exporters.tensorrt.export import export_tensorrt
 from freqopt.plan.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -194,3 +195,31 @@ def test_a_manifest_of_before_is_read(artifact: Artifact) -> None:
     del manifest["plan"]["lengths"]
     check_served(manifest, call(9, 13, 14))
     check_served({**manifest, "plan": None}, call(9, 13, 14))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"probes": -1}, "probes is -1; a whole number"),
+        ({"probes": "x"}, "probes is 'x'"),
+        ({"probes": 2.0}, r"probes is 2\.0"),
+        ({"capabilities": 90}, "capabilities is 90; a list"),
+        ({"capabilities": "90"}, "capabilities is '90'; a list"),
+        ({"capabilities": [9.0]}, "a list of whole numbers"),
+        ({"opset": "20"}, "opset is '20', a str"),
+        ({"opset": 20.0}, r"opset is 20\.0, a float"),
+        ({"out_dir": 5}, "out_dir is 5; the path"),
+        ({"out_dir": ""}, "out_dir is ''; the path"),
+        ({"kwargs": {name: x[:0] for name, x in call(3, 6, 10).items()}}, "an empty batch"),
+    ],
+)
+def test_options_of_another_kind(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)  # found before it is looked at
+    given = {"kwargs": {}, "out_dir": tmp_path / "out", **options}
+    with pytest.raises(OptionError, match=said):
+        export_onnx(model, (), **given)
+    assert not (tmp_path / "out").exists()
+    given.pop("opset", None)
+    if "opset" not in options:
+        with pytest.raises(OptionError, match=said):
+            export_tensorrt(model, (), **given)

@@ -54,7 +54,8 @@ CORE = {
 }
 
 FLOORS = (
-    *("values", "team", "outputs", "samples", "samples_file", "checkpoint"),
+    *("values", "team", "outputs", "samples", "samples_file", "checkpoint", "randomness", "given"),
+    "misfits",
     *("measure", "runner", "search", "estimate", "survey", "whole", "asked", "evidence"),
     *("moving", "fewer", "phases"),
     "calibrate",
