@@ -25,6 +25,7 @@ from freqopt.exporters.free_extents import asked_free, fixed_notes
 from freqopt.exporters.lengths import Length, check_example, length_of
 from freqopt.exporters.problems import ExportError
 from freqopt.exporters.squeezes import drop_idle_squeezes
+from freqopt.given_grid import contradiction
 from freqopt.grid import Grid
 from freqopt.options import Options, parse_options
 from freqopt.passes.decision import Decision
@@ -122,6 +123,8 @@ def make_program(
         model.train(was_training)
     program = Program(exported)
     graph = exported.module()
+    contradicted = contradiction(graph, settings.grid)
+    program.notes += [contradicted] if contradicted else []
 
     names: dict[str, str] = {}  # a wrapper's sites have the plan's names, by which budgets change
 

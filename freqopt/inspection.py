@@ -7,6 +7,7 @@ once. It is run once more without the compiler to name the attention that no bac
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,7 @@ from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_of
 from freqopt.decisions import decide, grids_of
 from freqopt.errors import InputError, unwrapped
+from freqopt.given_grid import contradiction
 from freqopt.inspection_found import GraphBreak, InspectedSite, Inspection
 from freqopt.inspection_watch import (
     attention_modules,
@@ -50,6 +52,8 @@ from freqopt.passes.site import Extent, Known
 from freqopt.positions import grids_of_positions
 
 __all__ = ["GraphBreak", "InspectedSite", "Inspection", "attention_modules", "inspect"]
+
+logger = logging.getLogger(__name__)
 
 IN_PIECES = (
     "it can be split, but the model's graph is in pieces, and that of this attention does not show "
@@ -177,6 +181,9 @@ class _Capture:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
+        contradicted = contradiction(gm, self.settings.grid)
+        if contradicted:
+            logger.warning("%s", contradicted)
         running_here = next(running(), self.model)
         inside = "" if running_here is self.model else self.names.get(id(running_here), "")
         sites = self.described(gm, inside, OneCall(gm, example_inputs))

@@ -176,7 +176,7 @@ class Calibration:
             sites = search.strategy.sites
             faster = with_dense(sites, outcome.allocation, reasons, bench.cost)
             outcome = search.try_out(faster, outcome.notes)
-        notes = [*bench.samples.notes, *self.notes]
+        notes = [*bench.samples.notes, *self.notes, *bench.runner.notes]
         if search.strategy.tied:
             notes.append("one threshold serves all heads and timesteps: no other way cost less")
         facts = PlanFacts(

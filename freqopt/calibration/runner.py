@@ -30,6 +30,7 @@ from freqopt.capture.modules import names_of
 from freqopt.capture.step_caches import without_step_caches
 from freqopt.capture.under_way import arguments_by_name
 from freqopt.errors import FreqoptError, unwrapped
+from freqopt.given_grid import contradiction
 from freqopt.grid import Grid
 from freqopt.passes.find import Grids
 from freqopt.passes.site import Known
@@ -44,7 +45,8 @@ RECOMPILE_LIMIT = 256
 class Runner:
     """A model whose attention does what is asked for; use as ``with opened(...) as runner``.
 
-    passes: runs of the model so far; of runs of a part of it their shares.
+    passes: runs of the model so far; of runs of a part of it their shares. notes: what the plan
+    should say.
     """
 
     def __init__(self, model: nn.Module, samples: SampleSet, grid: Grid | None, seed: int) -> None:
@@ -54,6 +56,8 @@ class Runner:
         self._graphs, self._in_pieces = 0, False
         self._asked: set[tuple[str, Known]] = set()
         self.passes = 0.0
+        self.notes: list[str] = []
+        self._grid = grid
         show_exchanges()
         self._backend = self._counting(recording_backend(self._desk, grids, names_of(model)))
         self.compiled = torch.compile(model, dynamic=False, backend=weak_backend(self._backend))
@@ -265,6 +269,8 @@ class Runner:
     def _counting(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         def counting(gm: Any, example_inputs: Any) -> Any:
             self._graphs += 1
+            said = contradiction(gm, self._grid)
+            self.notes += [said] if said and said not in self.notes else []
             return backend(gm, example_inputs)
 
         return counting

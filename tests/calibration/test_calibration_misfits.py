@@ -86,6 +86,16 @@ def test_inspecting_what_the_model_does_not_take() -> None:
         freqopt.inspect(model, **half(0, SAMPLES[0]))
 
 
+def test_a_grid_that_the_graph_contradicts_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    told = "grid=(8, 8, 8) was given and the graph shows 4x16x8"
+    for grid, said in (((8, 8, 8), True), ((4, 16, 8), False)):
+        plan = freqopt.calibrate(make_model(), SAMPLES[:2], grid=grid, passes=1, **QUICK)
+        assert any(told in note for note in plan.evidence.notes) == said
+        caplog.clear()
+        freqopt.inspect(make_model(), **SAMPLES[0], grid=grid)
+        assert any(told in record.message for record in caplog.records) == said
+
+
 def test_a_sparse_sample_is_not_kept(tmp_path: Path) -> None:
     sparse = {"pairs": torch.ones(2, 2).to_sparse()}
     with pytest.raises(InputError, match=r"0/pairs is a tensor of layout sparse_coo.*to_dense"):

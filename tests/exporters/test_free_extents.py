@@ -197,6 +197,13 @@ def test_a_manifest_of_before_is_read(artifact: Artifact) -> None:
     check_served({**manifest, "plan": None}, call(9, 13, 14))
 
 
+def test_a_grid_that_the_graph_contradicts_is_noted() -> None:
+    for grid, noted in (((6, 3, 10), True), ((3, 6, 10), False), (None, False)):
+        program = make_program(make_model(), (), call(3, 6, 10), grid=grid)
+        said = f"grid={grid} was given and the graph shows 3x6x10 at blocks.0.attn and 1 more"
+        assert [note.startswith(said) for note in program.notes] == [True] * noted
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -41,6 +41,7 @@ CORE = {
     "capture",
     "decisions",
     "eager",
+    "given_grid",
     "inspection",
     "options",
     "parallel",
