@@ -41,13 +41,15 @@ class Pending(Generic[Told]):
         self._told: deque[Told] = deque(maxlen=MOST_PENDING)
         self._is_repeated = False
 
-    def note(self, told: Told) -> None:
-        """Remember a call, and forget those that a backward pass came for."""
+    def note(self, told: Told) -> bool:
+        """Remember a call, and forget those that a backward pass came for; whether it is new."""
         if self._is_repeated:
             self._is_repeated = False
             self._told.clear()
-        if told not in self._told:
-            self._told.append(told)
+        if told in self._told:
+            return False
+        self._told.append(told)
+        return True
 
     def again(self) -> list[Told]:
         """What the call told that runs once more, in part: one of these."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from freqopt.capture.modes import take_off
+from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import Arguments, frames_below
 from freqopt.eager.again import Again
 from freqopt.eager.by_hand import PutOff
@@ -43,8 +44,8 @@ class Call:
     """One call of the model that is under way.
 
     again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
-    trains: gradients may be asked for. frame: `id` of the frame that it runs in. dense: why planned
-    sites were not split in it.
+    trains: gradients may be asked for. repeats: a backward pass is under way. frame: `id` of the
+    frame that it runs in. dense: why planned sites were not split in it.
     """
 
     arguments: Arguments
@@ -52,6 +53,7 @@ class Call:
     look: Look | None = None
     again: Again | None = None
     trains: bool = field(default_factory=torch.is_grad_enabled)
+    repeats: bool = field(default_factory=in_backward)
     frame: int = 0
     stack: list[Running] = field(default_factory=list)
     split: list[Split] = field(default_factory=list)

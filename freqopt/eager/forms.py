@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from freqopt.capture.call_grids import Reader
+from freqopt.capture.conditions import dtype_of
 from freqopt.capture.eager import Writer, writing
 from freqopt.capture.one_call import GivenCall
 from freqopt.capture.signatures import forward_signature, named_arguments
@@ -25,7 +26,7 @@ from freqopt.capture.values import kept_by, kind_of, own_modules, value_of
 from freqopt.decisions import grids_of
 from freqopt.eager.asked import apart
 from freqopt.eager.latest import Latest
-from freqopt.eager.lay import Lay, lay_of
+from freqopt.eager.lay import Kind, Lay, lay_of
 from freqopt.options import Options
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Grids, Model
@@ -55,19 +56,30 @@ MOST_LAYS = 64
 """Kinds of sites that are remembered in each; more are those of lengths that depend on data."""
 
 
+DEVICES = ("cpu", "cuda")
+"""Kinds of devices that the op has kernels for, each of which has an autocast of its own."""
+
+Lays = Latest[Lay | Why]
+"""By kind of site."""
+
+
 @dataclass
 class Form:
     """What calls of one form have in common.
 
-    lays: by kind of site, see `Forms.find`. again: whether the next call is to be written down.
+    lays: by kind of site, see `Look.find`. again: whether the next call is to be written down.
     looks: how many were. calls: how many there were. values: what they were given, by argument.
+    around: see `_around`. decided: what was done in activation checkpoints that a backward pass may
+    run again, which has to do the same whatever is known by then.
     """
 
-    lays: Latest[Lay | Why] = field(default_factory=lambda: Latest(MOST_LAYS, "kinds of sites"))
+    lays: Lays = field(default_factory=lambda: Latest(MOST_LAYS, "kinds of sites"))
     again: bool = True
     looks: int = 0
     calls: int = 0
     values: tuple[object, ...] = ()
+    around: object = None
+    decided: Lays = field(default_factory=lambda: Latest(MOST_LAYS, "kinds of sites"))
 
     def is_like(self, others: Sequence[Form]) -> bool:
         """Whether tokens of these calls lie alike, of which none come again and again."""
@@ -85,13 +97,11 @@ class Form:
 class Wanted:
     """A site in the call that is under way.
 
-    kind: what its calls have in common with those of other layers. content: whether an order by
-    content may serve it.
+    kind: what its calls have in common with those of other layers.
     """
 
     name: str
-    kind: object
-    content: bool
+    kind: Kind
 
 
 @dataclass
@@ -153,10 +163,11 @@ class Forms:
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
         """The form of a call: shapes, values other than the timestep, grids of its positions.
 
+        And what its attention may be called in another way by, see `_around`.
         Of tensors' values those of small ones of ints, where the model is known to read data.
         """
         key, _, values = self._key(args, kwargs)
-        form = self._forms.get(key) or self._forms.put(key, Form(values=values))
+        form = self._forms.get(key) or self._forms.put(key, Form(values=values, around=key[-1]))
         form.calls += 1
         return form
 
@@ -175,7 +186,7 @@ class Forms:
 
     def _key(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], form: Form | None = None
-    ) -> tuple[object, Family, tuple[object, ...]]:
+    ) -> tuple[tuple[object, ...], Family, tuple[object, ...]]:
         """What a form is kept under, the forms of its shapes, and what its arguments tell.
 
         form: of a call that is over, in which modules may have begun to keep something else.
@@ -197,7 +208,8 @@ class Forms:
             ),
             None if len(leaves) in family.idle else kept,
         )
-        return (shape, told, values), family, values
+        around = _around(self.model, leaves) if form is None else form.around
+        return (shape, told, values, around), family, values
 
 
 class Look:
@@ -242,7 +254,7 @@ class Look:
         self._open.close()
 
     def _lay(self, site: Site, wanted: Wanted) -> Lay | Why:
-        return lay_of(site, content=wanted.content) or site.why
+        return lay_of(site, content=wanted.kind.content) or site.why
 
     def _sites(self) -> list[Site]:
         """The sites of the graph so far."""
@@ -266,6 +278,22 @@ class Look:
 
 def _base(name: str) -> str:
     return name.partition("@")[0]
+
+
+def _around(model: nn.Module, leaves: Sequence[object]) -> object:
+    """What attention in a call follows beside shapes and values, as far as the call shows it.
+
+    Whether gradients may be asked for, types that autocast or weights bring, strides and devices:
+    attention is called in another way with each, of which no call with others tells.
+    """
+    kept = tuple((_strides(leaf), leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+    autocast = [torch.get_autocast_dtype(d) for d in DEVICES if torch.is_autocast_enabled(d)]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return kept, tuple(autocast), modes, dtype_of(model)
+
+
+def _strides(tensor: Tensor) -> object:
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
 def _tells(leaf: object) -> bool:

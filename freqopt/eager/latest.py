@@ -44,6 +44,10 @@ class Latest(Generic[Value]):
         """All values by key."""
         return dict(self._held)
 
+    def clear(self) -> None:
+        """Drop all."""
+        self._held.clear()
+
     def _drop_oldest(self) -> None:
         if not self._is_full:
             self._is_full = True

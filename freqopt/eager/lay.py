@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from freqopt.capture.call_layouts import in_call
+from freqopt.capture.call_layouts import BySizes, in_call
 from freqopt.capture.under_way import Arguments
 from freqopt.grid import Grid
 from freqopt.passes.axes.layout import many_keys
-from freqopt.passes.content import by_content
+from freqopt.passes.content import UNPLACED, by_content
 from freqopt.passes.nodes import shape, value
-from freqopt.passes.reasons import Why
-from freqopt.passes.site import Argument, Kind, Known, Product, Rest, Site, Size, Total, Value
+from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.site import Argument, Known, Product, Rest, Site, Size, Total, Value
+from freqopt.passes.site import Kind as Tokens
 
 UNSEEN = -1
 """A mask where calibration saw none, and of which nothing is known."""
@@ -30,7 +32,7 @@ class Lay(NamedTuple):
     read from the graph of such a call, and not from a plan.
     """
 
-    kind: Kind
+    kind: Tokens
     grid: Grid
     before: int
     after: int
@@ -45,6 +47,23 @@ class Lay(NamedTuple):
     def known(self) -> Known:
         """The same as calibration notes it."""
         return Known(self.grid, self.before, self.after, self.mask)
+
+
+class Kind(NamedTuple):
+    """What attentions of calls of one form have in common whose tokens lie alike.
+
+    known, content: what the plan has of them. sizes: those of the queries, and the number of keys.
+    form: see `Asked`.
+    """
+
+    known: tuple[Known, ...]
+    content: bool
+    sizes: tuple[int, ...]
+    form: object
+
+    def is_like(self, other: Kind) -> bool:
+        """Whether another is the same attention, called in the same way or in another."""
+        return self[:-1] == other[:-1]
 
 
 def lay_of(site: Site, *, content: bool) -> Lay | None:
@@ -92,6 +111,42 @@ def believed(
     if queries != keys:
         return Lay("text in keys", known.grid, *text, known.mask or UNSEEN, pads=text)
     return Lay("joint" if any(text) else "self", known.grid, *text, known.mask or UNSEEN)
+
+
+def as_others(kind: Kind, lays: Mapping[Any, Lay | Why]) -> Lay | Why | None:
+    """How an attention lies that lay so whenever it was called otherwise; None if it never was.
+
+    lays: of calls of the form, by kind. Masks are another matter, as every call's own is looked at.
+    """
+    found = [lay for other, lay in lays.items() if kind.is_like(other)]
+    placed = [lay for lay in found if isinstance(lay, Lay)]
+    if placed:
+        plain = {lay._replace(mask=0, proven=False) for lay in placed}
+        mask = max(lay.mask for lay in placed)
+        return plain.pop()._replace(mask=mask) if len(plain) == 1 else Reason.NO_AXES()
+    unplaced = [lay for lay in found if isinstance(lay, Why) and lay.reason in UNPLACED]
+    return unplaced[0] if unplaced and all(lay == unplaced[0] for lay in unplaced) else None
+
+
+def is_elsewhere(lay: Lay, lays: Mapping[Any, Lay | Why]) -> bool:
+    """Whether calls of a form do not lie as calibration saw it, as a layout of a plan has it.
+
+    Other attention of these calls tells: it is on a grid that calibration never saw it on, or was
+    seen on this one too, and is not.
+    """
+    for kind, other in lays.items():
+        seen = {known.grid for known in kind.known}
+        if seen and isinstance(other, Lay) and other.grid != lay.grid:
+            alike = lay.grid in seen and math.prod(other.grid) == math.prod(lay.grid)
+            if alike or other.grid not in seen:
+                return True
+    return False
+
+
+def is_told(lay: Lay, layouts: tuple[Known, ...], arguments: Arguments) -> bool:
+    """Whether sizes or ints of this very call tell the grid of a layout of a plan."""
+    own = (BySizes(known.sources)(arguments) for known in layouts if known.sources)
+    return any(layout is not None and layout.grid == lay.grid for layout in own)
 
 
 def _pad(site: Site, arguments: tuple[Argument, ...]) -> int:

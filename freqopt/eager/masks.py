@@ -45,7 +45,8 @@ class _Mask:
     def of(self, tensors: Sequence[Tensor], lay: Lay) -> Lay | Why:
         read = [tensors[i] for i in self.reads]
         if any(is_unreadable(tensor) for tensor in read):
-            return self.latest.get(lay, lay)
+            unshown = lay if lay.mask or lay.proven else Reason.MASK_UNPROVEN()
+            return self.latest.get(lay, unshown)
         whole = [tensor if tensor._base is None else tensor._base for tensor in read]
         shapes = tuple(
             (place_of(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in read

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from freqopt.capture.budgets import attribute_of
 from freqopt.capture.modes import is_transformed
 from freqopt.capture.modules import names_of, running
-from freqopt.capture.repeated import Pending, in_backward
+from freqopt.capture.repeated import Pending
 from freqopt.capture.under_way import arguments_by_name
 from freqopt.eager.again import Again, in_checkpoint
 from freqopt.eager.asked import Asked, AskedByHand, may_be_attention
@@ -29,7 +29,7 @@ from freqopt.eager.calls import Served, serve
 from freqopt.eager.forms import MOST_FORMS, MOST_LOOKS, Form, Forms, Look, Wanted
 from freqopt.eager.hooks import serve_by, unserve
 from freqopt.eager.latest import Latest
-from freqopt.eager.lay import Lay, believed
+from freqopt.eager.lay import Kind, Lay, as_others, believed, is_elsewhere, is_told
 from freqopt.eager.masks import Masks
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
@@ -154,8 +154,10 @@ class Server:
             return
         if form.again and form.looks < MOST_LOOKS and not is_transformed():
             call.look = Look(self.forms, form, self.names, args, kwargs)
-        if torch.is_grad_enabled() and not in_backward():
-            self.trained.note(form)
+        if call.repeats:
+            self.trained.again()
+        elif call.trains and self.trained.note(form):
+            form.decided.clear()
 
     def begin_again(self) -> None:
         """A part of a call begins again, in a backward pass. The caller of the caller runs it."""
@@ -211,6 +213,7 @@ class Server:
             return
         if call.look is not None:
             call.look.close()
+            call.form.again = call.form.again or bool(self._skipped(call))
         if call.split:
             self.told.split(call.split)
         if call.dense:
@@ -224,6 +227,12 @@ class Server:
         for place in self._within[id(module)]:
             if place.nth >= ran.met and place.budget is not None:
                 call.dense.setdefault(place.site, Reason.NOT_CALLED())
+
+    def _skipped(self, call: Call) -> set[str]:
+        """Sites that a call has told nothing of, as a step cache skipped them."""
+        told = {each.site for each in call.split} | call.dense.keys()
+        wanted = {place.site for place in self.places.values() if place.budget is not None}
+        return wanted - told
 
     def attend(self, asked: Asked) -> Any:
         """What a call that may be attention returns, or NOT_SERVED."""
@@ -283,6 +292,8 @@ class Server:
             return self.attend(AskedByHand(function, args, kwargs))
         if name in PRODUCTS and not self._is_innermost(running_now.module):
             return NOT_SERVED
+        if name in PRODUCTS and call.trains and not torch.is_grad_enabled() and in_checkpoint():
+            return NOT_SERVED  # it runs once more where gradients are wanted, and is dense there
         found = self.waiting.put_off(function, args, kwargs, running_now.put_off)
         if found is None:
             return NOT_SERVED
@@ -305,16 +316,33 @@ class Server:
             return Reason.DISTRIBUTED()
         if call.trains and in_checkpoint(place.module):
             return Reason.CHECKPOINT_INSIDE()
-        kind = (place.known, place.content, asked.form)
+        sizes = (*asked.tensors[0].shape, asked.keys)
+        kind = Kind(place.known, place.content, sizes, asked.form)
         if call.again is not None:
             return call.again.lay(kind) or Reason.NO_AXES()
-        lay = call.form.lays.get(kind)
+        lay = self._found(call, place, asked, kind)
+        # What runs in the backward pass has to be what ran, even where more is known by then.
+        if call.repeats:
+            return call.form.decided.get(kind) or lay
+        if call.trains and in_checkpoint():
+            return call.form.decided.get(kind) or call.form.decided.put(kind, lay)
+        return lay
+
+    def _found(self, call: Call, place: Place, asked: Asked, kind: Kind) -> Lay | Why:
+        """How the tokens of an attention lie, from what is known of calls of this form."""
+        form = call.form
+        lay = form.lays.get(kind)
         if lay is None and call.look is not None:
-            lay = call.look.find(Wanted(place.name, kind, place.content))
-            call.form.lays.put(kind, lay)
-        if lay is None:  # as it was skipped when the form was looked at
-            call.form.again = True
+            lay = form.lays.put(kind, call.look.find(Wanted(place.name, kind)))
+        if lay is not None:
+            return lay
+        form.again = True  # it was skipped when the form was looked at, or called in another way
+        lays = form.lays.all()
+        lay = as_others(kind, lays)
+        if lay is None:
             lay = believed(place.known, call.arguments, asked.queries, asked.keys)
+            if isinstance(lay, Lay) and not is_told(lay, place.known, call.arguments):
+                lay = None if is_elsewhere(lay, lays) else lay
         return lay or Reason.NO_AXES()
 
     def _serving(self, asked: Asked, lay: Lay, budget: Tensor) -> Served | Why:

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import freqopt
 from freqopt.capture import eager
+from freqopt.eager.forms import Look, Wanted
 from freqopt.errors import InputError, SiteError
+from freqopt.passes.reasons import Reason, Why
 from freqopt.plan.plan import Plan
 
 WIDE, TALL = models.GRID, (3, 10, 6)
@@ -38,10 +40,10 @@ class Around(nn.Module):
         return checkpoint(self.block, *given, use_reentrant=self.reentrant)
 
 
-def around(reentrant: bool, plan: Plan) -> models.Video:
+def around(reentrant: bool, plan: Plan, *, strict: bool = True) -> models.Video:
     model = models.make()
     model.__class__ = models.Timed
-    freqopt.optimize(model, plan, route="eager", strict=True)
+    freqopt.optimize(model, plan, route="eager", strict=strict)
     for index, block in enumerate(model.blocks):
         model.blocks[index] = Around(block, reentrant)
     return model
@@ -93,6 +95,88 @@ def test_several_grids_before_one_backward_pass_are_not_guessed(plan: Plan) -> N
     with pytest.raises(InputError, match="it was called on several grids since"):
         gradients(model, call(WIDE), call(TALL))
     assert gradients(model, call(TALL)).isfinite().all()
+
+
+class Otherwise(models.Attention):
+    """The same attention, whose queries lie otherwise in memory, or which is written by hand."""
+
+    by_hand = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        keys = x if context is None else context
+        given = ((self.q, x), (self.k, keys), (self.v, keys))
+        parts = [f(each).unflatten(-1, (2, -1)).transpose(1, 2).contiguous() for f, each in given]
+        if self.by_hand:
+            scores = parts[0] @ parts[1].transpose(-2, -1) * parts[0].shape[-1] ** -0.5
+            attended = scores.softmax(-1) @ parts[2]
+        else:
+            attended = F.scaled_dot_product_attention(*parts)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def called_otherwise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, models.Attention):
+            module.__class__ = Otherwise
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_form_did_not_show_runs_again_as_it_ran(reentrant: bool, plan: Plan) -> None:
+    """The forward pass went by the plan, and the backward pass knew of nothing and was dense."""
+    model, wanted = around(reentrant, plan), plain(plan, call(WIDE))
+    assert far(gradients(model, call(WIDE)), wanted) < 1e-5
+    called_otherwise(model)
+    assert far(gradients(models.make(), call(WIDE)), wanted) > 1e-3
+    for _ in range(3):
+        assert far(gradients(model, call(WIDE)), wanted) < 1e-5
+
+
+def told_late(self: Look, wanted: Wanted) -> Why:
+    """As where only what is made of the outputs tells how tokens lie."""
+    self.missing.append(wanted)
+    return Reason.NO_AXES()
+
+
+class Whole(Around):
+    def forward(self, video: Tensor, text: Tensor) -> Any:
+        return super().forward(video, text)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_only_the_end_of_a_call_tells_is_dense_in_its_backward_pass_too(
+    whole: bool, reentrant: bool, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call of a form is, and what was put down when it was over is of the next."""
+    wanted, dense = plain(plan, call(WIDE)), gradients(models.make(), call(WIDE))
+    monkeypatch.setattr(Look, "find", told_late)
+    if whole:
+        given = call(WIDE)
+        given["video"].requires_grad_()
+        model = models.make()
+        freqopt.optimize(model, plan, route="eager")
+        run: nn.Module = Whole(model, reentrant)
+    else:
+        run, given = around(reentrant, plan, strict=False), call(WIDE)
+    assert far(gradients(run, given), dense) < 1e-5
+    assert far(gradients(run, given), wanted) < 1e-5
+
+
+def test_attention_by_hand_that_a_checkpoint_runs_without_gradients_is_dense(plan: Plan) -> None:
+    """It runs once more with gradients, where it cannot be put off."""
+    dense = gradients(models.make(), call(WIDE))
+    for strict in (False, True):
+        model = around(True, plan, strict=strict)
+        called_otherwise(model)
+        for block in model.blocks:
+            block.block.attn.by_hand = True
+        with torch.no_grad():
+            assert far(model(**call(WIDE)), models.make()(**call(WIDE))) > 1e-3
+        if strict:
+            with pytest.raises(SiteError, match="no attention was met there"):
+                gradients(model, call(WIDE))
+        else:
+            assert far(gradients(model, call(WIDE)), dense) < 1e-5
 
 
 def test_a_checkpoint_inside_a_module_is_dense_and_told(plan: Plan) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pieces_models as models
 import pytest
 import torch
+import torch.nn.functional as F
 from plans import plan_of
 from torch import Tensor, nn
 
@@ -15,7 +17,10 @@ from freqopt.calibration.measure.in_pieces import EagerRecorders
 from freqopt.calibration.measure.recorder import Desk
 from freqopt.capture.values import kept_by, own_modules, value_of
 from freqopt.eager import forms
+from freqopt.eager.lay import Kind, Lay, as_others, is_elsewhere, is_told
 from freqopt.passes.find import Grids
+from freqopt.passes.reasons import Reason
+from freqopt.passes.site import Known, Source
 
 WIDE, TALL, OTHER = (3, 6, 10), (3, 10, 6), (3, 5, 12)
 
@@ -117,7 +122,7 @@ def test_each_grid_is_that_of_the_call(
     told: Any, model: Packed, tokens: Tensor, looks: list[int]
 ) -> None:
     """One grid used to serve all calls with as many tokens, that of the first."""
-    plan = plan_of(model, {"tokens": tokens, **told(model, WIDE)}, 1.0)
+    plan = plan_of(model, {"tokens": tokens, **told(model, WIDE)}, 3.0)
     assert len(plan.sites) == 2
     alone = {}
     for grid in (WIDE, TALL, OTHER):
@@ -129,6 +134,132 @@ def test_each_grid_is_that_of_the_call(
             found = model(tokens, **told(model, grid))
             assert (found - alone[grid]).norm() < 1e-6 * found.norm()
     assert len(looks) == 3
+
+
+class Otherwise(models.Attention):
+    """Attention in another way: with tensors that lie otherwise in memory, or written by hand."""
+
+    by_hand = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        parts = (each(x).unflatten(-1, (2, -1)) for each in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2).contiguous() for part in parts)
+        if self.by_hand:
+            mixed = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+Way = Callable[[Packed, Tensor, dict[str, Any]], Tensor]
+
+
+def cast(model: Packed, tokens: Tensor, told: dict[str, Any]) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(tokens, **told)
+
+
+def by_another_class(model: Packed, tokens: Tensor, told: dict[str, Any]) -> Tensor:
+    """Nothing that the model is given says so."""
+    for block in model.blocks:
+        block.attn.__class__ = Otherwise
+    return model(tokens, **told)
+
+
+def by_another_class_in_part(model: Packed, tokens: Tensor, told: dict[str, Any]) -> Tensor:
+    model.blocks[1].attn.__class__ = Otherwise
+    return model(tokens, **told)
+
+
+def by_hand(model: Packed, tokens: Tensor, told: dict[str, Any]) -> Tensor:
+    for block in model.blocks:
+        block.attn.__class__ = Otherwise
+        block.attn.by_hand = True
+    return model(tokens, **told)
+
+
+@pytest.mark.parametrize("way", [cast, by_another_class, by_another_class_in_part, by_hand])
+@torch.no_grad()
+def test_attention_called_in_another_way_lies_on_the_grid_of_the_call(
+    way: Way, model: Packed, tokens: Tensor
+) -> None:
+    """It was served on the calibrated grid, in a call of a known form that is on another."""
+    plan, twin = plan_of(model, {"tokens": tokens, **by_tensor(model, WIDE)}, 3.0), Packed().eval()
+    twin.load_state_dict(model.state_dict())
+    with freqopt.optimize(twin, plan, route="eager", strict=True):
+        alone = way(twin, tokens, by_tensor(twin, TALL))
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        plain = [model(tokens, **by_tensor(model, grid)) for grid in (WIDE, TALL)]
+        found = way(model, tokens, by_tensor(model, TALL))
+    assert (plain[0] - plain[1]).norm() > 1e-3 * plain[0].norm()
+    assert (found - alone).norm() < 1e-6 * found.norm()
+
+
+@torch.no_grad()
+def test_a_call_with_gradients_tells_nothing_of_attention_by_hand(
+    model: Packed, tokens: Tensor
+) -> None:
+    plan, told = plan_of(model, {"tokens": tokens, **by_tensor(model, WIDE)}, 3.0), by_tensor
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        alone = by_hand(model, tokens, told(model, TALL))
+    with freqopt.optimize(model, plan, route="eager"):
+        with torch.enable_grad():
+            dense = model(tokens, **told(model, TALL))
+        found = model(tokens, **told(model, TALL))
+    assert (found - dense).norm() > 1e-3 * dense.norm()
+    assert (found - alone).norm() < 1e-6 * found.norm()
+
+
+@torch.no_grad()
+def test_what_was_skipped_in_the_first_call_of_a_form_is_looked_at_in_the_next(
+    model: Packed, tokens: Tensor
+) -> None:
+    plan = plan_of(model, {"tokens": tokens, **by_tensor(model, WIDE)}, 3.0)
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        alone = model(tokens, **by_tensor(model, TALL))
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        model(tokens, **by_tensor(model, WIDE))
+        for block in model.blocks:
+            block.attn.forward = lambda x: x
+        model(tokens, **by_tensor(model, TALL))
+        for block in model.blocks:
+            del block.attn.forward
+        found = model(tokens, **by_tensor(model, TALL))
+    assert (found - alone).norm() < 1e-6 * found.norm()
+
+
+def test_a_layout_of_a_plan_is_not_believed_against_what_a_call_tells() -> None:
+    wide, tall = (Lay("self", grid, 0, 0, proven=True) for grid in (WIDE, TALL))
+    small = Lay("self", (3, 3, 5), 0, 0, proven=True)
+    kind, other, further = (
+        Kind(tuple(Known(each) for each in seen), False, (), form)
+        for seen, form in (((WIDE,), "a"), ((WIDE, TALL), "b"), ((small.grid,), "c"))
+    )
+    assert not is_elsewhere(wide, {})
+    assert not is_elsewhere(wide, {other: wide, further: small})
+    assert not is_elsewhere(wide, {other: Reason.CAUSAL()})
+    assert is_elsewhere(wide, {kind: tall}) and is_elsewhere(wide, {other: tall})
+    assert is_elsewhere(wide, {further: small._replace(grid=(3, 5, 3))})
+    known = Known(WIDE, sources=tuple(Source("video", dim, 1) for dim in (2, 3, 4)))
+    for grid in (WIDE, TALL):
+        called = {"video": torch.zeros(1, 4, *grid)}
+        assert is_told(wide, (known,), called) == (grid == WIDE)
+        assert not is_told(wide, (Known(WIDE),), called)
+
+
+def test_the_same_attention_lies_as_it_does_when_it_is_called_otherwise() -> None:
+    lay, masked = Lay("self", TALL, 0, 0, proven=True), Lay("self", TALL, 0, 0, mask=1)
+    kind = Kind((Known(WIDE),), False, (1, 2, 180, 16, 180), "new")
+    first, second = kind._replace(form="first"), kind._replace(form="second")
+    longer = first._replace(sizes=(1, 2, 192, 16, 192))
+    unknown, hidden = Reason.NO_AXES(), Reason.MASK_UNPROVEN()
+    assert as_others(kind, {}) is None and as_others(kind, {longer: lay}) is None
+    assert as_others(kind, {first: lay, longer: masked}) == lay._replace(proven=False)
+    assert as_others(kind, {first: lay, second: masked}) == masked
+    assert as_others(kind, {first: lay, second: hidden}) == lay._replace(proven=False)
+    assert as_others(kind, {first: lay, second: lay._replace(grid=WIDE)}) == unknown
+    assert as_others(kind, {first: unknown, second: hidden}) == unknown
+    assert as_others(kind, {first: hidden}) is None
 
 
 @pytest.mark.parametrize("told", [by_tensor, by_float])
@@ -149,7 +280,7 @@ def test_what_changes_with_every_step_is_looked_at_a_few_times_only(
     model: Packed, tokens: Tensor, looks: list[int]
 ) -> None:
     """And the grid is still heard, whatever came before."""
-    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 1.0)
+    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 3.0)
     with freqopt.optimize(model, plan, route="eager", strict=True):
         tall = model(tokens, **by_float(model, TALL))
     looks.clear()
@@ -169,7 +300,7 @@ def test_what_made_a_difference_is_never_passed_over(
     model: Packed, tokens: Tensor, looks: list[int]
 ) -> None:
     """Three values go with one grid, and others do not."""
-    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 1.0)
+    plan = plan_of(model, {"tokens": tokens, **by_float(model, WIDE)}, 3.0)
     aspects = (0.6, 10 / 6, 0.6001, 0.5999, 0.6002, 5 / 12)
     alone = []
     for aspect in aspects:
