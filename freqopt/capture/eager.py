@@ -31,7 +31,7 @@ from freqopt.capture.given_ints import ints_in, plain, sizes_given
 from freqopt.capture.looking import looking
 from freqopt.capture.modes import take_off
 from freqopt.capture.modules import names_of
-from freqopt.capture.values import READS
+from freqopt.capture.reads import as_read
 from freqopt.passes.axes.layout import SIZED
 from freqopt.passes.naming import Numbered
 
@@ -158,8 +158,9 @@ class Writer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.reads = self.reads or _name(func) in READS
-        before = fx.node.map_aggregate((args, kwargs), self._node)
+        read = as_read(func, args, kwargs)
+        self.reads = self.reads or read.reads
+        before = fx.node.map_aggregate((read.args, read.kwargs), self._node)
         result = func(*args, **kwargs)
         several = isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result)
         if several or isinstance(result, Tensor) or _name(func) == "__setitem__":

@@ -12,25 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-READS = frozenset(
-    {
-        "item",
-        "tolist",
-        "numpy",
-        "equal",
-        "allclose",
-        "is_nonzero",
-        "__array__",
-        "__bool__",
-        "__complex__",
-        "__contains__",
-        "__float__",
-        "__index__",
-        "__int__",
-    }
-)
-"""Functions that tell Python what is in a tensor."""
-
 MOST_VALUES = 24
 """Ints of a tensor that may tell a grid: (t, h, w) of eight items of a batch."""
 
@@ -60,7 +41,7 @@ def value_of(leaf: object, *, read: bool) -> object:
 
 
 def _may_tell(leaf: Tensor) -> bool:
-    if leaf.dtype in (torch.bool, torch.uint8) or leaf.is_floating_point() or leaf.is_complex():
+    if leaf.dtype == torch.bool or leaf.is_floating_point() or leaf.is_complex():
         return False
     return 0 < leaf.numel() <= MOST_VALUES and type(leaf) is Tensor and not is_unreadable(leaf)
 

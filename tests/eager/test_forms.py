@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -58,20 +59,44 @@ class Packed(nn.Module):
     ) -> Tensor:
         x, count = self.patch(tokens), tokens.shape[1]
         if grid is not None:
-            t, h, w = (int(n) for n in grid) if step < 0 else grid.tolist()
+            t, h, w = READ_BY[step](grid)
         elif aspect is not None:
             h = round((count // 3 * aspect) ** 0.5)
             t, h, w = 3, h, count // 3 // h
         else:
             assert self.sizes is not None
             t, h, w = self.sizes
-        places = (torch.arange(n) for n in (t, h, w))
-        at = [table[place] for table, place in zip(self.table, places, strict=True)]
-        lattice = at[0][:, None, None] + at[1][:, None] + at[2]
-        x = x + lattice.flatten(0, 2)
+        x = x + LATTICE[max(step - 10, 0)](self.table, t, h, w).flatten(0, 2)
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def by_places(table: Tensor, t: Any, h: Any, w: Any) -> Tensor:
+    places = (torch.arange(n) for n in (t, h, w))
+    at = [each[place] for each, place in zip(table, places, strict=True)]
+    return at[0][:, None, None] + at[1][:, None] + at[2]
+
+
+def by_slices(table: Tensor, t: Any, h: Any, w: Any) -> Tensor:
+    """Entries of the tensor that tells the grid are used as they are, as sizes and bounds."""
+    first = table[0][:t].view(t, 1, 1, -1).expand(t, h, w, -1)
+    second = table[1].narrow(0, 0, h).reshape((1, h, 1, table.shape[2])).repeat(t, 1, w, 1)
+    return first + second + table[2, :w].expand(t, h, w, -1)
+
+
+def by_steps(table: Tensor, t: Any, h: Any, w: Any) -> Tensor:
+    """Numbers of steps in which something is cut."""
+    ways = (torch.linspace(0, 1, n, dtype=torch.float32) for n in (t, h, w))
+    at = torch.stack(torch.meshgrid(*ways, indexing="ij"), -1)
+    return at.sum(-1, keepdim=True) * table[0, 0]
+
+
+LATTICE = [by_places, by_slices, by_steps]
+"""What positions are made with. Numbers of steps from 11 on name them."""
+
+READ_BY: dict[int, Callable[[Tensor], Any]] = defaultdict(lambda: Tensor.tolist)
+READ_BY.update({-1: lambda grid: (int(n) for n in grid), 10: tuple, 11: tuple, 12: tuple})
 
 
 def by_tensor(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
@@ -82,6 +107,22 @@ def by_entries(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
     return {"grid": torch.tensor(grid), "step": -1}
 
 
+def by_bytes(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid, dtype=torch.uint8)}
+
+
+def by_sizes(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid), "step": 10}
+
+
+def by_bounds(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid), "step": 11}
+
+
+def by_numbers_of_steps(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
+    return {"grid": torch.tensor(grid, dtype=torch.int32), "step": 12}
+
+
 def by_float(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
     return {"aspect": grid[1] / grid[2]}
 
@@ -89,6 +130,18 @@ def by_float(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
 def by_itself(model: Packed, grid: tuple[int, ...]) -> dict[str, Any]:
     model.sizes = grid
     return {}
+
+
+TOLD = [
+    by_tensor,
+    by_entries,
+    by_bytes,
+    by_sizes,
+    by_bounds,
+    by_numbers_of_steps,
+    by_float,
+    by_itself,
+]
 
 
 @pytest.fixture
@@ -116,7 +169,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize("told", [by_tensor, by_entries, by_float, by_itself])
+@pytest.mark.parametrize("told", TOLD)
 @torch.no_grad()
 def test_each_grid_is_that_of_the_call(
     told: Any, model: Packed, tokens: Tensor, looks: list[int]
@@ -315,6 +368,7 @@ def test_what_made_a_difference_is_never_passed_over(
 
 def test_values_that_tell() -> None:
     ids, many = torch.tensor([[3, 6, 10]]), torch.zeros(99, dtype=torch.long)
+    assert value_of(ids.byte(), read=True) == (3, 6, 10)
     assert value_of(ids, read=True) == (3, 6, 10) and value_of(ids, read=False) is None
     for silent in (many, ids.float(), ids > 4, ids.to("meta"), torch.zeros(0, dtype=torch.long)):
         assert value_of(silent, read=True) is None
