@@ -186,6 +186,10 @@ class Reason(Enum):
         "not followed there",
         "call the model without, or compile it",
     )
+    REPLACED = Text(
+        "its module is in the model no more, and what is in its place has no budget",
+        "replace modules first, or handle.disable() and freqopt.optimize the model again",
+    )
     CHECKPOINT_INSIDE = Text(
         "an activation checkpoint inside its module runs it once more in the backward pass, where "
         "nothing tells which module it is of",

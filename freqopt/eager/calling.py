@@ -45,7 +45,8 @@ class Call:
 
     again: it is one from before, of which a checkpoint runs a part once more in a backward pass.
     trains: gradients may be asked for. repeats: a backward pass is under way. frame: `id` of the
-    frame that it runs in. dense: why planned sites were not split in it.
+    frame that it runs in. dense: why planned sites were not split in it. entered: `id` of the
+    modules with planned attention that ran in it.
     """
 
     arguments: Arguments
@@ -58,6 +59,7 @@ class Call:
     stack: list[Running] = field(default_factory=list)
     split: list[Split] = field(default_factory=list)
     dense: dict[str, Why] = field(default_factory=dict)
+    entered: set[int] = field(default_factory=set)
 
     def leave(self, module: nn.Module | None = None) -> None:
         """A module is left, and what ran in it; without one, all that is still running."""

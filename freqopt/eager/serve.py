@@ -31,6 +31,7 @@ from freqopt.eager.hooks import serve_by, unserve
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Kind, Lay, as_others, believed, is_elsewhere, is_told
 from freqopt.eager.masks import Masks
+from freqopt.eager.places import Places
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
 from freqopt.passes.naming import site_name
@@ -88,6 +89,7 @@ class Server:
                     site, site_name(name, 0, nth), module, nth, plan.known(site), content
                 )
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
+        self._where = Places(self.root)
         self._within: dict[int, list[Place]] = {}
         for place in self.places.values():
             self._within.setdefault(id(place.module), []).append(place)
@@ -168,6 +170,7 @@ class Server:
 
     def enter(self, call: Call, module: nn.Module) -> None:
         """A module with planned attention begins to run in a call."""
+        call.entered.add(id(module))
         mode: Any = _Serving(self)
         mode.__enter__()
         call.stack.append(Running(module, mode))
@@ -206,6 +209,7 @@ class Server:
         call = under_way.stack[-1][1]
         if not failed:
             self._look_back(call, self.root)
+            call.dense |= dict.fromkeys(self._replaced(call), Reason.REPLACED())
         call.leave()  # the model itself, where it holds attention: its other hook comes after this
         self._close(call, failed=failed)
         if failed or self.stopped:
@@ -227,6 +231,12 @@ class Server:
         for place in self._within[id(module)]:
             if place.nth >= ran.met and place.budget is not None:
                 call.dense.setdefault(place.site, Reason.NOT_CALLED())
+
+    def _replaced(self, call: Call) -> list[str]:
+        """Sites whose modules did not run in a call, as the model has them no more."""
+        left = [m for m in self.modules if id(m) not in call.entered and self._where.is_gone(m)]
+        places = [place for module in left for place in self._within[id(module)]]
+        return [place.site for place in places if place.budget is not None]
 
     def _skipped(self, call: Call) -> set[str]:
         """Sites that a call has told nothing of, as a step cache skipped them."""

@@ -145,3 +145,104 @@ def test_other_reasons_are_said_too_and_what_is_split_again_is_split(
                 block.attn.__class__ = own
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2 and all("0 of 3 planned sites split in this call" in s for s in lines)
+
+
+def another_block(model: models.Video) -> int:
+    model.blocks[1] = models.make().blocks[1]
+    return 1
+
+
+def another_attention(model: models.Video) -> int:
+    model.blocks[0].attn = models.make().blocks[0].attn
+    return 1
+
+
+def all_others(model: models.Video) -> int:
+    model.blocks = models.make().blocks
+    return 3
+
+
+def a_block_less(model: models.Video) -> int:
+    del model.blocks[2]
+    return 1
+
+
+REPLACED = "its module is in the model no more"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("replace", [another_block, another_attention, all_others, a_block_less])
+@torch.no_grad()
+def test_a_module_that_was_replaced_is_told_once_or_an_error(
+    replace: Callable[[models.Video], int],
+    strict: bool,
+    plan: Plan,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is in its place has no budget: it was dense without a word."""
+    model, inputs = models.make(), models.inputs()
+    held = list(model.blocks), [block.attn for block in model.blocks]
+    with freqopt.optimize(model, plan, route="eager", strict=strict):
+        split = model(**inputs)
+        caplog.clear()
+        count = replace(model)
+        for _ in range(2):
+            if strict:
+                with pytest.raises(SiteError, match=f"{REPLACED}.* \\({count}\\)"):
+                    model(**inputs)
+            else:
+                assert (model(**inputs) - split).abs().max() > 1e-5
+        told = [record.message for record in caplog.records if REPLACED in record.message]
+        assert len(told) == (not strict), told
+        model.blocks = torch.nn.ModuleList(held[0])
+        for block, attn in zip(model.blocks, held[1], strict=True):
+            block.attn = attn
+        assert torch.equal(model(**inputs), split)
+
+
+@torch.no_grad()
+def test_what_was_replaced_is_split_once_it_is_optimized_again(plan: Plan) -> None:
+    model, inputs = models.make(), models.inputs()
+    handle = freqopt.optimize(model, plan, route="eager", strict=True)
+    split = model(**inputs)
+    all_others(model)
+    handle.disable()
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        assert torch.equal(model(**inputs), split)
+
+
+@torch.no_grad()
+def test_modules_that_were_moved_or_wrapped_or_skipped_were_not_replaced(
+    plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, inputs = models.make(), models.inputs()
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        split = model(**inputs)
+        caplog.clear()
+        models.wrapping_blocks(model)
+        assert torch.equal(model(**inputs), split)
+        model.further, kept = model.blocks[2], model.blocks[2].forward
+        model.blocks[1].inner.forward = lambda x, text: x  # as a step cache skips it
+        model.blocks[2] = models.Wrapped(torch.nn.Identity())
+        model.blocks[2].forward = kept
+        model(**inputs)
+    assert not caplog.records
+
+
+@torch.no_grad()
+def test_a_module_that_something_else_holds_and_calls_is_split_as_before(plan: Plan) -> None:
+    """The model does not name it any more, and still calls it."""
+    model, inputs = models.make(), models.inputs()
+
+    class Calls(torch.nn.Module):
+        def __init__(self, held: torch.nn.Module) -> None:
+            super().__init__()
+            self.held = [held]
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return self.held[0](x, text)
+
+    with freqopt.optimize(model, plan, route="eager", strict=True):
+        split = model(**inputs)
+        model.blocks[1] = Calls(model.blocks[1])
+        assert torch.equal(model(**inputs), split)
