@@ -48,6 +48,7 @@ UNREAD = {
     Reason.IN_POSITIONS,
     Reason.GRIDS_ALIKE,
     Reason.CALL_UNTOLD,
+    Reason.TEXT_UNTOLD,
     Reason.PLACED,
     Reason.DISTRIBUTED,
     Reason.FILLED,

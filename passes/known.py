@@ -23,6 +23,15 @@ from freqopt.passes.site import Argument, Extent, Known, Rest, Side, Site
 UNSHOWN = UNTRACED | {Reason.CACHE}
 """Reasons that say that a graph is silent about a site, not that it speaks against a split."""
 
+BY_MASK = {
+    Reason.MASK_NO_TENSOR,
+    Reason.MASK_ADDED,
+    Reason.MASK_PAIRS,
+    Reason.MASK_BATCH,
+    Reason.MASK_UNPROVEN,
+}
+"""Reasons that a mask has, whatever the lengths."""
+
 MASKED = {Reason.MASK_UNPROVEN, Reason.MASK_PAIRS}
 """Reasons that say so where the mask comes into a graph ready-made. Of a mask that is made in it
 the graph has the word, and not calibration, which may have seen calls with another."""
@@ -53,6 +62,8 @@ def believe(
         bool(site.query_length == site.key_length)
     heard = [(k, t) for k in layouts for t in told if k.sources == t.sources]
     if heard and _hear(site, heard, sides, asked):
+        if not site.eligible and site.why.reason not in BY_MASK:
+            _hold(site)
         return
     if called and (numbers := dict.fromkeys(n for k in layouts for n in k.numbers)):
         site.why = Reason.CALL_UNTOLD(arguments=", ".join(numbers))
@@ -61,11 +72,15 @@ def believe(
     grids = dict.fromkeys(known.grid for known in fitting)
     if len(grids) > 1:
         site.why = Reason.GRIDS_ALIKE(grids=", ".join(map(str, grids)))
+        _hold(site)
         return
     known = fitting[0] if fitting else None
     if known is None:
         for total in totals:
             _is(site.key_length, total)
+        _keep_out(site, layouts)
+        if any(_may_fit(known, lengths) for known in layouts):
+            site.why = Reason.TEXT_UNTOLD(tokens=_hint(site.key_length))
         return
     queries, keys = (_hint(length) for length in lengths)
     assert queries is not None and keys is not None
@@ -81,6 +96,34 @@ def believe(
     if queries != keys:
         _pad(site, (before,), (after,))
     site.why = Reason.FITS(remark="; the graph does not show it, calibration did")
+
+
+def _hold(site: Site) -> None:
+    """Keep a verdict to the lengths of this call: others, which may fit, get a graph of their own.
+
+    Dynamo makes a symbol of a length that changes, so that a graph that is dense for the length of
+    one call would otherwise be taken for all lengths.
+    """
+    for length in (site.query_length, site.key_length):
+        if (number := _hint(length)) is not None:
+            _is(length, number)
+
+
+def _keep_out(site: Site, layouts: Sequence[Known]) -> None:
+    """Keep a dense graph from lengths that a layout fits, without holding it to those of this call.
+
+    What `_fits` asks of numbers is asked of the symbols here.
+    """
+    queries, keys = site.query_length, site.key_length
+    if not layouts or _hint(queries) is None or _hint(keys) is None:
+        return
+    for known in layouts:
+        video = math.prod(known.grid)
+        bool(queries == keys)
+        bool(queries == video)
+        bool(keys == known.before + video + known.after)
+        if known.before or known.after:
+            bool(keys < video)
 
 
 def _is_silent(site: Site, asked: bool) -> bool:
@@ -212,11 +255,23 @@ def _text(
 
 
 def _fits(known: Known, lengths: tuple[Extent, Extent]) -> bool:
+    """Whether tokens are those of a layout, of a call that tells no grid.
+
+    Another number of tokens may be that of another grid, with as much text as ever or less. Where
+    the queries are the video alone, the text is known apart; where sizes tell a grid, they are not
+    those of this call.
+    """
     queries, keys = (_hint(length) for length in lengths)
     if queries is None or keys is None or known.around_keys(queries, keys) is None:
         return False
-    # Where sizes tell, another has another grid, which this call does not tell.
-    return not known.sources or keys == known.before + math.prod(known.grid) + known.after
+    apart = queries != keys and not known.sources
+    return apart or keys == known.before + math.prod(known.grid) + known.after
+
+
+def _may_fit(known: Known, lengths: tuple[Extent, Extent]) -> bool:
+    """Whether tokens could be those of a layout, with another number of text tokens."""
+    queries, keys = (_hint(length) for length in lengths)
+    return queries is not None and keys is not None and bool(known.around_keys(queries, keys))
 
 
 def _hint(length: Extent) -> int | None:

@@ -137,6 +137,11 @@ class Reason(Enum):
         "are not those and text where calibration saw some",
         "calibrate with a call like this one",
     )
+    TEXT_UNTOLD = Text(
+        "it has {tokens} tokens, another number than calibration saw, and nothing tells how many "
+        "of them are text: they may lie on another grid",
+        "calibrate with a call of this length, or with a model that is told the grid of its tokens",
+    )
     CALL_UNTOLD = Text(
         "the model is told the grid of its tokens as the numbers {arguments}, and this call has "
         "none of a grid there",
@@ -253,6 +258,7 @@ UNTRACED = frozenset(
         Reason.SEVERAL_GRIDS,
         Reason.EXTENT_UNREADABLE,
         Reason.TEXT_UNREADABLE,
+        Reason.TEXT_UNTOLD,
     }
 )
 """Reasons that say that a graph does not show which tokens there are, or how they lie.

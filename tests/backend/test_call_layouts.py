@@ -193,6 +193,67 @@ def test_text_of_another_length_on_both_sides_is_not_taken_for_the_calibrated(
     assert split_calls(own) == [2, 1], "how much of other text comes first is not known"
 
 
+class BetweenBlock(models.Block):
+    """Attention to a video between a text and tokens of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tail = nn.Parameter(torch.randn(1, 5, models.WIDTH))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        first = text.shape[1]
+        around = torch.cat([text, x, self.tail.expand(len(x), -1, -1)], 1)
+        x = x + self.attn(around)[:, first : first + x.shape[1]]
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("way", ["attached", "plan"])
+def test_calls_as_calibrated_are_split_after_one_that_is_not(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "Block", BetweenBlock)
+    own = plan_of(models.make(), call(WIDE), 1.0)
+    assert [(k.before, k.after) for name in own.sites for k in own.known(name)] == [(12, 5)] * 3
+    calls = [call(WIDE), call(TALL, 9), call((3, 7, 10), 8), call(WIDE), call(TALL)]
+    ran(way, own, models.breaking_linears, calls)
+    assert split_calls(own) == [3, 3, 3], "what is dense for one length must not be so for all"
+
+
+class Packed(models.Video):
+    """Attention to a video and a text behind it, both packed before: no call tells a grid."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.patch = nn.Linear(4, models.WIDTH)
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([self.patch(video), text], 1)
+        for block in self.blocks:
+            x = x + block.attn(x)
+        return self.head(x[:, : video.shape[1]])
+
+
+def packed(video: int, text: int = 12) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(video + text)
+    return {
+        "video": torch.randn(1, video, 4, generator=generator),
+        "text": torch.randn(1, text, models.WIDTH, generator=generator),
+    }
+
+
+def test_tokens_of_another_grid_are_not_taken_for_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(models, "Video", Packed)
+    own = plan_of(models.make(), packed(180), 1.0, given=WIDE)
+    assert [known.after for name in own.sites for known in own.known(name)] == [12] * 3
+    calls = [packed(180), packed(192), packed(150), packed(180), packed(200), packed(180)]
+    with caplog.at_level(logging.WARNING, "freqopt"):
+        ran("attached", own, models.breaking_linears, calls)
+    assert split_calls(own) == [3, 3, 3]
+    assert "it has 204 tokens, another number than calibration saw" in caplog.text
+
+
 def test_lengths_of_calls_are_held_to_the_plans(
     plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
