@@ -20,14 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from freqopt.capture.call_grids import CallGrids
 from freqopt.capture.exchanges import show_exchanges
-from freqopt.capture.pieces import Part, decide_in_part, part_of_model
+from freqopt.capture.pieces import Part, decide_in_part, is_left, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens, records_cuda_graphs
 from freqopt.errors import FreqoptError, SiteError, through_compiler
 from freqopt.options import Compiled, Options, load_plan, parse_options
 from freqopt.passes.decision import Decision
 from freqopt.passes.manager import rewrite
-from freqopt.passes.reasons import Reason
+from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.rewrite.rewrite import split_as_decided
 from freqopt.passes.site import OURS, Site
 from freqopt.reuse import compile_reusing
@@ -163,7 +163,8 @@ def _rewritten(calls: CallGrids, settings: Options, part: Part, given: object) -
             graph.site_of = _weakly(part.feeding.site_of)
         graph = with_timesteps(graph, gm, part.plan)
     part.watch_lengths(gm, decisions, graph)
-    graph.model = gather(given, settings, gm, decisions, graph, part.planned_in)
+    left = _left(settings, part, decisions)
+    graph.model = gather(given, settings, gm, decisions, graph, part.planned_in, left)
     return graph
 
 
@@ -209,7 +210,8 @@ def _decide(
     """
     decisions = decide_in_part(settings, part, gm, sites)
     for decision in decisions:
-        if _is_missed(settings, part, decision):
+        missed = _is_missed(settings, part, decision)
+        if missed or (settings.strict and is_left(part, decision)):
             _complain(settings, f"attention at {decision.site.name} stays dense: {decision.why}")
     if not any(site.eligible for site in sites):
         misfits = [d for d in decisions if d.why.reason is Reason.GRID_MISFIT]
@@ -237,6 +239,16 @@ def _is_missed(settings: Options, part: Part, decision: Decision) -> bool:
     unserved = decision.why.reason is Reason.NO_KERNEL and part.is_to_be_split(site)
     by_plan = settings.plan is not None and site.eligible and not unserved
     return not by_plan and decision.why.reason is not Reason.TOO_SHORT
+
+
+def _left(settings: Options, part: Part, decisions: Sequence[Decision]) -> dict[str, Why]:
+    """Sites of a plan that a graph leaves dense, which was not told yet, and why."""
+    return {
+        name: decision.why
+        for decision in decisions
+        if not _is_missed(settings, part, decision) and is_left(part, decision)
+        for name in part.to_be_split(decision.site)
+    }
 
 
 def _complain(settings: Options, message: str) -> None:

@@ -34,10 +34,12 @@ from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import decide, untold, why_dense
 from freqopt.errors import InputError
 from freqopt.options import Options, load_plan
+from freqopt.passes.axes.dimensions import hint
 from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
+from freqopt.passes.known import UNSHOWN
 from freqopt.passes.naming import module_path, passes_through, plain_path, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.adding import fake_mode
@@ -45,6 +47,7 @@ from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.site import Known, Site
 from freqopt.regional import ATTACHED, SELECTS, Facts
 from freqopt.telling.attached import attached_to
+from freqopt.telling.verdict import alike
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -52,6 +55,9 @@ if TYPE_CHECKING:
 
 OTHER_LAYER = "*"
 """Stands for the number of the layer in the names of sites whose graph serves several layers."""
+
+MEANT = {Reason.TOO_SHORT, Reason.NOT_PLANNED, Reason.PLANNED_DENSE, Reason.CROSS}
+"""Why attention is dense that nobody takes for planned attention that should be split."""
 
 REENTRANT = (
     "activation checkpointing with use_reentrant=True has {part} compiled in the backward pass, "
@@ -164,9 +170,21 @@ class Part:
         planned = self._planned(self._real(site.name))
         return planned is not None and self.plan.sites[planned].decision == "split"
 
+    def to_be_split(self, site: Site) -> set[str]:
+        """Names of the sites that the model's plan splits, and that a site of the graph may be.
+
+        These are those of all layers that a graph may serve.
+        """
+        plan = attached_to(self.caller or self.root) if self.plan is None else self.plan
+        if plan is None:
+            return set()
+        names = alike(site.name, plan.sites) | set(plan.names_of([self._real(site.name)]).values())
+        return {name for name in names if plan.sites[name].decision == "split"}
+
     def is_dense_by_plan(self, site: Site) -> bool:
-        """Whether a plan leaves a site dense, in the layer for which the graph is compiled."""
-        return not self.is_to_be_split(site) and self.plan is not None and self.is_planned(site)
+        """Whether the model's plan leaves a site dense, in all layers that a graph may serve."""
+        known = self.plan is not None or attached_to(self.caller or self.root) is not None
+        return known and self.is_planned(site) and not self.to_be_split(site)
 
     def is_told(self, site: Site) -> bool:
         """Whether the module that runs the graph tells, at any call, which one the site is in."""
@@ -397,6 +415,20 @@ def decide_in_part(
             Decision(site, True, why, budget, probes=DEFAULT_PROBES, largest_chunk=largest)
         )
     return decisions
+
+
+def is_left(part: Part, decision: Decision) -> bool:
+    """Whether attention that a plan splits is dense in a graph that neither length nor plan ask.
+
+    Of a graph that is silent about its tokens, only what attends to as many as its own is taken
+    for that attention: further ones in the same module have its name there.
+    """
+    site, reason = decision.site, decision.why.reason
+    if decision.split or reason in MEANT:
+        return False
+    if reason in UNSHOWN and hint(site.query_length) != hint(site.key_length):
+        return False
+    return bool(part.to_be_split(site))
 
 
 def _is_by_module(part: Part, site: Site) -> bool:

@@ -19,7 +19,7 @@ from freqopt.capture.looking import is_looking
 from freqopt.capture.modules import base_name
 from freqopt.capture.signatures import forward_signature, named_arguments
 from freqopt.options import Options
-from freqopt.passes.reasons import Reason, Why
+from freqopt.passes.reasons import Why
 from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
 from freqopt.telling.copies import is_copy
@@ -31,6 +31,7 @@ from freqopt.telling.traced import expect, expect_no_more
 from freqopt.telling.verdict import (
     INSPECT,
     Compiled,
+    Lines,
     Verdict,
     alike,
     by_another_backend,
@@ -129,9 +130,7 @@ class Watch:
         self.range = TimestepRange(plan, model)
         self.limit = Limit(self.name, plan)
         self.calls, self.look = 0, 1
-        self.line = self.unnoticed_line = ""
-        self.whole = self.strict = False
-        self._told: set[Reason] = set()
+        self.said, self.unnoticed_line, self.strict = Lines(), "", False
         self.parts = weakref.WeakSet(model.modules())
 
     @property
@@ -175,7 +174,7 @@ class Watch:
         if outermost_call() is not None or is_copy(model):  # told when that is over; told already
             return
         missed = self._missed()
-        if not self.whole or missed:
+        if not self.said.whole or missed:
             self._say(self.served(), missed)
         self.limit.end(strict=self._is_strict(), told=bool(missed))
         self.calls += 1
@@ -239,15 +238,7 @@ class Watch:
         verdict = judge(self.name, found, self.plan, served)
         if not verdict.good and not parts:
             verdict = Verdict(verdict.line.replace(INSPECT, NOTHING_RAN), False)
-        reasons = {why.reason for why in missed.values()}
-        if self.whole:
-            again = reasons <= self._told
-            verdict = Verdict(verdict.line.replace(" split", " split in this call", 1), False)
-        else:
-            again, self.line = verdict.line == self.line, verdict.line
-            self.whole = verdict.good
-        self._told |= reasons
-        say(verdict, again=again, strict=self._is_strict())
+        self.said.say(verdict, missed, strict=self._is_strict())
 
     def _alike(self, part: nn.Module, name: str) -> set[str]:
         """Sites of the plan that a site of a block may be, in any layer."""

@@ -7,20 +7,21 @@ then said, as a warning where less was split than was planned. `strict` raises o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from freqopt.capture.modules import replaced_forwards
+from freqopt.capture.modules import base_name, replaced_forwards
 from freqopt.options import Options, load_plan
 from freqopt.passes.decision import Decision
+from freqopt.passes.reasons import Why
 from freqopt.plan.identity import shown_name
 from freqopt.telling.attached import attached_to, inside_attached
 from freqopt.telling.limits import given_up
 from freqopt.telling.outermost import OutermostCall, outermost_call
 from freqopt.telling.outside import tell_outside
-from freqopt.telling.verdict import Compiled, judge, say
+from freqopt.telling.verdict import Compiled, judge
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -36,11 +37,13 @@ def gather(
     decisions: Sequence[Decision],
     graph: Graph,
     planned_in: Callable[[object], set[str]],
+    left: Mapping[str, Why],
 ) -> str:
     """Take in a graph that was just compiled; says the line, or has it said, at the call's end.
 
     options: the object that the user gave, the same for all graphs of a model. planned_in: names
     of the plan's sites in a module, which alone are awaited where that is what was compiled.
+    left: what the graph leaves dense of them, and why.
 
     Returns:
         What the model is called.
@@ -56,8 +59,8 @@ def gather(
         _say("the model", found, _planned(settings))
         return ""
     known = _known(call, options, settings)
-    fresh = not known.outcomes and not known.breaks and not known.said
     known.settings = settings
+    known.missed.update(left)
     known.add(gm, decisions)
     known.graphs.append(graph)
     if isinstance(call.called, nn.Module):
@@ -71,8 +74,8 @@ def gather(
     name = shown_name(call.name, planned)
     if attached is None and planned is not None:
         known.awaited = planned_in(call.called)
-    if fresh or not known.said.startswith(_pending):
-        known.said = _pending + known.said
+    if not known.is_pending:
+        known.is_pending = True
         limits = given_up()
 
         def tell() -> None:
@@ -81,10 +84,6 @@ def gather(
 
         call.at_end(tell)
     return name
-
-
-_pending = "\0"
-"""Stands before the last line that was said while the next one is being gathered."""
 
 
 def _known(call: OutermostCall, options: object, settings: Options) -> Compiled:
@@ -120,9 +119,9 @@ def _say(name: str, known: Compiled, plan: Plan | None, model: object = None) ->
         known.add_break(cause)
     if isinstance(model, nn.Module):
         known.replaced = replaced_forwards(model)
-    before, known.said = known.said.removeprefix(_pending), ""
-    verdict = judge(name, known, plan, known.look(plan))
-    known.said = verdict.line
-    say(verdict, again=verdict.line == before, strict=known.settings.strict)
+    missed, known.missed, known.is_pending = known.missed, {}, False
+    served = {site for site in known.look(plan) if base_name(site) not in missed}
+    verdict = judge(name, known, plan, served)
+    known.said.say(verdict, missed, strict=known.settings.strict)
     if plan is not None and isinstance(model, nn.Module):
         tell_outside(model, plan, known.grids)

@@ -70,6 +70,54 @@ class Outcome(NamedTuple):
     cross: bool
 
 
+class Verdict(NamedTuple):
+    """A line, and whether everything is as it was planned."""
+
+    line: str
+    good: bool
+
+
+@dataclass
+class Lines:
+    """What was said of one model: how many sites are split so far, then of calls that have fewer.
+
+    line: the last one of all calls. whole: it was a good one. reasons: those that calls were told
+    of.
+    """
+
+    line: str = ""
+    whole: bool = False
+    reasons: set[Reason] = field(default_factory=set)
+
+    def say(self, verdict: Verdict, missed: Mapping[str, Why], *, strict: bool) -> None:
+        """Say a verdict that is new. missed: why sites were dense in this call.
+
+        Raises:
+            SiteError: as `say`.
+        """
+        reasons = {why.reason for why in missed.values()}
+        if self.whole and missed:
+            again = reasons <= self.reasons
+            verdict = Verdict(verdict.line.replace(" split", " split in this call", 1), False)
+        else:
+            again, self.line = verdict.line == self.line, verdict.line
+            self.whole = verdict.good
+        self.reasons |= reasons
+        say(verdict, again=again, strict=strict)
+
+
+def say(verdict: Verdict, *, again: bool, strict: bool) -> None:
+    """Say a line, unless it was said before.
+
+    Raises:
+        SiteError: under `strict`, if it is a bad one.
+    """
+    if not verdict.good and strict:
+        raise SiteError(verdict.line)
+    if not again:
+        (tell if verdict.good else warn)(verdict.line)
+
+
 @dataclass
 class Compiled:
     """What is known of one compiled model, or of one compiled part of an attached model.
@@ -89,7 +137,8 @@ class Compiled:
     breaks: dict[tuple[str, str], bool] = field(default_factory=dict)
     limited: bool = False
     replaced: tuple[str, ...] = ()
-    said: str = ""
+    said: Lines = field(default_factory=Lines)
+    is_pending: bool = False
     awaited: set[str] | None = None
     grids: set[Grid] = field(default_factory=set)
     missed: dict[str, Why] = field(default_factory=dict)
@@ -141,25 +190,6 @@ def _place(stack: Sequence[FrameSummary]) -> str:
     torchs = os.path.dirname(torch.__file__)
     own = [frame for frame in stack if not frame.filename.startswith(torchs)] or stack
     return f"{own[-1].filename}:{own[-1].lineno}" if own else "an unknown place"
-
-
-class Verdict(NamedTuple):
-    """A line, and whether everything is as it was planned."""
-
-    line: str
-    good: bool
-
-
-def say(verdict: Verdict, *, again: bool, strict: bool) -> None:
-    """Say a line, unless it was said before.
-
-    Raises:
-        SiteError: under `strict`, if it is a bad one.
-    """
-    if not verdict.good and strict:
-        raise SiteError(verdict.line)
-    if not again:
-        (tell if verdict.good else warn)(verdict.line)
 
 
 def say_outside(model: nn.Module, name: str, *, again: bool, strict: bool) -> None:
