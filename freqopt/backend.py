@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from freqopt.capture.call_grids import CallGrids
 from freqopt.capture.exchanges import show_exchanges
-from freqopt.capture.pieces import Part, decide_in_part, is_left, part_of_model
+from freqopt.capture.left_dense import is_left
+from freqopt.capture.pieces import Part, decide_in_part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens, records_cuda_graphs
 from freqopt.errors import FreqoptError, SiteError, through_compiler

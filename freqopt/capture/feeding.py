@@ -6,7 +6,6 @@ running is on Python's stack. Nothing here keeps a model alive.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -24,7 +23,7 @@ from freqopt.capture.modules import (
     names_of,
 )
 from freqopt.capture.under_way import Arguments, calls_under_way, told_once
-from freqopt.passes.naming import name_around, site_name
+from freqopt.passes.naming import name_around, plain_path, site_name
 
 if TYPE_CHECKING:
     from freqopt.plan.plan import Plan
@@ -115,7 +114,7 @@ class Feeding:
             self._parts[root] = parts
         self._planned: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, str | None]]]
         self._planned = WeakKeyDictionary()
-        self._inner: WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Module]]]
+        self._inner: WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]]
         self._inner = WeakKeyDictionary()
 
     def feed(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -180,12 +179,14 @@ class Feeding:
         if runner is None or not relative:
             return runner
         known = self._inner.setdefault(runner, {})
-        if relative not in known:
-            found = modules_of(runner).get(relative)
-            if found is None:
+        found = _at(runner, known[relative]) if relative in known else None
+        if found is None:
+            ways = [name for name, _ in runner.named_modules() if plain_path(name) == relative]
+            if not ways:
                 return None
-            known[relative] = weakref.ref(found)
-        return known[relative]()
+            known[relative] = tuple(ways[-1].split("."))  # of a wrapper, what it wraps
+            found = _at(runner, known[relative])
+        return found
 
     def _site(self, caller: nn.Module | None, module: nn.Module, nth: int) -> str | None:
         """The plan's name of an attention, in the model that is called or in one met before."""
@@ -198,4 +199,19 @@ class Feeding:
             site = parts.site_of(module, nth)
             if site is not None:
                 return site
-        return None
+        return None if caller is None else self._anew(caller, module, nth)
+
+    def _anew(self, caller: nn.Module, module: nn.Module, nth: int) -> str | None:
+        """As `_site`, of a model in which a module may have been replaced since it was met."""
+        parts = NamedParts(caller, self.plan)
+        if id(module) not in parts.names:
+            return None
+        self._parts[caller] = parts
+        return parts.site_of(module, nth)
+
+
+def _at(module: nn.Module | None, way: Iterable[str]) -> nn.Module | None:
+    """The module that is there now: it may have been replaced since the last call."""
+    for name in way:
+        module = None if module is None else module._modules.get(name)
+    return module

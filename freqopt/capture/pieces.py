@@ -34,12 +34,10 @@ from freqopt.config import DEFAULT_PROBES
 from freqopt.decisions import decide, untold, why_dense
 from freqopt.errors import InputError
 from freqopt.options import Options, load_plan
-from freqopt.passes.axes.dimensions import hint
 from freqopt.passes.axes.told import Told
 from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
-from freqopt.passes.known import UNSHOWN
 from freqopt.passes.naming import module_path, passes_through, plain_path, site_name
 from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.adding import fake_mode
@@ -55,9 +53,6 @@ if TYPE_CHECKING:
 
 OTHER_LAYER = "*"
 """Stands for the number of the layer in the names of sites whose graph serves several layers."""
-
-MEANT = {Reason.TOO_SHORT, Reason.NOT_PLANNED, Reason.PLANNED_DENSE, Reason.CROSS}
-"""Why attention is dense that nobody takes for planned attention that should be split."""
 
 REENTRANT = (
     "activation checkpointing with use_reentrant=True has {part} compiled in the backward pass, "
@@ -148,9 +143,31 @@ class Part:
                     found: tuple[Known, ...] = facts.known
                     return found
         if self.plan is None:
-            return ()
+            return self._known_of_others(name)
         planned = self._planned(self._real(name))
         return () if planned is None else self.plan.known(planned)
+
+    def _known_of_others(self, name: str) -> Sequence[Known]:
+        """As `known`, of a module without a budget among others that have one."""
+        plan = self._attached_plan
+        names = () if plan is None else sorted(alike(name, plan.sites))
+        found = (known for each in names if plan is not None for known in plan.known(each))
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def _attached_plan(self) -> Plan | None:
+        """The plan whose budgets the modules of the model that is called bring along."""
+        return attached_to(self.caller)
+
+    def is_replaced(self, site: Site) -> bool:
+        """Whether a site's module has no budget and others in its place have.
+
+        It may have come where one was, and that one may come back, in the same graph: no guard
+        would tell them apart.
+        """
+        if self.plan is not None or not self.to_be_split(site):
+            return False
+        return self.planned_heads(site) == site.all_heads
 
     def attached(self, site: Site) -> bool:
         """Whether a site's module brings a budget, which no mark in this graph shows."""
@@ -159,7 +176,7 @@ class Part:
 
     def is_planned(self, site: Site) -> bool:
         """Whether a plan decides about a site of the layer for which the graph is compiled."""
-        if self.attached(site):
+        if self.attached(site) or self.is_replaced(site):
             return True
         return self.plan is not None and self._planned(self._real(site.name)) is not None
 
@@ -175,7 +192,7 @@ class Part:
 
         These are those of all layers that a graph may serve.
         """
-        plan = attached_to(self.caller or self.root) if self.plan is None else self.plan
+        plan = self._attached_plan if self.plan is None else self.plan
         if plan is None:
             return set()
         names = alike(site.name, plan.sites) | set(plan.names_of([self._real(site.name)]).values())
@@ -278,8 +295,11 @@ class Part:
         own = None if module is None else module.__dict__.get(attribute_of(nth))
         if isinstance(own, Tensor):
             return own.shape[-1]
-        planned = None if self.plan is None else self._planned(self._real(site.name))
-        return 0 if planned is None or self.plan is None else self.plan.sites[planned].heads
+        if self.plan is None:
+            names, plan = self.to_be_split(site), self._attached_plan
+            return 0 if plan is None or not names else plan.sites[min(names)].heads
+        planned = self._planned(self._real(site.name))
+        return 0 if planned is None else self.plan.sites[planned].heads
 
     def largest_chunk(self) -> int:
         """The largest chunk that any module of the model brings, or the plan has."""
@@ -409,7 +429,7 @@ def decide_in_part(
         if problem is not None:
             decisions.append(Decision(site, False, problem))
             continue
-        why = Reason.BY_MODULE() if part.attached(site) else Reason.BY_PLAN()
+        why = Reason.BY_MODULE() if part.plan is None else Reason.BY_PLAN()
         budget, largest = part.operand(gm, site), part.largest_chunk()
         decisions.append(
             Decision(site, True, why, budget, probes=DEFAULT_PROBES, largest_chunk=largest)
@@ -417,24 +437,10 @@ def decide_in_part(
     return decisions
 
 
-def is_left(part: Part, decision: Decision) -> bool:
-    """Whether attention that a plan splits is dense in a graph that neither length nor plan ask.
-
-    Of a graph that is silent about its tokens, only what attends to as many as its own is taken
-    for that attention: further ones in the same module have its name there.
-    """
-    site, reason = decision.site, decision.why.reason
-    if decision.split or reason in MEANT:
-        return False
-    if reason in UNSHOWN and hint(site.query_length) != hint(site.key_length):
-        return False
-    return bool(part.to_be_split(site))
-
-
 def _is_by_module(part: Part, site: Site) -> bool:
     """Whether the budget of a site depends on which module runs the graph."""
     if site.mark is not None:
         return False
-    if part.attached(site):
+    if part.attached(site) or part.is_replaced(site):
         return True
     return part.plan is not None and (not part.is_whole or not part.is_told(site))

@@ -109,8 +109,6 @@ class Regional:
 
     def __init__(self, model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
         self.model, self.plan, self.options = model, plan, dict(options)
-        modules = modules_of(model)
-        self.blocks = [modules[name] for name in blocks_of(model, plan)] or [model]
         self.attached: Attached | None = None
         self._undo = ExitStack()
         self._on = False
@@ -125,8 +123,9 @@ class Regional:
             undo.callback(self.attached.remove)
             if self.options["strict"]:
                 watch_strictly(self.attached.root)
-            for block in self.blocks:
-                undo.callback(_compile(block, self.options))
+            modules = modules_of(self.model)
+            for name in blocks_of(self.model, self.plan) or ("",):
+                undo.callback(_compile(modules[name], self.options))
             self._undo, self._on = undo.pop_all(), True
 
     def stop(self) -> None:

@@ -23,6 +23,8 @@ from freqopt.passes.reasons import Why
 from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
 from freqopt.telling.copies import is_copy
+from freqopt.telling.gone import Places as ModulePlaces
+from freqopt.telling.gone import line_about
 from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
@@ -132,6 +134,9 @@ class Watch:
         self.calls, self.look = 0, 1
         self.said, self.unnoticed_line, self.strict = Lines(), "", False
         self.parts = weakref.WeakSet(model.modules())
+        self._there = ModulePlaces(model, {name: module for name, (module, _) in places.items()})
+        self._gone: set[str] = set()
+        self._is_compiled = False
 
     @property
     def places(self) -> dict[str, tuple[nn.Module, str]]:
@@ -176,12 +181,26 @@ class Watch:
         missed = self._missed()
         if not self.said.whole or missed:
             self._say(self.served(), missed)
+        self._look_for_modules()
         self.limit.end(strict=self._is_strict(), told=bool(missed))
         self.calls += 1
         if self.calls >= self.look:
             self.look = next_look(self.calls)
             grids = [grid for part in self._compiled() for grid in part.grids]
             tell_outside(model, self.plan, grids)
+
+    def _look_for_modules(self) -> None:
+        """Tell of planned modules that are not in the model any more, where parts are compiled.
+
+        Raises:
+            SiteError: under `strict`.
+        """
+        self._is_compiled = self._is_compiled or any(part.graphs for part in self._compiled())
+        gone = self._there.gone() if self._is_compiled else []
+        new, self._gone = set(gone) - self._gone, set(gone)
+        if gone:
+            verdict = Verdict(line_about(self.name, gone), False)
+            say(verdict, again=not new, strict=self._is_strict())
 
     def served(self) -> set[str]:
         """Sites whose budgets a split attention was called with; with further calls of modules."""
