@@ -23,8 +23,7 @@ from freqopt.passes.reasons import Why
 from freqopt.plan.identity import class_name_of, shown_name
 from freqopt.telling import running
 from freqopt.telling.copies import is_copy
-from freqopt.telling.gone import Places as ModulePlaces
-from freqopt.telling.gone import line_about
+from freqopt.telling.gone import Presence, line_about
 from freqopt.telling.limits import Limit
 from freqopt.telling.outermost import outermost_call
 from freqopt.telling.outside import tell_outside
@@ -134,7 +133,7 @@ class Watch:
         self.calls, self.look = 0, 1
         self.said, self.unnoticed_line, self.strict = Lines(), "", False
         self.parts = weakref.WeakSet(model.modules())
-        self._there = ModulePlaces(model, {name: module for name, (module, _) in places.items()})
+        self._there = Presence(model, {name: module for name, (module, _) in places.items()})
         self._gone: set[str] = set()
         self._is_compiled = False
 

@@ -27,7 +27,7 @@ class _Link(NamedTuple):
         return holder is not None and held is not None and holder._modules.get(self.name) is held
 
 
-class Places:
+class Presence:
     """Modules of planned sites, by the plan's names, and the way to each of them in a model."""
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
