@@ -286,14 +286,17 @@ def test_training_goes_on_where_a_mask_keeps_a_call_dense(
         assert (gradient() - dense).norm() < 1e-4 * dense.norm()
 
 
+@pytest.mark.parametrize("route", ["compile", "regional"])
 @torch.no_grad()
-def test_sites_that_the_plan_leaves_dense_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_that_the_plan_leaves_dense_are_not_asked(
+    route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = made(lambda keys: keys, monkeypatch)
     plan = plan_of(model, inputs, 1.0)
     dense = {"decision": "dense", "reason": "as the test wants it"}
     sites = {name: site.model_copy(update=dense) for name, site in plan.sites.items()}
     plan = plan.model_copy(update={"sites": sites})
     torch._dynamo.reset()
-    with freqopt.optimize(model, plan, route="compile", inner="eager", strict=True):
+    with freqopt.optimize(model, plan, route=route, inner="eager", strict=True):
         model(**inputs)
         model(**hiding(inputs, 180))
