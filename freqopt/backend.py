@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from freqopt.capture.call_grids import CallGrids
+from freqopt.capture.deciding import decide_in_part, is_left
 from freqopt.capture.exchanges import show_exchanges
-from freqopt.capture.left_dense import is_left
-from freqopt.capture.pieces import Part, decide_in_part, part_of_model
+from freqopt.capture.pieces import Part, part_of_model
 from freqopt.config import DEFAULT_DENSITY
 from freqopt.decisions import grids_of, is_shorter, least_tokens, records_cuda_graphs
 from freqopt.errors import FreqoptError, SiteError, through_compiler
@@ -237,7 +237,7 @@ def _is_missed(settings: Options, part: Part, decision: Decision) -> bool:
         )
     if site.kind not in OURS or site.grid is None:
         return False
-    unserved = decision.why.reason is Reason.NO_KERNEL and part.is_to_be_split(site)
+    unserved = decision.why.reason is Reason.NO_KERNEL and bool(part.to_be_split(site))
     by_plan = settings.plan is not None and site.eligible and not unserved
     return not by_plan and decision.why.reason is not Reason.TOO_SHORT
 

@@ -30,8 +30,6 @@ from freqopt.capture.modules import (
 )
 from freqopt.capture.repeated import in_backward
 from freqopt.capture.under_way import arguments_of
-from freqopt.config import DEFAULT_PROBES
-from freqopt.decisions import decide, untold, why_dense
 from freqopt.errors import InputError
 from freqopt.options import Options, load_plan
 from freqopt.passes.axes.told import Told
@@ -39,7 +37,6 @@ from freqopt.passes.bodies import bring
 from freqopt.passes.decision import Decision
 from freqopt.passes.find import Model
 from freqopt.passes.naming import module_path, passes_through, plain_path, site_name
-from freqopt.passes.reasons import Reason
 from freqopt.passes.rewrite.adding import fake_mode
 from freqopt.passes.rewrite.reuse import copied
 from freqopt.passes.site import Known, Site
@@ -174,18 +171,19 @@ class Part:
         module, nth = self._module(site.name), module_of_site(site.name)[1]
         return module is not None and any(n == nth for n, _ in module.__dict__.get(ATTACHED, ()))
 
+    def is_by_module(self, site: Site) -> bool:
+        """Whether the budget of a site depends on which module runs the graph."""
+        if site.mark is not None:
+            return False
+        if self.attached(site) or self.is_replaced(site):
+            return True
+        return self.plan is not None and (not self.is_whole or not self.is_told(site))
+
     def is_planned(self, site: Site) -> bool:
         """Whether a plan decides about a site of the layer for which the graph is compiled."""
         if self.attached(site) or self.is_replaced(site):
             return True
         return self.plan is not None and self._planned(self._real(site.name)) is not None
-
-    def is_to_be_split(self, site: Site) -> bool:
-        """Whether the plan among the options splits a site."""
-        if self.plan is None:
-            return False
-        planned = self._planned(self._real(site.name))
-        return planned is not None and self.plan.sites[planned].decision == "split"
 
     def to_be_split(self, site: Site) -> set[str]:
         """Names of the sites that the model's plan splits, and that a site of the graph may be.
@@ -200,7 +198,7 @@ class Part:
 
     def is_dense_by_plan(self, site: Site) -> bool:
         """Whether the model's plan leaves a site dense, in all layers that a graph may serve."""
-        known = self.plan is not None or attached_to(self.caller or self.root) is not None
+        known = self.plan is not None or self._attached_plan is not None
         return known and self.is_planned(site) and not self.to_be_split(site)
 
     def is_told(self, site: Site) -> bool:
@@ -260,7 +258,7 @@ class Part:
         Raises:
             PlanError: a length that is too far off already.
         """
-        plan = attached_to(self.caller) if self.plan is None else self.plan
+        plan = self._attached_plan if self.plan is None else self.plan
         if plan is None:
             return
 
@@ -268,7 +266,7 @@ class Part:
             return None if graph.owner is None else graph.owner()
 
         told = {each.node for each in self.inputs}
-        by_plan = {d.site.name for d in decisions if self.plan and not _is_by_module(self, d.site)}
+        by_plan = {d.site.name for d in decisions if self.plan and not self.is_by_module(d.site)}
         names = graph.names or plan.names_of([d.site.name for d in decisions])
         self.lengths = CallLengths(gm, decisions, plan, names, told, owner, by_plan)
 
@@ -403,44 +401,3 @@ def part_of_model(settings: Options) -> Part:
         root = caller or root
         plan.check_order(root)
     return Part(settings, root, modules[0])
-
-
-def decide_in_part(
-    settings: Options, part: Part, gm: fx.GraphModule, sites: Sequence[Site]
-) -> list[Decision]:
-    """As `decide`; in a graph that serves several layers, by the module that is running.
-
-    Raises:
-        PlanError: as `decide`.
-    """
-    part.masks.watch(gm, [site for site in sites if not part.is_dense_by_plan(site)])
-    by_module = [site for site in sites if _is_by_module(part, site)]
-    others = iter(decide(settings, [site for site in sites if site not in by_module]))
-    decisions = []
-    for site in sites:
-        if site not in by_module:
-            decisions.append(next(others))
-            continue
-        problem = why_dense(settings, site, planned=part.is_planned(site))
-        if problem is None and not part.is_told(site):
-            problem = Reason.SHARED()
-        if problem is None:
-            problem = untold(site, part.planned_heads(site) or site.heads)
-        if problem is not None:
-            decisions.append(Decision(site, False, problem))
-            continue
-        why = Reason.BY_MODULE() if part.plan is None else Reason.BY_PLAN()
-        budget, largest = part.operand(gm, site), part.largest_chunk()
-        decisions.append(
-            Decision(site, True, why, budget, probes=DEFAULT_PROBES, largest_chunk=largest)
-        )
-    return decisions
-
-
-def _is_by_module(part: Part, site: Site) -> bool:
-    """Whether the budget of a site depends on which module runs the graph."""
-    if site.mark is not None:
-        return False
-    if part.attached(site) or part.is_replaced(site):
-        return True
-    return part.plan is not None and (not part.is_whole or not part.is_told(site))
