@@ -23,6 +23,7 @@ from freqopt.capture.budgets import known_by
 from freqopt.passes.bodies import outside
 from freqopt.passes.decision import Decision
 from freqopt.passes.nodes import operation
+from freqopt.passes.rewrite.adding import add_function, add_method
 from freqopt.passes.rewrite.timestep import find_timestep
 from freqopt.telling.said import warn
 from freqopt.telling.watching import MOST_KEPT, ProbeErrors, TimestepRange
@@ -412,8 +413,9 @@ def watch_probes(gm: fx.GraphModule, calls: Mapping[int, fx.Node]) -> list[int]:
     if not inside or not isinstance(output.args[0], (tuple, list)):
         return []
     with gm.graph.inserting_before(output):
-        errors = [gm.graph.call_function(operator.getitem, (n, 2)) for n in inside.values()]
-        parts = [gm.graph.call_method("flatten", (error,)) for error in errors]
+        # AOTAutograd's cache takes no graph in which a method is called on what has no example.
+        errors = [add_function({}, operator.getitem, node, 2) for node in inside.values()]
+        parts = [add_method({}, "flatten", error) for error in errors]
         joined = gm.graph.call_function(torch.cat, (parts,))
     output.args = ((*output.args[0], joined),)
     gm.recompile()
