@@ -134,7 +134,7 @@ def in_a_process(threshold: float, cache: Path) -> dict[str, Any]:
 
 
 def test_graphs_can_be_cached() -> None:
-    """Names of budgets are in no set: its order differs between processes, and cache keys with it."""
+    """Names of budgets are in no set: its order, and cache keys with it, differ by process."""
     graphs: list[torch.fx.GraphModule] = []
 
     def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
