@@ -167,7 +167,7 @@ def _settle_mask(attention: Attention, before: Extent, video: Extent) -> Why | N
     if hides_nothing(mask):
         attention.mask = None
         return None
-    attention.mask = mask = shown_by(mask) or mask
+    attention.mask = mask = shown_by(attention) or mask
     if (row := key_mask_of(mask)) is not None:
         attention.mask, attention.masks_queries = row, True
     elif (row := repeated_row_of(mask)) is not None:

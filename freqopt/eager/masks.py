@@ -88,7 +88,7 @@ def _mask_in(asked: Asked) -> _Mask | None:
     def decide(site: Site, budget: fx.Node) -> Decision:
         mask = site.attention.mask
         if mask is not None:
-            made.append(_making(shown_by(mask) or mask, budget))
+            made.append(_making(shown_by(site.attention) or mask, budget))
         return Decision(site, False, site.why)
 
     rewritten(asked, 1, decide, lambda gm, decision: None)

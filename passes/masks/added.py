@@ -6,7 +6,7 @@ then added: what a very low number is put in the place of has no weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from freqopt.passes.masks.masks import adds_dimensions
 from freqopt.passes.masks.memory import is_written
 from freqopt.passes.nodes import argument, constant, operation, shape, tensor
 from freqopt.passes.rewrite.adding import add_function, add_method
+from freqopt.passes.site import Attention
 
 LOW = -1e4
 """Scores that low have no weight beside any other: models write -10,000 where they have float16."""
@@ -29,27 +30,38 @@ FORMS = frozenset(["unsqueeze", "expand", "view", "reshape"])
 """Operations between a mask that was filled and what adds it: they do not change the last axis."""
 
 
-def shown_by(mask: fx.Node) -> fx.Node | None:
-    """The bool mask, True = attend, that scores or a mask of numbers stand for; None if for none.
+def shown_by(attention: Attention) -> fx.Node | None:
+    """The bool mask, True = attend, that attention's mask of numbers stands for; None if for none.
 
-    It has four dimensions, and is computed beside the other, which nothing else changes.
+    It has four dimensions, and is computed beside the other, which nothing else changes. Where
+    the scores themselves were filled they stand for the mask, and are among the attention's nodes.
+    A mask that is added has to be zeros where it is not filled: what else it has is a bias.
     """
-    found = tensor(mask)
-    if found is None or found.dtype == torch.bool:
+    mask = attention.mask
+    found = None if mask is None else tensor(mask)
+    if mask is None or found is None or found.dtype == torch.bool:
         return None
+    if mask in attention.nodes:
+        return _in_form(_of_filled(mask, lambda item: True), mask, mask)
     node, forms = mask, list[fx.Node]()
     while not is_written(node) and (operation(node) in CASTS or _is_form(node)):
         if _is_form(node):
             forms.insert(0, node)
         node = node.args[0]  # type: ignore[assignment]
-    if is_written(node) or (node is not mask and operation(node) not in ("masked_fill", "where")):
+    if is_written(node):
         return None
-    shown = _of_fill(node) if operation(node) == "masked_fill" else _of_choice(node)
-    if shown is None or len(shape(mask)) != 4 or len(shape(shown)) > len(shape(node)):
+    return _in_form(_of_filled(node, _is_zeros), node, mask, forms)
+
+
+def _in_form(
+    shown: fx.Node | None, filled: fx.Node, mask: fx.Node, forms: Sequence[fx.Node] = ()
+) -> fx.Node | None:
+    """A bool mask of what was filled, in the form that the mask has."""
+    if shown is None or len(shape(mask)) != 4 or len(shape(shown)) > len(shape(filled)):
         return None
     with mask.graph.inserting_before(mask):
         if forms:
-            shown = _as_wide(shown, len(shape(node)), mask.meta)
+            shown = _as_wide(shown, len(shape(filled)), mask.meta)
         for form in forms:
             add = add_method if form.op == "call_method" else add_function
             shown = add(mask.meta, form.target, shown, *form.args[1:])  # type: ignore[arg-type]
@@ -72,38 +84,27 @@ def _as_wide(mask: fx.Node, dims: int, meta: Mapping[str, Any]) -> fx.Node:
     return mask
 
 
-def _of_fill(node: fx.Node) -> fx.Node | None:
-    """What `masked_fill` leaves."""
-    hidden = argument(node, 1, "mask")
-    if not _is_low(argument(node, 2, "value")) or not _leaves(argument(node, 0, "input", "self")):
-        return None
-    return _complement(hidden, node) if isinstance(hidden, fx.Node) else None
-
-
-def _of_choice(node: fx.Node) -> fx.Node | None:
-    """What `where` leaves."""
+def _of_filled(node: fx.Node, leaves: Callable[[Any], bool]) -> fx.Node | None:
+    """What `masked_fill`, or `where`, leaves. leaves: whether that is what it has to be."""
+    if operation(node) == "masked_fill":
+        hidden = argument(node, 1, "mask")
+        low = _is_low(argument(node, 2, "value")) and leaves(argument(node, 0, "input", "self"))
+        return _complement(hidden, node) if low and isinstance(hidden, fx.Node) else None
     if operation(node) != "where" or len(node.args) != 3:
         return None
     chosen, yes, no = node.args
     if not isinstance(chosen, fx.Node):
         return None
-    if _is_low(no) and _leaves(yes):
+    if _is_low(no) and leaves(yes):
         return chosen
-    return _complement(chosen, node) if _is_low(yes) and _leaves(no) else None
+    return _complement(chosen, node) if _is_low(yes) and leaves(no) else None
 
 
-def _leaves(item: Any) -> bool:
-    """Whether what is not filled are zeros, or scores: not another mask of numbers."""
+def _is_zeros(item: Any) -> bool:
     if isinstance(item, (int, float)):
         return item == 0
     zeros = ("zeros", "zeros_like", "new_zeros")
-    return isinstance(item, fx.Node) and (operation(item) in zeros or _has_pairs(item))
-
-
-def _has_pairs(node: fx.Node) -> bool:
-    """Whether a tensor has an entry for each query, as scores do and a mask over keys does not."""
-    sizes = shape(node)
-    return len(sizes) > 2 and not (isinstance(sizes[-2], int) and sizes[-2] == 1)
+    return isinstance(item, fx.Node) and operation(item) in zeros and not is_written(item)
 
 
 def _is_low(item: Any) -> bool:

@@ -43,7 +43,7 @@ def settle_mask(
     if mask is None or hides_nothing(mask):
         found.mask = None
         return None
-    found.mask = mask = shown_by(mask) or mask
+    found.mask = mask = shown_by(found) or mask
     values, sizes = tensor(mask), shape(mask)
     if values is None:
         return Reason.MASK_NO_TENSOR()

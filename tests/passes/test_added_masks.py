@@ -138,7 +138,28 @@ def scaled_zeros(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
 
 
-@pytest.mark.parametrize("attend", [filled_with_little, filled_after_a_mask, biased, scaled_zeros])
+def bias_of_pairs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Which has an entry for each query, as scores have."""
+    bias = torch.linspace(0, 1, mask.shape[1]).expand(1, 1, mask.shape[1], -1)
+    added = bias.masked_fill(~mask[:, None, None], -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+
+def bias_of_pairs_chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    bias = torch.linspace(0, 1, mask.shape[1]).expand(1, 1, mask.shape[1], -1)
+    return (scores(q, k) + torch.where(mask[:, None, None], bias, -torch.inf)).softmax(-1) @ v
+
+
+def zeros_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    added = torch.zeros(1, 1, 1, mask.shape[1])
+    added[..., 3] = 2.0
+    return (scores(q, k) + added.masked_fill(~mask[:, None, None], -torch.inf)).softmax(-1) @ v
+
+
+BIASED = [biased, bias_of_pairs, bias_of_pairs_chosen, zeros_written, scaled_zeros]
+
+
+@pytest.mark.parametrize("attend", [*BIASED, filled_with_little, filled_after_a_mask])
 def test_what_is_no_such_mask_stays_dense(attend: Attend) -> None:
     (site,) = sites_of(Joint(attend), *inputs())
     assert not site.eligible and site.grid == (3, 6, 10), site.reason
