@@ -31,7 +31,6 @@ from freqopt.eager.hooks import serve_by, unserve
 from freqopt.eager.latest import Latest
 from freqopt.eager.lay import Kind, Lay, as_others, believed, is_elsewhere, is_told
 from freqopt.eager.masks import Masks
-from freqopt.eager.places import Places
 from freqopt.eager.telling import Split, Told
 from freqopt.eager.waiting import Waiting
 from freqopt.passes.naming import site_name
@@ -40,6 +39,7 @@ from freqopt.passes.reasons import Reason, Why
 from freqopt.passes.site import Known
 from freqopt.regional import Attached
 from freqopt.selecting import own_budget
+from freqopt.telling.gone import Presence
 from freqopt.telling.verdict import say_outside
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Server:
                     site, site_name(name, 0, nth), module, nth, plan.known(site), content
                 )
         self.forms = Forms(self.root, plan, {p.name: p.known for p in self.places.values()})
-        self._where = Places(self.root)
+        placed = {place.site: place.module for place in self.places.values()}
+        self._presence = Presence(self.root, placed)
         self._within: dict[int, list[Place]] = {}
         for place in self.places.values():
             self._within.setdefault(id(place.module), []).append(place)
@@ -234,9 +235,16 @@ class Server:
 
     def _replaced(self, call: Call) -> list[str]:
         """Sites whose modules did not run in a call, as the model has them no more."""
-        left = [m for m in self.modules if id(m) not in call.entered and self._where.is_gone(m)]
-        places = [place for module in left for place in self._within[id(module)]]
-        return [place.site for place in places if place.budget is not None]
+        if all(id(module) in call.entered for module in self.modules):
+            return []
+        gone = set(self._presence.gone())
+        return [
+            place.site
+            for place in self.places.values()
+            if place.site in gone
+            and id(place.module) not in call.entered
+            and place.budget is not None
+        ]
 
     def _skipped(self, call: Call) -> set[str]:
         """Sites that a call has told nothing of, as a step cache skipped them."""

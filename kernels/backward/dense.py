@@ -15,7 +15,7 @@ ROWS = 1024
 
 
 def dense_gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query (B, H, N, D), key and value (B, G, M, D), in their dtypes.
 
@@ -40,9 +40,7 @@ def dense_gradients(
     return grad_query.to(query.dtype), of_key, of_value
 
 
-def _weights(scores: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+def _weights(scores: Tensor, mask: Tensor, rows: slice) -> Tensor:
     """The softmax of some queries' scores; zeros for those that see nothing."""
-    if mask is None:
-        return scores.softmax(-1)
     shown = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return scores.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -10,7 +10,8 @@ import pieces_models as models
 import pytest
 import torch
 from plans import plan_of
-from torch import Tensor, nn
+from served_models import called, optimized
+from torch import nn
 
 import freqopt
 from freqopt.backend import freqopt_backend
@@ -22,17 +23,6 @@ LINE = "are not in the model any more"
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return plan_of(models.make(), models.inputs(), 1.0)
-
-
-def optimized(model: Any, plan: Plan, route: Any, **options: Any) -> freqopt.Handle:
-    torch._dynamo.reset()
-    return freqopt.optimize(model, plan, route=route, inner="eager", **options)
-
-
-def called(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**models.inputs())
-    return out
 
 
 def split_in(model: nn.Module) -> list[str]:

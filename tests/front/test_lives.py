@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pipelines import far, made
 from plans import plan_of
+from served_models import called, optimized
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
@@ -30,17 +31,6 @@ ROUTES: tuple[Any, ...] = ("eager", "regional", "compile")
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return plan_of(models.make(), models.inputs(), 1.0)
-
-
-def optimized(model: Any, plan: Any, route: Any, **options: Any) -> freqopt.Handle:
-    torch._dynamo.reset()
-    return freqopt.optimize(model, plan, route=route, inner="eager", **options)
-
-
-def called(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(**models.inputs())
-    return out
 
 
 @pytest.mark.parametrize("route", ROUTES)
